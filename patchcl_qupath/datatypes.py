@@ -1,0 +1,136 @@
+"""The nouns of the package, and the one place where coordinates change frame.
+
+Arrays are ``(row, col[, channel])``; geometry is ``(x, y)``. Pixel ``i`` covers ``[i, i + 1)``
+in both. There are three frames:
+
+tile-local     pixels of one tile's ``read`` box; the origin is its top left corner
+working grid   pixels of the whole image at the working resolution (``Slide.mpp``)
+level 0        pixels of the image as QuPath shows it (its bounds already subtracted)
+
+Only ``tile_to_grid`` and ``grid_to_level0`` convert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+Polygons = NDArray[np.object_]  # (N,) of shapely.Polygon
+
+
+@dataclass(frozen=True)
+class Box:
+    """A half-open rectangle of whole pixels: rows [row0, row1), columns [col0, col1)."""
+
+    row0: int
+    col0: int
+    row1: int
+    col1: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.row1 - self.row0, self.col1 - self.col0
+
+    def grow(self, margin: int, within: tuple[int, int]) -> Box:
+        """The box with ``margin`` px more on each side, clipped to an image of shape ``within``."""
+        return Box(
+            max(0, self.row0 - margin),
+            max(0, self.col0 - margin),
+            min(within[0], self.row1 + margin),
+            min(within[1], self.col1 + margin),
+        )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One unit of work on the working grid.
+
+    The ``write`` boxes of an image's tiles partition its grid; ``read`` is ``write`` plus the
+    halo, clipped to the image. ``row`` and ``col`` count tiles, not pixels.
+    """
+
+    row: int
+    col: int
+    read: Box
+    write: Box
+
+    @property
+    def name(self) -> str:
+        """Sorts as the tiles do: row by row."""
+        return f"{self.row:05d}-{self.col:05d}"
+
+
+@dataclass(frozen=True)
+class ImageEntry:
+    """One image of a project, as the project sees it.
+
+    ``mpp`` is (x, y) in um/px at level 0 where the project knows it: QuPath's value, which a
+    person may have corrected, comes before the file's own. ``size`` is (width, height) at level 0
+    as QuPath saw it. ``problem`` says why the image cannot be segmented, and what to do.
+    """
+
+    id: str
+    name: str
+    path: Path
+    mpp: tuple[float, float] | None = None
+    size: tuple[int, int] | None = None
+    use_bounds: bool = True
+    problem: str | None = None
+    regions: tuple[shapely.Polygon, ...] = ()  # level 0; empty: the whole image
+
+
+@dataclass(frozen=True)
+class Nuclei:
+    """Nuclei as columns, one row each, in a fixed order.
+
+    ``polygons`` (N,) valid shapely polygons without holes; ``measurements`` maps QuPath's name of
+    a measurement to (N,) float32; ``uuids`` (N,) str. Which frame the polygons are in is said by
+    whoever hands them over.
+    """
+
+    polygons: Polygons
+    measurements: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    uuids: NDArray[np.str_] = field(default_factory=lambda: np.empty(0, dtype="U36"))
+
+    def __len__(self) -> int:
+        return len(self.polygons)
+
+    def __getitem__(self, rows: slice | NDArray[np.bool_] | NDArray[np.intp]) -> Nuclei:
+        """The nuclei of some rows, by slice, mask or index array."""
+        return Nuclei(
+            self.polygons[rows],
+            {name: values[rows] for name, values in self.measurements.items()},
+            self.uuids[rows],
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Nuclei]) -> Nuclei:
+        """All nuclei of ``parts``, in that order; the parts have the same measurements."""
+        if not parts:
+            return Nuclei(np.empty(0, dtype=object))
+        return Nuclei(
+            np.concatenate([part.polygons for part in parts]),
+            {
+                name: np.concatenate([part.measurements[name] for part in parts])
+                for name in parts[0].measurements
+            },
+            np.concatenate([part.uuids for part in parts]),
+        )
+
+
+def tile_to_grid(polygons: Polygons, tile: Tile) -> Polygons:
+    """Tile-local polygons, on the working grid."""
+    origin = np.array([tile.read.col0, tile.read.row0], dtype=np.float64)
+    return np.asarray(shapely.transform(polygons, lambda xy: xy + origin))
+
+
+def grid_to_level0(polygons: Polygons, downsample: tuple[float, float]) -> Polygons:
+    """Working-grid polygons, at level 0. ``downsample`` is (x, y) level-0 px per grid px."""
+    factor = np.asarray(downsample, dtype=np.float64)
+    return np.asarray(shapely.transform(polygons, lambda xy: xy * factor))

@@ -1,0 +1,43 @@
+"""What can go wrong, as exceptions. Every message says what to do next.
+
+PatchCLError
+├── ConfigError     a setting is unknown or out of range
+├── ProjectError    the project as a whole cannot be used
+├── ImageError      one image cannot be used; the others go on
+│   └── SlideError  its pixels cannot be opened or read
+├── ModelError      a model is missing, damaged or of another kind
+├── TrainingError   nothing could be learnt from the images given
+└── StorageError    results cannot be written here
+"""
+
+
+class PatchCLError(Exception):
+    """The root: whatever the package raises for the user to read."""
+
+
+class ConfigError(PatchCLError):
+    """A setting is unknown or out of range."""
+
+
+class ProjectError(PatchCLError):
+    """The project as a whole cannot be used."""
+
+
+class ImageError(PatchCLError):
+    """One image cannot be used; the others go on."""
+
+
+class SlideError(ImageError):
+    """The pixels of an image cannot be opened or read."""
+
+
+class ModelError(PatchCLError):
+    """A model is missing, damaged or of another kind."""
+
+
+class TrainingError(PatchCLError):
+    """Nothing could be learnt from the images given."""
+
+
+class StorageError(PatchCLError):
+    """Results cannot be written here."""

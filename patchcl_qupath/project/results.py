@@ -1,0 +1,110 @@
+"""An image's nuclei on disk: GeoJSON that QuPath imports, and GeoParquet for everything else.
+
+nuclei-000.geojson.gz ...   at most 50,000 nuclei each, since QuPath parses a file whole
+nuclei.parquet              all of them, with measurements
+result.json                 what made them; names the GeoJSON files to import
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import shapely
+
+from patchcl_qupath.config import ResultConfig
+from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.storage import replacing, to_table, write_json
+
+NUCLEI_PER_FILE = 50_000
+
+
+def write_results(
+    folder: Path, parts: Iterable[Nuclei], count: int, config: ResultConfig, about: dict[str, Any]
+) -> None:
+    """Write one image's nuclei, level 0, to ``folder``, in place of what was there.
+
+    ``parts`` are taken one at a time and not kept, so memory does not grow with the slide;
+    ``count`` is their total. ``about`` goes into ``result.json`` as it is.
+    """
+    object_type = "annotation" if count <= config.max_annotations else "detection"
+    with replacing(folder) as new:
+        new.mkdir()
+        chunks = _Chunks(new, object_type, config)
+        table_writer = None
+        for part in parts:
+            chunks.add(part)
+            table = to_table(part)
+            if table_writer is None:
+                table_writer = pq.ParquetWriter(
+                    new / "nuclei.parquet", table.schema, compression="zstd"
+                )
+            table_writer.write_table(table)
+        if table_writer is None:
+            pq.write_table(to_table(Nuclei.concatenate([])), new / "nuclei.parquet")
+        else:
+            table_writer.close()
+        chunks.close()
+        write_json(
+            new / "result.json",
+            {**about, "nuclei": count, "object_type": object_type, "files": chunks.names},
+        )
+
+
+class _Chunks:
+    """Spreads nuclei over GeoJSON files of at most NUCLEI_PER_FILE."""
+
+    def __init__(self, folder: Path, object_type: str, config: ResultConfig) -> None:
+        self.names: list[str] = []
+        self._folder = folder
+        self._properties = json.dumps(
+            {
+                "objectType": object_type,
+                "classification": {"name": config.class_name, "color": list(config.color)},
+            },
+            ensure_ascii=False,
+        )[:-1]
+        self._file: io.TextIOWrapper | None = None
+        self._written = 0
+
+    def add(self, nuclei: Nuclei) -> None:
+        for feature in _features(nuclei, self._properties):
+            if self._file is None or self._written == NUCLEI_PER_FILE:
+                self._file = self._next_file()
+            self._file.write(f",\n{feature}" if self._written else f"\n{feature}")
+            self._written += 1
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.write("\n]}\n")
+            self._file.close()
+            self._file = None
+
+    def _next_file(self) -> io.TextIOWrapper:
+        self.close()
+        name = f"nuclei-{len(self.names):03d}.geojson.gz"
+        # Without a time stamp, equal nuclei make equal files.
+        raw = gzip.GzipFile(self._folder / name, "wb", compresslevel=4, mtime=0)
+        file = io.TextIOWrapper(raw, encoding="utf-8", newline="\n")
+        file.write('{"type": "FeatureCollection", "features": [')
+        self.names.append(name)
+        self._written = 0
+        return file
+
+
+def _features(nuclei: Nuclei, properties: str) -> Iterator[str]:
+    """One GeoJSON Feature a nucleus, as QuPath 0.4 and later read them."""
+    names = [json.dumps(name, ensure_ascii=False) for name in nuclei.measurements]
+    rows = zip(*(values.tolist() for values in nuclei.measurements.values()), strict=True)
+    geometries = shapely.to_geojson(nuclei.polygons)
+    for uuid, geometry, row in zip(nuclei.uuids.tolist(), geometries, rows, strict=True):
+        measured = ", ".join(f"{name}: {value:.6g}" for name, value in zip(names, row, strict=True))
+        yield (
+            f'{{"type": "Feature", "id": "{uuid}", "geometry": {geometry}, '
+            f'"properties": {properties}, "measurements": {{{measured}}}}}}}'
+        )

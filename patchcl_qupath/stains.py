@@ -1,0 +1,87 @@
+"""From RGB to stains: optical density, colour deconvolution, and one scale per slide.
+
+Everything here works pixel by pixel through a 256-entry table and plain sums, so that a pixel
+has the same value, to the last bit, in whichever tile it is read.
+
+A. C. Ruifrok, D. A. Johnston, Quantification of histochemical staining by color deconvolution,
+Anal Quant Cytol Histol 23 (2001).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Rows are stains, columns R, G, B. QuPath's defaults for H&E; the third stain is QuPath's
+# residual, the cross product of the two. Measurements use these, as QuPath's own do.
+QUPATH_H_E = np.array([[0.65111, 0.70119, 0.29049], [0.2159, 0.8012, 0.5581]])
+# Ruifrok & Johnston's hematoxylin, eosin and DAB: what the networks see.
+RUIFROK_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+
+_LEVELS = np.arange(256, dtype=np.float64)
+_OD_QUPATH = -np.log10(np.maximum(_LEVELS, 1) / 255)  # QuPath's optical density, white 255
+_OD_NETWORK = np.maximum(0, -np.log(np.maximum(_LEVELS, 1) / 245))  # glass is seldom whiter
+
+
+def _unmixing(stains: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(3, 3) matrix that turns a row of optical densities into a row of stain amounts."""
+    rows = stains / np.linalg.norm(stains, axis=1, keepdims=True)
+    if len(rows) == 2:
+        residual = np.cross(rows[0], rows[1])
+        rows = np.vstack([rows, residual / np.linalg.norm(residual)])
+    return np.linalg.inv(rows)
+
+
+def _tables(stains: NDArray[np.float64], density: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(3 colours, 256 levels, 3 stains): what each colour level adds to each stain."""
+    return (density[None, :, None] * _unmixing(stains)[:, None, :]).astype(np.float32)
+
+
+_H_E_TABLES = _tables(QUPATH_H_E, _OD_QUPATH)
+_HED_TABLES = _tables(RUIFROK_HED, _OD_NETWORK)
+
+
+def _unmix(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.float32]:
+    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    return np.stack(
+        [tables[0, :, s][red] + tables[1, :, s][green] + tables[2, :, s][blue] for s in range(3)],
+        axis=-1,
+    )
+
+
+def hematoxylin_eosin(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """RGB (..., 3) to the optical density of hematoxylin and eosin (..., 2), as QuPath has it."""
+    return _unmix(rgb, _H_E_TABLES)[..., :2]
+
+
+def unmix_hed(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """RGB (..., 3) to hematoxylin, eosin, residual (..., 3): unscaled input of the networks."""
+    return _unmix(rgb, _HED_TABLES)
+
+
+@dataclass(frozen=True)
+class StainScale:
+    """One slide's stain range: what the networks need to see slides of any stain alike.
+
+    It belongs to the slide, never to a tile: neighbouring tiles must agree on their halo.
+    """
+
+    low: tuple[float, float, float]
+    high: tuple[float, float, float]
+
+    @classmethod
+    def fit(cls, crops: Iterable[NDArray[np.uint8]]) -> StainScale:
+        """From tissue crops (H, W, 3) of one slide: the 2nd and 99th percentile of each stain."""
+        pixels = np.concatenate([unmix_hed(crop).reshape(-1, 3) for crop in crops])
+        low, high = np.percentile(pixels, [2, 99], axis=0)
+        high = np.maximum(high, low + 0.15)  # a slide without one stain must not amplify noise
+        return cls(tuple(low.tolist()), tuple(high.tolist()))
+
+    def apply(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """RGB (..., 3) to scaled hematoxylin, eosin, residual (..., 3) in [-0.2, 1.3]."""
+        low = np.asarray(self.low, dtype=np.float32)
+        span = np.asarray(self.high, dtype=np.float32) - low
+        return np.clip((unmix_hed(rgb) - low) / span, -0.2, 1.3)

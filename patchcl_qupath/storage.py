@@ -1,0 +1,130 @@
+"""Files that are there whole or not at all, and nuclei as parquet."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+
+from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.errors import StorageError
+
+_FULL = "make room and run again, finished tiles are kept"
+_CLOSED = "copy the project to a folder that you can write to"
+_ADVICE = {
+    errno.ENOSPC: f"the disk is full: {_FULL}",
+    errno.EDQUOT: f"your disk quota is used up: {_FULL}",
+    errno.EROFS: f"it is read-only: {_CLOSED}",
+    errno.EACCES: f"no permission to write there: {_CLOSED}",
+    errno.EPERM: f"no permission to write there: {_CLOSED}",
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system says of a failed write into a StorageError with advice."""
+    try:
+        yield
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, str(error))
+        raise StorageError(f"cannot write {path}: {advice}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; it becomes ``path`` when the block ends without an error.
+
+    Works for a file and for a folder. A reader sees the old one or the new one, never a half; for
+    a folder there is an instant in which it sees none.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            if temporary.is_dir():
+                _replace_folder(temporary, path)
+            else:
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+        finally:
+            _remove(temporary)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    old = path.with_name(new.name + ".old")
+    if path.exists():
+        path.replace(old)
+    new.replace(path)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON in one go, keys in the order given."""
+    with replacing(path) as temporary:
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def digest(content: Any) -> str:
+    """12 hexadecimal digits that stand for a JSON-like value."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+_GEO = {  # GeoParquet 1.1; coordinates are pixels, so there is no reference system
+    "version": "1.1.0",
+    "primary_column": "geometry",
+    "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None}},
+}
+
+
+def to_table(nuclei: Nuclei) -> pa.Table:
+    """Nuclei as an Arrow table that is GeoParquet when written: id, geometry, measurements."""
+    columns: dict[str, Any] = {
+        "id": pa.array(nuclei.uuids.tolist() or [""] * len(nuclei), pa.string()),
+        "geometry": pa.array(shapely.to_wkb(nuclei.polygons).tolist(), pa.binary()),
+    }
+    columns |= {name: pa.array(v, pa.float32()) for name, v in nuclei.measurements.items()}
+    return pa.table(columns).replace_schema_metadata({"geo": json.dumps(_GEO)})
+
+
+def from_table(table: pa.Table) -> Nuclei:
+    """The inverse of ``to_table``."""
+    names = [name for name in table.column_names if name not in ("id", "geometry")]
+    return Nuclei(
+        np.asarray(shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False)), object),
+        {name: table[name].to_numpy() for name in names},
+        np.array(table["id"].to_pylist(), dtype="U36"),
+    )
+
+
+def write_nuclei(path: Path, nuclei: Nuclei) -> None:
+    """One parquet file of nuclei."""
+    with replacing(path) as temporary:
+        pq.write_table(to_table(nuclei), temporary, compression="zstd")
+
+
+def read_nuclei(path: Path) -> Nuclei:
+    """What ``write_nuclei`` wrote."""
+    return from_table(pq.read_table(path))
