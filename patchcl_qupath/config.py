@@ -38,6 +38,22 @@ class PatchCLConfig:
     channels: int = 4
     width: int = 8
     dilations: tuple[int, ...] = (1, 2, 3, 5, 10, 20)
+    similarity: str = "prototypes"  # paper: mse, cross_entropy, cosine or mutual_information
+    temperature: float = 0.1  # paper: 1
+    patch_px: int = 24  # paper: 50
+    stride_px: int = 8  # paper: 20
+    patches: int = 10  # drawn per crop and channel
+    crop_px: int = 128  # paper: 300
+    batch: int = 10
+    blur_um: float = 0.5  # hematoxylin is compared at this scale
+    around_um: float = 10.0  # ... and against its surroundings at this one
+    learning_rate: float = 5e-3  # paper: 2e-4
+    weight_decay: float = 1e-4
+    max_steps: int = 220
+    inter: float = 1.0
+    slides: int = 32  # at most so many are learnt from
+    crops: int = 96  # read from them together
+    source_px: int = 384  # side of each crop that is read
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -90,13 +90,17 @@ class Nuclei:
     """Nuclei as columns, one row each, in a fixed order.
 
     ``polygons`` (N,) valid shapely polygons without holes; ``measurements`` maps QuPath's name of
-    a measurement to (N,) float32; ``uuids`` (N,) str. Which frame the polygons are in is said by
-    whoever hands them over.
+    a measurement to (N,) float32; ``uuids`` (N,) str, empty before they are known. Which frame the
+    polygons are in is said by whoever hands them over.
     """
 
     polygons: Polygons
     measurements: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     uuids: NDArray[np.str_] = field(default_factory=lambda: np.empty(0, dtype="U36"))
+
+    def __post_init__(self) -> None:
+        if not len(self.uuids):
+            object.__setattr__(self, "uuids", np.full(len(self.polygons), "", dtype="U36"))
 
     def __len__(self) -> int:
         return len(self.polygons)

@@ -18,7 +18,14 @@ from typing import Any, TypeVar
 
 from patchcl_qupath.datatypes import Nuclei, Tile
 from patchcl_qupath.errors import ConfigError
-from patchcl_qupath.storage import digest, read_nuclei, write_json, write_nuclei, writing
+from patchcl_qupath.storage import (
+    count_nuclei,
+    digest,
+    read_nuclei,
+    write_json,
+    write_nuclei,
+    writing,
+)
 
 Context = TypeVar("Context")
 Seconds = dict[str, float]  # by stage
@@ -52,6 +59,10 @@ class TileStore:
         """The tiles that are still to do."""
         finished = {path.name for path in (self.folder / "tiles").glob("*.parquet")}
         return [tile for tile in tiles if self.path(tile).name not in finished]
+
+    def count(self, tiles: Sequence[Tile]) -> int:
+        """How many nuclei finished tiles hold together."""
+        return sum(count_nuclei(self.path(tile)) for tile in tiles)
 
     def nuclei(self, tiles: Sequence[Tile]) -> Iterator[Nuclei]:
         """The nuclei of finished tiles, one tile after the other, in the tiles' order."""
@@ -97,11 +108,17 @@ def workers(count: int | None = None, scheduler: str | None = None) -> Iterator[
             processes=False,
             dashboard_address=None,
             memory_limit=0,
-            silence_logs=logging.ERROR,
+            silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,
     ):
         yield client
+
+
+def torch_threads(client: Any) -> int:
+    """How many threads a network may use in each of the client's threads without crowding."""
+    threads = sum(client.nthreads().values())
+    return max(1, (os.cpu_count() or 1) // max(1, threads))
 
 
 def map_tiles(

@@ -3,9 +3,6 @@
 ``Slide`` holds metadata only, so it is cheap to pickle; each process opens the file when it
 first reads from it. Slides and tiled TIFF come through tiffslide's zarr view, chunk by chunk;
 an image that is one single chunk (PNG, JPEG, most plain TIFF) is decoded once and kept.
-
-Averages are exact integer sums over areas whose edges depend on the whole grid alone, never on
-the box that is read: that is why neighbouring tiles agree on their halo to the last bit.
 """
 
 from __future__ import annotations
@@ -20,19 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 from numpy.typing import NDArray
 from PIL import Image
 from tiffslide import TiffSlide
 
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import ImageError, SlideError
+from patchcl_qupath.resample import Axis, mean
 
 PILLOW_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp"}
 MAX_IN_MEMORY_PX = 400_000_000  # of an image that cannot be read in parts: 1.2 GB
 MPP_RANGE = (0.05, 4.0)  # beyond it a pixel size is an export's dpi, not a microscope's
 SNAP = 0.1  # how far from the requested mpp a whole number of level-0 pixels may be
-QUANTA = 256  # area weights are whole multiples of 1/256 px: sums are exact
 BLOCK_PX = 2048  # thumbnails are averaged from blocks of about this side
 
 Pair = tuple[float, float]  # (x, y)
@@ -42,8 +38,9 @@ Pair = tuple[float, float]  # (x, y)
 class Slide:
     """One image: its size, its pixel size, and reads on its working grid.
 
-    ``size`` (width, height) of level 0, after bounds; ``mpp_level0`` (x, y) um/px there;
-    ``downsample`` (x, y) level-0 px per working px; ``origin`` (x, y) of the bounds in the file.
+    ``size`` (width, height) of level 0, after bounds; ``mpp_level0`` (x, y) um/px there, which
+    ``calibrated`` is QuPath's or the file's, else a user's word; ``downsample`` (x, y) level-0 px
+    per working px. Of the file: ``origin`` (x, y) of the bounds, and ``levels`` (width, height).
     """
 
     name: str
@@ -51,7 +48,9 @@ class Slide:
     size: tuple[int, int]
     mpp_level0: Pair
     downsample: Pair
-    origin: tuple[int, int] = (0, 0)
+    origin: tuple[int, int]
+    levels: tuple[tuple[int, int], ...]
+    calibrated: bool
 
     @classmethod
     def open(cls, entry: ImageEntry, mpp: float = 0.5, override_mpp: float | None = None) -> Slide:
@@ -78,8 +77,10 @@ class Slide:
         except Exception as error:
             raise _unreadable(entry.name, error) from error
         origin, size = _frame(entry, file)
-        mpp_level0 = _pixel_size(entry, file.mpp, override_mpp)
-        return cls(entry.name, entry.path, size, mpp_level0, _downsample(mpp, mpp_level0), origin)
+        mpp_level0, calibrated = _pixel_size(entry, file.mpp, override_mpp)
+        downsample = _downsample(mpp, mpp_level0)
+        levels = tuple(level.pixels.shape[1::-1] for level in file.levels)
+        return cls(entry.name, entry.path, size, mpp_level0, downsample, origin, levels, calibrated)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,7 +91,13 @@ class Slide:
     @property
     def mpp(self) -> float:
         """um per working px; its square is the area of a working px in um^2."""
-        return math.sqrt(math.prod(self.mpp_level0) * math.prod(self.downsample))
+        return math.sqrt(math.prod(self.grid_mpp))
+
+    @property
+    def grid_mpp(self) -> Pair:
+        """um per working px, (x, y)."""
+        (x, y), (down_x, down_y) = self.mpp_level0, self.downsample
+        return x * down_x, y * down_y
 
     def read(self, box: Box) -> NDArray[np.uint8]:
         """The pixels (rows, cols, 3) of a box of the working grid, area-averaged.
@@ -98,18 +105,14 @@ class Slide:
         One slice of the coarsest pyramid level that is fine enough, so no chunk is decoded twice.
         Raises SlideError for damaged pixels.
         """
-        rows, cols = self.shape
-        assert 0 <= box.row0 < box.row1 <= rows and 0 <= box.col0 < box.col1 <= cols, box
-        try:
-            pixels, y, x = _file(self.path).grid(self.downsample, self.origin)
-            top, bottom = y.source(box.row0, box.row1)
-            left, right = x.source(box.col0, box.col1)
-            source = np.asarray(pixels[top:bottom, left:right])[..., :3]
-        except Exception as error:
-            raise _unreadable(self.name, error) from error
-        sums, heights = y.sums(source, (box.row0, box.row1), (top, bottom))
-        sums, widths = x.sums(sums.swapaxes(0, 1), (box.col0, box.col1), (left, right))
-        return _mean(sums.swapaxes(0, 1), heights, widths)
+        assert box == box.grow(0, self.shape), (box, self.shape)
+        level, y, x = self._grid(self.downsample)
+        rows, cols = (box.row0, box.row1), (box.col0, box.col1)
+        source_rows, source_cols = y.source(*rows), x.source(*cols)
+        pixels = self._pixels(level, source_rows, source_cols)
+        sums = y.sums(pixels, rows, source_rows).swapaxes(0, 1)
+        sums = x.sums(sums, cols, source_cols).swapaxes(0, 1)
+        return mean(sums, y.lengths(*rows), x.lengths(*cols))
 
     def thumbnail_px(self, mpp: float) -> int:
         """Working px per thumbnail px: the whole number nearest to ``mpp`` um."""
@@ -124,18 +127,198 @@ class Slide:
         """
         px = self.thumbnail_px(mpp)
         h, w = (-(-n // px) for n in self.shape)
+        level, y, x = self._grid((self.downsample[0] * px, self.downsample[1] * px))
+        sums = np.zeros((h, w, 3), dtype=np.int64)
+        for source_rows in _blocks(*y.source(0, h), level.chunk[0]):
+            for source_cols in _blocks(*x.source(0, w), level.chunk[1]):
+                rows, cols = y.touched(*source_rows, h), x.touched(*source_cols, w)
+                part = self._pixels(level, source_rows, source_cols)
+                part = y.sums(part, rows, source_rows).swapaxes(0, 1)
+                part = x.sums(part, cols, source_cols).swapaxes(0, 1)
+                sums[slice(*rows), slice(*cols)] += part
+        return mean(sums, y.lengths(0, h), x.lengths(0, w))
+
+    def _grid(self, downsample: Pair) -> tuple[_Level, Axis, Axis]:
+        """The coarsest level that is fine enough, and where a grid's px lie on its y and x."""
         try:
-            pixels, y, x = _file(self.path).grid(
-                (self.downsample[0] * px, self.downsample[1] * px), self.origin
-            )
-            total = np.zeros((h, w, 3), dtype=np.int64)
-            for top, bottom in _blocks(*y.source(0, h), pixels.chunks[0]):
-                for left, right in _blocks(*x.source(0, w), pixels.chunks[1]):
-                    block = np.asarray(pixels[top:bottom, left:right])[..., :3]
-                    rows, cols = y.covered(top, bottom, h), x.covered(left, right, w)
-                    sums, _ = y.sums(block, rows, (top, bottom))
-                    sums, _ = x.sums(sums.swapaxes(0, 1), cols, (left, right))
-                    total[slice(*rows), slice(*cols)] += sums.swapaxes(0, 1)
+            level, *others = _file(self.path).levels
         except Exception as error:
             raise _unreadable(self.name, error) from error
-        return _mean(total, y.lengths(0, h), x.lengths(0, w))
+        for other in others:  # finest first
+            if all(s <= d * 1.01 for s, d in zip(other.scale, downsample, strict=True)):
+                level = other
+        rows, cols = level.pixels.shape[:2]
+        scale, origin = level.scale, self.origin
+        x = Axis(downsample[0] / scale[0], origin[0] / scale[0], cols)
+        y = Axis(downsample[1] / scale[1], origin[1] / scale[1], rows)
+        return level, y, x
+
+    def _pixels(
+        self, level: _Level, rows: tuple[int, int], cols: tuple[int, int]
+    ) -> NDArray[np.uint8]:
+        try:  # decoders raise anything
+            return np.asarray(level.pixels[slice(*rows), slice(*cols)])[..., :3]
+        except Exception as error:
+            raise _unreadable(self.name, error) from error
+
+
+def _blocks(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
+    """[start, stop) in pieces of whole chunks, of about BLOCK_PX each."""
+    step = chunk * max(1, BLOCK_PX // chunk)
+    firsts = range(start // step * step, stop, step)
+    return [(max(start, first), min(stop, first + step)) for first in firsts]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One level of a pyramid."""
+
+    pixels: Any  # uint8 (rows, cols, 3 or 4): a zarr array, or a numpy array in memory
+    chunk: tuple[int, int]  # (rows, cols) that are decoded together
+    scale: Pair  # (x, y) level-0 px per px of this level
+
+
+@dataclass(frozen=True, eq=False)
+class _OpenFile:
+    """An open image: its levels, finest first, and what its metadata say."""
+
+    levels: list[_Level]
+    mpp: tuple[float, ...] | None = None  # x, y
+    bounds: tuple[float, ...] | None = None  # x, y, width, height
+
+
+_opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
+
+
+def _file(path: Path) -> _OpenFile:
+    """The open file of a path: one per process, which its threads share."""
+    with _opening:
+        return _open(path)
+
+
+@lru_cache(maxsize=4)
+def _open(path: Path) -> _OpenFile:
+    if path.suffix.lower() in PILLOW_SUFFIXES:
+        return _open_with_pillow(path)
+    slide = TiffSlide(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(hamamatsu|.*ventana)-format")
+            properties = slide.properties
+        if slide.ts_tifffile.is_scn or slide.ts_tifffile.is_bif:
+            raise ValueError("Leica SCN and Ventana BIF hold several overlapping parts")
+        arrays = [slide.zarr_group[str(level)] for level in range(slide.level_count)]
+        file = _OpenFile(
+            [_level(array, properties["tiffslide.series-axes"], arrays[0]) for array in arrays],
+            _numbers(properties, "mpp-x", "mpp-y"),
+            _numbers(properties, "bounds-x", "bounds-y", "bounds-width", "bounds-height"),
+        )
+    except BaseException:
+        slide.close()
+        raise
+    # Threads may still read when the cache lets go of the file: close it after the last of them.
+    weakref.finalize(file, slide.close)
+    return file
+
+
+def _open_with_pillow(path: Path) -> _OpenFile:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the limit
+        with Image.open(path) as image:
+            if image.mode not in ("RGB", "RGBA", "P"):
+                raise ValueError(f"not RGB: mode {image.mode}")
+            _check_memory(image.width * image.height)
+            pixels = np.asarray(image.convert("RGB"))
+    return _OpenFile([_Level(pixels, (1, 1), (1.0, 1.0))])
+
+
+def _level(array: Any, axes: str, level0: Any) -> _Level:
+    """One level of a TIFF, decoded at once where it is all one chunk."""
+    if axes != "YXS" or array.dtype != np.uint8 or array.shape[2] not in (3, 4):
+        raise ValueError(f"not 8-bit RGB: axes {axes}, {array.dtype}")
+    shape, chunk = array.shape[:2], array.chunks[:2]
+    if chunk[0] >= shape[0] and chunk[1] >= shape[1]:
+        _check_memory(math.prod(shape))
+        array, chunk = np.asarray(array[:]), (1, 1)
+    # A level of 62 px under one of 250 is a quarter that was cut, not 1 / 4.03: QuPath, too,
+    # takes the whole number wherever less than one px is missing.
+    y, x = (
+        whole if abs(n0 / (whole := max(1, round(n0 / n))) - n) < 1 else n0 / n
+        for n0, n in zip(level0.shape[:2], shape, strict=True)
+    )
+    return _Level(array, chunk, (float(x), float(y)))
+
+
+def _check_memory(px: int) -> None:
+    if px > MAX_IN_MEMORY_PX:
+        raise ValueError(f"{px / 1e6:.0f} megapixels in one piece: it needs tiles to be read")
+
+
+def _numbers(properties: dict[str, Any], *names: str) -> tuple[float, ...] | None:
+    """Some of tiffslide's properties, or None where one of them is missing."""
+    values = [properties.get(f"tiffslide.{name}") for name in names]
+    return None if None in values else tuple(float(value) for value in values if value is not None)
+
+
+def _frame(entry: ImageEntry, file: _OpenFile) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Origin (x, y) in the file, and size (width, height), of the image as QuPath shows it.
+
+    QuPath crops what OpenSlide reads to the slide's bounds, and saved the size that resulted.
+    """
+    rows, cols = file.levels[0].pixels.shape[:2]
+    frames = [((0, 0), (cols, rows))]
+    if file.bounds:
+        x, y, width, height = map(int, file.bounds)
+        frames.insert(0 if entry.use_bounds else 1, ((x, y), (width, height)))
+    if entry.size is None:
+        return frames[0]
+    for origin, size in frames:
+        if size == entry.size:
+            return origin, size
+    raise SlideError(
+        f"{entry.name} is {cols} x {rows} px, but QuPath saved {entry.size[0]} x {entry.size[1]}: "
+        f"{entry.path} is another image; fix its path in QuPath"
+    )
+
+
+def _pixel_size(
+    entry: ImageEntry, file_mpp: tuple[float, ...] | None, override_mpp: float | None
+) -> tuple[Pair, bool]:
+    """(x, y) um/px at level 0, the first usable of QuPath's, the file's and the user's; and
+    whether it was not the user's."""
+    known = [mpp for mpp in (entry.mpp, file_mpp) if mpp is not None]
+    for x, y in known:
+        if _usable(x) and _usable(y):
+            return (x, y), True
+    if override_mpp is not None and _usable(override_mpp):
+        return (override_mpp, override_mpp), False
+    found = f"a pixel size of {known[0][0]:.4g} um, which cannot be" if known else "no pixel size"
+    raise SlideError(
+        f"{entry.name} has {found}: set it in QuPath (Image tab, double-click 'Pixel width'), "
+        "or pass --mpp 0.25"
+    )
+
+
+def _usable(mpp: float) -> bool:
+    return MPP_RANGE[0] <= mpp <= MPP_RANGE[1]
+
+
+def _downsample(mpp: float, mpp_level0: Pair) -> Pair:
+    """(x, y) level-0 px per working px."""
+    x, y = mpp_level0
+    if abs(x - y) < 0.02 * x:  # square but for calibration: blocks stay square
+        x = y = math.sqrt(x * y)
+    return _factor(mpp, x), _factor(mpp, y)
+
+
+def _factor(mpp: float, mpp_level0: float) -> float:
+    whole = max(1, round(mpp / mpp_level0))
+    return float(whole) if abs(whole * mpp_level0 - mpp) <= SNAP * mpp else mpp / mpp_level0
+
+
+def _unreadable(name: str, error: Exception) -> SlideError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return SlideError(
+        f"{name} cannot be read ({reason}): if QuPath shows it, export it as OME-TIFF (rendered "
+        "RGB) and add that; if not, copy the file again"
+    )

@@ -102,7 +102,7 @@ _GEO = {  # GeoParquet 1.1; coordinates are pixels, so there is no reference sys
 def to_table(nuclei: Nuclei) -> pa.Table:
     """Nuclei as an Arrow table that is GeoParquet when written: id, geometry, measurements."""
     columns: dict[str, Any] = {
-        "id": pa.array(nuclei.uuids.tolist() or [""] * len(nuclei), pa.string()),
+        "id": pa.array(nuclei.uuids.tolist(), pa.string()),
         "geometry": pa.array(shapely.to_wkb(nuclei.polygons).tolist(), pa.binary()),
     }
     columns |= {name: pa.array(v, pa.float32()) for name, v in nuclei.measurements.items()}
@@ -128,3 +128,8 @@ def write_nuclei(path: Path, nuclei: Nuclei) -> None:
 def read_nuclei(path: Path) -> Nuclei:
     """What ``write_nuclei`` wrote."""
     return from_table(pq.read_table(path))
+
+
+def count_nuclei(path: Path) -> int:
+    """How many nuclei ``write_nuclei`` wrote, without reading them."""
+    return int(pq.read_metadata(path).num_rows)

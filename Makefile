@@ -1,0 +1,32 @@
+# make demo      set up, then learn, segment and write the nuclei of sample_project/
+# make test      set up, then run the tests
+# make check     set up, then run the linters
+# make install   set up only: a virtual environment in .venv
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: install demo test check bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/patchcl-qp run sample_project/project.qpproj
+
+test: install
+	$(BIN)/pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/speed.py
+
+clean:
+	rm -rf .venv sample_project/patchcl

@@ -1,0 +1,328 @@
+"""The command line: flags to settings, one call of the pipeline, messages for people.
+
+Exit status: 0 all done, 1 something failed (the other images are done), 2 wrong usage.
+What takes long to import is imported inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from patchcl_qupath import __version__
+from patchcl_qupath.config import Config, load_config
+from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
+
+if TYPE_CHECKING:
+    from patchcl_qupath.datatypes import ImageEntry
+    from patchcl_qupath.network import Model
+    from patchcl_qupath.pipeline import ImageResult, Progress
+    from patchcl_qupath.project import Project
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+_PATH = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Find every nucleus in the slides of a QuPath project: no labels, no GPU, no download."""
+
+
+def _shared(command: Command) -> Command:
+    """The options that every command on a project's images takes."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON."),
+        click.option("--config", type=_PATH, help="TOML file with settings."),
+        click.option(
+            "--mpp",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Pixel size, in um, of images that have none in QuPath or in their file.",
+        ),
+        click.option(
+            "--image",
+            "names",
+            multiple=True,
+            help="Only the image of this name or id; repeat for more. Default: all.",
+        ),
+        click.argument("project_path", metavar="PROJECT", type=_PATH),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@_shared
+@click.option("--model", "name", default="patchcl", help="Name of the model; trained if missing.")
+@click.option("--retrain", is_flag=True, help="Train the model anew even if there is one.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the training.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads; default: all cores.")
+@click.option("--scheduler", help="Address of a running Dask scheduler, as tcp://host:8786.")
+def run(
+    project_path: Path,
+    names: tuple[str, ...],
+    mpp: float | None,
+    config: Path | None,
+    as_json: bool,
+    name: str,
+    retrain: bool,
+    seed: int | None,
+    workers: int | None,
+    scheduler: str | None,
+) -> None:
+    """Segment the nuclei of PROJECT (a .qpproj file or its folder).
+
+    Trains a model on the project's own slides first if it has none. Run it again after it was
+    stopped, and it goes on where it was.
+    """
+    with _reporting_errors(as_json):
+        project, entries, settings = _open(project_path, names, config, seed)
+        from patchcl_qupath import pipeline, runs
+
+        with _progress_bars() as progress:
+            model, trained = _model(project, entries, settings, mpp, name, retrain, progress)
+            with runs.workers(workers, scheduler) as client:
+                this_run = pipeline.Run(project, model, settings, client, progress, mpp)
+                results = list(this_run.images(entries))
+        _report_run(project, results, trained, as_json)
+    sys.exit(1 if any(result.problem for result in results) else 0)
+
+
+@main.command()
+@_shared
+@click.option("--model", "name", default="patchcl", help="Name to give the model.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the training.")
+def train(
+    project_path: Path,
+    names: tuple[str, ...],
+    mpp: float | None,
+    config: Path | None,
+    as_json: bool,
+    name: str,
+    seed: int | None,
+) -> None:
+    """Train a model on the slides of PROJECT, without labels."""
+    with _reporting_errors(as_json):
+        project, entries, settings = _open(project_path, names, config, seed)
+        with _progress_bars() as progress:
+            model, _ = _model(project, entries, settings, mpp, name, True, progress)
+        path = _model_path(project, name)
+        if as_json:
+            _print_json({"model": str(path), "digest": model.digest, "training": model.training})
+        else:
+            click.echo(f"Model: {path}\nNext:  patchcl-qp run {project_path} --model {name}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=_PATH)
+@click.argument("images", metavar="IMAGE...", type=_PATH, nargs=-1, required=True)
+@click.option("--mpp", type=click.FloatRange(min=0, min_open=True), help="Pixel size in um.")
+def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
+    """Make a QuPath project in DIR out of image files. Images stay where they are."""
+    with _reporting_errors(as_json=False):
+        from patchcl_qupath.datatypes import ImageEntry
+        from patchcl_qupath.project import NewImage, init_project
+        from patchcl_qupath.slide import Slide
+
+        new = []
+        for path in images:
+            slide = Slide.open(ImageEntry("", path.name, path.resolve()), override_mpp=mpp)
+            new.append(NewImage(slide.path, slide.size, slide.mpp_level0))
+        project = init_project(folder, new)
+        click.echo(f"Project: {project} ({len(new)} images)\nNext:    patchcl-qp run {project}")
+
+
+@main.command()
+@_shared
+def status(
+    project_path: Path,
+    names: tuple[str, ...],
+    mpp: float | None,
+    config: Path | None,
+    as_json: bool,
+) -> None:
+    """Say for each image of PROJECT whether its nuclei are there, and what is in the way."""
+    with _reporting_errors(as_json):
+        project, entries, _ = _open(project_path, names, config, None)
+        rows = [
+            {"id": entry.id, "image": entry.name, **_state(project, entry)} for entry in entries
+        ]
+        if as_json:
+            _print_json({"project": str(project.path), "images": rows})
+        else:
+            _print_table(
+                ["image", "state", "nuclei", "made", "model"],
+                [
+                    [row[key] for key in ("image", "state", "nuclei", "made", "model")]
+                    for row in rows
+                ],
+            )
+
+
+def _state(project: Project, entry: ImageEntry) -> dict[str, Any]:
+    try:
+        result = json.loads((project.results(entry) / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"state": entry.problem or "to do", "nuclei": None, "made": None, "model": None}
+    made = {key: result[key] for key in ("nuclei", "made")}
+    return {"state": entry.problem or "done", **made, "model": result["model"][:12]}
+
+
+def _open(
+    path: Path, names: Sequence[str], config: Path | None, seed: int | None
+) -> tuple[Project, list[ImageEntry], Config]:
+    """The project, the images asked for, and the settings."""
+    from patchcl_qupath.project import open_project
+
+    settings = load_config(config)
+    if seed is not None:
+        settings = replace(settings, patchcl=replace(settings.patchcl, seed=seed))
+    project = open_project(path)
+    entries = project.images()
+    if not entries:
+        raise ProjectError(f"{path} has no images: add some in QuPath first")
+    if names:
+        unknown = set(names) - {key for entry in entries for key in (entry.id, entry.name)}
+        if unknown:
+            known = ", ".join(entry.name for entry in entries[:10])
+            raise ProjectError(f"no image {', '.join(sorted(unknown))} in {path}: it has {known}")
+        entries = [entry for entry in entries if entry.id in names or entry.name in names]
+    return project, entries, settings
+
+
+def _model_path(project: Project, name: str) -> Path:
+    return project.output / "models" / f"{name}.pt"
+
+
+def _model(
+    project: Project,
+    entries: Sequence[ImageEntry],
+    settings: Config,
+    mpp: float | None,
+    name: str,
+    retrain: bool,
+    progress: Progress,
+) -> tuple[Model, bool]:
+    """The project's model of that name, and whether it had to be trained."""
+    from patchcl_qupath import pipeline
+    from patchcl_qupath.network import Model
+
+    path = _model_path(project, name)
+    if path.exists() and not retrain:
+        model = Model.load(path)
+        if model.mpp != settings.slide.mpp:
+            raise ConfigError(
+                f"the model {name} was trained at {model.mpp} um/px, the settings ask for "
+                f"{settings.slide.mpp}: pass --retrain, or --model with another name"
+            )
+        return model, False
+    model = pipeline.train(entries, settings, progress, mpp)
+    model.save(path.parent, name)
+    return model, True
+
+
+@contextmanager
+def _reporting_errors(as_json: bool) -> Iterator[None]:
+    """Errors meant for the user become one line, not a traceback."""
+    try:
+        yield
+    except PatchCLError as error:
+        if as_json:
+            _print_json({"error": str(error)})
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        click.echo("\nStopped. The same command goes on from here.", err=True)
+        os._exit(130)  # without waiting for the tiles under way: finished ones are safe
+
+
+@contextmanager
+def _progress_bars() -> Iterator[Progress]:
+    """Bars on standard error: what is done, how fast, how long still."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate)
+    clocks = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, *clocks, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total or None, rate="")
+            task = bars.tasks[tasks[stage]]
+            rate = f"{task.speed:.1f}/s" if task.speed else ""
+            bars.update(tasks[stage], completed=done, total=total or None, rate=rate)
+
+        yield show
+
+
+def _report_run(
+    project: Project, results: Sequence[ImageResult], trained: bool, as_json: bool
+) -> None:
+    if as_json:
+        _print_json(
+            {"project": str(project.path), "images": [asdict(result) for result in results]}
+        )
+        return
+    done = [result for result in results if not result.problem]
+    if done:
+        _print_table(
+            ["image", "tissue mm2", "nuclei", "seconds", "tiles", "taken over"],
+            [
+                [
+                    r.image,
+                    f"{r.tissue_mm2:.2f}",
+                    f"{r.nuclei:,}",
+                    f"{r.seconds:.1f}",
+                    r.tiles,
+                    r.tiles_taken_over,
+                ]
+                for r in done
+            ],
+        )
+        for result in done:
+            if result.note:
+                click.echo(f"Note: {result.image}: {result.note}")
+        click.echo(f"Results: {project.output / 'results'}")
+        click.echo(
+            "Next:    open the project in QuPath, drag groovy/import_nuclei.groovy into its\n"
+            "         window, and choose Run > Run for project"
+        )
+    for result in results:
+        if result.problem:
+            click.echo(f"Failed: {result.problem}", err=True)
+
+
+def _print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*titles)
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    Console().print(table)
+
+
+def _print_json(content: Any) -> None:
+    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

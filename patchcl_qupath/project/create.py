@@ -1,0 +1,120 @@
+"""A new QuPath project out of image files."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.storage import write_json
+
+QUPATH_VERSION = "0.5.1"  # whose format is written; 0.4 and later read it
+OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
+OPENSLIDE_SUFFIXES = {".svs", ".ndpi"}
+
+_RGB = {"Red": -65536, "Green": -16711936, "Blue": -16776961}  # Java's 0xAARRGGBB
+
+
+@dataclass(frozen=True)
+class NewImage:
+    """An image to make a project of.
+
+    ``levels`` are the (width, height) of its pyramid, level 0 first. ``mpp`` (x, y) is um/px
+    where the file itself does not say it; None where QuPath will find it in the file.
+    """
+
+    path: Path
+    levels: Sequence[tuple[int, int]]
+    mpp: tuple[float, float] | None = None
+
+
+def init_project(folder: Path, images: Sequence[NewImage]) -> Path:
+    """Make ``folder`` a QuPath project of ``images``, which stay where they are.
+
+    Returns the path of project.qpproj. Raises ProjectError where there is a project already, and
+    StorageError where nothing can be written.
+    """
+    if existing := sorted(folder.glob("*.qpproj")):
+        raise ProjectError(
+            f"{existing[0]} is there already: add images to it in QuPath, or name another folder"
+        )
+    path = folder.resolve() / "project.qpproj"
+    now = int(time.time() * 1000)
+    entries = [_entry(number, image) for number, image in enumerate(images, start=1)]
+    write_json(
+        path,
+        {
+            "version": QUPATH_VERSION,
+            "createTimestamp": now,
+            "modifyTimestamp": now,
+            "uri": to_uri(path),
+            "lastID": len(entries),
+            "images": entries,
+        },
+    )
+    return path
+
+
+def to_uri(path: Path) -> str:
+    """A file's URI with one slash, as Java writes it."""
+    return path.resolve().as_uri().replace("file:///", "file:/", 1)
+
+
+def _entry(number: int, image: NewImage) -> dict[str, Any]:
+    builder: dict[str, Any] = {"builderType": "uri"}
+    if image.path.suffix.lower() in OPENSLIDE_SUFFIXES:
+        builder["providerClassName"] = OPENSLIDE  # otherwise QuPath takes the reader it likes best
+    builder |= {"uri": to_uri(image.path), "args": []}
+    # Metadata replace what QuPath reads from the file, pyramid levels included: OpenSlide makes
+    # some up for NDPI, so nothing is replaced without need.
+    if image.mpp is not None:
+        builder["metadata"] = _metadata(image.path.name, image.levels, image.mpp)
+    return {
+        "serverBuilder": builder,
+        "entryID": number,
+        "randomizedName": str(uuid.uuid4()),
+        "imageName": image.path.name,
+        "metadata": {},
+    }
+
+
+def _metadata(
+    name: str, levels: Sequence[tuple[int, int]], mpp: tuple[float, float]
+) -> dict[str, Any]:
+    width, height = levels[0]
+    return {
+        "name": name,
+        "width": width,
+        "height": height,
+        "sizeZ": 1,
+        "sizeT": 1,
+        "channelType": "DEFAULT",
+        "isRGB": True,
+        "pixelType": "UINT8",
+        "levels": [
+            {"downsample": _downsample(levels[0], level), "width": level[0], "height": level[1]}
+            for level in levels
+        ],
+        "channels": [{"name": colour, "color": value} for colour, value in _RGB.items()],
+        "pixelCalibration": {
+            "pixelWidth": {"value": mpp[0], "unit": "µm"},
+            "pixelHeight": {"value": mpp[1], "unit": "µm"},
+            "zSpacing": {"value": 1.0, "unit": "z-slice"},
+            "timeUnit": "SECONDS",
+            "timepoints": [],
+        },
+        "preferredTileWidth": 256,
+        "preferredTileHeight": 256,
+    }
+
+
+def _downsample(level0: tuple[int, int], level: tuple[int, int]) -> float:
+    """As QuPath has it: whole where a level is that of level 0 but for a part of a pixel."""
+    mean = (level0[0] / level[0] + level0[1] / level[1]) / 2
+    whole = round(mean)
+    cut = (abs(n0 / whole - n) for n0, n in zip(level0, level, strict=True))
+    return float(whole) if all(n < 1 for n in cut) else mean

@@ -1,0 +1,132 @@
+"""Where there is tissue, and the tiles that cover it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from patchcl_qupath.datatypes import Box, Tile
+from patchcl_qupath.errors import ImageError
+
+# Fixed thresholds on optical density, not Otsu's: Otsu finds tissue on blank glass, too.
+MIN_COLOUR = 0.03  # stain: the densest channel over the clearest; grey dirt and shade have none
+MIN_DENSITY = 0.12  # mean of the channels; dark without a colour is tissue, too (folds, pigment)
+MIN_WHITE = 230  # glass is at least this bright: the palest stroma of a crop is not its glass
+MAX_VOID = 10  # darker in all channels: the scanner wrote nothing here
+MIN_LIGHT = 15  # of the dimmest channel: H&E lets all colours through, fluorescence is black
+CLOSE_UM = 24.0  # gaps in fat and loose stroma
+GROW_UM = 16.0  # nuclei on the border stay whole
+
+
+def check_brightfield(thumbnail: NDArray[np.uint8], name: str) -> None:
+    """Raise ImageError for a thumbnail (h, w, 3) that light did not shine through."""
+    lit = thumbnail[thumbnail.max(axis=2) > 0]
+    if lit.size == 0 or np.median(lit.min(axis=1)) < MIN_LIGHT:
+        raise ImageError(
+            f"{name} is dark all over, as fluorescence is: only brightfield (H&E) images can be "
+            "segmented, take it out of the project"
+        )
+
+
+def tissue_mask(
+    thumbnail: NDArray[np.uint8], mpp: float, min_tissue_um2: float = 20_000.0
+) -> NDArray[np.bool_]:
+    """True (h, w) where a thumbnail (h, w, 3) of ``mpp`` um/px shows tissue, not glass.
+
+    Specks below ``min_tissue_um2`` (of an image smaller than that: below a twentieth of it) are
+    dropped and holes below it filled; what remains is grown a little. Scanner voids are glass.
+    """
+    void = thumbnail.max(axis=2) <= MAX_VOID  # (h, w)
+    if void.all():
+        return np.zeros_like(void)
+    white = np.maximum(np.percentile(thumbnail[~void], 99, axis=0), MIN_WHITE)  # (3,)
+    density = np.log10(white / np.maximum(thumbnail, 1))  # (h, w, 3)
+    colour = density.max(axis=2) - density.min(axis=2)
+    tissue = ((colour > MIN_COLOUR) | (density.mean(axis=2) > MIN_DENSITY)) & ~void
+    tissue = ~_within(~_within(tissue, CLOSE_UM / mpp), CLOSE_UM / mpp)
+    smallest = min(min_tissue_um2 / mpp**2, tissue.size / 20)
+    tissue = _without_small(tissue, smallest)
+    tissue = ~_without_small(~tissue, smallest)
+    return np.asarray(_within(tissue, GROW_UM / mpp) & ~void)
+
+
+def _within(mask: NDArray[np.bool_], distance_px: float) -> NDArray[np.bool_]:
+    """The mask grown by a distance."""
+    if not mask.any():
+        return mask
+    return np.asarray(ndimage.distance_transform_edt(~mask) <= distance_px)
+
+
+def _without_small(mask: NDArray[np.bool_], smallest_px: float) -> NDArray[np.bool_]:
+    """The mask without its connected parts of fewer pixels."""
+    labels, _ = ndimage.label(mask)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return np.asarray((sizes >= max(1, smallest_px))[labels])
+
+
+def plan(
+    shape: tuple[int, int],
+    tissue: NDArray[np.bool_],
+    tissue_px: int,
+    tile_px: int,
+    halo_px: int,
+) -> list[Tile]:
+    """The tiles with tissue, row by row, of a working grid of ``shape`` (rows, cols).
+
+    Write boxes are cut evenly, ``tile_px`` or less to a side, so that no sliver is left over;
+    those without tissue in them are left out. ``tissue`` has one px per ``tissue_px`` grid px.
+    """
+    tiles = []
+    for row, (row0, row1) in enumerate(pairwise(_cuts(shape[0], tile_px))):
+        band = tissue[row0 // tissue_px : -(-row1 // tissue_px)]
+        for col, (col0, col1) in enumerate(pairwise(_cuts(shape[1], tile_px))):
+            if band[:, col0 // tissue_px : -(-col1 // tissue_px)].any():
+                write = Box(row0, col0, row1, col1)
+                tiles.append(Tile(row, col, write.grow(halo_px, shape), write))
+    return tiles
+
+
+def _cuts(length: int, tile_px: int) -> list[int]:
+    count = -(-length // tile_px)
+    return [i * length // count for i in range(count + 1)]
+
+
+def sample_boxes(
+    tissue: NDArray[np.bool_],
+    tissue_px: int,
+    shape: tuple[int, int],
+    size_px: int,
+    count: int,
+    rng: np.random.Generator,
+) -> list[Box]:
+    """``count`` boxes of ``size_px`` a side around random tissue; none where there is no tissue.
+
+    Boxes lie inside the grid of ``shape`` (rows, cols): moved in at its edges, and as small as it
+    where it is smaller.
+    """
+    pixels = np.argwhere(tissue)  # (n, 2) row, col
+    if len(pixels) == 0:
+        return []
+    chosen = pixels[rng.integers(len(pixels), size=count)]
+    centres = (chosen + rng.random(chosen.shape)) * tissue_px
+    size = np.minimum(size_px, shape)
+    firsts = np.clip((centres - size / 2).astype(int), 0, np.array(shape) - size)
+    return [Box(*first, *(first + size).tolist()) for first in firsts.tolist()]
+
+
+def inside(
+    tissue: NDArray[np.bool_],
+    tissue_px: int,
+    rows: NDArray[np.floating],
+    cols: NDArray[np.floating],
+) -> NDArray[np.bool_]:
+    """(n,) whether points of the working grid lie on tissue."""
+    at = [
+        np.clip(np.floor(points / tissue_px).astype(int), 0, length - 1)
+        for points, length in zip((rows, cols), tissue.shape, strict=True)
+    ]
+    return np.asarray(tissue[at[0], at[1]])

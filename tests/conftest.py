@@ -1,0 +1,24 @@
+"""Where the tests' real data are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real slides, projects and labels, which are no part of the repository."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the real data in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_project() -> Path:
+    """The folder of the sample project: read it, never write to it."""
+    return ROOT / "sample_project"

@@ -1,0 +1,159 @@
+"""Outlines, ownership and measurements, against shapes whose values are known."""
+
+import numpy as np
+import pytest
+import shapely
+
+from patchcl_qupath.datatypes import Box, Nuclei, Tile
+from patchcl_qupath.nuclei import (
+    measure,
+    nuclei_of_tile,
+    outlines,
+    owned,
+    shape_measurements,
+    to_level0,
+)
+from patchcl_qupath.stains import hematoxylin_eosin
+
+
+def disc_labels(shape, centres, radius):
+    rows, cols = np.mgrid[: shape[0], : shape[1]] + 0.5
+    labels = np.zeros(shape, dtype=np.int32)
+    for label, (row, col) in enumerate(centres, start=1):
+        labels[(rows - row) ** 2 + (cols - col) ** 2 < radius**2] = label
+    return labels
+
+
+def test_outlines_have_the_area_and_place_of_their_pixels():
+    centres = [(20.2, 31.7), (55.5, 90.1), (80, 20)]
+    labels = disc_labels((100, 120), centres, 9)
+    polygons = outlines(labels)
+    assert shapely.is_valid(polygons).all()
+    np.testing.assert_allclose(shapely.area(polygons), np.pi * 81, rtol=0.02)
+    np.testing.assert_allclose(shapely.length(polygons), 2 * np.pi * 9, rtol=0.04)
+    for polygon, (row, col) in zip(polygons, centres, strict=True):
+        assert shapely.distance(polygon.centroid, shapely.Point(col, row)) < 0.1
+
+
+def test_outlines_touch_the_image_border_without_leaving_it():
+    labels = np.zeros((30, 40), dtype=np.int32)
+    labels[:10, :12] = 1
+    labels[20:, 25:] = 2
+    first, second = outlines(labels)
+    assert shapely.box(0, 0, 40, 30).buffer(0.15).covers(shapely.union(first, second))
+    assert first.bounds[:2] == pytest.approx((0, 0), abs=0.15)
+    assert second.bounds[2:] == pytest.approx((40, 30), abs=0.15)
+
+
+def test_neighbours_outlines_do_not_overlap():
+    labels = np.zeros((40, 40), dtype=np.int32)
+    labels[10:30, 10:20] = 1
+    labels[10:30, 20:30] = 2
+    first, second = outlines(labels)
+    assert shapely.area(shapely.intersection(first, second)) < 1
+    assert shapely.distance(first, second) < 0.2
+
+
+def test_holes_are_left_out_and_the_largest_piece_is_taken():
+    labels = np.zeros((60, 60), dtype=np.int32)
+    labels[10:40, 10:40] = 1
+    labels[20:30, 20:30] = 0
+    labels[50:55, 50:55] = 1  # a second piece
+    labels[45:50, 45:50] = 1  # ... that touches a third by a corner only
+    (polygon,) = outlines(labels)
+    assert not polygon.interiors
+    assert polygon.area == pytest.approx(900, rel=0.01)
+
+
+def test_random_shapes_have_valid_outlines():
+    labels = np.random.default_rng(0).integers(0, 4, (200, 200)).astype(np.int32)
+    polygons = outlines(labels)
+    assert len(polygons) == 3
+    assert shapely.is_valid(polygons).all()
+    assert (shapely.area(polygons) > 0).all()
+
+
+def test_labels_with_gaps_are_refused():
+    with pytest.raises(ValueError, match="without gaps"):
+        outlines(np.full((5, 5), 2, dtype=np.int32))
+
+
+def test_no_labels_no_outlines():
+    empty = np.zeros((20, 30), dtype=np.int32)
+    tile = Tile(0, 0, Box(0, 0, 20, 30), Box(0, 0, 20, 30))
+    rgb = np.zeros((20, 30, 3), dtype=np.uint8)
+    assert len(outlines(empty)) == 0
+    nuclei = nuclei_of_tile(empty, rgb, np.zeros((20, 30), np.float32), tile, (0.5, 0.5))
+    assert len(nuclei) == 0
+    assert len(to_level0(nuclei, (2, 2), "1")) == 0
+
+
+def test_each_nucleus_has_one_owner_also_on_the_border_of_two_write_boxes():
+    # Centroids 0.0, 0.5 px to either side of the border at column 50.
+    image = np.zeros((20, 100), dtype=np.int32)
+    image[5:10, 45:55] = 1  # centroid 49.5: pixel 49
+    image[12:17, 46:55] = 2  # centroid 50: pixel 50
+    left = Tile(0, 0, Box(0, 0, 20, 70), Box(0, 0, 20, 50))
+    right = Tile(0, 1, Box(0, 30, 20, 100), Box(0, 50, 20, 100))
+    np.testing.assert_array_equal(owned(image[:, :70], left), [True, False])
+    np.testing.assert_array_equal(owned(image[:, 30:], right), [False, True])
+
+
+def test_shape_measurements_of_a_rectangle_as_in_qupath():
+    shape = shape_measurements(np.array([shapely.box(0, 0, 3, 4)]))
+    expected = {
+        "Area µm^2": 12,
+        "Length µm": 14,
+        "Circularity": 4 * np.pi * 12 / 14**2,
+        "Solidity": 1,
+        "Max diameter µm": 5,  # of the smallest circle around it
+        "Min diameter µm": 3,  # its least width
+    }
+    assert list(shape) == list(expected)
+    for name, value in expected.items():
+        assert shape[name][0] == pytest.approx(value), name
+
+
+def test_min_diameter_is_the_least_width_not_that_of_the_bounding_box():
+    tilted = shapely.affinity.rotate(shapely.box(0, 0, 10, 2), 30)
+    triangle = shapely.Polygon([(0, 0), (4, 0), (0, 3)])
+    notched = shapely.Polygon([(0, 0), (6, 0), (6, 6), (3, 1), (0, 6)])
+    shape = shape_measurements(np.array([tilted, triangle, notched]))
+    np.testing.assert_allclose(shape["Min diameter µm"], [2, 2.4, 6])
+    assert shape["Solidity"][2] == pytest.approx((36 - 15) / 36)
+
+
+def test_intensities_are_qupath_s_optical_densities_of_the_pixels_inside():
+    labels = np.zeros((4, 6), dtype=np.int32)
+    labels[1:3, 1:3] = 1
+    labels[0, 5] = 2
+    rgb = np.random.default_rng(0).integers(30, 255, (4, 6, 3)).astype(np.uint8)
+    confidence = np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6)
+    polygons = outlines(labels)
+    values = measure(polygons, labels, rgb, confidence)
+    density = hematoxylin_eosin(rgb)
+    for channel, stain in enumerate(("Hematoxylin", "Eosin")):
+        inside = density[1:3, 1:3, channel]
+        assert values[f"{stain}: Mean"][0] == pytest.approx(inside.mean(), rel=1e-5)
+        assert values[f"{stain}: Std.Dev."][0] == pytest.approx(inside.std(ddof=1), rel=1e-5)
+        assert values[f"{stain}: Min"][0] == inside.min()
+        assert values[f"{stain}: Max"][0] == inside.max()
+        assert values[f"{stain}: Std.Dev."][1] == 0
+    assert values["Detection probability"][0] == pytest.approx(confidence[1:3, 1:3].mean())
+
+
+def test_pure_stains_unmix_to_themselves():
+    hematoxylin = 255 * 10 ** (-0.8 * np.array([0.65111, 0.70119, 0.29049]))
+    eosin = 255 * 10 ** (-0.5 * np.array([0.2159, 0.8012, 0.5581]))
+    density = hematoxylin_eosin(np.round([hematoxylin, eosin, [255] * 3]).astype(np.uint8))
+    np.testing.assert_allclose(density, [[0.8, 0], [0, 0.5], [0, 0]], atol=0.01)
+
+
+def test_level0_coordinates_and_uuids():
+    square = shapely.box(10, 20, 12, 26)
+    nuclei = Nuclei(np.array([square, shapely.box(0, 0, 1, 1)]), {"a": np.float32([1, 2])})
+    moved = to_level0(nuclei, (2, 4), "7")
+    assert moved.polygons[0].bounds == (20, 80, 24, 104)
+    assert len(set(moved.uuids)) == 2
+    assert list(moved.uuids) == list(to_level0(nuclei, (2, 4), "7").uuids)
+    assert set(moved.uuids).isdisjoint(to_level0(nuclei, (2, 4), "8").uuids)

@@ -1,0 +1,93 @@
+"""Instance separation: what is one nucleus, what are two, what is none."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from patchcl_qupath.config import SegmentConfig
+from patchcl_qupath.segment import instances
+
+MPP = 0.5
+CONFIG = SegmentConfig()
+
+
+def discs(shape, centres_radii):
+    """Confidence 0.9 on discs (row, col, radius in px), 0.1 elsewhere."""
+    rows, cols = np.mgrid[: shape[0], : shape[1]] + 0.5
+    inside = np.zeros(shape, dtype=bool)
+    for row, col, radius in centres_radii:
+        inside |= (rows - row) ** 2 + (cols - col) ** 2 < radius**2
+    return np.where(inside, 0.9, 0.1).astype(np.float32)
+
+
+def test_a_disc_is_one_nucleus_with_all_its_pixels():
+    confidence = discs((60, 80), [(25.3, 41.8, 8)])
+    labels = instances(confidence, MPP, CONFIG)
+    assert labels.dtype == np.int32
+    assert labels.max() == 1
+    mismatch = (labels == 1) != (confidence > 0.5)
+    assert mismatch.mean() < 0.002
+
+
+def test_touching_discs_are_parted_along_their_waist():
+    labels = instances(discs((60, 80), [(30, 30, 8), (30, 44, 8)]), MPP, CONFIG)
+    assert labels.max() == 2
+    assert labels[30, 30] != labels[30, 44]
+    waist = np.flatnonzero(np.diff(labels[30]) * (labels[30, 1:] > 0) * (labels[30, :-1] > 0))
+    assert abs(waist[0] + 1 - 37) <= 1
+
+
+def test_an_ellipse_is_not_cut_in_two():
+    rows, cols = np.mgrid[:80, :120]
+    confidence = (((rows - 40) / 8) ** 2 + ((cols - 60) / 20) ** 2 < 1).astype(np.float32)
+    assert instances(confidence, MPP, CONFIG).max() == 1
+
+
+def test_labels_have_no_gaps_and_are_4_connected():
+    rng = np.random.default_rng(1)
+    confidence = discs((300, 300), rng.uniform([10, 10, 4], [290, 290, 9], (120, 3)))
+    labels = instances(confidence, MPP, CONFIG)
+    assert labels.max() > 30
+    assert np.array_equal(np.unique(labels), np.arange(labels.max() + 1))
+
+
+@pytest.mark.parametrize(
+    ("radius_px", "is_nucleus"),
+    [(2, False), (4, True), (20, True), (25, False)],  # 3, 13, 314 and 491 um2
+)
+def test_size_limits(radius_px, is_nucleus):
+    labels = instances(discs((120, 120), [(60, 60, radius_px)]), MPP, CONFIG)
+    assert (labels.max() == 1) == is_nucleus
+
+
+def test_small_holes_are_filled_and_large_ones_stay():
+    confidence = discs((120, 60), [(30, 30, 12), (90, 30, 15)])
+    confidence[28:32, 28:32] = 0.1  # 4 um2
+    confidence[84:97, 24:37] = 0.1  # 42 um2
+    labels = instances(confidence, MPP, CONFIG)
+    assert labels[30, 30] > 0
+    assert labels[90, 30] == 0
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_an_image_of_one_confidence_has_no_nuclei(value):
+    assert instances(np.full((100, 90), value, np.float32), MPP, CONFIG).max() == 0
+
+
+def test_a_nucleus_has_the_same_pixels_wherever_it_lies_in_the_image():
+    rng = np.random.default_rng(2)
+    smooth = ndimage.gaussian_filter(rng.normal(size=(400, 400)), 5)
+    confidence = np.round(255 / (1 + np.exp(-60 * smooth))).astype(np.float32) / np.float32(255)
+    whole = instances(confidence, MPP, CONFIG)
+    row, col = 37, 53
+    part = instances(confidence[row:, col:].copy(), MPP, CONFIG)
+    inner = np.unique(part[90:, 90:])[1:]
+    inner = [label for label in inner if not (part[:90] == label).any()]
+    inner = [label for label in inner if not (part[:, :90] == label).any()]
+    assert len(inner) > 20
+    for label in inner:
+        pixels = part == label
+        names = np.unique(whole[row:, col:][pixels])
+        assert len(names) == 1
+        assert names[0] > 0
+        assert (whole == names[0]).sum() == pixels.sum()

@@ -1,0 +1,345 @@
+"""Slides: what is read is what lies there, at the right size, wherever it is read from."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+from tifffile.zarr import ZarrTiffStore
+from tiffslide import TiffSlide
+
+from patchcl_qupath.datatypes import Box, ImageEntry
+from patchcl_qupath.errors import ImageError, SlideError
+from patchcl_qupath.slide import Slide
+from slides import DISCS_UM, scene, shrunk, write_svs, write_tiff
+
+LAYOUTS = [(1,), (1, 2, 4), (1, 4, 16)]
+
+
+def entry(path: Path, **known: object) -> ImageEntry:
+    return ImageEntry("1", path.name, path, **known)  # type: ignore[arg-type]
+
+
+def whole(slide: Slide) -> Box:
+    return Box(0, 0, *slide.shape)
+
+
+def area_mean(pixels: NDArray[np.uint8], shape: tuple[int, int], factor: float) -> NDArray:
+    """The area average by another way: differences of the interpolated integral image."""
+    for axis in (0, 1):
+        integral = np.insert(np.cumsum(pixels, axis=axis, dtype=float), 0, 0, axis=axis)
+        edges = np.minimum(np.arange(shape[axis] + 1) * factor, pixels.shape[axis])
+        low = np.floor(edges).astype(int)
+        high = np.minimum(low + 1, pixels.shape[axis])
+        part = (edges - low).reshape([-1 if a == axis else 1 for a in range(3)])
+        at = integral.take(low, axis) * (1 - part) + integral.take(high, axis) * part
+        widths = np.diff(edges).reshape([-1 if a == axis else 1 for a in range(3)])
+        pixels = np.diff(at, axis=axis) / widths
+    return pixels
+
+
+@pytest.fixture
+def chunks_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each chunk was fetched, as 'level/row.col.0'; without a level if there is one."""
+    counter: Counter[str] = Counter()
+    get = ZarrTiffStore.get
+
+    async def counting(self: ZarrTiffStore, key: str, *args: object, **kwargs: object) -> object:
+        if re.fullmatch(r"(\d+/)?\d+\.\d+\.\d+", key):
+            counter[key] += 1
+        return await get(self, key, *args, **kwargs)
+
+    monkeypatch.setattr(ZarrTiffStore, "get", counting)
+    return counter
+
+
+@pytest.mark.parametrize(
+    ("mpp0", "downsample"),
+    [(0.25, 2), (0.2525, 2), (0.23, 2), (0.5, 1), (0.499, 1), (0.17, 3)]  # near: whole blocks
+    + [(1.0, 0.5), (0.35, 0.5 / 0.35), (0.2, 2.5)],  # not near: exactly what was asked for
+)
+def test_grid_is_whole_blocks_where_they_are_near_the_mpp(
+    tmp_path: Path, mpp0: float, downsample: float
+) -> None:
+    pixels = scene(401, 303, (mpp0, mpp0))
+    slide = Slide.open(entry(write_tiff(tmp_path / "a.tif", pixels, (mpp0, mpp0))), 0.5)
+    assert slide.downsample == pytest.approx((downsample, downsample), rel=1e-6)
+    assert slide.shape == (int(303 / downsample), int(401 / downsample))
+    assert slide.mpp == pytest.approx(mpp0 * downsample, rel=1e-6)
+    expected = area_mean(pixels, slide.shape, slide.downsample[0])
+    assert np.abs(slide.read(whole(slide)) - expected).max() < 1.5
+
+
+@pytest.mark.parametrize("factors", LAYOUTS)
+@pytest.mark.parametrize("mpp", [0.25, 0.5, 0.8, 1.0, 2.3, 4.0])
+def test_every_level_shows_the_same(tmp_path: Path, factors: tuple[int, ...], mpp: float) -> None:
+    pixels = scene(803, 611, (0.25, 0.25))  # no level is a whole fraction of it
+    slide = Slide.open(entry(write_tiff(tmp_path / "a.tif", pixels, (0.25, 0.25), factors)), mpp)
+    expected = area_mean(pixels, slide.shape, slide.downsample[0])
+    difference = np.abs(slide.read(whole(slide)) - expected)
+    assert difference.mean() < 0.5  # each level was rounded to whole numbers
+    assert difference.max() < 40  # a pixel's shift would be 150 on the border of a disc
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.35, 0.5, 1.1])
+@pytest.mark.parametrize("factors", LAYOUTS)
+def test_a_pixel_is_the_same_in_whichever_box_it_is_read(
+    tmp_path: Path, factors: tuple[int, ...], mpp: float
+) -> None:
+    pixels = scene(803, 611, (0.25, 0.25))
+    slide = Slide.open(entry(write_tiff(tmp_path / "a.tif", pixels, (0.25, 0.25), factors)), mpp)
+    everything = slide.read(whole(slide))
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        row0, row1 = np.sort(rng.choice(slide.shape[0] + 1, 2, replace=False)).tolist()
+        col0, col1 = np.sort(rng.choice(slide.shape[1] + 1, 2, replace=False)).tolist()
+        np.testing.assert_array_equal(
+            slide.read(Box(row0, col0, row1, col1)), everything[row0:row1, col0:col1]
+        )
+
+
+@pytest.mark.parametrize("factors", LAYOUTS)
+def test_discs_are_where_they_were_drawn(tmp_path: Path, factors: tuple[int, ...]) -> None:
+    pixels = scene(640, 480, (0.23, 0.23))
+    slide = Slide.open(entry(write_tiff(tmp_path / "a.tif", pixels, (0.23, 0.23), factors)), 0.9)
+    labels, n = ndimage.label(slide.read(whole(slide))[..., 1] < 100)
+    centres = ndimage.center_of_mass(labels > 0, labels, range(1, n + 1))
+    level0 = sorted(
+        ((col + 0.5) * slide.downsample[0], (row + 0.5) * slide.downsample[1])
+        for row, col in centres
+    )
+    expected = sorted((x / 0.23, y / 0.23) for x, y, _ in DISCS_UM)
+    np.testing.assert_allclose(level0, expected, atol=2)
+
+
+def test_pixels_that_are_not_square(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "a.tif", scene(600, 200, (0.25, 0.5)), (0.25, 0.5))
+    slide = Slide.open(entry(path), 0.5)
+    assert slide.mpp_level0 == pytest.approx((0.25, 0.5))
+    assert slide.downsample == (2, 1)
+    assert slide.shape == (200, 300)
+    assert slide.grid_mpp == pytest.approx((0.5, 0.5))
+    pixels = slide.read(whole(slide)).astype(int)
+    assert (np.diff(pixels[-1, :, 0]) >= 0).all()  # red grows with x
+    assert (np.diff(pixels[:, -1, 1]) <= 0).all()  # green falls with y
+
+
+@pytest.mark.parametrize(
+    ("mpp", "level", "side"),
+    [(0.25, 0, 64), (0.6, 0, 64), (1.0, 1, 64), (2.0, 1, 64), (4.0, 2, 64)],
+)
+def test_reads_each_chunk_once_from_the_coarsest_level_that_is_fine_enough(
+    tmp_path: Path, chunks_read: Counter[str], mpp: float, level: int, side: int
+) -> None:
+    path = write_tiff(tmp_path / "a.tif", scene(3000, 2400, (0.25, 0.25)), (0.25, 0.25), (1, 4, 16))
+    slide = Slide.open(entry(path), mpp)
+    chunks_read.clear()
+    rows, cols = slide.shape
+    box = Box(rows // 3, cols // 4, rows // 2, cols // 2)
+    slide.read(box)
+    assert set(chunks_read.values()) == {1}
+    assert {int(key.split("/")[0]) for key in chunks_read} == {level}
+    per_px = mpp / 0.25 / 4**level  # level px per working px
+    spans = [
+        np.ceil(last * per_px / side) - np.floor(first * per_px / side)
+        for first, last in ((box.row0, box.row1), (box.col0, box.col1))
+    ]
+    assert len(chunks_read) == np.prod(spans)
+
+
+def test_thumbnail_is_the_mean_and_reads_each_chunk_once(
+    tmp_path: Path, chunks_read: Counter[str]
+) -> None:
+    pixels = scene(5003, 2601, (0.25, 0.25))  # one level, more than one block
+    path = write_tiff(tmp_path / "a.tif", pixels, (0.25, 0.25), tile_px=240)
+    slide = Slide.open(entry(path), 0.5)
+    chunks_read.clear()
+    thumbnail, px = slide.thumbnail(8.0), slide.thumbnail_px(8.0)
+    assert set(chunks_read.values()) == {1}
+    assert px == 16
+    assert thumbnail.shape == (-(-1300 // 16), -(-2501 // 16), 3)
+    expected = shrunk(pixels, 32).astype(int)
+    got = thumbnail[: expected.shape[0], : expected.shape[1]]
+    assert np.abs(got - expected).max() <= 1
+
+
+def test_thumbnail_of_a_pyramid_reads_a_coarse_level(
+    tmp_path: Path, chunks_read: Counter[str]
+) -> None:
+    pixels = scene(1600, 1200, (0.25, 0.25))
+    path = write_tiff(tmp_path / "a.tif", pixels, (0.25, 0.25), (1, 4), tile_px=128)
+    slide = Slide.open(entry(path), 0.35)
+    chunks_read.clear()
+    thumbnail = slide.thumbnail(2.0)
+    assert {key.split("/")[0] for key in chunks_read} == {"1"}
+    side = slide.thumbnail_px(2.0) * slide.downsample[0]
+    expected = area_mean(pixels, thumbnail.shape[:2], side)
+    assert np.abs(thumbnail - expected).mean() < 0.5
+
+
+def test_a_slide_smaller_than_a_pixel_of_its_thumbnail(shared_data: Path) -> None:
+    slide = Slide.open(entry(shared_data / "slides" / "small.svs"))
+    assert slide.read(whole(slide)).shape == (16, 16, 3)
+    assert slide.thumbnail(16.0).shape == (1, 1, 3)
+
+
+def test_aperio(tmp_path: Path) -> None:
+    pixels = scene(1000, 800, (0.25, 0.25))
+    slide = Slide.open(entry(write_svs(tmp_path / "a.svs", pixels, 0.25)))
+    assert slide.mpp_level0 == (0.25, 0.25)
+    assert slide.levels == ((1000, 800), (250, 200))
+    assert np.abs(slide.read(whole(slide)) - shrunk(pixels, 2).astype(int)).mean() < 3
+
+
+def test_hamamatsu(shared_data: Path) -> None:
+    slide = Slide.open(entry(shared_data / "slides" / "test3-DAPI-2-387.ndpi"))
+    assert slide.size == (3968, 4864)
+    assert slide.mpp == pytest.approx(2 * 0.228, abs=1e-3)
+    assert len(slide.levels) == 4
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_plain_images_are_read_with_the_pixel_size_that_is_given(
+    tmp_path: Path, suffix: str
+) -> None:
+    pixels = scene(600, 400, (0.25, 0.25))
+    path = tmp_path / f"crop{suffix}"
+    if suffix == ".tif":
+        write_tiff(path, pixels, tile_px=None)
+    else:
+        Image.fromarray(pixels).save(path, dpi=(72, 72), quality=98)
+    slide = Slide.open(entry(path), 0.5, override_mpp=0.25)
+    assert not slide.calibrated
+    assert np.abs(slide.read(whole(slide)) - shrunk(pixels, 2).astype(int)).mean() < 2
+    with pytest.raises(SlideError, match=rf"crop{suffix} has no pixel size.*--mpp"):
+        Slide.open(entry(path))
+
+
+def test_transparency_is_left_out(tmp_path: Path) -> None:
+    pixels = scene(300, 200, (0.5, 0.5))
+    alpha = np.full((200, 300, 1), 255, np.uint8)
+    Image.fromarray(np.concatenate([pixels, alpha], axis=2)).save(tmp_path / "a.png")
+    slide = Slide.open(entry(tmp_path / "a.png", mpp=(0.5, 0.5)))
+    np.testing.assert_array_equal(slide.read(whole(slide)), pixels)
+
+
+def test_pixel_size_is_qupaths_then_the_files_then_the_users(tmp_path: Path) -> None:
+    pixels = scene(300, 200, (0.25, 0.25))
+    path = write_tiff(tmp_path / "a.tif", pixels, (0.25, 0.25))
+    dpi_72 = write_tiff(tmp_path / "b.tif", pixels, (352.8, 352.8))
+    corrected = entry(path, mpp=(0.3, 0.3))
+    assert Slide.open(corrected, override_mpp=0.4).mpp_level0 == (0.3, 0.3)
+    assert Slide.open(entry(path), override_mpp=0.4).mpp_level0 == pytest.approx((0.25, 0.25))
+    assert Slide.open(entry(dpi_72), override_mpp=0.4).mpp_level0 == (0.4, 0.4)
+    assert Slide.open(entry(path), override_mpp=0.4).calibrated
+    with pytest.raises(SlideError, match=r"b\.tif has a pixel size of 352\.8 um.*--mpp"):
+        Slide.open(entry(dpi_72))
+
+
+def test_bounds_are_subtracted_as_qupath_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = scene(600, 400, (0.5, 0.5))
+    path = write_tiff(tmp_path / "a.tif", pixels, (0.5, 0.5), (1, 2))
+    bounds = {"x": 101, "y": 50, "width": 300, "height": 200}
+    parse = TiffSlide.properties.func  # type: ignore[attr-defined]
+    with_bounds = {f"tiffslide.bounds-{name}": value for name, value in bounds.items()}
+    monkeypatch.setattr(TiffSlide, "properties", property(lambda self: parse(self) | with_bounds))
+    cropped = Slide.open(entry(path))
+    assert cropped.size == (300, 200)
+    np.testing.assert_array_equal(cropped.read(whole(cropped)), pixels[50:250, 101:401])
+    assert Slide.open(entry(path, use_bounds=False)).size == (600, 400)
+    assert Slide.open(entry(path, size=(600, 400))).size == (600, 400)  # as QuPath saved it
+    coarse = Slide.open(entry(path), 1.0)  # half a pixel of the second level before the origin
+    expected = area_mean(pixels[50:250, 101:401], coarse.shape, 2)
+    assert np.abs(coarse.read(whole(coarse)) - expected).mean() < 1
+
+
+def test_another_image_than_qupath_saved(sample_project: Path) -> None:
+    path = sample_project / "CMU-1-Small-Region.svs"
+    with pytest.raises(SlideError, match="2220 x 2967 px, but QuPath saved 1000 x 2967"):
+        Slide.open(entry(path, size=(1000, 2967)))
+
+
+def test_goes_to_workers_as_metadata_and_reads_the_same_there(sample_project: Path) -> None:
+    slide = Slide.open(entry(sample_project / "CMU-1-Small-Region.svs"))
+    boxes = [Box(r, c, r + 300, c + 300) for r in range(0, 2600, 400) for c in range(0, 1900, 400)]
+    expected = [slide.read(box) for box in boxes]
+    sent = pickle.dumps(slide)
+    assert len(sent) < 1000
+    copy = pickle.loads(sent)
+    with ThreadPoolExecutor(8) as threads:
+        for got, pixels in zip(threads.map(copy.read, boxes), expected, strict=True):
+            np.testing.assert_array_equal(got, pixels)
+
+
+def test_many_slides_one_after_another(tmp_path: Path) -> None:
+    slides = []
+    for i in range(9):  # more than stay open
+        pixels = np.full((80, 100, 3), 20 * i + 40, np.uint8)
+        slides.append(Slide.open(entry(write_tiff(tmp_path / f"{i}.tif", pixels, (0.5, 0.5)))))
+    for i, slide in enumerate(slides):
+        assert (slide.read(whole(slide)) == 20 * i + 40).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("unreadable.svs", "cannot be read"),
+        ("unopenable.tiff", "cannot be read"),
+        ("cells.ome.tif", "cannot be read.*SYX.*OME-TIFF"),
+        ("kidney-48-5.tif", "no pixel size.*QuPath.*--mpp"),
+        ("boxes.tiff", "352.8 um.*QuPath.*--mpp"),
+        ("not-there.svs", "is not at .*QuPath"),
+    ],
+)
+def test_bad_files_say_what_to_do(shared_data: Path, name: str, reason: str) -> None:
+    with pytest.raises(SlideError, match=f"(?s)^{re.escape(name)} .*{reason}") as error:
+        Slide.open(entry(shared_data / "slides" / name))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "CMYK"])
+def test_images_that_are_not_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    Image.new(mode, (64, 64)).save(path)
+    with pytest.raises(SlideError, match="not RGB"):
+        Slide.open(entry(path), override_mpp=0.5)
+
+
+def test_images_that_are_cut_off(tmp_path: Path, sample_project: Path) -> None:
+    content = (sample_project / "CMU-1-Small-Region.svs").read_bytes()
+    svs, png = tmp_path / "cut.svs", tmp_path / "cut.png"
+    svs.write_bytes(content[: len(content) * 6 // 10])
+    Image.fromarray(scene(300, 200, (0.5, 0.5))).save(tmp_path / "whole.png")
+    png.write_bytes((tmp_path / "whole.png").read_bytes()[:9000])
+    for path in (svs, png):
+        with pytest.raises(SlideError, match=f"{path.name} cannot be read"):
+            Slide.open(entry(path), override_mpp=0.5)
+
+
+def test_pixels_that_are_damaged_are_not_read_as_black(
+    tmp_path: Path, sample_project: Path
+) -> None:
+    content = bytearray((sample_project / "CMU-1-Small-Region.svs").read_bytes())
+    content[400_000:500_000] = bytes(100_000)  # the middle of the JPEG tiles
+    path = tmp_path / "a.svs"
+    path.write_bytes(content)
+    slide = Slide.open(entry(path))
+    with pytest.raises(SlideError, match=r"a\.svs cannot be read"):
+        slide.read(whole(slide))
+    with pytest.raises(SlideError, match=r"a\.svs cannot be read"):
+        slide.thumbnail(8.0)
+
+
+def test_an_image_with_a_problem_is_not_opened(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="is a rotated view"):
+        Slide.open(entry(tmp_path / "a.svs", problem="a.svs is a rotated view"))
