@@ -33,7 +33,7 @@ COMMAND = [sys.executable, "-m", "patchcl_qupath.cli"]
 
 def main() -> None:
     """Print the table, or with --json one line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     as_json = parser.parse_args().json
     with tempfile.TemporaryDirectory() as folder:

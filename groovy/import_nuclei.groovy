@@ -1,16 +1,14 @@
 /**
  * Shows the nuclei that `patchcl-qp run` found, in the open image; or, with 'Run > Run for project',
- * in every image chosen there.
- *
- * What an earlier import added is taken out first. Objects that a person drew or changed stay as
- * they are, nuclei that a person deleted stay deleted, and new nuclei in either place are left out.
- * So the script may be run as often as one likes. To have the deleted ones back: delete all nuclei,
- * then run it again.
- *
- * Each image gets a receipt, patchcl/imported/<image id>.json: without one, its import failed.
- * Without a window, images are saved at once:
+ * in every image chosen there. Without a window, the images are saved at once:
  *
  *     QuPath script -p project.qpproj import_nuclei.groovy
+ *
+ * It may be run as often as one likes. What an earlier import added is taken out first. What a person
+ * drew or changed stays as it is, nuclei that a person deleted stay deleted, and new nuclei in either
+ * place are left out. To have deleted ones back, delete all the nuclei, then run this again.
+ *
+ * Each image gets a receipt, patchcl/imported/<image id>.json, which names the run that it shows.
  *
  * Needs QuPath 0.4 or later.
  */
@@ -24,12 +22,16 @@ import java.nio.file.Paths
 import java.nio.file.StandardCopyOption
 import java.security.MessageDigest
 import java.time.OffsetDateTime
+import org.locationtech.jts.geom.Coordinate
 import org.locationtech.jts.geom.Envelope
 import org.locationtech.jts.index.strtree.STRtree
 import org.slf4j.LoggerFactory
+import qupath.lib.geom.Point2
 import qupath.lib.gui.QuPathGUI
+import qupath.lib.images.ImageData
 import qupath.lib.io.GsonTools
 import qupath.lib.io.PathIO
+import qupath.lib.objects.PathAnnotationObject
 import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjectTools
 import qupath.lib.roi.interfaces.ROI
@@ -58,49 +60,151 @@ if (!Files.exists(resultFile)) {
 }
 
 // Read everything before anything is changed: a damaged file must not cost the nuclei shown now.
-def result = JsonParser.parseString(Files.readString(resultFile)).getAsJsonObject()
-List<PathObject> nuclei = result.getAsJsonArray('files').collectMany { file ->
-    PathIO.readObjects(results.resolve(file.getAsString()))
+String run
+List<PathObject> nuclei = []
+try {
+    def result = JsonParser.parseString(Files.readString(resultFile)).getAsJsonObject()
+    run = result.get('run').getAsString()
+    for (file in result.getAsJsonArray('files'))
+        nuclei.addAll(PathIO.readObjects(results.resolve(file.getAsString())))
+    if (nuclei.size() != result.get('nuclei').getAsInt())
+        throw new IOException("${nuclei.size()} of ${result.get('nuclei')} nuclei")
+} catch (Exception e) {
+    throw new IOException("The results of ${name} are damaged: run 'patchcl-qp run' again (${results}).", e)
 }
-if (nuclei.size() != result.get('nuclei').getAsInt())
-    throw new IOException("The results of ${name} are damaged: run 'patchcl-qp run' again (${results}).")
 
-// What is here: nuclei of ours as we imported them, and everything else.
-Map<String, List<String>> imported = readImported(imageData)
+// Ours and untouched is what we imported, if it still looks so and nothing of a person's lies within.
+def hierarchy = imageData.getHierarchy()
+Map<String, String> imported = readImported(imageData)
 Set<PathObject> untouched = []
 List<PathObject> kept = []
 Set<String> keptIds = []
-for (pathObject in imageData.getHierarchy().getAllObjects(false)) {
-    String id = pathObject.getID().toString()
+for (pathObject in hierarchy.getAllObjects(false)) {
+    String id = pathObject.getID()
     boolean drawnWithin = pathObject.getChildObjects().any { !imported.containsKey(it.getID().toString()) }
-    if (imported.containsKey(id) && imported[id][0] == digest(pathObject) && !drawnWithin)
+    if (!drawnWithin && imported[id]?.startsWith(digest(pathObject)))
         untouched << pathObject
     else {
         kept << pathObject
         keptIds << id
     }
 }
-// What a person decided about: of all that we imported, what is gone, and what is changed.
-Set<String> decided = imported.keySet() - untouched.collect { it.getID().toString() }
-boolean anyLeft = !untouched.isEmpty() || decided.any { it in keptIds }
-if (!anyLeft)
-    decided = []
+// The rest of what we imported, a person changed or deleted: there the person's word counts.
+Map<String, String> decided = new LinkedHashMap(imported)
+untouched.each { decided.remove(it.getID().toString()) }
+if (untouched.isEmpty() && !decided.keySet().any { it in keptIds })
+    decided.clear()   // all of it deleted: start afresh
 
-def keptTree = new STRtree()
-kept.collect { PathObjectTools.getROI(it, true) }.findAll { it?.isArea() }.each { keptTree.insert(envelope(it), it) }
-def decidedTree = new STRtree()
-decided.collect { imported[it] }.each { _, x, y ->
-    double[] point = [x as double, y as double]
-    decidedTree.insert(new Envelope(point[0], point[0], point[1], point[1]), point)
-}
+def keptOutlines = new STRtree()
+for (roi in kept.collect { PathObjectTools.getROI(it, true) })
+    if (roi?.isArea())
+        keptOutlines.insert(envelope(roi), roi)
+def decidedPlaces = new STRtree()
+for (place in decided.values().collect { centroid(it) })
+    decidedPlaces.insert(new Envelope(place), place)
 List<PathObject> added = nuclei.findAll {
-    !(it.getID().toString() in decided) && !isOnPoint(it.getROI(), decidedTree) && !isOnObject(it.getROI(), keptTree, maxOverlap)
+    !(it.getID().toString() in decided) &&
+            !coversAny(it.getROI(), decidedPlaces) &&
+            !overlapsAny(it.getROI(), keptOutlines, maxOverlap)
 }
 
-def hierarchy = imageData.getHierarchy()
 hierarchy.getSelectionModel().deselectObjects(untouched)
 hierarchy.removeObjects(untouched, true)
 hierarchy.addObjects(added)
-writeImported(imageData, imported.subMap(decided) + added.collectEntries {
-    [it.getID().toString(), [digest(it), it.getROI().getCentroidX(), it.getROI().getCentroidY()]]
-})
+writeImported(imageData, decided + added.collectEntries { [it.getID().toString(), digestAndCentroid(it)] })
+
+// QuPath saves after 'Run for project' and 'QuPath script --save', a person saves the open image.
+boolean savedByQuPath = getBinding().getVariables()[ScriptAttributes.BATCH_SAVE]
+boolean inWindow = QuPathGUI.getInstance() != null
+if (!savedByQuPath && !inWindow)
+    entry.saveImageData(imageData)
+int leftOut = nuclei.size() - added.size()
+writeReceipt(folder.resolve('imported').resolve(entry.getID() + '.json'), [
+    image   : name,
+    run     : run,
+    imported: OffsetDateTime.now().toString(),
+    added   : added.size(),
+    left_out: leftOut,
+    removed : untouched.size(),
+    kept    : kept.size(),
+])
+logger.info("${name}: ${added.size()} nuclei added, ${leftOut} left out where a person decided otherwise, " +
+        "${untouched.size()} of an earlier import removed, ${kept.size()} other objects kept." +
+        (inWindow && !savedByQuPath ? ' Save the image to keep them.' : ''))
+
+
+/**
+ * What earlier imports added: id -> digest and centroid. Kept among the image's own properties, so
+ * that QuPath saves, discards and duplicates it together with the objects themselves.
+ */
+static Map<String, String> readImported(ImageData<?> imageData) {
+    String lines = imageData.getProperty('patchcl.imported') ?: ''
+    return lines.readLines().collectEntries { [it.substring(0, 36), it.substring(37)] }
+}
+
+static void writeImported(ImageData<?> imageData, Map<String, String> imported) {
+    imageData.setProperty('patchcl.imported', imported.collect { id, mark -> id + ' ' + mark }.join('\n'))
+}
+
+static void writeReceipt(Path file, Map receipt) {
+    Files.createDirectories(file.getParent())
+    Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')
+    Files.writeString(temporary, GsonTools.getInstance(true).toJson(receipt))
+    Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+}
+
+static String digestAndCentroid(PathObject pathObject) {
+    ROI roi = pathObject.getROI()
+    return digest(pathObject) + ' ' + (float) roi.getCentroidX() + ' ' + (float) roi.getCentroidY()
+}
+
+static Coordinate centroid(String digestAndCentroid) {
+    def (_, x, y) = digestAndCentroid.tokenize(' ')
+    return new Coordinate(x as double, y as double)
+}
+
+/**
+ * What a person can change of an object: kind, outline, class, name, colour, lock, description.
+ * Coordinates as float: that is how QuPath saves them, so the digest survives saving.
+ */
+@CompileStatic
+static String digest(PathObject pathObject) {
+    def text = new StringBuilder()
+    ROI roi = pathObject.getROI()
+    if (roi != null)
+        for (Point2 point : roi.getAllPoints())
+            text.append((float) point.getX()).append(' ').append((float) point.getY()).append(' ')
+    text.append([pathObject.isAnnotation(), pathObject.getPathClass(), pathObject.getName(), pathObject.getColor(),
+                 pathObject.isLocked()])
+    if (pathObject instanceof PathAnnotationObject)
+        text.append(((PathAnnotationObject) pathObject).getDescription())
+    byte[] hash = MessageDigest.getInstance('SHA-256').digest(text.toString().getBytes(StandardCharsets.UTF_8))
+    return hash.encodeHex().toString().substring(0, 16)
+}
+
+@CompileStatic
+static Envelope envelope(ROI roi) {
+    return new Envelope(roi.getBoundsX(), roi.getBoundsX() + roi.getBoundsWidth(),
+            roi.getBoundsY(), roi.getBoundsY() + roi.getBoundsHeight())
+}
+
+/** Whether one of the places lies inside the outline. */
+@CompileStatic
+static boolean coversAny(ROI roi, STRtree places) {
+    return places.query(envelope(roi)).any { roi.contains(((Coordinate) it).x, ((Coordinate) it).y) }
+}
+
+/** Whether the intersection with one of the outlines is more than maxOverlap of the union. */
+@CompileStatic
+static boolean overlapsAny(ROI roi, STRtree outlines, double maxOverlap) {
+    double area = roi.getArea()
+    return outlines.query(envelope(roi)).any {
+        ROI other = (ROI) it
+        double otherArea = other.getArea()
+        // Cheap first: the areas alone say that a nucleus is no match for a large annotation.
+        if (Math.min(area, otherArea) <= maxOverlap * Math.max(area, otherArea))
+            return false
+        double shared = roi.getGeometry().intersection(other.getGeometry()).getArea()
+        return shared > maxOverlap * (area + otherArea - shared)
+    }
+}

@@ -135,7 +135,8 @@ def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
         new = []
         for path in images:
             slide = Slide.open(ImageEntry("", path.name, path.resolve()), override_mpp=mpp)
-            new.append(NewImage(slide.path, slide.size, slide.mpp_level0))
+            known = None if slide.calibrated else slide.mpp_level0
+            new.append(NewImage(slide.path, slide.levels, known))
         project = init_project(folder, new)
         click.echo(f"Project: {project} ({len(new)} images)\nNext:    patchcl-qp run {project}")
 
@@ -301,6 +302,7 @@ def _report_run(
             if result.note:
                 click.echo(f"Note: {result.image}: {result.note}")
         click.echo(f"Results: {project.output / 'results'}")
+        click.echo(f"Look at: {project.output / 'previews'}")
         click.echo(
             "Next:    open the project in QuPath, drag groovy/import_nuclei.groovy into its\n"
             "         window, and choose Run > Run for project"

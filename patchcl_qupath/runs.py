@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from patchcl_qupath.datatypes import Nuclei, Tile
-from patchcl_qupath.errors import ConfigError
+from patchcl_qupath.errors import ConfigError, StorageError
 from patchcl_qupath.storage import (
     count_nuclei,
     digest,
@@ -106,7 +108,7 @@ def workers(count: int | None = None, scheduler: str | None = None) -> Iterator[
             n_workers=1,
             threads_per_worker=count or os.cpu_count() or 1,
             processes=False,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces all the same
             memory_limit=0,
             silence_logs=logging.CRITICAL,
         ) as cluster,
@@ -115,10 +117,31 @@ def workers(count: int | None = None, scheduler: str | None = None) -> Iterator[
         yield client
 
 
+@contextmanager
+def timed(seconds: Seconds, stage: str) -> Iterator[None]:
+    """Note how long the block took."""
+    began = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - began
+
+
+def write_run(
+    folder: Path, about: dict[str, Any], training: dict[str, Any], images: list[dict[str, Any]]
+) -> None:
+    """``run.json``: what was run, with what, and what became of each image so far."""
+    packages = ("torch", "numpy", "scipy", "shapely", "tiffslide", "tifffile", "zarr", "dask")
+    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
+    with suppress(StorageError):  # whoever finds the disk full is the image, and says so
+        write_json(
+            folder / "run.json",
+            {**about, "versions": versions, "training": training, "images": images},
+        )
+
+
 def torch_threads(client: Any) -> int:
     """How many threads a network may use in each of the client's threads without crowding."""
     threads = sum(client.nthreads().values())
-    return max(1, (os.cpu_count() or 1) // max(1, threads))
+    return max(1, (os.cpu_count() or 1) // max(1, int(threads)))
 
 
 def map_tiles(
@@ -160,6 +183,6 @@ def map_tiles(
 
 def _do(task: TileTask[Context], context: Context, tile: Tile, path: Path) -> Seconds:
     nuclei, seconds = task(context, tile)
-    began = time.perf_counter()
-    write_nuclei(path, nuclei)
-    return {**seconds, "store": time.perf_counter() - began}
+    with timed(seconds, "store"):
+        write_nuclei(path, nuclei)
+    return seconds

@@ -1,32 +1,23 @@
 """Slides: any region, at the working resolution, in one read.
 
 ``Slide`` holds metadata only, so it is cheap to pickle; each process opens the file when it
-first reads from it. Slides and tiled TIFF come through tiffslide's zarr view, chunk by chunk;
-an image that is one single chunk (PNG, JPEG, most plain TIFF) is decoded once and kept.
+first reads from it.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-import warnings
-import weakref
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from tiffslide import TiffSlide
 
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import ImageError, SlideError
+from patchcl_qupath.pyramid import Level, Pyramid, open_pyramid
 from patchcl_qupath.resample import Axis, mean
 
-PILLOW_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp"}
-MAX_IN_MEMORY_PX = 400_000_000  # of an image that cannot be read in parts: 1.2 GB
 MPP_RANGE = (0.05, 4.0)  # beyond it a pixel size is an export's dpi, not a microscope's
 SNAP = 0.1  # how far from the requested mpp a whole number of level-0 pixels may be
 BLOCK_PX = 2048  # thumbnails are averaged from blocks of about this side
@@ -71,15 +62,15 @@ class Slide:
                 f"{entry.name} is not at {entry.path}: open the project in QuPath and fix its path"
             )
         try:
-            file = _file(entry.path)
+            pyramid = open_pyramid(entry.path)
             # An unknown codec or a damaged file shows up here, not an hour into the run.
-            np.asarray(file.levels[-1].pixels[:1, :1])
+            np.asarray(pyramid.levels[-1].pixels[:1, :1])
         except Exception as error:
             raise _unreadable(entry.name, error) from error
-        origin, size = _frame(entry, file)
-        mpp_level0, calibrated = _pixel_size(entry, file.mpp, override_mpp)
+        origin, size = _frame(entry, pyramid)
+        mpp_level0, calibrated = _pixel_size(entry, pyramid.mpp, override_mpp)
         downsample = _downsample(mpp, mpp_level0)
-        levels = tuple(level.pixels.shape[1::-1] for level in file.levels)
+        levels = tuple(level.pixels.shape[1::-1] for level in pyramid.levels)
         return cls(entry.name, entry.path, size, mpp_level0, downsample, origin, levels, calibrated)
 
     @property
@@ -138,10 +129,10 @@ class Slide:
                 sums[slice(*rows), slice(*cols)] += part
         return mean(sums, y.lengths(0, h), x.lengths(0, w))
 
-    def _grid(self, downsample: Pair) -> tuple[_Level, Axis, Axis]:
+    def _grid(self, downsample: Pair) -> tuple[Level, Axis, Axis]:
         """The coarsest level that is fine enough, and where a grid's px lie on its y and x."""
         try:
-            level, *others = _file(self.path).levels
+            level, *others = open_pyramid(self.path).levels
         except Exception as error:
             raise _unreadable(self.name, error) from error
         for other in others:  # finest first
@@ -154,7 +145,7 @@ class Slide:
         return level, y, x
 
     def _pixels(
-        self, level: _Level, rows: tuple[int, int], cols: tuple[int, int]
+        self, level: Level, rows: tuple[int, int], cols: tuple[int, int]
     ) -> NDArray[np.uint8]:
         try:  # decoders raise anything
             return np.asarray(level.pixels[slice(*rows), slice(*cols)])[..., :3]
@@ -169,106 +160,15 @@ def _blocks(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
     return [(max(start, first), min(stop, first + step)) for first in firsts]
 
 
-@dataclass(frozen=True)
-class _Level:
-    """One level of a pyramid."""
-
-    pixels: Any  # uint8 (rows, cols, 3 or 4): a zarr array, or a numpy array in memory
-    chunk: tuple[int, int]  # (rows, cols) that are decoded together
-    scale: Pair  # (x, y) level-0 px per px of this level
-
-
-@dataclass(frozen=True, eq=False)
-class _OpenFile:
-    """An open image: its levels, finest first, and what its metadata say."""
-
-    levels: list[_Level]
-    mpp: tuple[float, ...] | None = None  # x, y
-    bounds: tuple[float, ...] | None = None  # x, y, width, height
-
-
-_opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
-
-
-def _file(path: Path) -> _OpenFile:
-    """The open file of a path: one per process, which its threads share."""
-    with _opening:
-        return _open(path)
-
-
-@lru_cache(maxsize=4)
-def _open(path: Path) -> _OpenFile:
-    if path.suffix.lower() in PILLOW_SUFFIXES:
-        return _open_with_pillow(path)
-    slide = TiffSlide(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="(hamamatsu|.*ventana)-format")
-            properties = slide.properties
-        if slide.ts_tifffile.is_scn or slide.ts_tifffile.is_bif:
-            raise ValueError("Leica SCN and Ventana BIF hold several overlapping parts")
-        arrays = [slide.zarr_group[str(level)] for level in range(slide.level_count)]
-        file = _OpenFile(
-            [_level(array, properties["tiffslide.series-axes"], arrays[0]) for array in arrays],
-            _numbers(properties, "mpp-x", "mpp-y"),
-            _numbers(properties, "bounds-x", "bounds-y", "bounds-width", "bounds-height"),
-        )
-    except BaseException:
-        slide.close()
-        raise
-    # Threads may still read when the cache lets go of the file: close it after the last of them.
-    weakref.finalize(file, slide.close)
-    return file
-
-
-def _open_with_pillow(path: Path) -> _OpenFile:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the limit
-        with Image.open(path) as image:
-            if image.mode not in ("RGB", "RGBA", "P"):
-                raise ValueError(f"not RGB: mode {image.mode}")
-            _check_memory(image.width * image.height)
-            pixels = np.asarray(image.convert("RGB"))
-    return _OpenFile([_Level(pixels, (1, 1), (1.0, 1.0))])
-
-
-def _level(array: Any, axes: str, level0: Any) -> _Level:
-    """One level of a TIFF, decoded at once where it is all one chunk."""
-    if axes != "YXS" or array.dtype != np.uint8 or array.shape[2] not in (3, 4):
-        raise ValueError(f"not 8-bit RGB: axes {axes}, {array.dtype}")
-    shape, chunk = array.shape[:2], array.chunks[:2]
-    if chunk[0] >= shape[0] and chunk[1] >= shape[1]:
-        _check_memory(math.prod(shape))
-        array, chunk = np.asarray(array[:]), (1, 1)
-    # A level of 62 px under one of 250 is a quarter that was cut, not 1 / 4.03: QuPath, too,
-    # takes the whole number wherever less than one px is missing.
-    y, x = (
-        whole if abs(n0 / (whole := max(1, round(n0 / n))) - n) < 1 else n0 / n
-        for n0, n in zip(level0.shape[:2], shape, strict=True)
-    )
-    return _Level(array, chunk, (float(x), float(y)))
-
-
-def _check_memory(px: int) -> None:
-    if px > MAX_IN_MEMORY_PX:
-        raise ValueError(f"{px / 1e6:.0f} megapixels in one piece: it needs tiles to be read")
-
-
-def _numbers(properties: dict[str, Any], *names: str) -> tuple[float, ...] | None:
-    """Some of tiffslide's properties, or None where one of them is missing."""
-    values = [properties.get(f"tiffslide.{name}") for name in names]
-    return None if None in values else tuple(float(value) for value in values if value is not None)
-
-
-def _frame(entry: ImageEntry, file: _OpenFile) -> tuple[tuple[int, int], tuple[int, int]]:
+def _frame(entry: ImageEntry, pyramid: Pyramid) -> tuple[tuple[int, int], tuple[int, int]]:
     """Origin (x, y) in the file, and size (width, height), of the image as QuPath shows it.
 
     QuPath crops what OpenSlide reads to the slide's bounds, and saved the size that resulted.
     """
-    rows, cols = file.levels[0].pixels.shape[:2]
+    rows, cols = pyramid.levels[0].pixels.shape[:2]
     frames = [((0, 0), (cols, rows))]
-    if file.bounds:
-        x, y, width, height = map(int, file.bounds)
+    if pyramid.bounds:
+        x, y, width, height = map(int, pyramid.bounds)
         frames.insert(0 if entry.use_bounds else 1, ((x, y), (width, height)))
     if entry.size is None:
         return frames[0]

@@ -13,13 +13,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
+from slides import DISCS_UM, scene, shrunk, write_svs, write_tiff
 from tifffile.zarr import ZarrTiffStore
 from tiffslide import TiffSlide
 
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import ImageError, SlideError
+from patchcl_qupath.pyramid import open_pyramid
 from patchcl_qupath.slide import Slide
-from slides import DISCS_UM, scene, shrunk, write_svs, write_tiff
 
 LAYOUTS = [(1,), (1, 2, 4), (1, 4, 16)]
 
@@ -63,8 +64,10 @@ def chunks_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize(
     ("mpp0", "downsample"),
-    [(0.25, 2), (0.2525, 2), (0.23, 2), (0.5, 1), (0.499, 1), (0.17, 3)]  # near: whole blocks
-    + [(1.0, 0.5), (0.35, 0.5 / 0.35), (0.2, 2.5)],  # not near: exactly what was asked for
+    [
+        *[(0.25, 2), (0.2525, 2), (0.23, 2), (0.5, 1), (0.499, 1), (0.17, 3)],  # whole blocks
+        *[(1.0, 0.5), (0.35, 0.5 / 0.35), (0.2, 2.5)],  # not near: exactly what was asked for
+    ],
 )
 def test_grid_is_whole_blocks_where_they_are_near_the_mpp(
     tmp_path: Path, mpp0: float, downsample: float
@@ -288,6 +291,16 @@ def test_many_slides_one_after_another(tmp_path: Path) -> None:
         slides.append(Slide.open(entry(write_tiff(tmp_path / f"{i}.tif", pixels, (0.5, 0.5)))))
     for i, slide in enumerate(slides):
         assert (slide.read(whole(slide)) == 20 * i + 40).all()
+
+
+def test_a_file_is_closed_after_its_last_reader(tmp_path: Path) -> None:
+    pixels = scene(400, 300, (0.5, 0.5))
+    paths = [write_tiff(tmp_path / f"{i}.tif", pixels, (0.5, 0.5)) for i in range(9)]
+    level = open_pyramid(paths[0]).levels[0]
+    for path in paths[1:]:
+        open_pyramid(path)
+    np.testing.assert_array_equal(level.pixels[:], pixels)
+    del level  # a file that nobody closes is a ResourceWarning, which fails the test
 
 
 @pytest.mark.parametrize(

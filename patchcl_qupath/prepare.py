@@ -1,0 +1,106 @@
+"""Images made ready: opened, their tissue found, their stain range known; crops to learn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchcl_qupath.config import Config
+from patchcl_qupath.datatypes import ImageEntry
+from patchcl_qupath.errors import ImageError, TrainingError
+from patchcl_qupath.slide import Slide
+from patchcl_qupath.stains import StainScale
+from patchcl_qupath.tiles import check_brightfield, sample_boxes, tissue_mask
+
+_SCALE_CROPS = 24  # crops that the stain range is taken from
+_SCALE_CROP_PX = 256
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image that is ready to be learnt from or segmented."""
+
+    id: str
+    slide: Slide
+    tissue: NDArray[np.bool_]  # (h, w); a pixel is tissue_px working pixels wide
+    tissue_px: int
+    scale: StainScale | None  # None where there is no tissue
+
+    @property
+    def tissue_mm2(self) -> float:
+        """Area of the tissue."""
+        return float(self.tissue.sum()) * (self.tissue_px * self.slide.mpp) ** 2 / 1e6
+
+    def crops(self, n: int, side_px: int, seed: int) -> Iterator[NDArray[np.uint8]]:
+        """``n`` random tissue crops (side_px, side_px, 3), or as small as the image is."""
+        rng, shape = np.random.default_rng(seed), self.slide.shape
+        for box in sample_boxes(self.tissue, self.tissue_px, shape, side_px, n, rng):
+            yield self.slide.read(box)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the nuclei of a tile depend on, beside model and settings: pixels and their frame.
+
+        Not the path: a project that was moved keeps its finished tiles.
+        """
+        stat = self.slide.path.stat()
+        facts = asdict(self.slide) | {"path": None, "name": None}
+        return {**facts, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+
+
+def prepare(entry: ImageEntry, config: Config, mpp: float | None = None) -> PreparedImage:
+    """Open an image, find its tissue, and take its stain range from random crops of it.
+
+    ``mpp`` is the pixel size, in um, of images that do not know their own. Raises ImageError.
+    """
+    slide = Slide.open(entry, config.slide.mpp, mpp)
+    px = slide.thumbnail_px(config.slide.tissue_mpp)
+    thumbnail = slide.thumbnail(config.slide.tissue_mpp)
+    check_brightfield(thumbnail, entry.name)
+    tissue = tissue_mask(thumbnail, px * slide.mpp, config.slide.min_tissue_um2)
+    image = PreparedImage(entry.id, slide, tissue, px, None)
+    if not tissue.any():
+        return image
+    return replace(image, scale=StainScale.fit(image.crops(_SCALE_CROPS, _SCALE_CROP_PX, seed=0)))
+
+
+def training_crops(
+    entries: Sequence[ImageEntry],
+    config: Config,
+    progress: Callable[[str, int, int], None],
+    mpp: float | None = None,
+) -> tuple[list[NDArray[np.uint8]], list[StainScale]]:
+    """Random tissue crops of up to ``config.patchcl.slides`` images, and each one's stain range.
+
+    Images that cannot be used are left out. Raises TrainingError if none is left, and says why.
+    """
+    settings = config.patchcl
+    wanted = min(len(entries), settings.slides)
+    crops_each = math.ceil(settings.crops / max(1, wanted))
+    images: list[NDArray[np.uint8]] = []
+    scales: list[StainScale] = []
+    problems: list[str] = []
+    used = 0
+    for i in np.random.default_rng(settings.seed).permutation(len(entries)):
+        if used == wanted:
+            break
+        progress("reading crops to learn from", used, wanted)
+        try:
+            image = prepare(entries[i], config, mpp)
+            if image.scale is None:
+                raise ImageError(f"{entries[i].name} shows no tissue")
+            new = list(image.crops(crops_each, settings.source_px, settings.seed + 1))
+        except ImageError as error:
+            problems.append(str(error))
+            continue
+        used += 1
+        images += new
+        scales += [image.scale] * len(new)
+    progress("reading crops to learn from", used, used)
+    if not images:
+        raise TrainingError("no image to learn from: " + "; ".join(problems[:5]))
+    return images, scales

@@ -1,0 +1,114 @@
+"""Image files as pyramids of pixels.
+
+Slides and tiled TIFF come through tiffslide's zarr view, chunk by chunk; a level that is one
+single chunk (PNG, JPEG, most plain TIFF) is decoded once and kept.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+import weakref
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tiffslide import TiffSlide
+
+PILLOW_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp"}
+MAX_IN_MEMORY_PX = 178_000_000  # of a level that cannot be read in parts: 0.5 GB, Pillow's limit
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a pyramid."""
+
+    pixels: Any  # uint8 (rows, cols, 3 or 4): a zarr array, or a numpy array in memory
+    chunk: tuple[int, int]  # (rows, cols) that are decoded together
+    scale: tuple[float, float]  # (x, y) level-0 px per px of this level
+
+
+@dataclass(frozen=True, eq=False)
+class Pyramid:
+    """An open image: its levels, finest first, and what its metadata say in level-0 px."""
+
+    levels: list[Level]
+    mpp: tuple[float, ...] | None = None  # x, y
+    bounds: tuple[float, ...] | None = None  # x, y, width, height
+
+
+_opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
+
+
+def open_pyramid(path: Path) -> Pyramid:
+    """The open file of a path: one per process, which its threads share. May raise anything."""
+    with _opening:
+        return _open(path)
+
+
+@lru_cache(maxsize=4)
+def _open(path: Path) -> Pyramid:
+    if path.suffix.lower() in PILLOW_SUFFIXES:
+        return _open_with_pillow(path)
+    slide = TiffSlide(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(hamamatsu|.*ventana)-format")
+            properties = slide.properties
+        if slide.ts_tifffile.is_scn or slide.ts_tifffile.is_bif:
+            raise ValueError("Leica SCN and Ventana BIF hold several overlapping parts")
+        arrays = [slide.zarr_group[str(level)] for level in range(slide.level_count)]
+        # Threads may still read when the cache lets go of a file: the last reader closes it.
+        weakref.finalize(slide.zarr_group.store, slide.ts_tifffile.close)
+        axes = properties["tiffslide.series-axes"]
+        return Pyramid(
+            [_level(array, axes, arrays[0]) for array in arrays],
+            _numbers(properties, "mpp-x", "mpp-y"),
+            _numbers(properties, "bounds-x", "bounds-y", "bounds-width", "bounds-height"),
+        )
+    except BaseException:
+        slide.close()
+        raise
+
+
+def _open_with_pillow(path: Path) -> Pyramid:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the limit
+        with Image.open(path) as image:
+            if image.mode not in ("RGB", "RGBA", "P"):
+                raise ValueError(f"not RGB: mode {image.mode}")
+            _check_memory(image.width * image.height)
+            pixels = np.asarray(image.convert("RGB"))
+    return Pyramid([Level(pixels, (1, 1), (1.0, 1.0))])
+
+
+def _level(array: Any, axes: str, level0: Any) -> Level:
+    """One level of a TIFF, decoded at once where it is all one chunk."""
+    if axes != "YXS" or array.dtype != np.uint8 or array.shape[2] not in (3, 4):
+        raise ValueError(f"not 8-bit RGB: axes {axes}, {array.dtype}")
+    shape, chunk = array.shape[:2], array.chunks[:2]
+    if chunk[0] >= shape[0] and chunk[1] >= shape[1]:
+        _check_memory(math.prod(shape))
+        array, chunk = np.asarray(array[:]), (1, 1)
+    # A level of 62 px under one of 250 is a quarter that was cut, not 1 / 4.03: QuPath, too,
+    # takes the whole number wherever less than one px is missing.
+    y, x = (
+        whole if abs(n0 / (whole := max(1, round(n0 / n))) - n) < 1 else n0 / n
+        for n0, n in zip(level0.shape[:2], shape, strict=True)
+    )
+    return Level(array, chunk, (float(x), float(y)))
+
+
+def _check_memory(px: int) -> None:
+    if px > MAX_IN_MEMORY_PX:
+        raise ValueError(f"{px / 1e6:.0f} megapixels in one piece: it needs tiles to be read")
+
+
+def _numbers(properties: dict[str, Any], *names: str) -> tuple[float, ...] | None:
+    """Some of tiffslide's properties, or None where one of them is missing."""
+    values = [properties.get(f"tiffslide.{name}") for name in names]
+    return None if None in values else tuple(float(value) for value in values if value is not None)

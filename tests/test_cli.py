@@ -1,0 +1,199 @@
+"""The command line: bad input gets one clear line that says what to do; other images go on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from patchcl_qupath.cli import main
+
+ROOT = Path(__file__).parent.parent
+SAMPLE = ROOT / "sample_project"
+SHARED_SLIDES = ROOT.parent / "shared" / "data" / "slides"
+needs_shared_slides = pytest.mark.skipif(
+    not SHARED_SLIDES.is_dir(), reason=f"{SHARED_SLIDES} is not here"
+)
+
+
+def call(*arguments):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def write_project(folder, images):
+    """A project of image files, as QuPath writes it, without what it knows of them."""
+    folder.mkdir()
+    entries = [
+        {
+            "serverBuilder": {"builderType": "uri", "uri": path.as_uri(), "args": []},
+            "entryID": number,
+            "imageName": path.name,
+        }
+        for number, path in enumerate(images, start=1)
+    ]
+    content = {"version": "0.5.1", "images": entries}
+    (folder / "project.qpproj").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def crop(tmp_path):
+    """A PNG of H&E tissue, which has no pixel size."""
+    from patchcl_qupath.datatypes import Box
+    from patchcl_qupath.project import open_project
+    from patchcl_qupath.slide import Slide
+
+    (entry,) = open_project(SAMPLE).images()
+    path = tmp_path / "crop.png"
+    Image.fromarray(Slide.open(entry).read(Box(1500, 900, 1900, 1300))).save(path)
+    return path
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """Settings for a training of seconds."""
+    path = tmp_path / "quick.toml"
+    path.write_text("[patchcl]\nmax_steps = 10\ncrops = 8\n")
+    return path
+
+
+@pytest.mark.parametrize("command", ["run", "train", "init", "status"])
+def test_every_command_explains_itself(command):
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert command in result.output
+
+
+def test_init_run_status_on_a_crop(tmp_path, crop, quick):
+    project = tmp_path / "project"
+    made = call("init", project, crop, "--mpp", "0.5")
+    assert made.exit_code == 0, made.output
+    assert str(project / "project.qpproj") in made.output
+    before = json.loads(call("status", project, "--json").stdout)
+    assert [image["state"] for image in before["images"]] == ["to do"]
+
+    ran = call("run", project, "--config", quick, "--json")
+    assert ran.exit_code == 0, ran.output
+    (image,) = json.loads(ran.stdout)["images"]
+    assert image["nuclei"] > 10
+    assert image["tissue_mm2"] == pytest.approx(0.04, rel=0.1)
+    assert Path(image["preview"]).is_file()
+    run_file = json.loads(next(project.glob("patchcl/runs/*/run.json")).read_text())
+    assert run_file["images"][0]["worker_seconds"]["network"] > 0
+    assert "torch" in run_file["versions"]
+
+    (after,) = json.loads(call("status", project, "--json").stdout)["images"]
+    assert (after["state"], after["nuclei"]) == ("done", image["nuclei"])
+
+
+def test_an_image_without_pixel_size_fails_with_advice(tmp_path, crop, quick):
+    project = write_project(tmp_path / "project", [crop])
+    result = call("run", project, "--config", quick)
+    assert result.exit_code == 1
+    assert "crop.png has no pixel size" in result.output
+    assert "--mpp" in result.output
+    assert call("run", project, "--config", quick, "--mpp", "0.5").exit_code == 0
+
+
+@needs_shared_slides
+def test_bad_images_fail_one_by_one_and_the_good_one_is_done(tmp_path, quick):
+    names = ["unreadable.svs", "unopenable.tiff", "cells.ome.tif", "kidney-48-5.tif"]
+    names += ["boxes.tiff", "test3-DAPI-2-387.ndpi", "CMU-1-Small-Region.svs", "small.svs"]
+    images = [SHARED_SLIDES / name for name in names]
+    glass = tmp_path / "glass.png"
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(236, 244, (600, 500, 3), dtype=np.uint8)).save(glass)
+    project = write_project(tmp_path / "project", [*images, glass, tmp_path / "gone.svs"])
+    # Only the crops of the good slide are there to learn from; glass.png needs a pixel size.
+    result = call("run", project, "--config", quick, "--json")
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    images = {image["image"]: image for image in json.loads(result.stdout)["images"]}
+    good = images["CMU-1-Small-Region.svs"]
+    assert good["problem"] is None
+    assert good["nuclei"] > 100
+    assert images["small.svs"]["problem"] is None
+    says = {
+        "unreadable.svs": "unreadable.svs",
+        "unopenable.tiff": "unopenable.tiff",
+        "cells.ome.tif": "cells.ome.tif",
+        "kidney-48-5.tif": "has no pixel size",
+        "boxes.tiff": "352",
+        "test3-DAPI-2-387.ndpi": "brightfield",
+        "glass.png": "has no pixel size",
+        "gone.svs": "put the file beside the project",
+    }
+    for name, words in says.items():
+        assert words in images[name]["problem"], images[name]["problem"]
+        assert name in images[name]["problem"]
+        assert "\n" not in images[name]["problem"]
+        assert "a fault of this program" not in images[name]["problem"]
+        assert not (project / "patchcl" / "results" / images[name]["id"]).exists()
+    assert not [*project.rglob("*.partial")]
+
+
+def test_glass_has_no_nuclei(tmp_path, crop, quick):
+    glass = tmp_path / "glass.png"
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(236, 244, (600, 500, 3), dtype=np.uint8)).save(glass)
+    project = write_project(tmp_path / "project", [crop, glass])
+    result = call("run", project, "--config", quick, "--mpp", "0.5", "--json")
+    assert result.exit_code == 0, result.output
+    images = {image["image"]: image for image in json.loads(result.stdout)["images"]}
+    assert images["glass.png"]["nuclei"] == 0
+    assert "no tissue" in images["glass.png"]["note"]
+    assert images["crop.png"]["nuclei"] > 10
+
+
+def test_nothing_to_learn_from(tmp_path, crop):
+    result = call("run", write_project(tmp_path / "project", [crop]))
+    assert result.exit_code == 1
+    assert "no image to learn from: crop.png has no pixel size" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["run", "nowhere.qpproj"], 1, "does not exist"),
+        (["run", SAMPLE / "CMU-1-Small-Region.svs"], 1, "patchcl-qp init"),
+        (["run", SAMPLE, "--image", "other.svs"], 1, "no image other.svs"),
+        (["run", SAMPLE, "--workers", "0"], 2, "--workers"),
+        (["run", SAMPLE, "--mpp", "0"], 2, "--mpp"),
+        (["run", SAMPLE, "--config", "none.toml"], 2, "none.toml"),
+        (["init", SAMPLE, SAMPLE / "CMU-1-Small-Region.svs"], 1, "is there already"),
+        (["init", "new", "none.svs"], 1, "none.svs"),
+        (["status", ROOT / "tests"], 1, "no project"),
+    ],
+)
+def test_wrong_usage_is_one_line(tmp_path, monkeypatch, arguments, status, words):
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments)
+    assert result.exit_code == status, result.output
+    assert words in result.output
+    assert "Traceback" not in result.output
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_damaged_model_is_not_used(tmp_path):
+    folder = tmp_path / "project"
+    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl"))
+    (folder / "patchcl" / "models").mkdir(parents=True)
+    (folder / "patchcl" / "models" / "patchcl.pt").write_bytes(b"not a model")
+    result = call("run", folder)
+    assert result.exit_code == 1
+    assert "patchcl.pt is damaged" in result.output
+    assert "train" in result.output
+
+
+def test_a_scheduler_that_is_not_there(tmp_path, quick, crop):
+    project = write_project(tmp_path / "project", [crop])
+    call("train", project, "--config", quick, "--mpp", "0.5")
+    result = call("run", project, "--scheduler", "tcp://127.0.0.1:1", "--config", quick)
+    assert result.exit_code == 2
+    assert "no Dask scheduler answers at tcp://127.0.0.1:1" in result.output

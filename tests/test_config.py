@@ -1,0 +1,49 @@
+"""Settings: what is read is what was written; what makes no sense is refused."""
+
+import json
+
+import pytest
+
+from patchcl_qupath.config import Config, from_dict, load_config, to_dict
+from patchcl_qupath.errors import ConfigError
+
+
+def test_settings_survive_json():
+    config = from_dict({"slide": {"mpp": 0.25}, "patchcl": {"dilations": [1, 2], "seed": 3}})
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert config.slide.mpp == 0.25
+    assert config.patchcl.dilations == (1, 2)
+    assert config.segment == Config().segment
+
+
+def test_toml(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text("[segment]\nmin_area_um2 = 12\n")
+    assert load_config(file).segment.min_area_um2 == 12
+    assert load_config(None) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[slides]\nmpp = 1", r"unknown table \[slides\]: the tables are slide,"),
+        ("[slide]\nmmp = 1", "unknown setting slide.mmp: it has .*mpp"),
+        ("[slide]\nmpp = 'fine'", "slide.mpp = 'fine' must be of type float"),
+        ("[slide]\nmpp = -1", "must not be negative"),
+        ("[slide]\ntile_px = 12.5", "must be of type int"),
+        ("[slide]\ntile_px = true", "must be of type int"),
+        ("[patchcl]\ndilations = 3", "must be a list"),
+        ("slide = 3", "must be a table"),
+        ("[slide", "cannot be read as TOML"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, text, message):
+    file = tmp_path / "settings.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.toml")

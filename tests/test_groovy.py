@@ -1,0 +1,301 @@
+"""groovy/import_nuclei.groovy, run by a real QuPath without a window, on images with one story each.
+
+QuPath starts slowly, so the stories share its starts: import, look, edit; import other results,
+look; import the same once more, look. The edits go through QuPath's own API and are saved by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import qupath
+import shapely
+
+from patchcl_qupath.config import ResultConfig
+from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.project.results import write_results
+
+pytestmark = pytest.mark.qupath
+
+ROOT = Path(__file__).parent.parent
+IMPORT = ROOT / "groovy" / "import_nuclei.groovy"
+SLIDE = ROOT / "sample_project" / "CMU-1-Small-Region.svs"
+
+# Image names, in the order of their ids 1, 2, ...
+EDITED, DETECTIONS, EMPTY, DAMAGED, CLEARED, DISCARDED, NONE = IMAGES = [
+    "edited.svs",
+    "detections.svs",
+    "no results.svs",
+    "damaged.svs",
+    "cleared.svs",
+    "Schnitt, α {1}.svs",
+    "no nuclei.svs",
+]
+
+# Writes all objects of the image as JSON, then edits those of EDITED and CLEARED.
+LOOK = """
+import qupath.lib.io.GsonTools
+import qupath.lib.objects.PathObject
+import qupath.lib.objects.PathObjects
+import qupath.lib.objects.classes.PathClass
+import qupath.lib.regions.ImagePlane
+import qupath.lib.roi.ROIs
+import qupath.lib.scripting.QP
+
+def imageData = QP.getCurrentImageData()
+def entry = QP.getProjectEntry()
+def hierarchy = imageData.getHierarchy()
+def objects = hierarchy.getAllObjects(false).collect { [
+    id: it.getID().toString(),
+    type: it.isAnnotation() ? 'annotation' : it.isDetection() ? 'detection' : 'other',
+    name: it.getName(),
+    class_name: it.getPathClass()?.toString(),
+    color: it.getPathClass()?.getColor(),
+    locked: it.isLocked(),
+    measurements: it.getMeasurements().collectEntries { k, v -> [k, v] },
+    area: it.getROI().getArea(),
+    roi: it.getROI().getRoiName(),
+    points: it.getROI().getAllPoints().collect { p -> [p.getX(), p.getY()] },
+    parent: it.getParent().isRootObject() ? null : it.getParent().getID().toString(),
+] }
+new File(QP.buildPathInProject("look-${entry.getID()}.json")).text = GsonTools.getInstance().toJson(objects)
+
+def square(double x, double y, double side) {
+    return ROIs.createRectangleROI(x, y, side, side, ImagePlane.getDefaultPlane())
+}
+def moved(PathObject old, roi) {
+    def pathObject = PathObjects.createAnnotationObject(roi, old.getPathClass(), old.getMeasurementList())
+    pathObject.setID(old.getID())
+    return pathObject
+}
+"""
+EDIT = """
+if (entry.getImageName() == 'cleared.svs')
+    hierarchy.clearAll()
+else if (entry.getImageName() == 'edited.svs') {
+    def nucleus = hierarchy.getAllObjects(false).collectEntries { [it.getMeasurements()['index'] as int, it] }
+    // 0 is reshaped beyond recognition, at a place of its own
+    def reshaped = moved(nucleus[0], square(30, 30, 4))
+    hierarchy.removeObject(nucleus[0], true)
+    hierarchy.addObject(reshaped)
+    hierarchy.removeObject(nucleus[1], true)
+    nucleus[2].setPathClass(PathClass.fromString('Tumor: Positive'))
+    nucleus[3].setLocked(true)
+    nucleus[4].setName('look at this')
+    nucleus[5].setDescription('mitosis?')
+    nucleus[6].setColor(255, 0, 0)
+    def within = PathObjects.createAnnotationObject(square(320, 40, 2))
+    within.setName('drawn within 7')
+    hierarchy.addObject(within)
+    // drawn by hand: a nucleus where only the second run finds one, and a region around many
+    def byHand = PathObjects.createAnnotationObject(square(32, 838, 16), PathClass.fromString('Nucleus'))
+    byHand.setName('by hand')
+    hierarchy.addObject(byHand)
+    def region = PathObjects.createAnnotationObject(square(0, 0, 500), PathClass.fromString('Region*'))
+    region.setName('region')
+    hierarchy.addObject(region)
+    hierarchy.resolveHierarchy()
+} else
+    return
+entry.saveImageData(imageData)
+"""
+
+
+def nuclei(columns: int, rows: int, image: str, *, run: int = 1) -> Nuclei:
+    """Blobs of 20 corners on a grid of 40 px, the first a rectangle; outlines, and so ids, differ
+    a little from run to run."""
+    corner = np.linspace(0, 2 * np.pi, 20, endpoint=False)
+    radius = 8 + 2 * np.cos(3 * corner) + 0.1 * run
+    polygons = []
+    for k in range(columns * rows):
+        x, y = 40 + 40 * (k % columns), 40 + 40 * (k // columns) + 0.03 * k
+        xy = np.stack([x + radius * np.cos(corner), y + radius * np.sin(corner)], axis=1)
+        polygons.append(shapely.Polygon(np.round(xy, 2)))
+    polygons[8] = shapely.box(353.17, 30.41, 366.83, 48.29 + run)
+    count = np.arange(len(polygons))
+    names = {"index": count, "Nucleus: Area µm^2": count * 1.7 + 0.123, "-": -count / 3}
+    return Nuclei(
+        np.array(polygons, dtype=object),
+        {name: values.astype(np.float32) for name, values in names.items()},
+        np.array([str(uuid.uuid5(uuid.NAMESPACE_OID, f"{image} {p.wkt}")) for p in polygons]),
+    )
+
+
+def by_index(objects: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The nuclei of an image, by their measurement 'index'."""
+    found = [o for o in objects if "index" in o["measurements"]]
+    numbered = {int(o["measurements"]["index"]): o for o in found}
+    assert len(numbered) == len(found)
+    return numbered
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """All that happened, see the module's docstring."""
+    folder = tmp_path_factory.mktemp("groovy") / "a project"
+    qupath.launcher()  # skips
+    project = qupath.make_project(folder, SLIDE, IMAGES)
+    patchcl = folder / "patchcl"
+    look = folder / "look.groovy"
+    written: list[dict[str, Nuclei]] = []
+
+    def write(run: int) -> None:
+        written.append({})
+        for number, name in enumerate(IMAGES, start=1):
+            if name == EMPTY:
+                continue
+            config = ResultConfig(class_name="Nucleus", color=(38, 70, 214))
+            if name == DETECTIONS:
+                config = dataclasses.replace(config, max_annotations=10)
+            parts = nuclei(10, 20 + run, name, run=run)
+            if name == NONE:
+                parts = parts[:0]
+            written[-1][name] = parts
+            result = patchcl / "results" / str(number)
+            write_results(result, [parts], len(parts), config, {"run": f"run {run}"})
+
+    def looked(script: str) -> dict[str, list[dict[str, Any]]]:
+        look.write_text(script, encoding="utf-8")
+        log = qupath.run_script(project, look)
+        assert "ERROR" not in log, log
+        files = [folder / f"look-{number}.json" for number in range(1, len(IMAGES) + 1)]
+        return dict(zip(IMAGES, [json.loads(f.read_text("utf-8")) for f in files], strict=True))
+
+    def receipts() -> dict[str, dict[str, Any]]:
+        found = [json.loads(f.read_text("utf-8")) for f in (patchcl / "imported").iterdir()]
+        return {receipt["image"]: receipt for receipt in found}
+
+    seen, logs, given = [], [], []
+    write(1)
+    logs.append(qupath.run_script(project, IMPORT))
+    given.append(receipts())
+    seen.append(looked(LOOK + EDIT))
+
+    # A person closes DISCARDED without saving; the results of DAMAGED lose their end.
+    write(2)
+    shutil.rmtree(folder / "data" / str(IMAGES.index(DISCARDED) + 1))
+    half = patchcl / "results" / str(IMAGES.index(DAMAGED) + 1) / "nuclei-000.geojson.gz"
+    half.write_bytes(half.read_bytes()[:2000])
+    logs.append(qupath.run_script(project, IMPORT, "--save"))
+    given.append(receipts())
+    seen.append(looked(LOOK))
+
+    logs.append(qupath.run_script(project, IMPORT))
+    given.append(receipts())
+    seen.append(looked(LOOK))
+    return SimpleNamespace(written=written, logs=logs, seen=seen, receipts=given)
+
+
+@pytest.mark.parametrize("image", [DETECTIONS, EDITED, DISCARDED])
+def test_what_was_written_is_what_qupath_shows(story: SimpleNamespace, image: str) -> None:
+    """Ids, kind, class and colour, measurements and outlines survive import, saving, reopening."""
+    written, seen = story.written[0][image], by_index(story.seen[0][image])
+    assert len(seen) == len(story.seen[0][image]) == len(written)
+    for k, polygon in enumerate(written.polygons):
+        shown = seen[k]
+        assert shown["id"] == written.uuids[k]
+        assert shown["type"] == ("detection" if image == DETECTIONS else "annotation")
+        assert shown["class_name"] == "Nucleus"
+        assert shown["color"] & 0xFFFFFF == (38 << 16) + (70 << 8) + 214
+        assert not shown["locked"]
+        assert "name" not in shown
+        assert "parent" not in shown
+        assert shown["roi"] == ("Rectangle" if k == 8 else "Polygon")
+        assert shown["area"] == pytest.approx(polygon.area, rel=1e-4)
+        assert shapely.Polygon(shown["points"]).hausdorff_distance(polygon) < 1e-3
+        assert list(shown["measurements"]) == list(written.measurements)
+        for name, values in written.measurements.items():
+            assert math.isclose(shown["measurements"][name], values[k], rel_tol=1e-5), name
+
+
+@pytest.mark.parametrize("image", [DETECTIONS, CLEARED, DISCARDED])
+def test_new_results_replace_old_ones(story: SimpleNamespace, image: str) -> None:
+    """Also where a person deleted all nuclei, and where an import was never saved."""
+    shown = {o["id"] for o in story.seen[1][image]}
+    assert shown == set(story.written[1][image].uuids.tolist())
+    removed = len(story.written[0][image]) if image == DETECTIONS else 0
+    counts = {key: story.receipts[1][image][key] for key in ("added", "removed", "kept")}
+    assert counts == {"added": len(story.written[1][image]), "removed": removed, "kept": 0}
+
+
+def test_the_work_of_a_person_is_kept(story: SimpleNamespace) -> None:
+    """What was changed or drawn stays as it was, to the last point."""
+    old = story.written[0][EDITED].uuids.tolist()
+    for later in story.seen[1:]:
+        shown = {o["id"]: o for o in later[EDITED]}
+        assert shown[old[0]]["area"] == 16
+        assert shown[old[2]]["class_name"] == "Tumor: Positive"
+        assert shown[old[3]]["locked"]
+        assert shown[old[4]]["name"] == "look at this"
+        assert {old[5], old[6], old[7]} <= shown.keys()
+        named = {o.get("name"): o for o in shown.values()}
+        assert named["region"]["area"] == 250_000
+        assert named["by hand"]["area"] == 256
+        assert named["drawn within 7"]["parent"] == old[7]
+
+
+def test_no_new_nucleus_where_a_person_decided(story: SimpleNamespace) -> None:
+    """Nor where a nucleus was deleted or moved; everywhere else they are the new run's."""
+    old, new = (written[EDITED].uuids.tolist() for written in story.written)
+    by_hand = 200
+    for later in story.seen[1:]:
+        shown = {o["id"] for o in later[EDITED] if "index" in o["measurements"]}
+        left_out = {*range(8), by_hand}
+        assert shown == {old[k] for k in (0, 2, 3, 4, 5, 6, 7)} | {
+            uuid for k, uuid in enumerate(new) if k not in left_out
+        }
+    first, again = story.receipts[1][EDITED], story.receipts[2][EDITED]
+    assert first["left_out"] == again["left_out"] == 9
+    assert first["removed"] == len(old) - 8
+    assert again["removed"] == again["added"] == first["added"] == len(new) - 9
+    assert first["kept"] == again["kept"] == 10
+
+
+def test_importing_again_changes_nothing(story: SimpleNamespace) -> None:
+    for image in IMAGES:
+        before, after = (
+            sorted(
+                ({**o, "parent": None} for o in seen[image]),
+                key=lambda o: o["id"],
+            )
+            for seen in story.seen[1:]
+        )
+        assert before == after
+
+
+def test_damaged_results_change_nothing(story: SimpleNamespace) -> None:
+    assert f"The results of {DAMAGED} are damaged: run 'patchcl-qp run' again" in story.logs[1]
+    assert story.seen[1][DAMAGED] == story.seen[0][DAMAGED]
+    assert len(story.seen[1][DAMAGED]) == len(story.written[0][DAMAGED])
+    assert story.receipts[1][DAMAGED]["run"] == "run 1"
+
+
+def test_image_without_results_is_left_alone(story: SimpleNamespace) -> None:
+    assert all(f"No nuclei for {EMPTY}: run 'patchcl-qp run'" in log for log in story.logs)
+    assert all(seen[EMPTY] == [] for seen in story.seen)
+    assert all(EMPTY not in receipts for receipts in story.receipts)
+
+
+def test_each_image_has_a_receipt(story: SimpleNamespace) -> None:
+    for run, receipts in zip([1, 2, 2], story.receipts, strict=True):
+        assert receipts.keys() == set(IMAGES) - {EMPTY}
+        shown = {image for image in receipts if image != DAMAGED}
+        assert {receipts[image]["run"] for image in shown} == {f"run {run}"}
+        assert receipts[NONE]["added"] == 0
+
+
+def test_images_are_saved_once(story: SimpleNamespace) -> None:
+    """By QuPath where it was told to with --save, by the script where not."""
+    shown = len(IMAGES) - 2  # neither EMPTY nor, the second and third time, DAMAGED
+    assert story.logs[0].count("Image data written") == shown + 1
+    assert story.logs[1].count("Image data written") == shown + 1  # --save saves EMPTY too
+    assert story.logs[2].count("Image data written") == shown

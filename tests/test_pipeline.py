@@ -1,0 +1,206 @@
+"""The three tests that nobody may delete, on the real slide: tiled equals untiled, many workers
+equal one, resumed equals uninterrupted. And what a run leaves behind."""
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import shapely
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from patchcl_qupath import pipeline, runs
+from patchcl_qupath.config import Config
+from patchcl_qupath.project import open_project
+from patchcl_qupath.slide import Slide
+from patchcl_qupath.stains import hematoxylin_eosin
+from patchcl_qupath.storage import read_nuclei
+
+SAMPLE = Path(__file__).parent.parent / "sample_project"
+QUICK = replace(Config(), patchcl=replace(Config().patchcl, max_steps=60, crops=24))
+
+
+def silent(stage, done, total):
+    """No progress shown."""
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A model that learnt from the sample slide for a few seconds."""
+    return pipeline.train(open_project(SAMPLE).images(), QUICK, silent)
+
+
+@pytest.fixture(scope="session")
+def client():
+    with runs.workers(2) as client:
+        yield client
+
+
+@pytest.fixture
+def project_folder(tmp_path):
+    folder = tmp_path / "a project, with ümlauts"
+    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl"))
+    return folder
+
+
+def segment(folder, model, client, **slide_settings):
+    """Segment a project's one image -> its result and its nuclei."""
+    project = open_project(folder)
+    config = replace(QUICK, slide=replace(QUICK.slide, **slide_settings))
+    run = pipeline.Run(project, model, config, client, silent)
+    (result,) = run.images(project.images())
+    assert result.problem is None
+    return result, read_nuclei(Path(result.results) / "nuclei.parquet")
+
+
+def matched(these, those, iou):
+    """How many of ``these`` have a partner in ``those`` with an IoU above ``iou``."""
+    tree = shapely.STRtree(those)
+    left, right = tree.query(these, predicate="intersects")
+    shared = shapely.area(shapely.intersection(these[left], those[right]))
+    union = shapely.area(these[left]) + shapely.area(those[right]) - shared
+    return len(np.unique(left[shared / union > iou]))
+
+
+@pytest.fixture(scope="session")
+def untiled(model, client, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("untiled") / "project"
+    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl"))
+    result, nuclei = segment(folder, model, client, tile_px=10_000)
+    assert result.tiles == 1
+    return nuclei
+
+
+@pytest.mark.parametrize("tile_px", [300, 512, 1000])
+def test_tiled_equals_untiled(model, client, project_folder, untiled, tile_px):
+    result, nuclei = segment(project_folder, model, client, tile_px=tile_px)
+    assert result.tiles > 4
+    assert len(nuclei) == len(untiled) > 1000
+    assert matched(nuclei.polygons, untiled.polygons, iou=0.99) == len(untiled)
+
+
+def test_many_workers_equal_one(model, project_folder, tmp_path):
+    made = []
+    for count in (1, 4):
+        folder = tmp_path / str(count)
+        shutil.copytree(project_folder, folder)
+        with runs.workers(count) as client:
+            result, nuclei = segment(folder, model, client)
+        made.append((Path(result.results) / "nuclei.parquet").read_bytes())
+    assert len(nuclei) > 1000
+    assert made[0] == made[1]
+
+
+def test_killed_and_resumed_equals_uninterrupted(model, client, project_folder, tmp_path):
+    whole = tmp_path / "uninterrupted"
+    shutil.copytree(project_folder, whole)
+    for folder in (whole, project_folder):
+        model.save(folder / "patchcl" / "models", "patchcl")
+    settings = tmp_path / "settings.toml"
+    settings.write_text("[slide]\ntile_px = 300\n")
+    options = ["--config", settings, "--workers", "1", "--json"]
+    command = [sys.executable, "-m", "patchcl_qupath.cli", "run", *options]
+
+    killed = subprocess.Popen([*command, project_folder], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(project_folder.glob("patchcl/runs/*/1/tiles/*.parquet"))) < 5:
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (project_folder / "patchcl" / "results").exists()
+
+    resumed = json.loads(subprocess.check_output([*command, project_folder]))["images"][0]
+    direct = json.loads(subprocess.check_output([*command, whole]))["images"][0]
+    assert 5 <= resumed["tiles_taken_over"] < resumed["tiles"]
+    assert direct["tiles_taken_over"] == 0
+    for name in ("nuclei-000.geojson.gz", "nuclei.parquet"):
+        made = [
+            (folder / "patchcl/results/1" / name).read_bytes() for folder in (project_folder, whole)
+        ]
+        assert made[0] == made[1]
+    assert not [*project_folder.rglob("*.partial")]
+
+
+def test_tiles_of_another_slide_are_not_taken_over(model, client, project_folder):
+    first, _ = segment(project_folder, model, client)
+    slide = project_folder / "CMU-1-Small-Region.svs"
+    os.utime(slide, ns=(1, 1))
+    second, _ = segment(project_folder, model, client)
+    third, _ = segment(project_folder, model, client)
+    assert (first.tiles_taken_over, second.tiles_taken_over) == (0, 0)
+    assert third.tiles_taken_over == third.tiles
+
+
+def test_nuclei_lie_on_dark_blue_structures(untiled):
+    """Hematoxylin inside each outline is above that of the ring around it, for nearly all."""
+    (entry,) = open_project(SAMPLE).images()
+    slide = Slide.open(entry)
+    assert shapely.is_valid(untiled.polygons).all()
+    frame = shapely.box(-0.2, -0.2, slide.size[0] + 0.2, slide.size[1] + 0.2)
+    assert shapely.within(untiled.polygons, frame).all()
+
+    hematoxylin = hematoxylin_eosin(slide.thumbnail(slide.mpp))[..., 0]
+    drawing = Image.new("I", hematoxylin.shape[::-1])
+    for label, polygon in enumerate(untiled.polygons, start=1):
+        corners = shapely.get_coordinates(polygon) - 0.5  # to the middles of pixels
+        ImageDraw.Draw(drawing).polygon(corners.ravel().tolist(), fill=label)
+    labels = np.asarray(drawing)
+    rings = np.where(labels == 0, ndimage.grey_dilation(labels, (11, 11)), 0)
+    index = np.arange(1, len(untiled) + 1)
+    inside = ndimage.mean(hematoxylin, labels, index)
+    ring = ndimage.mean(hematoxylin, rings, index)
+    assert (inside > ring).mean() > 0.97
+    assert np.median(inside - ring) > 0.1
+    # The measurement is that of the same pixels, up to the smoothing of the outline.
+    measured = untiled.measurements["Hematoxylin: Mean"]
+    assert np.median(np.abs(measured - inside)) < 0.02
+
+
+def test_results_are_what_qupath_reads(model, client, project_folder):
+    result, nuclei = segment(project_folder, model, client)
+    folder = Path(result.results)
+    about = json.loads((folder / "result.json").read_text())
+    assert about["nuclei"] == result.nuclei == len(nuclei)
+    features = []
+    for name in about["files"]:
+        features += json.loads(gzip.decompress((folder / name).read_bytes()))["features"]
+    assert [f["id"] for f in features] == list(nuclei.uuids)
+    assert len(set(nuclei.uuids)) == len(nuclei)
+    for feature, polygon in zip(features[:50], nuclei.polygons, strict=False):
+        assert feature["type"] == "Feature"
+        assert shapely.from_geojson(json.dumps(feature["geometry"])).equals(polygon)
+        properties = feature["properties"]
+        assert properties["objectType"] == "annotation"
+        assert properties["classification"]["name"] == "Nucleus"
+        assert len(properties["classification"]["color"]) == 3
+    area = nuclei.measurements["Area µm^2"]
+    np.testing.assert_allclose(area, shapely.area(nuclei.polygons) * 0.499**2, rtol=2e-3)
+    assert [f["properties"]["measurements"]["Area µm^2"] for f in features] == pytest.approx(
+        area.tolist(), rel=1e-4
+    )
+
+
+def test_geoparquet_says_what_it_is(model, client, project_folder):
+    result, _ = segment(project_folder, model, client)
+    file = pq.ParquetFile(Path(result.results) / "nuclei.parquet")
+    geo = json.loads(file.schema_arrow.metadata[b"geo"])
+    assert geo["primary_column"] == "geometry"
+    assert geo["columns"]["geometry"]["encoding"] == "WKB"
+
+
+def test_a_run_again_gives_the_same_nuclei_the_same_ids(model, client, project_folder, untiled):
+    _, nuclei = segment(project_folder, model, client, tile_px=700)
+    same = len(set(nuclei.uuids) & set(untiled.uuids))
+    assert same > 0.99 * len(untiled)

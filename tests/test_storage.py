@@ -1,0 +1,100 @@
+"""Files appear whole or not at all; a failed write says what to do."""
+
+import errno
+import os
+import subprocess
+
+import numpy as np
+import pytest
+import shapely
+
+from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.errors import StorageError
+from patchcl_qupath.storage import count_nuclei, read_nuclei, replacing, write_nuclei, writing
+
+
+def some_nuclei(n):
+    polygons = shapely.buffer(shapely.points(np.arange(n), np.arange(n)), 3)
+    ids = np.array([f"{i:036d}" for i in range(n)], dtype="U36")
+    return Nuclei(polygons, {"Area µm^2": np.arange(n, dtype=np.float32)}, ids)
+
+
+@pytest.mark.parametrize("n", [0, 7])
+def test_nuclei_survive_parquet(tmp_path, n):
+    nuclei = some_nuclei(n)
+    write_nuclei(tmp_path / "a.parquet", nuclei)
+    back = read_nuclei(tmp_path / "a.parquet")
+    assert count_nuclei(tmp_path / "a.parquet") == n
+    assert shapely.equals_exact(back.polygons, nuclei.polygons).all()
+    assert list(back.measurements) == ["Area µm^2"]
+    np.testing.assert_array_equal(back.measurements["Area µm^2"], np.arange(n))
+    np.testing.assert_array_equal(back.uuids, nuclei.uuids)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "results" / "1"
+    for name in ("first", "second"):
+        with replacing(path) as new:
+            new.mkdir()
+            (new / name).write_text(name)
+    assert [file.name for file in path.iterdir()] == ["second"]
+    assert [file.name for file in path.parent.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.ENOSPC, "disk is full: make room"),
+        (errno.EROFS, "read-only: copy the project"),
+        (errno.EACCES, "no permission"),
+    ],
+)
+def test_what_the_system_refuses_is_explained(tmp_path, code, advice):
+    with (
+        pytest.raises(StorageError, match=rf"cannot write .*wanted.*{advice}"),
+        writing(tmp_path / "wanted"),
+    ):
+        raise OSError(code, os.strerror(code))
+
+
+def test_a_file_in_the_place_of_a_folder_is_explained(tmp_path):
+    (tmp_path / "patchcl").write_text("a file")
+    with pytest.raises(StorageError, match="patchcl"):
+        write_nuclei(tmp_path / "patchcl" / "a.parquet", some_nuclei(1))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 200 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True
+    )
+    if made.returncode:
+        pytest.skip("may not mount a file system here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_leaves_no_half_file(small_disk):
+    write_nuclei(small_disk / "1.parquet", some_nuclei(20))
+    with pytest.raises(StorageError, match="disk is full"):
+        write_nuclei(small_disk / "2.parquet", some_nuclei(20_000))
+    assert [file.name for file in small_disk.iterdir()] == ["1.parquet"]
+    assert len(read_nuclei(small_disk / "1.parquet")) == 20

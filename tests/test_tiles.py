@@ -1,0 +1,148 @@
+"""Tissue and tiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from patchcl_qupath.datatypes import Box, ImageEntry
+from patchcl_qupath.errors import ImageError
+from patchcl_qupath.slide import Slide
+from patchcl_qupath.tiles import check_brightfield, inside, plan, sample_boxes, tissue_mask
+
+PINK = (225, 170, 205)
+
+
+def glass(vignetting: float = 0.0, noise: float = 2.0, white: tuple[int, ...] = (243, 243, 240)):
+    """A thumbnail of blank glass (200, 300, 3)."""
+    y, x = np.mgrid[-1:1:200j, -1:1:300j]
+    shade = 1 - vignetting * (x**2 + y**2)[..., None] / 2
+    speckle = np.random.default_rng(0).normal(0, noise, (200, 300, 3))
+    return np.clip(np.array(white) * shade + speckle, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("vignetting", [0, 0.1, 0.2])
+@pytest.mark.parametrize("white", [(243, 243, 240), (255, 255, 255), (222, 225, 228)])
+def test_blank_glass_has_no_tissue(vignetting: float, white: tuple[int, ...]) -> None:
+    assert not tissue_mask(glass(vignetting, white=white), 8.0).any()
+
+
+def test_scanner_voids_and_padding_are_no_tissue() -> None:
+    thumbnail = glass()
+    thumbnail[:, :100] = 0
+    thumbnail[:, 200:] = 255
+    assert not tissue_mask(thumbnail, 8.0).any()
+    assert not tissue_mask(np.zeros_like(thumbnail), 8.0).any()
+
+
+def test_tissue_is_found_whole_and_specks_are_not() -> None:
+    thumbnail = glass()
+    thumbnail[50:120, 40:100] = PINK
+    thumbnail[80:86, 60:66] = 243  # a gap in it
+    thumbnail[20:30, 200:210] = (90, 60, 120)  # 6,400 um2 of dirt
+    mask = tissue_mask(thumbnail, 8.0, min_tissue_um2=20_000)
+    assert mask[50:120, 40:100].all()
+    grown = np.zeros_like(mask)
+    grown[45:125, 35:105] = True
+    assert not mask[~grown].any()
+    assert tissue_mask(thumbnail, 8.0, min_tissue_um2=5_000)[25, 205]
+
+
+def test_a_crop_without_glass_is_all_tissue() -> None:
+    noise = np.random.default_rng(0).normal(0, 8, (32, 32, 3))
+    assert tissue_mask((np.array(PINK) + noise).astype(np.uint8), 8.0).all()
+
+
+def test_a_crop_smaller_than_a_speck_is_kept() -> None:
+    assert tissue_mask(np.full((3, 3, 3), PINK, np.uint8), 8.0).all()
+
+
+def test_real_tissue(shared_data: Path, sample_project: Path) -> None:
+    for path in sorted((shared_data / "monuseg_train" / "images").glob("*.png"))[::3]:
+        thumbnail = np.asarray(Image.open(path).convert("RGB").reduce(32))
+        assert tissue_mask(thumbnail, 8.0).mean() > 0.95, path.name
+        check_brightfield(thumbnail, path.name)
+    path = sample_project / "CMU-1-Small-Region.svs"
+    mask = tissue_mask(Slide.open(ImageEntry("1", path.name, path)).thumbnail(8.0), 8.0)
+    assert 0.40 < mask.mean() < 0.50
+    assert mask[100, 70]  # in the middle of the tissue
+    assert not mask[:, 130:].any()  # glass on the right
+    assert not mask[130:, :25].any()  # glass at the bottom left
+
+
+def test_fluorescence_is_refused(shared_data: Path) -> None:
+    path = shared_data / "slides" / "test3-DAPI-2-387.ndpi"
+    slide = Slide.open(ImageEntry("1", "dapi.ndpi", path))
+    with pytest.raises(ImageError, match=r"dapi\.ndpi .*fluorescence.*H&E"):
+        check_brightfield(slide.thumbnail(8.0), slide.name)
+
+
+def test_brightfield_with_scanner_voids_is_not_refused() -> None:
+    thumbnail = glass()
+    thumbnail[:, :200] = 0
+    check_brightfield(thumbnail, "a.svs")
+    with pytest.raises(ImageError, match=r"a\.svs"):
+        check_brightfield(np.zeros_like(thumbnail), "a.svs")
+
+
+@pytest.mark.parametrize("shape", [(1000, 1300), (1024, 512), (7, 5), (1025, 2049)])
+def test_tiles_partition_the_grid(shape: tuple[int, int]) -> None:
+    tissue = np.ones((-(-shape[0] // 16), -(-shape[1] // 16)), dtype=bool)
+    tiles = plan(shape, tissue, 16, 512, 100)
+    owners = np.zeros(shape, dtype=int)
+    for tile in tiles:
+        w, r = tile.write, tile.read
+        owners[w.row0 : w.row1, w.col0 : w.col1] += 1
+        assert max(w.shape) <= 512
+        assert min(w.shape) >= min(256, *shape)  # no slivers
+        assert r.row0 == max(0, w.row0 - 100)
+        assert r.col0 == max(0, w.col0 - 100)
+        assert r.row1 == min(shape[0], w.row1 + 100)
+        assert r.col1 == min(shape[1], w.col1 + 100)
+    assert (owners == 1).all()
+    assert len({tile.name for tile in tiles}) == len(tiles)
+    assert [tile.name for tile in tiles] == sorted(tile.name for tile in tiles)
+
+
+def test_tiles_are_where_the_tissue_is() -> None:
+    tissue = np.zeros((64, 96), dtype=bool)  # of 16 px: the grid is 1024 x 1536
+    tissue[10:20, 40:90] = True
+    tiles = plan((1020, 1530), tissue, 16, 256, 0)
+    assert {(tile.row, tile.col) for tile in tiles} == {
+        (row, col) for row in (0, 1) for col in (2, 3, 4, 5)
+    }
+    assert plan((1020, 1530), np.zeros_like(tissue), 16, 256, 0) == []
+
+
+def test_sample_boxes_lie_in_the_image_on_tissue_and_repeat() -> None:
+    tissue = np.zeros((50, 80), dtype=bool)  # of 16 px
+    tissue[20:30, 30:60] = True
+    boxes = sample_boxes(tissue, 16, (800, 1275), 256, 200, np.random.default_rng(3))
+    assert len(boxes) == 200
+    for box in boxes:
+        assert box.shape == (256, 256)
+        assert box == box.grow(0, (800, 1275))
+        assert tissue[
+            box.row0 // 16 : box.row1 // 16 + 1, box.col0 // 16 : box.col1 // 16 + 1
+        ].any()
+    assert len(set(boxes)) > 150
+    assert boxes == sample_boxes(tissue, 16, (800, 1275), 256, 200, np.random.default_rng(3))
+    assert boxes != sample_boxes(tissue, 16, (800, 1275), 256, 200, np.random.default_rng(4))
+
+
+def test_sample_boxes_of_a_small_image_and_of_glass() -> None:
+    rng = np.random.default_rng(0)
+    assert set(sample_boxes(np.ones((2, 3), bool), 16, (30, 45), 256, 5, rng)) == {
+        Box(0, 0, 30, 45)
+    }
+    assert sample_boxes(np.zeros((2, 3), bool), 16, (30, 45), 256, 5, rng) == []
+
+
+def test_inside_looks_points_up() -> None:
+    tissue = np.array([[True, False, False], [False, False, True]])
+    rows = np.array([0.0, 15.9, 16.1, 31.0, 33.0])  # the last beyond the mask
+    cols = np.array([15.9, 16.1, 40.0, 10.0, 47.9])
+    assert inside(tissue, 16, rows, cols).tolist() == [True, False, True, False, True]
