@@ -70,10 +70,11 @@ try {
     if (nuclei.size() != result.get('nuclei').getAsInt())
         throw new IOException("${nuclei.size()} of ${result.get('nuclei')} nuclei")
 } catch (Exception e) {
-    throw new IOException("The results of ${name} are damaged: run 'patchcl-qp run' again (${results}).", e)
+    // Without its cause: QuPath would show that one's message in place of this.
+    throw new IOException("The results of ${name} are damaged (${e.message}): run 'patchcl-qp run' again (${results}).")
 }
 
-// Ours and untouched is what we imported, if it still looks so and nothing of a person's lies within.
+// Untouched is what we imported and still looks so, with nothing within that we did not import.
 def hierarchy = imageData.getHierarchy()
 Map<String, String> imported = readImported(imageData)
 Set<PathObject> untouched = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -38,7 +39,12 @@ def run_script(project: Path, script: Path, *options: str) -> str:
     QuPath's exit status is 0 even where the script threw: read the log, or what the script left.
     """
     command = [launcher(), "script", *options, "-p", project, script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    quick = {
+        "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+    }  # starts in half the time
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", timeout=120, env=os.environ | quick
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

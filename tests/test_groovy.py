@@ -1,4 +1,4 @@
-"""groovy/import_nuclei.groovy, run by a real QuPath without a window, on images with one story each.
+"""groovy/import_nuclei.groovy, run by a real QuPath without a window; each image has its story.
 
 QuPath starts slowly, so the stories share its starts: import, look, edit; import other results,
 look; import the same once more, look. The edits go through QuPath's own API and are saved by it.
@@ -37,14 +37,13 @@ EDITED, DETECTIONS, EMPTY, DAMAGED, CLEARED, DISCARDED, NONE = IMAGES = [
     "no results.svs",
     "damaged.svs",
     "cleared.svs",
-    "Schnitt, α {1}.svs",
+    "Schnitt ü, {1}.svs",
     "no nuclei.svs",
 ]
 
-# Writes all objects of the image as JSON, then edits those of EDITED and CLEARED.
+# Writes all objects of the image as JSON; with EDIT, then edits those of EDITED and CLEARED.
 LOOK = """
 import qupath.lib.io.GsonTools
-import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjects
 import qupath.lib.objects.classes.PathClass
 import qupath.lib.regions.ImagePlane
@@ -67,42 +66,35 @@ def objects = hierarchy.getAllObjects(false).collect { [
     points: it.getROI().getAllPoints().collect { p -> [p.getX(), p.getY()] },
     parent: it.getParent().isRootObject() ? null : it.getParent().getID().toString(),
 ] }
-new File(QP.buildPathInProject("look-${entry.getID()}.json")).text = GsonTools.getInstance().toJson(objects)
+def file = new File(QP.buildPathInProject("look-${entry.getID()}.json"))
+file.text = GsonTools.getInstance().toJson(objects)
 
-def square(double x, double y, double side) {
-    return ROIs.createRectangleROI(x, y, side, side, ImagePlane.getDefaultPlane())
+def square = { double x, double y, double side ->
+    ROIs.createRectangleROI(x, y, side, side, ImagePlane.getDefaultPlane())
 }
-def moved(PathObject old, roi) {
-    def pathObject = PathObjects.createAnnotationObject(roi, old.getPathClass(), old.getMeasurementList())
-    pathObject.setID(old.getID())
-    return pathObject
+def drawn = { String name, roi ->
+    def pathObject = PathObjects.createAnnotationObject(roi, PathClass.fromString('Nucleus'))
+    pathObject.setName(name)
+    hierarchy.addObject(pathObject)
 }
 """
 EDIT = """
 if (entry.getImageName() == 'cleared.svs')
     hierarchy.clearAll()
 else if (entry.getImageName() == 'edited.svs') {
-    def nucleus = hierarchy.getAllObjects(false).collectEntries { [it.getMeasurements()['index'] as int, it] }
-    // 0 is reshaped beyond recognition, at a place of its own
-    def reshaped = moved(nucleus[0], square(30, 30, 4))
-    hierarchy.removeObject(nucleus[0], true)
-    hierarchy.addObject(reshaped)
+    def nucleus = hierarchy.getAllObjects(false).collectEntries {
+        [it.getMeasurements()['index'] as int, it]
+    }
+    nucleus[0].setROI(square(30, 30, 4))   // reshaped beyond recognition
     hierarchy.removeObject(nucleus[1], true)
     nucleus[2].setPathClass(PathClass.fromString('Tumor: Positive'))
     nucleus[3].setLocked(true)
     nucleus[4].setName('look at this')
     nucleus[5].setDescription('mitosis?')
     nucleus[6].setColor(255, 0, 0)
-    def within = PathObjects.createAnnotationObject(square(320, 40, 2))
-    within.setName('drawn within 7')
-    hierarchy.addObject(within)
-    // drawn by hand: a nucleus where only the second run finds one, and a region around many
-    def byHand = PathObjects.createAnnotationObject(square(32, 838, 16), PathClass.fromString('Nucleus'))
-    byHand.setName('by hand')
-    hierarchy.addObject(byHand)
-    def region = PathObjects.createAnnotationObject(square(0, 0, 500), PathClass.fromString('Region*'))
-    region.setName('region')
-    hierarchy.addObject(region)
+    drawn('within 7', square(320, 40, 2))
+    drawn('by hand', square(32, 838, 16))   // where the second run, too, finds a nucleus
+    drawn('region', square(0, 0, 500))   // around many
     hierarchy.resolveHierarchy()
 } else
     return
@@ -111,8 +103,10 @@ entry.saveImageData(imageData)
 
 
 def nuclei(columns: int, rows: int, image: str, *, run: int = 1) -> Nuclei:
-    """Blobs of 20 corners on a grid of 40 px, the first a rectangle; outlines, and so ids, differ
-    a little from run to run."""
+    """Blobs of 20 corners, and one rectangle, on a grid of 40 px; level 0.
+
+    As in real runs, outlines, and with them ids, differ a little from run to run.
+    """
     corner = np.linspace(0, 2 * np.pi, 20, endpoint=False)
     radius = 8 + 2 * np.cos(3 * corner) + 0.1 * run
     polygons = []
@@ -240,7 +234,7 @@ def test_the_work_of_a_person_is_kept(story: SimpleNamespace) -> None:
         named = {o.get("name"): o for o in shown.values()}
         assert named["region"]["area"] == 250_000
         assert named["by hand"]["area"] == 256
-        assert named["drawn within 7"]["parent"] == old[7]
+        assert named["within 7"]["parent"] == old[7]
 
 
 def test_no_new_nucleus_where_a_person_decided(story: SimpleNamespace) -> None:
@@ -248,10 +242,11 @@ def test_no_new_nucleus_where_a_person_decided(story: SimpleNamespace) -> None:
     old, new = (written[EDITED].uuids.tolist() for written in story.written)
     by_hand = 200
     for later in story.seen[1:]:
-        shown = {o["id"] for o in later[EDITED] if "index" in o["measurements"]}
+        drawn = ("by hand", "region", "within 7")
+        shown = {o["id"] for o in later[EDITED] if o.get("name") not in drawn}
         left_out = {*range(8), by_hand}
         assert shown == {old[k] for k in (0, 2, 3, 4, 5, 6, 7)} | {
-            uuid for k, uuid in enumerate(new) if k not in left_out
+            id_ for k, id_ in enumerate(new) if k not in left_out
         }
     first, again = story.receipts[1][EDITED], story.receipts[2][EDITED]
     assert first["left_out"] == again["left_out"] == 9
@@ -273,7 +268,10 @@ def test_importing_again_changes_nothing(story: SimpleNamespace) -> None:
 
 
 def test_damaged_results_change_nothing(story: SimpleNamespace) -> None:
-    assert f"The results of {DAMAGED} are damaged: run 'patchcl-qp run' again" in story.logs[1]
+    assert (
+        f"The results of {DAMAGED} are damaged (0 of 220 nuclei): run 'patchcl-qp run'"
+        in story.logs[1]
+    )
     assert story.seen[1][DAMAGED] == story.seen[0][DAMAGED]
     assert len(story.seen[1][DAMAGED]) == len(story.written[0][DAMAGED])
     assert story.receipts[1][DAMAGED]["run"] == "run 1"

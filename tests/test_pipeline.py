@@ -158,13 +158,14 @@ def test_nuclei_lie_on_dark_blue_structures(untiled):
         ImageDraw.Draw(drawing).polygon(corners.ravel().tolist(), fill=label)
     labels = np.asarray(drawing)
     rings = np.where(labels == 0, ndimage.grey_dilation(labels, (11, 11)), 0)
-    index = np.arange(1, len(untiled) + 1)
+    index = np.intersect1d(labels, rings)[1:]  # a few are hidden among their neighbours
+    assert len(index) > 0.95 * len(untiled)
     inside = ndimage.mean(hematoxylin, labels, index)
     ring = ndimage.mean(hematoxylin, rings, index)
     assert (inside > ring).mean() > 0.97
     assert np.median(inside - ring) > 0.1
     # The measurement is that of the same pixels, up to the smoothing of the outline.
-    measured = untiled.measurements["Hematoxylin: Mean"]
+    measured = untiled.measurements["Hematoxylin: Mean"][index - 1]
     assert np.median(np.abs(measured - inside)) < 0.02
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 from slides import DISCS_UM, scene, shrunk, write_svs, write_tiff
+from tifffile import TiffFile
 from tifffile.zarr import ZarrTiffStore
 from tiffslide import TiffSlide
 
@@ -162,7 +163,7 @@ def test_thumbnail_is_the_mean_and_reads_each_chunk_once(
     tmp_path: Path, chunks_read: Counter[str]
 ) -> None:
     pixels = scene(5003, 2601, (0.25, 0.25))  # one level, more than one block
-    path = write_tiff(tmp_path / "a.tif", pixels, (0.25, 0.25), tile_px=240)
+    path = write_tiff(tmp_path / "a.tif", pixels, (0.25, 0.25), tile_px=208)
     slide = Slide.open(entry(path), 0.5)
     chunks_read.clear()
     thumbnail, px = slide.thumbnail(8.0), slide.thumbnail_px(8.0)
@@ -232,6 +233,13 @@ def test_transparency_is_left_out(tmp_path: Path) -> None:
     Image.fromarray(np.concatenate([pixels, alpha], axis=2)).save(tmp_path / "a.png")
     slide = Slide.open(entry(tmp_path / "a.png", mpp=(0.5, 0.5)))
     np.testing.assert_array_equal(slide.read(whole(slide)), pixels)
+
+
+def test_halves_are_rounded_up(tmp_path: Path) -> None:
+    chequered = (254 + np.indices((40, 60)).sum(axis=0) % 2).astype(np.uint8)
+    Image.fromarray(np.stack([chequered] * 3, axis=-1)).save(tmp_path / "a.png")
+    slide = Slide.open(entry(tmp_path / "a.png", mpp=(0.25, 0.25)))
+    assert (slide.read(whole(slide)) == 255).all()
 
 
 def test_pixel_size_is_qupaths_then_the_files_then_the_users(tmp_path: Path) -> None:
@@ -337,6 +345,14 @@ def test_images_that_are_cut_off(tmp_path: Path, sample_project: Path) -> None:
     for path in (svs, png):
         with pytest.raises(SlideError, match=f"{path.name} cannot be read"):
             Slide.open(entry(path), override_mpp=0.5)
+
+
+def test_a_codec_that_is_not_known_shows_when_the_slide_is_opened(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "a.tif", scene(300, 200, (0.5, 0.5)), (0.5, 0.5))
+    with TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[0].tags["Compression"].overwrite(52479)
+    with pytest.raises(SlideError, match=r"a\.tif cannot be read .*52479.*OME-TIFF"):
+        Slide.open(entry(path))
 
 
 def test_pixels_that_are_damaged_are_not_read_as_black(

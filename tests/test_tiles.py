@@ -41,7 +41,7 @@ def test_scanner_voids_and_padding_are_no_tissue() -> None:
 def test_tissue_is_found_whole_and_specks_are_not() -> None:
     thumbnail = glass()
     thumbnail[50:120, 40:100] = PINK
-    thumbnail[80:86, 60:66] = 243  # a gap in it
+    thumbnail[70:84, 60:74] = 243  # a hole of 12,500 um2
     thumbnail[20:30, 200:210] = (90, 60, 120)  # 6,400 um2 of dirt
     mask = tissue_mask(thumbnail, 8.0, min_tissue_um2=20_000)
     assert mask[50:120, 40:100].all()
@@ -56,8 +56,9 @@ def test_a_crop_without_glass_is_all_tissue() -> None:
     assert tissue_mask((np.array(PINK) + noise).astype(np.uint8), 8.0).all()
 
 
-def test_a_crop_smaller_than_a_speck_is_kept() -> None:
+def test_a_crop_smaller_than_a_speck_is_judged_as_any_other() -> None:
     assert tissue_mask(np.full((3, 3, 3), PINK, np.uint8), 8.0).all()
+    assert not tissue_mask(glass()[:3, :3], 8.0).any()
 
 
 def test_real_tissue(shared_data: Path, sample_project: Path) -> None:
