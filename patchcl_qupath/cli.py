@@ -7,6 +7,7 @@ What takes long to import is imported inside the commands, so that --help answer
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -233,6 +234,7 @@ def _model(
 @contextmanager
 def _reporting_errors(as_json: bool) -> Iterator[None]:
     """Errors meant for the user become one line, not a traceback."""
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what matters is in our own errors
     try:
         yield
     except PatchCLError as error:

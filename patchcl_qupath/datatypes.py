@@ -37,6 +37,11 @@ class Box:
         """(rows, columns)."""
         return self.row1 - self.row0, self.col1 - self.col0
 
+    def holds(self, rows: NDArray[np.int64], cols: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(N,) whether pixels lie in the box."""
+        in_rows = (self.row0 <= rows) & (rows < self.row1)
+        return in_rows & (self.col0 <= cols) & (cols < self.col1)
+
     def grow(self, margin: int, within: tuple[int, int]) -> Box:
         """The box with ``margin`` px more on each side, clipped to an image of shape ``within``."""
         return Box(
@@ -51,8 +56,9 @@ class Box:
 class Tile:
     """One unit of work on the working grid.
 
-    The ``write`` boxes of an image's tiles partition its grid; ``read`` is ``write`` plus the
-    halo, clipped to the image. ``row`` and ``col`` count tiles, not pixels.
+    The ``write`` boxes of an image's tiles do not overlap, and cover all its tissue; ``read`` is
+    ``write`` plus the halo, clipped to the image. A tile owns the nuclei whose centroid lies in its
+    ``write`` box. ``row`` and ``col`` count tiles, not pixels.
     """
 
     row: int

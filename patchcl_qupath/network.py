@@ -9,41 +9,45 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from patchcl_qupath.config import Config, PatchCLConfig, from_dict, to_dict
-from patchcl_qupath.errors import ConfigError, ModelError, StorageError
+from patchcl_qupath.errors import ConfigError, ModelError
 from patchcl_qupath.stains import StainScale
+from patchcl_qupath.storage import replacing, write_json
 
 _FORMAT = "patchcl-qupath model 1"
+_UNUSABLE = (ConfigError, KeyError, TypeError, ValueError, RuntimeError, AttributeError)
 
 
 class ConvBlock(nn.Module):
-    """3x3 convolution, batch norm, ELU. Sizes stay what they are unless ``stride`` says so."""
+    """3x3 convolution that keeps the size, batch norm, ELU."""
 
     def __init__(self, inputs: int, outputs: int, dilation: int = 1) -> None:
         super().__init__()
-        self.conv: nn.Module = nn.Conv2d(
-            inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False
-        )
-        self.norm: nn.Module = nn.BatchNorm2d(outputs)
-        self.act = nn.ELU(inplace=True)
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False)
+        self.norm: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
+        return F.elu(self.norm(self.conv(x)), inplace=True)  # (B, outputs, H, W)
+
+    def fold(self) -> None:
+        """Make the batch norm part of the convolution: same values, a third less work."""
+        assert isinstance(self.norm, nn.BatchNorm2d)
+        self.conv = fuse_conv_bn_eval(self.conv, self.norm)
+        self.norm = nn.Identity()
 
 
 class ConfidenceNetwork(nn.Module):
@@ -60,6 +64,7 @@ class ConfidenceNetwork(nn.Module):
     ) -> None:
         super().__init__()
         dilations = tuple(dilations)
+        self.channels = channels
         self.first = ConvBlock(3, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(ConvBlock(width, width, d), ConvBlock(width, width, d)) for d in dilations
@@ -84,8 +89,7 @@ class ConfidenceNetwork(nn.Module):
         network = deepcopy(self).eval()
         for module in network.modules():
             if isinstance(module, ConvBlock):
-                module.conv = fuse_conv_bn_eval(module.conv, module.norm)
-                module.norm = nn.Identity()
+                module.fold()
         return network
 
 
@@ -141,12 +145,13 @@ class Model:
     @cached_property
     def engine(self) -> ConfidenceNetwork:
         """The network as it is run. Threads may share it."""
-        return self.network.folded().to(device(), memory_format=torch.channels_last)
+        return self.network.folded().to(device())
 
     @cached_property
     def digest(self) -> str:
-        """Hexadecimal digest of weights, settings and choices: equal digests, equal nuclei."""
-        digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
+        """Hexadecimal digest of all that a confidence depends on."""
+        facts = [self.config.patchcl.dilations, self.mpp, *self._choices().values()]
+        digest = hashlib.sha256(json.dumps(facts).encode())
         for name, values in self.network.state_dict().items():
             digest.update(name.encode() + values.cpu().numpy().tobytes())
         return digest.hexdigest()
@@ -156,13 +161,18 @@ class Model:
 
         Each file appears whole or not at all. Raises StorageError where they cannot be written.
         """
-        weights = {key: values.cpu() for key, values in self.network.state_dict().items()}
-        facts = self._settings() | {"digest": self.digest, "training": self.training}
-        buffer = io.BytesIO()
-        torch.save({"format": _FORMAT, **facts, "weights": weights}, buffer)
         path = folder / f"{name}.pt"
-        _write(path.with_suffix(".json"), json.dumps(facts, indent=2).encode())
-        _write(path, buffer.getvalue())
+        facts = self._choices() | {
+            "digest": self.digest,
+            "config": to_dict(self.config),
+            "training": self.training,
+        }
+        weights = {key: values.cpu() for key, values in self.network.state_dict().items()}
+        content = io.BytesIO()
+        torch.save({"format": _FORMAT, **facts, "weights": weights}, content)
+        write_json(path.with_suffix(".json"), facts)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content.getvalue())
         return path
 
     @classmethod
@@ -177,35 +187,25 @@ class Model:
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged or hostile file can raise anything
-            raise ModelError(f"{path} is damaged or no model at all: {advice}") from error
-        if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
-            raise ModelError(f"{path} is not a model of this version of patchcl-qupath: {advice}")
+            raise ModelError(f"{path} is damaged, or no model at all: {advice}") from error
         try:
+            if stored["format"] != _FORMAT:
+                raise ValueError(stored["format"])
             config = from_dict(stored["config"])
             with torch.device("meta"):  # no memory yet: the settings are only a claim so far
                 network = ConfidenceNetwork.of(config.patchcl)
             network.load_state_dict(stored["weights"], assign=True)
-            choices = {key: stored[key] for key in ("channel", "inverted", "threshold", "training")}
-            model = cls(network.eval(), config, **choices)
-            intact = (
-                model.digest == stored["digest"] and 0 <= model.channel < config.patchcl.channels
-            )
-        except (
-            ConfigError,
-            KeyError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-            AttributeError,
-        ) as error:
-            raise ModelError(f"{path} holds another kind of network: {advice}") from error
-        if not intact:
-            raise ModelError(f"{path} was changed after it was written: {advice}")
+            choices = (stored[key] for key in ("channel", "inverted", "threshold", "training"))
+            model = cls(network.eval(), config, *choices)
+            whole = model.digest == stored["digest"] and 0 <= model.channel < network.channels
+        except _UNUSABLE as error:
+            raise ModelError(f"{path} is another kind or version of model: {advice}") from error
+        if not whole:
+            raise ModelError(f"{path} is damaged: {advice}")
         return model
 
-    def _settings(self) -> dict[str, Any]:
+    def _choices(self) -> dict[str, Any]:
         return {
-            "config": to_dict(self.config),
             "channel": self.channel,
             "inverted": self.inverted,
             "threshold": self.threshold,
@@ -237,23 +237,5 @@ def confidence(model: Model, rgb: NDArray[np.uint8], scale: StainScale) -> NDArr
         nucleus = model.engine(x)[0, model.channel]  # (H, W)
         if model.inverted:
             nucleus = 1 - nucleus
-        levels = torch.round(nucleus * 255)
-    return levels.cpu().numpy() / np.float32(255)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` in one step, so that no reader sees half of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-        try:
-            with temporary.open("wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+        levels: NDArray[np.float32] = torch.round(nucleus * 255).cpu().numpy()
+    return levels / np.float32(255)

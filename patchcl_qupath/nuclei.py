@@ -26,24 +26,20 @@ _AHEAD = np.array([[0, 1], [1, 0], [0, -1], [-1, 0]])
 _SIMPLIFY_PX = 0.2  # an outline may move by this much when points are left out
 
 
-def owned(labels: NDArray[np.int32], tile: Tile) -> NDArray[np.bool_]:
-    """For labels 1..N of a tile's read box: does the tile own that nucleus? -> (N,) bool.
+def centroids(labels: NDArray[np.int32], tile: Tile) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The pixels (rows, cols), each (N,), of the working grid with the centroids of labels 1..N.
 
-    It does if the centroid of the nucleus's pixels lies in the tile's write box. Write boxes
-    partition the grid, and a nucleus has the same pixels in each tile that sees it whole, so each
-    nucleus has one owner. Whole numbers only: rounding must not let two tiles disagree.
+    ``labels`` cover the tile's read box. Whoever asks which tile owns a nucleus, or whether it lies
+    on tissue, asks for this pixel: a nucleus has the same pixels in each tile that sees it whole,
+    and sums of whole numbers do not round, so no two tiles can disagree.
     """
     rows, cols = np.nonzero(labels)
     label = labels[rows, cols] - 1
-    n = int(labels.max(initial=0))
-    count = np.bincount(label, minlength=n)
-    row_sum, col_sum = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
+    count = np.bincount(label, minlength=int(labels.max(initial=0)))
+    row_sum, col_sum = np.zeros_like(count), np.zeros_like(count)
     np.add.at(row_sum, label, rows + tile.read.row0)
     np.add.at(col_sum, label, cols + tile.read.col0)
-    row, col = row_sum // count, col_sum // count
-    write = tile.write
-    inside_rows = (write.row0 <= row) & (row < write.row1)
-    return inside_rows & (write.col0 <= col) & (col < write.col1)
+    return row_sum // count, col_sum // count
 
 
 def outlines(labels: NDArray[np.int32]) -> Polygons:
@@ -246,17 +242,17 @@ def _statistics(
 
 def nuclei_of_tile(
     labels: NDArray[np.int32],
+    mine: NDArray[np.bool_],
     rgb: NDArray[np.uint8],
     confidence: NDArray[np.float32],
     tile: Tile,
     mpp: tuple[float, float],
 ) -> Nuclei:
-    """The nuclei that a tile owns, outlined and measured, on the working grid.
+    """Those of labels 1..N that are ``mine`` (N,), outlined and measured, on the working grid.
 
-    ``labels`` 1..N, ``rgb`` and ``confidence`` cover the tile's read box; ``mpp`` is (x, y) in um
-    per working pixel. The order is that of the labels.
+    ``labels``, ``rgb`` and ``confidence`` cover the tile's read box; ``mpp`` is (x, y) in um per
+    working pixel. The order is that of the labels.
     """
-    mine = owned(labels, tile)
     renumbered = np.concatenate([[0], np.where(mine, np.cumsum(mine), 0)]).astype(np.int32)
     labels = renumbered[labels]
     polygons = outlines(labels)

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import shapely
 import torch
 
 from patchcl_qupath import __version__, patchcl
@@ -21,7 +20,7 @@ from patchcl_qupath.config import Config, to_dict
 from patchcl_qupath.datatypes import ImageEntry, Nuclei, Tile
 from patchcl_qupath.errors import PatchCLError
 from patchcl_qupath.network import Model, confidence
-from patchcl_qupath.nuclei import nuclei_of_tile, to_level0
+from patchcl_qupath.nuclei import centroids, nuclei_of_tile, to_level0
 from patchcl_qupath.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.project import Project
 from patchcl_qupath.report import write_preview
@@ -169,8 +168,8 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
     with timed(seconds, "separate"):
         labels = instances(probability, slide.mpp, context.config.segment, model.threshold)
     with timed(seconds, "measure"):
-        nuclei = nuclei_of_tile(labels, rgb, probability, tile, slide.grid_mpp)
-        cols, rows = shapely.get_coordinates(shapely.centroid(nuclei.polygons)).T
-        nuclei = nuclei[inside(image.tissue, image.tissue_px, rows, cols)]
+        rows, cols = centroids(labels, tile)
+        mine = tile.write.holds(rows, cols) & inside(image.tissue, image.tissue_px, rows, cols)
+        nuclei = nuclei_of_tile(labels, mine, rgb, probability, tile, slide.grid_mpp)
         nuclei = to_level0(nuclei, slide.downsample, image.id)
     return nuclei, seconds

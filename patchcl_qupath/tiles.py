@@ -77,17 +77,32 @@ def plan(
 ) -> list[Tile]:
     """The tiles with tissue, row by row, of a working grid of ``shape`` (rows, cols).
 
-    Write boxes are cut evenly, ``tile_px`` or less to a side, so that no sliver is left over;
-    those without tissue in them are left out. ``tissue`` has one px per ``tissue_px`` grid px.
+    Write boxes are cut evenly, ``tile_px`` or less to a side, so that no sliver is left over; then
+    each is shrunk to its tissue, and left out where it has none. ``tissue`` has one px per
+    ``tissue_px`` grid px.
     """
     tiles = []
-    for row, (row0, row1) in enumerate(pairwise(_cuts(shape[0], tile_px))):
-        band = tissue[row0 // tissue_px : -(-row1 // tissue_px)]
-        for col, (col0, col1) in enumerate(pairwise(_cuts(shape[1], tile_px))):
-            if band[:, col0 // tissue_px : -(-col1 // tissue_px)].any():
-                write = Box(row0, col0, row1, col1)
+    for row, rows in enumerate(pairwise(_cuts(shape[0], tile_px))):
+        for col, cols in enumerate(pairwise(_cuts(shape[1], tile_px))):
+            write = _shrunk(Box(rows[0], cols[0], rows[1], cols[1]), tissue, tissue_px)
+            if write is not None:
                 tiles.append(Tile(row, col, write.grow(halo_px, shape), write))
     return tiles
+
+
+def _shrunk(box: Box, tissue: NDArray[np.bool_], tissue_px: int) -> Box | None:
+    """The part of a box that holds all its tissue; None where there is none."""
+    row, col = box.row0 // tissue_px, box.col0 // tissue_px
+    within = tissue[row : -(-box.row1 // tissue_px), col : -(-box.col1 // tissue_px)]
+    rows, cols = np.flatnonzero(within.any(axis=1)), np.flatnonzero(within.any(axis=0))
+    if len(rows) == 0:
+        return None
+    return Box(
+        max(box.row0, (row + int(rows[0])) * tissue_px),
+        max(box.col0, (col + int(cols[0])) * tissue_px),
+        min(box.row1, (row + int(rows[-1]) + 1) * tissue_px),
+        min(box.col1, (col + int(cols[-1]) + 1) * tissue_px),
+    )
 
 
 def _cuts(length: int, tile_px: int) -> list[int]:
@@ -119,14 +134,7 @@ def sample_boxes(
 
 
 def inside(
-    tissue: NDArray[np.bool_],
-    tissue_px: int,
-    rows: NDArray[np.floating],
-    cols: NDArray[np.floating],
+    tissue: NDArray[np.bool_], tissue_px: int, rows: NDArray[np.int64], cols: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """(n,) whether points of the working grid lie on tissue."""
-    at = [
-        np.clip(np.floor(points / tissue_px).astype(int), 0, length - 1)
-        for points, length in zip((rows, cols), tissue.shape, strict=True)
-    ]
-    return np.asarray(tissue[at[0], at[1]])
+    """(n,) whether pixels of the working grid lie on tissue."""
+    return np.asarray(tissue[rows // tissue_px, cols // tissue_px])

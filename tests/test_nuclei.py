@@ -6,10 +6,10 @@ import shapely
 
 from patchcl_qupath.datatypes import Box, Nuclei, Tile
 from patchcl_qupath.nuclei import (
+    centroids,
     measure,
     nuclei_of_tile,
     outlines,
-    owned,
     shape_measurements,
     to_level0,
 )
@@ -83,7 +83,8 @@ def test_no_labels_no_outlines():
     tile = Tile(0, 0, Box(0, 0, 20, 30), Box(0, 0, 20, 30))
     rgb = np.zeros((20, 30, 3), dtype=np.uint8)
     assert len(outlines(empty)) == 0
-    nuclei = nuclei_of_tile(empty, rgb, np.zeros((20, 30), np.float32), tile, (0.5, 0.5))
+    nobody = np.zeros(0, dtype=bool)
+    nuclei = nuclei_of_tile(empty, nobody, rgb, np.zeros((20, 30), np.float32), tile, (0.5, 0.5))
     assert len(nuclei) == 0
     assert len(to_level0(nuclei, (2, 2), "1")) == 0
 
@@ -95,8 +96,11 @@ def test_each_nucleus_has_one_owner_also_on_the_border_of_two_write_boxes():
     image[12:17, 46:55] = 2  # centroid 50: pixel 50
     left = Tile(0, 0, Box(0, 0, 20, 70), Box(0, 0, 20, 50))
     right = Tile(0, 1, Box(0, 30, 20, 100), Box(0, 50, 20, 100))
-    np.testing.assert_array_equal(owned(image[:, :70], left), [True, False])
-    np.testing.assert_array_equal(owned(image[:, 30:], right), [False, True])
+    in_left, in_right = centroids(image[:, :70], left), centroids(image[:, 30:], right)
+    np.testing.assert_array_equal(in_left, in_right)
+    np.testing.assert_array_equal(in_left, [[7, 14], [49, 50]])
+    np.testing.assert_array_equal(left.write.holds(*in_left), [True, False])
+    np.testing.assert_array_equal(right.write.holds(*in_right), [False, True])
 
 
 def test_shape_measurements_of_a_rectangle_as_in_qupath():

@@ -142,8 +142,24 @@ def test_sample_boxes_of_a_small_image_and_of_glass() -> None:
     assert sample_boxes(np.zeros((2, 3), bool), 16, (30, 45), 256, 5, rng) == []
 
 
-def test_inside_looks_points_up() -> None:
+def test_inside_looks_pixels_up() -> None:
     tissue = np.array([[True, False, False], [False, False, True]])
-    rows = np.array([0.0, 15.9, 16.1, 31.0, 33.0])  # the last beyond the mask
-    cols = np.array([15.9, 16.1, 40.0, 10.0, 47.9])
+    rows = np.array([0, 15, 16, 31, 16])
+    cols = np.array([15, 16, 40, 10, 47])
     assert inside(tissue, 16, rows, cols).tolist() == [True, False, True, False, True]
+
+
+def test_write_boxes_hold_all_tissue_once_and_little_else() -> None:
+    tissue = np.zeros((64, 96), dtype=bool)  # of 16 px
+    rows, cols = np.mgrid[:64, :96]
+    tissue[(rows - 30) ** 2 + (cols - 50) ** 2 < 25**2] = True
+    tiles = plan((1020, 1530), tissue, 16, 256, 40)
+    held = np.zeros((1020, 1530), dtype=int)
+    for tile in tiles:
+        held[tile.write.row0 : tile.write.row1, tile.write.col0 : tile.write.col1] += 1
+        assert max(tile.write.shape) <= 256
+        assert tile.read == tile.write.grow(40, (1020, 1530))
+    on_grid = np.kron(tissue, np.ones((16, 16), dtype=bool))[:1020, :1530]
+    assert (held[on_grid] == 1).all()
+    assert held.max() == 1
+    assert held.sum() < 1.3 * on_grid.sum()
