@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
+_BARS = 8  # progress bars on the screen at once
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -256,22 +257,33 @@ def _progress_bars() -> Iterator[Progress]:
         MofNCompleteColumn,
         Progress,
         TextColumn,
-        TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
-    rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate)
-    clocks = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, *clocks, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
+    whole = Column(no_wrap=True)
+    with Progress(
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, ratio=1)),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(table_column=whole),
+        TextColumn("{task.fields[rate]}", table_column=whole),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=whole),
+        console=Console(stderr=True),
+        expand=True,
+    ) as bars:
+        shown: dict[str, Any] = {}
 
         def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total or None, rate="")
-            task = bars.tasks[tasks[stage]]
-            rate = f"{task.speed:.1f}/s" if task.speed else ""
-            bars.update(tasks[stage], completed=done, total=total or None, rate=rate)
+            if stage not in shown:
+                for task in bars.tasks:
+                    if task.total is None:  # what cannot be counted is over when the next begins
+                        bars.update(task.id, total=1, completed=1)
+                if len(shown) == _BARS:
+                    bars.remove_task(shown.pop(next(iter(shown))))
+                shown[stage] = bars.add_task(stage, total=total or None, rate="")
+            speed = next(task.speed for task in bars.tasks if task.id == shown[stage])
+            rate = f"{speed:.1f}/s" if speed else ""
+            bars.update(shown[stage], completed=done, total=total or None, rate=rate)
 
         yield show
 
