@@ -8,11 +8,15 @@
  * drew or changed stays as it is, nuclei that a person deleted stay deleted, and new nuclei in either
  * place are left out. To have deleted ones back, delete all the nuclei, then run this again.
  *
+ * The nuclei lie in a locked annotation, 'PatchCL', that carries their number and density. After
+ * `patchcl-qp remove`, this script takes out what it added, but for what a person changed.
+ *
  * Each image gets a receipt, patchcl/imported/<image id>.json, which names the run that it shows.
  *
  * Needs QuPath 0.4 or later.
  */
 
+import com.google.gson.JsonObject
 import com.google.gson.JsonParser
 import groovy.transform.CompileStatic
 import java.nio.charset.StandardCharsets
@@ -34,6 +38,10 @@ import qupath.lib.io.PathIO
 import qupath.lib.objects.PathAnnotationObject
 import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjectTools
+import qupath.lib.objects.PathObjects
+import qupath.lib.projects.ProjectImageEntry
+import qupath.lib.regions.ImagePlane
+import qupath.lib.roi.ROIs
 import qupath.lib.roi.interfaces.ROI
 import qupath.lib.scripting.QP
 import qupath.lib.scripting.ScriptAttributes
@@ -60,11 +68,10 @@ if (!Files.exists(resultFile)) {
 }
 
 // Read everything before anything is changed: a damaged file must not cost the nuclei shown now.
-String run
+JsonObject result
 List<PathObject> nuclei = []
 try {
-    def result = JsonParser.parseString(Files.readString(resultFile)).getAsJsonObject()
-    run = result.get('run').getAsString()
+    result = JsonParser.parseString(Files.readString(resultFile)).getAsJsonObject()
     for (file in result.getAsJsonArray('files'))
         nuclei.addAll(PathIO.readObjects(results.resolve(file.getAsString())))
     if (nuclei.size() != result.get('nuclei').getAsInt())
@@ -74,65 +81,123 @@ try {
     throw new IOException("The results of ${name} are damaged (${e.message}): run 'patchcl-qp run' again (${results}).")
 }
 
-// Untouched is what we imported and still looks so, with nothing within that we did not import.
-def hierarchy = imageData.getHierarchy()
-Map<String, String> imported = readImported(imageData)
-Set<PathObject> untouched = []
-List<PathObject> kept = []
-Set<String> keptIds = []
-for (pathObject in hierarchy.getAllObjects(false)) {
-    String id = pathObject.getID()
-    boolean drawnWithin = pathObject.getChildObjects().any { !imported.containsKey(it.getID().toString()) }
-    if (!drawnWithin && imported[id]?.startsWith(digest(pathObject)))
-        untouched << pathObject
-    else {
-        kept << pathObject
-        keptIds << id
-    }
-}
-// The rest of what we imported, a person changed or deleted: there the person's word counts.
-Map<String, String> decided = new LinkedHashMap(imported)
-untouched.each { decided.remove(it.getID().toString()) }
-if (untouched.isEmpty() && !decided.keySet().any { it in keptIds })
-    decided.clear()   // all of it deleted: start afresh
-
-def keptOutlines = new STRtree()
-for (roi in kept.collect { PathObjectTools.getROI(it, true) })
-    if (roi?.isArea())
-        keptOutlines.insert(envelope(roi), roi)
-def decidedPlaces = new STRtree()
-for (place in decided.values().collect { centroid(it) })
-    decidedPlaces.insert(new Envelope(place), place)
-List<PathObject> added = nuclei.findAll {
-    !(it.getID().toString() in decided) &&
-            !coversAny(it.getROI(), decidedPlaces) &&
-            !overlapsAny(it.getROI(), keptOutlines, maxOverlap)
-}
-
-hierarchy.getSelectionModel().deselectObjects(untouched)
-hierarchy.removeObjects(untouched, true)
-hierarchy.addObjects(added)
-writeImported(imageData, decided + added.collectEntries { [it.getID().toString(), digestAndCentroid(it)] })
+def done = replaceNuclei(imageData, entry, nuclei, result, maxOverlap)
 
 // QuPath saves after 'Run for project' and 'QuPath script --save', a person saves the open image.
 boolean savedByQuPath = getBinding().getVariables()[ScriptAttributes.BATCH_SAVE]
 boolean inWindow = QuPathGUI.getInstance() != null
 if (!savedByQuPath && !inWindow)
     entry.saveImageData(imageData)
-int leftOut = nuclei.size() - added.size()
 writeReceipt(folder.resolve('imported').resolve(entry.getID() + '.json'), [
     image   : name,
-    run     : run,
+    run     : text(result, 'run'),
     imported: OffsetDateTime.now().toString(),
-    added   : added.size(),
-    left_out: leftOut,
-    removed : untouched.size(),
-    kept    : kept.size(),
-])
-logger.info("${name}: ${added.size()} nuclei added, ${leftOut} left out where a person decided otherwise, " +
-        "${untouched.size()} of an earlier import removed, ${kept.size()} other objects kept." +
+] + done)
+logger.info("${name}: ${done.added} nuclei added, ${done.left_out} left out where a person decided otherwise, " +
+        "${done.removed} of an earlier import removed, ${done.kept} other objects kept." +
         (inWindow && !savedByQuPath ? ' Save the image to keep them.' : ''))
 
+
+/**
+ * Puts nuclei in the place of those of earlier imports, and says how many were added, left out, removed
+ * and kept. 'result' is what result.json says. patchcl-qp calls this, too, when it writes by itself.
+ */
+static Map<String, Integer> replaceNuclei(ImageData<?> imageData, ProjectImageEntry<?> entry, List<PathObject> nuclei,
+                                          JsonObject result, double maxOverlap) {
+    // Untouched is what we imported and still looks so, with nothing within that we did not import;
+    // the region may have anything within.
+    def hierarchy = imageData.getHierarchy()
+    Map<String, String> imported = readImported(imageData)
+    UUID regionID = UUID.nameUUIDFromBytes("PatchCL region of image ${entry.getID()}".toString().getBytes(StandardCharsets.UTF_8))
+    PathObject oldRegion = null
+    Set<PathObject> untouched = []
+    List<PathObject> kept = []
+    Set<String> keptIds = []
+    for (pathObject in hierarchy.getAllObjects(false)) {
+        String id = pathObject.getID()
+        boolean isRegion = pathObject.getID() == regionID
+        boolean drawnWithin = !isRegion && pathObject.getChildObjects().any { !imported.containsKey(it.getID().toString()) }
+        if (drawnWithin || !imported[id]?.startsWith(digest(pathObject))) {
+            kept << pathObject
+            keptIds << id
+        } else if (isRegion)
+            oldRegion = pathObject
+        else
+            untouched << pathObject
+    }
+    // The rest of what we imported, a person changed or deleted: there the person's word counts.
+    Map<String, String> decided = new LinkedHashMap(imported)
+    decided.remove(regionID.toString())
+    untouched.each { decided.remove(it.getID().toString()) }
+    boolean forget = result.has('removed')   // by patchcl-qp remove
+    if (forget || untouched.isEmpty() && !decided.keySet().any { it in keptIds })
+        decided.clear()   // all of it deleted: start afresh
+
+    def keptOutlines = new STRtree()
+    for (roi in kept.collect { PathObjectTools.getROI(it, true) })
+        if (roi?.isArea())
+            keptOutlines.insert(envelope(roi), roi)
+    def decidedPlaces = new STRtree()
+    for (place in decided.values().collect { centroid(it) })
+        decidedPlaces.insert(new Envelope(place), place)
+    List<PathObject> added = nuclei.findAll {
+        !(it.getID().toString() in decided) &&
+                !coversAny(it.getROI(), decidedPlaces) &&
+                !overlapsAny(it.getROI(), keptOutlines, maxOverlap)
+    }
+
+    Set<PathObject> old = oldRegion == null ? untouched : untouched + oldRegion
+    List<PathObject> keptWithin = oldRegion == null ? [] : oldRegion.getChildObjects().findAll { !(it in untouched) }
+    hierarchy.getSelectionModel().deselectObjects(old)
+    hierarchy.removeObjects(old, true)
+    Map<String, String> now = decided + added.collectEntries { [it.getID().toString(), digestAndCentroid(it)] }
+    if (forget || regionID.toString() in keptIds)
+        hierarchy.addObjects(added)   // a region that a person changed is the person's
+    else {
+        PathObject region = newRegion(imageData, regionID, result)
+        // Within the region before that is in the hierarchy: QuPath takes long over many single annotations.
+        region.addChildObjects(keptWithin + added)
+        measure(region, imageData, result)
+        hierarchy.addObject(region)
+        now[regionID.toString()] = digestAndCentroid(region)
+    }
+    writeImported(imageData, now)
+    return [added: added.size(), left_out: nuclei.size() - added.size(), removed: untouched.size(), kept: kept.size()]
+}
+
+/** What holds the nuclei: the whole image. */
+static PathObject newRegion(ImageData<?> imageData, UUID id, JsonObject result) {
+    def server = imageData.getServer()
+    ROI roi = ROIs.createRectangleROI(0, 0, server.getWidth(), server.getHeight(), ImagePlane.getDefaultPlane())
+    PathObject region = PathObjects.createAnnotationObject(roi)
+    region.setID(id)
+    region.setName('PatchCL')
+    region.setDescription("Nuclei found by patchcl-qp, run ${text(result, 'run')} (${text(result, 'made')})")
+    region.setLocked(true)
+    return region
+}
+
+/** Counts the nuclei of a region; by its tissue, where that is known. */
+static void measure(PathObject region, ImageData<?> imageData, JsonObject result) {
+    def pixels = imageData.getServer().getPixelCalibration()
+    int count = region.getChildObjects().size()
+    def measured = region.getMeasurementList()
+    measured.put('PatchCL: Nuclei', count)
+    double area = Double.NaN
+    if (result.has('tissue_mm2')) {
+        area = result.get('tissue_mm2').getAsDouble()
+        measured.put('PatchCL: Tissue mm^2', area)
+    } else if (pixels.hasPixelSizeMicrons()) {
+        area = region.getROI().getScaledArea(pixels.getPixelWidthMicrons(), pixels.getPixelHeightMicrons()) / 1e6
+        measured.put('PatchCL: Area mm^2', area)
+    }
+    if (area > 0)
+        measured.put('PatchCL: Nuclei per mm^2', count / area)
+}
+
+static String text(JsonObject result, String key) {
+    return result.has(key) ? result.get(key).getAsString() : '?'
+}
 
 /**
  * What earlier imports added: id -> digest and centroid. Kept among the image's own properties, so
