@@ -71,9 +71,8 @@ class SegmentConfig:
     open_radius_um: float = 0.5  # thinner hairs are cut
     smooth_um: float = 0.6  # of the landscape that parts touching nuclei
     max_depth_um: float = 8.0  # depth inside the mask counts up to here
-    confidence_um: float = 2.0  # a confidence of 1 lifts the landscape by this much
     marker_radius_um: float = 1.5  # two nuclei have their centres at least this far apart
-    min_saddle_depth_um: float = 0.15  # shallower saddles part no nuclei
+    min_saddle_depth_um: float = 0.05  # shallower saddles part no nuclei
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def instances(
     are no nuclei.
     """
     mask = _mask(confidence > threshold, mpp, config)
-    height = _height(mask, confidence, mpp, config)
+    height = _height(mask, mpp, config)
     summit = _climb(height, mask, config.marker_radius_um / mpp)
     summit = _merge_shallow(summit, height, mask, config.min_saddle_depth_um)
     return _number(summit, mpp, config)
@@ -59,14 +59,11 @@ def _mask(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDArra
     return np.asarray(large[pieces])
 
 
-def _height(
-    mask: NDArray[np.bool_], confidence: NDArray[np.float32], mpp: float, config: SegmentConfig
-) -> NDArray[np.float32]:
-    """The landscape to climb, in um: depth inside the mask, plus what the confidence adds."""
+def _height(mask: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDArray[np.float32]:
+    """The landscape to climb: the depth inside the mask, in um, smoothed."""
     depth = np.minimum(ndimage.distance_transform_edt(mask) * mpp, config.max_depth_um)
-    height = depth + config.confidence_um * confidence
     return np.asarray(
-        ndimage.gaussian_filter(height, config.smooth_um / mpp, truncate=4), np.float32
+        ndimage.gaussian_filter(depth, config.smooth_um / mpp, truncate=4), np.float32
     )
 
 
