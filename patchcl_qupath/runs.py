@@ -24,6 +24,7 @@ from patchcl_qupath.storage import (
     count_nuclei,
     digest,
     read_nuclei,
+    sweep,
     write_json,
     write_nuclei,
     writing,
@@ -51,6 +52,7 @@ class TileStore:
                 shutil.rmtree(folder, ignore_errors=True)
                 (folder / "tiles").mkdir(parents=True, exist_ok=True)
             write_json(plan_file, plan)
+        sweep(folder / "tiles")
         return cls(folder)
 
     def path(self, tile: Tile) -> Path:

@@ -64,6 +64,19 @@ def replacing(path: Path) -> Iterator[Path]:
             _remove(temporary)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder."""
+    for leftover in folder.glob(".*.partial*"):
+        _remove(leftover)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise StorageError now rather than when there are results to lose."""
+    with replacing(folder / "writable") as temporary:
+        temporary.touch()
+    (folder / "writable").unlink()
+
+
 def _replace_folder(new: Path, path: Path) -> None:
     old = path.with_name(new.name + ".old")
     if path.exists():

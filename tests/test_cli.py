@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,45 @@ def test_bad_images_fail_one_by_one_and_the_good_one_is_done(tmp_path, quick):
         assert "a fault of this program" not in images[name]["problem"]
         assert not (project / "patchcl" / "results" / images[name]["id"]).exists()
     assert not [*project.rglob("*.partial")]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """mount(options): a small file system, unmounted in the end."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("may not mount a file system here")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", folder], capture_output=True)
+
+
+def test_a_read_only_project_is_refused_before_any_work(tmp_path, crop, disk):
+    folder = disk("size=1m")
+    write_project(folder / "project", [crop])
+    disk("remount,ro")
+    result = call("run", folder / "project", "--mpp", "0.5")
+    assert result.exit_code == 1
+    assert "it is read-only: copy the project" in result.output
+    assert "learning" not in result.output
+
+
+def test_a_full_disk_fails_with_advice_and_leaves_nothing_half(tmp_path, crop, quick, disk):
+    folder = disk("size=250k")
+    project = write_project(folder / "project", [crop])
+    options = ["--config", quick, "--mpp", "0.5"]
+    assert call("train", project, *options).exit_code == 0
+    (folder / "film").write_bytes(b"0" * (shutil.disk_usage(folder).free - 20_000))
+    result = call("run", project, *options)
+    assert result.exit_code == 1
+    assert "disk is full: make room and run again" in result.output
+    assert not [*folder.rglob("*.partial")]
+    assert not (project / "patchcl" / "results" / "1").exists()
 
 
 def test_glass_has_no_nuclei(tmp_path, crop, quick):

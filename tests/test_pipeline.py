@@ -56,7 +56,7 @@ def project_folder(tmp_path):
 
 def segment(folder, model, client, **slide_settings):
     """Segment a project's one image -> its result and its nuclei."""
-    project = open_project(folder)
+    project = open_project(folder, "files")
     config = replace(QUICK, slide=replace(QUICK.slide, **slide_settings))
     run = pipeline.Run(project, model, config, client, silent)
     (result,) = run.images(project.images())

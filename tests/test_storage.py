@@ -10,7 +10,14 @@ import shapely
 
 from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.errors import StorageError
-from patchcl_qupath.storage import count_nuclei, read_nuclei, replacing, write_nuclei, writing
+from patchcl_qupath.storage import (
+    count_nuclei,
+    read_nuclei,
+    replacing,
+    sweep,
+    write_nuclei,
+    writing,
+)
 
 
 def some_nuclei(n):
@@ -54,6 +61,15 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
             (new / name).write_text(name)
     assert [file.name for file in path.iterdir()] == ["second"]
     assert [file.name for file in path.parent.iterdir()] == ["1"]
+
+
+def test_leftovers_of_killed_writers_are_swept(tmp_path):
+    killed = replacing(tmp_path / "file")  # it never gets to its end
+    killed.__enter__().write_text("half")
+    (tmp_path / "mine").write_text("whole")
+    assert len([*tmp_path.iterdir()]) == 2
+    sweep(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import shapely
 
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import Nuclei
-from patchcl_qupath.storage import replacing, to_table, write_json
+from patchcl_qupath.storage import replacing, sweep, to_table, write_json
 
 NUCLEI_PER_FILE = 50_000
 
@@ -32,6 +33,9 @@ def write_results(
     ``parts`` are taken one at a time and not kept, so memory does not grow with the slide;
     ``count`` is their total. ``about`` goes into ``result.json`` as it is.
     """
+    object_type = config.object_type
+    if object_type == "auto":
+        sweep(folder.parent)
     object_type = "annotation" if count <= config.max_annotations else "detection"
     with replacing(folder) as new:
         new.mkdir()
@@ -54,6 +58,14 @@ def write_results(
             new / "result.json",
             {**about, "nuclei": count, "object_type": object_type, "files": chunks.names},
         )
+
+
+def write_removed(folder: Path) -> None:
+    """Leave in ``folder`` only word that its nuclei were removed, for the import script."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    with replacing(folder) as new:
+        new.mkdir()
+        write_json(new / "result.json", {"removed": now, "nuclei": 0, "files": []})
 
 
 class _Chunks:
