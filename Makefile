@@ -1,6 +1,6 @@
 # make demo      set up, then learn, segment and write the nuclei of sample_project/
 # make test      set up, then run the tests
-# make check     set up, then run the linters
+# make check     set up, then run the linters; those of Groovy where there are java and npm
 # make install   set up only: a virtual environment in .venv
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -24,6 +24,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	.ci/groovy
 
 bench: install
 	$(BIN)/python benchmarks/speed.py

@@ -39,6 +39,7 @@ import qupath.lib.objects.PathAnnotationObject
 import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjectTools
 import qupath.lib.objects.PathObjects
+import qupath.lib.objects.hierarchy.PathObjectHierarchy
 import qupath.lib.projects.ProjectImageEntry
 import qupath.lib.regions.ImagePlane
 import qupath.lib.roi.ROIs
@@ -102,21 +103,24 @@ logger.info("${name}: ${done.added} nuclei added, ${done.left_out} left out wher
  * Puts nuclei in the place of those of earlier imports, and says how many were added, left out, removed
  * and kept. 'result' is what result.json says. patchcl-qp calls this, too, when it writes by itself.
  */
+@CompileStatic
 static Map<String, Integer> replaceNuclei(ImageData<?> imageData, ProjectImageEntry<?> entry, List<PathObject> nuclei,
                                           JsonObject result, double maxOverlap) {
+    PathObjectHierarchy hierarchy = imageData.getHierarchy()
+    Map<String, String> imported = readImported(imageData)
+    String regionId = regionId(entry)
+
     // Untouched is what we imported and still looks so, with nothing within that we did not import;
     // the region may have anything within.
-    def hierarchy = imageData.getHierarchy()
-    Map<String, String> imported = readImported(imageData)
-    UUID regionID = UUID.nameUUIDFromBytes("PatchCL region of image ${entry.getID()}".toString().getBytes(StandardCharsets.UTF_8))
     PathObject oldRegion = null
-    Set<PathObject> untouched = []
+    Set<PathObject> untouched = new LinkedHashSet<>()
     List<PathObject> kept = []
-    Set<String> keptIds = []
-    for (pathObject in hierarchy.getAllObjects(false)) {
-        String id = pathObject.getID()
-        boolean isRegion = pathObject.getID() == regionID
-        boolean drawnWithin = !isRegion && pathObject.getChildObjects().any { !imported.containsKey(it.getID().toString()) }
+    Set<String> keptIds = new HashSet<>()
+    for (PathObject pathObject : hierarchy.getAllObjects(false)) {
+        String id = pathObject.getID().toString()
+        boolean isRegion = id == regionId
+        boolean drawnWithin = !isRegion &&
+                pathObject.getChildObjects().any { PathObject child -> !imported.containsKey(child.getID().toString()) }
         if (drawnWithin || !imported[id]?.startsWith(digest(pathObject))) {
             kept << pathObject
             keptIds << id
@@ -125,52 +129,71 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, ProjectImageEn
         else
             untouched << pathObject
     }
+
     // The rest of what we imported, a person changed or deleted: there the person's word counts.
-    Map<String, String> decided = new LinkedHashMap(imported)
-    decided.remove(regionID.toString())
-    untouched.each { decided.remove(it.getID().toString()) }
+    Map<String, String> decided = new LinkedHashMap<>(imported)
+    decided.remove(regionId)
+    for (PathObject pathObject : untouched)
+        decided.remove(pathObject.getID().toString())
     boolean forget = result.has('removed')   // by patchcl-qp remove
-    if (forget || untouched.isEmpty() && !decided.keySet().any { it in keptIds })
+    if (forget || untouched.isEmpty() && Collections.disjoint(decided.keySet(), keptIds))
         decided.clear()   // all of it deleted: start afresh
 
-    def keptOutlines = new STRtree()
-    for (roi in kept.collect { PathObjectTools.getROI(it, true) })
+    STRtree keptOutlines = new STRtree()
+    for (PathObject pathObject : kept) {
+        ROI roi = PathObjectTools.getROI(pathObject, true)
         if (roi?.isArea())
             keptOutlines.insert(envelope(roi), roi)
-    def decidedPlaces = new STRtree()
-    for (place in decided.values().collect { centroid(it) })
+    }
+    STRtree decidedPlaces = new STRtree()
+    for (String mark : decided.values()) {
+        Coordinate place = centroid(mark)
         decidedPlaces.insert(new Envelope(place), place)
-    List<PathObject> added = nuclei.findAll {
-        !(it.getID().toString() in decided) &&
-                !coversAny(it.getROI(), decidedPlaces) &&
-                !overlapsAny(it.getROI(), keptOutlines, maxOverlap)
+    }
+    List<PathObject> added = nuclei.findAll { PathObject nucleus ->
+        !decided.containsKey(nucleus.getID().toString()) &&
+                !coversAny(nucleus.getROI(), decidedPlaces) &&
+                !overlapsAny(nucleus.getROI(), keptOutlines, maxOverlap)
     }
 
-    Set<PathObject> old = oldRegion == null ? untouched : untouched + oldRegion
-    List<PathObject> keptWithin = oldRegion == null ? [] : oldRegion.getChildObjects().findAll { !(it in untouched) }
+    Map<String, String> now = decided
+    for (PathObject nucleus : added)
+        now[nucleus.getID().toString()] = digestAndCentroid(nucleus)
+    Set<PathObject> old = new LinkedHashSet<>(untouched)
+    List<PathObject> within = []
+    if (oldRegion != null) {
+        within.addAll(oldRegion.getChildObjects().findAll { PathObject child -> !untouched.contains(child) })
+        old << oldRegion
+    }
     hierarchy.getSelectionModel().deselectObjects(old)
     hierarchy.removeObjects(old, true)
-    Map<String, String> now = decided + added.collectEntries { [it.getID().toString(), digestAndCentroid(it)] }
-    if (forget || regionID.toString() in keptIds)
+    if (forget || keptIds.contains(regionId))
         hierarchy.addObjects(added)   // a region that a person changed is the person's
     else {
-        PathObject region = newRegion(imageData, regionID, result)
-        // Within the region before that is in the hierarchy: QuPath takes long over many single annotations.
-        region.addChildObjects(keptWithin + added)
+        // Filled before it is in the hierarchy: there, QuPath takes long over many annotations.
+        within.addAll(added)
+        PathObject region = newRegion(imageData, regionId, result)
+        region.addChildObjects(within)
         measure(region, imageData, result)
         hierarchy.addObject(region)
-        now[regionID.toString()] = digestAndCentroid(region)
+        now[regionId] = digestAndCentroid(region)
     }
     writeImported(imageData, now)
     return [added: added.size(), left_out: nuclei.size() - added.size(), removed: untouched.size(), kept: kept.size()]
 }
 
+/** The same for an image always, and another for each image of a project. */
+static String regionId(ProjectImageEntry<?> entry) {
+    String name = "PatchCL region of image ${entry.getID()}"
+    return UUID.nameUUIDFromBytes(name.getBytes(StandardCharsets.UTF_8)).toString()
+}
+
 /** What holds the nuclei: the whole image. */
-static PathObject newRegion(ImageData<?> imageData, UUID id, JsonObject result) {
+static PathObject newRegion(ImageData<?> imageData, String id, JsonObject result) {
     def server = imageData.getServer()
     ROI roi = ROIs.createRectangleROI(0, 0, server.getWidth(), server.getHeight(), ImagePlane.getDefaultPlane())
     PathObject region = PathObjects.createAnnotationObject(roi)
-    region.setID(id)
+    region.setID(UUID.fromString(id))
     region.setName('PatchCL')
     region.setDescription("Nuclei found by patchcl-qp, run ${text(result, 'run')} (${text(result, 'made')})")
     region.setLocked(true)
@@ -219,6 +242,7 @@ static void writeReceipt(Path file, Map receipt) {
     Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
 }
 
+@CompileStatic
 static String digestAndCentroid(PathObject pathObject) {
     ROI roi = pathObject.getROI()
     return digest(pathObject) + ' ' + (float) roi.getCentroidX() + ' ' + (float) roi.getCentroidY()
@@ -235,16 +259,20 @@ static Coordinate centroid(String digestAndCentroid) {
  */
 @CompileStatic
 static String digest(PathObject pathObject) {
-    def text = new StringBuilder()
+    def bytes = new ByteArrayOutputStream()
+    def data = new DataOutputStream(bytes)
     ROI roi = pathObject.getROI()
     if (roi != null)
-        for (Point2 point : roi.getAllPoints())
-            text.append((float) point.getX()).append(' ').append((float) point.getY()).append(' ')
-    text.append([pathObject.isAnnotation(), pathObject.getPathClass(), pathObject.getName(), pathObject.getColor(),
-                 pathObject.isLocked()])
+        for (Point2 point : roi.getAllPoints()) {
+            data.writeFloat((float) point.getX())
+            data.writeFloat((float) point.getY())
+        }
+    List<Object> rest = [pathObject.isAnnotation(), pathObject.getPathClass(), pathObject.getName(),
+                         pathObject.getColor(), pathObject.isLocked()]
     if (pathObject instanceof PathAnnotationObject)
-        text.append(((PathAnnotationObject) pathObject).getDescription())
-    byte[] hash = MessageDigest.getInstance('SHA-256').digest(text.toString().getBytes(StandardCharsets.UTF_8))
+        rest << ((PathAnnotationObject) pathObject).getDescription()
+    data.write(rest.toString().getBytes(StandardCharsets.UTF_8))
+    byte[] hash = MessageDigest.getInstance('SHA-256').digest(bytes.toByteArray())
     return hash.encodeHex().toString().substring(0, 16)
 }
 

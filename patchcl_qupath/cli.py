@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from patchcl_qupath.network import Model
     from patchcl_qupath.pipeline import ImageResult, Progress
     from patchcl_qupath.project import Project
+
+# Threads of torch that wait by spinning starve whatever else the machine does, and themselves: a
+# training beside one busy process took three times as long. Read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
@@ -61,24 +65,62 @@ def _shared(command: Command) -> Command:
     return command
 
 
+def _writing(command: Command) -> Command:
+    """The options of commands that change what QuPath shows."""
+    for option in (
+        click.option(
+            "--qupath", type=_PATH, help="Folder of QuPath, where it is in no usual place."
+        ),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "paquo", "files"]),
+            default="auto",
+            envvar="PATCHCL_QP_BACKEND",
+            help="Have QuPath write nuclei into its images (paquo), or leave files to import "
+            "(files). Default: QuPath, if there is one.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @main.command()
 @_shared
+@_writing
+@click.option(
+    "--within",
+    multiple=True,
+    metavar="CLASS",
+    help="Only inside annotations of this class, which groovy/export_regions.groovy exported "
+    "from QuPath; repeat for more.",
+)
 @click.option("--model", "name", default="patchcl", help="Name of the model; trained if missing.")
 @click.option("--retrain", is_flag=True, help="Train the model anew even if there is one.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the training.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; default: all cores.")
 @click.option("--scheduler", help="Address of a running Dask scheduler, as tcp://host:8786.")
+@click.option(
+    "--progress",
+    "progress_as",
+    type=click.Choice(["bars", "json"]),
+    default="bars",
+    help="On standard error: for people, or a line of JSON for each step.",
+)
 def run(
     project_path: Path,
     names: tuple[str, ...],
     mpp: float | None,
     config: Path | None,
     as_json: bool,
+    backend: str,
+    qupath: Path | None,
+    within: tuple[str, ...],
     name: str,
     retrain: bool,
     seed: int | None,
     workers: int | None,
     scheduler: str | None,
+    progress_as: str,
 ) -> None:
     """Segment the nuclei of PROJECT (a .qpproj file or its folder).
 
@@ -86,13 +128,15 @@ def run(
     stopped, and it goes on where it was.
     """
     with _reporting_errors(as_json):
-        project, entries, settings = _open(project_path, names, config, seed)
+        project, entries, settings = _open(project_path, names, config, seed, backend, qupath)
         from patchcl_qupath import pipeline, runs
 
-        with _progress_bars() as progress:
+        click.echo(f"Nuclei are written by {project.via}", err=True)
+        showing = _progress_lines if progress_as == "json" else _progress_bars
+        with closing(project), showing() as progress:
             model, trained = _model(project, entries, settings, mpp, name, retrain, progress)
             with runs.workers(workers, scheduler) as client:
-                this_run = pipeline.Run(project, model, settings, client, progress, mpp)
+                this_run = pipeline.Run(project, model, settings, client, progress, mpp, within)
                 results = list(this_run.images(entries))
         _report_run(project, results, trained, as_json)
     sys.exit(1 if any(result.problem for result in results) else 0)
@@ -170,17 +214,69 @@ def status(
             )
 
 
+@main.command()
+@_shared
+@_writing
+def remove(
+    project_path: Path,
+    names: tuple[str, ...],
+    mpp: float | None,
+    config: Path | None,
+    as_json: bool,
+    backend: str,
+    qupath: Path | None,
+) -> None:
+    """Take the nuclei of `run` out of PROJECT again, but for those that a person changed."""
+    with _reporting_errors(as_json):
+        project, entries, _ = _open(project_path, names, config, None, backend, qupath)
+        click.echo(f"Nuclei are removed by {project.via}", err=True)
+        rows: list[dict[str, Any]] = []
+        with closing(project):
+            for entry in entries:
+                row: dict[str, Any] = {"id": entry.id, "image": entry.name, "problem": None}
+                try:
+                    row["done"] = project.remove(entry)
+                    click.echo(f"{entry.name}: {row['done']}", err=as_json)
+                except PatchCLError as error:  # the other images go on
+                    row["problem"] = str(error)
+                    click.echo(f"Failed: {error}", err=True)
+                rows.append(row)
+        if as_json:
+            _print_json({"project": str(project.path), "images": rows})
+    sys.exit(1 if any(row["problem"] for row in rows) else 0)
+
+
+@main.command()
+@click.argument("project_path", metavar="PROJECT", type=_PATH)
+def scripts(project_path: Path) -> None:
+    """Copy the Groovy scripts into PROJECT, where QuPath lists them."""
+    with _reporting_errors(as_json=False):
+        from patchcl_qupath.project import open_project
+        from patchcl_qupath.project.scripts import copy_scripts
+
+        for line in copy_scripts(open_project(project_path, backend="files").path):
+            click.echo(line)
+        click.echo("Next: in QuPath, choose Automate > Project scripts > run_patchcl")
+
+
 def _state(project: Project, entry: ImageEntry) -> dict[str, Any]:
     try:
         result = json.loads((project.results(entry) / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {"state": entry.problem or "to do", "nuclei": None, "made": None, "model": None}
+    if "removed" in result:
+        return {"state": "removed", "nuclei": None, "made": None, "model": None}
     made = {key: result[key] for key in ("nuclei", "made")}
     return {"state": entry.problem or "done", **made, "model": result["model"][:12]}
 
 
 def _open(
-    path: Path, names: Sequence[str], config: Path | None, seed: int | None
+    path: Path,
+    names: Sequence[str],
+    config: Path | None,
+    seed: int | None,
+    backend: str = "files",
+    qupath: Path | None = None,
 ) -> tuple[Project, list[ImageEntry], Config]:
     """The project, the images asked for, and the settings."""
     from patchcl_qupath.project import open_project
@@ -188,7 +284,7 @@ def _open(
     settings = load_config(config)
     if seed is not None:
         settings = replace(settings, patchcl=replace(settings.patchcl, seed=seed))
-    project = open_project(path)
+    project = open_project(path, backend, qupath)
     entries = project.images()
     if not entries:
         raise ProjectError(f"{path} has no images: add some in QuPath first")
@@ -217,6 +313,7 @@ def _model(
     """The project's model of that name, and whether it had to be trained."""
     from patchcl_qupath import pipeline
     from patchcl_qupath.network import Model
+    from patchcl_qupath.storage import check_writable
 
     path = _model_path(project, name)
     if path.exists() and not retrain:
@@ -227,6 +324,7 @@ def _model(
                 f"{settings.slide.mpp}: pass --retrain, or --model with another name"
             )
         return model, False
+    check_writable(path.parent)
     model = pipeline.train(entries, settings, progress, mpp)
     model.save(path.parent, name)
     return model, True
@@ -246,6 +344,16 @@ def _reporting_errors(as_json: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("\nStopped. The same command goes on from here.", err=True)
         os._exit(130)  # without waiting for the tiles under way: finished ones are safe
+
+
+@contextmanager
+def _progress_lines() -> Iterator[Progress]:
+    """What groovy/run_patchcl.groovy reads."""
+
+    def show(stage: str, done: int, total: int) -> None:
+        click.echo(json.dumps({"stage": stage, "done": done, "total": total}), err=True)
+
+    yield show
 
 
 @contextmanager
@@ -317,10 +425,13 @@ def _report_run(
                 click.echo(f"Note: {result.image}: {result.note}")
         click.echo(f"Results: {project.output / 'results'}")
         click.echo(f"Look at: {project.output / 'previews'}")
-        click.echo(
-            "Next:    open the project in QuPath, drag groovy/import_nuclei.groovy into its\n"
-            "         window, and choose Run > Run for project"
-        )
+        if project.via.startswith("paquo"):
+            click.echo("Next:    open the project in QuPath: the nuclei are in its images")
+        else:
+            click.echo(
+                "Next:    open the project in QuPath, drag groovy/import_nuclei.groovy into its\n"
+                "         window, and choose Run > Run for project"
+            )
     for result in results:
         if result.problem:
             click.echo(f"Failed: {result.problem}", err=True)

@@ -40,17 +40,20 @@ class PatchCLConfig:
     dilations: tuple[int, ...] = (1, 2, 3, 5, 10, 20)
     similarity: str = "prototypes"  # paper: mse, cross_entropy, cosine or mutual_information
     temperature: float = 0.1  # paper: 1
+    inter_weight: float = 1.0  # of the contrast between channels
     patch_px: int = 24  # paper: 50
     stride_px: int = 8  # paper: 20
     patches: int = 10  # drawn per crop and channel
     crop_px: int = 128  # paper: 300
-    batch: int = 10
-    blur_um: float = 0.5  # hematoxylin is compared at this scale
-    around_um: float = 10.0  # ... and against its surroundings at this one
-    learning_rate: float = 5e-3  # paper: 2e-4
+    batch: int = 10  # crops per step
+    blur_um: float = 0.4  # prototypes: detail below this size is no part of the comparison
+    around_um: float = 6.0  # prototypes: what counts as the surroundings of a pixel
+    excess_weight: float = 12.0  # prototypes: excess over the surroundings against hematoxylin
+    learning_rate: float = 2e-3  # paper: 2e-4
     weight_decay: float = 1e-4
-    max_steps: int = 220
-    inter: float = 1.0
+    max_steps: int = 330
+    patience: int = 50  # steps; training ends when two such spans in a row look alike
+    cooldown_steps: int = 120  # ... after these, at a falling learning rate
     slides: int = 32  # at most so many are learnt from
     crops: int = 96  # read from them together
     source_px: int = 384  # side of each crop that is read
@@ -58,6 +61,24 @@ class PatchCLConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dilations", tuple(self.dilations))
+        known = ("prototypes", "mse", "cross_entropy", "cosine", "mutual_information")
+        if self.similarity not in known:
+            raise ConfigError(f"patchcl.similarity must be one of {', '.join(known)}")
+        if not 16 <= self.patch_px <= self.crop_px:
+            raise ConfigError("patchcl.patch_px must be at least 16 and at most patchcl.crop_px")
+
+    @classmethod
+    def paper(cls, similarity: str = "mse", seed: int = 0) -> PatchCLConfig:
+        """The settings of the paper, which learn slowly: 25 epochs of its data are 75 steps."""
+        return cls(
+            similarity=similarity,
+            temperature=1.0,
+            patch_px=50,
+            stride_px=20,
+            crop_px=300,
+            learning_rate=2e-4,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True)
@@ -80,12 +101,19 @@ class ResultConfig:
     """How nuclei appear in QuPath."""
 
     class_name: str = "Nucleus"
-    color: tuple[int, ...] = (38, 70, 214)  # red, green, blue
+    color: tuple[int, ...] = (38, 70, 214)  # red, green, blue; a person's colour stays
+    object_type: str = "auto"  # annotation, detection, or by their number:
     # QuPath becomes slow with more annotations than this in an image: above, detections
     max_annotations: int = 20_000
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "color", tuple(self.color))
+        if self.object_type not in ("auto", "annotation", "detection"):
+            raise ConfigError("result.object_type must be auto, annotation or detection")
+        if len(self.color) != 3 or max(self.color) > 255:
+            raise ConfigError("result.color must be red, green and blue from 0 to 255")
+        if not self.class_name.strip() or not self.class_name.isprintable():
+            raise ConfigError("result.class_name must be a name such as Nucleus")
 
 
 @dataclass(frozen=True)

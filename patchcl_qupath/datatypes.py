@@ -7,7 +7,7 @@ tile-local     pixels of one tile's ``read`` box; the origin is its top left cor
 working grid   pixels of the whole image at the working resolution (``Slide.mpp``)
 level 0        pixels of the image as QuPath shows it (its bounds already subtracted)
 
-Only ``tile_to_grid`` and ``grid_to_level0`` convert.
+Only ``tile_to_grid``, ``grid_to_level0`` and ``level0_to_grid`` convert.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class ImageEntry:
     size: tuple[int, int] | None = None
     use_bounds: bool = True
     problem: str | None = None
-    regions: tuple[shapely.Polygon, ...] = ()  # level 0; empty: the whole image
+    regions: tuple[shapely.Polygon, ...] = ()  # level 0, valid; empty: the whole image
 
 
 @dataclass(frozen=True)
@@ -144,3 +144,9 @@ def grid_to_level0(polygons: Polygons, downsample: tuple[float, float]) -> Polyg
     """Working-grid polygons, at level 0. ``downsample`` is (x, y) level-0 px per grid px."""
     factor = np.asarray(downsample, dtype=np.float64)
     return np.asarray(shapely.transform(polygons, lambda xy: xy * factor))
+
+
+def level0_to_grid(geometry: shapely.Geometry, downsample: tuple[float, float]) -> shapely.Geometry:
+    """The inverse of ``grid_to_level0``, of one geometry."""
+    factor = np.asarray(downsample, dtype=np.float64)
+    return shapely.transform(geometry, lambda xy: xy / factor)

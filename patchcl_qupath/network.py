@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from patchcl_qupath.config import Config, PatchCLConfig, from_dict, to_dict
-from patchcl_qupath.errors import ConfigError, ModelError
+from patchcl_qupath.errors import ModelError
 from patchcl_qupath.stains import StainScale
 from patchcl_qupath.storage import replacing, write_json
 
 _FORMAT = "patchcl-qupath model 1"
-_UNUSABLE = (ConfigError, KeyError, TypeError, ValueError, RuntimeError, AttributeError)
 
 
 class ConvBlock(nn.Module):
@@ -53,24 +52,18 @@ class ConvBlock(nn.Module):
 class ConfidenceNetwork(nn.Module):
     """The fully convolutional network of PatchCL: three stains in, ``channels`` confidences out.
 
-    With the paper's 4 channels of width 8 and dilations 1, 2, 3, 5, 10, 20 it has 7,372 weights.
+    With the paper's 4 channels, width 8 and dilations 1, 2, 3, 5, 10, 20 it has 7,372 weights.
     """
 
-    def __init__(
-        self,
-        channels: int = 4,
-        width: int = 8,
-        dilations: Iterable[int] = (1, 2, 3, 5, 10, 20),
-    ) -> None:
+    def __init__(self, channels: int, width: int, dilations: Sequence[int]) -> None:
         super().__init__()
-        dilations = tuple(dilations)
-        self.channels = channels
         self.first = ConvBlock(3, width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(ConvBlock(width, width, d), ConvBlock(width, width, d)) for d in dilations
+            nn.Sequential(ConvBlock(width, width, dilation), ConvBlock(width, width, dilation))
+            for dilation in dilations
         )
         self.last = nn.Conv2d(width, channels, 1)
-        self.reach_px = 1 + 2 * sum(dilations)  # farthest pixel, along a row, that has a say
+        self.reach_px = 1 + 2 * sum(dilations)  # the farthest row or column that has a say
 
     @classmethod
     def of(cls, config: PatchCLConfig) -> ConfidenceNetwork:
@@ -162,11 +155,8 @@ class Model:
         Each file appears whole or not at all. Raises StorageError where they cannot be written.
         """
         path = folder / f"{name}.pt"
-        facts = self._choices() | {
-            "digest": self.digest,
-            "config": to_dict(self.config),
-            "training": self.training,
-        }
+        facts = {"digest": self.digest, **self._choices()}
+        facts |= {"config": to_dict(self.config), "training": self.training}
         weights = {key: values.cpu() for key, values in self.network.state_dict().items()}
         content = io.BytesIO()
         torch.save({"format": _FORMAT, **facts, "weights": weights}, content)
@@ -186,30 +176,23 @@ class Model:
             raise ModelError(f"{path} does not exist: {advice}")
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged or hostile file can raise anything
-            raise ModelError(f"{path} is damaged, or no model at all: {advice}") from error
-        try:
             if stored["format"] != _FORMAT:
-                raise ValueError(stored["format"])
+                raise ValueError(f"its format is {stored['format']}")
             config = from_dict(stored["config"])
             with torch.device("meta"):  # no memory yet: the settings are only a claim so far
                 network = ConfidenceNetwork.of(config.patchcl)
             network.load_state_dict(stored["weights"], assign=True)
             choices = (stored[key] for key in ("channel", "inverted", "threshold", "training"))
             model = cls(network.eval(), config, *choices)
-            whole = model.digest == stored["digest"] and 0 <= model.channel < network.channels
-        except _UNUSABLE as error:
-            raise ModelError(f"{path} is another kind or version of model: {advice}") from error
-        if not whole:
-            raise ModelError(f"{path} is damaged: {advice}")
+            if model.digest != stored["digest"]:
+                raise ValueError("it was changed after it was written")
+        except Exception as error:  # a damaged or hostile file can raise anything
+            reason = "it is damaged, no model at all, or of another version"
+            raise ModelError(f"{path} cannot be used: {reason}; {advice}") from error
         return model
 
     def _choices(self) -> dict[str, Any]:
-        return {
-            "channel": self.channel,
-            "inverted": self.inverted,
-            "threshold": self.threshold,
-        }
+        return {name: getattr(self, name) for name in ("channel", "inverted", "threshold")}
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickled for Dask workers without the engine: each worker has its own device."""

@@ -27,7 +27,7 @@ from patchcl_qupath.report import write_preview
 from patchcl_qupath.runs import Seconds, TileStore, map_tiles, timed, torch_threads, write_run
 from patchcl_qupath.segment import context_um, instances
 from patchcl_qupath.storage import digest
-from patchcl_qupath.tiles import inside, plan
+from patchcl_qupath.tiles import inside, inside_region, plan
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, out of how much
 
@@ -66,7 +66,8 @@ class Run:
     """One model and one set of settings, applied to images of a project.
 
     ``client`` is a Dask client. ``mpp`` is the pixel size, in um, of images that do not know
-    their own. Equal models and settings make the same run, so that a killed run goes on.
+    their own. ``within`` are classes of annotations; nuclei outside of them are not looked for.
+    Equal models, settings and classes make the same run, so that a killed run goes on.
     """
 
     project: Project
@@ -75,11 +76,17 @@ class Run:
     client: Any
     progress: Progress
     mpp: float | None = None
+    within: tuple[str, ...] = ()
 
     @property
     def about(self) -> dict[str, Any]:
         """What made the nuclei."""
-        return {"version": __version__, "model": self.model.digest, "config": to_dict(self.config)}
+        return {
+            "version": __version__,
+            "model": self.model.digest,
+            "config": to_dict(self.config),
+            "within": list(self.within),
+        }
 
     @property
     def folder(self) -> Path:
@@ -106,11 +113,14 @@ class Run:
 
     def image(self, entry: ImageEntry) -> ImageResult:
         """Segment one image and write its nuclei into the project."""
+        if self.within:
+            entry = replace(entry, regions=self.project.regions(entry, self.within))
         self.progress(f"{entry.name}: finding tissue", 0, 0)
         image = prepare(entry, self.config, self.mpp)
         slide, segment = image.slide, self.config.segment
         halo_px = self.model.reach_px + math.ceil(context_um(segment) / slide.mpp)
-        tiles = plan(slide.shape, image.tissue, image.tissue_px, self.config.slide.tile_px, halo_px)
+        tile_px = self.config.slide.tile_px
+        tiles = plan(slide.shape, image.tissue, image.tissue_px, tile_px, halo_px, image.region)
 
         store = TileStore.open(self.folder / entry.id, image.fingerprint())
         missing = store.missing(tiles)
@@ -170,6 +180,8 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
     with timed(seconds, "measure"):
         rows, cols = centroids(labels, tile)
         mine = tile.write.holds(rows, cols) & inside(image.tissue, image.tissue_px, rows, cols)
+        if image.region is not None:
+            mine &= inside_region(image.region, tile.write, rows, cols)
         nuclei = nuclei_of_tile(labels, mine, rgb, probability, tile, slide.grid_mpp)
         nuclei = to_level0(nuclei, slide.downsample, image.id)
     return nuclei, seconds

@@ -8,14 +8,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
-from patchcl_qupath.datatypes import ImageEntry
+from patchcl_qupath.datatypes import ImageEntry, level0_to_grid
 from patchcl_qupath.errors import ImageError, TrainingError
 from patchcl_qupath.slide import Slide
 from patchcl_qupath.stains import StainScale
-from patchcl_qupath.tiles import check_brightfield, sample_boxes, tissue_mask
+from patchcl_qupath.tiles import (
+    check_brightfield,
+    sample_boxes,
+    tissue_area_px,
+    tissue_mask,
+)
 
 _SCALE_CROPS = 24  # crops that the stain range is taken from
 _SCALE_CROP_PX = 256
@@ -29,12 +35,14 @@ class PreparedImage:
     slide: Slide
     tissue: NDArray[np.bool_]  # (h, w); a pixel is tissue_px working pixels wide
     tissue_px: int
-    scale: StainScale | None  # None where there is no tissue
+    scale: StainScale | None  # of all tissue, in the region or not; None where there is none
+    region: shapely.Geometry | None = None  # on the working grid; None: the whole image
 
     @property
     def tissue_mm2(self) -> float:
-        """Area of the tissue."""
-        return float(self.tissue.sum()) * (self.tissue_px * self.slide.mpp) ** 2 / 1e6
+        """Area of the tissue, of that in the region if there is one."""
+        area_px = tissue_area_px(self.tissue, self.tissue_px, self.region)
+        return area_px * self.slide.mpp**2 / 1e6
 
     def crops(self, n: int, side_px: int, seed: int) -> Iterator[NDArray[np.uint8]]:
         """``n`` random tissue crops (side_px, side_px, 3), or as small as the image is."""
@@ -49,7 +57,8 @@ class PreparedImage:
         """
         stat = self.slide.path.stat()
         facts = asdict(self.slide) | {"path": None, "name": None}
-        return {**facts, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+        facts |= {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+        return facts | {"region": self.region and shapely.to_wkb(self.region, hex=True)}
 
 
 def prepare(entry: ImageEntry, config: Config, mpp: float | None = None) -> PreparedImage:
@@ -62,10 +71,25 @@ def prepare(entry: ImageEntry, config: Config, mpp: float | None = None) -> Prep
     thumbnail = slide.thumbnail(config.slide.tissue_mpp)
     check_brightfield(thumbnail, entry.name)
     tissue = tissue_mask(thumbnail, px * slide.mpp, config.slide.min_tissue_um2)
-    image = PreparedImage(entry.id, slide, tissue, px, None)
+    image = PreparedImage(entry.id, slide, tissue, px, None, _region(entry, slide))
     if not tissue.any():
         return image
     return replace(image, scale=StainScale.fit(image.crops(_SCALE_CROPS, _SCALE_CROP_PX, seed=0)))
+
+
+def _region(entry: ImageEntry, slide: Slide) -> shapely.Geometry | None:
+    """An image's regions as one geometry on the working grid, clipped to it."""
+    if not entry.regions:
+        return None
+    region = level0_to_grid(shapely.union_all(entry.regions), slide.downsample)
+    rows, cols = slide.shape
+    region = shapely.intersection(region, shapely.box(0, 0, cols, rows))
+    if not region.area:
+        raise ImageError(
+            f"{entry.name}: its regions lie outside the image, which has "
+            f"{slide.size[0]} x {slide.size[1]} px: export them anew from this very image"
+        )
+    return region
 
 
 def training_crops(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -19,6 +21,7 @@ MAX_VOID = 10  # darker in all channels: the scanner wrote nothing here
 MIN_LIGHT = 15  # of the dimmest channel: H&E lets all colours through, fluorescence is black
 CLOSE_UM = 24.0  # gaps in fat and loose stroma
 GROW_UM = 16.0  # nuclei on the border stay whole
+AREA_SAMPLES = 250_000  # points, about, that the area of tissue in a region is measured with
 
 
 def check_brightfield(thumbnail: NDArray[np.uint8], name: str) -> None:
@@ -74,17 +77,20 @@ def plan(
     tissue_px: int,
     tile_px: int,
     halo_px: int,
+    region: shapely.Geometry | None = None,
 ) -> list[Tile]:
     """The tiles with tissue, row by row, of a working grid of ``shape`` (rows, cols).
 
     Write boxes are cut evenly, ``tile_px`` or less to a side, so that no sliver is left over; then
     each is shrunk to its tissue, and left out where it has none. ``tissue`` has one px per
-    ``tissue_px`` grid px.
+    ``tissue_px`` grid px. So with ``region``, polygons on the grid, where there is one.
     """
     tiles = []
     for row, rows in enumerate(pairwise(_cuts(shape[0], tile_px))):
         for col, cols in enumerate(pairwise(_cuts(shape[1], tile_px))):
-            write = _shrunk(Box(rows[0], cols[0], rows[1], cols[1]), tissue, tissue_px)
+            whole = Box(rows[0], cols[0], rows[1], cols[1])
+            part = whole if region is None else _bounds(region, whole)
+            write = part and _shrunk(part, tissue, tissue_px)
             if write is not None:
                 tiles.append(Tile(row, col, write.grow(halo_px, shape), write))
     return tiles
@@ -103,6 +109,15 @@ def _shrunk(box: Box, tissue: NDArray[np.bool_], tissue_px: int) -> Box | None:
         min(box.row1, (row + int(rows[-1]) + 1) * tissue_px),
         min(box.col1, (col + int(cols[-1]) + 1) * tissue_px),
     )
+
+
+def _bounds(region: shapely.Geometry, box: Box) -> Box | None:
+    """The part of a box that holds all that is of a region in it; None where nothing is."""
+    part = shapely.clip_by_rect(region, box.col0, box.row0, box.col1, box.row1)
+    if part.is_empty:
+        return None
+    x0, y0, x1, y1 = part.bounds
+    return Box(math.floor(y0), math.floor(x0), math.ceil(y1), math.ceil(x1))
 
 
 def _cuts(length: int, tile_px: int) -> list[int]:
@@ -138,3 +153,29 @@ def inside(
 ) -> NDArray[np.bool_]:
     """(n,) whether pixels of the working grid lie on tissue."""
     return np.asarray(tissue[rows // tissue_px, cols // tissue_px])
+
+
+def inside_region(
+    region: shapely.Geometry, box: Box, rows: NDArray[np.int64], cols: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """(n,) whether pixels of a box of the working grid have their middle in a region."""
+    # Points are looked up in an index that GEOS builds in the geometry, which threads share. So
+    # each tile has a geometry of its own, small as well.
+    part = shapely.intersection(region, shapely.box(box.col0, box.row0, box.col1, box.row1))
+    return np.asarray(shapely.contains_xy(part, cols + 0.5, rows + 0.5))
+
+
+def tissue_area_px(
+    tissue: NDArray[np.bool_], tissue_px: int, region: shapely.Geometry | None
+) -> float:
+    """Working pixels on tissue; with a region, those in it."""
+    if region is None:
+        return float(tissue.sum()) * tissue_px**2
+    x0, y0, x1, y1 = (bound / tissue_px for bound in region.bounds)
+    row, col = math.floor(y0), math.floor(x0)
+    around = tissue[row : math.ceil(y1), col : math.ceil(x1)]
+    # Sampled at points, many to a pixel of the mask where the region is small.
+    n = int(np.clip(math.sqrt(AREA_SAMPLES / max(1, around.size)), 1, 64))
+    rows, cols = np.nonzero(np.kron(around, np.ones((n, n), dtype=bool)))
+    x, y = ((cols + 0.5) / n + col) * tissue_px, ((rows + 0.5) / n + row) * tissue_px
+    return float(shapely.contains_xy(region, x, y).sum()) * (tissue_px / n) ** 2

@@ -1,13 +1,21 @@
-"""Where the tests' real data are."""
+"""Where the tests' real data are; a model and workers for all that segment the sample slide."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from patchcl_qupath import pipeline, runs
+from patchcl_qupath.config import Config
+from patchcl_qupath.project import open_project
+
 ROOT = Path(__file__).resolve().parents[1]
+QUICK = replace(Config(), patchcl=replace(Config().patchcl, max_steps=60, crops=24))
 os.environ["PATCHCL_QP_BACKEND"] = "files"  # tests of QuPath ask for paquo: it starts slowly
 
 
@@ -24,3 +32,17 @@ def shared_data() -> Path:
 def sample_project() -> Path:
     """The folder of the sample project: read it, never write to it."""
     return ROOT / "sample_project"
+
+
+@pytest.fixture(scope="session")
+def model(sample_project: Path) -> pipeline.Model:
+    """A model that learnt from the sample slide for a few seconds."""
+    entries = open_project(sample_project, backend="files").images()
+    return pipeline.train(entries, QUICK, lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Any]:
+    """A Dask client of two threads."""
+    with runs.workers(2) as client:
+        yield client

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import uuid
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import shapely
+
+from patchcl_qupath.datatypes import Nuclei
 
 # No JVM starts here: paquo starts one only when paquo.java is imported.
 _FIND = """
@@ -80,3 +87,85 @@ def make_project(folder: Path, slide: Path, images: list[str]) -> Path:
     }
     project.write_text(json.dumps(content, indent=2), encoding="utf-8")
     return project
+
+
+class Session:
+    """One QuPath for many looks, in a process of its own, apart from all that is tested."""
+
+    def __init__(self) -> None:
+        launcher()  # skips
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def run(self, project: Path, script: str) -> dict[str, Any]:
+        """What a Groovy script returns for each image, by name, as JSON text. It sees
+        imageData, entry and hierarchy."""
+        self._pipe.send((project, script))
+        found = self._pipe.recv()
+        if isinstance(found, str):
+            raise AssertionError(found)
+        return {name: json.loads(text) for name, text in found.items()}
+
+    def close(self) -> None:
+        """End it."""
+        self._pipe.close()
+        self._process.join(timeout=10)
+        self._process.kill()
+
+
+def _serve(pipe: Any) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    import jpype
+    from paquo.projects import QuPathProject
+
+    while True:
+        try:
+            path, script = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        found = {}
+        try:
+            for image in QuPathProject(path, mode="r+").images:
+                data = image.java_object.readImageData()
+                binding = jpype.JClass("groovy.lang.Binding")()
+                binding.setVariable("imageData", data)
+                binding.setVariable("hierarchy", data.getHierarchy())
+                binding.setVariable("entry", image.java_object)
+                shell = jpype.JClass("groovy.lang.GroovyShell")(binding)
+                found[image.image_name] = str(shell.evaluate(jpype.JString(script)))
+            pipe.send(found)
+        except Exception as error:
+            pipe.send(f"{type(error).__name__}: {error}")
+
+
+def nuclei(columns: int, rows: int, image: str, *, run: int = 1) -> Nuclei:
+    """Blobs of 20 corners, and one rectangle, on a grid of 40 px; level 0.
+
+    As in real runs, outlines, and with them ids, differ a little from run to run.
+    """
+    corner = np.linspace(0, 2 * np.pi, 20, endpoint=False)
+    radius = 8 + 2 * np.cos(3 * corner) + 0.1 * run
+    polygons = []
+    for k in range(columns * rows):
+        x, y = 40 + 40 * (k % columns), 40 + 40 * (k // columns) + 0.03 * k
+        xy = np.stack([x + radius * np.cos(corner), y + radius * np.sin(corner)], axis=1)
+        polygons.append(shapely.Polygon(np.round(xy, 2)))
+    polygons[8] = shapely.box(353.17, 30.41, 366.83, 48.29 + run)
+    count = np.arange(len(polygons))
+    names = {"index": count, "Nucleus: Area µm^2": count * 1.7 + 0.123, "-": -count / 3}
+    return Nuclei(
+        np.array(polygons, dtype=object),
+        {name: values.astype(np.float32) for name, values in names.items()},
+        np.array([str(uuid.uuid5(uuid.NAMESPACE_OID, f"{image} {p.wkt}")) for p in polygons]),
+    )
+
+
+def by_index(objects: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The nuclei of an image, by their measurement 'index'."""
+    found = [o for o in objects if "index" in o["measurements"]]
+    numbered = {int(o["measurements"]["index"]): o for o in found}
+    assert len(numbered) == len(found)
+    return numbered

@@ -10,15 +10,14 @@ import dataclasses
 import json
 import math
 import shutil
-import uuid
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import qupath
 import shapely
+from qupath import by_index, nuclei
 
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import Nuclei
@@ -82,9 +81,8 @@ EDIT = """
 if (entry.getImageName() == 'cleared.svs')
     hierarchy.clearAll()
 else if (entry.getImageName() == 'edited.svs') {
-    def nucleus = hierarchy.getAllObjects(false).collectEntries {
-        [it.getMeasurements()['index'] as int, it]
-    }
+    def nucleus = hierarchy.getAllObjects(false).findAll { it.getName() != 'PatchCL' }
+        .collectEntries { [it.getMeasurements()['index'] as int, it] }
     nucleus[0].setROI(square(30, 30, 4))   // reshaped beyond recognition
     hierarchy.removeObject(nucleus[1], true)
     nucleus[2].setPathClass(PathClass.fromString('Tumor: Positive'))
@@ -100,36 +98,6 @@ else if (entry.getImageName() == 'edited.svs') {
     return
 entry.saveImageData(imageData)
 """
-
-
-def nuclei(columns: int, rows: int, image: str, *, run: int = 1) -> Nuclei:
-    """Blobs of 20 corners, and one rectangle, on a grid of 40 px; level 0.
-
-    As in real runs, outlines, and with them ids, differ a little from run to run.
-    """
-    corner = np.linspace(0, 2 * np.pi, 20, endpoint=False)
-    radius = 8 + 2 * np.cos(3 * corner) + 0.1 * run
-    polygons = []
-    for k in range(columns * rows):
-        x, y = 40 + 40 * (k % columns), 40 + 40 * (k // columns) + 0.03 * k
-        xy = np.stack([x + radius * np.cos(corner), y + radius * np.sin(corner)], axis=1)
-        polygons.append(shapely.Polygon(np.round(xy, 2)))
-    polygons[8] = shapely.box(353.17, 30.41, 366.83, 48.29 + run)
-    count = np.arange(len(polygons))
-    names = {"index": count, "Nucleus: Area µm^2": count * 1.7 + 0.123, "-": -count / 3}
-    return Nuclei(
-        np.array(polygons, dtype=object),
-        {name: values.astype(np.float32) for name, values in names.items()},
-        np.array([str(uuid.uuid5(uuid.NAMESPACE_OID, f"{image} {p.wkt}")) for p in polygons]),
-    )
-
-
-def by_index(objects: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The nuclei of an image, by their measurement 'index'."""
-    found = [o for o in objects if "index" in o["measurements"]]
-    numbered = {int(o["measurements"]["index"]): o for o in found}
-    assert len(numbered) == len(found)
-    return numbered
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +161,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def test_what_was_written_is_what_qupath_shows(story: SimpleNamespace, image: str) -> None:
     """Ids, kind, class and colour, measurements and outlines survive import, saving, reopening."""
     written, seen = story.written[0][image], by_index(story.seen[0][image])
-    assert len(seen) == len(story.seen[0][image]) == len(written)
+    (region,) = (o for o in story.seen[0][image] if o.get("name") == "PatchCL")
+    assert len(seen) == len(story.seen[0][image]) - 1 == len(written)
     for k, polygon in enumerate(written.polygons):
         shown = seen[k]
         assert shown["id"] == written.uuids[k]
@@ -202,7 +171,7 @@ def test_what_was_written_is_what_qupath_shows(story: SimpleNamespace, image: st
         assert shown["color"] & 0xFFFFFF == (38 << 16) + (70 << 8) + 214
         assert not shown["locked"]
         assert "name" not in shown
-        assert "parent" not in shown
+        assert shown["parent"] == region["id"]
         assert shown["roi"] == ("Rectangle" if k == 8 else "Polygon")
         assert shown["area"] == pytest.approx(polygon.area, rel=1e-4)
         assert shapely.Polygon(shown["points"]).hausdorff_distance(polygon) < 1e-3
@@ -214,7 +183,7 @@ def test_what_was_written_is_what_qupath_shows(story: SimpleNamespace, image: st
 @pytest.mark.parametrize("image", [DETECTIONS, CLEARED, DISCARDED])
 def test_new_results_replace_old_ones(story: SimpleNamespace, image: str) -> None:
     """Also where a person deleted all nuclei, and where an import was never saved."""
-    shown = {o["id"] for o in story.seen[1][image]}
+    shown = {o["id"] for o in story.seen[1][image] if o.get("name") != "PatchCL"}
     assert shown == set(story.written[1][image].uuids.tolist())
     removed = len(story.written[0][image]) if image == DETECTIONS else 0
     counts = {key: story.receipts[1][image][key] for key in ("added", "removed", "kept")}
@@ -242,7 +211,7 @@ def test_no_new_nucleus_where_a_person_decided(story: SimpleNamespace) -> None:
     old, new = (written[EDITED].uuids.tolist() for written in story.written)
     by_hand = 200
     for later in story.seen[1:]:
-        drawn = ("by hand", "region", "within 7")
+        drawn = ("by hand", "region", "within 7", "PatchCL")
         shown = {o["id"] for o in later[EDITED] if o.get("name") not in drawn}
         left_out = {*range(8), by_hand}
         assert shown == {old[k] for k in (0, 2, 3, 4, 5, 6, 7)} | {
@@ -273,7 +242,7 @@ def test_damaged_results_change_nothing(story: SimpleNamespace) -> None:
         in story.logs[1]
     )
     assert story.seen[1][DAMAGED] == story.seen[0][DAMAGED]
-    assert len(story.seen[1][DAMAGED]) == len(story.written[0][DAMAGED])
+    assert len(story.seen[1][DAMAGED]) == len(story.written[0][DAMAGED]) + 1
     assert story.receipts[1][DAMAGED]["run"] == "run 1"
 
 

@@ -17,34 +17,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import shapely
+from conftest import QUICK
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from patchcl_qupath import pipeline, runs
-from patchcl_qupath.config import Config
 from patchcl_qupath.project import open_project
 from patchcl_qupath.slide import Slide
 from patchcl_qupath.stains import hematoxylin_eosin
 from patchcl_qupath.storage import read_nuclei
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
-QUICK = replace(Config(), patchcl=replace(Config().patchcl, max_steps=60, crops=24))
 
 
 def silent(stage, done, total):
     """No progress shown."""
-
-
-@pytest.fixture(scope="session")
-def model():
-    """A model that learnt from the sample slide for a few seconds."""
-    return pipeline.train(open_project(SAMPLE).images(), QUICK, silent)
-
-
-@pytest.fixture(scope="session")
-def client():
-    with runs.workers(2) as client:
-        yield client
 
 
 @pytest.fixture

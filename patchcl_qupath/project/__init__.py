@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import shapely
+
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import ImageEntry, Nuclei
+from patchcl_qupath.errors import ConfigError, ProjectError
 from patchcl_qupath.project.create import NewImage, init_project
 
-__all__ = ["NewImage", "Project", "init_project", "open_project"]
+__all__ = ["BACKENDS", "NewImage", "Project", "init_project", "open_project"]
+
+BACKENDS = ("auto", "paquo", "files")
 
 
 class Project(Protocol):
@@ -22,8 +28,18 @@ class Project(Protocol):
     @property
     def output(self) -> Path: ...
 
+    @property
+    def via(self) -> str:
+        """The backend, and why this one."""
+
     def images(self) -> list[ImageEntry]:
         """The project's images, in its order; one that cannot be used says so in ``problem``."""
+
+    def regions(self, entry: ImageEntry, classes: Sequence[str]) -> tuple[shapely.Polygon, ...]:
+        """The annotations of some classes in an image, as valid polygons, level 0; at least one.
+
+        Raises ImageError where there is none, and says which classes there are.
+        """
 
     def results(self, entry: ImageEntry) -> Path:
         """The folder of an image's nuclei, which may not exist yet."""
@@ -36,14 +52,43 @@ class Project(Protocol):
         config: ResultConfig,
         about: dict[str, Any],
     ) -> Path:
-        """Replace an image's nuclei by ``count`` others, level 0; returns where they are."""
+        """Replace an image's nuclei by ``count`` others, level 0; returns where they are.
+
+        Only those that nobody touched are replaced. Raises ImageError where the image is as it was.
+        """
+
+    def remove(self, entry: ImageEntry) -> str:
+        """Take an image's nuclei away, those excepted that a person changed.
+
+        Returns what was done, or what is left to do in QuPath.
+        """
+
+    def close(self) -> None:
+        """End what was started for the project."""
 
 
-def open_project(path: Path) -> Project:
+def open_project(path: Path, backend: str = "auto", qupath: Path | None = None) -> Project:
     """The project of a .qpproj file, or of a folder that holds exactly one.
 
-    Raises ProjectError for what is not a project, or is damaged.
+    ``backend`` "paquo" has a QuPath that is installed here write nuclei into the images; "files"
+    leaves them beside the project, to be imported; "auto" takes paquo where there is a QuPath.
+    ``qupath`` is QuPath's folder, where it is in none of the usual places.
+
+    Raises ProjectError for what is not a project, or is damaged, and where paquo was asked for and
+    cannot be used.
     """
     from patchcl_qupath.project.files import FilesProject
 
-    return FilesProject.open(path)
+    if backend not in BACKENDS:
+        raise ConfigError(f"unknown backend {backend!r}: it is one of {', '.join(BACKENDS)}")
+    files = FilesProject.open(path)
+    if backend == "files":
+        return files
+    from patchcl_qupath.project.paquo import PaquoProject
+
+    try:
+        return PaquoProject.open(files, qupath)
+    except ProjectError as error:
+        if backend == "paquo" or qupath is not None:
+            raise
+        return replace(files, via=f"files, since {error}")

@@ -11,12 +11,14 @@ import ntpath
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import shapely
 
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import ImageEntry, Nuclei
@@ -45,11 +47,12 @@ VIEWS = {
 class FilesProject:
     """A project whose files are read and written directly.
 
-    ``path`` of the .qpproj file; ``content`` is what stands in it.
+    ``path`` of the .qpproj file; ``content`` is what stands in it; ``via`` says why files.
     """
 
     path: Path
     content: dict[str, Any]
+    via: str = "files"
 
     @classmethod
     def open(cls, path: Path) -> FilesProject:
@@ -79,6 +82,13 @@ class FilesProject:
         """The project's images, in its order."""
         return [self._image(entry) for entry in self.content["images"]]
 
+    def regions(self, entry: ImageEntry, classes: Sequence[str]) -> tuple[shapely.Polygon, ...]:
+        """The annotations of some classes that groovy/export_regions.groovy exported."""
+        from patchcl_qupath.project.regions import read_regions
+
+        path = self.output / "regions" / f"{entry.id}.geojson"
+        return read_regions(path, entry.name, classes)
+
     def results(self, entry: ImageEntry) -> Path:
         """The folder of an image's nuclei."""
         return self.output / "results" / entry.id
@@ -97,6 +107,22 @@ class FilesProject:
         folder = self.results(entry)
         write_results(folder, parts, count, config, about)
         return folder
+
+    def remove(self, entry: ImageEntry) -> str:
+        """Remove an image's nuclei, and tell the import script to take them out of the image."""
+        from patchcl_qupath.project.results import write_removed
+
+        if not self.results(entry).exists() and not self.receipt(entry).exists():
+            return "no nuclei"
+        write_removed(self.results(entry))
+        return "files removed: import_nuclei.groovy now takes the nuclei out of the image in QuPath"
+
+    def receipt(self, entry: ImageEntry) -> Path:
+        """What an import into QuPath says that it did."""
+        return self.output / "imported" / f"{entry.id}.json"
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def _image(self, entry: dict[str, Any]) -> ImageEntry:
         id_, builder = str(entry["entryID"]), entry["serverBuilder"]

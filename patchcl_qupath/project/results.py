@@ -33,10 +33,10 @@ def write_results(
     ``parts`` are taken one at a time and not kept, so memory does not grow with the slide;
     ``count`` is their total. ``about`` goes into ``result.json`` as it is.
     """
+    sweep(folder.parent)
     object_type = config.object_type
     if object_type == "auto":
-        sweep(folder.parent)
-    object_type = "annotation" if count <= config.max_annotations else "detection"
+        object_type = "annotation" if count <= config.max_annotations else "detection"
     with replacing(folder) as new:
         new.mkdir()
         chunks = _Chunks(new, object_type, config)

@@ -1,0 +1,98 @@
+"""How long nuclei take into a QuPath project, and which step takes it.
+
+    python benchmarks/writing.py [--json] [--qupath DIR]
+
+Needs a QuPath. Writes made-up nuclei of 24 corners and 15 measurements into a copy of the sample
+project, each time anew, and then once more over the first: that is what a second run costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import tempfile
+import time
+import uuid
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+
+from patchcl_qupath.config import ResultConfig
+from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.project import open_project
+from patchcl_qupath.project.paquo import PaquoProject
+
+SAMPLE = Path(__file__).parent.parent / "sample_project"
+COUNTS = (20_000, 100_000)
+CORNERS, MEASUREMENTS = 24, 15
+START = ("start Java", "compile scripts")  # once for all the images of a run
+
+
+def main() -> None:
+    """Print a table, or with --json one line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--qupath", type=Path, help="folder of QuPath")
+    arguments = parser.parse_args()
+    figures = [row for count in COUNTS for row in measure(count, arguments.qupath)]
+    if arguments.json:
+        print(json.dumps(figures))
+        return
+    for row in figures:
+        without = row["seconds"] - sum(row["steps"].get(step, 0) for step in START)
+        print(
+            f"{row['nuclei']:,} {row['type']}s, {row['run']} run: {row['seconds']:.1f} s, "
+            f"{without:.1f} s without the start of Java"
+        )
+        for step, seconds in row["steps"].items():
+            print(f"{seconds:8.2f} s  {step}")
+
+
+def measure(count: int, qupath: Path | None) -> list[dict[str, Any]]:
+    """Two runs that write ``count`` nuclei each, the second in place of the first."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("project.qpproj", "CMU-1-Small-Region.svs"):
+            shutil.copy(SAMPLE / name, folder)
+        project = open_project(Path(folder), "paquo", qupath)
+        assert isinstance(project, PaquoProject)
+        (entry,) = project.images()
+        with closing(project):
+            for run in ("first", "second"):
+                found = nuclei(count, run)
+                about = {"run": run, "made": "now"}
+                began = time.perf_counter()
+                results = project.write(entry, [found], count, ResultConfig(), about)
+                seconds = time.perf_counter() - began
+                steps = {"GeoJSON and parquet": 0.0} | project.process.seconds
+                steps["GeoJSON and parquet"] = seconds - sum(steps.values())
+                kind = json.loads((results / "result.json").read_text("utf-8"))["object_type"]
+                rows.append(
+                    {"nuclei": count, "type": kind, "run": run, "seconds": seconds, "steps": steps}
+                )
+    return rows
+
+
+def nuclei(count: int, run: str) -> Nuclei:
+    """Blobs side by side all over the sample slide, level 0."""
+    columns = math.ceil(math.sqrt(count))
+    k = np.arange(count)
+    x, y = 10 + 2200 * (k % columns) / columns, 10 + 2940 * (k // columns) / columns  # (N,)
+    corner = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
+    radius = 2 + 0.5 * np.cos(3 * corner) + 0.1 * (run == "second")  # (CORNERS,)
+    outline = np.stack([radius * np.cos(corner), radius * np.sin(corner)], axis=1)
+    corners = np.stack([x, y], axis=1)[:, None] + outline  # (N, CORNERS, 2)
+    return Nuclei(
+        shapely.polygons(corners.round(2)),
+        {f"Measurement {i}": (k * 1.5 + i).astype(np.float32) for i in range(MEASUREMENTS)},
+        np.array([str(uuid.uuid5(uuid.NAMESPACE_OID, f"{run} {i}")) for i in k]),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+/**
+ * Exports the annotations of the open image, for `patchcl-qp run --within CLASS`; or, with
+ * 'Run > Run for project', of every image chosen there. Without a window:
+ *
+ *     QuPath script -p project.qpproj export_regions.groovy
+ *
+ * Run it again after each change to the annotations. Annotations that are selected are exported under the
+ * class '(selected)', too: `patchcl-qp run --within '(selected)'`. Lines and points are left out, and so
+ * are the nuclei of earlier runs. Nothing in the image changes.
+ *
+ * Writes patchcl/regions/<image id>.geojson.
+ *
+ * Needs QuPath 0.4 or later.
+ */
+
+import java.nio.file.Files
+import java.nio.file.Path
+import java.nio.file.Paths
+import java.nio.file.StandardCopyOption
+import org.slf4j.LoggerFactory
+import qupath.lib.io.PathIO
+import qupath.lib.objects.PathObject
+import qupath.lib.objects.PathObjects
+import qupath.lib.objects.classes.PathClass
+import qupath.lib.scripting.QP
+
+// ---------------------------------------------------------------- settings
+String folderName = 'patchcl'   // where patchcl-qp looks for regions, beside project.qpproj
+String selectedClass = '(selected)'   // what annotations that are selected are exported as, too
+// -------------------------------------------------------------------------
+
+def logger = LoggerFactory.getLogger('export_regions')
+def imageData = QP.getCurrentImageData()
+def entry = QP.getProjectEntry()
+if (imageData == null || entry == null) {
+    logger.warn('Open an image of a project first, or choose Run > Run for project.')
+    return
+}
+
+// import_nuclei.groovy notes what it added in this property: a line for each object, its id first.
+String imported = imageData.getProperty('patchcl.imported') ?: ''
+Set<String> ours = imported.readLines().collect { it.tokenize(' ').first() } as Set
+List<PathObject> regions = QP.getAnnotationObjects().findAll {
+    it.getROI()?.isArea() && !ours.contains(it.getID().toString())
+}
+List<PathObject> selected = QP.getSelectedObjects().findAll { it.isAnnotation() && it.getROI()?.isArea() }.collect {
+    PathObjects.createAnnotationObject(it.getROI(), PathClass.fromString(selectedClass))
+}
+
+Path file = Paths.get(QP.buildPathInProject(folderName, 'regions', entry.getID() + '.geojson'))
+Files.createDirectories(file.getParent())
+Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')
+Files.newOutputStream(temporary).withCloseable {
+    PathIO.exportObjectsAsGeoJSON(it, regions + selected, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
+}
+Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+Map<String, Integer> counts = (regions + selected).countBy { it.getPathClass()?.toString() ?: 'no class' }
+logger.info("${entry.getImageName()}: ${regions.size()} annotations exported to ${file} (" +
+        counts.collect { name, count -> "${name}: ${count}" }.join(', ') + ').')

@@ -1,0 +1,333 @@
+"""QuPath's Java in a process of its own: started when first needed, asked through a pipe.
+
+A process can start one JVM and never another, must not fork after that, and dies with it. So it is
+spawned, and what goes to and fro are the frozen dataclasses below. Nuclei do not: the process
+reads them from the parquet file that is on disk anyway, and hands them to Java as arrays.
+
+Whoever adds a question writes a dataclass, and a method of ``_QuPath`` that answers it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.errors import ImageError
+from patchcl_qupath.project.scripts import FOLDER as SCRIPTS
+from patchcl_qupath.storage import read_nuclei
+
+MAX_OVERLAP = 0.5  # IoU with a kept object above which a new nucleus is left out
+MAX_MEMORY = 4 << 30  # bytes of Java's heap: enough for some 500,000 nuclei
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image of a project, and where its slide is now; its project may have moved."""
+
+    project: Path
+    entry_id: str
+    name: str
+    slide: Path
+
+
+@dataclass(frozen=True)
+class Write:
+    """Put the nuclei of a results folder in place of those that are in the image."""
+
+    image: Image
+    results: Path
+    class_name: str
+    color: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Take nuclei that nobody touched out of the image, and forget that they were there."""
+
+    image: Image
+
+
+Question = Write | Remove
+
+
+@dataclass(frozen=True)
+class Done:
+    """How many objects were added, left_out, removed and kept; the seconds of each step."""
+
+    counts: dict[str, int]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What was wrong with the image; nothing was saved."""
+
+    problem: str
+
+
+class Process:
+    """The parent's side. ``qupath`` is its folder, None where paquo's settings say it.
+
+    ``log`` is the file for all that QuPath prints.
+    """
+
+    def __init__(self, qupath: Path | None, log: Path) -> None:
+        self.log = log
+        self.seconds: dict[str, float] = {}  # of each step of the last answer
+        self._qupath = qupath
+        self._process: Any = None
+        self._pipe: Connection | None = None
+
+    def ask(self, question: Question) -> Done:
+        """The answer; raises ImageError."""
+        self.start()
+        assert self._pipe is not None
+        try:
+            self._pipe.send(question)
+            answer = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self.close()
+            raise ImageError(
+                f"{question.image.name}: QuPath's process died while it wrote; the image is as it "
+                f"was. See the end of {self.log}; if memory ran out, set PAQUO_JAVA_OPTS=-Xmx8g "
+                "or more, then run again"
+            ) from error
+        except KeyboardInterrupt:
+            self.close()  # it ends by itself once it saved
+            raise
+        if isinstance(answer, Failed):
+            raise ImageError(f"{question.image.name}: {answer.problem}")
+        assert isinstance(answer, Done)
+        self.seconds = answer.seconds
+        return answer
+
+    def close(self) -> None:
+        """End the process, if there is one; it is started anew if need be."""
+        if self._pipe is not None:
+            self._pipe.close()  # which ends it
+        if self._process is not None:
+            self._process.join(timeout=10)
+            self._process.kill()
+        self._process = self._pipe = None
+
+    def start(self) -> None:
+        """Start the process if there is none, or if it died; returns before it is ready."""
+        if self._process is not None and self._process.is_alive():
+            return
+        self.close()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, self._qupath, self.log)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()  # so that its death is the end of the pipe
+
+
+def java_options(given: list[str]) -> list[str]:
+    """Options of the JVM: those given, and how much memory it may take if they do not say."""
+    if any(option.startswith("-Xmx") for option in given):
+        return given
+    try:
+        half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):  # Windows
+        half = MAX_MEMORY
+    return [*given, f"-Xmx{min(half, MAX_MEMORY) >> 20}m"]
+
+
+def _serve(pipe: Connection, qupath: Path | None, log: Path) -> None:
+    """The life of the process: answer questions until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C must not stop it while it saves
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    java: _QuPath | None = None
+    problem = ""
+    try:
+        java = _QuPath(qupath)
+    except Exception as error:
+        traceback.print_exc()
+        problem = f"QuPath cannot be started ({error}): see {log}"
+    while True:
+        try:
+            question = pipe.recv()
+        except EOFError:
+            os._exit(0)  # Java's own end would wait for QuPath's threads
+        answer: Done | Failed
+        try:
+            answer = java.answer(question) if java else Failed(problem)
+        except ImageError as error:
+            answer = Failed(str(error))
+        except Exception as error:  # of Java, too: its exceptions cannot be pickled
+            traceback.print_exc()
+            answer = Failed(f"QuPath says {type(error).__name__}: {error}; see {log}")
+        pipe.send(answer)
+
+
+class _QuPath:
+    """The child's side: all that touches Java. Only one can be made in a process."""
+
+    def __init__(self, qupath: Path | None) -> None:
+        from paquo._config import settings, to_kwargs
+        from paquo.jpype_backend import start_jvm
+
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+        kwargs = to_kwargs(settings)
+        if qupath is not None:
+            kwargs["qupath_dir"] = str(qupath)
+        given = kwargs["java_opts"]
+        kwargs["java_opts"] = java_options(given.split() if isinstance(given, str) else [*given])
+        start_jvm(finder_kwargs=kwargs)  # otherwise paquo does, when imported, and with its options
+        self._lap("start Java")
+        from jpype import JClass
+        from paquo.java import LogManager
+        from paquo.projects import QuPathProject
+
+        LogManager.setInfo()  # paquo's import set it to debug: all properties of each image
+        self._project = QuPathProject
+        self._class = JClass
+        loader = JClass("groovy.lang.GroovyClassLoader")()
+        file = JClass("java.io.File")
+        self._rules = JClass(loader.parseClass(file(str(SCRIPTS / "import_nuclei.groovy"))))
+        self._columns = JClass(loader.parseClass(file(str(SCRIPTS / "columns.groovy"))))
+        self._lap("compile scripts")
+
+    def answer(self, question: Question) -> Done:
+        self._began = time.perf_counter()
+        counts = self._write(question) if isinstance(question, Write) else self._remove(question)
+        seconds, self.seconds = self.seconds, {}
+        return Done(counts, seconds)
+
+    def _write(self, question: Write) -> dict[str, int]:
+        text = (question.results / "result.json").read_text(encoding="utf-8")
+        result = self._class("com.google.gson.JsonParser").parseString(text).getAsJsonObject()
+        nuclei = read_nuclei(question.results / "nuclei.parquet")
+        self._lap("read nuclei")
+        project, entry, image_data = self._open(question.image)
+        path_class = self._path_class(project, question.class_name, question.color)
+        annotations = str(result.get("object_type").getAsString()) == "annotation"
+        objects = self._objects(nuclei, path_class, annotations)
+        self._lap("make objects")
+        return self._replace(entry, image_data, objects, result)
+
+    def _remove(self, question: Remove) -> dict[str, int]:
+        _, entry, image_data = self._open(question.image)
+        result = self._class("com.google.gson.JsonObject")()
+        result.addProperty("removed", "all")
+        return self._replace(entry, image_data, self._class("java.util.ArrayList")(), result)
+
+    def _open(self, image: Image) -> tuple[Any, Any, Any]:
+        """The project, the entry, and what QuPath knows of the image: Java's objects.
+
+        Slides are opened where they are now. project.qpproj, which may say otherwise, is never
+        written: that is for QuPath's own window, which asks its user.
+        """
+        project = self._project(image.project, mode="r+")
+        entry = next(e for e in project.images if e.entry_id == image.entry_id).java_object
+        moved = self._class("java.util.HashMap")()
+        for uri in entry.getURIs():
+            moved.put(uri, self._class("java.io.File")(str(image.slide)).toURI())
+        entry.updateURIs(moved)
+        try:
+            image_data = entry.readImageData()
+        except Exception as error:  # Java's
+            raise ImageError(
+                f"QuPath cannot open {image.slide} ({error}): open the image in QuPath to see why"
+            ) from error
+        # What cannot be read QuPath replaces by an empty image, and only logs it.
+        file = project.path.parent / "data" / image.entry_id / "data.qpdata"
+        if file.exists() and Path(str(image_data.getLastSavedPath())) != file:
+            raise ImageError(damaged(file))
+        self._lap("open image")
+        return project, entry, image_data
+
+    def _path_class(self, project: Any, name: str, color: tuple[int, ...]) -> Any:
+        """The class, which the project lists from now on. A colour that a person gave it stays."""
+        from paquo.classes import QuPathPathClass
+
+        red, green, blue = color
+        PathClass = self._class("qupath.lib.objects.classes.PathClass")
+        packed = self._class("java.lang.Integer")(
+            (255 << 24 | red << 16 | green << 8 | blue) - (1 << 32)
+        )
+        path_class = PathClass.fromString(name, packed)
+        listed = list(project.path_classes)
+        if str(path_class) not in {str(known.java_object) for known in listed}:
+            if not listed:  # QuPath offers its usual classes where a project lists none
+                usual = PathClass.StandardPathClasses
+                names = "TUMOR STROMA IMMUNE_CELLS NECROSIS OTHER REGION IGNORE POSITIVE NEGATIVE"
+                listed = [QuPathPathClass.from_java(getattr(usual, n)) for n in names.split()]
+            project.path_classes = [*listed, QuPathPathClass.from_java(path_class)]
+        return path_class
+
+    def _objects(self, nuclei: Nuclei, path_class: Any, annotations: bool) -> Any:
+        from jpype import JArray, JString
+
+        x, y, ends = outlines(nuclei)
+        names = list(nuclei.measurements)
+        values = np.zeros((len(nuclei), len(names)), dtype=np.float32)
+        for column, name in enumerate(names):
+            values[:, column] = nuclei.measurements[name]
+        return self._columns.toObjects(
+            JArray.of(x),
+            JArray.of(y),
+            JArray.of(ends),
+            JArray.of(halves(nuclei.uuids)),
+            JArray(JString)(names),
+            JArray.of(values.ravel()),
+            path_class,
+            annotations,
+        )
+
+    def _replace(self, entry: Any, image_data: Any, objects: Any, result: Any) -> dict[str, int]:
+        counts = self._rules.replaceNuclei(image_data, entry, objects, result, MAX_OVERLAP)
+        self._lap("replace")
+        entry.saveImageData(image_data)
+        image_data.getServer().close()
+        self._lap("save")
+        return {str(key): int(value) for key, value in counts.items()}
+
+    def _lap(self, step: str) -> None:
+        now = time.perf_counter()
+        self.seconds[step] = now - self._began
+        self._began = now
+
+
+def damaged(file: Path) -> str:
+    """What to say of a data.qpdata that QuPath cannot read."""
+    return (
+        f"{file} is damaged and was left as it is: open the image in QuPath, which may restore "
+        "it, or move the file away and run again"
+    )
+
+
+def outlines(
+    nuclei: Nuclei,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int32]]:
+    """x and y of all corners, polygon after polygon, and where each polygon ends."""
+    rings = shapely.get_exterior_ring(nuclei.polygons)
+    xy = shapely.get_coordinates(rings)  # (corners, 2), each ring's first corner again at its end
+    ends = np.cumsum(shapely.get_num_points(rings))
+    keep = np.ones(len(xy), dtype=bool)
+    keep[ends - 1] = False
+    x, y = np.ascontiguousarray(xy[keep].T)
+    return x, y, (ends - np.arange(1, len(ends) + 1)).astype(np.int32)
+
+
+def halves(uuids: NDArray[np.str_]) -> NDArray[np.int64]:
+    """(2 N,) the most and the least significant half of each UUID, as Java takes them."""
+    digits = "".join(uuids.tolist()).replace("-", "")
+    return np.frombuffer(bytes.fromhex(digits), dtype=">i8").astype(np.int64)

@@ -1,0 +1,232 @@
+"""Projects whose images a QuPath that is installed here writes, through paquo.
+
+Images and results are those of the files backend; then the nuclei go into data.qpdata, by QuPath's
+own code, in a process of its own. project.qpproj is only read. QuPath locks nothing, so an image
+that changed since the project was opened is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import shapely
+
+from patchcl_qupath.config import ResultConfig
+from patchcl_qupath.datatypes import ImageEntry, Nuclei
+from patchcl_qupath.errors import ImageError, ProjectError
+from patchcl_qupath.project.files import FilesProject
+from patchcl_qupath.project.jvm import Done, Image, Process, Question, Remove, Write, damaged
+from patchcl_qupath.storage import replacing, write_json, writing
+
+OLDEST = (0, 4)  # the first QuPath whose objects have ids
+State = tuple[tuple[int, int] | None, ...]  # mtime in ns and size of files, None for a missing one
+
+
+def find_qupath(qupath: Path | None = None) -> str:
+    """The version and place of the QuPath in a folder, or where paquo's settings say that it is.
+
+    Starts no Java. Raises ProjectError, which says what is missing.
+    """
+    try:
+        from paquo._config import settings, to_kwargs
+        from paquo.jpype_backend import find_qupath as find
+    except ImportError as error:
+        raise ProjectError(
+            "paquo is not installed: pip install 'patchcl-qupath[qupath]'"
+        ) from error
+    kwargs = to_kwargs(settings)
+    if qupath is not None:
+        kwargs["qupath_dir"] = str(qupath)
+    try:
+        app = find(**kwargs).app_dir
+    except ValueError as error:
+        raise ProjectError(
+            "no QuPath in the usual places: pass --qupath DIR, or set PAQUO_QUPATH_DIR"
+        ) from error
+    except OSError as error:
+        raise ProjectError(
+            f"{kwargs['qupath_dir'] or kwargs['jvm_path_override']} holds no complete QuPath with "
+            "its Java: pass --qupath with the folder where QuPath is installed, or install it anew"
+        ) from error
+    versions = [
+        re.match(r"qupath-core-(\d+)\.(\d+)[\w.-]*?\.jar$", jar.name) for jar in app.iterdir()
+    ]
+    found = next((version for version in versions if version), None)
+    if found is None:
+        raise ProjectError(f"the QuPath in {app} is not complete: install it anew")
+    name = found[0].removeprefix("qupath-core-").removesuffix(".jar")
+    if (int(found[1]), int(found[2])) < OLDEST:
+        raise ProjectError(f"QuPath {name} in {app} is too old: install QuPath 0.4 or later")
+    return f"{name} in {app}"
+
+
+@dataclass(frozen=True)
+class PaquoProject:
+    """A project that QuPath writes. ``seen`` is how its files were when it was opened."""
+
+    files: FilesProject
+    process: Process
+    via: str
+    seen: dict[str, State] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, files: FilesProject, qupath: Path | None = None) -> PaquoProject:
+        """The project, if there is a QuPath; raises ProjectError."""
+        via = f"paquo, with QuPath {find_qupath(qupath)}"
+        project = cls(files, Process(qupath, files.output / "qupath.log"), via)
+        for entry in files.images():
+            project.seen[entry.id] = project._state(entry)
+        return project
+
+    @property
+    def path(self) -> Path:
+        """The .qpproj file."""
+        return self.files.path
+
+    @property
+    def output(self) -> Path:
+        """Where everything of ours goes, but for the nuclei in QuPath's own files."""
+        return self.files.output
+
+    def images(self) -> list[ImageEntry]:
+        """The project's images, in its order."""
+        return self.files.images()
+
+    def regions(self, entry: ImageEntry, classes: Sequence[str]) -> tuple[shapely.Polygon, ...]:
+        """The annotations of some classes that groovy/export_regions.groovy exported."""
+        return self.files.regions(entry, classes)
+
+    def results(self, entry: ImageEntry) -> Path:
+        """The folder of an image's nuclei."""
+        return self.files.results(entry)
+
+    def write(
+        self,
+        entry: ImageEntry,
+        parts: Iterable[Nuclei],
+        count: int,
+        config: ResultConfig,
+        about: dict[str, Any],
+    ) -> Path:
+        """Replace an image's nuclei: on disk, and in QuPath those that nobody touched."""
+        self.process.start()  # takes some seconds, and so do the files
+        folder = self.files.write(entry, parts, count, config, about)
+        question = Write(self._image(entry), folder, config.class_name, config.color)
+        try:
+            done = self._change(entry, question)
+        except ImageError as error:
+            raise ImageError(f"{error}. Meanwhile its nuclei are in {folder}") from error
+        receipt = {
+            "image": entry.name,
+            "run": str(about.get("run", "?")),
+            "imported": datetime.now(UTC).isoformat(timespec="seconds"),
+            **done.counts,
+        }
+        write_json(self.files.receipt(entry), receipt)
+        return folder
+
+    def remove(self, entry: ImageEntry) -> str:
+        """Take our nuclei out of the image, but for those that a person changed."""
+        counts = self._change(entry, Remove(self._image(entry))).counts
+        shutil.rmtree(self.results(entry), ignore_errors=True)
+        self.files.receipt(entry).unlink(missing_ok=True)
+        return f"{counts['removed']:,} nuclei removed, {counts['kept']:,} other objects kept"
+
+    def close(self) -> None:
+        """End QuPath's process."""
+        self.process.close()
+
+    def _image(self, entry: ImageEntry) -> Image:
+        return Image(self.path, entry.id, entry.name, entry.path.resolve())
+
+    def _data(self, entry: ImageEntry) -> Path:
+        return self.path.parent / "data" / entry.id / "data.qpdata"
+
+    def _state(self, entry: ImageEntry) -> State:
+        """What changes when QuPath saves: the project, the image, and the image's last version."""
+        data = self._data(entry)
+        return tuple(_stamp(path) for path in (self.path, data, _last_version(data)))
+
+    def _change(self, entry: ImageEntry, question: Question) -> Done:
+        """Have QuPath's process change an image, or leave it as it was. Raises ImageError."""
+        data = self._data(entry)
+        if entry.problem:
+            raise ImageError(entry.problem)
+        if _last_version(data).exists():
+            raise ImageError(
+                f"{entry.name}: QuPath is saving it, or was stopped while it did: open the image "
+                "in QuPath, save it, close it, and run again"
+            )
+        if self.seen.get(entry.id) != self._state(entry):
+            raise ImageError(
+                f"{entry.name}: QuPath changed the image or its project since this run began, and "
+                "nothing was written into it: close it in QuPath and run again"
+            )
+        if data.exists() and not _is_whole(data):
+            raise ImageError(f"{entry.name}: {damaged(data)}")
+        with self._kept_safe(entry, data):
+            done = self.process.ask(question)
+        self.seen[entry.id] = self._state(entry)
+        return done
+
+    @contextmanager
+    def _kept_safe(self, entry: ImageEntry, data: Path) -> Iterator[None]:
+        """Keep a copy of an image's data from before our first write; restore them on an error."""
+        before = data.with_name(data.name + ".patchcl-before")
+        existed = data.exists()
+        if existed:
+            backup = self.output / "backups" / entry.id / data.name
+            if not backup.exists():
+                with replacing(backup) as temporary:
+                    shutil.copy2(data, temporary)
+            with writing(before):
+                _link(data, before)
+        try:
+            yield
+        except BaseException:
+            if existed:
+                before.replace(data)
+            else:
+                data.unlink(missing_ok=True)
+            _last_version(data).unlink(missing_ok=True)
+            raise
+        finally:
+            before.unlink(missing_ok=True)  # still there if both are names of one file
+
+
+def _last_version(data: Path) -> Path:
+    """Where QuPath puts the old data while it saves the new."""
+    return data.with_name(data.name + ".bkp")
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _link(path: Path, other: Path) -> None:
+    """A second name for a file, which QuPath replaces and does not write over; else a copy."""
+    other.unlink(missing_ok=True)
+    try:
+        os.link(path, other)
+    except OSError:  # not on every file system
+        shutil.copy2(path, other)
+
+
+def _is_whole(data: Path) -> bool:
+    """Whether a data.qpdata begins and ends as it should; QuPath reads a half as far as it goes."""
+    with data.open("rb") as file:
+        begins = file.read(4) == b"\xac\xed\x00\x05"  # Java's serialization
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 6))
+        return begins and file.read() == b"t\x00\x03EOF"  # the string "EOF"

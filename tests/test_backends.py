@@ -1,0 +1,203 @@
+"""One story, told by both backends and by the two in turn; all must end alike in QuPath.
+
+In a first run nuclei are written; a person works on them; a second run finds other outlines; then
+ours are removed. The files backend writes, and groovy/import_nuclei.groovy imports.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import qupath
+import shapely
+from qupath import by_index, nuclei
+
+from patchcl_qupath.config import ResultConfig
+from patchcl_qupath.project import open_project
+
+pytestmark = pytest.mark.qupath
+
+ROOT = Path(__file__).parent.parent
+SLIDE = ROOT / "sample_project" / "CMU-1-Small-Region.svs"
+
+# An image for each way to tell the story: who writes, who writes again, who removes.
+STORIES = {
+    "paquo.svs": ("paquo", "paquo", "paquo"),
+    "files.svs": ("files", "files", "files"),
+    "files, then paquo.svs": ("files", "paquo", "files"),
+    "paquo, then files.svs": ("paquo", "files", "paquo"),
+}
+
+LOOK = """
+import qupath.lib.io.GsonTools
+
+def objects = hierarchy.getAllObjects(false).collect { [
+    id: it.getID().toString(),
+    type: it.isAnnotation() ? 'annotation' : it.isDetection() ? 'detection' : 'other',
+    name: it.getName(),
+    description: it.isAnnotation() ? it.getDescription() : null,
+    class_name: it.getPathClass()?.toString(),
+    color: it.getPathClass()?.getColor(),
+    locked: it.isLocked(),
+    measurements: it.getMeasurements().collectEntries { k, v -> [k, v] },
+    area: it.getROI().getArea(),
+    points: it.getROI().getAllPoints().collect { p -> [p.getX(), p.getY()] },
+    parent: it.getParent().isRootObject() ? null : it.getParent().getID().toString(),
+] }
+GsonTools.getInstance().toJson([objects: objects, type: imageData.getImageType().name(),
+    note: imageData.getProperty('a note'), imported: imageData.getProperty('patchcl.imported')])
+"""
+EDIT = """
+import qupath.lib.images.ImageData
+import qupath.lib.objects.PathObjects
+import qupath.lib.objects.classes.PathClass
+import qupath.lib.regions.ImagePlane
+import qupath.lib.roi.ROIs
+
+def square = { double x, double y, double side ->
+    ROIs.createRectangleROI(x, y, side, side, ImagePlane.getDefaultPlane())
+}
+def nucleus = hierarchy.getAllObjects(false).findAll { it.getMeasurements().containsKey('index') }
+    .collectEntries { [it.getMeasurements()['index'] as int, it] }
+nucleus[0].setROI(square(30, 30, 4))
+hierarchy.removeObject(nucleus[1], true)
+nucleus[2].setPathClass(PathClass.fromString('Tumor: Positive'))
+nucleus[3].setLocked(true)
+def drawn = PathObjects.createAnnotationObject(square(32, 838, 16))   // on nucleus 200
+drawn.setName('by hand')
+hierarchy.addObject(drawn)
+hierarchy.resolveHierarchy()
+imageData.setImageType(ImageData.ImageType.BRIGHTFIELD_H_E)
+imageData.setProperty('a note', 'of a person')
+entry.saveImageData(imageData)
+'"edited"'
+"""
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What QuPath shows of each image after each chapter, and what was written."""
+    session = qupath.Session()
+    path = qupath.make_project(
+        tmp_path_factory.mktemp("backends") / "ein Projekt ü", SLIDE, [*STORIES]
+    )
+    written: list[dict[str, Any]] = [{}, {}]
+    seen, untouched = [], []
+    for chapter in range(3):
+        # Files first, and imported; their results are no others' to import.
+        for backend in ("files", "paquo"):
+            with closing(open_project(path, backend)) as project:
+                for entry in project.images():
+                    if STORIES[entry.name][chapter] != backend:
+                        continue
+                    if chapter == 2:
+                        project.remove(entry)
+                        continue
+                    found = nuclei(10, 21 + chapter, entry.name, run=1 + chapter)
+                    written[chapter][entry.name] = found
+                    run = {"run": f"run {chapter + 1}", "made": "today", "tissue_mm2": 0.5}
+                    project.write(entry, [found], len(found), ResultConfig(), run)
+                if backend == "files":
+                    qupath.run_script(path, ROOT / "groovy" / "import_nuclei.groovy")
+                    project_file = path.read_bytes()
+                    shutil.rmtree(project.output / "results")
+        untouched.append(path.read_bytes() == project_file)
+        seen.append(session.run(path, LOOK))
+        if chapter == 0:
+            session.run(path, EDIT)
+    session.close()
+    classes = json.loads((path.parent / "classifiers" / "classes.json").read_text("utf-8"))
+    return SimpleNamespace(
+        written=written,
+        seen=seen,
+        classes=[c["name"] for c in classes["pathClasses"]],
+        project_is_untouched=all(untouched),
+    )
+
+
+@pytest.mark.parametrize("image", STORIES)
+def test_what_was_written_is_what_qupath_shows(story: Any, image: str) -> None:
+    written, shown = story.written[0][image], by_index(story.seen[0][image]["objects"])
+    assert sorted(shown) == list(range(len(written)))
+    region = region_of(story.seen[0][image])
+    for k, polygon in enumerate(written.polygons):
+        one = shown[k]
+        assert one["id"] == written.uuids[k]
+        assert (one["type"], one["class_name"]) == ("annotation", "Nucleus")
+        assert one["color"] & 0xFFFFFF == (38 << 16) + (70 << 8) + 214
+        assert one["parent"] == region["id"]
+        assert not one["locked"]
+        assert shapely.Polygon(one["points"]).hausdorff_distance(polygon) < 1e-3
+        for name, values in written.measurements.items():
+            assert one["measurements"][name] == pytest.approx(values[k], rel=1e-5)
+
+
+@pytest.mark.parametrize("image", STORIES)
+@pytest.mark.parametrize("run", [1, 2])
+def test_region_says_what_run_found(story: Any, image: str, run: int) -> None:
+    region = region_of(story.seen[run - 1][image])
+    assert region["locked"]
+    assert "class_name" not in region
+    assert "parent" not in region
+    assert f"run {run} (today)" in region["description"]
+    assert region["area"] == 2220 * 2967
+    within = [o for o in story.seen[run - 1][image]["objects"] if o.get("parent") == region["id"]]
+    assert region["measurements"] == {
+        "PatchCL: Nuclei": len(within),
+        "PatchCL: Tissue mm^2": 0.5,
+        "PatchCL: Nuclei per mm^2": len(within) / 0.5,
+    }
+
+
+@pytest.mark.parametrize("image", STORIES)
+@pytest.mark.parametrize("chapter", [1, 2])
+def test_the_work_of_a_person_is_kept(story: Any, image: str, chapter: int) -> None:
+    """After another run, and after ours were removed."""
+    old = story.written[0][image].uuids.tolist()
+    seen = story.seen[chapter][image]
+    shown = {o["id"]: o for o in seen["objects"]}
+    assert shown[old[0]]["area"] == 16
+    assert old[1] not in shown
+    assert shown[old[2]]["class_name"] == "Tumor: Positive"
+    assert shown[old[3]]["locked"]
+    assert {o.get("name") for o in shown.values()} >= {"by hand"}
+    assert (seen["type"], seen["note"]) == ("BRIGHTFIELD_H_E", "of a person")
+
+
+@pytest.mark.parametrize("image", STORIES)
+def test_all_others_are_the_new_run_s(story: Any, image: str) -> None:
+    """But for those where the person reshaped, deleted, reclassified, locked or drew."""
+    old, new = (written[image].uuids.tolist() for written in story.written)
+    shown = {o["id"] for o in story.seen[1][image]["objects"] if "name" not in o}
+    decided = {0, 1, 2, 3, 200}
+    assert shown == {old[0], old[2], old[3]} | {
+        id_ for k, id_ in enumerate(new) if k not in decided
+    }
+
+
+@pytest.mark.parametrize("image", STORIES)
+def test_remove_takes_ours_and_forgets(story: Any, image: str) -> None:
+    old = story.written[0][image].uuids.tolist()
+    seen = story.seen[2][image]
+    assert {o["id"] for o in seen["objects"] if "name" not in o} == {old[0], old[2], old[3]}
+    assert {o.get("name") for o in seen["objects"]} == {None, "by hand"}
+    assert seen["imported"] == ""
+
+
+def test_project_keeps_what_it_has(story: Any) -> None:
+    """QuPath's usual classes, to which ours is added; paquo leaves its file as it is."""
+    assert story.classes[0] == "Tumor"
+    assert story.classes[-1] == "Nucleus"
+    assert story.project_is_untouched
+
+
+def region_of(seen: dict[str, Any]) -> dict[str, Any]:
+    (region,) = (o for o in seen["objects"] if o.get("name") == "PatchCL")
+    found: dict[str, Any] = region
+    return found

@@ -1,0 +1,186 @@
+import json
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from patchcl_qupath.config import Config, PatchCLConfig
+from patchcl_qupath.errors import ModelError, StorageError
+from patchcl_qupath.network import ConfidenceNetwork, FeatureNetwork, Model, confidence
+from patchcl_qupath.stains import StainScale
+
+DEFAULT = PatchCLConfig()
+SCALE = StainScale((0.0, 0.0, 0.0), (2.0, 1.0, 1.0))
+
+
+def count(network):
+    return sum(weights.numel() for weights in network.parameters())
+
+
+def random_network(config=DEFAULT):
+    """Weights and batch norms of a network that has seen something."""
+    generator = torch.Generator().manual_seed(1)
+    network = ConfidenceNetwork.of(config)
+    for name, values in network.state_dict().items():
+        if values.is_floating_point():
+            noise = torch.rand(values.shape, generator=generator)
+            positive = "norm" in name and ("weight" in name or "var" in name)
+            values.copy_(noise + 0.5 if positive else noise - 0.5)
+    return network.eval()
+
+
+def random_model(**changes):
+    model = Model(random_network(), Config(), 2, inverted=False, threshold=0.5)
+    return replace(model, **changes)
+
+
+def random_rgb(height, width):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_networks_are_of_the_size_of_the_paper():
+    assert count(ConfidenceNetwork.of(PatchCLConfig())) == 7_372
+    assert count(FeatureNetwork(50)) == 3_386  # together the 10.8k of the paper
+
+
+@pytest.mark.parametrize("patch_px", [16, 24, 50, 51])
+def test_feature_network_takes_patches_of_the_size_it_was_made_for(patch_px):
+    assert FeatureNetwork(patch_px)(torch.rand(3, 1, patch_px, patch_px)).shape == (3, 32)
+
+
+def test_network_sees_83_px_and_no_farther():
+    network = random_network().double()
+    assert network.reach_px == 83
+    centre = 100
+    x = torch.zeros(1, 3, 2 * centre + 1, 2 * centre + 1, dtype=torch.float64)
+    x[..., centre, centre] = 1
+    with torch.inference_mode():
+        touched = (network(x) != network(torch.zeros_like(x))).any(dim=1)[0]  # (H, W)
+    rows, cols = np.nonzero(touched.numpy())
+    assert np.abs(rows - centre).max() == np.abs(cols - centre).max() == 83
+
+
+def test_folded_network_computes_the_same():
+    network = random_network().double()
+    x = torch.rand(2, 3, 60, 70, dtype=torch.float64)
+    with torch.inference_mode():
+        torch.testing.assert_close(network.folded()(x), network(x))
+
+
+def test_confidence_is_the_chosen_channel_in_255_steps():
+    model = random_model()
+    rgb = random_rgb(50, 40)
+    x = torch.from_numpy(SCALE.apply(rgb)).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        expected = model.network(x)[0, 2].numpy()
+
+    found = confidence(model, rgb, SCALE)
+    assert found.shape == (50, 40)
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() <= 0.5 / 255 + 1e-4
+    assert np.abs(found * 255 - np.round(found * 255)).max() < 1e-4
+    assert np.abs(confidence(random_model(inverted=True), rgb, SCALE) - (1 - found)).max() <= 0.005
+
+
+def test_confidence_of_a_tile_is_that_of_the_whole():
+    model = random_model()
+    whole = random_rgb(300, 260)
+    rows, cols = slice(20, 280), slice(10, 230)
+    inner = slice(model.reach_px, -model.reach_px)
+    tile = confidence(model, whole[rows, cols], SCALE)[inner, inner]
+    expected = confidence(model, whole, SCALE)[rows, cols][inner, inner]
+    assert (tile != expected).mean() < 1e-3  # a value that lies between two steps may go either way
+    assert np.abs(tile - expected).max() < 1.01 / 255
+
+
+def test_saved_model_is_loaded_whole(tmp_path):
+    config = replace(Config(), patchcl=PatchCLConfig(channels=2, dilations=(1, 4)))
+    model = Model(random_network(config.patchcl), config, 1, True, 0.25, {"loss": [1.0, 0.5]})
+    path = model.save(tmp_path / "models", "mine")
+    loaded = Model.load(path)
+    assert path == tmp_path / "models" / "mine.pt"
+    assert loaded.config == config
+    assert (loaded.channel, loaded.inverted, loaded.threshold) == (1, True, 0.25)
+    assert loaded.training == {"loss": [1.0, 0.5]}
+    assert (loaded.mpp, loaded.reach_px, loaded.digest) == (0.5, 11, model.digest)
+    assert json.loads(path.with_suffix(".json").read_text())["digest"] == model.digest
+    rgb = random_rgb(30, 30)
+    np.testing.assert_array_equal(confidence(loaded, rgb, SCALE), confidence(model, rgb, SCALE))
+
+
+def test_model_is_pickled_without_its_engine():
+    model = random_model()
+    rgb = random_rgb(30, 30)
+    expected = confidence(model, rgb, SCALE)
+    copy = pickle.loads(pickle.dumps(model))
+    assert "engine" not in vars(copy)
+    np.testing.assert_array_equal(confidence(copy, rgb, SCALE), expected)
+
+
+def test_digest_is_that_of_weights_and_choices():
+    model = random_model()
+    assert model.digest == random_model().digest
+    other = random_network()
+    with torch.no_grad():
+        other.last.bias[0] += 1e-6
+    others = [
+        random_model(network=other),
+        random_model(channel=1),
+        random_model(inverted=True),
+        random_model(threshold=0.4),
+    ]
+    assert len({model.digest, *(m.digest for m in others)}) == 5
+
+
+class Hostile:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('a model file was executed')",))
+
+
+def damaged(path):
+    content = bytearray(path.read_bytes())
+    middle = content.index(b"weights") // 2 + len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    path.write_bytes(content)
+
+
+def rewritten(**changes):
+    def rewrite(path):
+        torch.save(torch.load(path, weights_only=True) | changes, path)
+
+    return rewrite
+
+
+UNUSABLE = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not a model"),
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-5000]),
+    "damaged": damaged,
+    "hostile": lambda path: path.write_bytes(pickle.dumps(Hostile())),
+    "hostile in torch's own format": lambda path: torch.save(Hostile(), path),
+    "a tensor": lambda path: torch.save(torch.zeros(3), path),
+    "another format": rewritten(format="patchcl-qupath model 99"),
+    "another architecture": rewritten(weights=ConfidenceNetwork(4, 16, (1, 2)).state_dict()),
+    "absurdly large": rewritten(config={"patchcl": {"width": 10**9}}),
+    "settings of another version": rewritten(config={"patchcl": {"depth": 3}}),
+    "another channel": rewritten(channel=1),
+}
+
+
+@pytest.mark.parametrize("spoil", UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_unusable_model_says_what_to_do(tmp_path, spoil):
+    path = random_model().save(tmp_path, "mine")
+    spoil(path)
+    with pytest.raises(ModelError, match=r"mine\.pt .*patchcl-qp train"):
+        Model.load(path)
+
+
+def test_failed_save_leaves_nothing(tmp_path):
+    (tmp_path / "mine.pt").mkdir()
+    (tmp_path / "mine.pt" / "occupied").touch()
+    with pytest.raises(StorageError):
+        random_model().save(tmp_path, "mine")
+    assert {p.name for p in tmp_path.iterdir()} <= {"mine.pt", "mine.json"}

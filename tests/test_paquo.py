@@ -1,0 +1,354 @@
+"""The paquo backend: what it finds, refuses and survives. test_backends.py: what it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import qupath
+import shapely
+from click.testing import CliRunner
+from qupath import nuclei
+
+from patchcl_qupath.cli import main
+from patchcl_qupath.config import ResultConfig
+from patchcl_qupath.datatypes import ImageEntry, Nuclei
+from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
+from patchcl_qupath.project import open_project
+from patchcl_qupath.project import paquo as backend
+from patchcl_qupath.project.jvm import Process, halves, java_options, outlines
+from patchcl_qupath.project.paquo import PaquoProject, find_qupath
+
+SAMPLE = Path(__file__).parent.parent / "sample_project"
+SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="QuPath's folder as it is on Linux")
+
+LOOK = """
+def all = hierarchy.getAllObjects(false)
+def one = all.find { it.getPathClass() != null }
+groovy.json.JsonOutput.toJson([count: all.size(), class_name: one?.getPathClass()?.toString(),
+    color: one?.getPathClass()?.getColor(), detection: one?.isDetection()])
+"""
+
+
+# ---------------------------------------------------------------- without a QuPath
+
+
+def qupath_folder(folder: Path, jar: str) -> Path:
+    """What looks like a QuPath on Linux."""
+    (folder / "lib" / "app").mkdir(parents=True)
+    (folder / "lib" / "app" / jar).touch()
+    java = folder / "lib" / "runtime" / "lib" / "server" / "libjvm.so"
+    java.parent.mkdir(parents=True)
+    java.touch()
+    return folder
+
+
+@LINUX
+def test_qupath_is_found_without_starting_java(tmp_path: Path) -> None:
+    pytest.importorskip("paquo")
+    folder = qupath_folder(tmp_path, "qupath-core-0.6.0-rc3.jar")
+    code = (
+        "import sys; from pathlib import Path;"
+        "from patchcl_qupath.project.paquo import find_qupath;"
+        "print(find_qupath(Path(sys.argv[1]))); import jpype; print(jpype.isJVMStarted())"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code, folder], text=True)
+    assert said == f"0.6.0-rc3 in {folder / 'lib' / 'app'}\nFalse\n"
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("jar", "message"),
+    [
+        ("qupath-core-0.3.2.jar", r"QuPath 0\.3\.2 in .* is too old: install QuPath 0\.4 or later"),
+        ("other.jar", r"is not complete: install it anew"),
+    ],
+)
+def test_unusable_qupath_is_refused(tmp_path: Path, jar: str, message: str) -> None:
+    pytest.importorskip("paquo")
+    with pytest.raises(ProjectError, match=message):
+        find_qupath(qupath_folder(tmp_path, jar))
+
+
+@LINUX
+def test_qupath_without_java_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("paquo")
+    folder = qupath_folder(tmp_path, "qupath-core-0.5.1.jar")
+    shutil.rmtree(folder / "lib" / "runtime")
+    with pytest.raises(
+        ProjectError, match=r"holds no complete QuPath with its Java: pass --qupath"
+    ):
+        find_qupath(folder)
+
+
+def test_auto_takes_files_where_there_is_no_paquo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "paquo._config", None)
+    project = open_project(SAMPLE)
+    assert project.via == (
+        "files, since paquo is not installed: pip install 'patchcl-qupath[qupath]'"
+    )
+    with pytest.raises(ProjectError, match="paquo is not installed"):
+        open_project(SAMPLE, "paquo")
+
+
+def test_a_qupath_that_was_named_must_be_one(tmp_path: Path) -> None:
+    pytest.importorskip("paquo")
+    with pytest.raises(ProjectError, match="holds no complete QuPath"):
+        open_project(SAMPLE, "auto", tmp_path)
+    with pytest.raises(ConfigError, match="unknown backend 'java'"):
+        open_project(SAMPLE, "java")
+
+
+def test_memory_is_limited_unless_the_user_says_how() -> None:
+    (limit,) = java_options([])
+    assert limit.startswith("-Xmx")
+    assert int(limit.removeprefix("-Xmx").removesuffix("m")) <= 4096
+    assert java_options(["-Xmx9g"]) == ["-Xmx9g"]
+
+
+def test_nuclei_become_arrays() -> None:
+    polygons = [shapely.box(1, 2, 4, 5), shapely.Polygon([(0, 0), (2, 0), (1, 3)])]
+    ids = [uuid.UUID(int=(3 << 64) + 5), uuid.UUID(int=2**128 - 1)]
+    few = Nuclei(np.array(polygons), {}, np.array([str(id_) for id_ in ids]))
+    x, y, ends = outlines(few)
+    assert list(zip(x, y, strict=True)) == [
+        *polygons[0].exterior.coords[:-1],
+        *polygons[1].exterior.coords[:-1],
+    ]
+    assert ends.tolist() == [4, 7]
+    assert halves(few.uuids).tolist() == [3, 5, -1, -1]
+    assert [array.size for array in outlines(few[:0])] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"object_type": "cell"}, {"class_name": " "}, {"class_name": "a\nb"}, {"color": (1, 2)}],
+)
+def test_settings_that_qupath_cannot_show_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        ResultConfig(**settings)
+
+
+def test_remove_leaves_word_for_the_import(path: Path) -> None:
+    """The command line, with the files backend."""
+    remove = ["remove", str(path), "--backend", "files"]
+    said = CliRunner().invoke(main, remove)
+    assert (said.exit_code, said.stdout) == (0, "a.svs: no nuclei\n")
+    assert said.stderr == "Nuclei are removed by files\n"
+    files = open_project(path, "files")
+    (entry,) = files.images()
+    files.write(entry, [FEW], len(FEW), ResultConfig(), {"run": "r", "made": "m", "model": "m"})
+    assert "import_nuclei.groovy now takes" in CliRunner().invoke(main, remove).stdout
+    assert [file.name for file in files.results(entry).iterdir()] == ["result.json"]
+    rows = json.loads(CliRunner().invoke(main, ["status", str(path), "--json"]).stdout)["images"]
+    assert rows[0]["state"] == "removed"
+
+
+def test_java_that_does_not_start_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("paquo")
+    monkeypatch.setattr(backend, "find_qupath", lambda _: "a broken version")
+    project, entry = opened(path, Process(path.parent, path.parent / "qupath.log"))
+    with closing(project), pytest.raises(ImageError, match="QuPath cannot be started"):
+        write(project, entry, FEW)
+
+
+# ---------------------------------------------------------------- with a QuPath
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """One JVM for all the tests; it starts anew after the test that kills it."""
+    qupath.launcher()  # skips
+    process = Process(None, tmp_path_factory.mktemp("jvm") / "qupath.log")
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[qupath.Session]:
+    session = qupath.Session()
+    yield session
+    session.close()
+
+
+def opened(path: Path, process: Process) -> tuple[PaquoProject, ImageEntry]:
+    """A project with one image, as it is now, written by a JVM that runs already."""
+    project = open_project(path, "paquo")
+    assert isinstance(project, PaquoProject)
+    return dataclasses.replace(project, process=process), project.images()[0]
+
+
+def write(project: PaquoProject, entry: ImageEntry, found: Nuclei, **settings: Any) -> None:
+    project.write(entry, [found], len(found), ResultConfig(**settings), {"run": "r", "made": "m"})
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return qupath.make_project(tmp_path / "project", SLIDE, ["a.svs"])
+
+
+FEW = nuclei(10, 2, "few")
+
+
+@pytest.mark.qupath
+def test_moved_project_class_and_kind(
+    tmp_path: Path, process: Process, session: qupath.Session, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The sample, which names a slide elsewhere; nothing of QuPath's log on our output."""
+    folder = tmp_path / "moved #1 ü"
+    folder.mkdir()
+    for name in ("project.qpproj", SLIDE.name):
+        shutil.copy(SAMPLE / name, folder)
+    name = "Tumor: Größe"
+    write(*opened(folder, process), FEW, class_name=name, object_type="detection", color=(1, 2, 3))
+    assert capfd.readouterr().out == ""
+    assert (folder / "project.qpproj").read_bytes() == (SAMPLE / "project.qpproj").read_bytes()
+    qpproj = folder / "project.qpproj"
+    content = json.loads(qpproj.read_text("utf-8"))  # as QuPath's window does, when asked to
+    content["images"][0]["serverBuilder"]["uri"] = (folder / SLIDE.name).as_uri()
+    qpproj.write_text(json.dumps(content), encoding="utf-8")
+    (shown,) = session.run(qpproj, LOOK).values()
+    assert shown["color"] & 0xFFFFFF == 0x010203
+    del shown["color"]
+    assert shown == {"count": len(FEW) + 1, "class_name": name, "detection": True}
+    classes = json.loads((folder / "classifiers" / "classes.json").read_text("utf-8"))
+    assert classes["pathClasses"][-1]["name"] == name
+
+
+@pytest.mark.qupath
+def test_many_become_detections_and_none_is_fine(
+    path: Path, process: Process, session: qupath.Session
+) -> None:
+    project, entry = opened(path, process)
+    write(project, entry, FEW, max_annotations=len(FEW) - 1)
+    assert session.run(path, LOOK)["a.svs"]["detection"]
+    write(project, entry, FEW[:0])  # the same run may write again: the change was its own
+    assert session.run(path, LOOK)["a.svs"]["count"] == 1  # the region
+    receipt = json.loads((project.output / "imported" / "1.json").read_text("utf-8"))
+    assert (receipt["run"], receipt["added"], receipt["removed"]) == ("r", 0, len(FEW))
+
+
+@pytest.mark.qupath
+def test_image_that_qupath_changed_is_left_alone(
+    path: Path, process: Process, session: qupath.Session
+) -> None:
+    project, entry = opened(path, process)
+    session.run(path, "entry.saveImageData(imageData); '1'")
+    data = path.parent / "data" / "1" / "data.qpdata"
+    before = data.read_bytes()
+    with pytest.raises(ImageError, match=r"a\.svs: QuPath changed the image .* close it in QuPath"):
+        write(project, entry, FEW)
+    assert data.read_bytes() == before
+    assert (project.results(entry) / "nuclei.parquet").exists()
+
+    write(*opened(path, process), FEW)
+    backup = project.output / "backups" / "1" / "data.qpdata"
+    assert backup.read_bytes() == before
+    write(*opened(path, process), FEW)
+    assert backup.read_bytes() == before  # from before the first write
+
+    data.with_name("data.qpdata.bkp").touch()
+    with pytest.raises(ImageError, match="QuPath is saving it"):
+        write(*opened(path, process), FEW)
+
+
+@pytest.mark.qupath
+@pytest.mark.parametrize("harm", ["text", "half", "hole"])
+def test_damaged_image_data_are_left_as_they_are(path: Path, process: Process, harm: str) -> None:
+    write(*opened(path, process), FEW)
+    data = path.parent / "data" / "1" / "data.qpdata"
+    whole = data.read_bytes()
+    middle = len(whole) // 2
+    data.write_bytes(
+        {
+            "text": b"not QuPath's",
+            "half": whole[:middle],
+            "hole": whole[:middle] + bytes(200) + whole[middle + 200 :],
+        }[harm]
+    )
+    before = data.read_bytes()
+    with pytest.raises(ImageError, match=r"data\.qpdata is damaged and was left as it is"):
+        write(*opened(path, process), FEW)
+    assert data.read_bytes() == before
+    assert [file.name for file in data.parent.glob("data*")] == ["data.qpdata"]
+
+
+@pytest.mark.qupath
+def test_killed_process_costs_one_image_and_no_data(
+    path: Path, process: Process, session: qupath.Session
+) -> None:
+    project, entry = opened(path, process)
+    write(project, entry, FEW)
+    data = path.parent / "data" / "1" / "data.qpdata"
+    before = data.read_bytes()
+    writing = data.with_name("data.qpdata.patchcl-before")  # there while it writes
+    died = pytest.raises(ImageError, match=r"a\.svs: QuPath's process died while it wrote")
+    with killing(process, writing), died:
+        write(project, entry, nuclei(10, 500, "many"))
+    assert data.read_bytes() == before
+    assert [file.name for file in data.parent.glob("data*")] == ["data.qpdata"]
+    write(project, entry, FEW[:3])
+    assert session.run(path, LOOK)["a.svs"]["count"] == 4
+
+
+@contextmanager
+def killing(process: Process, sign: Path) -> Iterator[None]:
+    """Kill a JVM as soon as a file is there."""
+
+    def watch() -> None:
+        while not sign.exists():
+            time.sleep(0.001)
+        os.kill(process._process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield
+    thread.join(timeout=10)
+
+
+def test_failed_save_gives_back_what_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As QuPath leaves it when the disk is full: half a file, and the old one beside it."""
+    monkeypatch.setattr(backend, "find_qupath", lambda _: "no version")
+    data = path.parent / "data" / "1" / "data.qpdata"
+    data.parent.mkdir(parents=True)
+    data.write_bytes(b"\xac\xed\x00\x05 a pathologist's morning t\x00\x03EOF")
+    before = data.read_bytes()
+    project, entry = opened(path, Process(None, path.with_name("qupath.log")))
+
+    def fail(_: object) -> None:
+        data.rename(data.with_name("data.qpdata.bkp"))
+        data.write_bytes(b"half")
+        raise ImageError("a.svs: the disk is full")
+
+    monkeypatch.setattr(project.process, "start", lambda: None)
+    monkeypatch.setattr(project.process, "ask", fail)
+    with pytest.raises(ImageError, match=r"the disk is full\. Meanwhile its nuclei are in"):
+        write(project, entry, FEW)
+    assert data.read_bytes() == before
+    assert [file.name for file in data.parent.iterdir()] == ["data.qpdata"]
+
+
+@pytest.mark.qupath
+def test_lost_slide_is_refused_before_java_starts(tmp_path: Path) -> None:
+    path = qupath.make_project(tmp_path / "project", tmp_path / "lost.svs", ["lost.svs"])
+    project = open_project(path, "paquo")
+    (entry,) = project.images()
+    assert entry.problem is not None
+    with pytest.raises(ImageError, match="put the file beside the project"):
+        project.remove(entry)
+    assert not (project.output / "qupath.log").exists()

@@ -1,0 +1,272 @@
+"""Regions that a person drew: read, cut to, and exported by a real QuPath."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import qupath
+import shapely
+from conftest import QUICK
+
+from patchcl_qupath import pipeline
+from patchcl_qupath.datatypes import Box, grid_to_level0, level0_to_grid
+from patchcl_qupath.errors import ImageError
+from patchcl_qupath.project import open_project
+from patchcl_qupath.storage import read_nuclei
+from patchcl_qupath.tiles import inside_region, plan, tissue_area_px
+
+ROOT = Path(__file__).parent.parent
+SAMPLE = ROOT / "sample_project"
+SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
+
+# Level 0 of the sample slide, 2220 x 2967 px. Two parts, one of them with a hole; neither is
+# like its mirror images.
+HOLED = shapely.Polygon(
+    [(300, 400), (1500, 300), (1400, 1500), (500, 1700)],
+    [[(700, 700), (1100, 650), (1000, 1100), (750, 1200)]],
+)
+SMALL = shapely.Polygon([(1500, 1900), (2100, 2000), (1700, 2600)])
+TUMOR = shapely.MultiPolygon([HOLED, SMALL])
+STROMA = shapely.box(200, 1900, 900, 2500)
+
+
+def feature(geometry: shapely.Geometry, name: str | None) -> dict[str, Any]:
+    """An annotation as QuPath exports it."""
+    properties: dict[str, Any] = {"objectType": "annotation"}
+    if name is not None:
+        key, value = ("names", name.split(": ")) if ": " in name else ("name", name)
+        properties["classification"] = {key: value, "color": [200, 0, 0]}
+    geojson = json.loads(shapely.to_geojson(geometry))
+    return {"type": "Feature", "geometry": geojson, "properties": properties}
+
+
+def export(project: Path, *features: dict[str, Any]) -> None:
+    """What groovy/export_regions.groovy leaves of the first image."""
+    file = project / "patchcl" / "regions" / "1.geojson"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"type": "FeatureCollection", "features": features}), "utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the sample project."""
+    copy = tmp_path / "project"
+    shutil.copytree(SAMPLE, copy, ignore=shutil.ignore_patterns("patchcl"))
+    return copy
+
+
+def read(folder: Path, *classes: str) -> shapely.Geometry:
+    project = open_project(folder, backend="files")
+    return shapely.union_all(project.regions(project.images()[0], classes))
+
+
+def test_classes_are_read_by_name(folder: Path) -> None:
+    crossed = shapely.Polygon([(0, 0), (10, 10), (10, 0), (0, 10)])
+    export(
+        folder,
+        feature(TUMOR, "Tumor"),
+        feature(STROMA, "Stroma"),
+        feature(shapely.box(0, 0, 50, 50), "Tumor: Positive"),
+        feature(shapely.box(0, 0, 2000, 2000), None),
+        feature(shapely.LineString([(0, 0), (9, 9)]), "Größe"),
+        feature(crossed, "Größe"),
+    )
+    assert read(folder, "Tumor").equals(TUMOR)
+    assert read(folder, "Tumor", "Stroma").equals(TUMOR | STROMA)
+    assert read(folder, "Tumor: Positive").area == 2500
+    assert read(folder, "Größe").area == 50
+    assert read(folder, "Tumor", "Necrosis").equals(TUMOR)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "its annotations were not exported"),
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"features": [{"geometry": 1, "properties": {}}]}', "it has none with a class"),
+        (
+            '{"features": [{"geometry": {"type": "Polygon", "coordinates": [[1, 2]]}, '
+            '"properties": {"classification": {"name": "A"}}}]}',
+            "is damaged",
+        ),
+        (
+            json.dumps({"features": [feature(SMALL, "Tumour")]}),
+            "it has annotations of class Tumour",
+        ),
+        (json.dumps({"features": []}), "it has none with a class"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(folder: Path, content: str | None, says: str) -> None:
+    export(folder)
+    file = folder / "patchcl" / "regions" / "1.geojson"
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content, "utf-8")
+    with pytest.raises(ImageError) as error:
+        read(folder, "Tumor")
+    message = str(error.value)
+    assert message.startswith("CMU-1-Small-Region.svs")
+    assert says in message
+    assert "export_regions.groovy" in message
+    assert "\n" not in message
+
+
+def test_level0_and_back() -> None:
+    grid = level0_to_grid(TUMOR, (2.0, 4.0))
+    assert grid.bounds == (150, 75, 1050, 650)
+    (back,) = grid_to_level0(np.array([grid]), (2.0, 4.0))
+    assert back.equals(TUMOR)
+
+
+def test_plan_keeps_to_the_region() -> None:
+    tissue = np.ones((100, 80), dtype=bool)
+    tissue[:5] = False
+    region = shapely.Polygon([(10.5, 20), (300.2, 30), (290, 410), (11, 44)])
+    tiles = plan((800, 640), tissue, 8, 200, 50, region)
+    boxes = [shapely.box(t.write.col0, t.write.row0, t.write.col1, t.write.row1) for t in tiles]
+    covered = shapely.union_all(boxes)
+    assert covered.area == sum(box.area for box in boxes)  # no two overlap
+    assert covered.covers(region & shapely.box(0, 40, 640, 800))
+    assert covered.bounds == (8, 40, 304, 410) or covered.bounds == (10, 40, 301, 410)
+    assert plan((800, 640), tissue, 8, 200, 50, shapely.box(0, 0, 640, 40)) == []
+
+
+def test_pixels_of_a_region() -> None:
+    region = shapely.box(10.4, 20, 30, 40.6) - shapely.box(15, 25, 20, 30)
+    rows, cols = (axis.ravel() for axis in np.mgrid[0:64, 0:50])
+    found = inside_region(region, Box(0, 0, 64, 50), rows, cols).reshape(64, 50)
+    expected = np.zeros((64, 50), dtype=bool)
+    expected[20:41, 10:30] = True
+    expected[25:30, 15:20] = False
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("scale", [0.5, 20])
+def test_area_of_tissue_in_a_region(scale: float) -> None:
+    tissue = np.zeros((300, 200), dtype=bool)
+    tissue[:, :100] = True
+    region = shapely.Point(1600, 1000).buffer(30 * scale)  # half of it on tissue of 1600 px
+    assert tissue_area_px(tissue, 16, region) == pytest.approx(region.area / 2, rel=0.02)
+    assert tissue_area_px(tissue, 16, None) == 300 * 100 * 256
+
+
+def segment(
+    folder: Path, model: pipeline.Model, client: Any, *within: str, tile_px: int = 10_000
+) -> tuple[pipeline.ImageResult, Any]:
+    project = open_project(folder, backend="files")
+    config = replace(QUICK, slide=replace(QUICK.slide, tile_px=tile_px))
+    run = pipeline.Run(project, model, config, client, lambda *_: None, within=within)
+    (result,) = run.images(project.images())
+    nuclei = None if result.problem else read_nuclei(Path(str(result.results)) / "nuclei.parquet")
+    return result, nuclei
+
+
+def test_nuclei_of_a_region_are_those_of_the_whole_image(
+    folder: Path, model: pipeline.Model, client: Any
+) -> None:
+    """Tiled or not, the same nuclei, all those within and none else; finished tiles are its own."""
+    whole, everything = segment(folder, model, client)
+    export(folder, feature(TUMOR, "Tumor"), feature(STROMA, "Stroma"))
+    results = []
+    for tile_px in (10_000, 300):
+        result, nuclei = segment(folder, model, client, "Tumor", "Stroma", tile_px=tile_px)
+        assert result.tiles_taken_over == 0
+        results.append(nuclei)
+        assert 0.1 < result.tissue_mm2 < (TUMOR | STROMA).area * 0.499e-3**2 < whole.tissue_mm2
+    assert len(results[0]) > 200
+    assert set(results[0].uuids) == set(results[1].uuids)
+    region = TUMOR | STROMA
+    edge = region.boundary.buffer(4)  # a centroid of pixels is not quite that of the outline
+    centroid = shapely.centroid(everything.polygons)
+    sure = shapely.contains(region - edge, centroid)
+    never = shapely.disjoint(region | edge, centroid)
+    found = np.isin(everything.uuids, results[0].uuids)
+    assert found[sure].all()
+    assert not found[never].any()
+    assert 0 < found.sum() < len(everything) == whole.nuclei
+
+    again, _ = segment(folder, model, client, "Tumor", "Stroma", tile_px=300)
+    assert again.tiles_taken_over == again.tiles > 1
+    export(folder, feature(SMALL, "Tumor"), feature(STROMA, "Stroma"))
+    moved, fewer = segment(folder, model, client, "Tumor", "Stroma", tile_px=300)
+    assert moved.tiles_taken_over == 0
+    assert 0 < len(fewer) < len(results[0])
+
+
+def test_regions_outside_the_image(folder: Path, model: pipeline.Model, client: Any) -> None:
+    export(folder, feature(shapely.box(5000, 0, 6000, 900), "Tumor"))
+    result, _ = segment(folder, model, client, "Tumor")
+    assert "regions lie outside the image, which has 2220 x 2967 px" in str(result.problem)
+    # QuPath lets one draw over the edge.
+    export(folder, feature(shapely.box(-500, -500, 900, 900), "Tumor"))
+    result, _ = segment(folder, model, client, "Tumor")
+    assert result.problem is None
+    assert result.tissue_mm2 <= (900 * 0.499e-3) ** 2
+
+
+DRAW = """
+import qupath.lib.objects.PathObjects
+import qupath.lib.objects.classes.PathClass
+import qupath.lib.regions.ImagePlane
+import qupath.lib.roi.GeometryTools
+import qupath.lib.roi.ROIs
+import qupath.lib.scripting.QP
+import org.locationtech.jts.io.WKTReader
+
+def plane = ImagePlane.getDefaultPlane()
+def draw = { roi, name ->
+    def pathClass = name == null ? null : PathClass.fromString(name)
+    def drawn = PathObjects.createAnnotationObject(roi, pathClass)
+    QP.getCurrentHierarchy().addObject(drawn)
+    return drawn
+}
+def polygons = { GeometryTools.geometryToROI(new WKTReader().read(it), plane) }
+draw(polygons('TUMOR'), 'Tumor')
+draw(polygons('STROMA'), 'Größe: klein')
+draw(ROIs.createEllipseROI(100, 200, 60, 40, plane), 'Stroma')
+draw(ROIs.createLineROI(0, 0, 50, 50, plane), 'Stroma')
+draw(ROIs.createRectangleROI(0, 0, 99, 99, plane), null)
+def nucleus = draw(ROIs.createRectangleROI(0, 0, 20, 20, plane), 'Nucleus')
+def mark = nucleus.getID().toString() + ' 0123456789abcdef 1 2'
+QP.getCurrentImageData().setProperty('patchcl.imported', mark)
+def chosen = draw(ROIs.createRectangleROI(40, 50, 30, 20, plane), 'Other')
+QP.getCurrentHierarchy().getSelectionModel().setSelectedObject(chosen)
+"""
+
+
+@pytest.mark.qupath
+def test_what_qupath_exports_is_what_was_drawn(tmp_path: Path) -> None:
+    folder = tmp_path / "ein Projekt, ü"
+    qupath.launcher()
+    project = qupath.make_project(folder, SLIDE, ["one.svs", "zwei ö.svs"])
+    script = folder / "draw and export.groovy"
+    # Imports may stand anywhere in a script; a selection does not outlive QuPath.
+    exporting = (ROOT / "groovy" / "export_regions.groovy").read_text("utf-8")
+    drawing = DRAW.replace("TUMOR", TUMOR.wkt).replace("STROMA", STROMA.wkt)
+    script.write_text(drawing + exporting, "utf-8")
+    log = qupath.run_script(project, script)
+    assert "ERROR" not in log, log
+    assert "zwei ö.svs: 5 annotations exported to" in log, log
+    for entry in open_project(project, backend="files").images():
+        regions = open_project(project, backend="files").regions
+
+        def region(*classes: str, entry: Any = entry, regions: Any = regions) -> Any:
+            return shapely.union_all(regions(entry, classes))
+
+        assert region("Tumor").equals(TUMOR)
+        assert region("Größe: klein").equals(STROMA)
+        assert region("Stroma").area == pytest.approx(np.pi * 30 * 20, rel=0.01)
+        assert region("(selected)").equals(shapely.box(40, 50, 70, 70))
+        with pytest.raises(
+            ImageError, match=r"class .selected., Größe: klein, Other, Stroma, Tumor"
+        ):
+            region("Nucleus")
+    assert not [*folder.rglob("*.partial")]
