@@ -99,8 +99,12 @@ if (what == 'project' && batchIndex > 0) {
 
     Files.createDirectories(folder)
     Follower follower = inWindow ? new WindowFollower(entry.getImageName()) : new Follower(logger)
-    int exitStatus = runCommand(arguments, log, follower)
-    follower.close()
+    int exitStatus
+    try {
+        exitStatus = runCommand(arguments, log, follower)
+    } finally {
+        follower.close()
+    }
     status = follower.cancelled ? 'cancelled' : exitStatus == 0 ? 'done' : 'failed'
     lastLines = follower.lastLines
     writeReceipt(receipt, [
@@ -114,10 +118,13 @@ if (what == 'project' && batchIndex > 0) {
     ])
 }
 
-// Also where a run failed: it fails for one image, the others are done.
+// Also where a run failed: it fails for one image, the others are done. Some disks round times to 2 s.
 Path result = folder.resolve('results').resolve(entry.getID()).resolve('result.json')
 boolean found = Files.exists(result) && !Files.getLastModifiedTime(result).toInstant().isBefore(began.minusSeconds(2))
-if (found)
+// In the window, what is added to an image that was closed meanwhile would be lost; a batch is saved by QuPath.
+boolean shown = !inWindow || batchSize > 1 || getBinding().getVariables()[ScriptAttributes.BATCH_SAVE] ||
+        QuPathGUI.getInstance().getImageData().is(QP.getCurrentImageData())
+if (found && shown)
     runBeside('import_nuclei.groovy')
 if (status == 'cancelled') {
     logger.info('Cancelled. Start it again, and it goes on where it was.')
@@ -131,9 +138,12 @@ if (status == 'failed') {
 }
 if (!found)
     throw new IOException("No nuclei for ${entry.getImageName()}: see why in ${log}.")
-if (inWindow && batchSize == 1)
-    Dialogs.showInfoNotification('PatchCL', 'The nuclei are in the image: save it to keep them.' +
+if (inWindow && batchSize == 1) {
+    String outcome = shown ? 'The nuclei are in the image: save it to keep them.' :
+            "The nuclei of ${entry.getImageName()} are ready: open it again, and run import_nuclei.groovy."
+    Dialogs.showInfoNotification('PatchCL', outcome +
             (what == 'project' ? ' For the others, run import_nuclei.groovy with Run > Run for project.' : ''))
+}
 
 
 /** What a person chooses; null for nothing. */

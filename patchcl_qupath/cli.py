@@ -94,6 +94,12 @@ def _writing(command: Command) -> Command:
     help="Only inside annotations of this class, which groovy/export_regions.groovy exported "
     "from QuPath; repeat for more.",
 )
+@click.option(
+    "--object-type",
+    type=click.Choice(["auto", "annotation", "detection"]),
+    help="What nuclei become in QuPath. auto: annotations, or detections where they are many.",
+)
+@click.option("--class-name", help="Class of the nuclei in QuPath; default: Nucleus.")
 @click.option("--model", "name", default="patchcl", help="Name of the model; trained if missing.")
 @click.option("--retrain", is_flag=True, help="Train the model anew even if there is one.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the training.")
@@ -115,6 +121,8 @@ def run(
     backend: str,
     qupath: Path | None,
     within: tuple[str, ...],
+    object_type: str | None,
+    class_name: str | None,
     name: str,
     retrain: bool,
     seed: int | None,
@@ -129,6 +137,12 @@ def run(
     """
     with _reporting_errors(as_json):
         project, entries, settings = _open(project_path, names, config, seed, backend, qupath)
+        shown = replace(
+            settings.result,
+            object_type=object_type or settings.result.object_type,
+            class_name=settings.result.class_name if class_name is None else class_name,
+        )
+        settings = replace(settings, result=shown)
         from patchcl_qupath import pipeline, runs
 
         click.echo(f"Nuclei are written by {project.via}", err=True)

@@ -48,7 +48,7 @@ class PatchCLConfig:
     batch: int = 10  # crops per step
     blur_um: float = 0.4  # prototypes: detail below this size is no part of the comparison
     around_um: float = 6.0  # prototypes: what counts as the surroundings of a pixel
-    excess_weight: float = 12.0  # prototypes: excess over the surroundings against hematoxylin
+    excess_weight: float = 8.0  # prototypes: excess over the surroundings against hematoxylin
     learning_rate: float = 2e-3  # paper: 2e-4
     weight_decay: float = 1e-4
     max_steps: int = 330
@@ -88,6 +88,7 @@ class SegmentConfig:
     min_area_um2: float = 8.0
     max_area_um2: float = 400.0
     max_diameter_um: float = 30.0  # larger blobs are no nuclei; also sets the halo
+    min_solidity: float = 0.75  # area over that of the convex hull; below it are strands and rims
     max_hole_um2: float = 15.0  # larger gaps inside a nucleus stay gaps
     open_radius_um: float = 0.5  # thinner hairs are cut
     smooth_um: float = 0.6  # of the landscape that parts touching nuclei
@@ -114,6 +115,12 @@ class ResultConfig:
             raise ConfigError("result.color must be red, green and blue from 0 to 255")
         if not self.class_name.strip() or not self.class_name.isprintable():
             raise ConfigError("result.class_name must be a name such as Nucleus")
+
+    def kind(self, count: int) -> str:
+        """What ``count`` nuclei of one image become: annotation or detection."""
+        if self.object_type != "auto":
+            return self.object_type
+        return "annotation" if count <= self.max_annotations else "detection"
 
 
 @dataclass(frozen=True)

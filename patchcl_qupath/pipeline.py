@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from patchcl_qupath import __version__, patchcl
-from patchcl_qupath.config import Config, to_dict
+from patchcl_qupath.config import Config, ResultConfig, to_dict
 from patchcl_qupath.datatypes import ImageEntry, Nuclei, Tile
 from patchcl_qupath.errors import PatchCLError
 from patchcl_qupath.network import Model, confidence
@@ -90,8 +90,10 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where this run keeps its finished tiles."""
-        return self.project.output / "runs" / digest(self.about)
+        """Where this run keeps its finished tiles, named by all that they depend on."""
+        settings = self.about["config"]
+        depends = {**self.about, "config": [settings["slide"], settings["segment"]]}
+        return self.project.output / "runs" / digest(depends)
 
     def images(self, entries: Sequence[ImageEntry]) -> Iterator[ImageResult]:
         """Segment images one after the other; one that fails says why, and the next one begins."""
@@ -138,13 +140,14 @@ class Run:
         self.progress(f"{entry.name}: writing {count:,} nuclei", 0, 0)
         made = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"run": self.folder.name, "image": entry.name, "made": made, **self.about}
+        about["tissue_mm2"] = image.tissue_mm2
         results = self.project.write(entry, nuclei(), count, self.config.result, about)
         preview = self.project.output / "previews" / f"{entry.id}.png"
         write_preview(preview, slide.read, slide.shape, slide.downsample, nuclei)
         return ImageResult(
             entry.id,
             entry.name,
-            note=None if tiles else "no tissue found, only glass",
+            note=_note(count, bool(tiles), self.config.result),
             tissue_mm2=image.tissue_mm2,
             nuclei=count,
             tiles=len(tiles),
@@ -153,6 +156,14 @@ class Run:
             preview=str(preview),
             worker_seconds=seconds,
         )
+
+
+def _note(count: int, has_tissue: bool, settings: ResultConfig) -> str | None:
+    if not has_tissue:
+        return "no tissue found, only glass"
+    if settings.kind(count) == "detection" and settings.object_type == "auto":
+        return f"more than {settings.max_annotations:,} nuclei: written as detections"
+    return None
 
 
 @dataclass(frozen=True)
@@ -183,5 +194,6 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
         if image.region is not None:
             mine &= inside_region(image.region, tile.write, rows, cols)
         nuclei = nuclei_of_tile(labels, mine, rgb, probability, tile, slide.grid_mpp)
+        nuclei = nuclei[nuclei.measurements["Solidity"] >= context.config.segment.min_solidity]
         nuclei = to_level0(nuclei, slide.downsample, image.id)
     return nuclei, seconds

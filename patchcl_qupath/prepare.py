@@ -16,6 +16,7 @@ from patchcl_qupath.datatypes import ImageEntry, level0_to_grid
 from patchcl_qupath.errors import ImageError, TrainingError
 from patchcl_qupath.slide import Slide
 from patchcl_qupath.stains import StainScale
+from patchcl_qupath.storage import digest
 from patchcl_qupath.tiles import (
     check_brightfield,
     sample_boxes,
@@ -57,8 +58,13 @@ class PreparedImage:
         """
         stat = self.slide.path.stat()
         facts = asdict(self.slide) | {"path": None, "name": None}
-        facts |= {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
-        return facts | {"region": self.region and shapely.to_wkb(self.region, hex=True)}
+        region = None if self.region is None else digest(shapely.to_wkb(self.region, hex=True))
+        return {
+            **facts,
+            "bytes": stat.st_size,
+            "modified_ns": stat.st_mtime_ns,
+            "region": region,
+        }
 
 
 def prepare(entry: ImageEntry, config: Config, mpp: float | None = None) -> PreparedImage:

@@ -114,7 +114,7 @@ def _shrunk(box: Box, tissue: NDArray[np.bool_], tissue_px: int) -> Box | None:
 def _bounds(region: shapely.Geometry, box: Box) -> Box | None:
     """The part of a box that holds all that is of a region in it; None where nothing is."""
     part = shapely.clip_by_rect(region, box.col0, box.row0, box.col1, box.row1)
-    if part.is_empty:
+    if not part.area:
         return None
     x0, y0, x1, y1 = part.bounds
     return Box(math.floor(y0), math.floor(x0), math.ceil(y1), math.ceil(x1))

@@ -124,9 +124,7 @@ def test_progress_is_reported_up_to_the_end():
 def test_training_ends_once_converged(monkeypatch):
     monkeypatch.setattr(patchcl, "has_converged", lambda log, patience: len(log) >= 2)
     seen = []
-    model = learn(
-        config(max_steps=50, cooldown_steps=3), report=lambda *steps: seen.append(steps)
-    )
+    model = learn(config(max_steps=50, cooldown_steps=3), report=lambda *steps: seen.append(steps))
     assert model.training["steps"] == 5
     assert seen[-1] == (5, 5)
 

@@ -138,6 +138,9 @@ class Process:
 
 def java_options(given: list[str]) -> list[str]:
     """Options of the JVM: those given, and how much memory it may take if they do not say."""
+    if not any(option.startswith("-XX:TieredStopAtLevel") for option in given):
+        # Java's quick compiler alone: the thorough one costs a short run more than it gives back.
+        given = [*given, "-XX:TieredStopAtLevel=1"]
     if any(option.startswith("-Xmx") for option in given):
         return given
     try:

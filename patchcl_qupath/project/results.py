@@ -34,9 +34,7 @@ def write_results(
     ``count`` is their total. ``about`` goes into ``result.json`` as it is.
     """
     sweep(folder.parent)
-    object_type = config.object_type
-    if object_type == "auto":
-        object_type = "annotation" if count <= config.max_annotations else "detection"
+    object_type = config.kind(count)
     with replacing(folder) as new:
         new.mkdir()
         chunks = _Chunks(new, object_type, config)

@@ -1,0 +1,167 @@
+"""The Groovy scripts in a project, and run_patchcl.groovy run by a real QuPath without a window."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import qupath
+from click.testing import CliRunner
+
+from patchcl_qupath import pipeline
+from patchcl_qupath.cli import main
+from patchcl_qupath.project import scripts
+from patchcl_qupath.project.scripts import FOLDER, NAMES, copy_scripts
+
+SAMPLE = Path(__file__).parent.parent / "sample_project"
+SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
+
+
+def settings(script: Path, **values: str) -> None:
+    """Change settings at the top of a script; values are Groovy."""
+    text = script.read_text("utf-8")
+    for name, value in values.items():
+        text, count = re.subn(rf"(?m)^([\w<>]+ {name} = ).*", lambda m, v=value: m[1] + v, text)
+        assert count == 1
+    script.write_text(text, "utf-8")
+
+
+def test_scripts_are_copied_and_know_the_command(tmp_path: Path) -> None:
+    shutil.copy(SAMPLE / "project.qpproj", tmp_path)
+    result = CliRunner().invoke(main, ["scripts", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "Automate > Project scripts" in result.output
+    assert sorted(path.name for path in (tmp_path / "scripts").iterdir()) == sorted(NAMES)
+    text = (tmp_path / "scripts" / "run_patchcl.groovy").read_text("utf-8")
+    command = Path(sys.executable).with_name("patchcl-qp")
+    assert f"String command = '{command}'" in text
+    copied = (tmp_path / "scripts" / "import_nuclei.groovy").read_bytes()
+    assert copied == (FOLDER / "import_nuclei.groovy").read_bytes()
+
+
+def test_a_changed_script_is_kept(tmp_path: Path) -> None:
+    project = tmp_path / "project.qpproj"
+    changed = tmp_path / "scripts" / "run_patchcl.groovy"
+    copy_scripts(project)
+    assert all("is up to date" in line for line in copy_scripts(project))
+    for text in ("mine", "mine again"):
+        changed.write_text(text)
+        done = copy_scripts(project)
+        assert f"{changed} written" in done
+    assert changed.with_name("run_patchcl.groovy.bak").read_text() == "mine"
+    assert changed.with_name("run_patchcl.groovy.bak1").read_text() == "mine again"
+    assert "PatchCL" in changed.read_text("utf-8")
+
+
+def test_a_windows_path_in_groovy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scripts, "_this_command", lambda: r"C:\it's\bin\patchcl-qp.exe")
+    copy_scripts(tmp_path / "project.qpproj")
+    text = (tmp_path / "scripts" / "run_patchcl.groovy").read_text("utf-8")
+    assert r"String command = 'C:\\it\'s\\bin\\patchcl-qp.exe'" in text
+
+
+def test_progress_for_programs(tmp_path: Path, model: pipeline.Model) -> None:
+    folder = tmp_path / "project"
+    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl"))
+    model.save(folder / "patchcl" / "models", "patchcl")
+    options = ["--progress", "json", "--backend", "files", "--json"]
+    result = CliRunner().invoke(main, ["run", str(folder), *options])
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith('{"stage"')]
+    steps = [json.loads(line) for line in lines]
+    segmenting = [step for step in steps if "segmenting" in step["stage"]]
+    assert segmenting[-1]["done"] == segmenting[-1]["total"] == len(segmenting) - 1 > 1
+    assert json.loads(result.stdout)["images"][0]["nuclei"] > 0
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project of two images, with the scripts, in a folder of an unfriendly name."""
+    qupath.launcher()
+    project = qupath.make_project(tmp_path / "ein Projekt, $ü", SLIDE, ["one.svs", "zwei ö.svs"])
+    copy_scripts(project)
+    return project
+
+
+def receipt(project: Path) -> dict[str, Any]:
+    ran: dict[str, Any] = json.loads((project.parent / "patchcl" / "ran.json").read_text("utf-8"))
+    return ran
+
+
+@pytest.mark.qupath
+def test_qupath_runs_patchcl_once_and_shows_all_images(
+    project: Path, model: pipeline.Model
+) -> None:
+    output = project.parent / "patchcl"
+    model.save(output / "models", "patchcl")
+    log = qupath.run_script(project, project.parent / "scripts" / "run_patchcl.groovy")
+    assert "ERROR" not in log, log
+    ran = receipt(project)
+    assert (ran["status"], ran["exit_status"]) == ("done", 0)
+    assert ran["command"][0] == str(Path(sys.executable).with_name("patchcl-qp"))
+    assert "zwei ö.svs: segmenting: " in log
+    assert log.count("Nuclei are written by files") == 1
+    assert "zwei ö.svs" in (output / "run.log").read_text("utf-8")
+    for number in ("1", "2"):
+        imported = json.loads((output / "imported" / f"{number}.json").read_text("utf-8"))
+        result = json.loads((output / "results" / number / "result.json").read_text("utf-8"))
+        assert imported["added"] == result["nuclei"] > 100
+        assert (project.parent / "data" / number / "data.qpdata").stat().st_size > 10_000
+
+
+# Says what it was given, and fails.
+COMMAND = f"""#!{sys.executable}
+import json, os, sys
+print(json.dumps([sys.argv[1:], os.environ["PYTHONUTF8"]]))
+print(json.dumps({{"stage": "künstlich", "done": 2, "total": 2}}), file=sys.stderr)
+sys.exit("zu spät")
+"""
+
+DRAW = """
+import qupath.lib.objects.PathObjects
+import qupath.lib.objects.classes.PathClass
+import qupath.lib.regions.ImagePlane
+import qupath.lib.roi.ROIs
+import qupath.lib.scripting.QP
+
+def square = ROIs.createRectangleROI(10, 20, 300, 400, ImagePlane.getDefaultPlane())
+def drawn = PathObjects.createAnnotationObject(square, PathClass.fromString('Größe, 1'))
+QP.getCurrentHierarchy().addObject(drawn)
+"""
+
+
+@pytest.mark.qupath
+def test_a_failed_run_says_why(project: Path) -> None:
+    command = project.parent / "ein Befehl, ü"
+    command.write_text(COMMAND, "utf-8")
+    command.chmod(0o755)
+    script = project.parent / "scripts" / "run_patchcl.groovy"
+    script.write_text(DRAW + script.read_text("utf-8"), "utf-8")
+    settings(
+        script,
+        command=f"'{command}'",
+        what="'annotations'",
+        within="['Größe, 1', 'Other']",
+        options="['--model', 'a b']",
+    )
+    log = qupath.run_script(project, script)
+    assert log.count("patchcl-qp failed; all that it said is in") >= 2
+    assert "run_patchcl - künstlich: 2 of 2" in log
+    said = (project.parent / "patchcl" / "run.log").read_text("utf-8").splitlines()
+    arguments, utf8 = json.loads(said[0])
+    assert arguments == [
+        *("run", str(project), "--backend", "files", "--progress", "json", "--image", "2"),
+        *("--within", "Größe, 1", "--within", "Other", "--model", "a b"),
+    ]
+    assert utf8 == "1"
+    assert said[1:] == ["zu spät"]
+    ran = receipt(project)
+    assert (ran["status"], ran["exit_status"], ran["last_lines"][-1]) == ("failed", 1, "zu spät")
+    assert not (project.parent / "patchcl" / "imported").exists()
+    regions = sorted(path.name for path in (project.parent / "patchcl" / "regions").iterdir())
+    assert regions == ["1.geojson", "2.geojson"]
