@@ -48,10 +48,10 @@ class PatchCLConfig:
     batch: int = 10  # crops per step
     blur_um: float = 0.4  # prototypes: detail below this size is no part of the comparison
     around_um: float = 6.0  # prototypes: what counts as the surroundings of a pixel
-    excess_weight: float = 8.0  # prototypes: excess over the surroundings against hematoxylin
+    excess_weight: float = 12.0  # prototypes: excess over the surroundings against hematoxylin
     learning_rate: float = 2e-3  # paper: 2e-4
     weight_decay: float = 1e-4
-    max_steps: int = 330
+    max_steps: int = 400
     patience: int = 50  # steps; training ends when two such spans in a row look alike
     cooldown_steps: int = 120  # ... after these, at a falling learning rate
     slides: int = 32  # at most so many are learnt from

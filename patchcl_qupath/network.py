@@ -105,8 +105,7 @@ class FeatureNetwork(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Grey patches (N, 1, patch_px, patch_px) to features (N, 32)."""
-        features: Tensor = self.layers(patches)
-        return features
+        return torch.as_tensor(self.layers(patches))
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,9 +209,8 @@ def confidence(model: Model, rgb: NDArray[np.uint8], scale: StainScale) -> NDArr
     ``rgb`` is at ``model.mpp``, ``scale`` the stain range of its slide. Pixels that lie at least
     ``model.reach_px`` from the border of ``rgb`` have the value they have in the whole slide.
 
-    Values are multiples of 1/255. How a convolution sums depends on the size of the tile, so two
-    tiles differ in the last bits of the same pixel; rounding takes that away, before a threshold
-    or a watershed turns it into another nucleus.
+    Values are multiples of 1/255: how a convolution sums depends on the size of the tile, and two
+    tiles would differ in the last bits of a pixel, which a threshold may turn into another nucleus.
     """
     stains = torch.from_numpy(scale.apply(rgb)).to(device())  # (H, W, 3)
     x = stains.permute(2, 0, 1)[None]  # (1, 3, H, W), channels last in memory: twice as fast
@@ -220,5 +218,4 @@ def confidence(model: Model, rgb: NDArray[np.uint8], scale: StainScale) -> NDArr
         nucleus = model.engine(x)[0, model.channel]  # (H, W)
         if model.inverted:
             nucleus = 1 - nucleus
-        levels: NDArray[np.float32] = torch.round(nucleus * 255).cpu().numpy()
-    return levels / np.float32(255)
+        return np.asarray((torch.round(nucleus * 255) / 255).cpu(), np.float32)

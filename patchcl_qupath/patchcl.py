@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchcl_qupath.config import Config, PatchCLConfig
 from patchcl_qupath.errors import TrainingError
@@ -65,15 +65,15 @@ def train(
         torch.manual_seed(settings.seed)
         network = ConfidenceNetwork.of(settings).to(device())
         features = FeatureNetwork(settings.patch_px).to(device())
-    weights = [*network.parameters(), *features.parameters()]
-    optimizer = torch.optim.Adam(weights, weight_decay=settings.weight_decay)
+    both = nn.ModuleList([network, features]).parameters()
+    optimizer = torch.optim.Adam(both, weight_decay=settings.weight_decay)
 
     log: list[Contrast] = []
     step, last = 0, settings.max_steps
     while step < last:
         cooled = max(0.0, 1 - (last - step) / max(1, settings.cooldown_steps))  # 0, then up to 1
-        rate = settings.learning_rate * (1 + math.cos(math.pi * cooled)) / 2
-        optimizer.param_groups[0]["lr"] = rate
+        fall = (1 + math.cos(math.pi * cooled)) / 2
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * fall
         step += 1
         stains = _batch(images, scales, settings, rng).to(device())  # (B, 3, S, S)
         confidence = network(stains)  # (B, C, S, S)
@@ -93,38 +93,38 @@ def train(
         if report:
             report(step, last)
 
-    summary = {
-        "steps": step,
-        "skipped_steps": step - len(log),
-        "loss": [round(c.loss.item(), 4) for c in log],
-        "positive_positive": [round(c.positive_positive, 4) for c in log],
-        "positive_negative": [round(c.positive_negative, 4) for c in log],
-    }
     correlation, logit = _judge(network, images, scales, config)
     if not np.isfinite(correlation).all():
         raise TrainingError("the images look blank: add some with stained tissue to learn from")
     channel = int(np.argmax(np.abs(correlation)))
     with torch.no_grad():
-        # Contrast drives confidences to 0 and 1, the farther the longer it goes on. Scaled back,
-        # they tell the inside of a nucleus from its rim, by which touching nuclei are parted.
-        network.last.weight *= _TYPICAL_LOGIT / logit[channel]
-        network.last.bias *= _TYPICAL_LOGIT / logit[channel]
-    summary["hematoxylin_correlation"] = [round(float(r), 3) for r in correlation]
+        # Contrast drives confidences to 0 and 1, the closer the longer it goes on. Scaled back,
+        # they do not depend on when it ended, and tell a clear nucleus from a doubtful one.
+        for weights in network.last.parameters():
+            weights.mul_(_TYPICAL_LOGIT / logit[channel])
+    training = {
+        "steps": step,
+        "skipped_steps": step - len(log),
+        "hematoxylin_correlation": [round(float(r), 3) for r in correlation],
+        "loss": [round(c.loss.item(), 4) for c in log],
+        "positive_positive": [round(c.positive_positive, 4) for c in log],
+        "positive_negative": [round(c.positive_negative, 4) for c in log],
+    }
     inverted = bool(correlation[channel] < 0)
-    return Model(network.cpu().eval(), config, channel, inverted, 0.5, summary)
+    return Model(network.cpu().eval(), config, channel, inverted, 0.5, training)
 
 
 def has_converged(log: Sequence[Contrast], patience: int) -> bool:
     """Whether the network has converged in the sense of the paper, which needs no label.
 
     There, positives are to be close together and far from negatives. Here, the gap between the two
-    distances, averaged over ``patience`` steps, must be hardly wider (2 %) than over those before.
+    distances, averaged over ``patience`` steps, must be hardly wider (5 %) than over those before.
     """
     if len(log) < 2 * patience:
         return False
     gaps = np.array([c.positive_negative - c.positive_positive for c in log[-2 * patience :]])
-    before, now = gaps[:patience].mean(), gaps[patience:].mean()
-    return bool(now <= before + 0.02 * abs(before))
+    before, now = gaps.reshape(2, patience).mean(axis=1)
+    return bool(now <= before + 0.05 * abs(before))
 
 
 def draw_patches(confidence: Tensor, settings: PatchCLConfig, generator: torch.Generator) -> Tensor:
@@ -148,7 +148,7 @@ def similarity_space(stains: Tensor, config: Config) -> Tensor:
     """
     settings, mpp = config.patchcl, config.slide.mpp
     hematoxylin = _blur(stains[:, :1], settings.blur_um / mpp)  # (B, 1, H, W)
-    excess = hematoxylin - _blur(hematoxylin, settings.around_um / mpp)
+    excess = hematoxylin - _blur(hematoxylin, settings.around_um / mpp)  # (B, 1, H, W)
     return torch.cat([hematoxylin, settings.excess_weight * excess], dim=1)
 
 
@@ -172,7 +172,6 @@ def contrast_prototypes(
     g = _pick(outside / (1 - filled + 1e-6), index)  # (C, N, S)
     m = _pick(filled, index)[..., 0]  # (C, N)
     weight = 4 * m * (1 - m) + 1e-6  # (C, N)
-
     ff, gg, fg = _distances(f, f), _distances(g, g), _distances(f, g)  # (C, N, N)
     weights = weight[:, None]  # (C, 1, N): of the patches that each is compared with
     pull_f, pull_g = _mean(ff, weights) / tau, _mean(gg, weights) / tau  # (C, N)
@@ -247,8 +246,7 @@ def _mutual_information(x: Tensor, y: Tensor) -> Tensor:
 
 
 Measure = tuple[Callable[[Tensor, FeatureNetwork], Tensor], Callable[[Tensor, Tensor], Tensor]]
-# The paper's four: how patches (N, 3, p, p) are represented, and how similar are two sets of such
-# representations, (A, ...) and (K, ...) to (A, K).
+# The paper's: how patches (N, 3, p, p) are represented, and how similar two sets of these are.
 MEASURES: dict[str, Measure] = {
     "mse": (lambda patches, _: patches.flatten(1), lambda x, y: -_distances(x, y)),
     "cross_entropy": (lambda patches, _: patches.flatten(1), _cross_entropy),
@@ -259,8 +257,7 @@ MEASURES: dict[str, Measure] = {
 
 def _own(channels: int, patches: int) -> Tensor:
     """(C, 1, C * N): whether a patch, of all channels' patches, is of the channel itself."""
-    own = torch.eye(channels, dtype=torch.bool, device=device())
-    return own.repeat_interleave(patches, dim=1)[:, None]
+    return torch.eye(channels, device=device()).bool().repeat_interleave(patches, dim=1)[:, None]
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:

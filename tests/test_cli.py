@@ -60,7 +60,7 @@ def crop(tmp_path):
 def quick(tmp_path):
     """Settings for a training of seconds."""
     path = tmp_path / "quick.toml"
-    path.write_text("[patchcl]\nmax_steps = 10\ncrops = 8\n")
+    path.write_text("[patchcl]\nmax_steps = 60\ncrops = 8\n")
     return path
 
 
@@ -227,7 +227,7 @@ def test_a_damaged_model_is_not_used(tmp_path):
     (folder / "patchcl" / "models" / "patchcl.pt").write_bytes(b"not a model")
     result = call("run", folder)
     assert result.exit_code == 1
-    assert "patchcl.pt is damaged" in result.output
+    assert "patchcl.pt cannot be used: it is damaged" in result.output
     assert "train" in result.output
 
 
