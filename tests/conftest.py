@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from patchcl_qupath import pipeline, runs
+from patchcl_qupath import cli, pipeline, runs
 from patchcl_qupath.config import Config
 from patchcl_qupath.project import open_project
 
 ROOT = Path(__file__).resolve().parents[1]
+assert cli, "imported before torch is: it says how torch's threads wait"
 QUICK = replace(Config(), patchcl=replace(Config().patchcl, max_steps=60, crops=24))
 os.environ["PATCHCL_QP_BACKEND"] = "files"  # tests of QuPath ask for paquo: it starts slowly
 
