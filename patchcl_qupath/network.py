@@ -74,7 +74,8 @@ class ConfidenceNetwork(nn.Module):
         """Scaled stains (B, 3, H, W) to confidences (B, channels, H, W) in (0, 1)."""
         x = self.first(x)  # (B, width, H, W)
         for block in self.blocks:
-            x = x + block(x)
+            y = block(x)  # (B, width, H, W)
+            x = x + y if torch.is_grad_enabled() else x.add_(y)  # in place: a map less to move
         return torch.sigmoid(self.last(x))  # (B, channels, H, W)
 
     def folded(self) -> ConfidenceNetwork:

@@ -53,7 +53,7 @@ def write_preview(
         lambda xy: xy - (box.col0, box.row0),
     )
     with replacing(path) as temporary:
-        draw_outlines(read(box), inside).save(temporary, format="PNG")
+        draw_outlines(read(box), inside).save(temporary, format="PNG", compress_level=1)
 
 
 def draw_outlines(rgb: NDArray[np.uint8], polygons: Polygons, zoom: int = 2) -> Image.Image:
