@@ -50,7 +50,7 @@ def measure(folder: Path) -> dict[str, float]:
     sample = folder / "sample"
     shutil.copytree(SAMPLE, sample, ignore=shutil.ignore_patterns("patchcl"))
     train_s, _, _ = timed("train", sample)
-    segment_s, outcome, _ = timed("run", sample)
+    segment_s, outcome, _ = timed("run", sample, "--backend", "files")
     figures = {
         "cores": float(os.cpu_count() or 1),
         "train_s": train_s,
@@ -64,7 +64,7 @@ def measure(folder: Path) -> dict[str, float]:
         write_mosaic(slide, side)
         subprocess.run([*COMMAND, "init", project, slide], check=True, capture_output=True)
         shutil.copytree(sample / "patchcl" / "models", project / "patchcl" / "models")
-        _, outcome, peak_gb = timed("run", project)
+        _, outcome, peak_gb = timed("run", project, "--backend", "files")
         image = outcome["images"][0]
         figures[f"{name}_tissue_mm2"] = image["tissue_mm2"]
         figures[f"{name}_s_per_mm2"] = image["seconds"] / image["tissue_mm2"]
@@ -73,11 +73,13 @@ def measure(folder: Path) -> dict[str, float]:
     return figures
 
 
-def timed(command: str, project: Path) -> tuple[float, dict[str, Any], float]:
+def timed(command: str, project: Path, *options: str) -> tuple[float, dict[str, Any], float]:
     """Run a command on a project -> (seconds, what it printed as JSON, peak memory in GB)."""
     began = time.perf_counter()
     process = subprocess.Popen(
-        [*COMMAND, command, project, "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [*COMMAND, command, project, "--json", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     assert process.stdout is not None
     printed = process.stdout.read()

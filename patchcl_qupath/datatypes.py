@@ -42,6 +42,11 @@ class Box:
         in_rows = (self.row0 <= rows) & (rows < self.row1)
         return in_rows & (self.col0 <= cols) & (cols < self.col1)
 
+    def within(self, outer: Box) -> tuple[slice, slice]:
+        """Where the box lies in an array of the pixels of ``outer``, which holds it."""
+        rows = slice(self.row0 - outer.row0, self.row1 - outer.row0)
+        return rows, slice(self.col0 - outer.col0, self.col1 - outer.col0)
+
     def grow(self, margin: int, within: tuple[int, int]) -> Box:
         """The box with ``margin`` px more on each side, clipped to an image of shape ``within``."""
         return Box(

@@ -26,6 +26,7 @@ from patchcl_qupath.project import Project
 from patchcl_qupath.report import write_preview
 from patchcl_qupath.runs import Seconds, TileStore, map_tiles, timed, torch_threads, write_run
 from patchcl_qupath.segment import context_um, instances
+from patchcl_qupath.slide import Slide
 from patchcl_qupath.storage import digest
 from patchcl_qupath.tiles import inside, inside_region, plan
 
@@ -119,8 +120,8 @@ class Run:
             entry = replace(entry, regions=self.project.regions(entry, self.within))
         self.progress(f"{entry.name}: finding tissue", 0, 0)
         image = prepare(entry, self.config, self.mpp)
-        slide, segment = image.slide, self.config.segment
-        halo_px = self.model.reach_px + math.ceil(context_um(segment) / slide.mpp)
+        slide = image.slide
+        halo_px = self.model.reach_px + _context_px(self.config, slide)
         tile_px = self.config.slide.tile_px
         tiles = plan(slide.shape, image.tissue, image.tissue_px, tile_px, halo_px, image.region)
 
@@ -166,6 +167,11 @@ def _note(count: int, has_tissue: bool, settings: ResultConfig) -> str | None:
     return None
 
 
+def _context_px(config: Config, slide: Slide) -> int:
+    """How far from its write box a tile must know the confidence, in working px."""
+    return math.ceil(context_um(config.segment) / slide.mpp)
+
+
 @dataclass(frozen=True)
 class TileContext:
     """What a worker needs beside the tile."""
@@ -186,6 +192,10 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
     with timed(seconds, "network"):
         torch.set_num_threads(context.torch_threads)
         probability = confidence(model, rgb, image.scale)
+    # The network's share of the halo is used up: what is left has the whole slide's confidence.
+    near = tile.write.grow(_context_px(context.config, slide), slide.shape)
+    inner = near.within(tile.read)
+    tile, rgb, probability = replace(tile, read=near), rgb[inner], probability[inner]
     with timed(seconds, "separate"):
         labels = instances(probability, slide.mpp, context.config.segment, model.threshold)
     with timed(seconds, "measure"):

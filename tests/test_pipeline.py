@@ -194,7 +194,9 @@ def test_results_are_what_qupath_reads(model, client, project_folder):
         assert properties["classification"]["name"] == "Nucleus"
         assert len(properties["classification"]["color"]) == 3
     area = nuclei.measurements["Area µm^2"]
-    np.testing.assert_allclose(area, shapely.area(nuclei.polygons) * 0.499**2, rtol=2e-3)
+    # Measured before corners were rounded to 0.01 px, which moves each by at most 0.0071 px.
+    moved = shapely.length(nuclei.polygons) * 0.0071 * 0.499**2
+    assert (np.abs(area - shapely.area(nuclei.polygons) * 0.499**2) <= moved).all()
     assert [f["properties"]["measurements"]["Area µm^2"] for f in features] == pytest.approx(
         area.tolist(), rel=1e-4
     )
