@@ -27,7 +27,8 @@ def test_commands_and_options_exist():
         if isinstance(parameter, click.Option)
         for option in parameter.opts
     }
-    assert set(re.findall(r"--[a-z][a-z-]+", README)) <= options
+    ours = re.sub(r"`python [^`]*`", "", README)  # benchmarks have options of their own
+    assert set(re.findall(r"--[a-z][a-z-]+", ours)) <= options
 
 
 def test_make_targets_exist():
