@@ -148,11 +148,11 @@ def run(
         click.echo(f"Nuclei are written by {project.via}", err=True)
         showing = _progress_lines if progress_as == "json" else _progress_bars
         with closing(project), showing() as progress:
-            model, trained = _model(project, entries, settings, mpp, name, retrain, progress)
+            model = _model(project, entries, settings, mpp, name, retrain, progress)
             with runs.workers(workers, scheduler) as client:
                 this_run = pipeline.Run(project, model, settings, client, progress, mpp, within)
                 results = list(this_run.images(entries))
-        _report_run(project, results, trained, as_json)
+        _report_run(project, results, as_json)
     sys.exit(1 if any(result.problem for result in results) else 0)
 
 
@@ -173,7 +173,7 @@ def train(
     with _reporting_errors(as_json):
         project, entries, settings = _open(project_path, names, config, seed)
         with _progress_bars() as progress:
-            model, _ = _model(project, entries, settings, mpp, name, True, progress)
+            model = _model(project, entries, settings, mpp, name, True, progress)
         path = _model_path(project, name)
         if as_json:
             _print_json({"model": str(path), "digest": model.digest, "training": model.training})
@@ -323,8 +323,8 @@ def _model(
     name: str,
     retrain: bool,
     progress: Progress,
-) -> tuple[Model, bool]:
-    """The project's model of that name, and whether it had to be trained."""
+) -> Model:
+    """The project's model of that name; trained if there is none, or if it is to be anew."""
     from patchcl_qupath import pipeline
     from patchcl_qupath.network import Model
     from patchcl_qupath.storage import check_writable
@@ -337,11 +337,11 @@ def _model(
                 f"the model {name} was trained at {model.mpp} um/px, the settings ask for "
                 f"{settings.slide.mpp}: pass --retrain, or --model with another name"
             )
-        return model, False
+        return model
     check_writable(path.parent)
     model = pipeline.train(entries, settings, progress, mpp)
     model.save(path.parent, name)
-    return model, True
+    return model
 
 
 @contextmanager
@@ -410,9 +410,7 @@ def _progress_bars() -> Iterator[Progress]:
         yield show
 
 
-def _report_run(
-    project: Project, results: Sequence[ImageResult], trained: bool, as_json: bool
-) -> None:
+def _report_run(project: Project, results: Sequence[ImageResult], as_json: bool) -> None:
     if as_json:
         _print_json(
             {"project": str(project.path), "images": [asdict(result) for result in results]}
