@@ -4,7 +4,8 @@
  *
  *     QuPath script -p project.qpproj export_regions.groovy
  *
- * Run it again after each change to the annotations. Annotations that are selected are exported under the
+ * Run it again after each change to the annotations; where patchcl-qp itself finds a QuPath, it reads them
+ * without this script once they are saved. Annotations that are selected are exported under the
  * class '(selected)', too: `patchcl-qp run --within '(selected)'`. Lines and points are left out, and so
  * are the nuclei of earlier runs. Nothing in the image changes.
  *
@@ -18,6 +19,7 @@ import java.nio.file.Path
 import java.nio.file.Paths
 import java.nio.file.StandardCopyOption
 import org.slf4j.LoggerFactory
+import qupath.lib.images.ImageData
 import qupath.lib.io.PathIO
 import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjects
@@ -37,23 +39,31 @@ if (imageData == null || entry == null) {
     return
 }
 
-// import_nuclei.groovy notes what it added in this property: a line for each object, its id first.
-String imported = imageData.getProperty('patchcl.imported') ?: ''
-Set<String> ours = imported.readLines().collect { it.tokenize(' ').first() } as Set
-List<PathObject> regions = QP.getAnnotationObjects().findAll {
-    it.getROI()?.isArea() && !ours.contains(it.getID().toString())
-}
 List<PathObject> selected = QP.getSelectedObjects().findAll { it.isAnnotation() && it.getROI()?.isArea() }.collect {
     PathObjects.createAnnotationObject(it.getROI(), PathClass.fromString(selectedClass))
 }
-
 Path file = Paths.get(QP.buildPathInProject(folderName, 'regions', entry.getID() + '.geojson'))
-Files.createDirectories(file.getParent())
-Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')
-Files.newOutputStream(temporary).withCloseable {
-    PathIO.exportObjectsAsGeoJSON(it, regions + selected, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
-}
-Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
-Map<String, Integer> counts = (regions + selected).countBy { it.getPathClass()?.toString() ?: 'no class' }
-logger.info("${entry.getImageName()}: ${regions.size()} annotations exported to ${file} (" +
+Map<String, Integer> counts = exportRegions(imageData, selected, file)
+logger.info("${entry.getImageName()}: annotations exported to ${file} (" +
         counts.collect { name, count -> "${name}: ${count}" }.join(', ') + ').')
+
+
+/**
+ * Writes a file with the annotations that a person made, and with some more; says how many there are
+ * of each class. patchcl-qp calls this, too, when it reads by itself.
+ */
+static Map<String, Integer> exportRegions(ImageData<?> imageData, List<PathObject> more, Path file) {
+    // import_nuclei.groovy notes what it added in this property: a line for each object, its id first.
+    String imported = imageData.getProperty('patchcl.imported') ?: ''
+    Set<String> ours = imported.readLines().collect { it.tokenize(' ').first() } as Set
+    List<PathObject> regions = imageData.getHierarchy().getAnnotationObjects().findAll {
+        it.getROI()?.isArea() && !ours.contains(it.getID().toString())
+    }
+    Files.createDirectories(file.getParent())
+    Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')
+    Files.newOutputStream(temporary).withCloseable {
+        PathIO.exportObjectsAsGeoJSON(it, regions + more, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
+    }
+    Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+    return (regions + more).countBy { it.getPathClass()?.toString() ?: 'no class' }
+}

@@ -8,8 +8,10 @@
  * drew or changed stays as it is, nuclei that a person deleted stay deleted, and new nuclei in either
  * place are left out. To have deleted ones back, delete all the nuclei, then run this again.
  *
- * The nuclei lie in a locked annotation, 'PatchCL', that carries their number and density. After
- * `patchcl-qp remove`, this script takes out what it added, but for what a person changed.
+ * The nuclei lie in a locked annotation, 'PatchCL', that carries their number and density; in one for
+ * each region where a run kept to regions (`--within`). The image shows what the last run found: one
+ * that kept to regions replaces one of the whole image. After `patchcl-qp remove`, this script takes
+ * out what it added, but for what a person changed.
  *
  * Each image gets a receipt, patchcl/imported/<image id>.json, which names the run that it shows.
  *
@@ -108,31 +110,31 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, ProjectImageEn
                                           JsonObject result, double maxOverlap) {
     PathObjectHierarchy hierarchy = imageData.getHierarchy()
     Map<String, String> imported = readImported(imageData)
-    String regionId = regionId(entry)
+    Set<String> regionIds = imported.findAll { id, mark -> mark.endsWith(' region') }.keySet()
 
     // Untouched is what we imported and still looks so, with nothing within that we did not import;
-    // the region may have anything within.
-    PathObject oldRegion = null
+    // a region may have anything within.
+    Set<PathObject> oldRegions = new LinkedHashSet<>()
     Set<PathObject> untouched = new LinkedHashSet<>()
     List<PathObject> kept = []
     Set<String> keptIds = new HashSet<>()
     for (PathObject pathObject : hierarchy.getAllObjects(false)) {
         String id = pathObject.getID().toString()
-        boolean isRegion = id == regionId
+        boolean isRegion = regionIds.contains(id)
         boolean drawnWithin = !isRegion &&
                 pathObject.getChildObjects().any { PathObject child -> !imported.containsKey(child.getID().toString()) }
         if (drawnWithin || !imported[id]?.startsWith(digest(pathObject))) {
             kept << pathObject
             keptIds << id
         } else if (isRegion)
-            oldRegion = pathObject
+            oldRegions << pathObject
         else
             untouched << pathObject
     }
 
     // The rest of what we imported, a person changed or deleted: there the person's word counts.
     Map<String, String> decided = new LinkedHashMap<>(imported)
-    decided.remove(regionId)
+    decided.keySet().removeAll(regionIds)
     for (PathObject pathObject : untouched)
         decided.remove(pathObject.getID().toString())
     boolean forget = result.has('removed')   // by patchcl-qp remove
@@ -159,61 +161,95 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, ProjectImageEn
     Map<String, String> now = decided
     for (PathObject nucleus : added)
         now[nucleus.getID().toString()] = digestAndCentroid(nucleus)
+    // What a person drew within an old region goes to where the nuclei go.
+    List<PathObject> members = []
+    for (PathObject region : oldRegions)
+        members.addAll(region.getChildObjects().findAll { PathObject child -> !untouched.contains(child) })
+    members.addAll(added)
     Set<PathObject> old = new LinkedHashSet<>(untouched)
-    List<PathObject> within = []
-    if (oldRegion != null) {
-        within.addAll(oldRegion.getChildObjects().findAll { PathObject child -> !untouched.contains(child) })
-        old << oldRegion
-    }
+    old.addAll(oldRegions)
     hierarchy.getSelectionModel().deselectObjects(old)
     hierarchy.removeObjects(old, true)
-    if (forget || keptIds.contains(regionId))
-        hierarchy.addObjects(added)   // a region that a person changed is the person's
-    else {
-        // Filled before it is in the hierarchy: there, QuPath takes long over many annotations.
-        within.addAll(added)
-        PathObject region = newRegion(imageData, regionId, result)
-        region.addChildObjects(within)
-        measure(region, imageData, result)
-        hierarchy.addObject(region)
-        now[regionId] = digestAndCentroid(region)
+    List<PathObject> regions = forget ? [] as List<PathObject> : newRegions(imageData, entry, result)
+    regions.removeAll { PathObject region -> keptIds.contains(region.getID().toString()) }   // a person changed it
+    // Filled before they are in the hierarchy: there, QuPath takes long over many annotations.
+    List<PathObject> elsewhere = share(members, regions)
+    for (PathObject region : regions) {
+        measure(region, imageData)
+        now[region.getID().toString()] = digestAndCentroid(region) + ' region'
     }
+    hierarchy.addObjects(elsewhere.findAll { PathObject pathObject -> pathObject.getParent() == null })   // the new ones
+    hierarchy.addObjects(regions)
     writeImported(imageData, now)
     return [added: added.size(), left_out: nuclei.size() - added.size(), removed: untouched.size(), kept: kept.size()]
 }
 
-/** The same for an image always, and another for each image of a project. */
-static String regionId(ProjectImageEntry<?> entry) {
-    String name = "PatchCL region of image ${entry.getID()}"
-    return UUID.nameUUIDFromBytes(name.getBytes(StandardCharsets.UTF_8)).toString()
+/** What holds the nuclei: an annotation for each region that was analysed, or for the whole image. */
+static List<PathObject> newRegions(ImageData<?> imageData, ProjectImageEntry<?> entry, JsonObject result) {
+    String image = "PatchCL region of image ${entry.getID()}"
+    if (!result.has('regions')) {
+        def server = imageData.getServer()
+        ROI whole = ROIs.createRectangleROI(0, 0, server.getWidth(), server.getHeight(), ImagePlane.getDefaultPlane())
+        return [newRegion(image, whole, result, result)]
+    }
+    return result.getAsJsonArray('regions').collect {
+        JsonObject part = it.getAsJsonObject()
+        ROI roi = GsonTools.getInstance().fromJson(part.get('geometry'), ROI)
+        newRegion("${image}: ${part.get('geometry')}", roi, part, result)
+    }
 }
 
-/** What holds the nuclei: the whole image. */
-static PathObject newRegion(ImageData<?> imageData, String id, JsonObject result) {
-    def server = imageData.getServer()
-    ROI roi = ROIs.createRectangleROI(0, 0, server.getWidth(), server.getHeight(), ImagePlane.getDefaultPlane())
+/** Its id is the same always for one place of one image. */
+static PathObject newRegion(String place, ROI roi, JsonObject part, JsonObject result) {
     PathObject region = PathObjects.createAnnotationObject(roi)
-    region.setID(UUID.fromString(id))
+    region.setID(UUID.nameUUIDFromBytes(place.getBytes(StandardCharsets.UTF_8)))
     region.setName('PatchCL')
     region.setDescription("Nuclei found by patchcl-qp, run ${text(result, 'run')} (${text(result, 'made')})")
     region.setLocked(true)
+    if (part.has('tissue_mm2'))
+        region.getMeasurementList().put('PatchCL: Tissue mm^2', part.get('tissue_mm2').getAsDouble())
     return region
 }
 
+/** Puts objects into the regions that hold their centroids; returns those that lie in none. */
+@CompileStatic
+static List<PathObject> share(List<PathObject> objects, List<PathObject> regions) {
+    STRtree places = new STRtree()
+    for (PathObject region : regions)
+        places.insert(envelope(region.getROI()), region)
+    Map<PathObject, List<PathObject>> members = new LinkedHashMap<>()
+    List<PathObject> elsewhere = []
+    for (PathObject pathObject : objects) {
+        ROI roi = pathObject.getROI()
+        double x = roi.getCentroidX()
+        double y = roi.getCentroidY()
+        PathObject region = (PathObject) places.query(new Envelope(new Coordinate(x, y))).find {
+            ((PathObject) it).getROI().contains(x, y)
+        }
+        // A run decides by pixels, so the outline of a nucleus on the border can have its centroid outside.
+        region = region ?: (PathObject) places.query(envelope(roi)).find {
+            ((PathObject) it).getROI().getGeometry().intersects(roi.getGeometry())
+        }
+        if (region == null)
+            elsewhere << pathObject
+        else
+            members.computeIfAbsent(region) { [] as List<PathObject> } << pathObject
+    }
+    members.each { PathObject region, List<PathObject> within -> region.addChildObjects(within) }
+    return elsewhere
+}
+
 /** Counts the nuclei of a region; by its tissue, where that is known. */
-static void measure(PathObject region, ImageData<?> imageData, JsonObject result) {
+static void measure(PathObject region, ImageData<?> imageData) {
     def pixels = imageData.getServer().getPixelCalibration()
     int count = region.getChildObjects().size()
     def measured = region.getMeasurementList()
-    measured.put('PatchCL: Nuclei', count)
-    double area = Double.NaN
-    if (result.has('tissue_mm2')) {
-        area = result.get('tissue_mm2').getAsDouble()
-        measured.put('PatchCL: Tissue mm^2', area)
-    } else if (pixels.hasPixelSizeMicrons()) {
+    double area = measured.get('PatchCL: Tissue mm^2')   // NaN where there is none
+    if (Double.isNaN(area) && pixels.hasPixelSizeMicrons()) {
         area = region.getROI().getScaledArea(pixels.getPixelWidthMicrons(), pixels.getPixelHeightMicrons()) / 1e6
         measured.put('PatchCL: Area mm^2', area)
     }
+    measured.put('PatchCL: Nuclei', count)
     if (area > 0)
         measured.put('PatchCL: Nuclei per mm^2', count / area)
 }
@@ -223,7 +259,7 @@ static String text(JsonObject result, String key) {
 }
 
 /**
- * What earlier imports added: id -> digest and centroid. Kept among the image's own properties, so
+ * What earlier imports added: id -> digest and centroid, and a word for what is a region. Kept among the image's own properties, so
  * that QuPath saves, discards and duplicates it together with the objects themselves.
  */
 static Map<String, String> readImported(ImageData<?> imageData) {

@@ -91,8 +91,8 @@ def _writing(command: Command) -> Command:
     "--within",
     multiple=True,
     metavar="CLASS",
-    help="Only inside annotations of this class, which groovy/export_regions.groovy exported "
-    "from QuPath; repeat for more.",
+    help="Only inside annotations of this class, read from QuPath, or from what "
+    "groovy/export_regions.groovy exported of it; repeat for more.",
 )
 @click.option(
     "--object-type",
@@ -144,10 +144,11 @@ def run(
         )
         settings = replace(settings, result=shown)
         from patchcl_qupath import pipeline, runs
+        from patchcl_qupath.storage import alone
 
         click.echo(f"Nuclei are written by {project.via}", err=True)
         showing = _progress_lines if progress_as == "json" else _progress_bars
-        with closing(project), showing() as progress:
+        with alone(project.output), closing(project), showing() as progress:
             model = _model(project, entries, settings, mpp, name, retrain, progress)
             with runs.workers(workers, scheduler) as client:
                 this_run = pipeline.Run(project, model, settings, client, progress, mpp, within)
@@ -172,7 +173,9 @@ def train(
     """Train a model on the slides of PROJECT, without labels."""
     with _reporting_errors(as_json):
         project, entries, settings = _open(project_path, names, config, seed)
-        with _progress_bars() as progress:
+        from patchcl_qupath.storage import alone
+
+        with alone(project.output), _progress_bars() as progress:
             model = _model(project, entries, settings, mpp, name, True, progress)
         path = _model_path(project, name)
         if as_json:
@@ -244,8 +247,10 @@ def remove(
     with _reporting_errors(as_json):
         project, entries, _ = _open(project_path, names, config, None, backend, qupath)
         click.echo(f"Nuclei are removed by {project.via}", err=True)
+        from patchcl_qupath.storage import alone
+
         rows: list[dict[str, Any]] = []
-        with closing(project):
+        with alone(project.output), closing(project):
             for entry in entries:
                 row: dict[str, Any] = {"id": entry.id, "image": entry.name, "problem": None}
                 try:

@@ -83,7 +83,9 @@ class ImageEntry:
 
     ``mpp`` is (x, y) in um/px at level 0 where the project knows it: QuPath's value, which a
     person may have corrected, comes before the file's own. ``size`` is (width, height) at level 0
-    as QuPath saw it. ``problem`` says why the image cannot be segmented, and what to do.
+    as QuPath saw it. ``problem`` says why the image cannot be segmented, and what to do; ``note``
+    what a person should know of it. ``regions`` are where nuclei are looked for, one geometry for
+    each annotation.
     """
 
     id: str
@@ -93,7 +95,8 @@ class ImageEntry:
     size: tuple[int, int] | None = None
     use_bounds: bool = True
     problem: str | None = None
-    regions: tuple[shapely.Polygon, ...] = ()  # level 0, valid; empty: the whole image
+    note: str | None = None
+    regions: tuple[shapely.Geometry, ...] = ()  # level 0, valid; empty: the whole image
 
 
 @dataclass(frozen=True)

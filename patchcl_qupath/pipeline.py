@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
 import traceback
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import shapely
 import torch
 
 from patchcl_qupath import __version__, patchcl
@@ -117,7 +119,7 @@ class Run:
     def image(self, entry: ImageEntry) -> ImageResult:
         """Segment one image and write its nuclei into the project."""
         if self.within:
-            entry = replace(entry, regions=self.project.regions(entry, self.within))
+            entry = self.project.within(entry, self.within)
         self.progress(f"{entry.name}: finding tissue", 0, 0)
         image = prepare(entry, self.config, self.mpp)
         slide = image.slide
@@ -139,17 +141,15 @@ class Run:
 
         count, nuclei = store.count(tiles), partial(store.nuclei, tiles)
         self.progress(f"{entry.name}: writing {count:,} nuclei", 0, 0)
-        made = datetime.now(UTC).isoformat(timespec="seconds")
-        about = {"run": self.folder.name, "image": entry.name, "made": made, **self.about}
-        about["tissue_mm2"] = image.tissue_mm2
+        about = self._about_image(entry, image)
         results = self.project.write(entry, nuclei(), count, self.config.result, about)
         preview = self.project.output / "previews" / f"{entry.id}.png"
         write_preview(preview, slide.read, slide.shape, slide.downsample, nuclei)
         return ImageResult(
             entry.id,
             entry.name,
-            note=_note(count, bool(tiles), self.config.result),
-            tissue_mm2=image.tissue_mm2,
+            note=_note(entry, count, bool(tiles), self.config.result),
+            tissue_mm2=image.tissue_mm2(),
             nuclei=count,
             tiles=len(tiles),
             tiles_taken_over=taken_over,
@@ -158,13 +158,26 @@ class Run:
             worker_seconds=seconds,
         )
 
+    def _about_image(self, entry: ImageEntry, image: PreparedImage) -> dict[str, Any]:
+        """What made the nuclei of one image, and from what."""
+        made = datetime.now(UTC).isoformat(timespec="seconds")
+        about = {"run": self.folder.name, "image": entry.name, "made": made, **self.about}
+        about["tissue_mm2"] = image.tissue_mm2()
+        if entry.regions:
+            about["regions"] = [
+                {"geometry": json.loads(shapely.to_geojson(r)), "tissue_mm2": image.tissue_mm2(r)}
+                for r in entry.regions
+            ]
+        return about
 
-def _note(count: int, has_tissue: bool, settings: ResultConfig) -> str | None:
+
+def _note(entry: ImageEntry, count: int, has_tissue: bool, settings: ResultConfig) -> str | None:
+    notes = [entry.note] if entry.note else []
     if not has_tissue:
-        return "no tissue found, only glass"
+        notes.append("no tissue in its regions" if entry.regions else "no tissue found, only glass")
     if settings.kind(count) == "detection" and settings.object_type == "auto":
-        return f"more than {settings.max_annotations:,} nuclei: written as detections"
-    return None
+        notes.append(f"more than {settings.max_annotations:,} nuclei: written as detections")
+    return "; ".join(notes) or None
 
 
 def _context_px(config: Config, slide: Slide) -> int:

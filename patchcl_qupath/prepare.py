@@ -39,11 +39,10 @@ class PreparedImage:
     scale: StainScale | None  # of all tissue, in the region or not; None where there is none
     region: shapely.Geometry | None = None  # on the working grid; None: the whole image
 
-    @property
-    def tissue_mm2(self) -> float:
-        """Area of the tissue, of that in the region if there is one."""
-        area_px = tissue_area_px(self.tissue, self.tissue_px, self.region)
-        return area_px * self.slide.mpp**2 / 1e6
+    def tissue_mm2(self, region: shapely.Geometry | None = None) -> float:
+        """Area of the tissue in a region (level 0), or in all that is to be segmented."""
+        part = self.region if region is None else _on_grid(region, self.slide)
+        return tissue_area_px(self.tissue, self.tissue_px, part) * self.slide.mpp**2 / 1e6
 
     def crops(self, n: int, side_px: int, seed: int) -> Iterator[NDArray[np.uint8]]:
         """``n`` random tissue crops (side_px, side_px, 3), or as small as the image is."""
@@ -87,15 +86,19 @@ def _region(entry: ImageEntry, slide: Slide) -> shapely.Geometry | None:
     """An image's regions as one geometry on the working grid, clipped to it."""
     if not entry.regions:
         return None
-    region = level0_to_grid(shapely.union_all(entry.regions), slide.downsample)
-    rows, cols = slide.shape
-    region = shapely.intersection(region, shapely.box(0, 0, cols, rows))
+    region = _on_grid(shapely.union_all(entry.regions), slide)
     if not region.area:
         raise ImageError(
             f"{entry.name}: its regions lie outside the image, which has "
             f"{slide.size[0]} x {slide.size[1]} px: export them anew from this very image"
         )
     return region
+
+
+def _on_grid(geometry: shapely.Geometry, slide: Slide) -> shapely.Geometry:
+    """Level 0 to the working grid, clipped to it."""
+    rows, cols = slide.shape
+    return level0_to_grid(geometry, slide.downsample) & shapely.box(0, 0, cols, rows)
 
 
 def training_crops(

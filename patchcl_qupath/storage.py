@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
+from filelock import FileLock, Timeout
 
 from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.errors import StorageError
@@ -64,6 +65,13 @@ def replacing(path: Path) -> Iterator[Path]:
             _remove(temporary)
 
 
+def copy_once(path: Path, other: Path) -> None:
+    """Copy a file, unless there is a copy already."""
+    if not other.exists():
+        with replacing(other) as temporary:
+            shutil.copy2(path, temporary)
+
+
 def sweep(folder: Path) -> None:
     """Remove what writers that were killed left in a folder."""
     for leftover in folder.glob(".*.partial*"):
@@ -75,6 +83,29 @@ def check_writable(folder: Path) -> None:
     with replacing(folder / "writable") as temporary:
         temporary.touch()
     (folder / "writable").unlink()
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder; raise StorageError where another process holds it.
+
+    The operating system lets go of it when the process ends, however that is.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise StorageError(
+                f"another patchcl-qp is at work in {folder}: wait until it is done, or stop it"
+            ) from None
+        except NotImplementedError:
+            pass  # a file system without locks
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _replace_folder(new: Path, path: Path) -> None:

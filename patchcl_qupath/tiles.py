@@ -171,6 +171,8 @@ def tissue_area_px(
     """Working pixels on tissue; with a region, those in it."""
     if region is None:
         return float(tissue.sum()) * tissue_px**2
+    if not region.area:
+        return 0.0
     x0, y0, x1, y1 = (bound / tissue_px for bound in region.bounds)
     row, col = math.floor(y0), math.floor(x0)
     around = tissue[row : math.ceil(y1), col : math.ceil(x1)]

@@ -197,6 +197,68 @@ def test_project_keeps_what_it_has(story: Any) -> None:
     assert story.project_is_untouched
 
 
+@pytest.mark.parametrize("backend", ["paquo", "files"])
+def test_each_region_has_an_annotation_of_its_own(tmp_path: Path, backend: str) -> None:
+    """Two regions; then one of them and another; then the whole image."""
+    upper = shapely.box(0, 0, 420, 300) - shapely.box(100, 100, 180, 180)
+    right = shapely.MultiPolygon([shapely.box(300, 400, 420, 500), shapely.box(300, 600, 420, 700)])
+    left = shapely.box(20, 400, 100, 900)
+    session = qupath.Session()
+    path = qupath.make_project(tmp_path / "project", SLIDE, ["a.svs"])
+    shown = []
+    for run, regions in enumerate([(upper, right), (upper, left), ()], start=1):
+        found = nuclei(10, 21, "a", run=run)
+        if regions:
+            within = shapely.contains(shapely.union_all(regions), shapely.centroid(found.polygons))
+            found = found[within]
+        about: dict[str, Any] = {"run": f"run {run}", "made": "today", "tissue_mm2": 2.0}
+        if regions:
+            about["regions"] = [
+                {"geometry": json.loads(shapely.to_geojson(region)), "tissue_mm2": 0.25 + k}
+                for k, region in enumerate(regions)
+            ]
+        with closing(open_project(path, backend)) as project:
+            project.write(project.images()[0], [found], len(found), ResultConfig(), about)
+        if backend == "files":
+            log = qupath.run_script(path, ROOT / "groovy" / "import_nuclei.groovy")
+            assert "ERROR" not in log, log
+        shown.append(session.run(path, LOOK)["a.svs"]["objects"])
+        if run == 1:
+            session.run(path, EDIT)
+    session.close()
+
+    for objects, regions in zip(shown, [(upper, right), (upper, left), ()], strict=True):
+        held = {o["id"]: o for o in objects if o.get("name") == "PatchCL"}
+        members = [o for o in objects if o.get("parent") in held and "index" in o["measurements"]]
+        if not regions:
+            (region,) = held.values()
+            assert region["area"] == 2220 * 2967
+            assert region["measurements"]["PatchCL: Tissue mm^2"] == 2.0
+            continue
+        by_area = {round(o["area"]): o for o in held.values()}
+        assert sorted(by_area) == sorted(round(region.area) for region in regions)
+        for k, region in enumerate(regions):
+            one = by_area[round(region.area)]
+            inside = [o for o in members if o["parent"] == one["id"]]
+            assert len(inside) > 2
+            for nucleus in inside:
+                assert region.contains(shapely.Polygon(nucleus["points"]).centroid)
+            count = one["measurements"]["PatchCL: Nuclei"]
+            assert count == sum(o.get("parent") == one["id"] for o in objects)
+            assert one["measurements"]["PatchCL: Nuclei per mm^2"] == count / (0.25 + k)
+    first, second, third = ({o["id"]: o for o in objects} for objects in shown)
+    drawn = next(o for o in second.values() if o.get("name") == "by hand")
+    assert {"Tumor: Positive", "Nucleus"} == {
+        o["class_name"] for o in third.values() if "class_name" in o
+    }
+    assert drawn["id"] in third
+    reshaped = next(o for o in first.values() if o["measurements"].get("index") == 0)
+    assert second[reshaped["id"]]["area"] == third[reshaped["id"]]["area"] == 16
+    # Nothing but what a person made is left of a run when the next has other regions.
+    old = {o["id"] for o in first.values() if o["measurements"].get("index", 0) > 3}
+    assert not old & set(third)
+
+
 def region_of(seen: dict[str, Any]) -> dict[str, Any]:
     (region,) = (o for o in seen["objects"] if o.get("name") == "PatchCL")
     found: dict[str, Any] = region

@@ -286,6 +286,46 @@ def test_damaged_image_data_are_left_as_they_are(path: Path, process: Process, h
         write(*opened(path, process), FEW)
     assert data.read_bytes() == before
     assert [file.name for file in data.parent.glob("data*")] == ["data.qpdata"]
+    (copy,) = (path.parent / "patchcl" / "backups" / "1").glob("*.damaged")
+    assert copy.read_bytes() == before
+
+
+@pytest.mark.qupath
+def test_regions_are_what_is_saved_or_was_exported_since(
+    path: Path, process: Process, session: qupath.Session
+) -> None:
+    draw = """
+        import qupath.lib.objects.PathObjects
+        import qupath.lib.objects.classes.PathClass
+        import qupath.lib.regions.ImagePlane
+        import qupath.lib.roi.ROIs
+        def roi = ROIs.createRectangleROI(WHERE, 300, 200, ImagePlane.getDefaultPlane())
+        hierarchy.addObject(PathObjects.createAnnotationObject(roi, PathClass.fromString('Tumor')))
+        entry.saveImageData(imageData)
+        '1'
+        """
+    project, entry = opened(path, process)
+    write(project, entry, FEW)
+    with pytest.raises(
+        ImageError, match=r"of class Tumor \(it has none with a class"
+    ):
+        project.within(entry, ["Tumor"])  # neither nuclei nor their region are a person's
+    session.run(path, draw.replace("WHERE", "100, 50"))
+    found = opened(path, process)[0].within(entry, ["Tumor", "Stroma"])
+    assert [region.bounds for region in found.regions] == [(100, 50, 400, 250)]
+    assert found.note == "no annotation of class Stroma"
+    session.run(path, draw.replace("WHERE", "500, 600"))
+    found = opened(path, process)[0].within(entry, ["Tumor"])
+    assert [region.bounds[:2] for region in found.regions] == [(100, 50), (500, 600)]
+
+    # Exported later from an image that was not saved; a selection is in the export alone.
+    file = project.output / "regions" / "1.geojson"
+    file.write_text(file.read_text("utf-8").replace("Tumor", "(selected)"), "utf-8")
+    assert len(opened(path, process)[0].within(entry, ["(selected)"]).regions) == 2
+    os.utime(file, (0, 0))
+    found = opened(path, process)[0].within(entry, ["(selected)"])
+    assert "exported before it was last saved" in str(found.note)
+    assert len(opened(path, process)[0].within(entry, ["Tumor"]).regions) == 2
 
 
 @pytest.mark.qupath
@@ -297,7 +337,7 @@ def test_killed_process_costs_one_image_and_no_data(
     data = path.parent / "data" / "1" / "data.qpdata"
     before = data.read_bytes()
     writing = data.with_name("data.qpdata.patchcl-before")  # there while it writes
-    died = pytest.raises(ImageError, match=r"a\.svs: QuPath's process died while it wrote")
+    died = pytest.raises(ImageError, match=r"a\.svs: QuPath's process died")
     with killing(process, writing), died:
         write(project, entry, nuclei(10, 500, "many"))
     assert data.read_bytes() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +64,7 @@ def folder(tmp_path: Path) -> Path:
 
 def read(folder: Path, *classes: str) -> shapely.Geometry:
     project = open_project(folder, backend="files")
-    return shapely.union_all(project.regions(project.images()[0], classes))
+    return shapely.union_all(project.within(project.images()[0], classes).regions)
 
 
 def test_classes_are_read_by_name(folder: Path) -> None:
@@ -82,6 +83,23 @@ def test_classes_are_read_by_name(folder: Path) -> None:
     assert read(folder, "Tumor: Positive").area == 2500
     assert read(folder, "Größe").area == 50
     assert read(folder, "Tumor", "Necrosis").equals(TUMOR)
+
+
+def test_annotations_are_regions_one_by_one(folder: Path) -> None:
+    export(folder, feature(TUMOR, "Tumor"), feature(STROMA, "Stroma"), feature(SMALL, "Tumor"))
+    project = open_project(folder, backend="files")
+    (image,) = project.images()
+    found = project.within(image, ["Stroma", "Tumor"])
+    assert found.note is None
+    for region, drawn in zip(found.regions, [STROMA, TUMOR, SMALL], strict=True):
+        assert region.equals(drawn)
+    assert project.within(image, ["Tumour", "Tumor"]).note == "no annotation of class Tumour"
+
+    data = folder / "data" / "1" / "data.qpdata"
+    data.parent.mkdir(parents=True)
+    data.touch()
+    os.utime(data, ns=(2**62, 2**62))
+    assert "exported before it was last saved" in str(project.within(image, ["Tumor"]).note)
 
 
 @pytest.mark.parametrize(
@@ -254,12 +272,12 @@ def test_what_qupath_exports_is_what_was_drawn(tmp_path: Path) -> None:
     script.write_text(drawing + exporting, "utf-8")
     log = qupath.run_script(project, script)
     assert "ERROR" not in log, log
-    assert "zwei ö.svs: 5 annotations exported to" in log, log
+    assert "zwei ö.svs: annotations exported to" in log, log
     for entry in open_project(project, backend="files").images():
-        regions = open_project(project, backend="files").regions
+        within = open_project(project, backend="files").within
 
-        def region(*classes: str, entry: Any = entry, regions: Any = regions) -> Any:
-            return shapely.union_all(regions(entry, classes))
+        def region(*classes: str, entry: Any = entry, within: Any = within) -> Any:
+            return shapely.union_all(within(entry, classes).regions)
 
         assert region("Tumor").equals(TUMOR)
         assert region("Größe: klein").equals(STROMA)

@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import shapely
 from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.errors import StorageError
 from patchcl_qupath.storage import (
+    alone,
     count_nuclei,
     read_nuclei,
     replacing,
@@ -114,3 +116,25 @@ def test_a_full_disk_leaves_no_half_file(small_disk):
         write_nuclei(small_disk / "2.parquet", some_nuclei(20_000))
     assert [file.name for file in small_disk.iterdir()] == ["1.parquet"]
     assert len(read_nuclei(small_disk / "1.parquet")) == 20
+
+
+def test_two_cannot_work_on_one_folder(tmp_path):
+    hold = (
+        "import sys; from pathlib import Path; from patchcl_qupath.storage import alone;"
+        "held = alone(Path(sys.argv[1]) / 'new'); held.__enter__(); print('held', flush=True);"
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline().strip() == b"held"
+        with (
+            pytest.raises(StorageError, match="another patchcl-qp is at work"),
+            alone(tmp_path / "new"),
+        ):
+            pass
+        other.kill()
+    with alone(tmp_path / "new"), alone(tmp_path / "other"):
+        pass
+    with alone(tmp_path / "new"):
+        pass

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import shapely
-
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import ImageEntry, Nuclei
 from patchcl_qupath.errors import ConfigError, ProjectError
@@ -35,8 +33,8 @@ class Project(Protocol):
     def images(self) -> list[ImageEntry]:
         """The project's images, in its order; one that cannot be used says so in ``problem``."""
 
-    def regions(self, entry: ImageEntry, classes: Sequence[str]) -> tuple[shapely.Polygon, ...]:
-        """The annotations of some classes in an image, as valid polygons, level 0; at least one.
+    def within(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
+        """The image, cut to the annotations of some classes: ``regions``, and a ``note`` on them.
 
         Raises ImageError where there is none, and says which classes there are.
         """

@@ -5,6 +5,7 @@ What QuPath does was read in its source: DefaultProject, ImageServers and UriUpd
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import ntpath
@@ -12,13 +13,11 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
-
-import shapely
 
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import ImageEntry, Nuclei
@@ -82,12 +81,28 @@ class FilesProject:
         """The project's images, in its order."""
         return [self._image(entry) for entry in self.content["images"]]
 
-    def regions(self, entry: ImageEntry, classes: Sequence[str]) -> tuple[shapely.Polygon, ...]:
-        """The annotations of some classes that groovy/export_regions.groovy exported."""
+    def within(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
+        """The image, cut to annotations that groovy/export_regions.groovy exported."""
         from patchcl_qupath.project.regions import read_regions
 
-        path = self.output / "regions" / f"{entry.id}.geojson"
-        return read_regions(path, entry.name, classes)
+        file = self.regions_file(entry)
+        found = read_regions(file, entry.name, classes)
+        notes = [f"no annotation of class {name}" for name in classes if name not in found]
+        if self.data(entry).exists() and not is_newer(file, self.data(entry)):
+            notes.append(
+                "its annotations were exported before it was last saved in QuPath: if they changed "
+                "since, run groovy/export_regions.groovy and then this again"
+            )
+        regions = itertools.chain.from_iterable(found.values())
+        return replace(entry, regions=tuple(regions), note="; ".join(notes) or None)
+
+    def regions_file(self, entry: ImageEntry) -> Path:
+        """An image's annotations, as QuPath exports them."""
+        return self.output / "regions" / f"{entry.id}.geojson"
+
+    def data(self, entry: ImageEntry) -> Path:
+        """Where QuPath keeps an image's objects; there is none for an image never saved."""
+        return self.path.parent / "data" / entry.id / "data.qpdata"
 
     def results(self, entry: ImageEntry) -> Path:
         """The folder of an image's nuclei."""
@@ -188,6 +203,11 @@ class FilesProject:
         except (OSError, ValueError, AttributeError):
             return None  # an image that was never saved has no summary
         return _not_brightfield(name) if image_type == "FLUORESCENCE" else None
+
+
+def is_newer(file: Path, other: Path) -> bool:
+    """Whether one file was written after another."""
+    return file.stat().st_mtime_ns > other.stat().st_mtime_ns
 
 
 def path_of_uri(uri: str) -> PurePath | None:

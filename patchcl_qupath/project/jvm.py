@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.scripts import FOLDER as SCRIPTS
-from patchcl_qupath.storage import read_nuclei
+from patchcl_qupath.storage import copy_once, read_nuclei
 
 MAX_OVERLAP = 0.5  # IoU with a kept object above which a new nucleus is left out
 MAX_MEMORY = 4 << 30  # bytes of Java's heap: enough for some 500,000 nuclei
@@ -34,12 +34,16 @@ MAX_MEMORY = 4 << 30  # bytes of Java's heap: enough for some 500,000 nuclei
 
 @dataclass(frozen=True)
 class Image:
-    """An image of a project, and where its slide is now; its project may have moved."""
+    """An image of a project, and where its slide is now; its project may have moved.
+
+    ``backups`` is a folder for what must not get lost.
+    """
 
     project: Path
     entry_id: str
     name: str
     slide: Path
+    backups: Path
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,23 @@ class Remove:
     image: Image
 
 
-Question = Write | Remove
+@dataclass(frozen=True)
+class Export:
+    """Write the annotations that persons made to a file, as groovy/export_regions.groovy does."""
+
+    image: Image
+    file: Path
+
+
+Question = Write | Remove | Export
 
 
 @dataclass(frozen=True)
 class Done:
-    """How many objects were added, left_out, removed and kept; the seconds of each step."""
+    """How many objects were added, left_out, removed and kept; the seconds of each step.
+
+    Of an ``Export``: how many there are of each class.
+    """
 
     counts: dict[str, int]
     seconds: dict[str, float] = field(default_factory=dict)
@@ -100,8 +115,8 @@ class Process:
         except (EOFError, OSError) as error:
             self.close()
             raise ImageError(
-                f"{question.image.name}: QuPath's process died while it wrote; the image is as it "
-                f"was. See the end of {self.log}; if memory ran out, set PAQUO_JAVA_OPTS=-Xmx8g "
+                f"{question.image.name}: QuPath's process died; the image is as it was. "
+                f"See the end of {self.log}; if memory ran out, set PAQUO_JAVA_OPTS=-Xmx8g "
                 "or more, then run again"
             ) from error
         except KeyboardInterrupt:
@@ -204,13 +219,20 @@ class _QuPath:
         self._class = JClass
         loader = JClass("groovy.lang.GroovyClassLoader")()
         file = JClass("java.io.File")
-        self._rules = JClass(loader.parseClass(file(str(SCRIPTS / "import_nuclei.groovy"))))
-        self._columns = JClass(loader.parseClass(file(str(SCRIPTS / "columns.groovy"))))
+        self._rules, self._regions, self._columns = (
+            JClass(loader.parseClass(file(str(SCRIPTS / f"{name}.groovy"))))
+            for name in ("import_nuclei", "export_regions", "columns")
+        )
         self._lap("compile scripts")
 
     def answer(self, question: Question) -> Done:
         self._began = time.perf_counter()
-        counts = self._write(question) if isinstance(question, Write) else self._remove(question)
+        if isinstance(question, Write):
+            counts = self._write(question)
+        elif isinstance(question, Remove):
+            counts = self._remove(question)
+        else:
+            counts = self._export(question)
         seconds, self.seconds = self.seconds, {}
         return Done(counts, seconds)
 
@@ -231,6 +253,14 @@ class _QuPath:
         result = self._class("com.google.gson.JsonObject")()
         result.addProperty("removed", "all")
         return self._replace(entry, image_data, self._class("java.util.ArrayList")(), result)
+
+    def _export(self, question: Export) -> dict[str, int]:
+        _, _, image_data = self._open(question.image)
+        none = self._class("java.util.ArrayList")()
+        file = self._class("java.io.File")(str(question.file)).toPath()
+        counts = self._regions.exportRegions(image_data, none, file)
+        image_data.getServer().close()
+        return {str(name): int(count) for name, count in counts.items()}
 
     def _open(self, image: Image) -> tuple[Any, Any, Any]:
         """The project, the entry, and what QuPath knows of the image: Java's objects.
@@ -253,7 +283,7 @@ class _QuPath:
         # What cannot be read QuPath replaces by an empty image, and only logs it.
         file = project.path.parent / "data" / image.entry_id / "data.qpdata"
         if file.exists() and Path(str(image_data.getLastSavedPath())) != file:
-            raise ImageError(damaged(file))
+            raise ImageError(damaged(file, image.backups))
         self._lap("open image")
         return project, entry, image_data
 
@@ -309,11 +339,13 @@ class _QuPath:
         self._began = now
 
 
-def damaged(file: Path) -> str:
-    """What to say of a data.qpdata that QuPath cannot read."""
+def damaged(data: Path, backups: Path) -> str:
+    """What to say of a data.qpdata that QuPath cannot read; a copy of it is kept."""
+    copy = backups / f"{data.name}.{data.stat().st_mtime_ns}.damaged"
+    copy_once(data, copy)  # QuPath's window may write over it
     return (
-        f"{file} is damaged and was left as it is: open the image in QuPath, which may restore "
-        "it, or move the file away and run again"
+        f"{data} is damaged and was left as it is: open the image in QuPath, which may restore "
+        f"it, or move the file away and run again. A copy is in {copy}"
     )
 
 

@@ -17,14 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import shapely
-
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import ImageEntry, Nuclei
 from patchcl_qupath.errors import ImageError, ProjectError
-from patchcl_qupath.project.files import FilesProject
-from patchcl_qupath.project.jvm import Done, Image, Process, Question, Remove, Write, damaged
-from patchcl_qupath.storage import replacing, write_json, writing
+from patchcl_qupath.project.files import FilesProject, is_newer
+from patchcl_qupath.project.jvm import Done, Export, Image, Process, Remove, Write, damaged
+from patchcl_qupath.project.regions import SELECTED
+from patchcl_qupath.storage import copy_once, write_json, writing
 
 OLDEST = (0, 4)  # the first QuPath whose objects have ids
 State = tuple[tuple[int, int] | None, ...]  # mtime in ns and size of files, None for a missing one
@@ -100,9 +99,14 @@ class PaquoProject:
         """The project's images, in its order."""
         return self.files.images()
 
-    def regions(self, entry: ImageEntry, classes: Sequence[str]) -> tuple[shapely.Polygon, ...]:
-        """The annotations of some classes that groovy/export_regions.groovy exported."""
-        return self.files.regions(entry, classes)
+    def within(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
+        """The image, cut to annotations: those saved, or those exported since then."""
+        file, data = self.files.regions_file(entry), self.files.data(entry)
+        is_current = file.exists() and (not data.exists() or is_newer(file, data))
+        if not is_current and SELECTED not in classes:  # a selection is not saved
+            self._check(entry)
+            self.process.ask(Export(self._image(entry), file))
+        return self.files.within(entry, classes)
 
     def results(self, entry: ImageEntry) -> Path:
         """The folder of an image's nuclei."""
@@ -145,19 +149,30 @@ class PaquoProject:
         self.process.close()
 
     def _image(self, entry: ImageEntry) -> Image:
-        return Image(self.path, entry.id, entry.name, entry.path.resolve())
-
-    def _data(self, entry: ImageEntry) -> Path:
-        return self.path.parent / "data" / entry.id / "data.qpdata"
+        return Image(self.path, entry.id, entry.name, entry.path.resolve(), self._backups(entry))
 
     def _state(self, entry: ImageEntry) -> State:
         """What changes when QuPath saves: the project, the image, and the image's last version."""
-        data = self._data(entry)
+        data = self.files.data(entry)
         return tuple(_stamp(path) for path in (self.path, data, _last_version(data)))
 
-    def _change(self, entry: ImageEntry, question: Question) -> Done:
+    def _change(self, entry: ImageEntry, question: Write | Remove) -> Done:
         """Have QuPath's process change an image, or leave it as it was. Raises ImageError."""
-        data = self._data(entry)
+        self._check(entry)
+        if self.seen.get(entry.id) != self._state(entry):
+            raise ImageError(
+                f"{entry.name}: QuPath changed the image or its project since this run began, and "
+                "nothing was written into it: close it in QuPath and run again"
+            )
+        data = self.files.data(entry)
+        with self._kept_safe(entry, data):
+            done = self.process.ask(question)
+        self.seen[entry.id] = self._state(entry)
+        return done
+
+    def _check(self, entry: ImageEntry) -> None:
+        """Raise ImageError where QuPath cannot open an image, or should not."""
+        data = self.files.data(entry)
         if entry.problem:
             raise ImageError(entry.problem)
         if _last_version(data).exists():
@@ -165,17 +180,11 @@ class PaquoProject:
                 f"{entry.name}: QuPath is saving it, or was stopped while it did: open the image "
                 "in QuPath, save it, close it, and run again"
             )
-        if self.seen.get(entry.id) != self._state(entry):
-            raise ImageError(
-                f"{entry.name}: QuPath changed the image or its project since this run began, and "
-                "nothing was written into it: close it in QuPath and run again"
-            )
         if data.exists() and not _is_whole(data):
-            raise ImageError(f"{entry.name}: {damaged(data)}")
-        with self._kept_safe(entry, data):
-            done = self.process.ask(question)
-        self.seen[entry.id] = self._state(entry)
-        return done
+            raise ImageError(f"{entry.name}: {damaged(data, self._backups(entry))}")
+
+    def _backups(self, entry: ImageEntry) -> Path:
+        return self.output / "backups" / entry.id
 
     @contextmanager
     def _kept_safe(self, entry: ImageEntry, data: Path) -> Iterator[None]:
@@ -183,10 +192,7 @@ class PaquoProject:
         before = data.with_name(data.name + ".patchcl-before")
         existed = data.exists()
         if existed:
-            backup = self.output / "backups" / entry.id / data.name
-            if not backup.exists():
-                with replacing(backup) as temporary:
-                    shutil.copy2(data, temporary)
+            copy_once(data, self._backups(entry) / data.name)
             with writing(before):
                 _link(data, before)
         try:

@@ -11,12 +11,15 @@ import shapely
 
 from patchcl_qupath.errors import ImageError
 
+SELECTED = "(selected)"  # what the script exports annotations as that a person has selected
 # No JSON, no FeatureCollection, no geometry.
 _DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, shapely.errors.ShapelyError)
 
 
-def read_regions(path: Path, image: str, classes: Sequence[str]) -> tuple[shapely.Polygon, ...]:
-    """The annotations of some classes, as valid polygons, level 0; those of a multipolygon apart.
+def read_regions(
+    path: Path, image: str, classes: Sequence[str]
+) -> dict[str, list[shapely.Geometry]]:
+    """The annotations of some classes, by class: valid polygons and multipolygons, level 0.
 
     A class is named as QuPath shows it (``Tumor: Positive``). An image need not have all of the
     ``classes``, but one. Raises ImageError.
@@ -30,26 +33,28 @@ def read_regions(path: Path, image: str, classes: Sequence[str]) -> tuple[shapel
         ) from None
     except _DAMAGE as error:
         raise ImageError(f"{image}: {path} is damaged: {export}") from error
-    polygons = [polygon for name in dict.fromkeys(classes) for polygon in found.get(name, ())]
-    if not polygons:
+    wanted = {name: found[name] for name in classes if name in found}
+    if not wanted:
         known = f"annotations of class {', '.join(sorted(found))}" if found else "none with a class"
         raise ImageError(
             f"{image} has no annotation of class {' or '.join(classes)} (it has {known}): "
             f"draw one, {export}; or leave the image out with --image"
         )
-    return tuple(polygons)
+    return wanted
 
 
-def _by_class(content: dict[str, Any]) -> dict[str, list[shapely.Polygon]]:
-    """Polygons of a FeatureCollection by QuPath's name of their class."""
-    found: dict[str, list[shapely.Polygon]] = {}
+def _by_class(content: dict[str, Any]) -> dict[str, list[shapely.Geometry]]:
+    """Areas of a FeatureCollection by QuPath's name of their class."""
+    found: dict[str, list[shapely.Geometry]] = {}
     for feature in content["features"]:
         classification = feature["properties"].get("classification") or {}
         # "Tumor: Positive" is written by its parts.
         name = classification.get("name") or ": ".join(classification.get("names", ()))
         if name:
-            geometry = shapely.from_geojson(json.dumps(feature["geometry"]))
-            found.setdefault(name, []).extend(_polygons(shapely.make_valid(geometry)))
+            geometry = shapely.make_valid(shapely.from_geojson(json.dumps(feature["geometry"])))
+            polygons = [*_polygons(geometry)]
+            if polygons:
+                found.setdefault(name, []).append(shapely.union_all(polygons))
     return found
 
 
