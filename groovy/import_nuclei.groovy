@@ -178,7 +178,7 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, ProjectImageEn
         measure(region, imageData)
         now[region.getID().toString()] = digestAndCentroid(region) + ' region'
     }
-    hierarchy.addObjects(elsewhere.findAll { PathObject pathObject -> pathObject.getParent() == null })   // the new ones
+    hierarchy.addObjects(elsewhere.findAll { PathObject pathObject -> pathObject.getParent() == null })   // new ones
     hierarchy.addObjects(regions)
     writeImported(imageData, now)
     return [added: added.size(), left_out: nuclei.size() - added.size(), removed: untouched.size(), kept: kept.size()]
@@ -217,7 +217,7 @@ static List<PathObject> share(List<PathObject> objects, List<PathObject> regions
     STRtree places = new STRtree()
     for (PathObject region : regions)
         places.insert(envelope(region.getROI()), region)
-    Map<PathObject, List<PathObject>> members = new LinkedHashMap<>()
+    Map<PathObject, List<PathObject>> members = [:]
     List<PathObject> elsewhere = []
     for (PathObject pathObject : objects) {
         ROI roi = pathObject.getROI()
@@ -259,8 +259,9 @@ static String text(JsonObject result, String key) {
 }
 
 /**
- * What earlier imports added: id -> digest and centroid, and a word for what is a region. Kept among the image's own properties, so
- * that QuPath saves, discards and duplicates it together with the objects themselves.
+ * What earlier imports added: id -> digest and centroid, and a word for what is a region. Kept among
+ * the image's own properties, so that QuPath saves, discards and duplicates it together with the
+ * objects themselves.
  */
 static Map<String, String> readImported(ImageData<?> imageData) {
     String lines = imageData.getProperty('patchcl.imported') ?: ''
