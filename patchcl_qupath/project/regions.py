@@ -38,7 +38,7 @@ def read_regions(
         known = f"annotations of class {', '.join(sorted(found))}" if found else "none with a class"
         raise ImageError(
             f"{image} has no annotation of class {' or '.join(classes)} (it has {known}): "
-            f"draw one, {export}; or leave the image out with --image"
+            f"draw one, save the image, {export}; or leave the image out with --image"
         )
     return wanted
 
