@@ -11,7 +11,8 @@ FLOORS = [  # a module imports from the floors below its own only
     {"pipeline"},
     {"prepare"},
     {"project", "slide", "tiles", "segment", "nuclei", "runs", "patchcl", "evaluate", "report"},
-    {"network", "resample", "pyramid"},
+    {"contrast"},
+    {"network", "resample", "pyramid", "crops"},
     {"datatypes", "config", "stains", "storage"},
     {"errors"},
 ]

@@ -306,9 +306,7 @@ def test_regions_are_what_is_saved_or_was_exported_since(
         """
     project, entry = opened(path, process)
     write(project, entry, FEW)
-    with pytest.raises(
-        ImageError, match=r"of class Tumor \(it has none with a class"
-    ):
+    with pytest.raises(ImageError, match=r"of class Tumor \(it has none with a class"):
         project.within(entry, ["Tumor"])  # neither nuclei nor their region are a person's
     session.run(path, draw.replace("WHERE", "100, 50"))
     found = opened(path, process)[0].within(entry, ["Tumor", "Stroma"])

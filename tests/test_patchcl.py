@@ -12,9 +12,15 @@ from scipy import ndimage
 
 from patchcl_qupath import patchcl
 from patchcl_qupath.config import Config, PatchCLConfig
+from patchcl_qupath.contrast import (
+    MEASURES,
+    Contrast,
+    contrast_patches,
+    contrast_prototypes,
+    draw_patches,
+)
 from patchcl_qupath.errors import ConfigError, TrainingError
 from patchcl_qupath.network import FeatureNetwork, confidence
-from patchcl_qupath.patchcl import Contrast, contrast_patches, contrast_prototypes
 from patchcl_qupath.stains import StainScale
 
 PINK, PURPLE, NUCLEUS = (235, 170, 205), (165, 120, 185), (90, 60, 140)
@@ -94,7 +100,7 @@ def test_a_seed_repeats_a_training_and_leaves_other_random_numbers_alone():
     assert first.digest != learn(config(seed=8)).digest
 
 
-@pytest.mark.parametrize("similarity", patchcl.MEASURES)
+@pytest.mark.parametrize("similarity", MEASURES)
 def test_each_measure_of_the_paper_trains(similarity):
     model = learn(config(similarity=similarity, patches=20, max_steps=3))
     assert model.training["skipped_steps"] + len(model.training["loss"]) == 3
@@ -157,9 +163,7 @@ def test_blank_images_are_an_error():
 def test_sampler_prefers_patches_the_network_is_sure_of():
     unsure = torch.full((1, 2, 64, 64), 0.5)
     unsure[..., :24, :24] = 0.01  # exactly the first patch of the grid
-    index = patchcl.draw_patches(
-        unsure, replace(SETTINGS, patches=2000), torch.Generator().manual_seed(0)
-    )
+    index = draw_patches(unsure, replace(SETTINGS, patches=2000), torch.Generator().manual_seed(0))
     assert index.shape == (1, 2, 2000)
     share = np.bincount(index[0, 1], minlength=36) / 2000
     expected = torch.stack([*map(_sureness, unsure[0, 1].unfold(0, 24, 8).unfold(1, 24, 8))])
@@ -237,9 +241,9 @@ def test_nothing_to_contrast_without_a_negative_patch():
     assert contrast_patches(sure, stains, index, settings, FeatureNetwork(24), generator) is None
 
 
-@pytest.mark.parametrize("similarity", patchcl.MEASURES)
+@pytest.mark.parametrize("similarity", MEASURES)
 def test_a_patch_is_most_similar_to_itself(similarity):
-    represent, compare = patchcl.MEASURES[similarity]
+    represent, compare = MEASURES[similarity]
     patches = torch.rand(6, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     patches = patches * (patches > 0.5)  # entropy of a grey level differs, as in tissue
     points = represent(patches, FeatureNetwork(24).eval())
