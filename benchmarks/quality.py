@@ -29,7 +29,7 @@ from skimage.segmentation import watershed
 from patchcl_qupath import patchcl
 from patchcl_qupath.config import Config
 from patchcl_qupath.evaluate import aji, dice, f1, pq
-from patchcl_qupath.network import confidence
+from patchcl_qupath.model import confidence
 from patchcl_qupath.segment import instances
 from patchcl_qupath.stains import StainScale
 

@@ -24,7 +24,7 @@ from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
 
 if TYPE_CHECKING:
     from patchcl_qupath.datatypes import ImageEntry
-    from patchcl_qupath.network import Model
+    from patchcl_qupath.model import Model
     from patchcl_qupath.pipeline import ImageResult, Progress
     from patchcl_qupath.project import Project
 
@@ -331,7 +331,7 @@ def _model(
 ) -> Model:
     """The project's model of that name; trained if there is none, or if it is to be anew."""
     from patchcl_qupath import pipeline
-    from patchcl_qupath.network import Model
+    from patchcl_qupath.model import Model
     from patchcl_qupath.storage import check_writable
 
     path = _model_path(project, name)

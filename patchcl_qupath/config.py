@@ -2,6 +2,8 @@
 
 A TOML file has one table for each of the dataclasses below, named as the fields of ``Config``:
 
+    recipe = "selftrain"
+
     [slide]
     mpp = 0.5
 
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from patchcl_qupath.errors import ConfigError
+
+RECIPES = ("selftrain", "patchcl", "paper")
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,66 @@ class PatchCLConfig:
 
 
 @dataclass(frozen=True)
+class SelfTrainConfig:
+    """PatchCL's confident nuclei teach the network that parts nuclei: no labels either."""
+
+    widths: tuple[int, ...] = (16, 24, 40)  # channels at 1, 2 and 4 px
+    steps: int = 500
+    batch: int = 8  # crops per step
+    crop_px: int = 128
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-3
+    varied_size: float = 1.35  # crops are shown up to so much larger or smaller
+    # What is beyond doubt:
+    residual: float = 0.2  # share of the residual stain that is taken off hematoxylin
+    blur_um: float = 0.5
+    around_um: float = 10.0  # what counts as the surroundings of a pixel
+    excess: float = 0.15  # over their mean, in their standard deviations
+    floor: float = 0.85  # of the slide's threshold
+    levels: int = 18  # at which the map is cut to find nuclei that stand out
+    lowest: float = 0.8  # of them, of the slide's threshold
+    min_confidence: float = 0.3  # PatchCL's, on average
+    min_area_um2: float = 5.0
+    max_area_um2: float = 220.0
+    min_fragment: float = 0.2  # smaller ones, beside the slide's typical nucleus, are in doubt
+    min_solidity: float = 0.75  # worth nothing below that, and its full area at .2 more
+    min_edge: float = 0.35  # slope along the rim, of the 95th percentile of the slope
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))
+        if len(self.widths) != 3 or min(self.widths) < 1:
+            raise ConfigError("selftrain.widths must be three numbers, such as [16, 24, 40]")
+
+
+@dataclass(frozen=True)
+class CDCLConfig:
+    """How corrected fields refine a model. Where a value is not the paper's, theirs is said."""
+
+    steps: int = 300
+    labelled: int = 6  # crops per step
+    unlabelled: int = 6
+    crop_px: int = 128
+    varied_size: float = 1.35  # crops are shown up to so much larger or smaller
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-3
+    pseudo_weight: float = 1.0  # of the pseudo-labels; paper: none
+    patience: float = 0.2  # share of the steps before the teacher is listened to
+    confident: float = 0.9  # the teacher, above this or below 1 - this
+    entropy_weight: float = 0.05
+    contrast_weight: float = 0.1
+    temperature: float = 0.1
+    dimensions: int = 16  # of the space in which patches are compared
+    patch_px: int = 8  # a multiple of 4
+    pure: float = 0.05  # a patch with no more than this of the other kind is of one kind
+    bank_steps: int = 8
+    bank_patches: int = 512  # of each kind and step
+
+    def __post_init__(self) -> None:
+        if self.patch_px % 4 or not self.patch_px:
+            raise ConfigError("cdcl.patch_px must be a multiple of 4")
+
+
+@dataclass(frozen=True)
 class SegmentConfig:
     """From confidence to nuclei."""
 
@@ -95,6 +159,8 @@ class SegmentConfig:
     max_depth_um: float = 8.0  # depth inside the mask counts up to here
     marker_radius_um: float = 1.5  # two nuclei have their centres at least this far apart
     min_saddle_depth_um: float = 0.05  # shallower saddles part no nuclei
+    core_um: float = 2.0  # how much higher the landscape is where the network is sure of a core
+    min_core: float = 0.5  # a nucleus without a core as sure as this is none
 
 
 @dataclass(frozen=True)
@@ -125,12 +191,23 @@ class ResultConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of one run."""
+    """All settings of one run.
 
+    ``recipe`` is how a model is made: "selftrain", PatchCL and then a network that its confident
+    nuclei teach; "patchcl", PatchCL alone; "paper", PatchCL alone with the settings of the paper.
+    """
+
+    recipe: str = "selftrain"
     slide: SlideConfig = field(default_factory=SlideConfig)
     patchcl: PatchCLConfig = field(default_factory=PatchCLConfig)
+    selftrain: SelfTrainConfig = field(default_factory=SelfTrainConfig)
+    cdcl: CDCLConfig = field(default_factory=CDCLConfig)
     segment: SegmentConfig = field(default_factory=SegmentConfig)
     result: ResultConfig = field(default_factory=ResultConfig)
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -143,9 +220,16 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
     Raises ConfigError for an unknown table or key, and for a value of the wrong type or sign.
     """
-    tables = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    tables = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "recipe"}
     made: dict[str, Any] = {}
+    recipe = values.get("recipe", Config.recipe)
+    if recipe == "paper":
+        tables["patchcl"] = PatchCLConfig.paper
+        made["patchcl"] = PatchCLConfig.paper()
     for table, settings in values.items():
+        if table == "recipe":
+            made["recipe"] = settings
+            continue
         if table not in tables:
             raise ConfigError(f"unknown table [{table}]: the tables are {', '.join(tables)}")
         made[table] = _table(table, tables[table], settings)

@@ -56,6 +56,15 @@ class Box:
             min(within[1], self.col1 + margin),
         )
 
+    def aligned(self, multiple: int, within: tuple[int, int]) -> Box:
+        """The box grown to multiples of some px, clipped to an image of shape ``within``."""
+        return Box(
+            self.row0 // multiple * multiple,
+            self.col0 // multiple * multiple,
+            min(within[0], -(-self.row1 // multiple) * multiple),
+            min(within[1], -(-self.col1 // multiple) * multiple),
+        )
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -97,6 +106,17 @@ class ImageEntry:
     problem: str | None = None
     note: str | None = None
     regions: tuple[shapely.Geometry, ...] = ()  # level 0, valid; empty: the whole image
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """What a person says of an image, level 0: ``fields`` in which all ``nuclei`` are outlined.
+
+    Both are valid polygons or multipolygons. Nuclei may reach out of a field.
+    """
+
+    fields: tuple[shapely.Geometry, ...] = ()
+    nuclei: tuple[shapely.Geometry, ...] = ()
 
 
 @dataclass(frozen=True)

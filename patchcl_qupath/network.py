@@ -1,46 +1,36 @@
-"""The two networks of PatchCL, the model that is stored and shipped, and how it is run.
+"""The networks: the two of PatchCL, and the one that parts nuclei.
 
 N. Boserup, R. Selvan, Efficient Self-Supervision using Patch-based Contrastive Learning for
 Histopathology Image Segmentation, NLDL 2023 (arXiv 2208.10779).
+
+O. Ronneberger, P. Fischer, T. Brox, U-Net: Convolutional Networks for Biomedical Image
+Segmentation, MICCAI 2015.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
-from functools import cached_property
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from patchcl_qupath.config import Config, PatchCLConfig, from_dict, to_dict
-from patchcl_qupath.errors import ModelError
-from patchcl_qupath.stains import StainScale
-from patchcl_qupath.storage import replacing, write_json
-
-_FORMAT = "patchcl-qupath model 1"
+from patchcl_qupath.config import PatchCLConfig
 
 
 class ConvBlock(nn.Module):
-    """3x3 convolution that keeps the size, batch norm, ELU."""
+    """3x3 convolution that keeps the size, batch norm, ELU or ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, dilation: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, dilation: int = 1, elu: bool = True) -> None:
         super().__init__()
+        self.activation = F.elu if elu else F.relu
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False)
         self.norm: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.elu(self.norm(self.conv(x)), inplace=True)  # (B, outputs, H, W)
+        return self.activation(self.norm(self.conv(x)), inplace=True)  # (B, outputs, H, W)
 
     def fold(self) -> None:
         """Make the batch norm part of the convolution: same values, a third less work."""
@@ -64,6 +54,7 @@ class ConfidenceNetwork(nn.Module):
         )
         self.last = nn.Conv2d(width, channels, 1)
         self.reach_px = 1 + 2 * sum(dilations)  # the farthest row or column that has a say
+        self.align_px = 1  # any tile will do
 
     @classmethod
     def of(cls, config: PatchCLConfig) -> ConfidenceNetwork:
@@ -77,14 +68,6 @@ class ConfidenceNetwork(nn.Module):
             y = block(x)  # (B, width, H, W)
             x = x + y if torch.is_grad_enabled() else x.add_(y)  # in place: a map less to move
         return torch.sigmoid(self.last(x))  # (B, channels, H, W)
-
-    def folded(self) -> ConfidenceNetwork:
-        """A copy for inference, in which each batch norm is part of the convolution before it."""
-        network = deepcopy(self).eval()
-        for module in network.modules():
-            if isinstance(module, ConvBlock):
-                module.fold()
-        return network
 
 
 class FeatureNetwork(nn.Module):
@@ -108,116 +91,59 @@ class FeatureNetwork(nn.Module):
         return torch.as_tensor(self.layers(patches))
 
 
-@dataclass(frozen=True, eq=False)
-class Model:
-    """A trained network, with all that is needed to use it, and the settings that made it.
+class NucleusNetwork(nn.Module):
+    """A small U-Net: three stains in; how sure it is of a nucleus, and of the core of one, out.
 
-    ``channel`` is the one of the network's channels that shows nuclei; ``inverted`` says that it
-    is low on them. A nucleus has confidence above ``threshold``. ``training`` is the log, for
-    people and reports. All was chosen without labels (see ``patchcl``).
+    With the default widths it has 62,002 weights. Rows and columns must be multiples of
+    ``align_px``, and begin at multiples of it in the slide, or pooling would meet other pixels.
     """
 
-    network: ConfidenceNetwork
-    config: Config
-    channel: int
-    inverted: bool
-    threshold: float
-    training: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        fine, middle, coarse = widths
+        self.down = _twice(3, fine)
+        self.down_middle = _twice(fine, middle)
+        self.coarse = _twice(middle, coarse)
+        self.up_middle = _twice(coarse + middle, middle)
+        self.up = _twice(middle + fine, fine)
+        self.last = nn.Conv2d(fine, 2, 1)
+        self.coarse_width = coarse
+        self.align_px = 4
+        # Two convolutions on each of the five stages, of 1, 2, 4, 2 and 1 px; and where in its
+        # block of 4 a pixel lies.
+        self.reach_px = 2 * (1 + 2 + 4 + 2 + 1) + self.align_px - 1
 
-    @property
-    def mpp(self) -> float:
-        """um per pixel that the network was trained at, and must be run at."""
-        return self.config.slide.mpp
+    def forward(self, x: Tensor) -> Tensor:
+        """Scaled stains (B, 3, H, W) to logits (B, 2, H, W) of a nucleus, and of its core."""
+        return self.both(x)[0]
 
-    @property
-    def reach_px(self) -> int:
-        """How far beyond a pixel the confidence there looks, in working pixels."""
-        return self.network.reach_px
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits, and the coarse features (B, coarse, H / 4, W / 4) that they come from."""
+        fine = self.down(x)  # (B, fine, H, W)
+        middle = self.down_middle(F.max_pool2d(fine, 2))  # (B, middle, H / 2, W / 2)
+        coarse = self.coarse(F.max_pool2d(middle, 2))  # (B, coarse, H / 4, W / 4)
+        up = F.interpolate(coarse, scale_factor=2)  # (B, coarse, H / 2, W / 2)
+        middle = self.up_middle(torch.cat([up, middle], dim=1))  # (B, middle, H / 2, W / 2)
+        up = F.interpolate(middle, scale_factor=2)  # (B, middle, H, W)
+        fine = self.up(torch.cat([up, fine], dim=1))  # (B, fine, H, W)
+        return self.last(fine), coarse  # (B, 2, H, W), (B, coarse, H / 4, W / 4)
 
-    @cached_property
-    def engine(self) -> ConfidenceNetwork:
-        """The network as it is run. Threads may share it."""
-        network = self.network.folded().to(device())
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.7 x as fast
-        return network
 
-    @cached_property
-    def digest(self) -> str:
-        """Hexadecimal digest of all that a confidence depends on."""
-        facts = [self.config.patchcl.dilations, self.mpp, *self._choices().values()]
-        digest = hashlib.sha256(json.dumps(facts).encode())
-        for name, values in self.network.state_dict().items():
-            digest.update(name.encode() + values.cpu().numpy().tobytes())
-        return digest.hexdigest()
+def _twice(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        ConvBlock(inputs, outputs, elu=False), ConvBlock(outputs, outputs, elu=False)
+    )
 
-    def save(self, folder: Path, name: str) -> Path:
-        """Write NAME.pt, and NAME.json for people to read; returns the path of NAME.pt.
 
-        Each file appears whole or not at all. Raises StorageError where they cannot be written.
-        """
-        path = folder / f"{name}.pt"
-        facts = {"digest": self.digest, **self._choices()}
-        facts |= {"config": to_dict(self.config), "training": self.training}
-        weights = {key: values.cpu() for key, values in self.network.state_dict().items()}
-        content = io.BytesIO()
-        torch.save({"format": _FORMAT, **facts, "weights": weights}, content)
-        write_json(path.with_suffix(".json"), facts)
-        with replacing(path) as temporary:
-            temporary.write_bytes(content.getvalue())
-        return path
-
-    @classmethod
-    def load(cls, path: Path) -> Model:
-        """Read NAME.pt back. Nothing in the file is executed.
-
-        Raises ModelError for a file that is missing, damaged, of another kind or unsafe.
-        """
-        advice = "train a new one with `patchcl-qp train PROJECT.qpproj`"
-        if not path.is_file():
-            raise ModelError(f"{path} does not exist: {advice}")
-        try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-            if stored["format"] != _FORMAT:
-                raise ValueError(f"its format is {stored['format']}")
-            config = from_dict(stored["config"])
-            with torch.device("meta"):  # no memory yet: the settings are only a claim so far
-                network = ConfidenceNetwork.of(config.patchcl)
-            network.load_state_dict(stored["weights"], assign=True)
-            choices = (stored[key] for key in ("channel", "inverted", "threshold", "training"))
-            model = cls(network.eval(), config, *choices)
-            if model.digest != stored["digest"]:
-                raise ValueError("it was changed after it was written")
-        except Exception as error:  # a damaged or hostile file can raise anything
-            reason = "it is damaged, no model at all, or of another version"
-            raise ModelError(f"{path} cannot be used: {reason}; {advice}") from error
-        return model
-
-    def _choices(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("channel", "inverted", "threshold")}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickled for Dask workers without the engine: each worker has its own device."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+def folded(network: nn.Module) -> nn.Module:
+    """A copy for inference, in which each batch norm is part of the convolution before it."""
+    network = deepcopy(network).eval()
+    for module in network.modules():
+        if isinstance(module, ConvBlock):
+            module.fold()
+    return network
 
 
 def device() -> torch.device:
     """Where networks run: a CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def confidence(model: Model, rgb: NDArray[np.uint8], scale: StainScale) -> NDArray[np.float32]:
-    """How sure the model is of a nucleus at each pixel of an image (H, W, 3): (H, W) in [0, 1].
-
-    ``rgb`` is at ``model.mpp``, ``scale`` the stain range of its slide. Pixels that lie at least
-    ``model.reach_px`` from the border of ``rgb`` have the value they have in the whole slide.
-
-    Values are multiples of 1/255: how a convolution sums depends on the size of the tile, and two
-    tiles would differ in the last bits of a pixel, which a threshold may turn into another nucleus.
-    """
-    stains = torch.from_numpy(scale.apply(rgb)).to(device())  # (H, W, 3)
-    x = stains.permute(2, 0, 1)[None]  # (1, 3, H, W), channels last in memory: twice as fast
-    with torch.inference_mode():
-        nucleus = model.engine(x)[0, model.channel]  # (H, W)
-        if model.inverted:
-            nucleus = 1 - nucleus
-        return np.asarray((torch.round(nucleus * 255) / 255).cpu(), np.float32)

@@ -30,7 +30,8 @@ from patchcl_qupath.contrast import (
 )
 from patchcl_qupath.crops import draw
 from patchcl_qupath.errors import TrainingError
-from patchcl_qupath.network import ConfidenceNetwork, FeatureNetwork, Model, device
+from patchcl_qupath.model import Model
+from patchcl_qupath.network import ConfidenceNetwork, FeatureNetwork, device, folded
 from patchcl_qupath.stains import StainScale
 
 Images = Sequence[NDArray[np.uint8]]
@@ -139,13 +140,13 @@ def _judge(
     network: ConfidenceNetwork, images: Images, scales: Sequence[StainScale], config: Config
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Per channel: correlation of confidence with smoothed hematoxylin, and median |logit|."""
-    folded = network.folded()
+    engine = folded(network)
     judged = []
     for i in np.linspace(0, len(images) - 1, min(len(images), _JUDGES)).astype(int):
         stains = torch.from_numpy(scales[i].apply(images[i])).to(device())  # (H, W, 3)
         x = stains.permute(2, 0, 1)[None]  # (1, 3, H, W)
         with torch.inference_mode():
-            confidence = folded(x)[0].flatten(1)  # (C, H * W)
+            confidence = engine(x)[0].flatten(1)  # (C, H * W)
             hematoxylin = blur(x[:, :1], config.patchcl.blur_um / config.slide.mpp)
             rows = torch.cat([hematoxylin[0].flatten(1), confidence])  # (1 + C, H * W)
             logits = torch.logit(confidence, eps=1e-6).abs()  # (C, H * W)

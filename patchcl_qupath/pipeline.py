@@ -17,11 +17,11 @@ from typing import Any
 import shapely
 import torch
 
-from patchcl_qupath import __version__, patchcl
+from patchcl_qupath import __version__, patchcl, selftrain
 from patchcl_qupath.config import Config, ResultConfig, to_dict
 from patchcl_qupath.datatypes import ImageEntry, Nuclei, Tile
 from patchcl_qupath.errors import PatchCLError
-from patchcl_qupath.network import Model, confidence
+from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.nuclei import centroids, nuclei_of_tile, to_level0
 from patchcl_qupath.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.project import Project
@@ -43,7 +43,10 @@ def train(
     ``mpp`` is the pixel size, in um, of images that do not know their own. Raises TrainingError.
     """
     images, scales = training_crops(entries, config, progress, mpp)
-    return patchcl.train(images, scales, config, partial(progress, "learning nuclei"))
+    model = patchcl.train(images, scales, config, partial(progress, "learning nuclei"))
+    if config.recipe != "selftrain":
+        return model
+    return selftrain.train(images, scales, model, progress)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,10 @@ class Run:
         slide = image.slide
         halo_px = self.model.reach_px + _context_px(self.config, slide)
         tile_px = self.config.slide.tile_px
-        tiles = plan(slide.shape, image.tissue, image.tissue_px, tile_px, halo_px, image.region)
+        tiles = plan(
+            *(slide.shape, image.tissue, image.tissue_px, tile_px, halo_px),
+            *(image.region, self.model.align_px),
+        )
 
         store = TileStore.open(self.folder / entry.id, image.fingerprint())
         missing = store.missing(tiles)
@@ -204,13 +210,14 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
         rgb = slide.read(tile.read)
     with timed(seconds, "network"):
         torch.set_num_threads(context.torch_threads)
-        probability = confidence(model, rgb, image.scale)
+        probability, core = confidence(model, rgb, image.scale)
     # The network's share of the halo is used up: what is left has the whole slide's confidence.
     near = tile.write.grow(_context_px(context.config, slide), slide.shape)
     inner = near.within(tile.read)
     tile, rgb, probability = replace(tile, read=near), rgb[inner], probability[inner]
+    core = None if core is None else core[inner]
     with timed(seconds, "separate"):
-        labels = instances(probability, slide.mpp, context.config.segment, model.threshold)
+        labels = instances(probability, slide.mpp, context.config.segment, model.threshold, core)
     with timed(seconds, "measure"):
         rows, cols = centroids(labels, tile)
         mine = tile.write.holds(rows, cols) & inside(image.tissue, image.tissue_px, rows, cols)

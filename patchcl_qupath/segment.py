@@ -30,19 +30,26 @@ def context_um(config: SegmentConfig) -> float:
 
 
 def instances(
-    confidence: NDArray[np.float32], mpp: float, config: SegmentConfig, threshold: float = 0.5
+    confidence: NDArray[np.float32],
+    mpp: float,
+    config: SegmentConfig,
+    threshold: float = 0.5,
+    core: NDArray[np.float32] | None = None,
 ) -> NDArray[np.int32]:
     """Nuclei of a confidence map (H, W) in [0, 1], as labels (H, W): 0 is background, 1..N nuclei.
+
+    ``core`` (H, W) in [0, 1], where the network tells it, is high in the middle of each nucleus:
+    it parts nuclei that touch, and blobs without a core are no nuclei.
 
     ``mpp`` is in um per pixel. Labels are numbered by the position of the nucleus's summit, row by
     row. Pieces below ``min_area_um2``, and blobs above ``max_area_um2`` or ``max_diameter_um``,
     are no nuclei.
     """
     mask = _mask(confidence > threshold, mpp, config)
-    height = _height(mask, mpp, config)
+    height = _height(mask, core, mpp, config)
     summit = _climb(height, mask, config.marker_radius_um / mpp)
     summit = _merge_shallow(summit, height, mask, config.min_saddle_depth_um)
-    return _number(summit, mpp, config)
+    return _number(summit, core, mpp, config)
 
 
 def _mask(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDArray[np.bool_]:
@@ -59,9 +66,13 @@ def _mask(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDArra
     return np.asarray(large[pieces])
 
 
-def _height(mask: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDArray[np.float32]:
-    """The landscape to climb: the depth inside the mask, in um, smoothed."""
+def _height(
+    mask: NDArray[np.bool_], core: NDArray[np.float32] | None, mpp: float, config: SegmentConfig
+) -> NDArray[np.float32]:
+    """The landscape to climb: the depth inside the mask, in um, higher in cores; smoothed."""
     depth = np.minimum(ndimage.distance_transform_edt(mask) * mpp, config.max_depth_um)
+    if core is not None:
+        depth += config.core_um * core
     return np.asarray(
         ndimage.gaussian_filter(depth, config.smooth_um / mpp, truncate=4), np.float32
     )
@@ -161,8 +172,10 @@ def _merge_shallow(
     return merged
 
 
-def _number(summit: NDArray[np.int64], mpp: float, config: SegmentConfig) -> NDArray[np.int32]:
-    """Labels 1..N for the pixels of each summit, without those of the wrong size."""
+def _number(
+    summit: NDArray[np.int64], core: NDArray[np.float32] | None, mpp: float, config: SegmentConfig
+) -> NDArray[np.int32]:
+    """Labels 1..N for the pixels of each summit, without those of the wrong size or no core."""
     pixels = np.flatnonzero(summit)
     order = np.argsort(summit.ravel()[pixels], kind="stable")  # by nucleus, then row by row
     pixels = pixels[order]
@@ -176,6 +189,8 @@ def _number(summit: NDArray[np.int64], mpp: float, config: SegmentConfig) -> NDA
         area = count * mpp**2
         keep = (area >= config.min_area_um2) & (area <= config.max_area_um2)
         keep &= np.maximum(tall, wide) * mpp <= config.max_diameter_um
+        if core is not None:
+            keep &= np.maximum.reduceat(core.ravel()[pixels], start) >= config.min_core
         labels[pixels] = np.repeat(np.where(keep, np.cumsum(keep), 0), count)
     return labels.reshape(summit.shape)
 

@@ -17,7 +17,9 @@ from patchcl_qupath.project import open_project
 ROOT = Path(__file__).resolve().parents[1]
 assert cli, "imported before torch is: it says how torch's threads wait"
 QUICK = replace(
-    Config(), patchcl=replace(Config().patchcl, max_steps=160, cooldown_steps=60, crops=32)
+    Config(),
+    patchcl=replace(Config().patchcl, max_steps=160, cooldown_steps=60, crops=32),
+    selftrain=replace(Config().selftrain, steps=120),
 )
 os.environ["PATCHCL_QP_BACKEND"] = "files"  # tests of QuPath ask for paquo: it starts slowly
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from patchcl_qupath.config import Config, PatchCLConfig
+from patchcl_qupath.config import Config, PatchCLConfig, SelfTrainConfig
 from patchcl_qupath.errors import ModelError, StorageError
-from patchcl_qupath.network import ConfidenceNetwork, FeatureNetwork, Model, confidence
+from patchcl_qupath.model import Model, confidence
+from patchcl_qupath.network import ConfidenceNetwork, FeatureNetwork, NucleusNetwork, folded
 from patchcl_qupath.stains import StainScale
 
 DEFAULT = PatchCLConfig()
@@ -19,10 +20,16 @@ def count(network):
     return sum(weights.numel() for weights in network.parameters())
 
 
-def random_network(config=DEFAULT):
+def untrained(kind="patchcl", config=DEFAULT):
+    if kind == "nucleus":
+        return NucleusNetwork(SelfTrainConfig().widths)
+    return ConfidenceNetwork.of(config)
+
+
+def random_network(kind="patchcl", config=DEFAULT):
     """Weights and batch norms of a network that has seen something."""
     generator = torch.Generator().manual_seed(1)
-    network = ConfidenceNetwork.of(config)
+    network = untrained(kind, config)
     for name, values in network.state_dict().items():
         if values.is_floating_point():
             noise = torch.rand(values.shape, generator=generator)
@@ -31,8 +38,8 @@ def random_network(config=DEFAULT):
     return network.eval()
 
 
-def random_model(**changes):
-    model = Model(random_network(), Config(), 2, inverted=False, threshold=0.5)
+def random_model(kind="patchcl", **changes):
+    model = Model(random_network(kind), Config(), 2, inverted=False, threshold=0.5)
     return replace(model, **changes)
 
 
@@ -62,11 +69,36 @@ def test_network_sees_83_px_and_no_farther():
     assert np.abs(rows - centre).max() == np.abs(cols - centre).max() == 83
 
 
-def test_folded_network_computes_the_same():
-    network = random_network().double()
-    x = torch.rand(2, 3, 60, 70, dtype=torch.float64)
+def test_nucleus_network_has_its_size_and_reach():
+    """Wherever in its block of 4 a pixel lies, nothing farther away than the reach has a say."""
+    network = random_network("nucleus").double()
+    assert count(network) == 62_002
+    farthest = 0
+    for row in range(100, 104):
+        x = torch.rand(1, 3, 200, 8, dtype=torch.float64)
+        other = x.clone()
+        other[:, :, row] += 10
+        with torch.inference_mode():
+            touched = (network(x) != network(other)).any(dim=1)[0].any(dim=1)  # (200,)
+        farthest = max(farthest, int((touched.nonzero() - row).abs().max()))
+    assert network.reach_px - 3 <= farthest <= network.reach_px
+
+
+@pytest.mark.parametrize("kind", ["patchcl", "nucleus"])
+def test_folded_network_computes_the_same(kind):
+    network = random_network(kind).double()
+    x = torch.rand(2, 3, 60, 72, dtype=torch.float64)
     with torch.inference_mode():
-        torch.testing.assert_close(network.folded()(x), network(x))
+        torch.testing.assert_close(folded(network)(x), network(x))
+
+
+def test_nucleus_network_tells_nuclei_and_cores_of_any_size_of_image():
+    model = random_model("nucleus")
+    for shape in ((50, 41), (1, 3), (64, 64)):
+        found = confidence(model, random_rgb(*shape), SCALE)
+        assert found.nucleus.shape == found.core.shape == shape
+        assert (found.nucleus != found.core).any()
+    assert confidence(random_model(), random_rgb(9, 9), SCALE).core is None
 
 
 def test_confidence_is_the_chosen_channel_in_255_steps():
@@ -76,28 +108,54 @@ def test_confidence_is_the_chosen_channel_in_255_steps():
     with torch.inference_mode():
         expected = model.network(x)[0, 2].numpy()
 
-    found = confidence(model, rgb, SCALE)
+    found = confidence(model, rgb, SCALE).nucleus
     assert found.shape == (50, 40)
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() <= 0.5 / 255 + 1e-4
     assert np.abs(found * 255 - np.round(found * 255)).max() < 1e-4
-    assert np.abs(confidence(random_model(inverted=True), rgb, SCALE) - (1 - found)).max() <= 0.005
+    assert (
+        np.abs(confidence(random_model(inverted=True), rgb, SCALE).nucleus - (1 - found)).max()
+        <= 0.005
+    )
 
 
-def test_confidence_of_a_tile_is_that_of_the_whole():
-    model = random_model()
-    whole = random_rgb(300, 260)
-    rows, cols = slice(20, 280), slice(10, 230)
-    inner = slice(model.reach_px, -model.reach_px)
-    tile = confidence(model, whole[rows, cols], SCALE)[inner, inner]
-    expected = confidence(model, whole, SCALE)[rows, cols][inner, inner]
-    assert (tile != expected).mean() < 1e-3  # a value that lies between two steps may go either way
-    assert np.abs(tile - expected).max() < 1.01 / 255
+@pytest.mark.parametrize("kind", ["patchcl", "nucleus"])
+def test_confidence_of_a_tile_is_that_of_the_whole(kind):
+    model = random_model(kind)
+    whole = random_rgb(300, 258)
+    everything = confidence(model, whole, SCALE)
+    for rows, cols in ((slice(20, 280), slice(8, 220)), (slice(100, 300), slice(40, 258))):
+        tile = confidence(model, whole[rows, cols], SCALE)
+        reach = model.reach_px
+        inner = np.s_[
+            reach : None if rows.stop == 300 else -reach,
+            reach : None if cols.stop == 258 else -reach,
+        ]
+        for found, expected in zip(tile, everything, strict=True):
+            if found is None:
+                assert kind == "patchcl"
+                continue
+            found, expected = found[inner], expected[rows, cols][inner]
+            assert found.size > 1000
+            assert (found != expected).mean() < 1e-3  # between two steps it may go either way
+            assert np.abs(found - expected).max() < 1.01 / 255
+
+
+def test_saved_nucleus_network_is_loaded_whole(tmp_path):
+    model = random_model("nucleus")
+    loaded = Model.load(model.save(tmp_path, "mine"))
+    assert (loaded.digest, loaded.reach_px, loaded.align_px) == (model.digest, 23, 4)
+    rgb = random_rgb(30, 30)
+    np.testing.assert_array_equal(
+        confidence(loaded, rgb, SCALE).core, confidence(model, rgb, SCALE).core
+    )
 
 
 def test_saved_model_is_loaded_whole(tmp_path):
     config = replace(Config(), patchcl=PatchCLConfig(channels=2, dilations=(1, 4)))
-    model = Model(random_network(config.patchcl), config, 1, True, 0.25, {"loss": [1.0, 0.5]})
+    model = Model(
+        random_network(config=config.patchcl), config, 1, True, 0.25, {"loss": [1.0, 0.5]}
+    )
     path = model.save(tmp_path / "models", "mine")
     loaded = Model.load(path)
     assert path == tmp_path / "models" / "mine.pt"
@@ -107,16 +165,18 @@ def test_saved_model_is_loaded_whole(tmp_path):
     assert (loaded.mpp, loaded.reach_px, loaded.digest) == (0.5, 11, model.digest)
     assert json.loads(path.with_suffix(".json").read_text())["digest"] == model.digest
     rgb = random_rgb(30, 30)
-    np.testing.assert_array_equal(confidence(loaded, rgb, SCALE), confidence(model, rgb, SCALE))
+    np.testing.assert_array_equal(
+        confidence(loaded, rgb, SCALE).nucleus, confidence(model, rgb, SCALE).nucleus
+    )
 
 
 def test_model_is_pickled_without_its_engine():
     model = random_model()
     rgb = random_rgb(30, 30)
-    expected = confidence(model, rgb, SCALE)
+    expected = confidence(model, rgb, SCALE).nucleus
     copy = pickle.loads(pickle.dumps(model))
     assert "engine" not in vars(copy)
-    np.testing.assert_array_equal(confidence(copy, rgb, SCALE), expected)
+    np.testing.assert_array_equal(confidence(copy, rgb, SCALE).nucleus, expected)
 
 
 def test_digest_is_that_of_weights_and_choices():

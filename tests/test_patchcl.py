@@ -20,7 +20,8 @@ from patchcl_qupath.contrast import (
     draw_patches,
 )
 from patchcl_qupath.errors import ConfigError, TrainingError
-from patchcl_qupath.network import FeatureNetwork, confidence
+from patchcl_qupath.model import confidence
+from patchcl_qupath.network import FeatureNetwork
 from patchcl_qupath.stains import StainScale
 
 PINK, PURPLE, NUCLEUS = (235, 170, 205), (165, 120, 185), (90, 60, 140)
@@ -66,7 +67,7 @@ def model():
 
 def test_nuclei_are_found_without_labels(model):
     rgb, nuclei = tissue(seed=9)
-    found = confidence(model, rgb, StainScale.fit([rgb])) > model.threshold
+    found = confidence(model, rgb, StainScale.fit([rgb])).nucleus > model.threshold
     for half in (np.s_[:, :80], np.s_[:, 80:]):  # on pink, and on purple
         both = np.count_nonzero(found[half] & nuclei[half])
         assert 2 * both / (found[half].sum() + nuclei[half].sum()) > 0.9
@@ -86,7 +87,7 @@ def test_log_tells_what_happened(model):
 
 def test_typical_confidence_is_neither_all_nor_nothing(model):
     rgb, _ = tissue(seed=9)
-    values = confidence(model, rgb, StainScale.fit([rgb]))
+    values = confidence(model, rgb, StainScale.fit([rgb])).nucleus
     assert 0.7 < np.median(np.maximum(values, 1 - values)) < 0.95
 
 

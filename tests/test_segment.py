@@ -51,6 +51,25 @@ def test_labels_have_no_gaps_and_are_4_connected():
     assert np.array_equal(np.unique(labels), np.arange(labels.max() + 1))
 
 
+def test_cores_part_what_depth_does_not():
+    """A bar, and two nuclei in it that only the network tells apart."""
+    confidence = np.full((60, 90), 0.1, np.float32)
+    confidence[24:36, 20:70] = 0.9
+    core = discs(confidence.shape, [(30, 32, 5), (30, 58, 5)])
+    assert instances(confidence, MPP, CONFIG).max() == 1
+    labels = instances(confidence, MPP, CONFIG, core=core)
+    assert labels.max() == 2
+    assert labels[30, 32] != labels[30, 58]
+    assert ((labels > 0) == (confidence > 0.5)).mean() > 0.998
+
+
+def test_what_has_no_core_is_no_nucleus():
+    confidence = discs((60, 120), [(30, 30, 8), (30, 80, 8)])
+    labels = instances(confidence, MPP, CONFIG, core=discs(confidence.shape, [(30, 80, 4)]))
+    assert labels.max() == 1
+    assert labels[30, 80] == 1
+
+
 @pytest.mark.parametrize(
     ("radius_px", "is_nucleus"),
     [(2, False), (4, True), (20, True), (25, False)],  # 3, 13, 314 and 491 um2

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapely
 from PIL import Image
 
 from patchcl_qupath.datatypes import Box, ImageEntry
@@ -163,3 +164,19 @@ def test_write_boxes_hold_all_tissue_once_and_little_else() -> None:
     assert (held[on_grid] == 1).all()
     assert held.max() == 1
     assert held.sum() < 1.3 * on_grid.sum()
+
+
+def test_read_boxes_are_aligned() -> None:
+    tissue = np.zeros((64, 96), dtype=bool)  # of 16 px
+    tissue[3:60, 7:95] = True
+    shape = (1021, 1530)
+    region = shapely.box(131, 57, 1529, 1001)
+    tiles = plan(shape, tissue, 16, 200, 21, region, align_px=4)
+    assert len(tiles) > 20
+    for tile in tiles:
+        r, least = tile.read, tile.write.grow(21, shape)
+        assert r.row0 % 4 == r.col0 % 4 == 0
+        assert r.row1 % 4 == 0 or r.row1 == shape[0]
+        assert r.col1 % 4 == 0 or r.col1 == shape[1]
+        assert 0 <= least.row0 - r.row0 < 4
+        assert 0 <= r.col1 - least.col1 < 4

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.datatypes import ImageEntry, Nuclei
+from patchcl_qupath.datatypes import Corrections, ImageEntry, Nuclei
 from patchcl_qupath.errors import ConfigError, ProjectError
 from patchcl_qupath.project.create import NewImage, init_project
 
@@ -37,6 +37,12 @@ class Project(Protocol):
         """The image, cut to the annotations of some classes: ``regions``, and a ``note`` on them.
 
         Raises ImageError where there is none, and says which classes there are.
+        """
+
+    def labels(self, entry: ImageEntry, field_class: str) -> Corrections:
+        """The annotations of a class, and the nuclei in them that a person put right.
+
+        Raises ImageError for what cannot be learnt from.
         """
 
     def results(self, entry: ImageEntry) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.datatypes import ImageEntry, Nuclei
+from patchcl_qupath.datatypes import Corrections, ImageEntry, Nuclei
 from patchcl_qupath.errors import ProjectError
 
 SEARCH_DEPTH = 4  # folders, the project's included, in which QuPath looks for a lost image
@@ -83,7 +83,7 @@ class FilesProject:
 
     def within(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
         """The image, cut to annotations that groovy/export_regions.groovy exported."""
-        from patchcl_qupath.project.regions import read_regions
+        from patchcl_qupath.project.drawn import read_regions
 
         file = self.regions_file(entry)
         found = read_regions(file, entry.name, classes)
@@ -99,6 +99,16 @@ class FilesProject:
     def regions_file(self, entry: ImageEntry) -> Path:
         """An image's annotations, as QuPath exports them."""
         return self.output / "regions" / f"{entry.id}.geojson"
+
+    def labels(self, entry: ImageEntry, field_class: str) -> Corrections:
+        """The fields and nuclei that groovy/export_labels.groovy exported."""
+        from patchcl_qupath.project.drawn import read_labels
+
+        return read_labels(self.labels_file(entry), entry.name, field_class)
+
+    def labels_file(self, entry: ImageEntry) -> Path:
+        """An image's fields and their nuclei, as QuPath exports them."""
+        return self.output / "labels" / f"{entry.id}.geojson"
 
     def data(self, entry: ImageEntry) -> Path:
         """Where QuPath keeps an image's objects; there is none for an image never saved."""

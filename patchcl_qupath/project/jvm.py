@@ -65,10 +65,14 @@ class Remove:
 
 @dataclass(frozen=True)
 class Export:
-    """Write the annotations that persons made to a file, as groovy/export_regions.groovy does."""
+    """Write annotations to a file, as the Groovy scripts do that export.
+
+    Those that persons made; or, with ``fields``, those of this class and the nuclei in them.
+    """
 
     image: Image
     file: Path
+    fields: str | None = None
 
 
 Question = Write | Remove | Export
@@ -78,7 +82,7 @@ Question = Write | Remove | Export
 class Done:
     """How many objects were added, left_out, removed and kept; the seconds of each step.
 
-    Of an ``Export``: how many there are of each class.
+    Of an ``Export``: how many there are of each class, or of fields and nuclei.
     """
 
     counts: dict[str, int]
@@ -219,9 +223,9 @@ class _QuPath:
         self._class = JClass
         loader = JClass("groovy.lang.GroovyClassLoader")()
         file = JClass("java.io.File")
-        self._rules, self._regions, self._columns = (
+        self._rules, self._regions, self._labels, self._columns = (
             JClass(loader.parseClass(file(str(SCRIPTS / f"{name}.groovy"))))
-            for name in ("import_nuclei", "export_regions", "columns")
+            for name in ("import_nuclei", "export_regions", "export_labels", "columns")
         )
         self._lap("compile scripts")
 
@@ -256,9 +260,12 @@ class _QuPath:
 
     def _export(self, question: Export) -> dict[str, int]:
         _, _, image_data = self._open(question.image)
-        none = self._class("java.util.ArrayList")()
         file = self._class("java.io.File")(str(question.file)).toPath()
-        counts = self._regions.exportRegions(image_data, none, file)
+        if question.fields is None:
+            none = self._class("java.util.ArrayList")()
+            counts = self._regions.exportRegions(image_data, none, file)
+        else:
+            counts = self._labels.exportLabels(image_data, question.fields, file)
         image_data.getServer().close()
         return {str(name): int(count) for name, count in counts.items()}
 

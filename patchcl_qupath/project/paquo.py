@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.datatypes import ImageEntry, Nuclei
+from patchcl_qupath.datatypes import Corrections, ImageEntry, Nuclei
 from patchcl_qupath.errors import ImageError, ProjectError
+from patchcl_qupath.project.drawn import SELECTED
 from patchcl_qupath.project.files import FilesProject, is_newer
 from patchcl_qupath.project.jvm import Done, Export, Image, Process, Remove, Write, damaged
-from patchcl_qupath.project.regions import SELECTED
 from patchcl_qupath.storage import copy_once, write_json, writing
 
 OLDEST = (0, 4)  # the first QuPath whose objects have ids
@@ -107,6 +107,14 @@ class PaquoProject:
             self._check(entry)
             self.process.ask(Export(self._image(entry), file))
         return self.files.within(entry, classes)
+
+    def labels(self, entry: ImageEntry, field_class: str) -> Corrections:
+        """The fields that are saved, and the nuclei in them; or those exported since then."""
+        file, data = self.files.labels_file(entry), self.files.data(entry)
+        if data.exists() and not (file.exists() and is_newer(file, data)):
+            self._check(entry)
+            self.process.ask(Export(self._image(entry), file, field_class))
+        return self.files.labels(entry, field_class)
 
     def results(self, entry: ImageEntry) -> Path:
         """The folder of an image's nuclei."""

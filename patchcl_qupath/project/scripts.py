@@ -11,7 +11,12 @@ from patchcl_qupath.storage import replacing
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Installed, they are in the package (see pyproject.toml); in a checkout, beside it.
 FOLDER = next(f for f in (_PACKAGE / "groovy", _PACKAGE.parent / "groovy") if f.is_dir())
-NAMES = ("run_patchcl.groovy", "import_nuclei.groovy", "export_regions.groovy")
+NAMES = (
+    "run_patchcl.groovy",
+    "import_nuclei.groovy",
+    "export_regions.groovy",
+    "export_labels.groovy",
+)
 _COMMAND = "String command = ''"  # in the settings of run_patchcl.groovy
 
 

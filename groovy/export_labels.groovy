@@ -1,0 +1,77 @@
+/**
+ * Exports fields in which a person corrected all nuclei, for `patchcl-qp refine --labels-from CLASS`, of the
+ * open image; or, with 'Run > Run for project', of every image chosen there. Without a window:
+ *
+ *     QuPath script -p project.qpproj export_labels.groovy
+ *
+ * A field is an annotation of the class below: draw some (squares of about 250 um will do), and in each of them
+ * put every nucleus right: reshape it, delete what is none, draw what is missing. What is in a field then counts
+ * as a nucleus, the rest of it as none. Nothing in the image changes.
+ *
+ * Writes patchcl/labels/<image id>.geojson.
+ *
+ * Needs QuPath 0.4 or later.
+ */
+
+import java.nio.file.Files
+import java.nio.file.Path
+import java.nio.file.Paths
+import java.nio.file.StandardCopyOption
+import org.slf4j.LoggerFactory
+import qupath.lib.images.ImageData
+import qupath.lib.io.PathIO
+import qupath.lib.objects.PathObject
+import qupath.lib.objects.PathObjectTools
+import qupath.lib.roi.interfaces.ROI
+import qupath.lib.scripting.QP
+
+// ---------------------------------------------------------------- settings
+String fieldClass = 'Corrected'   // class of the annotations that are fields
+String folderName = 'patchcl'   // where patchcl-qp looks for labels, beside project.qpproj
+// -------------------------------------------------------------------------
+
+def logger = LoggerFactory.getLogger('export_labels')
+def imageData = QP.getCurrentImageData()
+def entry = QP.getProjectEntry()
+if (imageData == null || entry == null) {
+    logger.warn('Open an image of a project first, or choose Run > Run for project.')
+    return
+}
+Path file = Paths.get(QP.buildPathInProject(folderName, 'labels', entry.getID() + '.geojson'))
+Map<String, Integer> counts = exportLabels(imageData, fieldClass, file)
+logger.info("${entry.getImageName()}: ${counts.fields} fields with ${counts.nuclei} nuclei exported to ${file}.")
+
+
+/**
+ * Writes a file with the fields of an image, and with the nuclei that lie in them, in part or whole; says how many
+ * there are. patchcl-qp calls this, too, when it reads by itself.
+ */
+static Map<String, Integer> exportLabels(ImageData<?> imageData, String fieldClass, Path file) {
+    def hierarchy = imageData.getHierarchy()
+    List<PathObject> fields = hierarchy.getAnnotationObjects().findAll {
+        it.getROI()?.isArea() && it.getPathClass()?.toString() == fieldClass
+    }
+    // What holds a field, such as an annotation of tumor, is no nucleus.
+    double largest = fields.collect { it.getROI().getArea() }.max() ?: 0
+    List<PathObject> nuclei = hierarchy.getAllObjects(false).findAll { PathObject pathObject ->
+        ROI roi = PathObjectTools.getROI(pathObject, true)
+        (pathObject.isAnnotation() || pathObject.isDetection()) && roi?.isArea() && !fields.contains(pathObject) &&
+                roi.getArea() < largest && fields.any { PathObject field -> meet(roi, field.getROI()) }
+    }
+    Files.createDirectories(file.getParent())
+    Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')
+    Files.newOutputStream(temporary).withCloseable {
+        PathIO.exportObjectsAsGeoJSON(it, fields + nuclei, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
+    }
+    Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+    return [fields: fields.size(), nuclei: nuclei.size()]
+}
+
+/** Whether two outlines overlap; their boxes say it of most, and cheaply. */
+static boolean meet(ROI one, ROI other) {
+    boolean near = one.getBoundsX() < other.getBoundsX() + other.getBoundsWidth() &&
+            other.getBoundsX() < one.getBoundsX() + one.getBoundsWidth() &&
+            one.getBoundsY() < other.getBoundsY() + other.getBoundsHeight() &&
+            other.getBoundsY() < one.getBoundsY() + one.getBoundsHeight()
+    return near && one.getGeometry().intersects(other.getGeometry())
+}

@@ -1,0 +1,187 @@
+"""Pseudo-labels: the nuclei that are beyond doubt, found without a label.
+
+Thresholds at many levels cut a map into a tree of components: a clump at a low level falls into
+its nuclei at a higher one. Each component is worth its area, if it is convex and has a sharp rim;
+the disjoint components that are worth most together are kept (as in maximally stable regions, but
+by shape and rim: C. Arteta et al., Learning to Detect Cells Using Non-overlapping Extremal Regions,
+MICCAI 2012, who learn the worth from labels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from patchcl_qupath.config import SelfTrainConfig
+from patchcl_qupath.nuclei import outlines
+
+Stains = NDArray[np.float32]
+Answer = tuple[NDArray[np.int32], NDArray[np.bool_]]  # labels, background: (H, W) each
+_CROSS = ndimage.generate_binary_structure(2, 1)  # 3 px wide
+
+
+def pseudo_labels(
+    crops: Sequence[Stains],
+    confidences: Sequence[NDArray[np.float32]],
+    mpp: float,
+    config: SelfTrainConfig,
+) -> list[Answer]:
+    """What is beyond doubt in the crops of one slide: its nuclei, and where there is surely none.
+
+    From scaled stains (H, W, 3) and PatchCL's confidence (H, W) of each crop to labels (H, W),
+    1..N, and background (H, W). ``mpp`` is in um per pixel. All statistics are those of the crops
+    together: a crop without a nucleus shall not find its own darkest spots.
+    """
+    densities = [density(crop, mpp, config) for crop in crops]
+    slopes = [np.hypot(ndimage.sobel(d, 0), ndimage.sobel(d, 1)) for d in densities]
+    pixels = _all(densities)
+    dark = otsu(pixels)
+    steep = max(float(np.percentile(_all(slopes), 95)), 1e-6)
+    levels = np.linspace(config.lowest * dark, np.percentile(pixels, 99.5), config.levels)
+    answers = []
+    for d, slope, confidence in zip(densities, slopes, confidences, strict=True):
+        mean, deviation = _surroundings(d, config.around_um / mpp)
+        mask = (d > mean + config.excess * deviation) & (d > config.floor * dark)
+        for _ in range(2):
+            mask = ndimage.binary_closing(ndimage.binary_opening(mask, _CROSS), _CROSS)
+        background = ~mask & ((d < dark) | (d < mean))
+        components = [_components(mask & (d > level), mpp, config) for level in levels]
+        values = [_values(labels, slope / steep, mpp, config) for labels in components]
+        labels = _best(components, values)
+        sure = _mean_inside(labels, confidence) >= config.min_confidence
+        answers.append((_only(labels, sure), background & (labels == 0)))
+    return _without_fragments(answers, config.min_fragment)
+
+
+def density(stains: Stains, mpp: float, config: SelfTrainConfig) -> NDArray[np.float32]:
+    """Hematoxylin (H, W), less what the residual stain says is none of it, smoothed."""
+    hematoxylin = stains[..., 0] - config.residual * stains[..., 2]
+    return np.asarray(ndimage.gaussian_filter(hematoxylin, config.blur_um / mpp), np.float32)
+
+
+def otsu(values: NDArray[np.float32]) -> float:
+    """The threshold that parts ``values`` (N,) into two classes with the least variance within.
+
+    N. Otsu, A Threshold Selection Method from Gray-Level Histograms, IEEE Trans SMC 9 (1979).
+    """
+    count, edges = np.histogram(values, 256)
+    centre = (edges[1:] + edges[:-1]) / 2
+    below = np.cumsum(count)[:-1]
+    above = below[-1] + count[-1] - below
+    total = np.cumsum(count * centre)
+    apart = total[:-1] / np.maximum(below, 1) - (total[-1] - total[:-1]) / np.maximum(above, 1)
+    return float(centre[np.argmax(below * above * apart**2)])
+
+
+def _all(maps: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    return np.concatenate([values.ravel() for values in maps])
+
+
+def _surroundings(
+    values: NDArray[np.float32], sigma_px: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Local mean and standard deviation (H, W)."""
+    mean = ndimage.gaussian_filter(values, sigma_px)
+    square = ndimage.gaussian_filter(values * values, sigma_px)
+    return mean, np.sqrt(np.maximum(square - mean * mean, 0))
+
+
+def _mean_inside(labels: NDArray[np.int32], values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Mean of ``values`` (H, W) in each label, (N + 1,)."""
+    total = np.bincount(labels.ravel(), values.ravel())
+    return total / np.maximum(np.bincount(labels.ravel()), 1)
+
+
+def _only(labels: NDArray[np.int32], keep: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """The labels to keep, (N + 1,), renumbered; 0 stays the background."""
+    keep = keep.copy()
+    keep[0] = False
+    return np.where(keep, np.cumsum(keep), 0).astype(np.int32)[labels]
+
+
+def _without_fragments(answers: list[Answer], least: float) -> list[Answer]:
+    """Labels that are small beside the slide's typical nucleus are left in doubt.
+
+    Typical is the area that half of all labelled pixels lie in nuclei larger than.
+    """
+    areas = [np.bincount(labels.ravel()) for labels, _ in answers]
+    every = np.sort(np.concatenate([area[1:] for area in areas]))
+    if not len(every):
+        return answers
+    typical = every[np.searchsorted(np.cumsum(every), every.sum() / 2)]
+    return [
+        (_only(labels, area >= least * typical), background)
+        for (labels, background), area in zip(answers, areas, strict=True)
+    ]
+
+
+def _components(mask: NDArray[np.bool_], mpp: float, config: SelfTrainConfig) -> NDArray[np.int32]:
+    """Labels of the connected components, holes filled. They nest from level to level."""
+    holes, _ = ndimage.label(~mask)
+    small = np.bincount(holes.ravel()) * mpp**2 < config.max_area_um2
+    small[0] = False
+    labels, _ = ndimage.label(mask | small[holes])
+    return np.asarray(labels, np.int32)
+
+
+def _values(
+    labels: NDArray[np.int32], slope: NDArray[np.float32], mpp: float, config: SelfTrainConfig
+) -> NDArray[np.float64]:
+    """What components 0..N are worth as nuclei, (N + 1,); 0, the background, is worth nothing."""
+    area = np.bincount(labels.ravel()) * mpp**2
+    rim = (labels > 0) & (ndimage.grey_erosion(labels, footprint=_CROSS) == 0)
+    length = np.bincount(labels[rim], minlength=len(area))
+    edge = np.bincount(labels[rim], slope[rim], len(area)) / np.maximum(length, 1)
+    possible = (area >= config.min_area_um2) & (area <= config.max_area_um2)
+    possible &= edge >= config.min_edge
+    possible[0] = False
+    hulls = shapely.convex_hull(outlines(_only(labels, possible)))
+    solidity = area[possible] / (shapely.area(hulls) * mpp**2)  # a ring has little
+    convex = np.clip((solidity - config.min_solidity) / 0.2, 0, 1)
+    value = np.zeros(len(area))
+    value[possible] = area[possible] * convex * edge[possible] ** 3
+    return value
+
+
+def _best(
+    components: list[NDArray[np.int32]], values: list[NDArray[np.float64]]
+) -> NDArray[np.int32]:
+    """Labels of the disjoint components that are worth most together.
+
+    ``components`` are label images (H, W) from the lowest level to the highest, ``values`` what
+    each label is worth.
+    """
+    # Whose part a component is, one level below: all its pixels lie in the same one.
+    parents = []
+    for lower, upper in pairwise(components):
+        parent = np.zeros(upper.max() + 1, dtype=np.int64)
+        parent[upper.ravel()] = lower.ravel()
+        parent[0] = 0
+        parents.append(parent)
+
+    # From the top down to the roots: a component, or its parts?
+    best = values[-1]
+    wins = [best > 0]
+    for value, parent in zip(values[-2::-1], parents[::-1], strict=True):
+        parts = np.bincount(parent, best, len(value))
+        parts[0] = 0
+        wins.insert(0, (value > 0) & (value >= parts))
+        best = np.maximum(value, parts)
+
+    # From the roots up: the first on each path that is worth more than its parts.
+    labels = np.zeros(components[0].shape, dtype=np.int32)
+    taken, count = np.zeros(len(wins[0]), dtype=bool), 0
+    for level, (component, win) in enumerate(zip(components, wins, strict=True)):
+        if level:
+            taken = taken[parents[level - 1]]
+        kept = win & ~taken
+        number = np.where(kept, count + np.cumsum(kept), 0).astype(np.int32)
+        labels += number[component]
+        count += int(np.count_nonzero(kept))
+        taken = taken | kept
+    return labels

@@ -1,0 +1,206 @@
+"""Pseudo-labels on shapes whose truth is known, and what a network learns from them."""
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from patchcl_qupath import pseudo, selftrain, teaching
+from patchcl_qupath.config import Config, SelfTrainConfig
+from patchcl_qupath.crops import draw
+from patchcl_qupath.errors import TrainingError
+from patchcl_qupath.evaluate import f1
+from patchcl_qupath.model import Model, confidence
+from patchcl_qupath.network import ConfidenceNetwork
+from patchcl_qupath.pseudo import pseudo_labels
+from patchcl_qupath.segment import instances
+from patchcl_qupath.stains import StainScale
+from patchcl_qupath.teaching import targets, teaching_loss
+
+MPP = 0.5
+CONFIG = SelfTrainConfig()
+
+
+def discs(shape, centres_radii):
+    """Labels 1..N of discs (row, col, radius in px)."""
+    rows, cols = np.mgrid[: shape[0], : shape[1]] + 0.5
+    labels = np.zeros(shape, np.int32)
+    for k, (row, col, radius) in enumerate(centres_radii, start=1):
+        labels[(rows - row) ** 2 + (cols - col) ** 2 < radius**2] = k
+    return labels
+
+
+def tissue(labels, depth=1.0):
+    """Scaled stains of nuclei that are darker in their middle, and PatchCL's opinion of them."""
+    inside = ndimage.distance_transform_edt(labels > 0)
+    hematoxylin = 0.2 + depth * np.where(labels > 0, 0.5 + 0.05 * np.minimum(inside, 6), 0)
+    hematoxylin = ndimage.gaussian_filter(hematoxylin, 0.7)
+    stains = np.stack([hematoxylin, 0.4 + 0 * hematoxylin, 0 * hematoxylin], axis=-1)
+    opinion = np.where(hematoxylin > 0.45, 0.95, 0.05)
+    return stains.astype(np.float32), opinion.astype(np.float32)
+
+
+def find(stains, opinion, config=CONFIG):
+    """Pseudo-labels of a slide of one crop."""
+    ((labels, background),) = pseudo_labels([stains], [opinion], MPP, config)
+    return labels, background
+
+
+def test_clear_nuclei_are_labelled_and_the_rest_is_background():
+    truth = discs((120, 160), [(30, 30, 8), (60, 100, 10), (95, 50, 6), (25, 120, 9)])
+    labels, background = find(*tissue(truth))
+    assert f1(labels, truth) == 1
+    assert not (background & (truth > 0)).any()
+    assert background[truth == 0].mean() > 0.9
+
+
+def test_a_clump_falls_into_its_nuclei_and_a_strand_is_left_in_doubt():
+    places = [(30, 30), (30, 47), (47, 47), (64, 47)]
+    truth = discs((100, 160), [(row, col, 8) for row, col in places])
+    strand = np.zeros(truth.shape, bool)
+    rows, cols = np.mgrid[:100, :160]
+    strand[np.abs(np.hypot(rows - 50, cols - 120) - 22) < 3] = True  # a ring, as of a follicle
+    stains, opinion = tissue(np.where(strand, 9, truth).astype(np.int32))
+    labels, background = find(stains, opinion)
+    assert len({int(labels[place]) for place in places} - {0}) == 4
+    assert not (labels > 0)[strand].any()
+    assert not background[ndimage.binary_erosion(strand)].any()
+
+
+def test_what_patchcl_does_not_see_is_no_pseudo_label():
+    truth = discs((100, 100), [(50, 50, 9)])
+    stains, opinion = tissue(truth)
+    labels, background = find(stains, 0 * opinion)
+    assert labels.max() == 0
+    assert background[truth == 0].mean() > 0.9
+    assert not background[
+        ndimage.binary_erosion(truth > 0)
+    ].any()  # hematoxylin says otherwise: left in doubt
+
+
+def test_a_crop_without_nuclei_finds_none_beside_those_with():
+    """Alone, each crop would find its own darkest spots."""
+    truth = discs((120, 160), [(30, 30, 8), (60, 100, 10), (95, 50, 6), (25, 120, 9)])
+    stains, opinion = tissue(truth)
+    spots = stains * 0.3  # pale spots of the same shape: of stroma, say
+    sure = np.ones(truth.shape, np.float32)
+    both = pseudo_labels([stains, spots], [opinion, sure], MPP, CONFIG)
+    assert both[0][0].max() == 4
+    assert both[1][0].max() == 0
+    assert both[1][1].mean() > 0.95
+
+
+def test_fragments_are_left_in_doubt():
+    truth = discs((120, 160), [(30, 30, 12), (60, 100, 12), (95, 50, 12), (25, 120, 3)])
+    labels, background = find(*tissue(truth))
+    assert labels.max() == 3
+    assert not background[truth == 4].any()
+    labels, _ = find(*tissue(truth), replace(CONFIG, min_fragment=0.0))
+    assert labels.max() == 4
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (3, 3)])
+def test_blank_crops_have_none(shape):
+    stains = np.full((*shape, 3), 0.3, np.float32)
+    for opinion in (0.0, 1.0):
+        labels, _ = find(stains, np.full(shape, opinion, np.float32))
+        assert labels.max() == 0
+
+
+def test_targets_part_touching_nuclei():
+    labels = np.zeros((20, 40), np.int32)
+    labels[5:15, 5:15] = 1
+    labels[5:15, 15:25] = 2
+    background = np.zeros(labels.shape, bool)
+    background[:, 30:] = True
+    nucleus, core, known = np.moveaxis(targets(labels, background), -1, 0)
+    assert (nucleus > 0).sum() == 200
+    pieces, count = ndimage.label(core)
+    assert count == 2
+    assert pieces[10, 10] != pieces[10, 20]
+    assert core[5, 5] == core[10, 14] == core[10, 15] == 0
+    np.testing.assert_array_equal(known > 0, (labels > 0) | background)
+
+
+def test_loss_knows_what_is_right_and_does_not_ask_where_nothing_is_known():
+    target = torch.zeros(2, 3, 8, 8)
+    target[:, :2, 2:6, 2:6] = 1
+    target[:, 2, :, :4] = 1
+    right = (target[:, :2] * 2 - 1) * 20
+    wrong_where_unknown = right.clone()
+    wrong_where_unknown[..., 4:] *= -1
+    assert teaching_loss(right, target) < 0.1
+    assert teaching_loss(wrong_where_unknown, target) == teaching_loss(right, target)
+    assert teaching_loss(-right, target) > 10
+    assert teaching_loss(right, 0 * target).isfinite()
+
+
+def test_layers_are_cut_alike():
+    first = np.arange(30 * 40, dtype=float).reshape(30, 40, 1)
+    a, b = draw([first, first[..., 0]], 50, np.random.default_rng(2))
+    assert a.shape == (50, 50, 1)
+    np.testing.assert_array_equal(a[..., 0], b)
+    assert set(np.unique(b)) == set(range(1200))
+
+
+class Opinion(ConfidenceNetwork):
+    """PatchCL as it might be: sure wherever there is some hematoxylin."""
+
+    def __init__(self):
+        super().__init__(1, 1, (1,))
+
+    def forward(self, x):
+        return torch.sigmoid(20 * (x[:, :1] - 0.5))
+
+
+def nuclei_images(n):
+    """RGB images of purple discs on pink, and their truths."""
+    rng = np.random.default_rng(5)
+    images, truths = [], []
+    for _ in range(n):
+        spots = rng.uniform([10, 10, 6], [150, 150, 10], (14, 3))
+        truth = discs((160, 160), spots)
+        rgb = np.full((160, 160, 3), (225, 180, 205), float)
+        rgb[truth > 0] = (110, 70, 150)
+        rgb = ndimage.gaussian_filter(rgb, (1, 1, 0)) + rng.normal(0, 4, rgb.shape)
+        images.append(np.clip(rgb, 0, 255).astype(np.uint8))
+        truths.append(truth)
+    return images, truths
+
+
+def test_a_network_learns_from_what_patchcl_is_sure_of():
+    images, truths = nuclei_images(5)
+    scales = [StainScale.fit(images)] * 5
+    quick = replace(CONFIG, steps=150, widths=(8, 12, 16))
+    teacher = Model(Opinion(), replace(Config(), selftrain=quick), 0, False, 0.5, {"steps": 1})
+    said = []
+    model = selftrain.train(images[:4], scales[:4], teacher, lambda *step: said.append(step))
+    assert said[-1] == ("learning to part nuclei", 150, 150)
+    assert model.training["patchcl"] == {"steps": 1}
+    assert len(model.training["loss"]) == 150
+    assert model.training["loss"][-1] < model.training["loss"][0]
+    found = confidence(model, images[4], scales[4])  # never seen
+    labels = instances(found.nucleus, MPP, Config().segment, 0.5, found.core)
+    assert f1(labels, truths[4]) > 0.7
+
+    again = selftrain.train(images[:4], scales[:4], teacher, lambda *step: None)
+    assert again.digest == model.digest
+
+
+def test_nothing_to_learn_from_is_said():
+    blank = np.full((200, 200, 3), 240, np.uint8)
+    scale = StainScale.fit(nuclei_images(1)[0])
+    teacher = Model(Opinion(), Config(), 0, False, 0.5)
+    with pytest.raises(TrainingError, match="no clear nucleus was found"):
+        selftrain.train([blank], [scale], teacher, lambda *step: None)
+
+
+@pytest.mark.parametrize("module", [selftrain, pseudo, teaching])
+def test_no_label_can_reach_training(module):
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not {m for m in modules if "evaluate" in m or "project" in m}
