@@ -8,8 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "patchcl_qupath"
 FLOORS = [  # a module imports from the floors below its own only
     {"cli"},
-    {"pipeline"},
-    {"prepare"},
+    {"pipeline", "score"},
+    {"prepare", "truth"},
     {"project", "slide", "tiles", "segment", "nuclei", "runs", "patchcl", "evaluate", "report"},
     {"network", "resample", "pyramid"},
     {"datatypes", "config", "stains", "storage"},
