@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from patchcl_qupath.model import Model
     from patchcl_qupath.pipeline import ImageResult, Progress
     from patchcl_qupath.project import Project
+    from patchcl_qupath.score import ImageScore
 
 # Threads of torch that wait by spinning starve whatever else the machine does, and themselves: a
 # training beside one busy process took three times as long. Read when torch is first imported.
@@ -229,6 +230,37 @@ def status(
                     for row in rows
                 ],
             )
+
+
+@main.command()
+@_shared
+@click.option(
+    "--truth",
+    type=_PATH,
+    required=True,
+    metavar="DIR|GEOJSON",
+    help="Outlined nuclei: a folder with files named as the images (GeoJSON as QuPath exports it, "
+    "or instance labels as PNG, TIFF or NPY), or the file of one image.",
+)
+def score(
+    project_path: Path,
+    names: tuple[str, ...],
+    mpp: float | None,
+    config: Path | None,
+    as_json: bool,
+    truth: Path,
+) -> None:
+    """Say how well the nuclei of `run` in PROJECT agree with nuclei that people outlined.
+
+    The truth must have every nucleus of an image, or of the regions that the run kept to.
+    """
+    with _reporting_errors(as_json):
+        project, entries, _ = _open(project_path, names, config, None)
+        from patchcl_qupath.score import score as score_images
+
+        scored, without = score_images(project, entries, truth)
+        _report_scores(project, scored, without, as_json)
+    sys.exit(1 if any(image.problem for image in scored) else 0)
 
 
 @main.command()
@@ -452,6 +484,40 @@ def _report_run(project: Project, results: Sequence[ImageResult], as_json: bool)
     for result in results:
         if result.problem:
             click.echo(f"Failed: {result.problem}", err=True)
+
+
+def _report_scores(
+    project: Project, scored: Sequence[ImageScore], without: Sequence[str], as_json: bool
+) -> None:
+    from patchcl_qupath.score import SCORES, mean
+
+    means = mean(scored)
+    if as_json:
+        images = [asdict(image) for image in scored]
+        _print_json(
+            {"project": str(project.path), "images": images, "mean": means, "without": without}
+        )
+        return
+    if means:
+        rows = [
+            [image.image, f"{image.nuclei:,}", f"{image.true_nuclei:,}", *_figures(image.scores)]
+            for image in scored
+            if not image.problem
+        ]
+        titles = ["image", "nuclei", "true nuclei", *SCORES.values()]
+        _print_table(titles, [*rows, ["mean", None, None, *_figures(means)]])
+    for image in scored:
+        if image.note:
+            click.echo(f"Note: {image.image}: {image.note}")
+    if without:
+        click.echo(f"Without truth, left out: {', '.join(without)}")
+    for image in scored:
+        if image.problem:
+            click.echo(f"Failed: {image.problem}", err=True)
+
+
+def _figures(scores: dict[str, float]) -> list[str]:
+    return [f"{score:.3f}" for score in scores.values()]
 
 
 def _print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -15,12 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 
 Polygons = NDArray[np.object_]  # (N,) of shapely.Polygon
+Labels = NDArray[np.integer[Any]]  # (H, W): 0 is background, each other value is one nucleus
 
 
 @dataclass(frozen=True)

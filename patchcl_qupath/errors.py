@@ -7,6 +7,7 @@ PatchCLError
 │   └── SlideError  its pixels cannot be opened or read
 ├── ModelError      a model is missing, damaged or of another kind
 ├── TrainingError   nothing could be learnt from the images given
+├── TruthError      what to score against is missing, damaged or of another image
 └── StorageError    results cannot be written here
 """
 
@@ -37,6 +38,10 @@ class ModelError(PatchCLError):
 
 class TrainingError(PatchCLError):
     """Nothing could be learnt from the images given."""
+
+
+class TruthError(PatchCLError):
+    """What to score against is missing, damaged or of another image."""
 
 
 class StorageError(PatchCLError):

@@ -13,7 +13,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import Nuclei, Polygons, Tile, grid_to_level0, tile_to_grid
+from patchcl_qupath.datatypes import Labels, Nuclei, Polygons, Tile, grid_to_level0, tile_to_grid
 from patchcl_qupath.stains import hematoxylin_eosin
 
 # Walking clockwise round a region, as seen on the screen, the region is on the right. The four
@@ -24,6 +24,7 @@ _ACROSS = np.array([[-1, 0], [0, 1], [1, 0], [0, -1]])
 _AHEAD = np.array([[0, 1], [1, 0], [0, -1], [-1, 0]])
 
 _SIMPLIFY_PX = 0.2  # an outline may move by this much when points are left out
+_BLOCK_PX = 2048  # images are traced in blocks, since that takes up to 50 bytes a pixel
 
 
 def centroids(labels: NDArray[np.int32], tile: Tile) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -49,28 +50,68 @@ def outlines(labels: NDArray[np.int32]) -> Polygons:
     smoothed without shrinking, and simplified by at most 0.2 px. Of a label
     in several pieces the largest piece is taken. A label without pixels raises ValueError.
     """
-    padded = np.pad(labels, 1)
-    edge, next_edge = _edges(padded)
-    ring, place = _rings(next_edge)
-    order = np.lexsort((place, ring))
-    edge, ring = edge[order], ring[order]
-
-    pixel, way = edge // 4, edge % 4
-    corner = np.stack(np.divmod(pixel, padded.shape[1]), axis=-1) + _START[way]  # (E, 2) row, col
-    xy = (corner + _AHEAD[way] / 2)[:, ::-1] - 1  # midpoints; without the padding
-    first = np.flatnonzero(np.diff(ring, prepend=-1))
-    length = np.diff(first, append=len(ring))
-    xy = _smooth(xy, first, length)
-
-    polygons = shapely.polygons(
-        shapely.linearrings(xy, indices=np.repeat(np.arange(len(first)), length))
-    )
-    owner = padded.ravel()[pixel[first]]
+    corner, step, ring, owner = _trace(labels)
+    xy = _smooth(corner + step / 2, ring)
+    polygons = shapely.polygons(shapely.linearrings(xy, indices=ring))
     outer = _largest(shapely.area(polygons), owner, int(labels.max(initial=0)))
     return _tidy(polygons[outer])
 
 
-def _edges(padded: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def footprints(labels: Labels) -> Polygons:
+    """What each of N labels covers -> (N,) valid polygons or multipolygons, in the labels' order.
+
+    They run along the edges of the pixels, so an area is a number of pixels; holes and separate
+    pieces are kept. Labels may be any numbers; 0 is background.
+    """
+    rings, owners = [np.empty(0, dtype=object)], [np.empty(0, dtype=labels.dtype)]
+    for row in range(0, labels.shape[0], _BLOCK_PX):
+        for col in range(0, labels.shape[1], _BLOCK_PX):
+            block = labels[row : row + _BLOCK_PX, col : col + _BLOCK_PX]
+            corner, _, ring, owner = _trace(block)
+            corner += np.array([col, row])
+            rings.append(shapely.polygons(shapely.linearrings(corner, indices=ring)))
+            owners.append(owner)
+    owner = np.concatenate(owners)
+    order = np.argsort(owner, kind="stable")
+    # A ring that touches itself at a corner is not valid; points within straight lines cost time.
+    parts = shapely.simplify(shapely.make_valid(np.concatenate(rings)[order]), 0)
+    return _even_odd(parts, owner[order])
+
+
+def _even_odd(parts: Polygons, owner: Labels) -> Polygons:
+    """What an odd number of the parts of each owner covers; parts are sorted by their owners.
+
+    That takes holes out, keeps what lies in them, and joins parts that share an edge.
+    """
+    while True:
+        place = np.arange(len(owner)) - np.searchsorted(owner, owner)
+        second = np.flatnonzero(place % 2)
+        if not len(second):
+            return parts
+        parts[second - 1] = shapely.symmetric_difference(parts[second - 1], parts[second])
+        parts, owner = np.delete(parts, second), np.delete(owner, second)
+
+
+def _trace(
+    labels: Labels,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], Labels]:
+    """Walk round all labels, along the edges of their pixels.
+
+    Returns of each edge its first corner (E, 2) and the step to the next one (E, 2), in (x, y),
+    and its ring (E,), ascending; of each ring its label (R,). Holes have rings of their own.
+    """
+    padded = np.pad(labels, 1)
+    edge, next_edge = _edges(padded)
+    head, place = _rings(next_edge)
+    order = np.lexsort((place, head))
+    pixel, way = edge[order] // 4, edge[order] % 4
+    starts = np.diff(head[order], prepend=-1) != 0
+    corner = np.stack(np.divmod(pixel, padded.shape[1]), axis=-1) + _START[way] - 1
+    owner = padded.ravel()[pixel[starts]]
+    return corner[:, ::-1], _AHEAD[way][:, ::-1], np.cumsum(starts) - 1, owner
+
+
+def _edges(padded: Labels) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """All edges between a label and what is not it -> (edge (E,), index of the next edge (E,)).
 
     An edge is ``4 * pixel + way``. After an edge, the walk turns right round the same pixel if the
@@ -125,23 +166,24 @@ def _rings(following: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.
     return head, -left
 
 
-def _smooth(
-    xy: NDArray[np.float64], first: NDArray[np.int64], length: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def _smooth(xy: NDArray[np.float64], ring: NDArray[np.int64]) -> NDArray[np.float64]:
     """Each point of each closed ring averaged with its neighbours, without shrinking the ring.
+
+    ``xy`` (E, 2) are points, ``ring`` (E,), ascending, the ring of each.
 
     One average of 1 : 2 : 1 pulls a circle inwards; what a second one would pull is given back
     (G. Taubin, A signal processing approach to fair surface design, SIGGRAPH 1995).
     """
     before, after = np.arange(len(xy)) - 1, np.arange(len(xy)) + 1
-    before[first] = first + length - 1
-    after[first + length - 1] = first
+    first = np.flatnonzero(np.diff(ring, prepend=-1))
+    last = np.flatnonzero(np.diff(ring, append=len(ring)))
+    before[first], after[last] = last, first
     once = (xy[before] + 2 * xy + xy[after]) / 4
     twice = (once[before] + 2 * once + once[after]) / 4
     return 2 * once - twice
 
 
-def _largest(area: NDArray[np.float64], owner: NDArray[np.int32], n: int) -> NDArray[np.int64]:
+def _largest(area: NDArray[np.float64], owner: Labels, n: int) -> NDArray[np.int64]:
     """Index of the largest ring of each label 1..n."""
     order = np.lexsort((area, owner))
     last = np.searchsorted(owner[order], np.arange(1, n + 1), side="right") - 1

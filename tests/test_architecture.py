@@ -8,21 +8,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "patchcl_qupath"
 FLOORS = [  # a module imports from the floors below its own only
     {"cli"},
-    {"pipeline"},
+    {"pipeline", "score"},
     {"fields"},
-    {"prepare"},
-    {
-        "project",
-        "slide",
-        "tiles",
-        "segment",
-        "runs",
-        "patchcl",
-        "selftrain",
-        "cdcl",
-        "evaluate",
-        "report",
-    },
+    {"prepare", "truth"},
+    {"project", "slide", "tiles", "segment", "runs", "evaluate", "report"}
+    | {"patchcl", "selftrain", "cdcl"},
     {"model", "contrast", "pseudo", "teaching"},
     {"network", "resample", "pyramid", "crops", "nuclei"},
     {"datatypes", "config", "stains", "storage"},

@@ -64,7 +64,7 @@ def quick(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["run", "train", "init", "status"])
+@pytest.mark.parametrize("command", ["run", "train", "init", "status", "score"])
 def test_every_command_explains_itself(command):
     result = call(command, "--help")
     assert result.exit_code == 0

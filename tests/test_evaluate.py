@@ -1,7 +1,11 @@
+"""Scores: worked by hand, on labels and on polygons; and as a published implementation has them."""
+
 import numpy as np
 import pytest
+import shapely
 
-from patchcl_qupath.evaluate import aji, dice, f1, pq
+from patchcl_qupath.evaluate import Overlaps, aji, dice, f1, pq
+from patchcl_qupath.nuclei import footprints
 
 NOTHING = np.zeros((4, 6), dtype=np.int32)
 
@@ -25,39 +29,96 @@ PREDICTION = np.array(
 )
 
 
-def test_dice_of_a_case_worked_by_hand():
-    assert dice(PREDICTION, TRUTH) == pytest.approx(2 * 8 / (11 + 12))
+@pytest.fixture(params=["labels", "polygons"])
+def compared(request):
+    """Overlaps of two label images, as such or by way of polygons."""
+    if request.param == "labels":
+        return Overlaps.of_labels
+    return lambda *sides: Overlaps.of_polygons(*map(footprints, sides))
 
 
-def test_aji_of_a_case_worked_by_hand():
+def blobs(seed):
+    """Two label images of one scene, whose numbers have gaps: cells split, merged and missed."""
+    rng = np.random.default_rng(seed)
+    scene = rng.integers(0, 25, (12, 15)).repeat(3, axis=0).repeat(3, axis=1) * (seed + 1)
+    other = np.where(rng.random(scene.shape) < 0.8, scene, np.roll(scene, 1, axis=seed % 2))
+    merged = np.where(other % 4 == 0, other // 2, other)
+    return merged.astype(np.uint16), scene
+
+
+def test_dice_of_a_case_worked_by_hand(compared):
+    assert compared(PREDICTION, TRUTH).dice == pytest.approx(2 * 8 / (11 + 12))
+
+
+def test_aji_of_a_case_worked_by_hand(compared):
     # 1 takes 3: 4 of 6. 2 takes 1, the first of two equals: 2 of 4. 7 takes none: 2.
     # Not taken: 9 (2 px) and 5 (3 px).
-    assert aji(PREDICTION, TRUTH) == pytest.approx((4 + 2) / (6 + 4 + 2 + 2 + 3))
+    assert compared(PREDICTION, TRUTH).aji == pytest.approx((4 + 2) / (6 + 4 + 2 + 2 + 3))
 
 
-def test_f1_and_pq_of_a_case_worked_by_hand():
+def test_f1_and_pq_of_a_case_worked_by_hand(compared):
     # One match, 1 with 3, of IoU 4/6; the halves of 2 have IoU 1/2, which is not above it.
-    assert f1(PREDICTION, TRUTH) == pytest.approx(2 * 1 / (4 + 3))
-    assert pq(PREDICTION, TRUTH) == pytest.approx(2 * 1 / (4 + 3) * 4 / 6)
+    assert compared(PREDICTION, TRUTH).f1 == pytest.approx(2 * 1 / (4 + 3))
+    assert compared(PREDICTION, TRUTH).pq == pytest.approx(2 * 1 / (4 + 3) * 4 / 6)
 
 
-def test_aji_lets_two_nuclei_take_the_same_prediction():
+def test_aji_lets_two_nuclei_take_the_same_prediction(compared):
     truth = np.array([[1, 1, 2, 2]])
     merged = np.array([[1, 1, 1, 1]])
-    assert aji(merged, truth) == pytest.approx((2 + 2) / (4 + 4))  # as published
+    assert compared(merged, truth).aji == pytest.approx((2 + 2) / (4 + 4))  # as published
 
 
-@pytest.mark.parametrize("score", [dice, aji, f1, pq])
-def test_scores_are_one_for_the_truth_however_it_is_numbered(score):
+@pytest.mark.parametrize("score", ["dice", "aji", "f1", "pq"])
+def test_scores_are_one_for_the_truth_however_it_is_numbered(compared, score):
     renumbered = np.array([0, 40, 3, 0, 0, 0, 0, 12])[TRUTH].astype(np.uint16)
-    assert score(renumbered, TRUTH) == 1
-    assert score(NOTHING, NOTHING) == 1
+    assert getattr(compared(renumbered, TRUTH), score) == 1
+    assert getattr(compared(NOTHING, NOTHING), score) == 1
 
 
-@pytest.mark.parametrize("score", [dice, aji, f1, pq])
-def test_scores_are_zero_where_one_side_is_empty(score):
-    assert score(NOTHING, TRUTH) == 0
-    assert score(TRUTH, NOTHING) == 0
+@pytest.mark.parametrize("score", ["dice", "aji", "f1", "pq"])
+def test_scores_are_zero_where_one_side_is_empty(compared, score):
+    assert getattr(compared(NOTHING, TRUTH), score) == 0
+    assert getattr(compared(TRUTH, NOTHING), score) == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_polygons_and_labels_have_the_same_scores(seed):
+    labels = blobs(seed)
+    polygons = Overlaps.of_polygons(*map(footprints, labels))
+    assert polygons.dice == pytest.approx(dice(*labels))
+    assert polygons.aji == pytest.approx(aji(*labels))
+    assert polygons.f1 == pytest.approx(f1(*labels))
+    assert polygons.pq == pytest.approx(pq(*labels))
+    assert 0 < polygons.pq < 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_f1_and_pq_are_as_published(seed):
+    published = pytest.importorskip("cellseg_metrics")
+    prediction, truth = blobs(seed)
+    quality = published.panoptic_quality(truth, prediction)
+    assert f1(prediction, truth) == pytest.approx(quality["dq"])
+    assert pq(prediction, truth) == pytest.approx(quality["pq"])
+
+
+def test_dice_counts_what_nuclei_of_one_side_share_once():
+    prediction = shapely.box([0, 3, 20], [0, 0, 0], [5, 8, 22], [4, 4, 1])  # 32 + 2
+    truth = shapely.box([0, 1], [0, 0], [6, 6], [4, 2])  # 24
+    assert Overlaps.of_polygons(prediction, truth).dice == pytest.approx(2 * 24 / (34 + 24))
+
+
+def test_nuclei_drawn_twice_match_one_nucleus_once():
+    drawn = shapely.box([0, 10], [0, 0], [4, 14], [4, 4])
+    twice = Overlaps.of_polygons(drawn, drawn[[0, 0, 1]])
+    assert twice.f1 == twice.pq == pytest.approx(2 * 2 / (2 + 3))
+
+
+def test_nuclei_that_touch_do_not_overlap():
+    touching = Overlaps.of_polygons(
+        shapely.box([0], [0], [4], [4]), shapely.box([4], [0], [8], [4])
+    )
+    assert not len(touching.shared)
+    assert touching.dice == touching.aji == touching.f1 == 0
 
 
 def test_images_of_different_shapes_are_refused():

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import shapely
 
+from patchcl_qupath import nuclei as nuclei_module
 from patchcl_qupath.datatypes import Box, Nuclei, Tile
 from patchcl_qupath.nuclei import (
     centroids,
+    footprints,
     measure,
     nuclei_of_tile,
     outlines,
@@ -63,6 +65,35 @@ def test_holes_are_left_out_and_the_largest_piece_is_taken():
     (polygon,) = outlines(labels)
     assert not polygon.interiors
     assert polygon.area == pytest.approx(900, rel=0.01)
+
+
+@pytest.mark.parametrize("block_px", [4, 64])
+def test_footprints_have_every_pixel(monkeypatch, block_px):
+    monkeypatch.setattr(nuclei_module, "_BLOCK_PX", block_px)
+    labels = np.zeros((20, 30), dtype=np.uint16)
+    labels[2:12, 3:13] = 900
+    labels[4:8, 5:9] = 0  # a hole, with
+    labels[5, 6] = 900  # ... a piece in it
+    labels[12:15, 13:16] = 900  # touches by a corner
+    labels[18:, 25:] = 7  # at the border
+    labels[3, 20] = labels[4, 21] = labels[5, 20] = labels[4, 19] = 8  # a ring of corners
+    seven, eight, nine_hundred = footprints(labels)
+    assert seven.equals(shapely.box(25, 18, 30, 20))
+    assert (eight.area, len(eight.geoms)) == (4, 4)
+    squares = [shapely.box(c, r, c + 1, r + 1) for r, c in np.argwhere(labels == 900)]
+    assert nine_hundred.equals(shapely.union_all(squares))
+    assert nine_hundred.geom_type == "MultiPolygon"
+
+
+@pytest.mark.parametrize("block_px", [7, 512])
+def test_footprints_of_noise_are_valid_and_exact(monkeypatch, block_px):
+    monkeypatch.setattr(nuclei_module, "_BLOCK_PX", block_px)
+    labels = np.random.default_rng(0).integers(0, 9, (40, 50)) ** 2
+    areas = footprints(labels)
+    assert shapely.is_valid(areas).all()
+    _, count = np.unique(labels[labels > 0], return_counts=True)
+    np.testing.assert_array_equal(shapely.area(areas), count)
+    assert not len(footprints(np.zeros_like(labels)))
 
 
 def test_random_shapes_have_valid_outlines():

@@ -1,0 +1,106 @@
+"""The story of a score: what a run found, what is true, and how well they agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import shapely
+
+from patchcl_qupath.datatypes import ImageEntry, Polygons
+from patchcl_qupath.errors import ImageError, PatchCLError
+from patchcl_qupath.evaluate import Overlaps
+from patchcl_qupath.project import Project
+from patchcl_qupath.storage import read_nuclei
+from patchcl_qupath.truth import made_valid, read_truth, truth_files
+
+SCORES = {"dice": "Dice", "aji": "AJI", "pq": "PQ", "f1": "F1 at IoU 0.5"}
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """How well one image's nuclei agree with the truth: ``problem`` is None unless it failed.
+
+    ``scores`` have the names of SCORES, and are between 0 and 1.
+    """
+
+    id: str
+    image: str
+    problem: str | None = None
+    note: str | None = None
+    nuclei: int | None = None
+    true_nuclei: int | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+def score(
+    project: Project, entries: Sequence[ImageEntry], truth: Path
+) -> tuple[list[ImageScore], list[str]]:
+    """Score the images of which ``truth``, a folder or a file, has the nuclei.
+
+    Returns their scores, and the names of the images without truth. An image that fails says why,
+    and the next one begins. Raises TruthError where no image has a truth.
+    """
+    files = truth_files(truth, entries)
+    scored, without = [], []
+    for entry in entries:
+        if not files[entry.id]:
+            without.append(entry.name)
+            continue
+        try:
+            scored.append(score_image(project, entry, files[entry.id]))
+        except PatchCLError as error:
+            scored.append(ImageScore(entry.id, entry.name, problem=str(error)))
+    return scored, without
+
+
+def score_image(project: Project, entry: ImageEntry, files: Sequence[Path]) -> ImageScore:
+    """Score one image. Raises ImageError for its nuclei, TruthError for the truth."""
+    nuclei, regions = _found(project, entry)
+    truth = read_truth(files, entry)
+    true, notes = truth.polygons, [truth.note] if truth.note else []
+    if regions:
+        # A nucleus is where its centroid is, as in the run.
+        centroids = shapely.STRtree(shapely.centroid(true))
+        true = true[np.unique(centroids.query(regions, predicate="covers")[1])]
+        notes.append("only inside the regions that the run kept to")
+    overlaps = Overlaps.of_polygons(nuclei, true)
+    return ImageScore(
+        entry.id,
+        entry.name,
+        note="; ".join(notes) or None,
+        nuclei=len(nuclei),
+        true_nuclei=len(true),
+        scores={name: getattr(overlaps, name) for name in SCORES},
+    )
+
+
+def mean(scored: Sequence[ImageScore]) -> dict[str, float]:
+    """Each score's mean over the images that have one; empty where none has."""
+    done = [image.scores for image in scored if not image.problem]
+    return {name: float(np.mean([s[name] for s in done])) for name in SCORES} if done else {}
+
+
+def _found(project: Project, entry: ImageEntry) -> tuple[Polygons, list[shapely.Geometry]]:
+    """The nuclei that the last run left, level 0; and the regions that it kept to, if it did."""
+    folder = project.results(entry)
+    try:
+        about = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        regions = [
+            shapely.from_geojson(json.dumps(region["geometry"]))
+            for region in about.get("regions", ())
+        ]
+        # Outlines are rounded to 0.01 px, which may have folded one.
+        nuclei = made_valid(read_nuclei(folder / "nuclei.parquet").polygons)
+    except FileNotFoundError:
+        raise ImageError(
+            f"{entry.name} has no nuclei to score: find them with `patchcl-qp run` first"
+        ) from None
+    except Exception as error:  # readers of damaged files raise anything
+        raise ImageError(
+            f"{entry.name}: its nuclei in {folder} cannot be read: do `patchcl-qp run` again"
+        ) from error
+    return nuclei, regions

@@ -1,0 +1,181 @@
+"""What is true of an image: nuclei that people outlined, as label images or as GeoJSON.
+
+A file is an image's truth if it has the image's name, or its stem, before one of SUFFIXES.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import shapely
+import tifffile
+from PIL import Image
+
+from patchcl_qupath.datatypes import ImageEntry, Labels, Polygons, grid_to_level0
+from patchcl_qupath.errors import TruthError
+from patchcl_qupath.nuclei import footprints
+from patchcl_qupath.slide import Slide
+
+GEOJSON = (".geojson", ".geojson.gz")
+SUFFIXES = (*GEOJSON, ".png", ".tif", ".tiff", ".npy")
+_KINDS = f"a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The true nuclei of an image: (T,) valid polygons and multipolygons, level 0.
+
+    ``note`` says what a person should know of them.
+    """
+
+    polygons: Polygons
+    note: str | None = None
+
+
+def truth_files(truth: Path, entries: Sequence[ImageEntry]) -> dict[str, list[Path]]:
+    """The files of truth of each image, by its id, in a folder; or one file, of the one image.
+
+    An image may have none. Raises TruthError where none has one.
+    """
+    if truth.is_dir():
+        named: dict[str, list[Path]] = {}
+        for file in sorted(truth.iterdir()):
+            named.setdefault(_name(file), []).append(file)
+        named.pop("", None)
+        found = {
+            entry.id: named.get(entry.name) or named.get(PurePath(entry.name).stem, [])
+            for entry in entries
+        }
+        if not any(found.values()):
+            raise TruthError(
+                f"{truth} holds no truth: name files as the images, as {entries[0].name}.geojson "
+                f"({_KINDS})"
+            )
+        return found
+    if not truth.is_file():
+        raise TruthError(f"{truth} does not exist: give {_KINDS}, or a folder of such files")
+    if not _name(truth):
+        raise TruthError(f"{truth} cannot be the truth: give {_KINDS}")
+    if len(entries) > 1:
+        raise TruthError(
+            f"{truth} is the truth of one image: say which one with --image, or give a folder"
+        )
+    return {entries[0].id: [truth]}
+
+
+def read_truth(files: Sequence[Path], entry: ImageEntry) -> Truth:
+    """The true nuclei of an image, which has at least one file of them.
+
+    GeoJSON is taken at level 0, and an outline that holds several others for a region. Instance
+    labels, integers of which 0 is background, may be finer or coarser than level 0 by a whole
+    factor. Raises TruthError for several files, a damaged one, or one of another size; ImageError
+    where the image's size is not known.
+    """
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise TruthError(f"{entry.name} has several files of truth ({names}): leave one of them")
+    (path,) = files
+    if path.name.lower().endswith(GEOJSON):
+        return _without_regions(_outlined(path, entry))
+    labels = _labels(path, entry)
+    scale = _scale(path, labels.shape[::-1], entry)
+    return Truth(grid_to_level0(footprints(labels), (scale, scale)))
+
+
+def made_valid(polygons: Polygons) -> Polygons:
+    """Polygons or multipolygons (N,) as valid ones; what has no area becomes empty."""
+    valid = shapely.make_valid(polygons, method="structure", keep_collapsed=False)
+    return np.asarray(valid, dtype=object)
+
+
+def _name(file: Path) -> str:
+    """The name of a file of truth without its suffix; empty for other files."""
+    for suffix in SUFFIXES:
+        if file.name.lower().endswith(suffix):
+            return file.name[: -len(suffix)]
+    return ""
+
+
+def _outlined(path: Path, entry: ImageEntry) -> Polygons:
+    """Areas of GeoJSON: features in a collection, a list or alone; or a geometry."""
+    try:
+        data = path.read_bytes()
+        content = json.loads(gzip.decompress(data) if path.suffix.lower() == ".gz" else data)
+        if isinstance(content, dict):
+            content = content.get("features", [content])
+        outlines = [_geometry(item) for item in content]
+        areas = [o for o in outlines if o and o["type"] in ("Polygon", "MultiPolygon")]
+        texts = np.array([json.dumps(area) for area in areas], dtype=object)
+        polygons = made_valid(shapely.from_geojson(texts))
+    except Exception as error:  # not gzip, not JSON, of any other form
+        raise _unreadable(path, entry, error, "export it again") from error
+    if outlines and not areas:
+        raise TruthError(
+            f"{entry.name}: {path} holds no polygon: nuclei must be outlined, not marked by points"
+        )
+    with_area: Polygons = polygons[shapely.area(polygons) > 0]
+    return with_area
+
+
+def _geometry(item: dict[str, Any]) -> Any:
+    """The geometry of a feature, or None; of a cell that of its nucleus. A geometry is its own."""
+    if item["type"] != "Feature":
+        return item
+    return item.get("nucleusGeometry") or item["geometry"]
+
+
+def _without_regions(polygons: Polygons) -> Truth:
+    """QuPath exports the annotations in which cells were looked for together with the cells."""
+    holder, _ = shapely.STRtree(polygons).query(polygons, predicate="contains_properly")
+    region = np.bincount(holder, minlength=len(polygons)) > 1
+    count = np.count_nonzero(region)
+    note = f"true outlines left out since they hold several others, as regions do: {count}"
+    return Truth(polygons[~region], note if count else None)
+
+
+def _labels(path: Path, entry: ImageEntry) -> Labels:
+    """A label image."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".npy":
+            pixels = np.load(path, mmap_mode="r")
+        elif suffix == ".png":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                pixels = np.asarray(Image.open(path))
+        else:
+            pixels = tifffile.imread(path)
+    except Exception as error:  # decoders raise anything
+        raise _unreadable(path, entry, error, "save it again, or as GeoJSON") from error
+    labels: Labels = np.squeeze(pixels)
+    if labels.ndim != 2 or labels.dtype.kind not in "iu":
+        raise TruthError(
+            f"{entry.name}: {path} has no instance labels, but {labels.dtype} of shape "
+            f"{labels.shape}: save one channel of integers, 0 for background"
+        )
+    return labels
+
+
+def _scale(path: Path, size: tuple[int, ...], entry: ImageEntry) -> float:
+    """Level-0 px per px of a label image of ``size`` (width, height)."""
+    # Of a slide whose size QuPath did not save, the size is needed, not the pixel size.
+    level0 = entry.size or Slide.open(entry, override_mpp=1.0).size
+    coarser, finer = max(1, level0[0] // max(1, size[0])), max(1, size[0] // level0[0])
+    if any(n * coarser != n0 * finer for n, n0 in zip(size, level0, strict=True)):
+        raise TruthError(
+            f"{entry.name} is {level0[0]} x {level0[1]} px, but {path} {size[0]} x {size[1]}: give "
+            "labels of that size, or of a whole multiple or fraction of it"
+        )
+    return coarser / finer
+
+
+def _unreadable(path: Path, entry: ImageEntry, error: Exception, advice: str) -> TruthError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return TruthError(f"{entry.name}: {path} cannot be read ({reason}): {advice}")

@@ -1,0 +1,278 @@
+"""`patchcl-qp score`: truth of every kind is read, and what cannot be used says what to do."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shapely
+import tifffile
+from click.testing import CliRunner
+from PIL import Image
+
+from patchcl_qupath.cli import main
+from patchcl_qupath.config import Config
+from patchcl_qupath.datatypes import ImageEntry, Nuclei
+from patchcl_qupath.project import open_project
+from patchcl_qupath.truth import read_truth
+
+WIDTH, HEIGHT = 60, 40
+# Level 0; the second is in two pieces, the third has a hole.
+LABELS = np.zeros((HEIGHT, WIDTH), dtype=np.int32)
+LABELS[4:14, 6:18] = 3
+LABELS[20:30, 40:48] = LABELS[20:30, 50:52] = 40_000
+LABELS[24:36, 10:26] = 70
+LABELS[28:32, 14:20] = 0
+NUCLEI = np.array(
+    [
+        shapely.box(6, 4, 18, 14),
+        shapely.box(10, 24, 26, 36) - shapely.box(14, 28, 20, 32),
+        shapely.box(40, 20, 48, 30) | shapely.box(50, 20, 52, 30),
+    ]
+)
+PERFECT = {"dice": 1, "aji": 1, "pq": 1, "f1": 1}
+ENTRY = ImageEntry("1", "a.svs", Path("a.svs"), size=(WIDTH, HEIGHT))
+
+
+def call(*arguments: object) -> Any:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def feature(geometry: shapely.Geometry, **more: Any) -> dict[str, Any]:
+    """An object as QuPath exports it."""
+    area = json.loads(shapely.to_geojson(geometry))
+    return {"type": "Feature", "geometry": area, "properties": {"objectType": "cell"}, **more}
+
+
+def write_geojson(path: Path, polygons: Any = NUCLEI) -> None:
+    features = [feature(polygon) for polygon in polygons]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}), "utf-8")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project of two images, of which a run has found the first one's nuclei."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    entries = []
+    for number, name in enumerate(["a.svs", "b.svs"], start=1):
+        metadata = {"width": WIDTH, "height": HEIGHT}
+        uri = (tmp_path / name).as_uri()
+        builder = {"builderType": "uri", "uri": uri, "args": [], "metadata": metadata}
+        entries.append({"serverBuilder": builder, "entryID": number, "imageName": name})
+    (folder / "project.qpproj").write_text(json.dumps({"version": "0.5.1", "images": entries}))
+    found(folder, 0, NUCLEI)
+    return folder
+
+
+def found(folder: Path, image: int, polygons: Any, **about: Any) -> Path:
+    """Leave nuclei as a run does."""
+    project = open_project(folder, backend="files")
+    entry = project.images()[image]
+    nuclei = Nuclei(polygons, {"Area µm^2": shapely.area(polygons).astype(np.float32)})
+    return project.write(entry, [nuclei], len(polygons), Config().result, about)
+
+
+@pytest.fixture
+def truth(tmp_path: Path) -> Path:
+    folder = tmp_path / "truth"
+    folder.mkdir()
+    return folder
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a.png": lambda path: Image.fromarray(LABELS.astype(np.uint16)).save(path),
+    "a.svs.tif": lambda path: tifffile.imwrite(path, LABELS.astype(np.uint16)),
+    "a.TIFF": lambda path: tifffile.imwrite(path, LABELS),
+    "a.npy": lambda path: np.save(path, LABELS.astype(np.int64)),
+    "a.svs.npy": lambda path: np.save(path, LABELS.repeat(3, axis=0).repeat(3, axis=1)),
+    "a.svs.png": lambda path: Image.fromarray(LABELS[::2, ::2].astype(np.uint16)).save(path),
+    "a.geojson": write_geojson,
+    "a.svs.geojson": lambda path: path.write_text(json.dumps([feature(n) for n in NUCLEI])),
+    "a.geojson.gz": lambda path: path.write_bytes(
+        gzip.compress(json.dumps({"features": [feature(n) for n in NUCLEI]}).encode())
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_truth_of_every_kind_is_read(project: Path, truth: Path, name: str) -> None:
+    WRITERS[name](truth / name)
+    result = call("score", project, "--truth", truth, "--json")
+    assert result.exit_code == 0, result.output
+    outcome = json.loads(result.stdout)
+    (image,) = outcome["images"]
+    assert (image["image"], image["nuclei"], image["true_nuclei"]) == ("a.svs", 3, 3)
+    assert image["scores"] == outcome["mean"] == pytest.approx(PERFECT)
+    assert (image["problem"], image["note"]) == (None, None)
+    assert outcome["without"] == ["b.svs"]
+
+
+def test_one_geojson_is_the_truth_of_one_image(project: Path, tmp_path: Path) -> None:
+    (results,) = (project / "patchcl" / "results").glob("1/nuclei-*.geojson.gz")  # our own
+    refused = call("score", project, "--truth", results)
+    assert refused.exit_code == 1
+    assert "truth of one image: say which one with --image" in refused.output
+    result = call("score", project, "--truth", results, "--image", "a.svs", "--json")
+    assert json.loads(result.stdout)["mean"] == pytest.approx(PERFECT)
+
+
+def test_the_table_has_images_and_their_mean(project: Path, truth: Path) -> None:
+    found(project, 1, NUCLEI[:1])
+    write_geojson(truth / "a.geojson")
+    write_geojson(truth / "b.geojson")
+    result = call("score", project, "--truth", truth)
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.stdout.splitlines() if "│" in line]
+    figures = {row[1]: [cell for cell in row[2:] if cell != "│"] for row in rows}
+    assert figures["a.svs"] == ["3", "3", "1.000", "1.000", "1.000", "1.000"]
+    # It has the first of three nuclei, of 120, 168 and 100 px.
+    assert figures["b.svs"] == ["1", "3", f"{240 / 508:.3f}", f"{120 / 388:.3f}", "0.500", "0.500"]
+    assert figures["mean"] == ["0.736", "0.655", "0.750", "0.750"]
+
+
+def test_images_that_fail_do_not_stop_the_others(project: Path, truth: Path) -> None:
+    write_geojson(truth / "a.geojson")
+    write_geojson(truth / "b.geojson")
+    result = call("score", project, "--truth", truth)
+    assert result.exit_code == 1
+    assert "Failed: b.svs has no nuclei to score: find them with `patchcl-qp run`" in result.output
+    assert "1.000" in result.output
+    call("remove", project, "--backend", "files")
+    removed = call("score", project, "--truth", truth)
+    assert "a.svs has no nuclei to score" in removed.output
+    assert "mean" not in removed.output
+
+
+def test_damaged_results_say_so(project: Path, truth: Path) -> None:
+    write_geojson(truth / "a.geojson")
+    (project / "patchcl" / "results" / "1" / "nuclei.parquet").write_bytes(b"PAR1")
+    result = call("score", project, "--truth", truth)
+    assert result.exit_code == 1
+    assert "cannot be read: do `patchcl-qp run` again" in result.output
+
+
+def wrong(name: str, pixels: Any) -> tuple[str, Callable[[Path], object]]:
+    return name, lambda path: np.save(path, pixels)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "words"),
+    [
+        (*wrong("a.npy", LABELS[:-1]), "is 60 x 40 px"),
+        (*wrong("a.npy", LABELS.T), "40 x 60: give labels of that size, or of a whole multiple"),
+        (*wrong("a.npy", LABELS[::2]), "60 x 20"),
+        (*wrong("a.npy", LABELS[:, :0]), "0 x 40"),
+        (*wrong("a.npy", LABELS / 2), "save one channel of integers"),
+        (*wrong("a.npy", np.stack([LABELS] * 3, axis=-1)), "save one channel of integers"),
+        ("a.npy", lambda path: path.write_bytes(b"numpy"), "a.npy cannot be read"),
+        ("a.png", lambda path: path.write_bytes(b"\x89PNG"), "save it again, or as GeoJSON"),
+        ("a.tif", lambda path: path.write_bytes(b"II*\0"), "save it again, or as GeoJSON"),
+        ("a.geojson", lambda path: path.write_text('{"features": [{'), "export it again"),
+        ("a.geojson", lambda path: path.write_text('{"images": []}'), "export it again"),
+        ("a.geojson", lambda path: path.write_text("[[1, 2]]"), "export it again"),
+        ("a.geojson.gz", lambda path: path.write_text("[]"), "export it again"),
+        ("a.geojson.gz", lambda path: path.write_bytes(gzip.compress(b"[]")[:-9]), "export it"),
+        ("a.geojson", lambda path: write_geojson(path, [shapely.Point(3, 4)]), "must be outlined"),
+        ("c.geojson", write_geojson, "name files as the images, as a.svs.geojson"),
+        ("a.jpg", write_geojson, "name files as the images"),
+    ],
+)
+def test_truth_that_cannot_be_used(
+    project: Path, truth: Path, name: str, write: Callable[[Path], object], words: str
+) -> None:
+    write(truth / name)
+    result = call("score", project, "--truth", truth)
+    assert result.exit_code == 1
+    assert words in result.output
+    assert "Traceback" not in result.output
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_truth_that_is_not_there(project: Path, tmp_path: Path) -> None:
+    assert "--truth" in call("score", project).output
+    missing = call("score", project, "--truth", tmp_path / "none")
+    assert missing.exit_code == 1
+    assert "none does not exist: give a file that ends in .geojson" in missing.output
+    other = call("score", project, "--truth", project / "project.qpproj")
+    assert "project.qpproj cannot be the truth: give a file that ends in" in other.output
+
+
+def test_two_truths_of_one_image_are_refused(project: Path, truth: Path) -> None:
+    write_geojson(truth / "a.geojson")
+    np.save(truth / "a.npy", LABELS)
+    result = call("score", project, "--truth", truth)
+    assert "a.svs has several files of truth (a.geojson, a.npy): leave one" in result.output
+    np.save(truth / "a.svs.npy", LABELS)  # the whole name goes before the stem
+    assert call("score", project, "--truth", truth).exit_code == 0
+
+
+def test_a_cell_is_its_nucleus_and_areas_are_made_valid(truth: Path) -> None:
+    small = json.loads(shapely.to_geojson(shapely.box(2, 2, 4, 4)))
+    crossed = shapely.Polygon([(20, 0), (30, 10), (30, 0), (20, 10)])
+    flat = shapely.Polygon([(0, 0), (5, 5), (9, 9)])
+    path = truth / "a.geojson"
+    items = [
+        feature(shapely.box(0, 0, 9, 9), nucleusGeometry=small),
+        feature(crossed),
+        feature(flat),
+        feature(shapely.Point(3, 3)),
+        {"type": "Feature", "geometry": None, "properties": {}},
+    ]
+    path.write_text(json.dumps(items))
+    polygons = read_truth([path], ENTRY).polygons
+    assert shapely.is_valid(polygons).all()
+    np.testing.assert_allclose(shapely.area(polygons), [4, 50])
+    path.write_text(json.dumps(items[0]))
+    assert read_truth([path], ENTRY).polygons[0].equals(shapely.box(2, 2, 4, 4))
+    path.write_text("[]")
+    assert not len(read_truth([path], ENTRY).polygons)
+
+
+def test_regions_in_the_truth_are_no_nuclei(project: Path, truth: Path) -> None:
+    write_geojson(truth / "a.geojson", [shapely.box(0, 0, 60, 40), *NUCLEI])
+    (image,) = json.loads(call("score", project, "--truth", truth, "--json").stdout)["images"]
+    assert image["scores"] == pytest.approx(PERFECT)
+    assert image["note"].endswith("hold several others, as regions do: 1")
+
+
+def test_a_run_within_regions_is_scored_within_them(project: Path, truth: Path) -> None:
+    left = json.loads(shapely.to_geojson(shapely.box(0, 0, 30, 40)))
+    found(project, 0, NUCLEI[:2], regions=[{"geometry": left, "tissue_mm2": 0.1}])
+    write_geojson(truth / "a.geojson")
+    result = call("score", project, "--truth", truth, "--json")
+    (image,) = json.loads(result.stdout)["images"]
+    assert (image["true_nuclei"], image["scores"]) == (2, pytest.approx(PERFECT))
+    assert image["note"] == "only inside the regions that the run kept to"
+
+
+def test_what_qupath_exported_is_read(shared_data: Path) -> None:
+    cells = shared_data / "geojson" / "CosciaLab__demo_Qupath_project_Single_cells.geojson"
+    truth = read_truth([cells], ENTRY)
+    assert len(truth.polygons) == 121 + 7 - 1  # cells and annotations, but for the one round all
+    assert truth.note is not None
+    (region,) = read_truth([shared_data / "geojson" / "qupath__polygon.geojson"], ENTRY).polygons
+    assert region.geom_type == "MultiPolygon"
+
+
+def test_labels_of_real_nuclei_are_read_to_the_pixel(shared_data: Path) -> None:
+    path = min((shared_data / "monuseg_train" / "labels").glob("*.png"))
+    labels = np.asarray(Image.open(path))
+    entry = ImageEntry("1", path.name, path, size=(labels.shape[1] // 2, labels.shape[0] // 2))
+    _, count = np.unique(labels[labels > 0], return_counts=True)
+    np.testing.assert_array_equal(shapely.area(read_truth([path], entry).polygons), count / 4)
+
+
+def test_the_size_is_the_files_where_qupath_saved_none(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", LABELS)
+    entry = ImageEntry("1", "a.png", tmp_path / "a.png")
+    assert len(read_truth([tmp_path / "a.npy"], entry).polygons) == 3
