@@ -1,10 +1,12 @@
-"""How well nuclei are found and parted without labels, on images whose nuclei were outlined.
+"""How well nuclei are found and parted, on images whose nuclei were outlined.
 
-    python benchmarks/quality.py [--images N] [--seeds N] [--json]
+    python benchmarks/quality.py [--data DIR] [--rows NAME ...] [--images N] [--seeds N] [--json]
 
-Trains on the images of the MoNuSeg training set (40x, area-averaged to 0.5 um/px) without their
-labels, segments them, and compares with the labels at full resolution. The baseline is what one
-writes in ten lines: Otsu's threshold on hematoxylin, then a watershed of the distance.
+DIR has images/NAME.png and labels/NAME.png (instance labels); by default it is the MoNuSeg training
+set. All images are one project, at 0.25 um/px; each row trains on it as `patchcl-qp run` does, and
+its nuclei are scored as `patchcl-qp score` does. Labels judge and never train, but for the few
+fields that the rows of CDCL name. The baseline is what one writes in ten lines: Otsu's threshold on
+hematoxylin, then a watershed of the distance.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,54 +30,121 @@ from skimage.feature import peak_local_max
 from skimage.filters import threshold_otsu
 from skimage.segmentation import watershed
 
-from patchcl_qupath import patchcl
-from patchcl_qupath.config import Config
-from patchcl_qupath.evaluate import aji, dice, f1, pq
-from patchcl_qupath.model import confidence
-from patchcl_qupath.segment import instances
-from patchcl_qupath.stains import StainScale
+from patchcl_qupath import cli, pipeline, runs
+from patchcl_qupath.config import Config, PatchCLConfig
+from patchcl_qupath.evaluate import Overlaps
+from patchcl_qupath.model import Model
+from patchcl_qupath.nuclei import footprints
+from patchcl_qupath.project import NewImage, Project, init_project, open_project
+from patchcl_qupath.score import SCORES, mean, score
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "monuseg_train"
-SCORES = {"dice": dice, "aji": aji, "pq": pq, "f1": f1}
+MPP = 0.25
+assert cli, "imported before torch is: it says how torch's threads wait"
 
-Rgb = NDArray[np.uint8]
-Labels = NDArray[np.int32]
-Method = Callable[[Rgb], Labels]
+Scores = dict[str, float]
+
+
+def with_(**settings: Any) -> Callable[[Config], Config]:
+    """The default with some settings of the self-training changed."""
+    return lambda config: replace(config, selftrain=replace(config.selftrain, **settings))
+
+
+def paper(config: Config) -> Config:
+    """PatchCL with the settings of the paper."""
+    settings = PatchCLConfig.paper(seed=config.patchcl.seed)
+    return replace(config, recipe="paper", patchcl=settings)
+
+
+TRAINED: dict[str, Callable[[Config], Config]] = {
+    "paper": paper,
+    "patchcl": lambda config: replace(config, recipe="patchcl"),
+    "selftrain": lambda config: config,
+}
+ABLATED = {
+    "no-gate": with_(min_confidence=0.0),
+    "strict-gate": with_(min_confidence=0.8),
+    "one-size": with_(varied_size=1.0),
+    "fragments": with_(min_fragment=0.0),
+}
 
 
 def main() -> None:
     """Print the table, and with --json the same as one line."""
+    rows = ["otsu", *TRAINED, *ABLATED]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of images and labels")
+    parser.add_argument("--rows", nargs="+", choices=rows, default=["otsu", *TRAINED])
     parser.add_argument("--images", type=int, help="use the first so many only")
     parser.add_argument("--seeds", type=int, default=1, help="train so often, with other seeds")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
-    if not DATA.is_dir():
-        sys.exit(f"needs the images and labels of the MoNuSeg training set in {DATA}")
-    paths = sorted((DATA / "images").glob("*.png"))[: options.images]
-    images = [halved(np.asarray(Image.open(path).convert("RGB"))) for path in paths]
-    truths = [np.asarray(Image.open(DATA / "labels" / path.name), np.int32) for path in paths]
+    if not (options.data / "images").is_dir():
+        sys.exit(f"needs images and their labels in {options.data}")
+    paths = sorted((options.data / "images").glob("*.png"))[: options.images]
 
-    print(f"{len(images)} images, means{'':18}" + "".join(f"{name:>8}" for name in SCORES))
-    methods: dict[str, Callable[[], Method]] = {"Otsu + distance watershed": lambda: otsu}
-    for seed in range(options.seeds):
-        methods[f"PatchCL, seed {seed}"] = partial(trained, images, seed)
-    rows = {}
-    for name, made in methods.items():
-        rows[name] = scored(map(made(), images), truths)
-        show(name, rows[name])
+    print(f"{f'{len(paths)} images, means':<24}" + "".join(f"{name:>16}" for name in SCORES))
+    table: dict[str, list[Scores]] = {}
+    for row in options.rows:
+        table[row] = []
+        for seed in range(1 if row == "otsu" else options.seeds):
+            if row == "otsu":
+                table[row].append(baseline(paths, options.data / "labels"))
+            else:
+                config = Config(patchcl=PatchCLConfig(seed=seed))
+                config = {**TRAINED, **ABLATED}[row](config)
+                with a_project(paths) as project:
+                    model = pipeline.train(project.images(), config, progress)
+                    table[row].append(scored(project, model, options.data / "labels"))
+            show(f"{row}, seed {seed}", [table[row][-1]])
+        if options.seeds > 1 and row != "otsu":
+            show(row, table[row])
     if options.json:
-        print(json.dumps({"images": len(images), **rows}))
+        print(json.dumps({"images": len(paths), **table}))
 
 
-def halved(rgb: Rgb) -> Rgb:
+@contextmanager
+def a_project(paths: Sequence[Path]) -> Iterator[Project]:
+    """A project of the images, for as long as it is needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = [Image.open(path).size for path in paths]
+        images = [
+            NewImage(path.resolve(), [size], (MPP, MPP))
+            for path, size in zip(paths, sizes, strict=True)
+        ]
+        yield open_project(init_project(Path(folder), images), backend="files")
+
+
+def scored(project: Project, model: Model, truth: Path) -> Scores:
+    """Run the model on all images, and score what it leaves."""
+    with runs.workers() as client:
+        run = pipeline.Run(project, model, model.config, client, progress)
+        for result in run.images(project.images()):
+            assert result.problem is None, result.problem
+    images, _ = score(project, project.images(), truth)
+    return mean(images)
+
+
+def baseline(paths: Sequence[Path], truth: Path) -> Scores:
+    """The scores of Otsu's threshold, on images averaged to 0.5 um/px."""
+    each = []
+    for path in paths:
+        found = otsu(halved(np.asarray(Image.open(path).convert("RGB"))))
+        found = found.repeat(2, axis=0).repeat(2, axis=1)
+        true = np.asarray(Image.open(truth / path.name), np.int32)
+        overlaps = Overlaps.of_polygons(footprints(found), footprints(true))
+        each.append({name: getattr(overlaps, name) for name in SCORES})
+    return {name: float(np.mean([scores[name] for scores in each])) for name in SCORES}
+
+
+def halved(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """0.25 to 0.5 um/px: the mean of each 2 x 2 pixels."""
     height, width = rgb.shape[0] // 2, rgb.shape[1] // 2
     blocks = rgb[: 2 * height, : 2 * width].reshape(height, 2, width, 2, 3)
     return np.asarray(np.round(blocks.mean(axis=(1, 3))), np.uint8)
 
 
-def otsu(rgb: Rgb) -> Labels:
+def otsu(rgb: NDArray[np.uint8]) -> NDArray[np.int32]:
     """The baseline; its nuclei have their centres at least 2.5 um apart, and 8 um2 each."""
     hematoxylin = ndimage.gaussian_filter(rgb2hed(rgb)[..., 0], 1)
     threshold = threshold_otsu(hematoxylin)  # type: ignore[no-untyped-call]
@@ -83,42 +154,24 @@ def otsu(rgb: Rgb) -> Labels:
     peaks = peak_local_max(depth, min_distance=5, labels=pieces)  # type: ignore[no-untyped-call]
     markers = np.zeros(mask.shape, dtype=np.int32)
     markers[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
-    labels: Labels = watershed(-depth, markers, mask=mask)  # type: ignore[no-untyped-call]
+    labels: NDArray[np.int32] = watershed(-depth, markers, mask=mask)  # type: ignore[no-untyped-call]
     return np.where(np.bincount(labels.ravel())[labels] >= 32, labels, 0)
 
 
-def trained(images: list[Rgb], seed: int) -> Method:
-    """Train on the images themselves, as a project does; returns what segments one."""
-    config = replace(Config(), patchcl=replace(Config().patchcl, seed=seed))
-    scales = [StainScale.fit([image]) for image in images]
-    model = patchcl.train(images, scales, config, progress)
-
-    def segmented(rgb: Rgb) -> Labels:
-        nuclei = confidence(model, rgb, StainScale.fit([rgb]))
-        return instances(nuclei, model.mpp, config.segment, model.threshold)
-
-    return segmented
+def show(name: str, scores: Sequence[Scores]) -> None:
+    """Print a row of the table: means, and the spread of several seeds."""
+    cells = []
+    for key in SCORES:
+        values = [s[key] for s in scores]
+        spread = f" ±{(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.3f}{spread}")
+    print(f"{name:<24}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
 
 
-def scored(predictions: Iterable[Labels], truths: list[Labels]) -> dict[str, float]:
-    """Mean of each score over the images, at the resolution of the labels."""
-    each: dict[str, list[float]] = {name: [] for name in SCORES}
-    for prediction, truth in zip(predictions, truths, strict=True):
-        full = prediction.repeat(2, axis=0).repeat(2, axis=1)
-        for name, score in SCORES.items():
-            each[name].append(score(full, truth))
-    return {name: float(np.mean(values)) for name, values in each.items()}
-
-
-def show(name: str, scores: dict[str, float]) -> None:
-    """Print a row of the table."""
-    print(f"{name:<34}" + "".join(f"{value:>8.3f}" for value in scores.values()), flush=True)
-
-
-def progress(step: int, last: int) -> None:
-    """Count the steps where a person watches."""
+def progress(stage: str, done: int, total: int) -> None:
+    """Count where a person watches."""
     if sys.stderr.isatty():
-        print(f"\rlearning: step {step} of {last} ", end="\r", file=sys.stderr)
+        print(f"\r{stage}: {done} of {total} ", end="\r", file=sys.stderr)
 
 
 if __name__ == "__main__":

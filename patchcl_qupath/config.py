@@ -149,18 +149,18 @@ class CDCLConfig:
 class SegmentConfig:
     """From confidence to nuclei."""
 
-    min_area_um2: float = 8.0
+    min_area_um2: float = 5.0
     max_area_um2: float = 400.0
     max_diameter_um: float = 30.0  # larger blobs are no nuclei; also sets the halo
     min_solidity: float = 0.75  # area over that of the convex hull; below it are strands and rims
-    max_hole_um2: float = 15.0  # larger gaps inside a nucleus stay gaps
-    open_radius_um: float = 0.5  # thinner hairs are cut
+    max_hole_um2: float = 40.0  # larger gaps inside a nucleus stay gaps
+    open_radius_um: float = 0.0  # thinner hairs are cut
     smooth_um: float = 0.6  # of the landscape that parts touching nuclei
     max_depth_um: float = 8.0  # depth inside the mask counts up to here
     marker_radius_um: float = 1.5  # two nuclei have their centres at least this far apart
-    min_saddle_depth_um: float = 0.05  # shallower saddles part no nuclei
+    min_saddle_depth_um: float = 0.1  # shallower saddles part no nuclei
     core_um: float = 2.0  # how much higher the landscape is where the network is sure of a core
-    min_core: float = 0.5  # a nucleus without a core as sure as this is none
+    min_core: float = 0.7  # a nucleus without a core as sure as this is none
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,9 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
         mine = tile.write.holds(rows, cols) & inside(image.tissue, image.tissue_px, rows, cols)
         if image.region is not None:
             mine &= inside_region(image.region, tile.write, rows, cols)
-        nuclei = nuclei_of_tile(labels, mine, rgb, probability, tile, slide.grid_mpp)
+        nuclei = nuclei_of_tile(
+            labels, mine, rgb, probability, tile, slide.grid_mpp, model.threshold
+        )
         nuclei = nuclei[nuclei.measurements["Solidity"] >= context.config.segment.min_solidity]
         nuclei = to_level0(nuclei, slide.downsample, image.id)
     return nuclei, seconds

@@ -192,3 +192,25 @@ def test_level0_coordinates_and_uuids():
     assert len(set(moved.uuids)) == 2
     assert list(moved.uuids) == list(to_level0(nuclei, (2, 4), "7").uuids)
     assert set(moved.uuids).isdisjoint(to_level0(nuclei, (2, 4), "8").uuids)
+
+
+def test_outline_runs_where_confidence_falls_to_the_threshold():
+    """Discs whose rims lie anywhere between pixels are met to a fraction of one."""
+    rows, cols = np.mgrid[:60, :60] + 0.5
+    for radius in (9.1, 9.35, 9.6, 9.85):
+        distance = np.hypot(rows - 30.2, cols - 29.7)
+        confidence = np.clip(0.5 + (radius - distance) / 3, 0, 1).astype(np.float32)
+        labels = (confidence > 0.5).astype(np.int32)
+        disc = shapely.Point(29.7, 30.2).buffer(radius, quad_segs=64)
+        (polygon,) = outlines(labels, confidence)
+        assert polygon.area == pytest.approx(disc.area, rel=0.02)
+        assert polygon.hausdorff_distance(disc) < 0.3 < outlines(labels)[0].hausdorff_distance(disc)
+        assert polygon.is_valid
+
+
+def test_outline_of_touching_nuclei_and_of_the_border_stays_between_pixels():
+    labels = np.zeros((20, 30), np.int32)
+    labels[:, :15], labels[:, 15:] = 1, 2
+    confidence = np.where(labels == 1, 0.9, 0.6).astype(np.float32)
+    plain, exact = outlines(labels), outlines(labels, confidence)
+    assert shapely.equals_exact(plain, exact, 1e-9).all()
