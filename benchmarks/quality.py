@@ -12,16 +12,19 @@ hematoxylin, then a watershed of the distance.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
@@ -30,16 +33,20 @@ from skimage.feature import peak_local_max
 from skimage.filters import threshold_otsu
 from skimage.segmentation import watershed
 
-from patchcl_qupath import cli, pipeline, runs
+from patchcl_qupath import cdcl, cli, pipeline, runs, selftrain
 from patchcl_qupath.config import Config, PatchCLConfig
+from patchcl_qupath.datatypes import Corrections, ImageEntry
 from patchcl_qupath.evaluate import Overlaps
+from patchcl_qupath.fields import lessons
 from patchcl_qupath.model import Model
 from patchcl_qupath.nuclei import footprints
+from patchcl_qupath.prepare import prepare, training_crops
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
 from patchcl_qupath.score import SCORES, mean, score
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "monuseg_train"
 MPP = 0.25
+KINDS = ("label-free", "labels alone", "CDCL")
 assert cli, "imported before torch is: it says how torch's threads wait"
 
 Scores = dict[str, float]
@@ -61,6 +68,11 @@ TRAINED: dict[str, Callable[[Config], Config]] = {
     "patchcl": lambda config: replace(config, recipe="patchcl"),
     "selftrain": lambda config: config,
 }
+# Whole images, or fields of 250 px, that are labelled.
+LABELLED = {
+    **{f"{k}-images": (k, None) for k in (1, 2, 4)},
+    **{f"{k}-fields": (k, 250) for k in (2, 4, 8)},
+}
 ABLATED = {
     "no-gate": with_(min_confidence=0.0),
     "strict-gate": with_(min_confidence=0.8),
@@ -71,7 +83,7 @@ ABLATED = {
 
 def main() -> None:
     """Print the table, and with --json the same as one line."""
-    rows = ["otsu", *TRAINED, *ABLATED]
+    rows = ["otsu", *TRAINED, *ABLATED, *LABELLED]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA, help="folder of images and labels")
     parser.add_argument("--rows", nargs="+", choices=rows, default=["otsu", *TRAINED])
@@ -83,9 +95,12 @@ def main() -> None:
         sys.exit(f"needs images and their labels in {options.data}")
     paths = sorted((options.data / "images").glob("*.png"))[: options.images]
 
-    print(f"{f'{len(paths)} images, means':<24}" + "".join(f"{name:>16}" for name in SCORES))
+    print(f"{f'{len(paths)} images, means':<34}" + "".join(f"{name:>16}" for name in SCORES))
     table: dict[str, list[Scores]] = {}
     for row in options.rows:
+        if row in LABELLED:
+            table |= few_labels(row, paths, options.data / "labels", options.seeds)
+            continue
         table[row] = []
         for seed in range(1 if row == "otsu" else options.seeds):
             if row == "otsu":
@@ -103,6 +118,63 @@ def main() -> None:
         print(json.dumps({"images": len(paths), **table}))
 
 
+def few_labels(row: str, paths: Sequence[Path], truth: Path, draws: int) -> dict[str, list[Scores]]:
+    """CDCL against the label-free model that it starts from, and against the labels alone.
+
+    Scores are those of the images without labels.
+    """
+    count, side = LABELLED[row]
+    table: dict[str, list[Scores]] = {f"{row}, {name}": [] for name in KINDS}
+    with a_project(paths) as project:
+        entries = project.images()
+        start = start_model(tuple(paths))
+        images, scales = training_crops(entries, start.config, progress)
+        unlabelled = selftrain.make_lessons(images, scales, start, partial(progress, "lessons"))
+        for draw in range(draws):
+            rng = np.random.default_rng(draw)
+            chosen = rng.choice(len(entries), size=min(count, len(entries) - 1), replace=False)
+            labelled = []
+            for i in chosen:
+                image = prepare(entries[i], start.config)
+                labelled += lessons(image, corrected(entries[i], truth, side, rng))
+            network, _ = selftrain.teach(
+                labelled, start.config.selftrain, draw, partial(progress, "labels alone")
+            )
+            models = {
+                "label-free": start,
+                "labels alone": replace(start, network=network),
+                "CDCL": cdcl.refine(start, labelled, unlabelled, progress, draw),
+            }
+            held_out = [entry for i, entry in enumerate(entries) if i not in chosen]
+            for name, model in models.items():
+                table[f"{row}, {name}"].append(scored(project, model, truth, held_out))
+                show(f"{row}, {name}, draw {draw}", table[f"{row}, {name}"][-1:])
+    for name, scores in table.items():
+        show(name, scores)
+    return table
+
+
+@functools.cache
+def start_model(paths: tuple[Path, ...]) -> Model:
+    """The label-free model of the default recipe."""
+    with a_project(paths) as project:
+        return pipeline.train(project.images(), Config(), progress)
+
+
+def corrected(
+    entry: ImageEntry, truth: Path, side: int | None, rng: np.random.Generator
+) -> Corrections:
+    """A whole image as a field, or a random square of ``side`` px that has a nucleus."""
+    nuclei = footprints(np.asarray(Image.open(truth / entry.name), np.int32))
+    width, height = Image.open(entry.path).size
+    while side:
+        x, y = rng.integers(width - side), rng.integers(height - side)
+        field = shapely.box(x, y, x + side, y + side)
+        if shapely.intersects(nuclei, field).any():
+            return Corrections((field,), tuple(nuclei))
+    return Corrections((shapely.box(0, 0, width, height),), tuple(nuclei))
+
+
 @contextmanager
 def a_project(paths: Sequence[Path]) -> Iterator[Project]:
     """A project of the images, for as long as it is needed."""
@@ -115,13 +187,16 @@ def a_project(paths: Sequence[Path]) -> Iterator[Project]:
         yield open_project(init_project(Path(folder), images), backend="files")
 
 
-def scored(project: Project, model: Model, truth: Path) -> Scores:
-    """Run the model on all images, and score what it leaves."""
+def scored(
+    project: Project, model: Model, truth: Path, entries: Sequence[ImageEntry] | None = None
+) -> Scores:
+    """Run the model on some images, or all, and score what it leaves."""
+    entries = entries or project.images()
     with runs.workers() as client:
         run = pipeline.Run(project, model, model.config, client, progress)
-        for result in run.images(project.images()):
+        for result in run.images(entries):
             assert result.problem is None, result.problem
-    images, _ = score(project, project.images(), truth)
+    images, _ = score(project, entries, truth)
     return mean(images)
 
 
@@ -164,8 +239,8 @@ def show(name: str, scores: Sequence[Scores]) -> None:
     for key in SCORES:
         values = [s[key] for s in scores]
         spread = f" ±{(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-        cells.append(f"{np.mean(values):.3f}{spread}")
-    print(f"{name:<24}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
+        cells.append(f"{np.mean(values):.4f}{spread}")
+    print(f"{name:<34}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
 
 
 def progress(stage: str, done: int, total: int) -> None:

@@ -186,6 +186,57 @@ def train(
 
 
 @main.command()
+@_shared
+@_writing
+@click.option(
+    "--labels-from",
+    required=True,
+    metavar="CLASS",
+    help="Class of the annotations in which every nucleus was put right.",
+)
+@click.option("--model", "name", default="patchcl", help="Name of the model to refine.")
+@click.option("--as", "new_name", default="refined", help="Name of the refined model.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the training.")
+def refine(
+    project_path: Path,
+    names: tuple[str, ...],
+    mpp: float | None,
+    config: Path | None,
+    as_json: bool,
+    backend: str,
+    qupath: Path | None,
+    labels_from: str,
+    name: str,
+    new_name: str,
+    seed: int,
+) -> None:
+    """Refine a model of PROJECT with fields in which a person corrected all nuclei."""
+    with _reporting_errors(as_json):
+        if new_name == name:
+            raise ConfigError(f"give the refined model another name than {name}: --as NAME")
+        project, entries, settings = _open(project_path, names, config, None, backend, qupath)
+        from patchcl_qupath import pipeline
+        from patchcl_qupath.model import Model
+        from patchcl_qupath.storage import alone, check_writable
+
+        with alone(project.output), closing(project), _progress_bars() as progress:
+            start = Model.load(_model_path(project, name))
+            if start.align_px == 1:
+                raise ConfigError(
+                    f"the model {name} is PatchCL's alone and cannot be refined: train one with "
+                    'recipe = "selftrain", the default'
+                )
+            check_writable(project.output / "models")
+            start = replace(start, config=replace(start.config, cdcl=settings.cdcl))
+            model = pipeline.refine(project, entries, start, labels_from, progress, mpp, seed)
+            path = model.save(project.output / "models", new_name)
+        if as_json:
+            _print_json({"model": str(path), "digest": model.digest})
+        else:
+            click.echo(f"Model: {path}\nNext:  patchcl-qp run {project_path} --model {new_name}")
+
+
+@main.command()
 @click.argument("folder", metavar="DIR", type=_PATH)
 @click.argument("images", metavar="IMAGE...", type=_PATH, nargs=-1, required=True)
 @click.option("--mpp", type=click.FloatRange(min=0, min_open=True), help="Pixel size in um.")
@@ -318,7 +369,18 @@ def _state(project: Project, entry: ImageEntry) -> dict[str, Any]:
     if "removed" in result:
         return {"state": "removed", "nuclei": None, "made": None, "model": None}
     made = {key: result[key] for key in ("nuclei", "made")}
-    return {"state": entry.problem or "done", **made, "model": result["model"][:12]}
+    return {"state": entry.problem or "done", **made, "model": _model_name(project, result)}
+
+
+def _model_name(project: Project, result: dict[str, Any]) -> str:
+    """The model that made an image's nuclei: its name, if it is still there as it was."""
+    for path in sorted((project.output / "models").glob("*.json")):
+        try:
+            if json.loads(path.read_text(encoding="utf-8"))["digest"] == result["model"]:
+                return path.stem
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # of no model of ours
+    return f"no longer here ({result['model'][:12]})"
 
 
 def _open(

@@ -90,7 +90,7 @@ class SelfTrainConfig:
     """PatchCL's confident nuclei teach the network that parts nuclei: no labels either."""
 
     widths: tuple[int, ...] = (16, 24, 40)  # channels at 1, 2 and 4 px
-    steps: int = 500
+    steps: int = 1000
     batch: int = 8  # crops per step
     crop_px: int = 128
     learning_rate: float = 3e-3
@@ -152,15 +152,15 @@ class SegmentConfig:
     min_area_um2: float = 5.0
     max_area_um2: float = 400.0
     max_diameter_um: float = 30.0  # larger blobs are no nuclei; also sets the halo
-    min_solidity: float = 0.75  # area over that of the convex hull; below it are strands and rims
+    min_solidity: float = 0.7  # area over that of the convex hull; below it are strands and rims
     max_hole_um2: float = 40.0  # larger gaps inside a nucleus stay gaps
     open_radius_um: float = 0.0  # thinner hairs are cut
     smooth_um: float = 0.6  # of the landscape that parts touching nuclei
     max_depth_um: float = 8.0  # depth inside the mask counts up to here
     marker_radius_um: float = 1.5  # two nuclei have their centres at least this far apart
     min_saddle_depth_um: float = 0.1  # shallower saddles part no nuclei
-    core_um: float = 2.0  # how much higher the landscape is where the network is sure of a core
-    min_core: float = 0.7  # a nucleus without a core as sure as this is none
+    core_um: float = 3.0  # how much higher the landscape is where the network is sure of a core
+    min_core: float = 0.6  # a nucleus without a core as sure as this is none
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from typing import Any
 import shapely
 import torch
 
-from patchcl_qupath import __version__, patchcl, selftrain
+from patchcl_qupath import __version__, cdcl, patchcl, selftrain
 from patchcl_qupath.config import Config, ResultConfig, to_dict
 from patchcl_qupath.datatypes import ImageEntry, Nuclei, Tile
-from patchcl_qupath.errors import PatchCLError
+from patchcl_qupath.errors import PatchCLError, TrainingError
+from patchcl_qupath.fields import lessons
 from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.nuclei import centroids, nuclei_of_tile, to_level0
 from patchcl_qupath.prepare import PreparedImage, prepare, training_crops
@@ -47,6 +48,41 @@ def train(
     if config.recipe != "selftrain":
         return model
     return selftrain.train(images, scales, model, progress)
+
+
+def refine(
+    project: Project,
+    entries: Sequence[ImageEntry],
+    start: Model,
+    labels_from: str,
+    progress: Progress,
+    mpp: float | None = None,
+    seed: int = 0,
+) -> Model:
+    """Refine a model with fields in which a person put all nuclei right, by CDCL.
+
+    Fields are annotations of class ``labels_from``. The images' other tissue counts, too, with what
+    the model is sure of there. Raises ImageError for labels that cannot be learnt from,
+    TrainingError where there are none.
+    """
+    config = start.config
+    labelled = []
+    for done, entry in enumerate(entries):
+        progress("reading corrected fields", done, len(entries))
+        corrections = project.labels(entry, labels_from)
+        if corrections.fields:
+            labelled += lessons(prepare(entry, config, mpp), corrections)
+    progress("reading corrected fields", len(entries), len(entries))
+    if not labelled:
+        raise TrainingError(
+            f"no image has an annotation of class {labels_from}: draw some in QuPath, put every "
+            "nucleus in them right, and save (without a QuPath here, run "
+            "groovy/export_labels.groovy there)"
+        )
+    images, scales = training_crops(entries, config, progress, mpp)
+    sure = partial(progress, "choosing sure nuclei")
+    unlabelled = selftrain.make_lessons(images, scales, start, sure)
+    return cdcl.refine(start, labelled, unlabelled, progress, seed)
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,27 @@ def train(
     if not any(target[..., 0].any() for _, target in lessons):
         raise TrainingError("no clear nucleus was found: add images of cellular tissue")
 
-    rng = np.random.default_rng(config.patchcl.seed)
+    step = partial(report, "learning to part nuclei")
+    network, losses = teach(lessons, settings, config.patchcl.seed, step)
+    training = {
+        "patchcl": teacher.training,
+        "sure_nucleus": _share([target[..., 0] for _, target in lessons]),
+        "known": _share([target[..., 2] for _, target in lessons]),
+        "loss": losses,
+    }
+    return Model(network, config, 0, False, 0.5, training)
+
+
+def teach(
+    lessons: Sequence[Lesson],
+    settings: SelfTrainConfig,
+    seed: int,
+    report: Callable[[int, int], None],
+) -> tuple[NucleusNetwork, list[float]]:
+    """A network that learnt from lessons alone, averaged over its last steps; and its losses."""
+    rng = np.random.default_rng(seed)
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
-        torch.manual_seed(config.patchcl.seed)
+        torch.manual_seed(seed)
         network = NucleusNetwork(settings.widths).to(device())
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = deepcopy(network)
@@ -69,14 +87,8 @@ def train(
         optimizer.step()
         follow(average, network, keep=min(0.99, 1 - 1 / (step + 1)))
         losses.append(loss.detach())
-        report("learning to part nuclei", step + 1, settings.steps)
-    training = {
-        "patchcl": teacher.training,
-        "sure_nucleus": _share([target[..., 0] for _, target in lessons]),
-        "known": _share([target[..., 2] for _, target in lessons]),
-        "loss": [round(loss.item(), 4) for loss in losses],
-    }
-    return Model(average.cpu().eval(), config, 0, False, 0.5, training)
+        report(step + 1, settings.steps)
+    return average.cpu().eval(), [round(loss.item(), 4) for loss in losses]
 
 
 def make_lessons(
