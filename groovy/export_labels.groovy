@@ -39,7 +39,7 @@ if (imageData == null || entry == null) {
 }
 Path file = Paths.get(QP.buildPathInProject(folderName, 'labels', entry.getID() + '.geojson'))
 Map<String, Integer> counts = exportLabels(imageData, fieldClass, file)
-logger.info("${entry.getImageName()}: ${counts.fields} fields with ${counts.nuclei} nuclei exported to ${file}.")
+logger.info("${entry.getImageName()}: ${counts.fields} fields and ${counts.nuclei} outlines in them exported to ${file}.")
 
 
 /**
@@ -48,15 +48,13 @@ logger.info("${entry.getImageName()}: ${counts.fields} fields with ${counts.nucl
  */
 static Map<String, Integer> exportLabels(ImageData<?> imageData, String fieldClass, Path file) {
     def hierarchy = imageData.getHierarchy()
-    List<PathObject> fields = hierarchy.getAnnotationObjects().findAll {
+    List<PathObject> fields = hierarchy.getAnnotationObjects().toList().findAll {
         it.getROI()?.isArea() && it.getPathClass()?.toString() == fieldClass
     }
-    // What holds a field, such as an annotation of tumor, is no nucleus.
-    double largest = fields.collect { it.getROI().getArea() }.max() ?: 0
-    List<PathObject> nuclei = hierarchy.getAllObjects(false).findAll { PathObject pathObject ->
+    List<PathObject> nuclei = hierarchy.getAllObjects(false).toList().findAll { PathObject pathObject ->
         ROI roi = PathObjectTools.getROI(pathObject, true)
         (pathObject.isAnnotation() || pathObject.isDetection()) && roi?.isArea() && !fields.contains(pathObject) &&
-                roi.getArea() < largest && fields.any { PathObject field -> meet(roi, field.getROI()) }
+                fields.any { PathObject field -> meet(roi, field.getROI()) }
     }
     Files.createDirectories(file.getParent())
     Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')

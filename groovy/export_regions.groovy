@@ -56,7 +56,7 @@ static Map<String, Integer> exportRegions(ImageData<?> imageData, List<PathObjec
     // import_nuclei.groovy notes what it added in this property: a line for each object, its id first.
     String imported = imageData.getProperty('patchcl.imported') ?: ''
     Set<String> ours = imported.readLines().collect { it.tokenize(' ').first() } as Set
-    List<PathObject> regions = imageData.getHierarchy().getAnnotationObjects().findAll {
+    List<PathObject> regions = imageData.getHierarchy().getAnnotationObjects().toList().findAll {
         it.getROI()?.isArea() && !ours.contains(it.getID().toString())
     }
     Files.createDirectories(file.getParent())

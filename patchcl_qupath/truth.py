@@ -21,6 +21,7 @@ from PIL import Image
 from patchcl_qupath.datatypes import ImageEntry, Labels, Polygons, grid_to_level0
 from patchcl_qupath.errors import TruthError
 from patchcl_qupath.nuclei import footprints
+from patchcl_qupath.project.drawn import holds_several
 from patchcl_qupath.slide import Slide
 
 GEOJSON = (".geojson", ".geojson.gz")
@@ -133,8 +134,7 @@ def _geometry(item: dict[str, Any]) -> Any:
 
 def _without_regions(polygons: Polygons) -> Truth:
     """QuPath exports the annotations in which cells were looked for together with the cells."""
-    holder, _ = shapely.STRtree(polygons).query(polygons, predicate="contains_properly")
-    region = np.bincount(holder, minlength=len(polygons)) > 1
+    region = holds_several(polygons)
     count = np.count_nonzero(region)
     note = f"true outlines left out since they hold several others, as regions do: {count}"
     return Truth(polygons[~region], note if count else None)

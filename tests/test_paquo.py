@@ -26,7 +26,7 @@ from qupath import nuclei
 
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.datatypes import ImageEntry, Nuclei
+from patchcl_qupath.datatypes import Corrections, ImageEntry, Nuclei
 from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project import paquo as backend
@@ -324,6 +324,52 @@ def test_regions_are_what_is_saved_or_was_exported_since(
     found = opened(path, process)[0].within(entry, ["(selected)"])
     assert "exported before it was last saved" in str(found.note)
     assert len(opened(path, process)[0].within(entry, ["Tumor"]).regions) == 2
+
+
+DRAW_LABELS = """
+    import qupath.lib.objects.PathObjects
+    import qupath.lib.objects.classes.PathClass
+    import qupath.lib.regions.ImagePlane
+    import qupath.lib.roi.ROIs
+    def draw = { double x, double y, double side, String name ->
+        def roi = ROIs.createRectangleROI(x, y, side, side, ImagePlane.getDefaultPlane())
+        def pathClass = name == null ? null : PathClass.fromString(name)
+        hierarchy.addObject(PathObjects.createAnnotationObject(roi, pathClass))
+    }
+    draw(20, 20, 200, 'Corrected')
+    draw(0, 0, 2000, 'Tumor')   // holds the field: no nucleus
+    draw(190, 100, 15, null)   // a nucleus that nobody found
+    entry.saveImageData(imageData)
+    '1'
+    """
+
+
+@pytest.mark.qupath
+def test_labels_are_the_nuclei_in_fields_whoever_made_them(
+    path: Path, process: Process, session: qupath.Session
+) -> None:
+    """Read by QuPath's process, and exported by the script."""
+    project, entry = opened(path, process)
+    assert project.labels(entry, "Corrected") == Corrections()  # never saved
+    write(project, entry, FEW)
+    session.run(path, DRAW_LABELS)
+    expected = shapely.box(20, 20, 220, 220)
+    near = [p for p in FEW.polygons if p.intersects(expected)]
+    assert len(near) == 10  # five in a row
+    project, entry = opened(path, process)
+    found = project.labels(entry, "Corrected")
+    assert [field.bounds for field in found.fields] == [expected.bounds]
+    assert len(found.nuclei) == len(near) + 1
+    for nucleus in found.nuclei:
+        assert nucleus.area == 225 or any(nucleus.hausdorff_distance(p) < 0.02 for p in near)
+
+    project.files.labels_file(entry).unlink()
+    script = SAMPLE.parent / "groovy" / "export_labels.groovy"
+    log = qupath.run_script(path, script)
+    assert "a.svs: 1 fields and 13 outlines in them exported to" in log, log
+    again = open_project(path, "files").labels(entry, "Corrected")
+    assert {n.wkt for n in again.nuclei} == {n.wkt for n in found.nuclei}
+    assert project.labels(entry, "Tumor").fields[0].area == 2000**2  # of another class
 
 
 @pytest.mark.qupath

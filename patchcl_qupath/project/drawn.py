@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import shapely
+from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import Corrections
+from patchcl_qupath.datatypes import Corrections, Polygons
 from patchcl_qupath.errors import ImageError
 
 SELECTED = "(selected)"  # what the script exports annotations as that a person has selected
@@ -63,9 +64,16 @@ def read_labels(path: Path, image: str, field_class: str) -> Corrections:
         ) from error
     areas = [(name, area) for name, area in found if area is not None]
     fields = tuple(area for name, area in areas if name == field_class)
-    labels = Corrections(fields, tuple(area for name, area in areas if name != field_class))
+    others = np.array([area for name, area in areas if name != field_class], dtype=object)
+    labels = Corrections(fields, tuple(others[~holds_several(others)]))
     check_labels(labels, image)
     return labels
+
+
+def holds_several(polygons: Polygons) -> NDArray[np.bool_]:
+    """Which polygons (N,) hold several others whole, as regions do and nuclei do not: (N,)."""
+    holder, _ = shapely.STRtree(polygons).query(polygons, predicate="contains_properly")
+    return np.bincount(holder, minlength=len(polygons)) > 1
 
 
 def check_labels(labels: Corrections, image: str) -> None:

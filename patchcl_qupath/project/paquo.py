@@ -111,7 +111,11 @@ class PaquoProject:
     def labels(self, entry: ImageEntry, field_class: str) -> Corrections:
         """The fields that are saved, and the nuclei in them; or those exported since then."""
         file, data = self.files.labels_file(entry), self.files.data(entry)
-        if data.exists() and not (file.exists() and is_newer(file, data)):
+        if file.exists() and (not data.exists() or is_newer(file, data)):
+            found = self.files.labels(entry, field_class)
+            if found.fields:  # else it may be an export of another class
+                return found
+        if data.exists():
             self._check(entry)
             self.process.ask(Export(self._image(entry), file, field_class))
         return self.files.labels(entry, field_class)
