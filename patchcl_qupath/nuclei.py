@@ -59,7 +59,7 @@ def outlines(
     xy = corner + step / 2
     if confidence is not None:
         outwards = np.stack([step[:, 1], -step[:, 0]], axis=1)  # (x, y), one px long
-        xy += outwards * _rim(labels, confidence, threshold, xy, outwards)[:, None]
+        xy += outwards * _rim(confidence, threshold, xy, outwards)[:, None]
     xy = _smooth(xy, ring)
     polygons = shapely.polygons(shapely.linearrings(xy, indices=ring))
     outer = _largest(shapely.area(polygons), owner, int(labels.max(initial=0)))
@@ -67,7 +67,6 @@ def outlines(
 
 
 def _rim(
-    labels: NDArray[np.int32],
     confidence: NDArray[np.float32],
     threshold: float,
     middle: NDArray[np.float64],
@@ -76,17 +75,17 @@ def _rim(
     """How far outwards of the middle of each edge (E, 2) confidence is ``threshold``: (E,) in px.
 
     In quarters of a px, from -1/2 to 1/2: two tiles may differ by a hair in their confidence. 0
-    where the label ends for another reason: at another nucleus, or at the border.
+    where the label ends for another reason: at another nucleus, or at the border. Which labels
+    other nuclei have must not matter: a tile knows its own alone.
     """
     inner = np.floor(middle - outwards / 2).astype(int)  # (E, 2) pixel (x, y) on this side
     outer = inner + outwards
-    size = labels.shape[::-1]
+    size = confidence.shape[::-1]
     exists = ((outer >= 0) & (outer < size)).all(axis=1)
     outer = np.clip(outer, 0, np.array(size) - 1)
     high = confidence[inner[:, 1], inner[:, 0]]
     low = confidence[outer[:, 1], outer[:, 0]]
-    falls = exists & (labels[outer[:, 1], outer[:, 0]] == 0) & (high > threshold)
-    falls &= low < threshold
+    falls = exists & (high > threshold) & (low < threshold)
     share = (high - threshold) / np.where(falls, high - low, 1)
     return np.asarray(np.where(falls, np.round(4 * share) / 4 - 0.5, 0.0))
 

@@ -27,7 +27,7 @@ from patchcl_qupath.nuclei import centroids, nuclei_of_tile, to_level0
 from patchcl_qupath.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.project import Project
 from patchcl_qupath.report import write_preview
-from patchcl_qupath.runs import Seconds, TileStore, map_tiles, timed, torch_threads, write_run
+from patchcl_qupath.runs import Seconds, TileStore, map_tiles, timed, write_run
 from patchcl_qupath.segment import context_um, instances
 from patchcl_qupath.slide import Slide
 from patchcl_qupath.storage import digest
@@ -178,7 +178,7 @@ class Run:
             self.progress(f"{entry.name}: segmenting", next(finished), len(tiles))
 
         one_more()  # the bar begins at what is taken over
-        context = TileContext(image, self.model, self.config, torch_threads(self.client))
+        context = TileContext(image, self.model, self.config)
         seconds = map_tiles(self.client, segment_tile, context, missing, store, one_more)
 
         count, nuclei = store.count(tiles), partial(store.nuclei, tiles)
@@ -234,7 +234,6 @@ class TileContext:
     image: PreparedImage
     model: Model
     config: Config
-    torch_threads: int
 
 
 def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
@@ -245,7 +244,7 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
     with timed(seconds, "read"):
         rgb = slide.read(tile.read)
     with timed(seconds, "network"):
-        torch.set_num_threads(context.torch_threads)
+        torch.set_num_threads(1)  # sums of several threads would differ by how many these are
         probability, core = confidence(model, rgb, image.scale)
     # The network's share of the halo is used up: what is left has the whole slide's confidence.
     near = tile.write.grow(_context_px(context.config, slide), slide.shape)

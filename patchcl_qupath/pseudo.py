@@ -53,6 +53,8 @@ def pseudo_labels(
         components = [_components(mask & (d > level), mpp, config) for level in levels]
         values = [_values(labels, slope / steep, mpp, config) for labels in components]
         labels = _best(components, values)
+        strange = _strange(components[0], labels, mpp, config)
+        labels, background = np.where(strange, 0, labels), background | strange
         sure = _mean_inside(labels, confidence) >= config.min_confidence
         answers.append((_only(labels, sure), background & (labels == 0)))
     return _without_fragments(answers, config.min_fragment)
@@ -102,6 +104,21 @@ def _only(labels: NDArray[np.int32], keep: NDArray[np.bool_]) -> NDArray[np.int3
     keep = keep.copy()
     keep[0] = False
     return np.where(keep, np.cumsum(keep), 0).astype(np.int32)[labels]
+
+
+def _strange(
+    clumps: NDArray[np.int32], labels: NDArray[np.int32], mpp: float, config: SelfTrainConfig
+) -> NDArray[np.bool_]:
+    """Clumps (H, W) that are dark, but do not fall into nuclei: keratin, ink, pigment, folds.
+
+    They are larger than a nucleus, and little of them is in what looks like one. The network is
+    shown them as what is none.
+    """
+    area = np.bincount(clumps.ravel())
+    covered = np.bincount(clumps.ravel(), labels.ravel() > 0) / np.maximum(area, 1)
+    strange = (area * mpp**2 > config.min_clump_um2) & (covered < config.min_covered)
+    strange[0] = False
+    return np.asarray(strange[clumps])
 
 
 def _without_fragments(answers: list[Answer], least: float) -> list[Answer]:

@@ -140,12 +140,6 @@ def write_run(
         )
 
 
-def torch_threads(client: Any) -> int:
-    """How many threads a network may use in each of the client's threads without crowding."""
-    threads = sum(client.nthreads().values())
-    return max(1, (os.cpu_count() or 1) // max(1, int(threads)))
-
-
 def map_tiles(
     client: Any,
     task: TileTask[Context],

@@ -62,6 +62,14 @@ def unmix_hed(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     return _unmix(rgb, _HED_TABLES)
 
 
+# A slide without nuclei has no hematoxylin to speak of: its noise must not be scaled up until it
+# looks like some. In 31 real H&E images hematoxylin ranges from -0.26 to 0.07 at its lowest to 0.74
+# and more at its highest; red cells alone can pull the lowest down.
+_LEAST_LOW = np.array([-0.25, -np.inf, -np.inf])
+_LEAST_HIGH = np.array([0.6, -np.inf, -np.inf])
+_LEAST_RANGE = 0.15
+
+
 @dataclass(frozen=True)
 class StainScale:
     """One slide's stain range: what the networks need to see slides of any stain alike.
@@ -77,7 +85,8 @@ class StainScale:
         """From tissue crops (H, W, 3) of one slide: the 2nd and 99th percentile of each stain."""
         pixels = np.concatenate([unmix_hed(crop).reshape(-1, 3) for crop in crops])
         low, high = np.percentile(pixels, [2, 99], axis=0)
-        high = np.maximum(high, low + 0.15)  # a slide without one stain must not amplify noise
+        low, high = np.maximum(low, _LEAST_LOW), np.maximum(high, _LEAST_HIGH)
+        high = np.maximum(high, low + _LEAST_RANGE)
         return cls(tuple(low.tolist()), tuple(high.tolist()))
 
     def apply(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:

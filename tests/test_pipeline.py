@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from patchcl_qupath import pipeline, runs
-from patchcl_qupath.project import open_project
+from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.slide import Slide
 from patchcl_qupath.stains import hematoxylin_eosin
 from patchcl_qupath.storage import read_nuclei
@@ -214,3 +214,26 @@ def test_a_run_again_gives_the_same_nuclei_the_same_ids(model, client, project_f
     _, nuclei = segment(project_folder, model, client, tile_px=700)
     same = len(set(nuclei.uuids) & set(untiled.uuids))
     assert same > 0.99 * len(untiled)
+
+
+def fibres(side_px):
+    """Tissue without a nucleus: pink fibres, here denser and there looser, and a camera's noise."""
+    rng = np.random.default_rng(0)
+    fine = ndimage.gaussian_filter(rng.normal(size=(side_px, side_px)), (1.5, 9))
+    coarse = ndimage.gaussian_filter(rng.normal(size=(side_px, side_px)), 25)
+    amount = np.clip(1 + 0.25 * fine / fine.std() + 0.3 * coarse / coarse.std(), 0.1, None)
+    rgb = 245 * (np.array([225, 150, 185]) / 245) ** amount[..., None]
+    return np.clip(rgb + rng.normal(0, 3, rgb.shape), 0, 255).astype(np.uint8)
+
+
+def test_tissue_without_nuclei_stays_nearly_empty(model, client, tmp_path):
+    """A slide of its own: what its faintest stain is scaled to must not look like nuclei."""
+    path = tmp_path / "fibres.png"
+    Image.fromarray(fibres(1200)).save(path)
+    image = NewImage(path, [(1200, 1200)], (0.5, 0.5))
+    project = open_project(init_project(tmp_path / "p", [image]), "files")
+    run = pipeline.Run(project, model, QUICK, client, silent)
+    (result,) = run.images(project.images())
+    assert result.problem is None
+    assert result.tissue_mm2 > 0.3
+    assert result.nuclei <= 20 * result.tissue_mm2

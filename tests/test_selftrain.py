@@ -71,6 +71,21 @@ def test_a_clump_falls_into_its_nuclei_and_a_strand_is_left_in_doubt():
     assert not background[ndimage.binary_erosion(strand)].any()
 
 
+def test_a_dark_clump_that_falls_into_no_nuclei_is_shown_as_none():
+    """Keratin, ink, a fold: an evenly dark band, with a nucleus beside it."""
+    truth = discs((120, 200), [(20, 40, 8), (100, 150, 8)])
+    band = np.zeros(truth.shape, bool)
+    rows, cols = np.mgrid[:120, :200]
+    band[np.abs(rows - 60 - 10 * np.sin(cols / 9)) < 9] = True
+    stains, opinion = tissue(np.where(band, 9, truth).astype(np.int32))
+    labels, background = find(stains, opinion)
+    assert sorted(np.unique(labels[truth > 0]).tolist()) in ([0, 1, 2], [1, 2])
+    assert labels.max() == 2
+    assert background[ndimage.binary_erosion(band, iterations=2)].all()
+    _, background = find(stains, opinion, replace(CONFIG, min_covered=0.0))
+    assert not background[ndimage.binary_erosion(band, iterations=2)].any()
+
+
 def test_what_patchcl_does_not_see_is_no_pseudo_label():
     truth = discs((100, 100), [(50, 50, 9)])
     stains, opinion = tissue(truth)
