@@ -60,11 +60,11 @@ def crop(tmp_path):
 def quick(tmp_path):
     """Settings for a training of seconds."""
     path = tmp_path / "quick.toml"
-    path.write_text("[patchcl]\nmax_steps = 60\ncrops = 8\n")
+    path.write_text('recipe = "patchcl"\n[patchcl]\nmax_steps = 60\ncrops = 8\n')
     return path
 
 
-@pytest.mark.parametrize("command", ["run", "train", "init", "status", "score"])
+@pytest.mark.parametrize("command", ["run", "train", "refine", "init", "status", "score"])
 def test_every_command_explains_itself(command):
     result = call(command, "--help")
     assert result.exit_code == 0

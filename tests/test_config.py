@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from patchcl_qupath.config import Config, from_dict, load_config, to_dict
+from patchcl_qupath.config import Config, PatchCLConfig, from_dict, load_config, to_dict
 from patchcl_qupath.errors import ConfigError
 
 
@@ -47,3 +47,26 @@ def test_bad_settings_are_refused(tmp_path, text, message):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "none.toml")
+
+
+def test_recipe_of_the_paper_has_its_settings() -> None:
+    paper = from_dict({"recipe": "paper", "patchcl": {"seed": 3}})
+    assert paper.recipe == "paper"
+    assert paper.patchcl == PatchCLConfig.paper(seed=3)
+    assert from_dict(to_dict(paper)) == paper
+    assert from_dict({}).recipe == "selftrain"
+    with pytest.raises(ConfigError, match="recipe must be one of selftrain, patchcl, paper"):
+        from_dict({"recipe": "magic"})
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"selftrain": {"widths": [8, 8]}},
+        {"selftrain": {"widths": [8, 0, 8]}},
+        {"cdcl": {"patch_px": 6}},
+    ],
+)
+def test_networks_that_cannot_be_made_are_refused(table: dict[str, dict[str, object]]) -> None:
+    with pytest.raises(ConfigError, match=r"selftrain\.widths must be|cdcl\.patch_px must be"):
+        from_dict(table)
