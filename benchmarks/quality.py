@@ -137,9 +137,8 @@ def few_labels(row: str, paths: Sequence[Path], truth: Path, draws: int) -> dict
             for i in chosen:
                 image = prepare(entries[i], start.config)
                 labelled += lessons(image, corrected(entries[i], truth, side, rng))
-            network, _ = selftrain.teach(
-                labelled, start.config.selftrain, draw, partial(progress, "labels alone")
-            )
+            alone = replace(start.config.selftrain, steps=start.config.cdcl.steps)
+            network, _ = selftrain.teach(labelled, alone, draw, partial(progress, "labels alone"))
             models = {
                 "label-free": start,
                 "labels alone": replace(start, network=network),

@@ -47,7 +47,7 @@ def refine(
     settings = start.config.cdcl
     rng = np.random.default_rng(seed)
     student = deepcopy(start.network).to(device()).train()
-    teacher = deepcopy(student)
+    teacher = deepcopy(student).eval()
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
         projection = nn.Conv2d(student.coarse_width, settings.dimensions, 1).to(device())
