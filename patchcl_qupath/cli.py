@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from patchcl_qupath import __version__
-from patchcl_qupath.config import Config, load_config
+from patchcl_qupath.config import STAINS, Config, load_config
 from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
 
 if TYPE_CHECKING:
@@ -100,6 +100,11 @@ def _writing(command: Command) -> Command:
     type=click.Choice(["auto", "annotation", "detection"]),
     help="What nuclei become in QuPath. auto: annotations, or detections where they are many.",
 )
+@click.option(
+    "--stain",
+    type=click.Choice(STAINS),
+    help="The stains that are measured. Default: h-e. Nuclei are found in either.",
+)
 @click.option("--class-name", help="Class of the nuclei in QuPath; default: Nucleus.")
 @click.option("--model", "name", default="patchcl", help="Name of the model; trained if missing.")
 @click.option("--retrain", is_flag=True, help="Train the model anew even if there is one.")
@@ -123,6 +128,7 @@ def run(
     qupath: Path | None,
     within: tuple[str, ...],
     object_type: str | None,
+    stain: str | None,
     class_name: str | None,
     name: str,
     retrain: bool,
@@ -143,7 +149,8 @@ def run(
             object_type=object_type or settings.result.object_type,
             class_name=settings.result.class_name if class_name is None else class_name,
         )
-        settings = replace(settings, result=shown)
+        slide = replace(settings.slide, stain=stain or settings.slide.stain)
+        settings = replace(settings, slide=slide, result=shown)
         from patchcl_qupath import pipeline, runs
         from patchcl_qupath.storage import alone
 

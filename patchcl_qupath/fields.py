@@ -23,7 +23,8 @@ def lessons(image: PreparedImage, labels: Corrections) -> list[Lesson]:
     ImageError for a field that is too small, or that lies outside the image.
     """
     slide = image.slide
-    assert image.scale is not None, "an image without tissue has no fields"
+    if image.scale is None:
+        raise ImageError(f"{slide.name} shows no tissue, but has fields of labels: delete them")
     nuclei = np.array([level0_to_grid(n, slide.downsample) for n in labels.nuclei], dtype=object)
     made = []
     for field in labels.fields:

@@ -14,7 +14,7 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Labels, Nuclei, Polygons, Tile, grid_to_level0, tile_to_grid
-from patchcl_qupath.stains import hematoxylin_eosin
+from patchcl_qupath.stains import densities
 
 # Walking clockwise round a region, as seen on the screen, the region is on the right. The four
 # ways to walk along a pixel's edge, and for each: where the edge starts (a corner, from the
@@ -240,23 +240,23 @@ def measure(
     labels: NDArray[np.int32],
     rgb: NDArray[np.uint8],
     confidence: NDArray[np.float32],
+    stain: str = "h-e",
 ) -> dict[str, NDArray[np.float32]]:
     """Measurements of labels 1..N under QuPath's own names -> name: (N,) float32.
 
     ``polygons_um`` (N,) are their outlines in um; ``labels`` (H, W), ``rgb`` (H, W, 3) and
     ``confidence`` (H, W) belong to the same tile. Shapes are defined as in QuPath's
-    ``ObjectMeasurements`` (0.3 and later); optical densities are of QuPath's default H&E stains,
-    at the working resolution, over the pixels of the nucleus.
+    ``ObjectMeasurements`` (0.3 and later); optical densities are of QuPath's default stains for
+    ``stain``, "h-e" or "h-dab", at the working resolution, over the pixels of the nucleus.
     """
     named = shape_measurements(polygons_um)
     pixels = np.flatnonzero(labels)
     order = np.argsort(labels.ravel()[pixels], kind="stable")
     pixels = pixels[order]
     first = np.flatnonzero(np.diff(labels.ravel()[pixels], prepend=0))
-    stains = hematoxylin_eosin(rgb.reshape(-1, 3)[pixels])
-    for stain, values in (("Hematoxylin", stains[:, 0]), ("Eosin", stains[:, 1])):
+    for name, values in densities(rgb.reshape(-1, 3)[pixels], stain).items():
         for statistic, per_nucleus in _statistics(values, first).items():
-            named[f"{stain}: {statistic}"] = per_nucleus
+            named[f"{name}: {statistic}"] = per_nucleus
     probability = _statistics(confidence.ravel()[pixels], first)["Mean"]
     named["Detection probability"] = probability
     return {name: values.astype(np.float32) for name, values in named.items()}
@@ -323,17 +323,19 @@ def nuclei_of_tile(
     tile: Tile,
     mpp: tuple[float, float],
     threshold: float = 0.5,
+    stain: str = "h-e",
 ) -> Nuclei:
     """Those of labels 1..N that are ``mine`` (N,), outlined and measured, on the working grid.
 
     ``labels``, ``rgb`` and ``confidence`` cover the tile's read box; ``mpp`` is (x, y) in um per
-    working pixel. Outlines run where confidence is ``threshold``. The order is that of the labels.
+    working pixel. Outlines run where confidence is ``threshold``; ``stain`` is as in ``measure``.
+    The order is that of the labels.
     """
     renumbered = np.concatenate([[0], np.where(mine, np.cumsum(mine), 0)]).astype(np.int32)
     labels = renumbered[labels]
     polygons = outlines(labels, confidence, threshold)
     polygons_um = grid_to_level0(polygons, mpp)  # um are pixels of 1 um
-    measurements = measure(polygons_um, labels, rgb, confidence)
+    measurements = measure(polygons_um, labels, rgb, confidence, stain)
     return Nuclei(tile_to_grid(polygons, tile), measurements)
 
 

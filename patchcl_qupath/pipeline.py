@@ -259,7 +259,8 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
         if image.region is not None:
             mine &= inside_region(image.region, tile.write, rows, cols)
         nuclei = nuclei_of_tile(
-            labels, mine, rgb, probability, tile, slide.grid_mpp, model.threshold
+            *(labels, mine, rgb, probability, tile, slide.grid_mpp),
+            *(model.threshold, context.config.slide.stain),
         )
         nuclei = nuclei[nuclei.measurements["Solidity"] >= context.config.segment.min_solidity]
         nuclei = to_level0(nuclei, slide.downsample, image.id)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 # Rows are stains, columns R, G, B. QuPath's defaults for H&E; the third stain is QuPath's
 # residual, the cross product of the two. Measurements use these, as QuPath's own do.
 QUPATH_H_E = np.array([[0.65111, 0.70119, 0.29049], [0.2159, 0.8012, 0.5581]])
+QUPATH_H_DAB = np.array([[0.65111, 0.70119, 0.29049], [0.26917, 0.56824, 0.77759]])
 # Ruifrok & Johnston's hematoxylin, eosin and DAB: what the networks see.
 RUIFROK_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
@@ -40,7 +41,10 @@ def _tables(stains: NDArray[np.float64], density: NDArray[np.float64]) -> NDArra
     return (density[None, :, None] * _unmixing(stains)[:, None, :]).astype(np.float32)
 
 
-_H_E_TABLES = _tables(QUPATH_H_E, _OD_QUPATH)
+_MEASURED = {  # what the two stains of a slide are called in QuPath, and how they are parted
+    "h-e": (("Hematoxylin", "Eosin"), _tables(QUPATH_H_E, _OD_QUPATH)),
+    "h-dab": (("Hematoxylin", "DAB"), _tables(QUPATH_H_DAB, _OD_QUPATH)),
+}
 _HED_TABLES = _tables(RUIFROK_HED, _OD_NETWORK)
 
 
@@ -52,9 +56,14 @@ def _unmix(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.fl
     )
 
 
-def hematoxylin_eosin(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """RGB (..., 3) to the optical density of hematoxylin and eosin (..., 2), as QuPath has it."""
-    return _unmix(rgb, _H_E_TABLES)[..., :2]
+def densities(rgb: NDArray[np.uint8], stain: str = "h-e") -> dict[str, NDArray[np.float32]]:
+    """RGB (..., 3) to the optical density (...) of each of two stains, by QuPath's name of it.
+
+    ``stain`` is "h-e" or "h-dab"; stains are those that QuPath begins with.
+    """
+    names, tables = _MEASURED[stain]
+    unmixed = _unmix(rgb, tables)
+    return {name: unmixed[..., i] for i, name in enumerate(names)}
 
 
 def unmix_hed(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:

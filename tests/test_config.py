@@ -65,8 +65,9 @@ def test_recipe_of_the_paper_has_its_settings() -> None:
         {"selftrain": {"widths": [8, 8]}},
         {"selftrain": {"widths": [8, 0, 8]}},
         {"cdcl": {"patch_px": 6}},
+        {"slide": {"stain": "h&e"}},
     ],
 )
-def test_networks_that_cannot_be_made_are_refused(table: dict[str, dict[str, object]]) -> None:
-    with pytest.raises(ConfigError, match=r"selftrain\.widths must be|cdcl\.patch_px must be"):
+def test_values_that_make_no_sense_are_refused(table: dict[str, dict[str, object]]) -> None:
+    with pytest.raises(ConfigError, match=r"(widths|patch_px|stain) must be"):
         from_dict(table)

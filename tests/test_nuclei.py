@@ -15,7 +15,7 @@ from patchcl_qupath.nuclei import (
     shape_measurements,
     to_level0,
 )
-from patchcl_qupath.stains import hematoxylin_eosin
+from patchcl_qupath.stains import densities
 
 
 def disc_labels(shape, centres, radius):
@@ -158,30 +158,38 @@ def test_min_diameter_is_the_least_width_not_that_of_the_bounding_box():
     assert shape["Solidity"][2] == pytest.approx((36 - 15) / 36)
 
 
-def test_intensities_are_qupath_s_optical_densities_of_the_pixels_inside():
+@pytest.mark.parametrize("stain", ["h-e", "h-dab"])
+def test_intensities_are_qupath_s_optical_densities_of_the_pixels_inside(stain):
     labels = np.zeros((4, 6), dtype=np.int32)
     labels[1:3, 1:3] = 1
     labels[0, 5] = 2
     rgb = np.random.default_rng(0).integers(30, 255, (4, 6, 3)).astype(np.uint8)
     confidence = np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6)
     polygons = outlines(labels)
-    values = measure(polygons, labels, rgb, confidence)
-    density = hematoxylin_eosin(rgb)
-    for channel, stain in enumerate(("Hematoxylin", "Eosin")):
-        inside = density[1:3, 1:3, channel]
-        assert values[f"{stain}: Mean"][0] == pytest.approx(inside.mean(), rel=1e-5)
-        assert values[f"{stain}: Std.Dev."][0] == pytest.approx(inside.std(ddof=1), rel=1e-5)
-        assert values[f"{stain}: Min"][0] == inside.min()
-        assert values[f"{stain}: Max"][0] == inside.max()
-        assert values[f"{stain}: Std.Dev."][1] == 0
+    values = measure(polygons, labels, rgb, confidence, stain)
+    found = densities(rgb, stain)
+    assert list(found) == ["Hematoxylin", {"h-e": "Eosin", "h-dab": "DAB"}[stain]]
+    for name, density in found.items():
+        inside = density[1:3, 1:3]
+        assert values[f"{name}: Mean"][0] == pytest.approx(inside.mean(), rel=1e-5)
+        assert values[f"{name}: Std.Dev."][0] == pytest.approx(inside.std(ddof=1), rel=1e-5)
+        assert values[f"{name}: Min"][0] == inside.min()
+        assert values[f"{name}: Max"][0] == inside.max()
+        assert values[f"{name}: Std.Dev."][1] == 0
     assert values["Detection probability"][0] == pytest.approx(confidence[1:3, 1:3].mean())
 
 
-def test_pure_stains_unmix_to_themselves():
+@pytest.mark.parametrize(
+    ("stain", "vector"),
+    [("h-e", [0.2159, 0.8012, 0.5581]), ("h-dab", [0.26917, 0.56824, 0.77759])],
+)
+def test_pure_stains_unmix_to_themselves(stain, vector):
     hematoxylin = 255 * 10 ** (-0.8 * np.array([0.65111, 0.70119, 0.29049]))
-    eosin = 255 * 10 ** (-0.5 * np.array([0.2159, 0.8012, 0.5581]))
-    density = hematoxylin_eosin(np.round([hematoxylin, eosin, [255] * 3]).astype(np.uint8))
-    np.testing.assert_allclose(density, [[0.8, 0], [0, 0.5], [0, 0]], atol=0.01)
+    other = 255 * 10 ** (-0.5 * np.array(vector))
+    rgb = np.round([hematoxylin, other, [255] * 3]).astype(np.uint8)
+    one, two = densities(rgb, stain).values()
+    np.testing.assert_allclose(one, [0.8, 0, 0], atol=0.01)
+    np.testing.assert_allclose(two, [0, 0.5, 0], atol=0.01)
 
 
 def test_level0_coordinates_and_uuids():

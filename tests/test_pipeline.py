@@ -24,7 +24,7 @@ from scipy import ndimage
 from patchcl_qupath import pipeline, runs
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.slide import Slide
-from patchcl_qupath.stains import hematoxylin_eosin
+from patchcl_qupath.stains import densities
 from patchcl_qupath.storage import read_nuclei
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
@@ -158,7 +158,7 @@ def test_nuclei_lie_on_dark_blue_structures(untiled):
     frame = shapely.box(-0.2, -0.2, slide.size[0] + 0.2, slide.size[1] + 0.2)
     assert shapely.within(untiled.polygons, frame).all()
 
-    hematoxylin = hematoxylin_eosin(slide.thumbnail(slide.mpp))[..., 0]
+    hematoxylin = densities(slide.thumbnail(slide.mpp))["Hematoxylin"]
     drawing = Image.new("I", hematoxylin.shape[::-1])
     for label, polygon in enumerate(untiled.polygons, start=1):
         corners = shapely.get_coordinates(polygon) - 0.5  # to the middles of pixels
