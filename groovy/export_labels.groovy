@@ -39,7 +39,8 @@ if (imageData == null || entry == null) {
 }
 Path file = Paths.get(QP.buildPathInProject(folderName, 'labels', entry.getID() + '.geojson'))
 Map<String, Integer> counts = exportLabels(imageData, fieldClass, file)
-logger.info("${entry.getImageName()}: ${counts.fields} fields and ${counts.nuclei} outlines in them exported to ${file}.")
+logger.info("${entry.getImageName()}: ${counts.fields} fields and ${counts.nuclei} outlines in them " +
+        "exported to ${file}.")
 
 
 /**
