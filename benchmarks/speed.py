@@ -48,7 +48,7 @@ def main() -> None:
 def measure(folder: Path) -> dict[str, float]:
     """The figures, by name."""
     sample = folder / "sample"
-    shutil.copytree(SAMPLE, sample, ignore=shutil.ignore_patterns("patchcl"))
+    shutil.copytree(SAMPLE, sample, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
     train_s, _, _ = timed("train", sample)
     segment_s, outcome, _ = timed("run", sample, "--backend", "files")
     figures = {

@@ -222,7 +222,7 @@ def test_wrong_usage_is_one_line(tmp_path, monkeypatch, arguments, status, words
 
 def test_a_damaged_model_is_not_used(tmp_path):
     folder = tmp_path / "project"
-    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl"))
+    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
     (folder / "patchcl" / "models").mkdir(parents=True)
     (folder / "patchcl" / "models" / "patchcl.pt").write_bytes(b"not a model")
     result = call("run", folder)

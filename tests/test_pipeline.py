@@ -37,7 +37,7 @@ def silent(stage, done, total):
 @pytest.fixture
 def project_folder(tmp_path):
     folder = tmp_path / "a project, with ümlauts"
-    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl"))
+    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
     return folder
 
 
@@ -63,7 +63,7 @@ def matched(these, those, iou):
 @pytest.fixture(scope="session")
 def untiled(model, client, tmp_path_factory):
     folder = tmp_path_factory.mktemp("untiled") / "project"
-    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl"))
+    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
     result, nuclei = segment(folder, model, client, tile_px=10_000)
     assert result.tiles == 1
     return nuclei

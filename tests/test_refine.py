@@ -180,7 +180,7 @@ def export(folder, *features):
 @pytest.fixture
 def folder(tmp_path):
     copy = tmp_path / "project"
-    shutil.copytree(SAMPLE, copy, ignore=shutil.ignore_patterns("patchcl"))
+    shutil.copytree(SAMPLE, copy, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
     return copy
 
 

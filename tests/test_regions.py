@@ -58,7 +58,7 @@ def export(project: Path, *features: dict[str, Any]) -> None:
 def folder(tmp_path: Path) -> Path:
     """A copy of the sample project."""
     copy = tmp_path / "project"
-    shutil.copytree(SAMPLE, copy, ignore=shutil.ignore_patterns("patchcl"))
+    shutil.copytree(SAMPLE, copy, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
     return copy
 
 

@@ -67,7 +67,7 @@ def test_a_windows_path_in_groovy(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_progress_for_programs(tmp_path: Path, model: pipeline.Model) -> None:
     folder = tmp_path / "project"
-    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl"))
+    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
     model.save(folder / "patchcl" / "models", "patchcl")
     options = ["--progress", "json", "--backend", "files", "--json"]
     result = CliRunner().invoke(main, ["run", str(folder), *options])
