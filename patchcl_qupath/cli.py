@@ -152,11 +152,10 @@ def run(
         slide = replace(settings.slide, stain=stain or settings.slide.stain)
         settings = replace(settings, slide=slide, result=shown)
         from patchcl_qupath import pipeline, runs
-        from patchcl_qupath.storage import alone
 
         click.echo(f"Nuclei are written by {project.via}", err=True)
         showing = _progress_lines if progress_as == "json" else _progress_bars
-        with alone(project.output), closing(project), showing() as progress:
+        with _at_work(project), showing() as progress:
             model = _model(project, entries, settings, mpp, name, retrain, progress)
             with runs.workers(workers, scheduler) as client:
                 this_run = pipeline.Run(project, model, settings, client, progress, mpp, within)
@@ -181,9 +180,7 @@ def train(
     """Train a model on the slides of PROJECT, without labels."""
     with _reporting_errors(as_json):
         project, entries, settings = _open(project_path, names, config, seed)
-        from patchcl_qupath.storage import alone
-
-        with alone(project.output), _progress_bars() as progress:
+        with _at_work(project), _progress_bars() as progress:
             model = _model(project, entries, settings, mpp, name, True, progress)
         path = _model_path(project, name)
         if as_json:
@@ -224,19 +221,15 @@ def refine(
         project, entries, settings = _open(project_path, names, config, None, backend, qupath)
         from patchcl_qupath import pipeline
         from patchcl_qupath.model import Model
-        from patchcl_qupath.storage import alone, check_writable
+        from patchcl_qupath.storage import check_writable
 
-        with alone(project.output), closing(project), _progress_bars() as progress:
+        with _at_work(project), _progress_bars() as progress:
             start = Model.load(_model_path(project, name))
-            if start.align_px == 1:
-                raise ConfigError(
-                    f"the model {name} is PatchCL's alone and cannot be refined: train one with "
-                    'recipe = "selftrain", the default'
-                )
-            check_writable(project.output / "models")
+            path = _model_path(project, new_name)
+            check_writable(path.parent)
             start = replace(start, config=replace(start.config, cdcl=settings.cdcl))
             model = pipeline.refine(project, entries, start, labels_from, progress, mpp, seed)
-            path = model.save(project.output / "models", new_name)
+            model.save(path.parent, new_name)
         if as_json:
             _print_json({"model": str(path), "digest": model.digest})
         else:
@@ -337,10 +330,8 @@ def remove(
     with _reporting_errors(as_json):
         project, entries, _ = _open(project_path, names, config, None, backend, qupath)
         click.echo(f"Nuclei are removed by {project.via}", err=True)
-        from patchcl_qupath.storage import alone
-
         rows: list[dict[str, Any]] = []
-        with alone(project.output), closing(project):
+        with _at_work(project):
             for entry in entries:
                 row: dict[str, Any] = {"id": entry.id, "image": entry.name, "problem": None}
                 try:
@@ -448,6 +439,15 @@ def _model(
     model = pipeline.train(entries, settings, progress, mpp)
     model.save(path.parent, name)
     return model
+
+
+@contextmanager
+def _at_work(project: Project) -> Iterator[None]:
+    """Nobody else works on the project meanwhile; what was started for it is ended."""
+    from patchcl_qupath.storage import alone
+
+    with alone(project.output), closing(project):
+        yield
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Box, Corrections, level0_to_grid
 from patchcl_qupath.errors import ImageError
-from patchcl_qupath.prepare import PreparedImage
+from patchcl_qupath.prepare import PreparedImage, on_grid
 from patchcl_qupath.teaching import Lesson, targets
+from patchcl_qupath.tiles import bounds, inside_region
 
 MIN_FIELD_UM = 16.0  # a narrower field shows no nucleus whole
 
@@ -28,7 +29,7 @@ def lessons(image: PreparedImage, labels: Corrections) -> list[Lesson]:
     nuclei = np.array([level0_to_grid(n, slide.downsample) for n in labels.nuclei], dtype=object)
     made = []
     for field in labels.fields:
-        field = level0_to_grid(field, slide.downsample) & shapely.box(0, 0, *slide.shape[::-1])
+        field = on_grid(field, slide)
         x0, y0, x1, y1 = field.bounds if field.area else (0, 0, 0, 0)
         if min(x1 - x0, y1 - y0) * slide.mpp < MIN_FIELD_UM:
             raise ImageError(
@@ -49,11 +50,8 @@ def lessons(image: PreparedImage, labels: Corrections) -> list[Lesson]:
 def _pixels(area: shapely.Geometry, box: Box) -> NDArray[np.bool_]:
     """Which pixels of a box of the working grid have their middle in an area."""
     inside = np.zeros(box.shape, dtype=bool)
-    x0, y0, x1, y1 = area.bounds
-    rows = np.arange(max(box.row0, math.floor(y0)), min(box.row1, math.ceil(y1)))
-    cols = np.arange(max(box.col0, math.floor(x0)), min(box.col1, math.ceil(x1)))
-    if len(rows) and len(cols):
-        y, x = np.meshgrid(rows + 0.5, cols + 0.5, indexing="ij")
-        where = np.ix_(rows - box.row0, cols - box.col0)
-        inside[where] = shapely.contains_xy(area, x, y)
+    part = bounds(area, box)
+    if part is not None:
+        rows, cols = np.mgrid[part.row0 : part.row1, part.col0 : part.col1]
+        inside[part.within(box)] = inside_region(area, part, rows, cols)
     return inside

@@ -20,9 +20,10 @@ import torch
 from patchcl_qupath import __version__, cdcl, patchcl, selftrain
 from patchcl_qupath.config import Config, ResultConfig, to_dict
 from patchcl_qupath.datatypes import ImageEntry, Nuclei, Tile
-from patchcl_qupath.errors import PatchCLError, TrainingError
+from patchcl_qupath.errors import ConfigError, PatchCLError, TrainingError
 from patchcl_qupath.fields import lessons
 from patchcl_qupath.model import Model, confidence
+from patchcl_qupath.network import NucleusNetwork
 from patchcl_qupath.nuclei import centroids, nuclei_of_tile, to_level0
 from patchcl_qupath.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.project import Project
@@ -63,8 +64,13 @@ def refine(
 
     Fields are annotations of class ``labels_from``. The images' other tissue counts, too, with what
     the model is sure of there. Raises ImageError for labels that cannot be learnt from,
-    TrainingError where there are none.
+    TrainingError where there are none, ConfigError for a model of PatchCL alone.
     """
+    if not isinstance(start.network, NucleusNetwork):
+        raise ConfigError(
+            "a model of PatchCL alone cannot be refined: train one with "
+            'recipe = "selftrain", the default'
+        )
     config = start.config
     labelled = []
     for done, entry in enumerate(entries):
@@ -191,7 +197,7 @@ class Run:
             entry.id,
             entry.name,
             note=_note(entry, count, bool(tiles), self.config.result),
-            tissue_mm2=image.tissue_mm2(),
+            tissue_mm2=about["tissue_mm2"],
             nuclei=count,
             tiles=len(tiles),
             tiles_taken_over=taken_over,

@@ -41,7 +41,7 @@ class PreparedImage:
 
     def tissue_mm2(self, region: shapely.Geometry | None = None) -> float:
         """Area of the tissue in a region (level 0), or in all that is to be segmented."""
-        part = self.region if region is None else _on_grid(region, self.slide)
+        part = self.region if region is None else on_grid(region, self.slide)
         return tissue_area_px(self.tissue, self.tissue_px, part) * self.slide.mpp**2 / 1e6
 
     def crops(self, n: int, side_px: int, seed: int) -> Iterator[NDArray[np.uint8]]:
@@ -86,7 +86,7 @@ def _region(entry: ImageEntry, slide: Slide) -> shapely.Geometry | None:
     """An image's regions as one geometry on the working grid, clipped to it."""
     if not entry.regions:
         return None
-    region = _on_grid(shapely.union_all(entry.regions), slide)
+    region = on_grid(shapely.union_all(entry.regions), slide)
     if not region.area:
         raise ImageError(
             f"{entry.name}: its regions lie outside the image, which has "
@@ -95,7 +95,7 @@ def _region(entry: ImageEntry, slide: Slide) -> shapely.Geometry | None:
     return region
 
 
-def _on_grid(geometry: shapely.Geometry, slide: Slide) -> shapely.Geometry:
+def on_grid(geometry: shapely.Geometry, slide: Slide) -> shapely.Geometry:
     """Level 0 to the working grid, clipped to it."""
     rows, cols = slide.shape
     return level0_to_grid(geometry, slide.downsample) & shapely.box(0, 0, cols, rows)

@@ -91,7 +91,7 @@ def plan(
     for row, rows in enumerate(pairwise(_cuts(shape[0], tile_px))):
         for col, cols in enumerate(pairwise(_cuts(shape[1], tile_px))):
             whole = Box(rows[0], cols[0], rows[1], cols[1])
-            part = whole if region is None else _bounds(region, whole)
+            part = whole if region is None else bounds(region, whole)
             write = part and _shrunk(part, tissue, tissue_px)
             if write is not None:
                 read = write.grow(halo_px, shape).aligned(align_px, shape)
@@ -114,7 +114,7 @@ def _shrunk(box: Box, tissue: NDArray[np.bool_], tissue_px: int) -> Box | None:
     )
 
 
-def _bounds(region: shapely.Geometry, box: Box) -> Box | None:
+def bounds(region: shapely.Geometry, box: Box) -> Box | None:
     """The part of a box that holds all that is of a region in it; None where nothing is."""
     part = shapely.clip_by_rect(region, box.col0, box.row0, box.col1, box.row1)
     if not part.area:

@@ -16,9 +16,10 @@ from test_selftrain import nuclei_images
 from patchcl_qupath import cdcl, cli, fields, pipeline, selftrain
 from patchcl_qupath.config import CDCLConfig, Config
 from patchcl_qupath.datatypes import Corrections, ImageEntry
-from patchcl_qupath.errors import ImageError, TrainingError
+from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
 from patchcl_qupath.evaluate import aji
 from patchcl_qupath.model import Model, confidence
+from patchcl_qupath.network import ConfidenceNetwork
 from patchcl_qupath.prepare import prepare
 from patchcl_qupath.project import open_project
 from patchcl_qupath.segment import instances
@@ -224,6 +225,13 @@ def test_no_field_at_all_is_said(folder, model):
     project = open_project(folder, "files")
     with pytest.raises(TrainingError, match="no image has an annotation of class Done"):
         pipeline.refine(project, project.images(), model, "Done", lambda *_: None)
+
+
+def test_a_model_of_patchcl_alone_is_refused(folder, model):
+    project = open_project(folder, "files")
+    alone = replace(model, network=ConfidenceNetwork.of(Config().patchcl))
+    with pytest.raises(ConfigError, match="cannot be refined: train one with recipe"):
+        pipeline.refine(project, project.images(), alone, "Done", lambda *_: None)
 
 
 def test_refine_run_and_status_from_the_command_line(folder, model):
