@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from patchcl_qupath import __version__
-from patchcl_qupath.config import STAINS, Config, load_config
+from patchcl_qupath.config import ENGINES, STAINS, Config, load_config
 from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
 
 if TYPE_CHECKING:
@@ -85,9 +85,36 @@ def _writing(command: Command) -> Command:
     return command
 
 
+def _use_device(_: click.Context, __: click.Parameter, device: str) -> None:
+    """Networks run on the GPU if torch sees one: so hide it, or look whether it is there."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise click.BadParameter("torch finds no CUDA device here: use --device cpu")
+
+
+_device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    callback=_use_device,
+    expose_value=False,
+    help="Where networks run. Default: a CUDA device, if there is one.",
+)
+
+
 @main.command()
 @_shared
 @_writing
+@_device
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    help="What runs the network. Default: OpenVINO on CPUs, if it is installed, else torch.",
+)
 @click.option(
     "--within",
     multiple=True,
@@ -126,6 +153,7 @@ def run(
     as_json: bool,
     backend: str,
     qupath: Path | None,
+    engine: str | None,
     within: tuple[str, ...],
     object_type: str | None,
     stain: str | None,
@@ -150,7 +178,8 @@ def run(
             class_name=settings.result.class_name if class_name is None else class_name,
         )
         slide = replace(settings.slide, stain=stain or settings.slide.stain)
-        settings = replace(settings, slide=slide, result=shown)
+        engine = engine or settings.engine
+        settings = replace(settings, slide=slide, result=shown, engine=engine)
         from patchcl_qupath import pipeline, runs
 
         click.echo(f"Nuclei are written by {project.via}", err=True)
@@ -166,6 +195,7 @@ def run(
 
 @main.command()
 @_shared
+@_device
 @click.option("--model", "name", default="patchcl", help="Name to give the model.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the training.")
 def train(
@@ -192,6 +222,7 @@ def train(
 @main.command()
 @_shared
 @_writing
+@_device
 @click.option(
     "--labels-from",
     required=True,

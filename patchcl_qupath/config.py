@@ -3,6 +3,7 @@
 A TOML file has one table for each of the dataclasses below, named as the fields of ``Config``:
 
     recipe = "selftrain"
+    engine = "torch"
 
     [slide]
     mpp = 0.5
@@ -24,6 +25,7 @@ from patchcl_qupath.errors import ConfigError
 
 STAINS = ("h-e", "h-dab")
 RECIPES = ("selftrain", "patchcl", "paper")
+ENGINES = ("auto", "torch", "openvino")
 
 
 @dataclass(frozen=True)
@@ -203,9 +205,11 @@ class Config:
 
     ``recipe`` is how a model is made: "selftrain", PatchCL and then a network that its confident
     nuclei teach; "patchcl", PatchCL alone; "paper", PatchCL alone with the settings of the paper.
+    ``engine`` runs it: "torch", "openvino", or "auto", the faster one of those that are there.
     """
 
     recipe: str = "selftrain"
+    engine: str = "auto"
     slide: SlideConfig = field(default_factory=SlideConfig)
     patchcl: PatchCLConfig = field(default_factory=PatchCLConfig)
     selftrain: SelfTrainConfig = field(default_factory=SelfTrainConfig)
@@ -216,6 +220,11 @@ class Config:
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}")
+        if self.engine not in ENGINES:
+            raise ConfigError(f"engine must be one of {', '.join(ENGINES)}")
+
+
+_WORDS = ("recipe", "engine")  # what is no table
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -228,15 +237,15 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
     Raises ConfigError for an unknown table or key, and for a value of the wrong type or sign.
     """
-    tables = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "recipe"}
+    tables = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name not in _WORDS}
     made: dict[str, Any] = {}
     recipe = values.get("recipe", Config.recipe)
     if recipe == "paper":
         tables["patchcl"] = PatchCLConfig.paper
         made["patchcl"] = PatchCLConfig.paper()
     for table, settings in values.items():
-        if table == "recipe":
-            made["recipe"] = settings
+        if table in _WORDS:
+            made[table] = settings
             continue
         if table not in tables:
             raise ConfigError(f"unknown table [{table}]: the tables are {', '.join(tables)}")

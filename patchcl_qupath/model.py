@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import nn
 
+from patchcl_qupath import engines
 from patchcl_qupath.config import Config, from_dict, to_dict
+from patchcl_qupath.engines import Engine
 from patchcl_qupath.errors import ModelError
-from patchcl_qupath.network import ConfidenceNetwork, NucleusNetwork, device, folded
+from patchcl_qupath.network import ConfidenceNetwork, NucleusNetwork
 from patchcl_qupath.stains import StainScale
 from patchcl_qupath.storage import replacing, write_json
 
@@ -65,11 +65,14 @@ class Model:
         return self.network.align_px
 
     @cached_property
-    def engine(self) -> nn.Module:
-        """The network as it is run. Threads may share it."""
-        network = folded(self.network).to(device())
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.7 x as fast
-        return network
+    def _engines(self) -> dict[str, Engine]:
+        return {}
+
+    def engine(self, kind: str) -> Engine:
+        """What runs the network: one of those that ``engines.choose`` names."""
+        if kind not in self._engines:
+            self._engines[kind] = engines.start(kind, self.network)
+        return self._engines[kind]
 
     @cached_property
     def digest(self) -> str:
@@ -127,7 +130,7 @@ class Model:
         return {name: getattr(self, name) for name in ("channel", "inverted", "threshold")}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickled for Dask workers without the engine: each worker has its own device."""
+        """Pickled for Dask workers without the engines: each worker has its own."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
@@ -139,27 +142,26 @@ def _untrained(kind: str, config: Config) -> ConfidenceNetwork | NucleusNetwork:
     raise ValueError(f"its network is {kind}")
 
 
-def confidence(model: Model, rgb: NDArray[np.uint8], scale: StainScale) -> Confidence:
+def confidence(
+    model: Model, rgb: NDArray[np.uint8], scale: StainScale, engine: str = "torch"
+) -> Confidence:
     """How sure the model is of nuclei in an image (H, W, 3).
 
     ``rgb`` is at ``model.mpp`` and begins at multiples of ``model.align_px``; ``scale`` is the
-    stain range of its slide. Pixels that lie at least ``model.reach_px`` from the border of ``rgb``
-    have the value they have in the whole slide.
+    stain range of its slide; ``engine`` one of those that ``engines.choose`` names. Pixels that lie
+    at least ``model.reach_px`` from the border of ``rgb`` have the value they have in the whole
+    slide.
 
     Values are multiples of 1/255: how a convolution sums depends on the size of the tile, and two
     tiles would differ in the last bits of a pixel, which a threshold may turn into another nucleus.
     """
     height, width = rgb.shape[:2]
-    stains = torch.from_numpy(scale.apply(rgb)).to(device())  # (H, W, 3)
-    x = stains.permute(2, 0, 1)[None]  # (1, 3, H, W), channels last in memory: twice as fast
-    with torch.inference_mode():
-        if isinstance(model.network, NucleusNetwork):
-            align = model.align_px
-            x = F.pad(x, (0, -width % align, 0, -height % align), mode="replicate")
-            maps = torch.sigmoid(model.engine(x))[0, :, :height, :width]  # (2, H, W)
-        else:
-            maps = model.engine(x)[0, model.channel, None]  # (1, H, W)
-            if model.inverted:
-                maps = 1 - maps
-        found = np.asarray((torch.round(maps * 255) / 255).cpu(), np.float32)
-    return Confidence(found[0], found[1] if len(found) > 1 else None)
+    align = model.align_px
+    padding = ((0, -height % align), (0, -width % align), (0, 0))
+    stains = np.pad(scale.apply(rgb), padding, mode="edge")  # (H', W', 3)
+    maps = model.engine(engine)(stains)[:, :height, :width]  # (C, H, W)
+    maps = np.asarray(np.rint(maps * 255) / 255, np.float32)
+    if isinstance(model.network, NucleusNetwork):
+        return Confidence(maps[0], maps[1])
+    nucleus = maps[model.channel]
+    return Confidence(1 - nucleus if model.inverted else nucleus, None)

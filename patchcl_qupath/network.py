@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -129,13 +130,16 @@ class NucleusNetwork(nn.Module):
         return self.last(fine), coarse  # (B, 2, H, W), (B, coarse, H / 4, W / 4)
 
 
+Network = TypeVar("Network", bound=nn.Module)
+
+
 def _twice(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         ConvBlock(inputs, outputs, elu=False), ConvBlock(outputs, outputs, elu=False)
     )
 
 
-def folded(network: nn.Module) -> nn.Module:
+def folded(network: Network) -> Network:
     """A copy for inference, in which each batch norm is part of the convolution before it."""
     network = deepcopy(network).eval()
     for module in network.modules():

@@ -10,14 +10,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import shapely
 import torch
 
-from patchcl_qupath import __version__, cdcl, patchcl, selftrain
+from patchcl_qupath import __version__, cdcl, engines, patchcl, selftrain
 from patchcl_qupath.config import Config, ResultConfig, to_dict
 from patchcl_qupath.datatypes import ImageEntry, Nuclei, Tile
 from patchcl_qupath.errors import ConfigError, PatchCLError, TrainingError
@@ -126,12 +126,18 @@ class Run:
     mpp: float | None = None
     within: tuple[str, ...] = ()
 
+    @cached_property
+    def engine(self) -> str:
+        """What runs the network: the best there is, unless the settings name one."""
+        return engines.choose(self.config.engine)
+
     @property
     def about(self) -> dict[str, Any]:
         """What made the nuclei."""
         return {
             "version": __version__,
             "model": self.model.digest,
+            "engine": self.engine,
             "config": to_dict(self.config),
             "within": list(self.within),
         }
@@ -184,7 +190,7 @@ class Run:
             self.progress(f"{entry.name}: segmenting", next(finished), len(tiles))
 
         one_more()  # the bar begins at what is taken over
-        context = TileContext(image, self.model, self.config)
+        context = TileContext(image, self.model, self.config, self.engine)
         seconds = map_tiles(self.client, segment_tile, context, missing, store, one_more)
 
         count, nuclei = store.count(tiles), partial(store.nuclei, tiles)
@@ -240,6 +246,7 @@ class TileContext:
     image: PreparedImage
     model: Model
     config: Config
+    engine: str
 
 
 def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
@@ -251,7 +258,7 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
         rgb = slide.read(tile.read)
     with timed(seconds, "network"):
         torch.set_num_threads(1)  # sums of several threads would differ by how many these are
-        probability, core = confidence(model, rgb, image.scale)
+        probability, core = confidence(model, rgb, image.scale, context.engine)
     # The network's share of the halo is used up: what is left has the whole slide's confidence.
     near = tile.write.grow(_context_px(context.config, slide), slide.shape)
     inner = near.within(tile.read)

@@ -14,6 +14,7 @@ FLOORS = [  # a module imports from the floors below its own only
     {"project", "slide", "tiles", "segment", "runs", "evaluate", "report"}
     | {"patchcl", "selftrain", "cdcl"},
     {"model", "contrast", "pseudo", "teaching"},
+    {"engines"},
     {"network", "resample", "pyramid", "crops", "nuclei"},
     {"datatypes", "config", "stains", "storage"},
     {"errors"},

@@ -21,7 +21,10 @@ from conftest import QUICK
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from patchcl_qupath import pipeline, runs
+from patchcl_qupath import engines, pipeline, runs
+from patchcl_qupath.datatypes import Box
+from patchcl_qupath.model import confidence
+from patchcl_qupath.prepare import prepare
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.slide import Slide
 from patchcl_qupath.stains import densities
@@ -41,10 +44,10 @@ def project_folder(tmp_path):
     return folder
 
 
-def segment(folder, model, client, **slide_settings):
+def segment(folder, model, client, engine="auto", **slide_settings):
     """Segment a project's one image -> its result and its nuclei."""
     project = open_project(folder, "files")
-    config = replace(QUICK, slide=replace(QUICK.slide, **slide_settings))
+    config = replace(QUICK, engine=engine, slide=replace(QUICK.slide, **slide_settings))
     run = pipeline.Run(project, model, config, client, silent)
     (result,) = run.images(project.images())
     assert result.problem is None
@@ -75,6 +78,21 @@ def test_tiled_equals_untiled(model, client, project_folder, untiled, tile_px):
     assert result.tiles > 4
     assert len(nuclei) == len(untiled) > 1000
     assert matched(nuclei.polygons, untiled.polygons, iou=0.99) == len(untiled)
+
+
+def test_engines_find_the_same_nuclei(model, client, project_folder, untiled):
+    pytest.importorskip("openvino")
+    _, nuclei = segment(project_folder, model, client, "torch")
+    assert matched(nuclei.polygons, untiled.polygons, iou=0.5) >= 0.995 * len(nuclei)
+    assert matched(untiled.polygons, nuclei.polygons, iou=0.5) >= 0.995 * len(untiled)
+
+    (entry,) = open_project(SAMPLE).images()
+    image = prepare(entry, QUICK)
+    rgb = image.slide.read(Box(400, 400, 1200, 1200))
+    exact = confidence(model, rgb, image.scale, "torch")
+    found = confidence(model, rgb, image.scale, engines.choose("openvino"))
+    assert np.abs(found.nucleus - exact.nucleus).max() < 0.02 + 1 / 255
+    assert np.abs(found.core - exact.core).max() < 0.02 + 1 / 255
 
 
 def test_many_workers_equal_one(model, project_folder, tmp_path):
