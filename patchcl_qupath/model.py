@@ -157,9 +157,8 @@ def confidence(
     """
     height, width = rgb.shape[:2]
     align = model.align_px
-    padding = ((0, -height % align), (0, -width % align), (0, 0))
-    stains = np.pad(scale.apply(rgb), padding, mode="edge")  # (H', W', 3)
-    maps = model.engine(engine)(stains)[:, :height, :width]  # (C, H, W)
+    rgb = np.pad(rgb, ((0, -height % align), (0, -width % align), (0, 0)), mode="edge")
+    maps = model.engine(engine)(scale.apply(rgb))[:, :height, :width]  # (C, H, W)
     maps = np.asarray(np.rint(maps * 255) / 255, np.float32)
     if isinstance(model.network, NucleusNetwork):
         return Confidence(maps[0], maps[1])

@@ -49,11 +49,14 @@ _HED_TABLES = _tables(RUIFROK_HED, _OD_NETWORK)
 
 
 def _unmix(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.float32]:
-    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
-    return np.stack(
-        [tables[0, :, s][red] + tables[1, :, s][green] + tables[2, :, s][blue] for s in range(3)],
-        axis=-1,
-    )
+    """RGB (..., 3) to stains (..., 3), each one contiguous in memory."""
+    red, green, blue = (np.ascontiguousarray(rgb[..., colour]) for colour in range(3))
+    planes = np.empty((3, *red.shape), np.float32)
+    for stain, plane in enumerate(planes):
+        plane[...] = tables[0, :, stain][red]
+        plane += tables[1, :, stain][green]
+        plane += tables[2, :, stain][blue]
+    return np.moveaxis(planes, 0, -1)
 
 
 def densities(rgb: NDArray[np.uint8], stain: str = "h-e") -> dict[str, NDArray[np.float32]]:
@@ -102,4 +105,7 @@ class StainScale:
         """RGB (..., 3) to scaled hematoxylin, eosin, residual (..., 3) in [-0.2, 1.3]."""
         low = np.asarray(self.low, dtype=np.float32)
         span = np.asarray(self.high, dtype=np.float32) - low
-        return np.clip((unmix_hed(rgb) - low) / span, -0.2, 1.3)
+        stains = unmix_hed(rgb)
+        stains -= low
+        stains /= span
+        return np.clip(stains, -0.2, 1.3, out=stains)
