@@ -1,12 +1,14 @@
 """How well nuclei are found and parted, on images whose nuclei were outlined.
 
-    python benchmarks/quality.py [--data DIR] [--rows NAME ...] [--images N] [--seeds N] [--json]
+    python benchmarks/quality.py [--data DIR] [--mpp UM] [--rows NAME ...] [--images N] [--seeds N]
+                                 [--json]
 
-DIR has images/NAME.png and labels/NAME.png (instance labels); by default it is the MoNuSeg training
-set. All images are one project, at 0.25 um/px; each row trains on it as `patchcl-qp run` does, and
-its nuclei are scored as `patchcl-qp score` does. Labels judge and never train, but for the few
-fields that the rows of CDCL name. The baseline is what one writes in ten lines: Otsu's threshold on
-hematoxylin, then a watershed of the distance.
+DIR has a folder of images and one of labels, which `patchcl-qp score` takes as the truth (instance
+labels or GeoJSON, named as the images); by default it is the MoNuSeg training set. All images are
+one project; each row trains on it as `patchcl-qp run` does, and its nuclei are scored as
+`patchcl-qp score` does. Labels judge and never train, but for the few fields that the rows of CDCL
+name. The baseline is what one writes in ten lines: Otsu's threshold on hematoxylin, then a
+watershed of the distance.
 """
 
 from __future__ import annotations
@@ -35,21 +37,23 @@ from skimage.segmentation import watershed
 
 from patchcl_qupath import cdcl, cli, pipeline, runs, selftrain
 from patchcl_qupath.config import Config, PatchCLConfig
-from patchcl_qupath.datatypes import Corrections, ImageEntry
+from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Polygons, grid_to_level0
 from patchcl_qupath.evaluate import Overlaps
 from patchcl_qupath.fields import lessons
 from patchcl_qupath.model import Model
 from patchcl_qupath.nuclei import footprints
-from patchcl_qupath.prepare import prepare, training_crops
+from patchcl_qupath.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
-from patchcl_qupath.score import SCORES, mean, score
+from patchcl_qupath.score import SCORES, ImageScore, mean, score
+from patchcl_qupath.teaching import Lesson
+from patchcl_qupath.truth import read_truth, truth_files
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "monuseg_train"
-MPP = 0.25
 KINDS = ("label-free", "labels alone", "CDCL")
 assert cli, "imported before torch is: it says how torch's threads wait"
 
 Scores = dict[str, float]
+Beginning = tuple[Model, list[ImageScore], list[Lesson]]
 
 
 def with_(**settings: Any) -> Callable[[Config], Config]:
@@ -73,11 +77,12 @@ LABELLED = {
     **{f"{k}-images": (k, None) for k in (1, 2, 4)},
     **{f"{k}-fields": (k, 250) for k in (2, 4, 8)},
 }
-ABLATED = {
+ABLATED: dict[str, Callable[[Config], Config]] = {
     "no-gate": with_(min_confidence=0.0),
     "strict-gate": with_(min_confidence=0.8),
     "one-size": with_(varied_size=1.0),
     "fragments": with_(min_fragment=0.0),
+    "contrast": lambda config: config,  # then CDCL, its patch contrast too, without any label
 }
 
 
@@ -86,86 +91,107 @@ def main() -> None:
     rows = ["otsu", *TRAINED, *ABLATED, *LABELLED]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA, help="folder of images and labels")
+    parser.add_argument("--mpp", type=float, default=0.25, help="um per pixel of the images")
     parser.add_argument("--rows", nargs="+", choices=rows, default=["otsu", *TRAINED])
     parser.add_argument("--images", type=int, help="use the first so many only")
     parser.add_argument("--seeds", type=int, default=1, help="train so often, with other seeds")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
-    if not (options.data / "images").is_dir():
+    truth = options.data / "labels"
+    if not truth.is_dir():
         sys.exit(f"needs images and their labels in {options.data}")
-    paths = sorted((options.data / "images").glob("*.png"))[: options.images]
+    paths = sorted((options.data / "images").iterdir())[: options.images]
 
     print(f"{f'{len(paths)} images, means':<34}" + "".join(f"{name:>16}" for name in SCORES))
     table: dict[str, list[Scores]] = {}
-    for row in options.rows:
-        if row in LABELLED:
-            table |= few_labels(row, paths, options.data / "labels", options.seeds)
-            continue
-        table[row] = []
-        for seed in range(1 if row == "otsu" else options.seeds):
-            if row == "otsu":
-                table[row].append(baseline(paths, options.data / "labels"))
+    with a_project(paths, options.mpp) as project:
+        begin = functools.cache(partial(beginning, project, truth))
+        for row in options.rows:
+            if row in LABELLED:
+                table |= few_labels(row, project, truth, options.seeds, begin())
+            elif row == "otsu":
+                table[row] = [baseline(project, truth)]
+                show(row, table[row])
             else:
-                config = Config(patchcl=PatchCLConfig(seed=seed))
-                config = {**TRAINED, **ABLATED}[row](config)
-                with a_project(paths) as project:
-                    model = pipeline.train(project.images(), config, progress)
-                    table[row].append(scored(project, model, options.data / "labels"))
-            show(f"{row}, seed {seed}", [table[row][-1]])
-        if options.seeds > 1 and row != "otsu":
-            show(row, table[row])
+                table[row] = label_free(row, project, truth, options.seeds)
     if options.json:
         print(json.dumps({"images": len(paths), **table}))
 
 
-def few_labels(row: str, paths: Sequence[Path], truth: Path, draws: int) -> dict[str, list[Scores]]:
-    """CDCL against the label-free model that it starts from, and against the labels alone.
+def label_free(row: str, project: Project, truth: Path, seeds: int) -> list[Scores]:
+    """The scores of models that learnt without labels, one for each seed."""
+    table = []
+    for seed in range(seeds):
+        config = {**TRAINED, **ABLATED}[row](Config(patchcl=PatchCLConfig(seed=seed)))
+        model = pipeline.train(project.images(), config, progress)
+        if row == "contrast":
+            sure = lessons_of(project, model)
+            model = cdcl.refine(model, sure, sure, progress, seed)
+        table.append(mean(scored(project, model, truth)))
+        show(f"{row}, seed {seed}", table[-1:])
+    if seeds > 1:
+        show(row, table)
+    return table
+
+
+def few_labels(
+    row: str, project: Project, truth: Path, draws: int, begin: Beginning
+) -> dict[str, list[Scores]]:
+    """CDCL against the label-free model that it begins with, and against the labels alone.
 
     Scores are those of the images without labels.
     """
     count, side = LABELLED[row]
     table: dict[str, list[Scores]] = {f"{row}, {name}": [] for name in KINDS}
-    with a_project(paths) as project:
-        entries = project.images()
-        start = start_model(tuple(paths))
-        images, scales = training_crops(entries, start.config, progress)
-        unlabelled = selftrain.make_lessons(images, scales, start, partial(progress, "lessons"))
-        for draw in range(draws):
-            rng = np.random.default_rng(draw)
-            chosen = rng.choice(len(entries), size=min(count, len(entries) - 1), replace=False)
-            labelled = []
-            for i in chosen:
-                image = prepare(entries[i], start.config)
-                labelled += lessons(image, corrected(entries[i], truth, side, rng))
-            alone = replace(start.config.selftrain, steps=start.config.cdcl.steps)
-            network, _ = selftrain.teach(labelled, alone, draw, partial(progress, "labels alone"))
-            models = {
-                "label-free": start,
-                "labels alone": replace(start, network=network),
-                "CDCL": cdcl.refine(start, labelled, unlabelled, progress, draw),
-            }
-            held_out = [entry for i, entry in enumerate(entries) if i not in chosen]
-            for name, model in models.items():
-                table[f"{row}, {name}"].append(scored(project, model, truth, held_out))
-                show(f"{row}, {name}, draw {draw}", table[f"{row}, {name}"][-1:])
+    entries = project.images()
+    start, without_labels, unlabelled = begin
+    for draw in range(draws):
+        rng = np.random.default_rng(draw)
+        chosen = rng.choice(len(entries), size=min(count, len(entries) - 1), replace=False)
+        labelled = []
+        for i in chosen:
+            image = prepare(entries[i], start.config)
+            labelled += lessons(image, corrected(entries[i], image, truth, side, rng))
+        alone = replace(start.config.selftrain, steps=start.config.cdcl.steps)
+        network, _ = selftrain.teach(labelled, alone, draw, partial(progress, "labels alone"))
+        refined = cdcl.refine(start, labelled, unlabelled, progress, draw)
+        held_out = [entry for i, entry in enumerate(entries) if i not in chosen]
+        ids = {entry.id for entry in held_out}
+        images = {
+            "label-free": [image for image in without_labels if image.id in ids],
+            "labels alone": scored(project, replace(start, network=network), truth, held_out),
+            "CDCL": scored(project, refined, truth, held_out),
+        }
+        for name in KINDS:
+            table[f"{row}, {name}"].append(mean(images[name]))
+            show(f"{row}, {name}, draw {draw}", table[f"{row}, {name}"][-1:])
     for name, scores in table.items():
         show(name, scores)
     return table
 
 
-@functools.cache
-def start_model(paths: tuple[Path, ...]) -> Model:
-    """The label-free model of the default recipe."""
-    with a_project(paths) as project:
-        return pipeline.train(project.images(), Config(), progress)
+def beginning(project: Project, truth: Path) -> Beginning:
+    """The label-free model of the default recipe, how well it does, and what it is sure of."""
+    model = pipeline.train(project.images(), Config(), progress)
+    return model, scored(project, model, truth), lessons_of(project, model)
+
+
+def lessons_of(project: Project, model: Model) -> list[Lesson]:
+    """What can be learnt from crops of the images without a label."""
+    images, scales = training_crops(project.images(), model.config, progress)
+    return selftrain.make_lessons(images, scales, model, partial(progress, "lessons"))
 
 
 def corrected(
-    entry: ImageEntry, truth: Path, side: int | None, rng: np.random.Generator
+    entry: ImageEntry,
+    image: PreparedImage,
+    truth: Path,
+    side: int | None,
+    rng: np.random.Generator,
 ) -> Corrections:
     """A whole image as a field, or a random square of ``side`` px that has a nucleus."""
-    nuclei = footprints(np.asarray(Image.open(truth / entry.name), np.int32))
-    width, height = Image.open(entry.path).size
+    nuclei = true_nuclei(entry, truth)
+    width, height = image.slide.size
     while side:
         x, y = rng.integers(width - side), rng.integers(height - side)
         field = shapely.box(x, y, x + side, y + side)
@@ -174,21 +200,22 @@ def corrected(
     return Corrections((shapely.box(0, 0, width, height),), tuple(nuclei))
 
 
+def true_nuclei(entry: ImageEntry, truth: Path) -> Polygons:
+    """What the labels say, at level 0."""
+    return read_truth(truth_files(truth, [entry])[entry.id], entry).polygons
+
+
 @contextmanager
-def a_project(paths: Sequence[Path]) -> Iterator[Project]:
+def a_project(paths: Sequence[Path], mpp: float) -> Iterator[Project]:
     """A project of the images, for as long as it is needed."""
     with tempfile.TemporaryDirectory() as folder:
-        sizes = [Image.open(path).size for path in paths]
-        images = [
-            NewImage(path.resolve(), [size], (MPP, MPP))
-            for path, size in zip(paths, sizes, strict=True)
-        ]
+        images = [NewImage(path.resolve(), [Image.open(path).size], (mpp, mpp)) for path in paths]
         yield open_project(init_project(Path(folder), images), backend="files")
 
 
 def scored(
     project: Project, model: Model, truth: Path, entries: Sequence[ImageEntry] | None = None
-) -> Scores:
+) -> list[ImageScore]:
     """Run the model on some images, or all, and score what it leaves."""
     entries = entries or project.images()
     with runs.workers() as client:
@@ -196,26 +223,20 @@ def scored(
         for result in run.images(entries):
             assert result.problem is None, result.problem
     images, _ = score(project, entries, truth)
+    return images
+
+
+def baseline(project: Project, truth: Path) -> Scores:
+    """The scores of Otsu's threshold, at the pixel size that the networks see."""
+    images = []
+    for entry in project.images():
+        slide = prepare(entry, Config()).slide
+        found = footprints(otsu(slide.read(Box(0, 0, *slide.shape))))
+        found = grid_to_level0(found, slide.downsample)
+        overlaps = Overlaps.of_polygons(found, true_nuclei(entry, truth))
+        scores = {name: getattr(overlaps, name) for name in SCORES}
+        images.append(ImageScore(entry.id, entry.name, scores=scores))
     return mean(images)
-
-
-def baseline(paths: Sequence[Path], truth: Path) -> Scores:
-    """The scores of Otsu's threshold, on images averaged to 0.5 um/px."""
-    each = []
-    for path in paths:
-        found = otsu(halved(np.asarray(Image.open(path).convert("RGB"))))
-        found = found.repeat(2, axis=0).repeat(2, axis=1)
-        true = np.asarray(Image.open(truth / path.name), np.int32)
-        overlaps = Overlaps.of_polygons(footprints(found), footprints(true))
-        each.append({name: getattr(overlaps, name) for name in SCORES})
-    return {name: float(np.mean([scores[name] for scores in each])) for name in SCORES}
-
-
-def halved(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """0.25 to 0.5 um/px: the mean of each 2 x 2 pixels."""
-    height, width = rgb.shape[0] // 2, rgb.shape[1] // 2
-    blocks = rgb[: 2 * height, : 2 * width].reshape(height, 2, width, 2, 3)
-    return np.asarray(np.round(blocks.mean(axis=(1, 3))), np.uint8)
 
 
 def otsu(rgb: NDArray[np.uint8]) -> NDArray[np.int32]:

@@ -25,6 +25,7 @@ from patchcl_qupath.errors import ConfigError
 
 STAINS = ("h-e", "h-dab")
 RECIPES = ("selftrain", "patchcl", "paper")
+INPUTS = ("stains", "rgb")
 ENGINES = ("auto", "torch", "openvino")
 
 
@@ -47,6 +48,7 @@ class SlideConfig:
 class PatchCLConfig:
     """The label-free training. Where a value differs from Boserup & Selvan 2023, theirs is said."""
 
+    input: str = "stains"  # what the network sees; paper: rgb
     channels: int = 4
     width: int = 8
     dilations: tuple[int, ...] = (1, 2, 3, 5, 10, 20)
@@ -76,6 +78,10 @@ class PatchCLConfig:
         known = ("prototypes", "mse", "cross_entropy", "cosine", "mutual_information")
         if self.similarity not in known:
             raise ConfigError(f"patchcl.similarity must be one of {', '.join(known)}")
+        if self.input not in INPUTS:
+            raise ConfigError(f"patchcl.input must be one of {', '.join(INPUTS)}")
+        if (self.similarity, self.input) == ("prototypes", "rgb"):
+            raise ConfigError('patchcl.similarity = "prototypes" needs patchcl.input = "stains"')
         if not 16 <= self.patch_px <= self.crop_px:
             raise ConfigError("patchcl.patch_px must be at least 16 and at most patchcl.crop_px")
 
@@ -83,6 +89,7 @@ class PatchCLConfig:
     def paper(cls, similarity: str = "mse", seed: int = 0) -> PatchCLConfig:
         """The settings of the paper, which learn slowly: 25 epochs of its data are 75 steps."""
         return cls(
+            input="rgb",
             similarity=similarity,
             temperature=1.0,
             patch_px=50,
@@ -163,6 +170,7 @@ class SegmentConfig:
     max_area_um2: float = 400.0
     max_diameter_um: float = 30.0  # larger blobs are no nuclei; also sets the halo
     min_solidity: float = 0.7  # area over that of the convex hull; below it are strands and rims
+    min_hematoxylin: float = 0.05  # mean optical density; gaps between red cells have less
     max_hole_um2: float = 40.0  # larger gaps inside a nucleus stay gaps
     open_radius_um: float = 0.0  # thinner hairs are cut
     smooth_um: float = 0.6  # of the landscape that parts touching nuclei

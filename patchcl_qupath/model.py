@@ -64,6 +64,11 @@ class Model:
         """Tiles must begin at multiples of this on the working grid."""
         return self.network.align_px
 
+    @property
+    def input(self) -> str:
+        """What the network sees of a pixel: its "stains", or "rgb"."""
+        return "stains" if isinstance(self.network, NucleusNetwork) else self.config.patchcl.input
+
     @cached_property
     def _engines(self) -> dict[str, Engine]:
         return {}
@@ -77,7 +82,7 @@ class Model:
     @cached_property
     def digest(self) -> str:
         """Hexadecimal digest of all that a confidence depends on."""
-        facts = [self.config.patchcl.dilations, self.mpp, *self._choices().values()]
+        facts = [self.config.patchcl.dilations, self.input, self.mpp, *self._choices().values()]
         digest = hashlib.sha256(json.dumps(facts).encode())
         for name, values in self.network.state_dict().items():
             digest.update(name.encode() + values.cpu().numpy().tobytes())
@@ -158,7 +163,9 @@ def confidence(
     height, width = rgb.shape[:2]
     align = model.align_px
     rgb = np.pad(rgb, ((0, -height % align), (0, -width % align), (0, 0)), mode="edge")
-    maps = model.engine(engine)(scale.apply(rgb))[:, :height, :width]  # (C, H, W)
+    maps = model.engine(engine)(scale.network_input(rgb, model.input))[
+        :, :height, :width
+    ]  # (C, H, W)
     maps = np.asarray(np.rint(maps * 255) / 255, np.float32)
     if isinstance(model.network, NucleusNetwork):
         return Confidence(maps[0], maps[1])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -30,8 +31,9 @@ from patchcl_qupath.contrast import (
 )
 from patchcl_qupath.crops import draw
 from patchcl_qupath.errors import TrainingError
-from patchcl_qupath.model import Model
+from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.network import ConfidenceNetwork, FeatureNetwork, device, folded
+from patchcl_qupath.pseudo import otsu
 from patchcl_qupath.stains import StainScale
 
 Images = Sequence[NDArray[np.uint8]]
@@ -73,14 +75,14 @@ def train(
         fall = (1 + math.cos(math.pi * cooled)) / 2
         optimizer.param_groups[0]["lr"] = settings.learning_rate * fall
         step += 1
-        stains = _batch(images, scales, settings, rng).to(device())  # (B, 3, S, S)
-        confidence = network(stains)  # (B, C, S, S)
-        index = draw_patches(confidence.detach(), settings, generator)  # (B, C, n)
+        seen = _batch(images, scales, settings, rng).to(device())  # (B, 3, S, S)
+        opinion = network(seen)  # (B, C, S, S)
+        index = draw_patches(opinion.detach(), settings, generator)  # (B, C, n)
         if settings.similarity in MEASURES:
-            contrast = contrast_patches(confidence, stains, index, settings, features, generator)
+            contrast = contrast_patches(opinion, seen, index, settings, features, generator)
         else:
-            space = similarity_space(stains, config)  # (B, 2, S, S)
-            contrast = contrast_prototypes(confidence, space, index, settings)
+            space = similarity_space(seen, config)  # (B, 2, S, S)
+            contrast = contrast_prototypes(opinion, space, index, settings)
         if contrast is not None:
             optimizer.zero_grad()
             contrast.loss.backward()  # type: ignore[no-untyped-call]
@@ -109,7 +111,10 @@ def train(
         "positive_negative": [round(c.positive_negative, 4) for c in log],
     }
     inverted = bool(correlation[channel] < 0)
-    return Model(network.cpu().eval(), config, channel, inverted, 0.5, training)
+    model = Model(network.cpu().eval(), config, channel, inverted, 0.5, training)
+    judges = _judges(images)
+    opinions = [confidence(model, images[i], scales[i]).nucleus.ravel() for i in judges]
+    return replace(model, threshold=otsu(np.concatenate(opinions)))
 
 
 def has_converged(log: Sequence[Contrast], patience: int) -> bool:
@@ -128,12 +133,17 @@ def has_converged(log: Sequence[Contrast], patience: int) -> bool:
 def _batch(
     images: Images, scales: Sequence[StainScale], settings: PatchCLConfig, rng: np.random.Generator
 ) -> Tensor:
-    """Scaled stains (B, 3, S, S) of random crops, turned and mirrored at random."""
+    """What the network sees, (B, 3, S, S), of random crops, turned and mirrored at random."""
     crops = []
     for i in rng.integers(len(images), size=settings.batch):
         (crop,) = draw([images[i]], settings.crop_px, rng)  # (S, S, 3)
-        crops.append(scales[i].apply(crop))
+        crops.append(scales[i].network_input(crop, settings.input))
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+
+
+def _judges(images: Images) -> list[int]:
+    """Which crops decide on channel and threshold: some of each slide."""
+    return [int(i) for i in np.linspace(0, len(images) - 1, min(len(images), _JUDGES))]
 
 
 def _judge(
@@ -142,14 +152,15 @@ def _judge(
     """Per channel: correlation of confidence with smoothed hematoxylin, and median |logit|."""
     engine = folded(network)
     judged = []
-    for i in np.linspace(0, len(images) - 1, min(len(images), _JUDGES)).astype(int):
-        stains = torch.from_numpy(scales[i].apply(images[i])).to(device())  # (H, W, 3)
-        x = stains.permute(2, 0, 1)[None]  # (1, 3, H, W)
+    for i in _judges(images):
+        seen = scales[i].network_input(images[i], config.patchcl.input)
+        x = torch.from_numpy(seen).to(device()).permute(2, 0, 1)[None]  # (1, 3, H, W)
+        stains = torch.from_numpy(scales[i].apply(images[i])).to(device()).permute(2, 0, 1)[None]
         with torch.inference_mode():
-            confidence = engine(x)[0].flatten(1)  # (C, H * W)
-            hematoxylin = blur(x[:, :1], config.patchcl.blur_um / config.slide.mpp)
-            rows = torch.cat([hematoxylin[0].flatten(1), confidence])  # (1 + C, H * W)
-            logits = torch.logit(confidence, eps=1e-6).abs()  # (C, H * W)
+            opinion = engine(x)[0].flatten(1)  # (C, H * W)
+            hematoxylin = blur(stains[:, :1], config.patchcl.blur_um / config.slide.mpp)
+            rows = torch.cat([hematoxylin[0].flatten(1), opinion])  # (1 + C, H * W)
+            logits = torch.logit(opinion, eps=1e-6).abs()  # (C, H * W)
             judged.append(torch.stack([rows.corrcoef()[0, 1:], logits.median(dim=1).values]))
     correlation, logit = torch.stack(judged).nanmean(dim=0).cpu().numpy()  # (C,) each
     return correlation, logit

@@ -275,6 +275,13 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
             *(labels, mine, rgb, probability, tile, slide.grid_mpp),
             *(model.threshold, context.config.slide.stain),
         )
-        nuclei = nuclei[nuclei.measurements["Solidity"] >= context.config.segment.min_solidity]
-        nuclei = to_level0(nuclei, slide.downsample, image.id)
+        nuclei = to_level0(_plausible(nuclei, context.config), slide.downsample, image.id)
     return nuclei, seconds
+
+
+def _plausible(nuclei: Nuclei, config: Config) -> Nuclei:
+    """Without strands, rims, and what has no hematoxylin."""
+    convex = nuclei.measurements["Solidity"] >= config.segment.min_solidity
+    return nuclei[
+        convex & (nuclei.measurements["Hematoxylin: Mean"] >= config.segment.min_hematoxylin)
+    ]

@@ -109,3 +109,7 @@ class StainScale:
         stains -= low
         stains /= span
         return np.clip(stains, -0.2, 1.3, out=stains)
+
+    def network_input(self, rgb: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
+        """RGB (..., 3) as a network takes it: its scaled "stains", or "rgb" in [0, 1]."""
+        return self.apply(rgb) if kind == "stains" else np.asarray(rgb / 255, np.float32)

@@ -244,10 +244,29 @@ def fibres(side_px):
     return np.clip(rgb + rng.normal(0, 3, rgb.shape), 0, 255).astype(np.uint8)
 
 
-def test_tissue_without_nuclei_stays_nearly_empty(model, client, tmp_path):
+def red_cells(side):
+    """Blood without a white cell: discs on pale plasma, RGB (side, side, 3) at 0.5 um/px."""
+    rng = np.random.default_rng(1)
+    centres = rng.uniform(0, side, (side * side // 160, 2))
+    near = ndimage.distance_transform_edt(_without(centres, side)) < 7
+    amount = ndimage.gaussian_filter(near.astype(float), 0.7)[..., None]
+    rgb = (
+        (1 - amount) * (240, 232, 236) + amount * (200, 60, 70) + rng.normal(0, 3, (side, side, 3))
+    )
+    return np.clip(rgb, 0, 255).astype(np.uint8)
+
+
+def _without(points, side):
+    mask = np.ones((side, side), bool)
+    mask[tuple(points.astype(int).T)] = False
+    return mask
+
+
+@pytest.mark.parametrize("tissue", [fibres, red_cells])
+def test_tissue_without_nuclei_stays_nearly_empty(tissue, model, client, tmp_path):
     """A slide of its own: what its faintest stain is scaled to must not look like nuclei."""
-    path = tmp_path / "fibres.png"
-    Image.fromarray(fibres(1200)).save(path)
+    path = tmp_path / "tissue.png"
+    Image.fromarray(tissue(1200)).save(path)
     image = NewImage(path, [(1200, 1200)], (0.5, 0.5))
     project = open_project(init_project(tmp_path / "p", [image]), "files")
     run = pipeline.Run(project, model, QUICK, client, silent)
