@@ -21,7 +21,7 @@ from patchcl_qupath import __version__, cdcl, patchcl, selftrain
 from patchcl_qupath.config import Config, ResultConfig, to_dict
 from patchcl_qupath.datatypes import ImageEntry, Nuclei, Tile
 from patchcl_qupath.errors import ConfigError, PatchCLError, TrainingError
-from patchcl_qupath.fields import lessons
+from patchcl_qupath.fields import check_agreement, lessons
 from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.network import NucleusNetwork
 from patchcl_qupath.nuclei import centroids, nuclei_of_tile, to_level0
@@ -77,7 +77,7 @@ def refine(
         progress("reading corrected fields", done, len(entries))
         corrections = project.labels(entry, labels_from)
         if corrections.fields:
-            labelled += lessons(prepare(entry, config, mpp), corrections)
+            labelled.append((prepare(entry, config, mpp), corrections))
     progress("reading corrected fields", len(entries), len(entries))
     if not labelled:
         raise TrainingError(
@@ -85,10 +85,12 @@ def refine(
             "nucleus in them right, and save (without a QuPath here, run "
             "groovy/export_labels.groovy there)"
         )
+    check_agreement(labelled)
+    corrected = [lesson for image, labels in labelled for lesson in lessons(image, labels)]
     images, scales = training_crops(entries, config, progress, mpp)
     sure = partial(progress, "choosing sure nuclei")
     unlabelled = selftrain.make_lessons(images, scales, start, sure)
-    return cdcl.refine(start, labelled, unlabelled, progress, seed)
+    return cdcl.refine(start, corrected, unlabelled, progress, seed)
 
 
 @dataclass(frozen=True)
