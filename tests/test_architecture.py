@@ -15,10 +15,10 @@ FLOORS = [  # a module imports from the floors below its own only
     | {"patchcl", "selftrain", "cdcl"},
     {"model", "contrast", "pseudo", "teaching"},
     {"network", "resample", "pyramid", "crops", "nuclei"},
-    {"datatypes", "config", "stains", "storage"},
+    {"datatypes", "config", "stains", "storage", "geojson"},
     {"errors"},
 ]
-NOUNS = {("storage", "datatypes")}  # within a floor
+NOUNS = {("storage", "datatypes"), ("geojson", "datatypes")}  # within a floor
 
 
 def imports(path):
