@@ -167,6 +167,7 @@ class Run:
         """Segment one image and write its nuclei into the project."""
         if self.within:
             entry = self.project.within(entry, self.within)
+        entry = self.project.stained(entry)
         self.progress(f"{entry.name}: finding tissue", 0, 0)
         image = prepare(entry, self.config, self.mpp)
         slide = image.slide
@@ -198,7 +199,7 @@ class Run:
         return ImageResult(
             entry.id,
             entry.name,
-            note=_note(entry, count, bool(tiles), self.config.result),
+            note=_note(entry, image, count, bool(tiles), self.config.result),
             tissue_mm2=about["tissue_mm2"],
             nuclei=count,
             tiles=len(tiles),
@@ -213,6 +214,7 @@ class Run:
         made = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"run": self.folder.name, "image": entry.name, "made": made, **self.about}
         about["tissue_mm2"] = image.tissue_mm2()
+        about["stains"] = asdict(image.stains)
         if entry.regions:
             about["regions"] = [
                 {"geometry": json.loads(shapely.to_geojson(r)), "tissue_mm2": image.tissue_mm2(r)}
@@ -221,8 +223,15 @@ class Run:
         return about
 
 
-def _note(entry: ImageEntry, count: int, has_tissue: bool, settings: ResultConfig) -> str | None:
+def _note(
+    entry: ImageEntry, image: PreparedImage, count: int, has_tissue: bool, settings: ResultConfig
+) -> str | None:
     notes = [entry.note] if entry.note else []
+    if entry.stains not in (None, image.stains):
+        notes.append(
+            f"measured {' and '.join(image.stains.names)} as asked for, with QuPath's default "
+            f"vectors: its own stains in QuPath are {' and '.join(entry.stains.names)}"
+        )
     if not has_tissue:
         notes.append("no tissue in its regions" if entry.regions else "no tissue found, only glass")
     if settings.kind(count) == "detection" and settings.object_type == "auto":
@@ -268,7 +277,7 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
             mine &= inside_region(image.region, tile.write, rows, cols)
         nuclei = nuclei_of_tile(
             *(labels, mine, rgb, probability, tile, slide.grid_mpp),
-            *(model.threshold, context.config.slide.stain),
+            *(model.threshold, image.stains),
         )
         nuclei = nuclei[nuclei.measurements["Solidity"] >= context.config.segment.min_solidity]
         nuclei = to_level0(nuclei, slide.downsample, image.id)

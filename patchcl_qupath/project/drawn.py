@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import shapely
 
-from patchcl_qupath.datatypes import Corrections
+from patchcl_qupath.datatypes import Corrections, StainVectors
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.geojson import holds_several, read_areas
+from patchcl_qupath.stains import flaw, known
 
+_KINDS = {"BRIGHTFIELD_H_E": "h-e", "BRIGHTFIELD_H_DAB": "h-dab"}  # by QuPath's image type
 SELECTED = "(selected)"  # what the script exports annotations as that a person has selected
 MAX_SHARED = 0.2  # of the smaller of two nuclei that touch; with more, one of them is too many
 
@@ -45,6 +48,41 @@ def read_regions(
             f"draw one, save the image, {export}; or leave the image out with --image"
         )
     return wanted
+
+
+def read_stains(path: Path, image: str) -> StainVectors | None:
+    """The stains that groovy/export_regions.groovy exported; None where an image has none.
+
+    Raises ImageError for a file that is damaged, and for stains that cannot be told apart.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content is None:
+            return None
+        kind = _KINDS.get(content["type"], "other")
+        names = tuple(str(stain["name"]) for stain in content["stains"])
+        vectors = tuple(_triple(stain["vector"]) for stain in content["stains"])
+        stains = StainVectors(kind, names, vectors, _triple(content["background"]))
+        problem = flaw(stains)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # not JSON, of any other form
+        raise ImageError(
+            f"{image}: {path} is damaged: run groovy/export_regions.groovy on it in QuPath, or "
+            "delete the file, then run again"
+        ) from error
+    if problem:
+        raise ImageError(
+            f"{image}: {problem}: double-click a stain in QuPath's Image tab and set it anew, or "
+            "set the image type again for the default stains; save (without a QuPath here, run "
+            "groovy/export_regions.groovy there), and run again"
+        )
+    return known(stains)
+
+
+def _triple(numbers: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = map(float, numbers)
+    return red, green, blue
 
 
 def read_labels(path: Path, image: str, field_class: str) -> Corrections:
