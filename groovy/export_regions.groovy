@@ -1,15 +1,15 @@
 /**
- * Exports the annotations of the open image, for `patchcl-qp run --within CLASS`; or, with
- * 'Run > Run for project', of every image chosen there. Without a window:
+ * Exports the annotations of the open image, for `patchcl-qp run --within CLASS`, and its stains, which
+ * are measured then; or, with 'Run > Run for project', of every image chosen there. Without a window:
  *
  *     QuPath script -p project.qpproj export_regions.groovy
  *
- * Run it again after each change to the annotations; where patchcl-qp itself finds a QuPath, it reads them
+ * Run it again after each change to the annotations or stains; where patchcl-qp itself finds a QuPath, it reads them
  * without this script once they are saved. Annotations that are selected are exported under the
  * class '(selected)', too: `patchcl-qp run --within '(selected)'`. Lines and points are left out, and so
  * are the nuclei of earlier runs. Nothing in the image changes.
  *
- * Writes patchcl/regions/<image id>.geojson.
+ * Writes patchcl/regions/<image id>.geojson and patchcl/stains/<image id>.json.
  *
  * Needs QuPath 0.4 or later.
  */
@@ -20,6 +20,7 @@ import java.nio.file.Paths
 import java.nio.file.StandardCopyOption
 import org.slf4j.LoggerFactory
 import qupath.lib.images.ImageData
+import qupath.lib.io.GsonTools
 import qupath.lib.io.PathIO
 import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjects
@@ -44,6 +45,7 @@ List<PathObject> selected = QP.getSelectedObjects().findAll { it.isAnnotation() 
 }
 Path file = Paths.get(QP.buildPathInProject(folderName, 'regions', entry.getID() + '.geojson'))
 Map<String, Integer> counts = exportRegions(imageData, selected, file)
+exportStains(imageData, Paths.get(QP.buildPathInProject(folderName, 'stains', entry.getID() + '.json')))
 logger.info("${entry.getImageName()}: annotations exported to ${file} (" +
         counts.collect { name, count -> "${name}: ${count}" }.join(', ') + ').')
 
@@ -59,11 +61,34 @@ static Map<String, Integer> exportRegions(ImageData<?> imageData, List<PathObjec
     List<PathObject> regions = imageData.getHierarchy().getAnnotationObjects().toList().findAll {
         it.getROI()?.isArea() && !ours.contains(it.getID().toString())
     }
+    write(file) { OutputStream stream ->
+        PathIO.exportObjectsAsGeoJSON(stream, regions + more, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
+    }
+    return (regions + more).countBy { it.getPathClass()?.toString() ?: 'no class' }
+}
+
+/**
+ * Writes a file with the stains that QuPath parts the image's colours into, null where it has none: an
+ * image whose type is not set, say. patchcl-qp calls this, too.
+ */
+static void exportStains(ImageData<?> imageData, Path file) {
+    def stains = imageData.getColorDeconvolutionStains()
+    Map content = stains == null ? null : [
+        type      : imageData.getImageType().name(),
+        background: [stains.getMaxRed(), stains.getMaxGreen(), stains.getMaxBlue()],
+        stains    : (1..3).findAll { it < 3 || !stains.getStain(it).isResidual() }.collect {
+            [name: stains.getStain(it).getName(), vector: stains.getStain(it).getArray()]
+        },
+    ]
+    write(file) { OutputStream stream ->
+        stream.write(GsonTools.getInstance().toJson(content).getBytes('UTF-8'))
+    }
+}
+
+/** Has a file written whole, or not at all. */
+static void write(Path file, Closure<?> content) {
     Files.createDirectories(file.getParent())
     Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')
-    Files.newOutputStream(temporary).withCloseable {
-        PathIO.exportObjectsAsGeoJSON(it, regions + more, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
-    }
+    Files.newOutputStream(temporary).withCloseable(content)
     Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
-    return (regions + more).countBy { it.getPathClass()?.toString() ?: 'no class' }
 }

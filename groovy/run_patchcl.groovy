@@ -87,13 +87,13 @@ if (what == 'project' && batchIndex > 0) {
 } else {
     List<String> arguments = [findCommand(command, folder), 'run', project.getPath().toString()]
     arguments.addAll(['--backend', 'files', '--progress', 'json'])   // QuPath has the images open: it imports
-    if (what != 'project')
+    if (what != 'project') {
+        runBeside('export_regions.groovy')   // and the stains, saved or not
         arguments.addAll(['--image', entry.getID()])
-    if (what == 'annotations') {
-        runBeside('export_regions.groovy')
+    }
+    if (what == 'annotations')
         for (name in within ?: ['(selected)'])
             arguments.addAll(['--within', name])
-    }
     arguments.addAll(options)
     logger.info(arguments.join(' '))
 

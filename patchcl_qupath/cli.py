@@ -130,7 +130,8 @@ _device = click.option(
 @click.option(
     "--stain",
     type=click.Choice(STAINS),
-    help="The stains that are measured. Default: h-e. Nuclei are found in either.",
+    help="The stains that are measured. auto, the default: those of the image in QuPath, else "
+    "h-e. Nuclei are found in any.",
 )
 @click.option("--class-name", help="Class of the nuclei in QuPath; default: Nucleus.")
 @click.option("--model", "name", default="patchcl", help="Name of the model; trained if missing.")

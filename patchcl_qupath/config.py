@@ -23,7 +23,7 @@ from typing import Any
 
 from patchcl_qupath.errors import ConfigError
 
-STAINS = ("h-e", "h-dab")
+STAINS = ("auto", "h-e", "h-dab")
 RECIPES = ("selftrain", "patchcl", "paper")
 INPUTS = ("stains", "rgb")
 ENGINES = ("auto", "torch", "openvino")
@@ -37,7 +37,7 @@ class SlideConfig:
     tile_px: int = 640  # side of a tile's write box
     tissue_mpp: float = 8.0  # um per pixel of the tissue mask
     min_tissue_um2: float = 20_000.0  # smaller specks are dust
-    stain: str = "h-e"  # or h-dab: the stains that are measured; nuclei are found in either
+    stain: str = "auto"  # what is measured: QuPath's stains of the image, else h-e; or h-e, h-dab
 
     def __post_init__(self) -> None:
         if self.stain not in STAINS:

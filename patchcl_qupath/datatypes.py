@@ -89,6 +89,21 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class StainVectors:
+    """The stains of an image, as QuPath has them: what parts its optical density.
+
+    ``names`` of two or three; ``vectors`` are the optical densities (R, G, B) of each, of any
+    length; ``background`` (R, G, B) is the level of what no stain darkens. ``kind`` is "h-e",
+    "h-dab" or "other".
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    vectors: tuple[tuple[float, float, float], ...]
+    background: tuple[float, float, float] = (255.0, 255.0, 255.0)
+
+
+@dataclass(frozen=True)
 class ImageEntry:
     """One image of a project, as the project sees it.
 
@@ -96,7 +111,7 @@ class ImageEntry:
     person may have corrected, comes before the file's own. ``size`` is (width, height) at level 0
     as QuPath saw it. ``problem`` says why the image cannot be segmented, and what to do; ``note``
     what a person should know of it. ``regions`` are where nuclei are looked for, one geometry for
-    each annotation.
+    each annotation; ``stains`` are those that a person set, where they are known.
     """
 
     id: str
@@ -108,6 +123,7 @@ class ImageEntry:
     problem: str | None = None
     note: str | None = None
     regions: tuple[shapely.Geometry, ...] = ()  # level 0, valid; empty: the whole image
+    stains: StainVectors | None = None
 
 
 @dataclass(frozen=True)

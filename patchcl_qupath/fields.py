@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import shapely
@@ -15,15 +17,73 @@ from patchcl_qupath.teaching import Lesson, targets
 from patchcl_qupath.tiles import bounds, inside_region
 
 MIN_FIELD_UM = 16.0  # a narrower field shows no nucleus whole
+SAME_IOU = 0.5  # above it, two outlines are of one nucleus
+
+LabelledImage = tuple[PreparedImage, Corrections]
+
+
+def check_agreement(images: Sequence[LabelledImage]) -> None:
+    """Raise ImageError where two images of a project show one slide, and their fields differ.
+
+    Where fields of both lie on each other, both must have the same nuclei: one would be taught as
+    a nucleus and as background.
+    """
+    for (one, one_says), (other, other_says) in itertools.combinations(images, 2):
+        if one.slide.path.resolve() != other.slide.path.resolve():
+            continue
+        place = _disagreement(_in_file(one_says, one), _in_file(other_says, other))
+        if place is not None:
+            x, y = place.centroid.coords[0] - np.array(one.slide.origin)
+            raise ImageError(
+                f"{one.slide.name} (id {one.id}) and {other.slide.name} (id {other.id}) show the "
+                f"same slide, and fields of both have different nuclei at x {x:.0f}, y {y:.0f} px "
+                "of the first: put them right, delete the field in one of the two, or leave one "
+                "out by naming the others with --image ID"
+            )
+
+
+def _in_file(labels: Corrections, image: PreparedImage) -> Corrections:
+    """Labels in pixels of the file: of one slide, two images may be cropped differently."""
+    origin = np.array(image.slide.origin)
+    fields, nuclei = (
+        tuple(shapely.transform(area, lambda xy: xy + origin) for area in areas)
+        for areas in (labels.fields, labels.nuclei)
+    )
+    return Corrections(fields, nuclei)
+
+
+def _disagreement(one: Corrections, other: Corrections) -> shapely.Geometry | None:
+    """A nucleus, most of it in fields of both, that only one of the two has; None if none is."""
+    shared = shapely.union_all(one.fields) & shapely.union_all(other.fields)
+    nuclei = [np.array(labels.nuclei, dtype=object) for labels in (one, other)]
+    parts = [shapely.intersection(areas, shared) for areas in nuclei]
+    row, col = shapely.STRtree(parts[1]).query(parts[0], predicate="intersects")
+    both = shapely.area(shapely.intersection(parts[0][row], parts[1][col]))
+    either = shapely.area(parts[0][row]) + shapely.area(parts[1][col]) - both
+    same = both > SAME_IOU * either
+    for areas, inside, known in zip(nuclei, parts, (row[same], col[same]), strict=True):
+        alone = shapely.area(inside) > shapely.area(areas) / 2  # less shows at the rim by chance
+        alone[known] = False
+        if alone.any():
+            return inside[np.argmax(alone)]
+    return None
 
 
 def lessons(image: PreparedImage, labels: Corrections) -> list[Lesson]:
     """One lesson for each field of an image, at the model's pixel size.
 
     In a field, what is not in a nucleus is background; outside of it nothing is known. Raises
-    ImageError for a field that is too small, or that lies outside the image.
+    ImageError for a field that is too small, or that lies outside the image, and for an image with
+    larger pixels than the model's, which would be learnt from as if it were blurred.
     """
     slide = image.slide
+    if min(slide.downsample) < 1:
+        raise ImageError(
+            f"{slide.name} has {max(slide.mpp_level0):.3g} um/px, too coarse for fields of labels: "
+            f"the model reads {slide.mpp:.3g} um/px. Put the pixel size right in QuPath if it is "
+            "wrong; else delete the fields, or leave the image out by naming the others with "
+            "--image"
+        )
     if image.scale is None:
         raise ImageError(f"{slide.name} shows no tissue, but has fields of labels: delete them")
     nuclei = np.array([level0_to_grid(n, slide.downsample) for n in labels.nuclei], dtype=object)

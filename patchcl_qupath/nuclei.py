@@ -13,8 +13,16 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import Labels, Nuclei, Polygons, Tile, grid_to_level0, tile_to_grid
-from patchcl_qupath.stains import densities
+from patchcl_qupath.datatypes import (
+    Labels,
+    Nuclei,
+    Polygons,
+    StainVectors,
+    Tile,
+    grid_to_level0,
+    tile_to_grid,
+)
+from patchcl_qupath.stains import H_E, densities
 
 # Walking clockwise round a region, as seen on the screen, the region is on the right. The four
 # ways to walk along a pixel's edge, and for each: where the edge starts (a corner, from the
@@ -240,21 +248,21 @@ def measure(
     labels: NDArray[np.int32],
     rgb: NDArray[np.uint8],
     confidence: NDArray[np.float32],
-    stain: str = "h-e",
+    stains: StainVectors = H_E,
 ) -> dict[str, NDArray[np.float32]]:
     """Measurements of labels 1..N under QuPath's own names -> name: (N,) float32.
 
     ``polygons_um`` (N,) are their outlines in um; ``labels`` (H, W), ``rgb`` (H, W, 3) and
     ``confidence`` (H, W) belong to the same tile. Shapes are defined as in QuPath's
-    ``ObjectMeasurements`` (0.3 and later); optical densities are of QuPath's default stains for
-    ``stain``, "h-e" or "h-dab", at the working resolution, over the pixels of the nucleus.
+    ``ObjectMeasurements`` (0.3 and later); optical densities are those of ``stains``, at the
+    working resolution, over the pixels of the nucleus.
     """
     named = shape_measurements(polygons_um)
     pixels = np.flatnonzero(labels)
     order = np.argsort(labels.ravel()[pixels], kind="stable")
     pixels = pixels[order]
     first = np.flatnonzero(np.diff(labels.ravel()[pixels], prepend=0))
-    for name, values in densities(rgb.reshape(-1, 3)[pixels], stain).items():
+    for name, values in densities(rgb.reshape(-1, 3)[pixels], stains).items():
         for statistic, per_nucleus in _statistics(values, first).items():
             named[f"{name}: {statistic}"] = per_nucleus
     probability = _statistics(confidence.ravel()[pixels], first)["Mean"]
@@ -323,19 +331,19 @@ def nuclei_of_tile(
     tile: Tile,
     mpp: tuple[float, float],
     threshold: float = 0.5,
-    stain: str = "h-e",
+    stains: StainVectors = H_E,
 ) -> Nuclei:
     """Those of labels 1..N that are ``mine`` (N,), outlined and measured, on the working grid.
 
     ``labels``, ``rgb`` and ``confidence`` cover the tile's read box; ``mpp`` is (x, y) in um per
-    working pixel. Outlines run where confidence is ``threshold``; ``stain`` is as in ``measure``.
-    The order is that of the labels.
+    working pixel. Outlines run where confidence is ``threshold``; ``stains`` are measured. The
+    order is that of the labels.
     """
     renumbered = np.concatenate([[0], np.where(mine, np.cumsum(mine), 0)]).astype(np.int32)
     labels = renumbered[labels]
     polygons = outlines(labels, confidence, threshold)
     polygons_um = grid_to_level0(polygons, mpp)  # um are pixels of 1 um
-    measurements = measure(polygons_um, labels, rgb, confidence, stain)
+    measurements = measure(polygons_um, labels, rgb, confidence, stains)
     return Nuclei(tile_to_grid(polygons, tile), measurements)
 
 

@@ -21,7 +21,7 @@ from patchcl_qupath import __version__, cdcl, engines, patchcl, selftrain
 from patchcl_qupath.config import Config, ResultConfig, to_dict
 from patchcl_qupath.datatypes import ImageEntry, Nuclei, Tile
 from patchcl_qupath.errors import ConfigError, PatchCLError, TrainingError
-from patchcl_qupath.fields import lessons
+from patchcl_qupath.fields import check_agreement, lessons
 from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.network import NucleusNetwork
 from patchcl_qupath.nuclei import centroids, nuclei_of_tile, to_level0
@@ -77,7 +77,7 @@ def refine(
         progress("reading corrected fields", done, len(entries))
         corrections = project.labels(entry, labels_from)
         if corrections.fields:
-            labelled += lessons(prepare(entry, config, mpp), corrections)
+            labelled.append((prepare(entry, config, mpp), corrections))
     progress("reading corrected fields", len(entries), len(entries))
     if not labelled:
         raise TrainingError(
@@ -85,10 +85,12 @@ def refine(
             "nucleus in them right, and save (without a QuPath here, run "
             "groovy/export_labels.groovy there)"
         )
+    check_agreement(labelled)
+    corrected = [lesson for image, labels in labelled for lesson in lessons(image, labels)]
     images, scales = training_crops(entries, config, progress, mpp)
     sure = partial(progress, "choosing sure nuclei")
     unlabelled = selftrain.make_lessons(images, scales, start, sure)
-    return cdcl.refine(start, labelled, unlabelled, progress, seed)
+    return cdcl.refine(start, corrected, unlabelled, progress, seed)
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ class Run:
         """Segment one image and write its nuclei into the project."""
         if self.within:
             entry = self.project.within(entry, self.within)
+        entry = self.project.stained(entry)
         self.progress(f"{entry.name}: finding tissue", 0, 0)
         image = prepare(entry, self.config, self.mpp)
         slide = image.slide
@@ -202,7 +205,7 @@ class Run:
         return ImageResult(
             entry.id,
             entry.name,
-            note=_note(entry, count, bool(tiles), self.config.result),
+            note=_note(entry, image, count, bool(tiles), self.config.result),
             tissue_mm2=about["tissue_mm2"],
             nuclei=count,
             tiles=len(tiles),
@@ -217,6 +220,7 @@ class Run:
         made = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"run": self.folder.name, "image": entry.name, "made": made, **self.about}
         about["tissue_mm2"] = image.tissue_mm2()
+        about["stains"] = asdict(image.stains)
         if entry.regions:
             about["regions"] = [
                 {"geometry": json.loads(shapely.to_geojson(r)), "tissue_mm2": image.tissue_mm2(r)}
@@ -225,8 +229,15 @@ class Run:
         return about
 
 
-def _note(entry: ImageEntry, count: int, has_tissue: bool, settings: ResultConfig) -> str | None:
+def _note(
+    entry: ImageEntry, image: PreparedImage, count: int, has_tissue: bool, settings: ResultConfig
+) -> str | None:
     notes = [entry.note] if entry.note else []
+    if entry.stains not in (None, image.stains):
+        notes.append(
+            f"measured {' and '.join(image.stains.names)} as asked for, with QuPath's default "
+            f"vectors: its own stains in QuPath are {' and '.join(entry.stains.names)}"
+        )
     if not has_tissue:
         notes.append("no tissue in its regions" if entry.regions else "no tissue found, only glass")
     if settings.kind(count) == "detection" and settings.object_type == "auto":
@@ -273,7 +284,7 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
             mine &= inside_region(image.region, tile.write, rows, cols)
         nuclei = nuclei_of_tile(
             *(labels, mine, rgb, probability, tile, slide.grid_mpp),
-            *(model.threshold, context.config.slide.stain),
+            *(model.threshold, image.stains),
         )
         nuclei = to_level0(_plausible(nuclei, context.config), slide.downsample, image.id)
     return nuclei, seconds

@@ -12,10 +12,10 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
-from patchcl_qupath.datatypes import ImageEntry, level0_to_grid
+from patchcl_qupath.datatypes import ImageEntry, StainVectors, level0_to_grid
 from patchcl_qupath.errors import ImageError, TrainingError
 from patchcl_qupath.slide import Slide
-from patchcl_qupath.stains import StainScale
+from patchcl_qupath.stains import StainScale, to_measure
 from patchcl_qupath.storage import digest
 from patchcl_qupath.tiles import (
     check_brightfield,
@@ -37,7 +37,8 @@ class PreparedImage:
     tissue: NDArray[np.bool_]  # (h, w); a pixel is tissue_px working pixels wide
     tissue_px: int
     scale: StainScale | None  # of all tissue, in the region or not; None where there is none
-    region: shapely.Geometry | None = None  # on the working grid; None: the whole image
+    region: shapely.Geometry | None  # on the working grid; None: the whole image
+    stains: StainVectors  # that are measured
 
     def tissue_mm2(self, region: shapely.Geometry | None = None) -> float:
         """Area of the tissue in a region (level 0), or in all that is to be segmented."""
@@ -63,6 +64,7 @@ class PreparedImage:
             "bytes": stat.st_size,
             "modified_ns": stat.st_mtime_ns,
             "region": region,
+            "stains": asdict(self.stains),
         }
 
 
@@ -76,7 +78,8 @@ def prepare(entry: ImageEntry, config: Config, mpp: float | None = None) -> Prep
     thumbnail = slide.thumbnail(config.slide.tissue_mpp)
     check_brightfield(thumbnail, entry.name)
     tissue = tissue_mask(thumbnail, px * slide.mpp, config.slide.min_tissue_um2)
-    image = PreparedImage(entry.id, slide, tissue, px, None, _region(entry, slide))
+    stains = to_measure(entry.stains, config.slide.stain)
+    image = PreparedImage(entry.id, slide, tissue, px, None, _region(entry, slide), stains)
     if not tissue.any():
         return image
     return replace(image, scale=StainScale.fit(image.crops(_SCALE_CROPS, _SCALE_CROP_PX, seed=0)))

@@ -11,24 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Rows are stains, columns R, G, B. QuPath's defaults for H&E; the third stain is QuPath's
-# residual, the cross product of the two. Measurements use these, as QuPath's own do.
-QUPATH_H_E = np.array([[0.65111, 0.70119, 0.29049], [0.2159, 0.8012, 0.5581]])
-QUPATH_H_DAB = np.array([[0.65111, 0.70119, 0.29049], [0.26917, 0.56824, 0.77759]])
-# Ruifrok & Johnston's hematoxylin, eosin and DAB: what the networks see.
+from patchcl_qupath.datatypes import StainVectors
+
+# QuPath's defaults, which are measured where an image has no stains of its own.
+_HEMATOXYLIN, _EOSIN, _DAB = (
+    (0.65111, 0.70119, 0.29049),
+    (0.2159, 0.8012, 0.5581),
+    (0.26917, 0.56824, 0.77759),
+)
+H_E = StainVectors("h-e", ("Hematoxylin", "Eosin"), (_HEMATOXYLIN, _EOSIN))
+H_DAB = StainVectors("h-dab", ("Hematoxylin", "DAB"), (_HEMATOXYLIN, _DAB))
+# Ruifrok & Johnston's hematoxylin, eosin and DAB: what the networks see. Rows are stains.
 RUIFROK_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 _LEVELS = np.arange(256, dtype=np.float64)
-_OD_QUPATH = -np.log10(np.maximum(_LEVELS, 1) / 255)  # QuPath's optical density, white 255
 _OD_NETWORK = np.maximum(0, -np.log(np.maximum(_LEVELS, 1) / 245))  # glass is seldom whiter
 
 
 def _unmixing(stains: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(3, 3) matrix that turns a row of optical densities into a row of stain amounts."""
+    """(3, 3) matrix that turns a row of optical densities into a row of stain amounts.
+
+    ``stains`` (2 or 3, 3); beside two the third is QuPath's residual, their cross product.
+    """
     rows = stains / np.linalg.norm(stains, axis=1, keepdims=True)
     if len(rows) == 2:
         residual = np.cross(rows[0], rows[1])
@@ -37,14 +46,21 @@ def _unmixing(stains: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _tables(stains: NDArray[np.float64], density: NDArray[np.float64]) -> NDArray[np.float32]:
-    """(3 colours, 256 levels, 3 stains): what each colour level adds to each stain."""
-    return (density[None, :, None] * _unmixing(stains)[:, None, :]).astype(np.float32)
+    """(3 colours, 256 levels, 3 stains): what each colour level adds to each stain.
+
+    ``density`` (256,), or (3, 256) where colours differ, is the optical density of the levels.
+    """
+    return (density[..., None] * _unmixing(stains)[:, None, :]).astype(np.float32)
 
 
-_MEASURED = {  # what the two stains of a slide are called in QuPath, and how they are parted
-    "h-e": (("Hematoxylin", "Eosin"), _tables(QUPATH_H_E, _OD_QUPATH)),
-    "h-dab": (("Hematoxylin", "DAB"), _tables(QUPATH_H_DAB, _OD_QUPATH)),
-}
+@cache
+def _measured(stains: StainVectors) -> NDArray[np.float32]:
+    background = np.array(stains.background)[:, None]
+    # As in QuPath: what is brighter than the background has no density.
+    density = np.maximum(0, -np.log10(np.maximum(_LEVELS, 1) / background))  # (3, 256)
+    return _tables(np.array(stains.vectors), density)
+
+
 _HED_TABLES = _tables(RUIFROK_HED, _OD_NETWORK)
 
 
@@ -59,20 +75,58 @@ def _unmix(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.fl
     return np.moveaxis(planes, 0, -1)
 
 
-def densities(rgb: NDArray[np.uint8], stain: str = "h-e") -> dict[str, NDArray[np.float32]]:
-    """RGB (..., 3) to the optical density (...) of each of two stains, by QuPath's name of it.
+def densities(rgb: NDArray[np.uint8], stains: StainVectors = H_E) -> dict[str, NDArray[np.float32]]:
+    """RGB (..., 3) to the optical density (...) of each stain, by QuPath's name of it."""
+    unmixed = _unmix(rgb, _measured(stains))
+    return {name: unmixed[..., i] for i, name in enumerate(stains.names)}
 
-    ``stain`` is "h-e" or "h-dab"; stains are those that QuPath begins with.
+
+def to_measure(own: StainVectors | None, asked: str) -> StainVectors:
+    """The stains to measure: an image's own, unless others were asked for.
+
+    ``asked`` is "auto", "h-e" or "h-dab". The last two are an image's own if these are of that
+    kind, else QuPath's defaults.
     """
-    names, tables = _MEASURED[stain]
-    unmixed = _unmix(rgb, tables)
-    return {name: unmixed[..., i] for i, name in enumerate(names)}
+    if own is not None and asked in ("auto", own.kind):
+        return own
+    return H_DAB if asked == "h-dab" else H_E
+
+
+def known(stains: StainVectors) -> StainVectors:
+    """Stains; QuPath's defaults as they are here, which QuPath itself rounds a little otherwise.
+
+    So an image has the same measurements, and keeps its finished tiles, once its type is set.
+    """
+    for default in (H_E, H_DAB):
+        if (stains.names, stains.background) == (default.names, default.background) and (
+            np.allclose(stains.vectors, default.vectors, rtol=0, atol=1e-4)
+        ):
+            return default
+    return stains
+
+
+def flaw(stains: StainVectors) -> str | None:
+    """Why stains cannot be told apart; None if they can."""
+    vectors, length = np.array(stains.vectors), np.linalg.norm(stains.vectors, axis=1)
+    if len(stains.names) not in (2, 3):
+        return "it has not two or three stains"
+    if len(set(stains.names)) < len(stains.names) or not all(map(str.strip, stains.names)):
+        return "two of its stains have one name, or one has none"
+    if not np.isfinite(vectors).all() or not (length > 0).all():
+        return "a stain vector is zero, or not a number"
+    if np.linalg.svd(vectors / length[:, None], compute_uv=False)[-1] < _LEAST_APART:
+        return "its stain vectors are parallel, or nearly"
+    if not all(1 <= level < np.inf for level in stains.background):
+        return "its background is black, or not a number"
+    return None
 
 
 def unmix_hed(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """RGB (..., 3) to hematoxylin, eosin, residual (..., 3): unscaled input of the networks."""
     return _unmix(rgb, _HED_TABLES)
 
+
+_LEAST_APART = 0.02  # smallest singular value of unit vectors: 1.6 degrees between two
 
 # A slide without nuclei has no hematoxylin to speak of: its noise must not be scaled up until it
 # looks like some. In 31 real H&E images hematoxylin ranges from -0.26 to 0.07 at its lowest to 0.74

@@ -5,13 +5,10 @@ A file is an image's truth if it has the image's name, or its stem, before one o
 
 from __future__ import annotations
 
-import gzip
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
 
 import numpy as np
 import shapely
@@ -20,8 +17,8 @@ from PIL import Image
 
 from patchcl_qupath.datatypes import ImageEntry, Labels, Polygons, grid_to_level0
 from patchcl_qupath.errors import TruthError
+from patchcl_qupath.geojson import holds_several, read_areas
 from patchcl_qupath.nuclei import footprints
-from patchcl_qupath.project.drawn import holds_several
 from patchcl_qupath.slide import Slide
 
 GEOJSON = (".geojson", ".geojson.gz")
@@ -90,12 +87,6 @@ def read_truth(files: Sequence[Path], entry: ImageEntry) -> Truth:
     return Truth(grid_to_level0(footprints(labels), (scale, scale)))
 
 
-def made_valid(polygons: Polygons) -> Polygons:
-    """Polygons or multipolygons (N,) as valid ones; what has no area becomes empty."""
-    valid = shapely.make_valid(polygons, method="structure", keep_collapsed=False)
-    return np.asarray(valid, dtype=object)
-
-
 def _name(file: Path) -> str:
     """The name of a file of truth without its suffix; empty for other files."""
     for suffix in SUFFIXES:
@@ -105,31 +96,17 @@ def _name(file: Path) -> str:
 
 
 def _outlined(path: Path, entry: ImageEntry) -> Polygons:
-    """Areas of GeoJSON: features in a collection, a list or alone; or a geometry."""
+    """Areas of GeoJSON."""
     try:
-        data = path.read_bytes()
-        content = json.loads(gzip.decompress(data) if path.suffix.lower() == ".gz" else data)
-        if isinstance(content, dict):
-            content = content.get("features", [content])
-        outlines = [_geometry(item) for item in content]
-        areas = [o for o in outlines if o and o["type"] in ("Polygon", "MultiPolygon")]
-        texts = np.array([json.dumps(area) for area in areas], dtype=object)
-        polygons = made_valid(shapely.from_geojson(texts))
+        _, areas = read_areas(path)
     except Exception as error:  # not gzip, not JSON, of any other form
         raise _unreadable(path, entry, error, "export it again") from error
-    if outlines and not areas:
+    outlined: Polygons = areas[~shapely.is_missing(areas)]
+    if len(areas) and not len(outlined):
         raise TruthError(
             f"{entry.name}: {path} holds no polygon: nuclei must be outlined, not marked by points"
         )
-    with_area: Polygons = polygons[shapely.area(polygons) > 0]
-    return with_area
-
-
-def _geometry(item: dict[str, Any]) -> Any:
-    """The geometry of a feature, or None; of a cell that of its nucleus. A geometry is its own."""
-    if item["type"] != "Feature":
-        return item
-    return item.get("nucleusGeometry") or item["geometry"]
+    return outlined
 
 
 def _without_regions(polygons: Polygons) -> Truth:

@@ -16,10 +16,10 @@ FLOORS = [  # a module imports from the floors below its own only
     {"model", "contrast", "pseudo", "teaching"},
     {"engines"},
     {"network", "resample", "pyramid", "crops", "nuclei"},
-    {"datatypes", "config", "stains", "storage"},
+    {"datatypes", "config", "stains", "storage", "geojson"},
     {"errors"},
 ]
-NOUNS = {("storage", "datatypes")}  # within a floor
+NOUNS = {(module, "datatypes") for module in ("storage", "geojson", "stains")}  # within a floor
 
 
 def imports(path):

@@ -15,7 +15,7 @@ from patchcl_qupath.nuclei import (
     shape_measurements,
     to_level0,
 )
-from patchcl_qupath.stains import densities
+from patchcl_qupath.stains import H_DAB, H_E, densities
 
 
 def disc_labels(shape, centres, radius):
@@ -158,17 +158,17 @@ def test_min_diameter_is_the_least_width_not_that_of_the_bounding_box():
     assert shape["Solidity"][2] == pytest.approx((36 - 15) / 36)
 
 
-@pytest.mark.parametrize("stain", ["h-e", "h-dab"])
-def test_intensities_are_qupath_s_optical_densities_of_the_pixels_inside(stain):
+@pytest.mark.parametrize("stains", [H_E, H_DAB])
+def test_intensities_are_qupath_s_optical_densities_of_the_pixels_inside(stains):
     labels = np.zeros((4, 6), dtype=np.int32)
     labels[1:3, 1:3] = 1
     labels[0, 5] = 2
     rgb = np.random.default_rng(0).integers(30, 255, (4, 6, 3)).astype(np.uint8)
     confidence = np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6)
     polygons = outlines(labels)
-    values = measure(polygons, labels, rgb, confidence, stain)
-    found = densities(rgb, stain)
-    assert list(found) == ["Hematoxylin", {"h-e": "Eosin", "h-dab": "DAB"}[stain]]
+    values = measure(polygons, labels, rgb, confidence, stains)
+    found = densities(rgb, stains)
+    assert tuple(found) == stains.names
     for name, density in found.items():
         inside = density[1:3, 1:3]
         assert values[f"{name}: Mean"][0] == pytest.approx(inside.mean(), rel=1e-5)
@@ -180,14 +180,14 @@ def test_intensities_are_qupath_s_optical_densities_of_the_pixels_inside(stain):
 
 
 @pytest.mark.parametrize(
-    ("stain", "vector"),
-    [("h-e", [0.2159, 0.8012, 0.5581]), ("h-dab", [0.26917, 0.56824, 0.77759])],
+    ("stains", "vector"),
+    [(H_E, [0.2159, 0.8012, 0.5581]), (H_DAB, [0.26917, 0.56824, 0.77759])],
 )
-def test_pure_stains_unmix_to_themselves(stain, vector):
+def test_pure_stains_unmix_to_themselves(stains, vector):
     hematoxylin = 255 * 10 ** (-0.8 * np.array([0.65111, 0.70119, 0.29049]))
     other = 255 * 10 ** (-0.5 * np.array(vector))
     rgb = np.round([hematoxylin, other, [255] * 3]).astype(np.uint8)
-    one, two = densities(rgb, stain).values()
+    one, two = densities(rgb, stains).values()
     np.testing.assert_allclose(one, [0.8, 0, 0], atol=0.01)
     np.testing.assert_allclose(two, [0, 0.5, 0], atol=0.01)
 

@@ -11,6 +11,7 @@ import pytest
 import shapely
 import torch
 from click.testing import CliRunner
+from slides import scene, write_tiff
 from test_selftrain import nuclei_images
 
 from patchcl_qupath import cdcl, cli, fields, pipeline, selftrain
@@ -163,6 +164,35 @@ def test_a_field_that_is_too_small_or_outside_is_refused(field):
         fields.lessons(prepared(), Corrections((field,), (INSIDE,)))
 
 
+@pytest.mark.parametrize(
+    ("nuclei", "agree"),
+    [
+        ((INSIDE, ACROSS), True),
+        ((INSIDE.buffer(2), OUTSIDE), True),  # drawn by another hand; ACROSS is not in its field
+        ((INSIDE.buffer(-8),), False),
+        ((INSIDE, shapely.Point(520, 720).buffer(9)), False),
+        ((shapely.Point(780, 700).buffer(15),), False),
+    ],
+)
+def test_fields_of_two_images_of_one_slide_must_agree(nuclei, agree):
+    one = prepared()
+    # The second is cropped, and counts its pixels from there.
+    two = replace(one, id="2", slide=replace(one.slide, origin=(100, 50)))
+    moved = [shapely.transform(n, lambda xy: xy - (100, 50)) for n in nuclei]
+    field = shapely.box(400, 600, 790, 850)
+    labels = Corrections((FIELD,), (INSIDE, ACROSS))
+    images = [(one, labels), (two, Corrections((field,), tuple(moved)))]
+    for pair in (images, images[::-1]):
+        if agree:
+            fields.check_agreement(pair)
+            continue
+        said = rf"\(id {pair[0][0].id}\) and .*different nuclei at x"
+        with pytest.raises(ImageError, match=said):
+            fields.check_agreement(pair)
+    aside = Corrections((shapely.box(900, 950, 1200, 1100),), (shapely.Point(1e3, 1e3).buffer(9),))
+    fields.check_agreement([(one, labels), (two, aside)])
+
+
 def feature(geometry, name, **more):
     return {
         "type": "Feature",
@@ -172,8 +202,8 @@ def feature(geometry, name, **more):
     }
 
 
-def export(folder, *features):
-    file = folder / "patchcl" / "labels" / "1.geojson"
+def export(folder, *features, image=1):
+    file = folder / "patchcl" / "labels" / f"{image}.geojson"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"type": "FeatureCollection", "features": features}), "utf-8")
 
@@ -259,3 +289,54 @@ def test_refine_run_and_status_from_the_command_line(folder, model):
     )
     assert same.exit_code == 2
     assert "another name" in same.output
+
+
+def refused(folder, *options):
+    """What `refine` says that it cannot do."""
+    command = ["refine", str(folder), "--labels-from", "Done", *options]
+    result = CliRunner().invoke(cli.main, command)
+    assert result.exit_code == 1, result.output
+    assert not (folder / "patchcl" / "models" / "refined.pt").exists()
+    return result.output.splitlines()[-1]
+
+
+def test_the_same_slide_twice_with_other_nuclei_is_refused(folder, model):
+    model.save(folder / "patchcl" / "models", "patchcl")
+    path = folder / "project.qpproj"
+    content = json.loads(path.read_text("utf-8"))
+    content["images"].append({**content["images"][0], "entryID": 2, "imageName": "again.svs"})
+    path.write_text(json.dumps(content), "utf-8")
+    export(folder, feature(FIELD, "Done"), feature(INSIDE, "Nucleus"))
+    export(folder, feature(FIELD, "Done"), feature(ACROSS, "Nucleus"), image=2)
+    said = refused(folder)
+    assert f"Error: {SLIDE.name} (id 1) and again.svs (id 2) show the same slide" in said
+    assert "have different nuclei at x 600, y 700 px" in said
+    assert "delete the field in one of the two, or leave one out" in said
+
+
+@pytest.mark.parametrize(
+    ("mpp", "option", "says"),
+    [
+        (1.0, (), "has 1 um/px, too coarse for fields of labels: the model reads 0.5 um/px"),
+        (None, ("--mpp", "0.8"), "has 0.8 um/px, too coarse"),
+        (None, (), "has no pixel size: set it in QuPath"),
+        (352.8, (), "has a pixel size of 352.8 um, which cannot be: set it in QuPath"),
+    ],
+)
+def test_fields_that_cannot_be_read_at_the_model_s_pixel_size(tmp_path, model, mpp, option, says):
+    """Pixels are not made up: a coarse slide would teach blur."""
+    size = mpp and (mpp, mpp)
+    slide = write_tiff(tmp_path / "coarse.tif", scene(640, 480, (1.0, 1.0)), size)
+    folder = tmp_path / "project"
+    shown = CliRunner().invoke(cli.main, ["init", str(folder), str(slide), "--mpp", "1"])
+    assert shown.exit_code == 0, shown.output
+    path = folder / "project.qpproj"
+    content = json.loads(path.read_text("utf-8"))
+    content["images"][0]["serverBuilder"].pop("metadata", None)  # what init was told
+    path.write_text(json.dumps(content), "utf-8")
+    model.save(folder / "patchcl" / "models", "patchcl")
+    nucleus = shapely.Point(80, 25).buffer(5)
+    export(folder, feature(shapely.box(0, 0, 200, 200), "Done"), feature(nucleus, "Nucleus"))
+    assert says in refused(folder, *option)
+    slide.unlink()
+    assert "put the file beside the project" in refused(folder)

@@ -107,11 +107,13 @@ def test_annotations_are_regions_one_by_one(folder: Path) -> None:
     [
         (None, "its annotations were not exported"),
         ("{", "is damaged"),
-        ("[]", "is damaged"),
-        ('{"features": [{"geometry": 1, "properties": {}}]}', "it has none with a class"),
+        ("7", "is damaged"),
+        ("[]", "it has none with a class"),
+        ('{"features": [{"type": "Feature", "geometry": 1, "properties": {}}]}', "is damaged"),
+        (json.dumps({"features": [feature(SMALL, None)]}), "it has none with a class"),
         (
-            '{"features": [{"geometry": {"type": "Polygon", "coordinates": [[1, 2]]}, '
-            '"properties": {"classification": {"name": "A"}}}]}',
+            '{"features": [{"type": "Feature", "geometry": {"type": "Polygon", '
+            '"coordinates": [[1, 2]]}, "properties": {"classification": {"name": "A"}}}]}',
             "is damaged",
         ),
         (

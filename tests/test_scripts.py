@@ -165,3 +165,5 @@ def test_a_failed_run_says_why(project: Path) -> None:
     assert not (project.parent / "patchcl" / "imported").exists()
     regions = sorted(path.name for path in (project.parent / "patchcl" / "regions").iterdir())
     assert regions == ["1.geojson", "2.geojson"]
+    stains = sorted(path.name for path in (project.parent / "patchcl" / "stains").iterdir())
+    assert stains == ["1.json", "2.json"]

@@ -39,6 +39,12 @@ class Project(Protocol):
         Raises ImageError where there is none, and says which classes there are.
         """
 
+    def stained(self, entry: ImageEntry) -> ImageEntry:
+        """The image with its own ``stains``, where a person set some in QuPath, and a ``note``.
+
+        Raises ImageError for stains that cannot be told apart.
+        """
+
     def labels(self, entry: ImageEntry, field_class: str) -> Corrections:
         """The annotations of a class, and the nuclei in them that a person put right.
 

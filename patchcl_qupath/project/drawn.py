@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import shapely
-from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import Corrections, Polygons
+from patchcl_qupath.datatypes import Corrections, StainVectors
 from patchcl_qupath.errors import ImageError
+from patchcl_qupath.geojson import holds_several, read_areas
+from patchcl_qupath.stains import flaw, known
 
+_KINDS = {"BRIGHTFIELD_H_E": "h-e", "BRIGHTFIELD_H_DAB": "h-dab"}  # by QuPath's image type
 SELECTED = "(selected)"  # what the script exports annotations as that a person has selected
 MAX_SHARED = 0.2  # of the smaller of two nuclei that touch; with more, one of them is too many
-# No JSON, no FeatureCollection, no geometry.
-_DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, shapely.errors.ShapelyError)
 
 
 def read_regions(
@@ -30,13 +29,17 @@ def read_regions(
     """
     export = "run groovy/export_regions.groovy on it in QuPath, then run again"
     try:
-        found = _by_class(json.loads(path.read_text(encoding="utf-8")))
+        names, areas = read_areas(path)
     except FileNotFoundError:
         raise ImageError(
             f"{image}: its annotations were not exported ({path} is missing): {export}"
         ) from None
-    except _DAMAGE as error:
+    except Exception as error:  # not JSON, of any other form
         raise ImageError(f"{image}: {path} is damaged: {export}") from error
+    found: dict[str, list[shapely.Geometry]] = {}
+    for name, area in zip(names.tolist(), areas, strict=True):
+        if name and area is not None:
+            found.setdefault(name, []).append(area)
     wanted = {name: found[name] for name in classes if name in found}
     if not wanted:
         known = f"annotations of class {', '.join(sorted(found))}" if found else "none with a class"
@@ -45,6 +48,41 @@ def read_regions(
             f"draw one, save the image, {export}; or leave the image out with --image"
         )
     return wanted
+
+
+def read_stains(path: Path, image: str) -> StainVectors | None:
+    """The stains that groovy/export_regions.groovy exported; None where an image has none.
+
+    Raises ImageError for a file that is damaged, and for stains that cannot be told apart.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content is None:
+            return None
+        kind = _KINDS.get(content["type"], "other")
+        names = tuple(str(stain["name"]) for stain in content["stains"])
+        vectors = tuple(_triple(stain["vector"]) for stain in content["stains"])
+        stains = StainVectors(kind, names, vectors, _triple(content["background"]))
+        problem = flaw(stains)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # not JSON, of any other form
+        raise ImageError(
+            f"{image}: {path} is damaged: run groovy/export_regions.groovy on it in QuPath, or "
+            "delete the file, then run again"
+        ) from error
+    if problem:
+        raise ImageError(
+            f"{image}: {problem}: double-click a stain in QuPath's Image tab and set it anew, or "
+            "set the image type again for the default stains; save (without a QuPath here, run "
+            "groovy/export_regions.groovy there), and run again"
+        )
+    return known(stains)
+
+
+def _triple(numbers: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = map(float, numbers)
+    return red, green, blue
 
 
 def read_labels(path: Path, image: str, field_class: str) -> Corrections:
@@ -56,24 +94,16 @@ def read_labels(path: Path, image: str, field_class: str) -> Corrections:
     if not path.exists():
         return Corrections()
     try:
-        features = json.loads(path.read_text(encoding="utf-8"))["features"]
-        found = [(_class_of(feature), _area_of(feature)) for feature in features]
-    except _DAMAGE as error:
+        names, areas = read_areas(path)
+    except Exception as error:  # not JSON, of any other form
         raise ImageError(
             f"{image}: {path} is damaged: run groovy/export_labels.groovy on it in QuPath again"
         ) from error
-    areas = [(name, area) for name, area in found if area is not None]
-    fields = tuple(area for name, area in areas if name == field_class)
-    others = np.array([area for name, area in areas if name != field_class], dtype=object)
-    labels = Corrections(fields, tuple(others[~holds_several(others)]))
+    is_area, is_field = ~shapely.is_missing(areas), names == field_class
+    others = areas[is_area & ~is_field]
+    labels = Corrections(tuple(areas[is_area & is_field]), tuple(others[~holds_several(others)]))
     check_labels(labels, image)
     return labels
-
-
-def holds_several(polygons: Polygons) -> NDArray[np.bool_]:
-    """Which polygons (N,) hold several others whole, as regions do and nuclei do not: (N,)."""
-    holder, _ = shapely.STRtree(polygons).query(polygons, predicate="contains_properly")
-    return np.bincount(holder, minlength=len(polygons)) > 1
 
 
 def check_labels(labels: Corrections, image: str) -> None:
@@ -102,36 +132,3 @@ def check_labels(labels: Corrections, image: str) -> None:
 def _place(geometry: shapely.Geometry) -> str:
     x, y = geometry.centroid.coords[0]
     return f"at x {x:.0f}, y {y:.0f} px"
-
-
-def _class_of(feature: dict[str, Any]) -> str:
-    """The name of a class as QuPath shows it, "" without one."""
-    classification = feature["properties"].get("classification") or {}
-    # "Tumor: Positive" is written by its parts.
-    return str(classification.get("name") or ": ".join(classification.get("names", ())))
-
-
-def _area_of(feature: dict[str, Any]) -> shapely.Geometry | None:
-    """The polygon or polygons of a feature, valid; of a cell those of its nucleus."""
-    geojson = feature.get("nucleusGeometry") or feature["geometry"]
-    polygons = [*_polygons(shapely.make_valid(shapely.from_geojson(json.dumps(geojson))))]
-    return shapely.union_all(polygons) if polygons else None
-
-
-def _by_class(content: dict[str, Any]) -> dict[str, list[shapely.Geometry]]:
-    """Areas of a FeatureCollection by QuPath's name of their class."""
-    found: dict[str, list[shapely.Geometry]] = {}
-    for feature in content["features"]:
-        name = _class_of(feature)
-        area = _area_of(feature) if name else None
-        if area is not None:
-            found.setdefault(name, []).append(area)
-    return found
-
-
-def _polygons(geometry: shapely.Geometry) -> Iterator[shapely.Polygon]:
-    """The polygons that a geometry consists of; points and lines are left out."""
-    if geometry.geom_type == "Polygon" and geometry.area > 0:
-        yield geometry
-    for part in getattr(geometry, "geoms", ()):
-        yield from _polygons(part)

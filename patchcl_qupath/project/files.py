@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import Corrections, ImageEntry, Nuclei
 from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.stains import H_DAB
 
 SEARCH_DEPTH = 4  # folders, the project's included, in which QuPath looks for a lost image
 BIO_FORMATS = "BioFormatsServerBuilder"
@@ -88,7 +89,7 @@ class FilesProject:
         file = self.regions_file(entry)
         found = read_regions(file, entry.name, classes)
         notes = [f"no annotation of class {name}" for name in classes if name not in found]
-        if self.data(entry).exists() and not is_newer(file, self.data(entry)):
+        if not self.is_current(file, entry):
             notes.append(
                 "its annotations were exported before it was last saved in QuPath: if they changed "
                 "since, run groovy/export_regions.groovy and then this again"
@@ -99,6 +100,36 @@ class FilesProject:
     def regions_file(self, entry: ImageEntry) -> Path:
         """An image's annotations, as QuPath exports them."""
         return self.output / "regions" / f"{entry.id}.geojson"
+
+    def stained(self, entry: ImageEntry) -> ImageEntry:
+        """The image with the stains that groovy/export_regions.groovy exported.
+
+        Else with QuPath's default, where a person said that it is stained with DAB.
+        """
+        from patchcl_qupath.project.drawn import read_stains
+
+        file = self.stains_file(entry)
+        stains = read_stains(file, entry.name)
+        if stains is None and self._image_type(entry.id) == "BRIGHTFIELD_H_DAB":
+            return replace(entry, stains=H_DAB)
+        if stains is None or self.is_current(file, entry):
+            return replace(entry, stains=stains)
+        note = (
+            "its stains were exported before it was last saved in QuPath: if they changed since, "
+            "run groovy/export_regions.groovy and then this again"
+        )
+        return replace(entry, stains=stains, note="; ".join(filter(None, [entry.note, note])))
+
+    def stains_file(self, entry: ImageEntry) -> Path:
+        """An image's stains, as groovy/export_regions.groovy exports them."""
+        return self.output / "stains" / f"{entry.id}.json"
+
+    def is_current(self, file: Path, entry: ImageEntry) -> bool:
+        """Whether a file that QuPath exported is there, and of the image as it was last saved."""
+        data = self.data(entry)
+        return file.exists() and (
+            not data.exists() or file.stat().st_mtime_ns > data.stat().st_mtime_ns
+        )
 
     def labels(self, entry: ImageEntry, field_class: str) -> Corrections:
         """The fields and nuclei that groovy/export_labels.groovy exported."""
@@ -171,7 +202,7 @@ class FilesProject:
             size=_size(metadata),
             use_bounds=openslide and "--no-crop" not in args,
             problem=_problem(name, builder, args, metadata)
-            or self._set_to_fluorescence(id_, name)
+            or (_not_brightfield(name) if self._image_type(id_) == "FLUORESCENCE" else None)
             or (_lost(name, stored, uri) if found is None else None),
         )
 
@@ -205,19 +236,13 @@ class FilesProject:
             found.setdefault(file.name, file)
         return found
 
-    def _set_to_fluorescence(self, id_: str, name: str) -> str | None:
+    def _image_type(self, id_: str) -> str | None:
         """The image type that a person set in QuPath, from the summary that it keeps."""
         try:
             path = self.path.parent / "data" / id_ / "summary.json"
-            image_type = json.loads(path.read_text(encoding="utf-8")).get("imageType")
+            return str(json.loads(path.read_text(encoding="utf-8")).get("imageType"))
         except (OSError, ValueError, AttributeError):
             return None  # an image that was never saved has no summary
-        return _not_brightfield(name) if image_type == "FLUORESCENCE" else None
-
-
-def is_newer(file: Path, other: Path) -> bool:
-    """Whether one file was written after another."""
-    return file.stat().st_mtime_ns > other.stat().st_mtime_ns
 
 
 def path_of_uri(uri: str) -> PurePath | None:

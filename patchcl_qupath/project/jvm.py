@@ -75,7 +75,15 @@ class Export:
     fields: str | None = None
 
 
-Question = Write | Remove | Export
+@dataclass(frozen=True)
+class ExportStains:
+    """Write the image's stains to a file, as groovy/export_regions.groovy does."""
+
+    image: Image
+    file: Path
+
+
+Question = Write | Remove | Export | ExportStains
 
 
 @dataclass(frozen=True)
@@ -235,6 +243,8 @@ class _QuPath:
             counts = self._write(question)
         elif isinstance(question, Remove):
             counts = self._remove(question)
+        elif isinstance(question, ExportStains):
+            counts = self._export_stains(question)
         else:
             counts = self._export(question)
         seconds, self.seconds = self.seconds, {}
@@ -268,6 +278,13 @@ class _QuPath:
             counts = self._labels.exportLabels(image_data, question.fields, file)
         image_data.getServer().close()
         return {str(name): int(count) for name, count in counts.items()}
+
+    def _export_stains(self, question: ExportStains) -> dict[str, int]:
+        _, _, image_data = self._open(question.image)
+        file = self._class("java.io.File")(str(question.file)).toPath()
+        self._regions.exportStains(image_data, file)
+        image_data.getServer().close()
+        return {}
 
     def _open(self, image: Image) -> tuple[Any, Any, Any]:
         """The project, the entry, and what QuPath knows of the image: Java's objects.

@@ -21,8 +21,17 @@ from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import Corrections, ImageEntry, Nuclei
 from patchcl_qupath.errors import ImageError, ProjectError
 from patchcl_qupath.project.drawn import SELECTED
-from patchcl_qupath.project.files import FilesProject, is_newer
-from patchcl_qupath.project.jvm import Done, Export, Image, Process, Remove, Write, damaged
+from patchcl_qupath.project.files import FilesProject
+from patchcl_qupath.project.jvm import (
+    Done,
+    Export,
+    ExportStains,
+    Image,
+    Process,
+    Remove,
+    Write,
+    damaged,
+)
 from patchcl_qupath.storage import copy_once, write_json, writing
 
 OLDEST = (0, 4)  # the first QuPath whose objects have ids
@@ -101,21 +110,29 @@ class PaquoProject:
 
     def within(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
         """The image, cut to annotations: those saved, or those exported since then."""
-        file, data = self.files.regions_file(entry), self.files.data(entry)
-        is_current = file.exists() and (not data.exists() or is_newer(file, data))
+        file = self.files.regions_file(entry)
+        is_current = self.files.is_current(file, entry)
         if not is_current and SELECTED not in classes:  # a selection is not saved
             self._check(entry)
             self.process.ask(Export(self._image(entry), file))
         return self.files.within(entry, classes)
 
+    def stained(self, entry: ImageEntry) -> ImageEntry:
+        """The image with the stains that are saved, or were exported since then."""
+        file = self.files.stains_file(entry)
+        if self.files.data(entry).exists() and not self.files.is_current(file, entry):
+            self._check(entry)
+            self.process.ask(ExportStains(self._image(entry), file))
+        return self.files.stained(entry)
+
     def labels(self, entry: ImageEntry, field_class: str) -> Corrections:
         """The fields that are saved, and the nuclei in them; or those exported since then."""
-        file, data = self.files.labels_file(entry), self.files.data(entry)
-        if file.exists() and (not data.exists() or is_newer(file, data)):
+        file = self.files.labels_file(entry)
+        if self.files.is_current(file, entry):
             found = self.files.labels(entry, field_class)
             if found.fields:  # else it may be an export of another class
                 return found
-        if data.exists():
+        if self.files.data(entry).exists():
             self._check(entry)
             self.process.ask(Export(self._image(entry), file, field_class))
         return self.files.labels(entry, field_class)

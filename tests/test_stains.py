@@ -1,0 +1,310 @@
+"""Stains as a person set them in QuPath: read, checked, and measured as QuPath does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import qupath
+from conftest import QUICK
+
+from patchcl_qupath import pipeline
+from patchcl_qupath.config import Config
+from patchcl_qupath.datatypes import StainVectors
+from patchcl_qupath.errors import ImageError
+from patchcl_qupath.project import open_project
+from patchcl_qupath.project.jvm import Process
+from patchcl_qupath.project.paquo import PaquoProject
+from patchcl_qupath.stains import H_DAB, H_E, densities, to_measure
+from patchcl_qupath.storage import read_nuclei
+
+ROOT = Path(__file__).parent.parent
+SAMPLE = ROOT / "sample_project"
+SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
+OWN = StainVectors(
+    "h-e", ("Haemalum", "Eosin Y"), ((0.7, 0.65, 0.3), (0.1, 0.9, 0.4)), (243.0, 240.0, 235.0)
+)
+THREE = StainVectors(
+    "other", ("A", "B", "C"), ((0.8, 0.6, 0.0), (0.0, 0.6, 0.8), (0.6, 0.0, 0.8)), (250.0,) * 3
+)
+
+
+def test_densities_of_a_pixel_worked_by_hand() -> None:
+    """Of red, and of green and blue together, each from a background of its own."""
+    stains = StainVectors("other", ("Red", "Teal"), ((2, 0, 0), (0, 3, 4)), (200, 100, 250))
+    # Red: log10(200 / 20) = 1. Green, blue: log10(100 / 25) = 0.602, log10(250 / 25) = 1; along
+    # (0, 0.6, 0.8), which is as long as 1, that is 0.6 * 0.602 + 0.8 * 1.
+    found = densities(np.uint8([[20, 25, 25], [255, 255, 255], [0, 0, 250]]), stains)
+    assert list(found) == ["Red", "Teal"]
+    # Brighter than the background is none; 0 counts as 1: log10(200), and 0.6 * log10(100).
+    np.testing.assert_allclose(found["Red"], [1, 0, 2.30103], atol=1e-5)
+    np.testing.assert_allclose(found["Teal"], [1.16124, 0, 1.2], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "measured"),
+    [
+        (None, "auto", H_E),
+        (None, "h-dab", H_DAB),
+        (OWN, "auto", OWN),
+        (OWN, "h-e", OWN),
+        (OWN, "h-dab", H_DAB),
+        (THREE, "auto", THREE),
+        (THREE, "h-e", H_E),
+    ],
+)
+def test_an_image_s_own_stains_are_measured_unless_others_are_asked_for(
+    own: StainVectors | None, asked: str, measured: StainVectors
+) -> None:
+    assert to_measure(own, asked) == measured
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the sample project."""
+    copy = tmp_path / "project"
+    shutil.copytree(SAMPLE, copy, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
+    return copy
+
+
+def export(folder: Path, stains: StainVectors | None) -> Path:
+    """What groovy/export_regions.groovy leaves of the first image."""
+    kinds = {"h-e": "BRIGHTFIELD_H_E", "h-dab": "BRIGHTFIELD_H_DAB", "other": "BRIGHTFIELD_OTHER"}
+    content = stains and {
+        "type": kinds[stains.kind],
+        "background": stains.background,
+        "stains": [
+            {"name": name, "vector": vector}
+            for name, vector in zip(stains.names, stains.vectors, strict=True)
+        ],
+    }
+    file = folder / "patchcl" / "stains" / "1.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content), "utf-8")
+    return file
+
+
+def stained(folder: Path) -> Any:
+    project = open_project(folder, backend="files")
+    return project.stained(project.images()[0])
+
+
+@pytest.mark.parametrize("stains", [OWN, THREE, H_DAB, None])
+def test_exported_stains_are_read(folder: Path, stains: StainVectors | None) -> None:
+    assert stained(folder).stains is None
+    export(folder, stains)
+    assert (stained(folder).stains, stained(folder).note) == (stains, None)
+
+
+def test_stains_may_be_older_than_the_image_and_its_type_alone_known(folder: Path) -> None:
+    data = folder / "data" / "1"
+    data.mkdir(parents=True)
+    (data / "summary.json").write_text('{"imageType": "BRIGHTFIELD_H_DAB"}')
+    assert stained(folder).stains == H_DAB
+    export(folder, OWN)
+    (data / "data.qpdata").touch()
+    os.utime(data / "data.qpdata", ns=(2**62, 2**62))
+    assert stained(folder).stains == OWN
+    assert "stains were exported before it was last saved" in stained(folder).note
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"vectors": ((0.6, 0.8, 0), (1.2, 1.61, 0))}, "its stain vectors are parallel, or nearly"),
+        ({"vectors": ((0.6, 0.8, 0), (0, 0, 0))}, "a stain vector is zero"),
+        ({"vectors": ((0.6, 0.8, 0), (0, float("nan"), 1))}, "a stain vector is zero, or not a"),
+        ({"background": (255, 0, 255)}, "its background is black, or not a number"),
+        ({"background": (255, float("inf"), 255)}, "its background is black, or not a number"),
+        ({"names": ("A", "A")}, "two of its stains have one name"),
+        ({"names": ("A",), "vectors": ((0.6, 0.8, 0),)}, "it has not two or three stains"),
+    ],
+)
+def test_stains_that_cannot_be_told_apart_are_refused(
+    folder: Path, changes: dict[str, Any], says: str
+) -> None:
+    export(folder, replace(OWN, **changes))
+    with pytest.raises(ImageError, match=rf"svs: {says}.*: double-click a stain in QuPath's Image"):
+        stained(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"stains": []}', '{"type": "", "stains": [1]}'])
+def test_a_damaged_export_is_said(folder: Path, content: str) -> None:
+    export(folder, OWN).write_text(content)
+    with pytest.raises(ImageError, match=r"1\.json is damaged: run groovy/export_regions"):
+        stained(folder)
+
+
+def segment(project: Any, model: pipeline.Model, client: Any, config: Config) -> tuple[Any, Any]:
+    run = pipeline.Run(project, model, config, client, lambda *_: None)
+    (result,) = run.images(project.images())
+    if result.problem:
+        return result, None
+    return result, read_nuclei(Path(result.results) / "nuclei.parquet")
+
+
+def test_a_run_measures_exported_stains_and_no_old_tiles(
+    folder: Path, model: pipeline.Model, client: Any
+) -> None:
+    def measured(stain: str = "auto") -> tuple[Any, Any]:
+        config = replace(QUICK, slide=replace(QUICK.slide, stain=stain))
+        return segment(open_project(folder, "files"), model, client, config)
+
+    _, plain = measured()
+    export(folder, OWN)
+    result, own = measured()
+    assert result.tiles_taken_over == 0
+    assert result.note is None
+    assert list(own.uuids) == list(plain.uuids)
+    assert {"Haemalum: Mean", "Eosin Y: Max"} < set(own.measurements)
+    assert "Hematoxylin: Mean" not in own.measurements
+    about = json.loads((Path(result.results) / "result.json").read_text("utf-8"))
+    assert tuple(about["stains"]["names"]) == OWN.names
+    assert measured()[0].tiles_taken_over == result.tiles
+
+    export(folder, replace(OWN, background=(255.0, 255.0, 255.0)))
+    result, brighter = measured()
+    assert result.tiles_taken_over == 0
+    assert (brighter.measurements["Haemalum: Mean"] > own.measurements["Haemalum: Mean"]).all()
+
+    result, asked = measured("h-dab")
+    assert "DAB: Mean" in asked.measurements
+    assert result.note.startswith("measured Hematoxylin and DAB as asked for, with QuPath's")
+    assert result.note.endswith("its own stains in QuPath are Haemalum and Eosin Y")
+
+    export(folder, replace(OWN, vectors=OWN.vectors[:1] * 2))
+    assert "vectors are parallel" in measured()[0].problem
+
+
+# ---------------------------------------------------------------- with a QuPath
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    qupath.launcher()  # skips
+    process = Process(None, tmp_path_factory.mktemp("jvm") / "qupath.log")
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[qupath.Session]:
+    session = qupath.Session()
+    yield session
+    session.close()
+
+
+SET = """
+import qupath.lib.color.ColorDeconvolutionStains
+import qupath.lib.color.ColorTransformer
+import qupath.lib.color.ColorTransformer.ColorTransformMethod as Method
+import qupath.lib.color.StainVector
+import qupath.lib.images.ImageData
+
+def stain = { name, vector -> StainVector.createStainVector(name, *vector) }
+imageData.setImageType(ImageData.ImageType.TYPE)
+def stains = new ColorDeconvolutionStains('of a person', STAINS, BACKGROUND)
+imageData.setColorDeconvolutionStains(stains)
+entry.saveImageData(imageData)
+groovy.json.JsonOutput.toJson([Method.Stain_1, Method.Stain_2, Method.Stain_3].collect {
+    ColorTransformer.getTransformedPixels(PIXELS as int[], it, null, stains).toList()
+})
+"""
+
+
+def set_in_qupath(
+    session: qupath.Session, path: Path, stains: StainVectors, pixels: np.ndarray
+) -> Any:
+    """Save stains with the image; the densities (3, N) that QuPath itself has for pixels (N, 3)."""
+    types = {"h-e": "BRIGHTFIELD_H_E", "other": "BRIGHTFIELD_OTHER"}
+    packed = (pixels.astype(int) @ [1 << 16, 1 << 8, 1]).tolist()
+    made = [
+        f"stain('{name}', {[float(v) for v in vector]})"
+        for name, vector in zip(stains.names, stains.vectors, strict=True)
+    ]
+    script = SET.replace("TYPE", types[stains.kind], 1).replace("STAINS", ", ".join(made))
+    levels = ", ".join(f"{level} as double" for level in stains.background)
+    script = script.replace("BACKGROUND", levels)
+    return session.run(path, script.replace("PIXELS", str(packed)))["a.svs"]
+
+
+@pytest.mark.qupath
+@pytest.mark.parametrize("stains", [OWN, THREE])
+def test_stains_of_a_real_qupath_are_read_and_measured_as_it_does(
+    tmp_path: Path, process: Process, session: qupath.Session, stains: StainVectors
+) -> None:
+    """By its process, and by the script without a window."""
+    path = qupath.make_project(tmp_path / "project", SLIDE, ["a.svs"])
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 3)).astype(np.uint8)
+    expected = set_in_qupath(session, path, stains, pixels)
+    project = open_project(path, "paquo")
+    assert isinstance(project, PaquoProject)
+    project = replace(project, process=process)
+    (entry,) = project.images()
+    by_process = project.stained(entry).stains
+    project.files.stains_file(entry).unlink()
+    log = qupath.run_script(path, ROOT / "groovy" / "export_regions.groovy")
+    assert "ERROR" not in log, log
+    for read in (by_process, open_project(path, "files").stained(entry).stains):
+        assert (read.kind, read.names, read.background) == (
+            stains.kind,
+            stains.names,
+            stains.background,
+        )
+        found = np.array(list(densities(pixels, read).values()))
+        np.testing.assert_allclose(found, expected[: len(found)], atol=1e-4)
+
+
+@pytest.mark.qupath
+def test_qupath_s_defaults_are_those_that_are_measured_without_it(
+    tmp_path: Path, process: Process, session: qupath.Session
+) -> None:
+    path = qupath.make_project(tmp_path / "project", SLIDE, ["a.svs"])
+    for kind, stains in ((None, None), ("H_E", H_E), ("H_DAB", H_DAB)):
+        set_type = f"imageData.setImageType(Type.BRIGHTFIELD_{kind})" if kind else ""
+        start = "import qupath.lib.images.ImageData.ImageType as Type\n"
+        session.run(path, f"{start}{set_type}\nentry.saveImageData(imageData)\n'1'")
+        project = open_project(path, "paquo")
+        assert isinstance(project, PaquoProject)
+        (entry,) = project.images()
+        assert replace(project, process=process).stained(entry).stains == stains
+        project.files.stains_file(entry).unlink()
+        only_type = open_project(path, "files").stained(entry).stains
+        assert only_type == (H_DAB if kind == "H_DAB" else None)
+
+
+@pytest.mark.qupath
+def test_a_run_writes_the_image_s_own_stains_into_qupath(
+    tmp_path: Path, process: Process, session: qupath.Session, model: pipeline.Model, client: Any
+) -> None:
+    path = qupath.make_project(tmp_path / "project", SLIDE, ["a.svs"])
+
+    def measured() -> Any:
+        project = open_project(path, "paquo")
+        assert isinstance(project, PaquoProject)
+        result, found = segment(replace(project, process=process), model, client, QUICK)
+        assert result.problem is None
+        return found
+
+    plain = measured()
+    set_in_qupath(session, path, OWN, np.zeros((1, 3), np.uint8))
+    own = measured()
+    assert list(own.uuids) == list(plain.uuids)
+    look = """
+        groovy.json.JsonOutput.toJson(hierarchy.getAllObjects(false).findAll { it.getPathClass() }
+            .collectEntries { [it.getID().toString(), it.getMeasurements()['Haemalum: Mean']] })
+        """
+    shown = session.run(path, look)["a.svs"]
+    means = own.measurements["Haemalum: Mean"]
+    assert shown == pytest.approx(dict(zip(own.uuids.tolist(), means.tolist(), strict=True)))
+    assert not np.allclose(means, plain.measurements["Hematoxylin: Mean"])
