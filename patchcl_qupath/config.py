@@ -170,7 +170,7 @@ class SegmentConfig:
     max_area_um2: float = 400.0
     max_diameter_um: float = 30.0  # larger blobs are no nuclei; also sets the halo
     min_solidity: float = 0.7  # area over that of the convex hull; below it are strands and rims
-    min_hematoxylin: float = 0.05  # mean optical density; gaps between red cells have less
+    min_hematoxylin: float = 0.05  # its mean optical density; gaps between red cells have less
     max_hole_um2: float = 40.0  # larger gaps inside a nucleus stay gaps
     open_radius_um: float = 0.0  # thinner hairs are cut
     smooth_um: float = 0.6  # of the landscape that parts touching nuclei

@@ -270,6 +270,17 @@ def measure(
     return {name: values.astype(np.float32) for name, values in named.items()}
 
 
+def hematoxylin(labels: NDArray[np.int32], rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Mean optical density of hematoxylin in labels 1..N (H, W), (N,).
+
+    By QuPath's default vector, whatever stains are measured: what has none is no nucleus.
+    """
+    inside = labels > 0
+    values = densities(rgb[inside])["Hematoxylin"]
+    count = np.bincount(labels[inside])
+    return (np.bincount(labels[inside], values) / np.maximum(count, 1))[1:]
+
+
 def shape_measurements(polygons_um: Polygons) -> dict[str, NDArray[np.float64]]:
     """Size and shape of polygons in um, named and defined as in QuPath."""
     area, length = shapely.area(polygons_um), shapely.length(polygons_um)

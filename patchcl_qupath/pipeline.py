@@ -24,7 +24,7 @@ from patchcl_qupath.errors import ConfigError, PatchCLError, TrainingError
 from patchcl_qupath.fields import check_agreement, lessons
 from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.network import NucleusNetwork
-from patchcl_qupath.nuclei import centroids, nuclei_of_tile, to_level0
+from patchcl_qupath.nuclei import centroids, hematoxylin, nuclei_of_tile, to_level0
 from patchcl_qupath.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.project import Project
 from patchcl_qupath.report import write_preview
@@ -264,6 +264,7 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
     """One tile, from pixels to the nuclei that it owns, at level 0."""
     image, slide, model = context.image, context.image.slide, context.model
     assert image.scale is not None, "an image without tissue has no tiles"
+    settings = context.config.segment
     seconds: Seconds = {}
     with timed(seconds, "read"):
         rgb = slide.read(tile.read)
@@ -276,23 +277,17 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
     tile, rgb, probability = replace(tile, read=near), rgb[inner], probability[inner]
     core = None if core is None else core[inner]
     with timed(seconds, "separate"):
-        labels = instances(probability, slide.mpp, context.config.segment, model.threshold, core)
+        labels = instances(probability, slide.mpp, settings, model.threshold, core)
     with timed(seconds, "measure"):
         rows, cols = centroids(labels, tile)
         mine = tile.write.holds(rows, cols) & inside(image.tissue, image.tissue_px, rows, cols)
         if image.region is not None:
             mine &= inside_region(image.region, tile.write, rows, cols)
+        mine &= hematoxylin(labels, rgb) >= settings.min_hematoxylin
         nuclei = nuclei_of_tile(
             *(labels, mine, rgb, probability, tile, slide.grid_mpp),
             *(model.threshold, image.stains),
         )
-        nuclei = to_level0(_plausible(nuclei, context.config), slide.downsample, image.id)
+        nuclei = nuclei[nuclei.measurements["Solidity"] >= settings.min_solidity]
+        nuclei = to_level0(nuclei, slide.downsample, image.id)
     return nuclei, seconds
-
-
-def _plausible(nuclei: Nuclei, config: Config) -> Nuclei:
-    """Without strands, rims, and what has no hematoxylin."""
-    convex = nuclei.measurements["Solidity"] >= config.segment.min_solidity
-    return nuclei[
-        convex & (nuclei.measurements["Hematoxylin: Mean"] >= config.segment.min_hematoxylin)
-    ]

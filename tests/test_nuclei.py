@@ -9,6 +9,7 @@ from patchcl_qupath.datatypes import Box, Nuclei, Tile
 from patchcl_qupath.nuclei import (
     centroids,
     footprints,
+    hematoxylin,
     measure,
     nuclei_of_tile,
     outlines,
@@ -222,3 +223,13 @@ def test_outline_of_touching_nuclei_and_of_the_border_stays_between_pixels():
     confidence = np.where(labels == 1, 0.9, 0.6).astype(np.float32)
     plain, exact = outlines(labels), outlines(labels, confidence)
     assert shapely.equals_exact(plain, exact, 1e-9).all()
+
+
+def test_hematoxylin_is_the_mean_over_each_nucleus():
+    labels = disc_labels((60, 60), [(15, 15), (40, 40)], 8)
+    rgb = np.full((60, 60, 3), 255, dtype=np.uint8)
+    for label, amount in ((1, 0.5), (2, 0.0)):
+        density = amount * np.array([0.65111, 0.70119, 0.29049])
+        rgb[labels == label] = np.round(255 * 10**-density)
+    assert hematoxylin(labels, rgb) == pytest.approx([0.5, 0], abs=0.01)
+    assert len(hematoxylin(np.zeros_like(labels), rgb)) == 0
