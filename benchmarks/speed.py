@@ -1,10 +1,12 @@
-"""How long the main job takes, and that its memory does not grow with the slide.
+"""How fast slides are segmented, where the time goes, and what grows with the slide.
 
-    python benchmarks/speed.py [--json]
+    python benchmarks/speed.py [--areas MM2 ...] [--json]
 
-Runs the sample project in a copy: training, then segmentation. Then segments two generated
-slides, one with 16 times the area of the other (mosaics of the sample's tissue, tiled JPEG
-pyramids at 0.5 um/px), with the same model. Each run is a process of its own, as a user starts it.
+Trains on the sample project, as `patchcl-qp run` does; then segments the sample and generated
+slides at 0.25 um/px with that model: mosaics of real tissue in tiled JPEG pyramids, by default of
+6, 25 and 100 mm2 (40,000 x 40,000 px). Each run is a process of its own, from .qpproj to written
+nuclei. Machines differ: the network's pace is also given as a share of what a product of float32
+matrices does here.
 """
 
 from __future__ import annotations
@@ -17,60 +19,101 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import tifffile
+import torch
+from numpy.typing import NDArray
+from PIL import Image
 
+from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box
+from patchcl_qupath.network import NucleusNetwork
 from patchcl_qupath.project import open_project
 from patchcl_qupath.slide import Slide
 
-SAMPLE = Path(__file__).parent.parent / "sample_project"
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = ROOT / "sample_project"
+REAL = ROOT.parent / "shared" / "data" / "monuseg_train" / "images"
 COMMAND = [sys.executable, "-m", "patchcl_qupath.cli"]
+MPP = 0.25
+TILE = 256
+CORES = os.cpu_count() or 1
 
 
 def main() -> None:
-    """Print the table, or with --json one line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print the figures, and with --json those of the largest slide as one line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--areas", nargs="+", type=float, default=[6.25, 25, 100], help="mm2")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    as_json = parser.parse_args().json
+    options = parser.parse_args()
+    gemm = matrix_product()
+    print(f"{CORES} cores, {gemm / 1e9:.0f} GFLOP/s in float32 matrix products")
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder))
-    width = max(len(name) for name in figures)
-    for name, value in figures.items():
-        print(f"{name:<{width}}  {value:.3g}")
-    if as_json:
-        print(json.dumps(figures))
+        sample = Path(folder) / "sample"
+        leave = shutil.ignore_patterns("patchcl", "data", "classifiers")
+        shutil.copytree(SAMPLE, sample, ignore=leave)
+        seconds, trained, peak_gb = timed("train", sample)
+        print(f"training on the sample: {seconds:.0f} s, {peak_gb:.2f} GB")
+        for stage, share in trained["training"].get("seconds", {}).items():
+            print(f"  {stage}: {share:.0f} s")
+        figures = [measure("sample", sample, gemm)]
+        for area in sorted(options.areas):
+            slide = Path(folder) / f"{area:g} mm2.tif"
+            write_mosaic(slide, round(area**0.5 * 1000 / MPP))
+            project = Path(folder) / f"{area:g}"
+            subprocess.run([*COMMAND, "init", project, slide], check=True, capture_output=True)
+            shutil.copytree(sample / "patchcl" / "models", project / "patchcl" / "models")
+            figures.append(measure(f"{area:g} mm2", project, gemm))
+            slide.unlink()
+    largest, quarter = figures[-1], figures[max(1, len(figures) - 2)]
+    larger = largest["mm2"] / quarter["mm2"]
+    time_4x = 4 * (largest["s_per_mm2"] / quarter["s_per_mm2"]) ** (np.log(4) / np.log(larger))
+    if larger > 1:
+        print(f"4 times the area takes {time_4x:.2f} times the time")
+    if options.json:
+        keys = ("s_per_mm2", "network_share", "network_of_gemm", "peak_gb", "nuclei_per_s_written")
+        print(json.dumps({key: largest[key] for key in keys} | {"time_4x_area": time_4x}))
 
 
-def measure(folder: Path) -> dict[str, float]:
-    """The figures, by name."""
-    sample = folder / "sample"
-    shutil.copytree(SAMPLE, sample, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
-    train_s, _, _ = timed("train", sample)
-    segment_s, outcome, _ = timed("run", sample, "--backend", "files")
+def measure(name: str, project: Path, gemm: float) -> dict[str, float]:
+    """Segment the one slide of a project, print what it took, and return the figures."""
+    seconds, outcome, peak_gb = timed("run", project, "--backend", "files")
+    (image,) = outcome["images"]
+    area, worker, main = image["tissue_mm2"], image["worker_seconds"], image["main_seconds"]
+    flop = network_flop() * image["network_px"]
     figures = {
-        "cores": float(os.cpu_count() or 1),
-        "train_s": train_s,
-        "sample_s": segment_s,
-        "sample_tissue_mm2": outcome["images"][0]["tissue_mm2"],
-        "sample_s_per_mm2": outcome["images"][0]["seconds"] / outcome["images"][0]["tissue_mm2"],
+        "mm2": area,
+        "nuclei": image["nuclei"],
+        "s_per_mm2": image["seconds"] / area,
+        "network_share": worker["network"] / (CORES * image["seconds"]),
+        "network_of_gemm": flop / worker["network"] * CORES / gemm,
+        "peak_gb": peak_gb,
+        "nuclei_per_s_written": image["nuclei"] / main["write"],
     }
-    for name, side in (("small", 3_000), ("large", 12_000)):
-        project = folder / name
-        slide = folder / f"{name}.tif"
-        write_mosaic(slide, side)
-        subprocess.run([*COMMAND, "init", project, slide], check=True, capture_output=True)
-        shutil.copytree(sample / "patchcl" / "models", project / "patchcl" / "models")
-        _, outcome, peak_gb = timed("run", project, "--backend", "files")
-        image = outcome["images"][0]
-        figures[f"{name}_tissue_mm2"] = image["tissue_mm2"]
-        figures[f"{name}_s_per_mm2"] = image["seconds"] / image["tissue_mm2"]
-        figures[f"{name}_peak_gb"] = peak_gb
-    figures["memory_16x_area"] = figures["large_peak_gb"] / figures["small_peak_gb"]
+    print(
+        f"{name}: {area:.2f} mm2, {image['nuclei']:,} nuclei, {image['tiles']} tiles, "
+        f"{image['seconds']:.0f} s and {seconds - image['seconds']:.0f} s to start, "
+        f"{figures['s_per_mm2']:.2f} s/mm2, {peak_gb:.2f} GB",
+        flush=True,
+    )
+    print("  workers: " + shares(worker, CORES * image["seconds"]))
+    print("  the run: " + shares(main, image["seconds"]))
+    print(
+        f"  network: {image['network_px'] / worker['network'] * CORES / 1e6:.1f} Mpx/s, "
+        f"{figures['network_of_gemm']:.0%} of the matrix product; written: "
+        f"{figures['nuclei_per_s_written']:,.0f} nuclei/s"
+    )
     return figures
+
+
+def shares(seconds: dict[str, float], total: float) -> str:
+    """Each stage's share of a time."""
+    return ", ".join(f"{stage} {part / total:.0%}" for stage, part in seconds.items())
 
 
 def timed(command: str, project: Path, *options: str) -> tuple[float, dict[str, Any], float]:
@@ -89,26 +132,92 @@ def timed(command: str, project: Path, *options: str) -> tuple[float, dict[str, 
     return time.perf_counter() - began, json.loads(printed), usage.ru_maxrss * 1024 / 1e9
 
 
+def matrix_product() -> float:
+    """FLOP/s of all cores in float32 matrix products: the median of some."""
+    a = torch.rand(2048, 2048)
+    took = []
+    for _ in range(9):
+        began = time.perf_counter()
+        a @ a
+        took.append(time.perf_counter() - began)
+    return float(2 * 2048**3 / np.median(took))
+
+
+def network_flop() -> float:
+    """FLOP of the network for each working pixel."""
+    network, side, flop = NucleusNetwork(Config().selftrain.widths).eval(), 64, 0
+
+    def count(layer: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
+        nonlocal flop
+        assert isinstance(layer, torch.nn.Conv2d)
+        flop += 2 * layer.weight[0].numel() * output.numel()
+
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(count)
+    with torch.inference_mode():
+        network(torch.zeros(1, 3, side, side))
+    return flop / side**2
+
+
+def stamp() -> NDArray[np.uint8]:
+    """Tissue at 0.25 um/px, a whole number of 4 x 4 tiles: real images where there are some."""
+    side = 4 * TILE
+    if REAL.is_dir():
+        paths = sorted(REAL.glob("*.png"))[:20]
+        images = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    else:
+        (entry,) = open_project(SAMPLE).images()
+        dense = Slide.open(entry).read(Box(1500, 900, 2000, 1400))
+        dense = dense.repeat(2, axis=0).repeat(2, axis=1)
+        images = [np.rot90(dense, turn) for turn in range(4)]
+    whole = [
+        np.pad(i, ((0, side - len(i)), (0, side - i.shape[1]), (0, 0)), "symmetric") for i in images
+    ]
+    across = len(whole) // 4
+    return np.concatenate(
+        [np.concatenate(whole[across * row : across * (row + 1)], axis=1) for row in range(4)]
+    )
+
+
 def write_mosaic(path: Path, side: int) -> None:
-    """A slide of ``side`` x ``side`` px at 0.5 um/px, all tissue: the sample's densest part, again
-    and again, every other one mirrored."""
-    (entry,) = open_project(SAMPLE).images()
-    stamp = Slide.open(entry).read(Box(1500, 900, 2500, 1500))
-    stamp = np.concatenate([stamp, stamp[:, ::-1]], axis=1)
-    stamp = np.concatenate([stamp, stamp[::-1]], axis=0)
-    rows, cols = (-(-side // n) for n in stamp.shape[:2])
-    level = np.tile(stamp, (rows, cols, 1))[:side, :side]
-    options: dict[str, Any] = {"photometric": "rgb", "tile": (256, 256), "compression": "jpeg"}
+    """A slide of ``side`` x ``side`` px, all tissue: a tiled JPEG pyramid of the stamp, again and
+    again. A tile is encoded once, however often it stands in the slide."""
+    tissue = stamp()
+    reduced = tissue.reshape(len(tissue) // 4, 4, tissue.shape[1] // 4, 4, 3).mean(axis=(1, 3))
     with tifffile.TiffWriter(path, bigtiff=True) as tiff:
-        for reduced in range(3):
-            step = 4**reduced
+        for level, (pixels, step) in enumerate(((tissue, 1), (reduced.astype(np.uint8), 4))):
+            size = -(-side // step)
             tiff.write(
-                level[::step, ::step],
-                resolution=(1e4 / (0.5 * step), 1e4 / (0.5 * step)),
+                encoded(pixels, size),
+                shape=(size, size, 3),
+                dtype=np.uint8,
+                photometric="ycbcr",
+                subsampling=(2, 2),
+                tile=(TILE, TILE),
+                compression="jpeg",
+                resolution=(1e4 / (MPP * step), 1e4 / (MPP * step)),
                 resolutionunit="CENTIMETER",
-                subfiletype=1 if reduced else 0,
-                **options,
+                subfiletype=1 if level else 0,
             )
+
+
+def encoded(pixels: NDArray[np.uint8], size: int) -> Iterator[bytes]:
+    """The JPEG tiles of an image (size, size, 3) that repeats ``pixels``, row by row."""
+    rows, cols = (n // TILE for n in pixels.shape[:2])
+    tiles = [
+        [
+            imagecodecs.jpeg8_encode(
+                np.ascontiguousarray(pixels[TILE * r : TILE * (r + 1), TILE * c : TILE * (c + 1)]),
+                level=85,
+                subsampling="420",
+            )
+            for c in range(cols)
+        ]
+        for r in range(rows)
+    ]
+    across = -(-size // TILE)
+    return (tiles[r % rows][c % cols] for r in range(across) for c in range(across))
 
 
 if __name__ == "__main__":
