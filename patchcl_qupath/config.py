@@ -23,6 +23,7 @@ from typing import Any
 from patchcl_qupath.errors import ConfigError
 
 STAINS = ("h-e", "h-dab")
+CLUSTERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "sge": "qsub"}  # what takes jobs
 RECIPES = ("selftrain", "patchcl", "paper")
 
 
