@@ -383,7 +383,7 @@ def _state(project: Project, entry: ImageEntry) -> dict[str, Any]:
     if "removed" in result:
         return {"state": "removed", "nuclei": None, "made": None, "model": None}
     made = {key: result[key] for key in ("nuclei", "made")}
-    state = f"{len(result['holes'])} holes" if result.get("holes") else "done"
+    state = f"done but for {len(result['holes'])} of its tiles" if result.get("holes") else "done"
     return {"state": entry.problem or state, **made, "model": _model_name(project, result)}
 
 

@@ -51,7 +51,7 @@ def open_pyramid(path: Path) -> Pyramid:
     """
     stat = path.stat()
     with _opening:
-        return _open(path, stat.st_mtime_ns, stat.st_size)
+        return _open(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
 
 
 def forget_pyramids() -> None:
@@ -61,7 +61,7 @@ def forget_pyramids() -> None:
 
 
 @lru_cache(maxsize=4)
-def _open(path: Path, modified_ns: int, size: int) -> Pyramid:
+def _open(path: Path, version: tuple[int, ...]) -> Pyramid:
     if path.suffix.lower() in PILLOW_SUFFIXES:
         return _open_with_pillow(path)
     slide = TiffSlide(path)

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -42,6 +43,10 @@ Seconds = dict[str, float]  # by stage
 TileTask = Callable[[Context, Tile], tuple[Nuclei, Seconds]]
 
 ATTEMPTS = 3  # at a tile, before it is left out
+_GONE = (
+    "the Dask scheduler went away: start it and its workers again, then run again; finished tiles "
+    "are kept"
+)
 _AHEAD = 3  # tiles for each worker thread: enough to keep it busy, few to keep memory flat
 
 
@@ -206,15 +211,16 @@ def map_tiles(
     Raises ImageError if the scheduler goes away.
     """
     from distributed import as_completed
+    from distributed.client import ClosedClientError
 
     # Made by a task and not scattered: should all workers die that hold it, it is made again.
-    shared = client.submit(_unpack, zlib.compress(pickle.dumps(context), level=1), pure=False)
+    make = partial(_unpack, zlib.compress(pickle.dumps(context), level=1))
     waiting = iter(tiles)
     submitted: dict[Any, Tile] = {}
     running = as_completed(loop=client.loop, with_results=True, raise_errors=False)
     total: Seconds = {}
 
-    def submit_more() -> None:
+    def submit_more(shared: Any) -> None:
         threads = sum(client.nthreads().values()) or 1  # workers come and go
         for tile in islice(waiting, max(0, _AHEAD * threads - len(submitted))):
             future = client.submit(_do, task, shared, tile, pure=False, retries=ATTEMPTS - 1)
@@ -222,7 +228,7 @@ def map_tiles(
             running.add(future)
 
     try:
-        submit_more()
+        submit_more(shared := client.submit(make, pure=False))
         for batch in running.batches():
             for future, result in batch:
                 tile = submitted.pop(future)
@@ -235,7 +241,9 @@ def map_tiles(
                     on_done()
                 else:
                     on_failed(tile, _error(future, result))
-            submit_more()
+            submit_more(shared)
+    except (OSError, ClosedClientError) as error:  # of Dask: others have become ours
+        raise ImageError(_GONE) from error
     finally:
         client.cancel([*submitted])
     return total
@@ -256,10 +264,7 @@ def _error(future: Any, result: Any) -> Exception:
     from distributed import KilledWorker
 
     if future.status != "error":
-        raise ImageError(
-            "the Dask scheduler went away: start it and its workers again, then run again; "
-            "finished tiles are kept"
-        )
+        raise ImageError(_GONE)
     _, error, _ = result
     if isinstance(error, KilledWorker):
         return ImageError("its worker died each time: give workers more memory, or fewer threads")
