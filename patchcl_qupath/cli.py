@@ -1,6 +1,6 @@
 """The command line: flags to settings, one call of the pipeline, messages for people.
 
-Exit status: 0 all done, 1 something failed (the other images are done), 2 wrong usage.
+Exit status: 0 all done, 1 something failed (the rest is done), 2 wrong usage, 130 Ctrl-C.
 What takes long to import is imported inside the commands, so that --help answers at once.
 """
 
@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from patchcl_qupath import __version__
-from patchcl_qupath.config import ENGINES, STAINS, Config, load_config
+from patchcl_qupath.config import CLUSTERS, ENGINES, STAINS, Config, load_config
 from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
 
 if TYPE_CHECKING:
@@ -137,8 +139,17 @@ _device = click.option(
 @click.option("--model", "name", default="patchcl", help="Name of the model; trained if missing.")
 @click.option("--retrain", is_flag=True, help="Train the model anew even if there is one.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the training.")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads; default: all cores.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Threads, default: all cores; with --cluster: jobs, default: 1.",
+)
 @click.option("--scheduler", help="Address of a running Dask scheduler, as tcp://host:8786.")
+@click.option(
+    "--cluster",
+    type=click.Choice([*CLUSTERS]),
+    help="Work in jobs of this queue, as ~/.config/dask/jobqueue.yaml says what a job is.",
+)
 @click.option(
     "--progress",
     "progress_as",
@@ -164,6 +175,7 @@ def run(
     seed: int | None,
     workers: int | None,
     scheduler: str | None,
+    cluster: str | None,
     progress_as: str,
 ) -> None:
     """Segment the nuclei of PROJECT (a .qpproj file or its folder).
@@ -172,6 +184,8 @@ def run(
     stopped, and it goes on where it was.
     """
     with _reporting_errors(as_json):
+        if scheduler and cluster:
+            raise ConfigError("pass --scheduler or --cluster, not both")
         project, entries, settings = _open(project_path, names, config, seed, backend, qupath)
         shown = replace(
             settings.result,
@@ -187,11 +201,13 @@ def run(
         showing = _progress_lines if progress_as == "json" else _progress_bars
         with _at_work(project), showing() as progress:
             model = _model(project, entries, settings, mpp, name, retrain, progress)
-            with runs.workers(workers, scheduler) as client:
+            if scheduler or cluster:
+                progress(f"waiting for workers of {scheduler or cluster}", 0, 0)
+            with runs.workers(workers, scheduler, cluster) as client:
                 this_run = pipeline.Run(project, model, settings, client, progress, mpp, within)
                 results = list(this_run.images(entries))
         _report_run(project, results, as_json)
-    sys.exit(1 if any(result.problem for result in results) else 0)
+    sys.exit(1 if any(result.problem or result.holes for result in results) else 0)
 
 
 @main.command()
@@ -399,7 +415,8 @@ def _state(project: Project, entry: ImageEntry) -> dict[str, Any]:
     if "removed" in result:
         return {"state": "removed", "nuclei": None, "made": None, "model": None}
     made = {key: result[key] for key in ("nuclei", "made")}
-    return {"state": entry.problem or "done", **made, "model": _model_name(project, result)}
+    state = f"done but for {len(result['holes'])} of its tiles" if result.get("holes") else "done"
+    return {"state": entry.problem or state, **made, "model": _model_name(project, result)}
 
 
 def _model_name(project: Project, result: dict[str, Any]) -> str:
@@ -486,6 +503,7 @@ def _at_work(project: Project) -> Iterator[None]:
 def _reporting_errors(as_json: bool) -> Iterator[None]:
     """Errors meant for the user become one line, not a traceback."""
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what matters is in our own errors
+    before = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     except PatchCLError as error:
@@ -494,8 +512,24 @@ def _reporting_errors(as_json: bool) -> Iterator[None]:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
-        click.echo("\nStopped. The same command goes on from here.", err=True)
-        os._exit(130)  # without waiting for the tiles under way: finished ones are safe
+        _leave()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    """Ctrl-C: end in good order, but not later than in a second, whatever is under way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    deadline = threading.Timer(1.0, _leave)
+    deadline.daemon = True
+    deadline.start()
+    raise KeyboardInterrupt
+
+
+def _leave() -> NoReturn:
+    """Without waiting for the tiles under way: files are there whole or not at all."""
+    os.write(2, b"\nStopped. The same command goes on from here.\n")
+    os._exit(130)
 
 
 @contextmanager
@@ -585,6 +619,14 @@ def _report_run(project: Project, results: Sequence[ImageResult], as_json: bool)
     for result in results:
         if result.problem:
             click.echo(f"Failed: {result.problem}", err=True)
+        if result.holes:
+            first, count = result.holes[0], len(result.holes)
+            click.echo(
+                f"Failed: {result.image}: {count} of {result.tiles} tiles were left out, as its "
+                f"preview shows; the first of {first.width} x {first.height} px at x={first.x} "
+                f"y={first.y}: {first.reason}. Run again to try them again",
+                err=True,
+            )
 
 
 def _report_scores(

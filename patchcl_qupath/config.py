@@ -24,6 +24,7 @@ from typing import Any
 from patchcl_qupath.errors import ConfigError
 
 STAINS = ("auto", "h-e", "h-dab")
+CLUSTERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "sge": "qsub"}  # what takes jobs
 RECIPES = ("selftrain", "patchcl", "paper")
 INPUTS = ("stains", "rgb")
 ENGINES = ("auto", "torch", "openvino")

@@ -127,6 +127,17 @@ class ImageEntry:
 
 
 @dataclass(frozen=True)
+class Hole:
+    """A tile that could not be segmented: its rectangle at level 0, and why."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Corrections:
     """What a person says of an image, level 0: ``fields`` in which all ``nuclei`` are outlined.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import time
@@ -19,20 +18,22 @@ import torch
 
 from patchcl_qupath import __version__, cdcl, engines, patchcl, selftrain
 from patchcl_qupath.config import Config, ResultConfig, to_dict
-from patchcl_qupath.datatypes import ImageEntry, Nuclei, Tile
-from patchcl_qupath.errors import ConfigError, PatchCLError, TrainingError
+from patchcl_qupath.datatypes import Hole, ImageEntry, Nuclei, Tile
+from patchcl_qupath.errors import ConfigError, ImageError, PatchCLError, SlideError, TrainingError
 from patchcl_qupath.fields import check_agreement, lessons
 from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.network import NucleusNetwork
 from patchcl_qupath.nuclei import centroids, hematoxylin, nuclei_of_tile, to_level0
 from patchcl_qupath.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.project import Project
-from patchcl_qupath.report import write_preview
+from patchcl_qupath.report import OVERVIEW_MPP, draw_holes, write_preview
 from patchcl_qupath.runs import Seconds, TileStore, map_tiles, timed, write_run
 from patchcl_qupath.segment import context_um, instances
 from patchcl_qupath.slide import Slide
 from patchcl_qupath.storage import digest
 from patchcl_qupath.tiles import inside, inside_region, plan
+
+GIVE_UP = 10  # tiles of an image, if none of it succeeds
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, out of how much
 
@@ -95,7 +96,10 @@ def refine(
 
 @dataclass(frozen=True)
 class ImageResult:
-    """What became of one image: ``problem`` is None unless it failed."""
+    """What became of one image: ``problem`` is None unless it failed.
+
+    Where it has ``holes``, the nuclei of all other tiles are written.
+    """
 
     id: str
     image: str
@@ -105,6 +109,7 @@ class ImageResult:
     nuclei: int = 0
     tiles: int = 0
     tiles_taken_over: int = 0
+    holes: tuple[Hole, ...] = ()
     results: str | None = None
     preview: str | None = None
     seconds: float = 0.0
@@ -162,8 +167,7 @@ class Run:
                 result = ImageResult(entry.id, entry.name, problem=str(error))
             except Exception as error:  # a fault of ours in one image must not cost the others
                 traceback.print_exc()
-                problem = f"{entry.name}: {type(error).__name__}: {error} (a fault of this program)"
-                result = ImageResult(entry.id, entry.name, problem=problem)
+                result = ImageResult(entry.id, entry.name, problem=f"{entry.name}: {_fault(error)}")
             result = replace(result, seconds=time.perf_counter() - began)
             results.append(result)
             write_run(self.folder, self.about, self.model.training, [asdict(r) for r in results])
@@ -187,21 +191,42 @@ class Run:
         store = TileStore.open(self.folder / entry.id, image.fingerprint())
         missing = store.missing(tiles)
         taken_over = len(tiles) - len(missing)
-        finished = itertools.count(taken_over)
+        finished = taken_over
+        holes: list[Hole] = []
+
+        def show() -> None:
+            self.progress(f"{entry.name}: segmenting", finished + len(holes), len(tiles))
 
         def one_more() -> None:
-            self.progress(f"{entry.name}: segmenting", next(finished), len(tiles))
+            nonlocal finished
+            finished += 1
+            show()
 
-        one_more()  # the bar begins at what is taken over
+        def one_failed(tile: Tile, error: Exception) -> None:
+            self._check_slide(entry)
+            if not holes and not isinstance(error, PatchCLError):
+                traceback.print_exception(error)
+            holes.append(_hole(tile, slide, error))
+            if not finished and len(holes) == min(GIVE_UP, len(tiles)):
+                raise ImageError(f"{entry.name}: no tile can be segmented: {holes[0].reason}")
+            show()
+
+        show()  # the bar begins at what is taken over
         context = TileContext(image, self.model, self.config, self.engine)
-        seconds = map_tiles(self.client, segment_tile, context, missing, store, one_more)
+        seconds = map_tiles(
+            self.client, segment_tile, context, missing, store, one_more, one_failed
+        )
 
-        count, nuclei = store.count(tiles), partial(store.nuclei, tiles)
+        holes.sort(key=lambda hole: (hole.y, hole.x))
+        left_out = set(store.missing(tiles))
+        done = [tile for tile in tiles if tile not in left_out]
+        count, nuclei = store.count(done), partial(store.nuclei, done)
         self.progress(f"{entry.name}: writing {count:,} nuclei", 0, 0)
-        about = self._about_image(entry, image)
+        about = self._about_image(entry, image) | {"holes": [asdict(hole) for hole in holes]}
         results = self.project.write(entry, nuclei(), count, self.config.result, about)
         preview = self.project.output / "previews" / f"{entry.id}.png"
-        write_preview(preview, slide.read, slide.shape, slide.downsample, nuclei)
+        overview = draw_holes(slide.thumbnail(OVERVIEW_MPP), holes, slide.size) if holes else None
+        write_preview(preview, slide.read, slide.shape, slide.downsample, nuclei, overview)
         return ImageResult(
             entry.id,
             entry.name,
@@ -210,10 +235,21 @@ class Run:
             nuclei=count,
             tiles=len(tiles),
             tiles_taken_over=taken_over,
+            holes=tuple(holes),
             results=str(results),
             preview=str(preview),
             worker_seconds=seconds,
         )
+
+    def _check_slide(self, entry: ImageEntry) -> None:
+        """Raise SlideError for a slide that was there when the run began, and is not any more."""
+        try:
+            Slide.open(entry, self.config.slide.mpp, self.mpp)
+        except SlideError as error:
+            raise SlideError(
+                f"{error}. It could be read when the run began: once it can be again, run again; "
+                "finished tiles are kept"
+            ) from error
 
     def _about_image(self, entry: ImageEntry, image: PreparedImage) -> dict[str, Any]:
         """What made the nuclei of one image, and from what."""
@@ -243,6 +279,20 @@ def _note(
     if settings.kind(count) == "detection" and settings.object_type == "auto":
         notes.append(f"more than {settings.max_annotations:,} nuclei: written as detections")
     return "; ".join(notes) or None
+
+
+def _fault(error: Exception) -> str:
+    return f"{type(error).__name__}: {error} (a fault of this program)"
+
+
+def _hole(tile: Tile, slide: Slide, error: Exception) -> Hole:
+    """What a tile that failed leaves out of the image."""
+    (x, y), box = slide.downsample, tile.write
+    height, width = box.shape
+    reason = str(error) if isinstance(error, PatchCLError) else _fault(error)
+    return Hole(
+        round(x * box.col0), round(y * box.row0), round(x * width), round(y * height), reason
+    )
 
 
 def _context_px(config: Config, slide: Slide) -> int:

@@ -45,13 +45,23 @@ _opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
 
 def open_pyramid(path: Path) -> Pyramid:
-    """The open file of a path: one per process, which its threads share. May raise anything."""
+    """The open file of a path: one per process, which its threads share. May raise anything.
+
+    A file that was replaced is opened anew, and one that is gone raises: workers live for long.
+    """
+    stat = path.stat()
     with _opening:
-        return _open(path)
+        return _open(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+
+
+def forget_pyramids() -> None:
+    """Open files anew when they are next read: after an error of the network, say."""
+    with _opening:
+        _open.cache_clear()
 
 
 @lru_cache(maxsize=4)
-def _open(path: Path) -> Pyramid:
+def _open(path: Path, version: tuple[int, ...]) -> Pyramid:
     if path.suffix.lower() in PILLOW_SUFFIXES:
         return _open_with_pillow(path)
     slide = TiffSlide(path)

@@ -1,5 +1,8 @@
 """Tiles on workers: Dask schedules them, each finished one is a file, a killed run goes on.
 
+Workers hand their nuclei back as bytes, some 100 kB a tile, and the run alone writes: workers need
+to see the slides, not the project, and a worker that dies leaves nothing half-written.
+
 The only module that imports dask.distributed.
 """
 
@@ -8,25 +11,30 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import platform
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.datatypes import Nuclei, Tile
-from patchcl_qupath.errors import ConfigError, StorageError
+from patchcl_qupath.errors import ConfigError, ImageError, StorageError
 from patchcl_qupath.storage import (
     count_nuclei,
     digest,
     read_nuclei,
-    sweep,
+    to_parquet,
+    write_bytes,
     write_json,
-    write_nuclei,
     writing,
 )
 
@@ -34,7 +42,12 @@ Context = TypeVar("Context")
 Seconds = dict[str, float]  # by stage
 TileTask = Callable[[Context, Tile], tuple[Nuclei, Seconds]]
 
-_AHEAD = 3  # tiles waiting for each worker thread: enough to keep it busy, few to keep memory flat
+ATTEMPTS = 3  # at a tile, before it is left out
+_GONE = (
+    "the Dask scheduler went away: start it and its workers again, then run again; finished tiles "
+    "are kept"
+)
+_AHEAD = 3  # tiles for each worker thread: enough to keep it busy, few to keep memory flat
 
 
 @dataclass(frozen=True)
@@ -52,12 +65,15 @@ class TileStore:
                 shutil.rmtree(folder, ignore_errors=True)
                 (folder / "tiles").mkdir(parents=True, exist_ok=True)
             write_json(plan_file, plan)
-        sweep(folder / "tiles")
         return cls(folder)
 
     def path(self, tile: Tile) -> Path:
         """Where a finished tile's nuclei are."""
         return self.folder / "tiles" / f"{tile.name}.parquet"
+
+    def write(self, tile: Tile, nuclei: bytes) -> None:
+        """Keep a tile's nuclei, as ``to_parquet`` makes them; from now on it is finished."""
+        write_bytes(self.path(tile), nuclei)
 
     def missing(self, tiles: Sequence[Tile]) -> list[Tile]:
         """The tiles that are still to do."""
@@ -81,10 +97,14 @@ def _same(plan_file: Path, plan: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def workers(count: int | None = None, scheduler: str | None = None) -> Iterator[Any]:
-    """A Dask client: of the cluster at ``scheduler``, else of ``count`` threads of this process.
+def workers(
+    count: int | None = None, scheduler: str | None = None, cluster: str | None = None
+) -> Iterator[Any]:
+    """A Dask client: of the cluster at ``scheduler``; of ``count`` jobs in the queue of a
+    ``cluster``, one of CLUSTERS; else of ``count`` threads of this process.
 
-    ``count`` defaults to the number of cores. Raises ConfigError if the scheduler does not answer.
+    ``count`` defaults to the number of cores, or to one job. Returns when there is a worker. Raises
+    ConfigError if the scheduler does not answer, or where no jobs can be queued.
     """
     import dask
     from distributed import Client, LocalCluster
@@ -98,25 +118,60 @@ def workers(count: int | None = None, scheduler: str | None = None) -> Iterator[
                 f"or leave out --scheduler to work on this machine ({error})"
             ) from error
         with client:
+            client.wait_for_workers(1)
             yield client
         return
     settings = {
         "distributed.worker.memory.spill": False,
         "distributed.admin.low-level-log-length": 0,
+        "distributed.scheduler.allowed-failures": ATTEMPTS - 1,  # workers that die over a tile
     }
-    with (
-        dask.config.set(settings),
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=count or os.cpu_count() or 1,
-            processes=False,
-            dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces all the same
-            memory_limit=0,
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    with dask.config.set(settings):
+        if cluster:
+            with job_cluster(cluster) as jobs, Client(jobs) as client:
+                # Adapts to the same number only: a job that came to its time limit has a successor.
+                jobs.adapt(minimum_jobs=count or 1, maximum_jobs=count or 1)
+                client.wait_for_workers(1)
+                yield client
+            return
+        with (
+            LocalCluster(
+                n_workers=1,
+                threads_per_worker=count or os.cpu_count() or 1,
+                processes=False,
+                dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces
+                memory_limit=0,
+                silence_logs=logging.CRITICAL,
+            ) as local,
+            Client(local) as client,
+        ):
+            yield client
+
+
+def job_cluster(kind: str) -> Any:
+    """A dask-jobqueue cluster of one of CLUSTERS, without a job as yet. Raises ConfigError.
+
+    What a job is, its cores, memory, time and queue, say the user's settings of dask-jobqueue.
+    """
+    command = CLUSTERS[kind]
+    try:
+        import dask_jobqueue
+    except ImportError as error:
+        raise ConfigError(
+            "dask-jobqueue is not installed: pip install 'patchcl-qupath[cluster]'"
+        ) from error
+    if shutil.which(command) is None:
+        raise ConfigError(
+            f"there is no {command} here: run this where you submit {kind} jobs, or leave out "
+            "--cluster to work on this machine"
+        )
+    try:
+        return getattr(dask_jobqueue, f"{kind.upper()}Cluster")()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"write into ~/.config/dask/jobqueue.yaml what a job is, at least 'jobqueue: {{{kind}: "
+            f"{{cores: 8, memory: 16GB, walltime: '04:00:00'}}}}' ({error})"
+        ) from error
 
 
 @contextmanager
@@ -147,38 +202,71 @@ def map_tiles(
     tiles: Sequence[Tile],
     store: TileStore,
     on_done: Callable[[], None],
+    on_failed: Callable[[Tile, Exception], None],
 ) -> Seconds:
     """Run ``task(context, tile)`` for each tile and store its nuclei; -> worker seconds by stage.
 
-    ``context`` is sent to each worker once. ``on_done`` is called after each tile. An exception of
-    a task ends the map; the tiles that were finished stay.
+    ``on_done`` is called after each tile; ``on_failed`` in its place for one that failed
+    ``ATTEMPTS`` times, with the last error. What they raise ends the map; finished tiles stay.
+    Raises ImageError if the scheduler goes away.
     """
     from distributed import as_completed
+    from distributed.client import ClosedClientError
 
-    shared = client.scatter(context, broadcast=True, hash=False)
-    threads = sum(client.nthreads().values()) or 1
+    # Made by a task and not scattered: should all workers die that hold it, it is made again.
+    make = partial(_unpack, zlib.compress(pickle.dumps(context), level=1))
     waiting = iter(tiles)
-
-    def submit(tile: Tile) -> Any:
-        return client.submit(_do, task, shared, tile, store.path(tile), pure=False)
-
-    first = [submit(tile) for _, tile in zip(range(_AHEAD * threads), waiting, strict=False)]
-    running = as_completed(first)
+    submitted: dict[Any, Tile] = {}
+    running = as_completed(loop=client.loop, with_results=True, raise_errors=False)
     total: Seconds = {}
+
+    def submit_more(shared: Any) -> None:
+        threads = sum(client.nthreads().values()) or 1  # workers come and go
+        for tile in islice(waiting, max(0, _AHEAD * threads - len(submitted))):
+            future = client.submit(_do, task, shared, tile, pure=False, retries=ATTEMPTS - 1)
+            submitted[future] = tile
+            running.add(future)
+
     try:
-        for future in running:
-            for stage, seconds in future.result().items():
-                total[stage] = total.get(stage, 0.0) + seconds
-            on_done()
-            if (tile := next(waiting, None)) is not None:
-                running.add(submit(tile))
+        submit_more(shared := client.submit(make, pure=False))
+        for batch in running.batches():
+            for future, result in batch:
+                tile = submitted.pop(future)
+                if future.status == "finished":
+                    nuclei, seconds = result
+                    with timed(seconds, "store"):
+                        store.write(tile, nuclei)
+                    for stage in seconds:
+                        total[stage] = total.get(stage, 0.0) + seconds[stage]
+                    on_done()
+                else:
+                    on_failed(tile, _error(future, result))
+            submit_more(shared)
+    except (OSError, ClosedClientError) as error:  # of Dask: others have become ours
+        raise ImageError(_GONE) from error
     finally:
-        client.cancel(list(running.futures))
+        client.cancel([*submitted])
     return total
 
 
-def _do(task: TileTask[Context], context: Context, tile: Tile, path: Path) -> Seconds:
+def _unpack(context: bytes) -> Any:
+    return pickle.loads(zlib.decompress(context))
+
+
+def _do(task: TileTask[Context], context: Context, tile: Tile) -> tuple[bytes, Seconds]:
     nuclei, seconds = task(context, tile)
-    with timed(seconds, "store"):
-        write_nuclei(path, nuclei)
-    return seconds
+    with timed(seconds, "encode"):
+        return to_parquet(nuclei), seconds
+
+
+def _error(future: Any, result: Any) -> Exception:
+    """Why a tile failed, from what Dask says. Raises ImageError where all others will, too."""
+    from distributed import KilledWorker
+
+    if future.status != "error":
+        raise ImageError(_GONE)
+    _, error, _ = result
+    if isinstance(error, KilledWorker):
+        return ImageError("its worker died each time: give workers more memory, or fewer threads")
+    assert isinstance(error, Exception)
+    return error

@@ -7,6 +7,7 @@ first reads from it.
 from __future__ import annotations
 
 import math
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import ImageError, SlideError
-from patchcl_qupath.pyramid import Level, Pyramid, open_pyramid
+from patchcl_qupath.pyramid import Level, Pyramid, forget_pyramids, open_pyramid
 from patchcl_qupath.resample import Axis, mean
 
 MPP_RANGE = (0.05, 4.0)  # beyond it a pixel size is an export's dpi, not a microscope's
@@ -133,6 +134,11 @@ class Slide:
         """The coarsest level that is fine enough, and where a grid's px lie on its y and x."""
         try:
             level, *others = open_pyramid(self.path).levels
+        except FileNotFoundError as error:
+            raise SlideError(
+                f"{self.name} is not at {self.path}, as seen from {platform.node()}: bring it "
+                "back, or share its folder with that machine, and run again"
+            ) from error
         except Exception as error:
             raise _unreadable(self.name, error) from error
         for other in others:  # finest first
@@ -150,6 +156,7 @@ class Slide:
         try:  # decoders raise anything
             return np.asarray(level.pixels[slice(*rows), slice(*cols)])[..., :3]
         except Exception as error:
+            forget_pyramids()
             raise _unreadable(self.name, error) from error
 
 

@@ -73,8 +73,8 @@ def copy_once(path: Path, other: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers that were killed left in a folder."""
-    for leftover in folder.glob(".*.partial*"):
+    """Remove what writers that were killed left in a folder and those in it."""
+    for leftover in [*folder.rglob(".*.partial*")]:
         _remove(leftover)
 
 
@@ -89,7 +89,8 @@ def check_writable(folder: Path) -> None:
 def alone(folder: Path) -> Iterator[None]:
     """Hold a folder; raise StorageError where another process holds it.
 
-    The operating system lets go of it when the process ends, however that is.
+    The operating system lets go of it when the process ends, however that is. What those before
+    left half-written is swept.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     with writing(folder):
@@ -103,6 +104,7 @@ def alone(folder: Path) -> Iterator[None]:
         except NotImplementedError:
             pass  # a file system without locks
     try:
+        sweep(folder)
         yield
     finally:
         lock.release()
@@ -163,17 +165,24 @@ def from_table(table: pa.Table) -> Nuclei:
     )
 
 
-def write_nuclei(path: Path, nuclei: Nuclei) -> None:
-    """One parquet file of nuclei."""
+def to_parquet(nuclei: Nuclei) -> bytes:
+    """Nuclei as the content of a parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(to_table(nuclei), sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one go."""
     with replacing(path) as temporary:
-        pq.write_table(to_table(nuclei), temporary, compression="zstd")
+        temporary.write_bytes(content)
 
 
 def read_nuclei(path: Path) -> Nuclei:
-    """What ``write_nuclei`` wrote."""
+    """The nuclei of a parquet file."""
     return from_table(pq.read_table(path))
 
 
 def count_nuclei(path: Path) -> int:
-    """How many nuclei ``write_nuclei`` wrote, without reading them."""
+    """How many nuclei a parquet file holds, without reading them."""
     return int(pq.read_metadata(path).num_rows)

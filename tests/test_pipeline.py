@@ -44,13 +44,14 @@ def project_folder(tmp_path):
     return folder
 
 
-def segment(folder, model, client, engine="auto", **slide_settings):
+def segment(folder, model, client, progress=silent, engine="auto", **slide_settings):
     """Segment a project's one image -> its result and its nuclei."""
     project = open_project(folder, "files")
     config = replace(QUICK, engine=engine, slide=replace(QUICK.slide, **slide_settings))
-    run = pipeline.Run(project, model, config, client, silent)
+    run = pipeline.Run(project, model, config, client, progress)
     (result,) = run.images(project.images())
     assert result.problem is None
+    assert not result.holes
     return result, read_nuclei(Path(result.results) / "nuclei.parquet")
 
 
@@ -82,7 +83,7 @@ def test_tiled_equals_untiled(model, client, project_folder, untiled, tile_px):
 
 def test_engines_find_the_same_nuclei(model, client, project_folder, untiled):
     pytest.importorskip("openvino")
-    _, nuclei = segment(project_folder, model, client, "torch")
+    _, nuclei = segment(project_folder, model, client, engine="torch")
     assert matched(nuclei.polygons, untiled.polygons, iou=0.5) >= 0.995 * len(nuclei)
     assert matched(untiled.polygons, nuclei.polygons, iou=0.5) >= 0.995 * len(untiled)
 
@@ -107,12 +108,15 @@ def test_many_workers_equal_one(model, project_folder, tmp_path):
     assert made[0] == made[1]
 
 
-def test_a_cluster_of_processes_equals_threads(model, client, project_folder, tmp_path):
+def test_a_cluster_of_processes_whose_workers_die_equals_threads(
+    model, client, project_folder, tmp_path
+):
+    """All at once, so that nothing they hold is left."""
     from distributed import LocalCluster
 
     copy = tmp_path / "copy"
     shutil.copytree(project_folder, copy)
-    _, expected = segment(copy, model, client)
+    _, expected = segment(copy, model, client, tile_px=300)
     with (
         LocalCluster(
             n_workers=2,
@@ -122,7 +126,14 @@ def test_a_cluster_of_processes_equals_threads(model, client, project_folder, tm
         ) as cluster,
         runs.workers(scheduler=cluster.scheduler_address) as remote,
     ):
-        _, nuclei = segment(project_folder, model, remote)
+        alive = {*remote.run(os.getpid).values()}
+
+        def kill_all(stage, done, total):
+            while "segmenting" in stage and done > 2 and alive:
+                os.kill(alive.pop(), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+        _, nuclei = segment(project_folder, model, remote, kill_all, tile_px=300)
+        assert not alive
     assert list(nuclei.uuids) == list(expected.uuids)
 
 

@@ -17,7 +17,8 @@ from patchcl_qupath.storage import (
     read_nuclei,
     replacing,
     sweep,
-    write_nuclei,
+    to_parquet,
+    write_bytes,
     writing,
 )
 
@@ -26,6 +27,10 @@ def some_nuclei(n):
     polygons = shapely.buffer(shapely.points(np.arange(n), np.arange(n)), 3)
     ids = np.array([f"{i:036d}" for i in range(n)], dtype="U36")
     return Nuclei(polygons, {"Area µm^2": np.arange(n, dtype=np.float32)}, ids)
+
+
+def write_nuclei(path, nuclei):
+    write_bytes(path, to_parquet(nuclei))
 
 
 @pytest.mark.parametrize("n", [0, 7])

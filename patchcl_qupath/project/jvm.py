@@ -132,7 +132,7 @@ class Process:
                 "or more, then run again"
             ) from error
         except KeyboardInterrupt:
-            self.close()  # it ends by itself once it saved
+            self.close(patience=0.5)  # it ends by itself once it saved; the image is given back
             raise
         if isinstance(answer, Failed):
             raise ImageError(f"{question.image.name}: {answer.problem}")
@@ -140,13 +140,14 @@ class Process:
         self.seconds = answer.seconds
         return answer
 
-    def close(self) -> None:
-        """End the process, if there is one; it is started anew if need be."""
+    def close(self, patience: float = 10) -> None:
+        """End the process, if there is one, within some seconds; it is started anew if need be."""
         if self._pipe is not None:
             self._pipe.close()  # which ends it
         if self._process is not None:
-            self._process.join(timeout=10)
+            self._process.join(timeout=patience)
             self._process.kill()
+            self._process.join()
         self._process = self._pipe = None
 
     def start(self) -> None:
@@ -203,7 +204,10 @@ def _serve(pipe: Connection, qupath: Path | None, log: Path) -> None:
         except Exception as error:  # of Java, too: its exceptions cannot be pickled
             traceback.print_exc()
             answer = Failed(f"QuPath says {type(error).__name__}: {error}; see {log}")
-        pipe.send(answer)
+        try:
+            pipe.send(answer)
+        except OSError:  # whoever asked was stopped
+            os._exit(0)
 
 
 class _QuPath:

@@ -20,7 +20,7 @@ import shapely
 
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import Nuclei
-from patchcl_qupath.storage import replacing, sweep, to_table, write_json
+from patchcl_qupath.storage import replacing, to_table, write_json
 
 NUCLEI_PER_FILE = 50_000
 
@@ -33,7 +33,6 @@ def write_results(
     ``parts`` are taken one at a time and not kept, so memory does not grow with the slide;
     ``count`` is their total. ``about`` goes into ``result.json`` as it is.
     """
-    sweep(folder.parent)
     object_type = config.kind(count)
     with replacing(folder) as new:
         new.mkdir()

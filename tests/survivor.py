@@ -1,0 +1,98 @@
+"""Kills runs at random moments; test_survival.py starts it.
+
+    python survivor.py KILLS PROJECT OPTION...
+
+Each run is the command line in a fork of this process, which has imported all that is slow and has
+no thread. A run that comes to its end must leave what one leaves that nobody killed; then all is
+thrown away but the model, and the next begins anew. Prints what the killed ones were doing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import distributed
+
+from patchcl_qupath import pipeline
+from patchcl_qupath.cli import main
+from patchcl_qupath.project.results import write_results
+
+assert distributed and pipeline and write_results, "imported here, and not in each fork"
+
+
+def start(command: list[str], log: Path) -> int:
+    """A run, and what it says in a file; -> its process id."""
+    child = os.fork()
+    if child == 0:
+        said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        status = 1
+        try:
+            main(command)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        finally:
+            os._exit(status)
+    return child
+
+
+def left_by_run(output: Path) -> dict[str, bytes]:
+    """All files, those included that should not be there; without the time when one was made."""
+    found = {}
+    for file in output.rglob("*"):
+        if file.is_file() and file.name != "run.json":  # which has times and what was taken over
+            content = file.read_bytes()
+            if file.name == "result.json":
+                content = json.dumps(json.loads(content) | {"made": None}).encode()
+            found[str(file.relative_to(output))] = content
+    return found
+
+
+def last_stage(log: Path) -> str:
+    """What a run was doing when it was killed, without the image's name."""
+    lines = [line for line in log.read_text("utf-8").splitlines() if line.startswith("{")]
+    return json.loads(lines[-1])["stage"].split(": ")[-1].split()[0] if lines else "starting"
+
+
+def kill_runs(kills: int, project: Path, options: list[str]) -> list[str]:
+    """-> what each of the killed runs was doing."""
+    output, log = project / "patchcl", project / "said.log"
+    command = ["run", str(project), "--progress", "json", *options]
+    assert threading.active_count() == 1, "a fork has one thread only"
+    began = time.monotonic()
+    assert os.waitpid(start(command, log), 0)[1] == 0, log.read_text("utf-8")
+    whole = time.monotonic() - began
+    expected = left_by_run(output)
+    assert any(name.startswith("results") for name in expected)
+
+    rng, stages = random.Random(0), []
+    while True:
+        child, ended = start(command, log), 0
+        deadline = time.monotonic() + rng.uniform(0, 0.4) * whole
+        while not ended and (time.monotonic() < deadline or len(stages) == kills):
+            time.sleep(0.001)
+            ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            assert status == 0, log.read_text("utf-8")
+            assert left_by_run(output) == expected
+            if len(stages) == kills:
+                return stages
+            for folder in ("runs", "results", "previews"):
+                shutil.rmtree(output / folder)
+        else:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            stages.append(last_stage(log))
+
+
+if __name__ == "__main__":
+    print(json.dumps(kill_runs(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])))

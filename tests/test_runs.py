@@ -1,0 +1,226 @@
+"""Tiles on Dask: what is tried again, what is left out, what ends it; clusters that queue jobs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+import pytest
+import shapely
+from click.testing import CliRunner
+from distributed import LocalCluster
+
+from patchcl_qupath import cli, runs
+from patchcl_qupath.config import CLUSTERS
+from patchcl_qupath.datatypes import Box, Nuclei, Tile
+from patchcl_qupath.errors import ConfigError, ImageError, StorageError
+
+TILES = [Tile(0, col, Box(0, col, 9, col + 1), Box(0, col, 9, col + 1)) for col in range(12)]
+SAMPLE = Path(__file__).parent.parent / "sample_project"
+
+
+def one_nucleus(tile: Tile) -> Nuclei:
+    polygons = np.array([shapely.box(tile.col, 0, tile.col + 1, 1)], dtype=object)
+    return Nuclei(polygons, {}, np.array([f"{tile.col:036d}"]))
+
+
+def third_time_lucky(attempts: Path, tile: Tile) -> tuple[Nuclei, runs.Seconds]:
+    """Fails twice for tile 3 and always for tile 5; notes each attempt in a file."""
+    before = len([*attempts.glob(f"{tile.name}-*")])
+    (attempts / f"{tile.name}-{before}").touch()
+    if tile.col == 5 or (tile.col == 3 and before < 2):
+        raise ValueError(f"attempt {before + 1}")
+    return one_nucleus(tile), {"think": 1.0}
+
+
+def deadly(_: None, tile: Tile) -> tuple[Nuclei, runs.Seconds]:
+    """The worker that looks at tile 5 dies."""
+    if tile.col == 5:
+        os._exit(1)
+    return one_nucleus(tile), {}
+
+
+def slow(_: None, tile: Tile) -> tuple[Nuclei, runs.Seconds]:
+    time.sleep(0.2)
+    return one_nucleus(tile), {}
+
+
+def segment(
+    client: Any,
+    task: Callable[..., Any],
+    context: Any,
+    folder: Path,
+    on_done: Callable[[], None] = lambda: None,
+) -> tuple[runs.TileStore, dict[int, str], runs.Seconds]:
+    """-> the finished tiles, why the others failed, and the seconds."""
+    store = runs.TileStore.open(folder / "store", {})
+    failed: dict[int, str] = {}
+
+    def note(tile: Tile, error: Exception) -> None:
+        failed[tile.col] = str(error)
+
+    missing = store.missing(TILES)
+    return store, failed, runs.map_tiles(client, task, context, missing, store, on_done, note)
+
+
+@contextmanager
+def processes(**options: Any) -> Iterator[Any]:
+    quiet = {"dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}
+    with LocalCluster(n_workers=2, threads_per_worker=1, **quiet, **options) as cluster:
+        yield cluster
+
+
+def test_tile_is_tried_three_times_and_the_others_go_on(client: Any, tmp_path: Path) -> None:
+    (attempts := tmp_path / "attempts").mkdir()
+    store, failed, seconds = segment(client, third_time_lucky, attempts, tmp_path)
+    assert failed == {5: "attempt 3"}
+    assert len([*attempts.iterdir()]) == len(TILES) + 2 + 2
+    assert store.missing(TILES) == [TILES[5]]
+    assert seconds["think"] == len(TILES) - 1
+    done = [tile for tile in TILES if tile.col != 5]
+    assert store.count(done) == len(done)
+    assert [part.uuids[0] for part in store.nuclei(done)] == [f"{t.col:036d}" for t in done]
+
+    _, failed, _ = segment(client, third_time_lucky, attempts, tmp_path)
+    assert failed == {5: "attempt 6"}  # it alone is tried again
+    assert len([*attempts.iterdir()]) == len(TILES) + 2 + 5
+
+
+def test_what_ends_the_map_keeps_finished_tiles(client: Any, tmp_path: Path) -> None:
+    (attempts := tmp_path / "attempts").mkdir()
+
+    def stop() -> None:
+        raise StorageError("enough")
+
+    with pytest.raises(StorageError, match="enough"):
+        segment(client, third_time_lucky, attempts, tmp_path, on_done=stop)
+    store = runs.TileStore.open(tmp_path / "store", {})
+    assert len(store.missing(TILES)) == len(TILES) - 1
+
+
+def test_tile_that_kills_its_workers_is_left_out(tmp_path: Path) -> None:
+    once = {"distributed.scheduler.allowed-failures": 0}  # a worker takes long to start
+    with (
+        dask.config.set(once),
+        processes() as cluster,
+        runs.workers(scheduler=cluster.scheduler_address) as client,
+    ):
+        store, failed, _ = segment(client, deadly, None, tmp_path)
+    assert "its worker died each time: give workers more memory" in failed[5]
+    # Those that waited at that worker may be suspected, too; no other.
+    assert {tile.col for tile in store.missing(TILES)} == set(failed)
+    assert len(failed) < len(TILES)
+
+
+def test_scheduler_that_dies_is_named(tmp_path: Path) -> None:
+    where = tmp_path / "scheduler.json"
+    shared = ["--scheduler-file", str(where), "--no-dashboard"]
+    commands = [["dask_scheduler", "--port", "0"], ["dask_worker", "--no-nanny"]]
+    started = [
+        subprocess.Popen([sys.executable, "-m", f"distributed.cli.{name}", *options, *shared])
+        for name, *options in commands
+    ]
+    try:
+        while not where.exists():
+            time.sleep(0.01)
+        address = json.loads(where.read_text("utf-8"))["address"]
+        with (
+            dask.config.set({"distributed.comm.timeouts.connect": "2s"}),  # looked for that long
+            runs.workers(scheduler=address) as client,
+        ):
+            for folder in (tmp_path, tmp_path / "next image"):
+                with pytest.raises(ImageError, match="the Dask scheduler went away: start it"):
+                    segment(client, slow, None, folder, on_done=started[0].kill)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+# ---------------------------------------------------------------- jobs of a queue
+
+
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand-ins for the commands that queue a job and cancel it: they run it here, and kill it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    run = f'bash -c "$(cat "$1")" > {tmp_path}/job.log 2>&1'
+    submit = f'#!/bin/sh\n{run} &\necho "Submitted batch job $!"\n'
+    for name in CLUSTERS.values():
+        (folder / name).write_text(submit)
+    (folder / "scancel").write_text('#!/bin/sh\npkill -P "$1"\n')
+    for command in folder.iterdir():
+        command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def jobs(**settings: Any) -> Any:
+    """As in ~/.config/dask/jobqueue.yaml."""
+    job = {"cores": 1, "memory": "1GB", "interface": "lo", **settings}
+    pytest.importorskip("dask_jobqueue")  # which brings settings of its own
+    return dask.config.set({f"jobqueue.{kind}.{k}": v for kind in CLUSTERS for k, v in job.items()})
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("slurm", "#SBATCH --cpus-per-task=1"),
+        ("pbs", "#PBS -l select=1:ncpus=1:mem=954MB"),
+        ("lsf", "#BSUB -n 1"),
+        ("sge", "#$ -N dask-worker"),
+    ],
+)
+def test_each_queue_has_its_kind_of_job(queue: Path, kind: str, line: str) -> None:
+    with jobs(), runs.job_cluster(kind) as cluster:
+        assert line in cluster.job_script().splitlines()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is of Linux")
+def test_jobs_of_a_queue_segment(queue: Path, tmp_path: Path) -> None:
+    with jobs(), runs.workers(2, cluster="slurm") as client:
+        store, failed, _ = segment(client, third_time_lucky, tmp_path, tmp_path)
+    assert list(failed) == [5]
+    assert store.missing(TILES) == [TILES[5]]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of dask-jobqueue
+def test_job_that_is_not_described_is_asked_for(queue: Path) -> None:
+    with (
+        jobs(cores=None),
+        pytest.raises(
+            ConfigError, match=r"write into ~/.config/dask/jobqueue.yaml .*slurm: \{cores"
+        ),
+    ):
+        runs.job_cluster("slurm")
+
+
+def test_cluster_without_its_queue_or_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    with pytest.raises(ConfigError, match=r"pip install 'patchcl-qupath\[cluster\]'"):
+        runs.job_cluster("slurm")
+    monkeypatch.undo()
+    pytest.importorskip("dask_jobqueue")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match="there is no bsub here: run this where you submit lsf"):
+        runs.job_cluster("lsf")
+
+
+def test_scheduler_and_cluster_are_two_ways() -> None:
+    command = ["run", str(SAMPLE), "--scheduler", "tcp://127.0.0.1:1", "--cluster", "slurm"]
+    result = CliRunner().invoke(cli.main, command)
+    assert result.exit_code == 2
+    assert "pass --scheduler or --cluster, not both" in result.stderr
