@@ -27,7 +27,8 @@ from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
 if TYPE_CHECKING:
     from patchcl_qupath.datatypes import ImageEntry
     from patchcl_qupath.model import Model
-    from patchcl_qupath.pipeline import ImageResult, Progress
+    from patchcl_qupath.outcome import ImageResult
+    from patchcl_qupath.pipeline import Progress
     from patchcl_qupath.project import Project
     from patchcl_qupath.score import ImageScore
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import Box, Corrections, level0_to_grid
-from patchcl_qupath.errors import ImageError
-from patchcl_qupath.prepare import PreparedImage, on_grid
+from patchcl_qupath.config import Config
+from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, level0_to_grid
+from patchcl_qupath.errors import ImageError, TrainingError
+from patchcl_qupath.prepare import PreparedImage, on_grid, prepare
+from patchcl_qupath.project import Project
 from patchcl_qupath.teaching import Lesson, targets
 from patchcl_qupath.tiles import bounds, inside_region
 
@@ -20,6 +22,35 @@ MIN_FIELD_UM = 16.0  # a narrower field shows no nucleus whole
 SAME_IOU = 0.5  # above it, two outlines are of one nucleus
 
 LabelledImage = tuple[PreparedImage, Corrections]
+
+
+def read_fields(
+    project: Project,
+    entries: Sequence[ImageEntry],
+    config: Config,
+    labels_from: str,
+    progress: Callable[[str, int, int], None],
+    mpp: float | None = None,
+) -> list[Lesson]:
+    """One lesson for each annotation of class ``labels_from`` in a project.
+
+    Raises ImageError for labels that cannot be learnt from, TrainingError where there are none.
+    """
+    labelled = []
+    for done, entry in enumerate(entries):
+        progress("reading corrected fields", done, len(entries))
+        corrections = project.labels(entry, labels_from)
+        if corrections.fields:
+            labelled.append((prepare(entry, config, mpp), corrections))
+    progress("reading corrected fields", len(entries), len(entries))
+    if not labelled:
+        raise TrainingError(
+            f"no image has an annotation of class {labels_from}: draw some in QuPath, put every "
+            "nucleus in them right, and save (without a QuPath here, run "
+            "groovy/export_labels.groovy there)"
+        )
+    check_agreement(labelled)
+    return [lesson for image, labels in labelled for lesson in lessons(image, labels)]
 
 
 def check_agreement(images: Sequence[LabelledImage]) -> None:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "patchcl_qupath"
 FLOORS = [  # a module imports from the floors below its own only
     {"cli"},
     {"pipeline", "score"},
-    {"fields"},
+    {"fields", "tilework", "outcome"},
     {"prepare", "truth"},
     {"project", "slide", "tiles", "segment", "runs", "evaluate", "report"}
     | {"patchcl", "selftrain", "cdcl"},

@@ -18,6 +18,7 @@ from conftest import QUICK
 from patchcl_qupath import pipeline
 from patchcl_qupath.datatypes import Box, grid_to_level0, level0_to_grid
 from patchcl_qupath.errors import ImageError
+from patchcl_qupath.outcome import ImageResult
 from patchcl_qupath.project import open_project
 from patchcl_qupath.storage import read_nuclei
 from patchcl_qupath.tiles import inside_region, plan, tissue_area_px
@@ -180,7 +181,7 @@ def test_area_of_tissue_in_a_region(scale: float) -> None:
 
 def segment(
     folder: Path, model: pipeline.Model, client: Any, *within: str, tile_px: int = 10_000
-) -> tuple[pipeline.ImageResult, Any]:
+) -> tuple[ImageResult, Any]:
     project = open_project(folder, backend="files")
     config = replace(QUICK, slide=replace(QUICK.slide, tile_px=tile_px))
     run = pipeline.Run(project, model, config, client, lambda *_: None, within=within)
