@@ -24,6 +24,10 @@ from patchcl_qupath.network import ConfidenceNetwork, ConvBlock, NucleusNetwork,
 Engine = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 Network = ConfidenceNetwork | NucleusNetwork
 
+# The first array that OpenVINO's Python side is given sets it up, and two threads that do so at the
+# same moment wait for each other for ever.
+_STARTING = threading.Lock()
+
 
 def choose(wanted: str) -> str:
     """The engine for "auto", "torch" or "openvino", with its precision, which changes last digits.
@@ -80,12 +84,15 @@ def _openvino(network: Network, precision: str) -> Engine:
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,
     }
-    model = _graph(network)
+    with _STARTING:
+        model = _graph(network)
     mine = threading.local()
 
     def run(stains: NDArray[np.float32]) -> NDArray[np.float32]:
         if not hasattr(mine, "request"):
-            mine.request = _core().compile_model(model, "CPU", settings).create_infer_request()
+            with _STARTING:
+                mine.request = _core().compile_model(model, "CPU", settings).create_infer_request()
+                mine.request.infer({0: np.zeros((1, 3, 8, 8), np.float32)})
         x = np.ascontiguousarray(stains.transpose(2, 0, 1)[None])  # (1, 3, H, W)
         return np.array(mine.request.infer({0: x})[0][0], np.float32)
 
