@@ -138,7 +138,8 @@ def _batch(
     for i in rng.integers(len(images), size=settings.batch):
         (crop,) = draw([images[i]], settings.crop_px, rng)  # (S, S, 3)
         crops.append(scales[i].network_input(crop, settings.input))
-    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+    batch = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+    return batch.contiguous(memory_format=torch.channels_last)  # several times as fast
 
 
 def _judges(images: Images) -> list[int]:

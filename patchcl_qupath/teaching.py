@@ -96,4 +96,4 @@ def follow(average: nn.Module, network: nn.Module, keep: float) -> None:
 def to_batch(crops: Sequence[NDArray[np.generic]]) -> Tensor:
     """Arrays (S, S, C) as a tensor (B, C, S, S), channels last in memory."""
     batch = torch.from_numpy(np.stack(crops).astype(np.float32, copy=False)).to(device())
-    return batch.permute(0, 3, 1, 2)
+    return batch.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
