@@ -35,7 +35,7 @@ class SlideConfig:
     """How slides are read."""
 
     mpp: float = 0.5  # um per working pixel
-    tile_px: int = 640  # side of a tile's write box
+    tile_px: int = 1024  # side of a tile's write box
     tissue_mpp: float = 8.0  # um per pixel of the tissue mask
     min_tissue_um2: float = 20_000.0  # smaller specks are dust
     stain: str = "auto"  # what is measured: QuPath's stains of the image, else h-e; or h-e, h-dab
