@@ -59,8 +59,12 @@ def main() -> None:
         shutil.copytree(SAMPLE, sample, ignore=leave)
         seconds, trained, peak_gb = timed("train", sample)
         print(f"training on the sample: {seconds:.0f} s, {peak_gb:.2f} GB")
-        for stage, share in trained["training"].get("seconds", {}).items():
-            print(f"  {stage}: {share:.0f} s")
+        log = trained["training"]
+        pace, working = (
+            len(log["loss"]) / log["seconds"],
+            log["seconds"] - log["seconds_for_batches"],
+        )
+        print(f"  self-training: {pace:.1f} steps/s, {working / log['seconds']:.0%} in the network")
         figures = [measure("sample", sample, gemm)]
         for area in sorted(options.areas):
             slide = Path(folder) / f"{area:g} mm2.tif"

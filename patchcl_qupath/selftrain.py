@@ -8,9 +8,11 @@ from these to outline the others, and where one nucleus ends and the next begins
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,12 +53,12 @@ def train(
         raise TrainingError("no clear nucleus was found: add images of cellular tissue")
 
     step = partial(report, "learning to part nuclei")
-    network, losses = teach(lessons, settings, config.patchcl.seed, step)
+    network, log = teach(lessons, settings, config.patchcl.seed, step)
     training = {
         "patchcl": teacher.training,
         "sure_nucleus": _share([target[..., 0] for _, target in lessons]),
         "known": _share([target[..., 2] for _, target in lessons]),
-        "loss": losses,
+        **log,
     }
     return Model(network, config, 0, False, 0.5, training)
 
@@ -66,8 +68,8 @@ def teach(
     settings: SelfTrainConfig,
     seed: int,
     report: Callable[[int, int], None],
-) -> tuple[NucleusNetwork, list[float]]:
-    """A network that learnt from lessons alone, averaged over its last steps; and its losses."""
+) -> tuple[NucleusNetwork, dict[str, Any]]:
+    """A network that learnt from lessons alone, averaged over its last steps; and a log of it."""
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
@@ -78,9 +80,12 @@ def teach(
         network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
     )
     losses: list[Tensor] = []
+    began, waited = time.perf_counter(), 0.0
     for step in range(settings.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
+        asked = time.perf_counter()
         stains, target = _batch(lessons, settings, rng)
+        waited += time.perf_counter() - asked
         loss = teaching_loss(network(stains), target)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -88,7 +93,12 @@ def teach(
         follow(average, network, keep=min(0.99, 1 - 1 / (step + 1)))
         losses.append(loss.detach())
         report(step + 1, settings.steps)
-    return average.cpu().eval(), [round(loss.item(), 4) for loss in losses]
+    log = {
+        "loss": [round(loss.item(), 4) for loss in losses],
+        "seconds": round(time.perf_counter() - began, 1),
+        "seconds_for_batches": round(waited, 1),  # in which the network waited
+    }
+    return average.cpu().eval(), log
 
 
 def make_lessons(
