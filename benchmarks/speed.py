@@ -60,11 +60,9 @@ def main() -> None:
         seconds, trained, peak_gb = timed("train", sample)
         print(f"training on the sample: {seconds:.0f} s, {peak_gb:.2f} GB")
         log = trained["training"]
-        pace, working = (
-            len(log["loss"]) / log["seconds"],
-            log["seconds"] - log["seconds_for_batches"],
-        )
-        print(f"  self-training: {pace:.1f} steps/s, {working / log['seconds']:.0%} in the network")
+        pace = len(log["loss"]) / log["seconds"]
+        waiting = log["seconds_for_batches"] / log["seconds"]
+        print(f"  self-training: {pace:.1f} steps/s, {1 - waiting:.0%} of the time in the network")
         figures = [measure("sample", sample, gemm)]
         for area in sorted(options.areas):
             slide = Path(folder) / f"{area:g} mm2.tif"
@@ -74,11 +72,9 @@ def main() -> None:
             shutil.copytree(sample / "patchcl" / "models", project / "patchcl" / "models")
             figures.append(measure(f"{area:g} mm2", project, gemm))
             slide.unlink()
-    largest, quarter = figures[-1], figures[max(1, len(figures) - 2)]
-    larger = largest["mm2"] / quarter["mm2"]
-    time_4x = 4 * (largest["s_per_mm2"] / quarter["s_per_mm2"]) ** (np.log(4) / np.log(larger))
-    if larger > 1:
-        print(f"4 times the area takes {time_4x:.2f} times the time")
+    *_, smaller, largest = figures
+    time_4x = 4 * largest["s_per_mm2"] / smaller["s_per_mm2"]
+    print(f"4 times the area takes {time_4x:.2f} times the time")
     if options.json:
         keys = ("s_per_mm2", "network_share", "network_of_gemm", "peak_gb", "nuclei_per_s_written")
         print(json.dumps({key: largest[key] for key in keys} | {"time_4x_area": time_4x}))
