@@ -211,6 +211,7 @@ class Run:
         holes.sort(key=lambda hole: (hole.y, hole.x))
         left_out = set(store.missing(tiles))
         done = [tile for tile in tiles if tile not in left_out]
+        assert len(done) + len(holes) == len(tiles), "a tile was lost"
         count, nuclei = store.count(done), partial(store.nuclei, done)
         self.progress(f"{entry.name}: writing {count:,} nuclei", 0, 0)
         about = self._about_image(entry, image) | {"holes": [asdict(hole) for hole in holes]}

@@ -153,7 +153,7 @@ def disk(tmp_path):
         return folder
 
     yield mount
-    subprocess.run(["umount", folder], capture_output=True)
+    subprocess.run(["umount", "--lazy", folder], capture_output=True)
 
 
 def test_a_read_only_project_is_refused_before_any_work(tmp_path, crop, disk):
