@@ -167,6 +167,7 @@ class Run:
         left_out = set(store.missing(tiles))
         done = [tile for tile in tiles if tile not in left_out]
         count, nuclei, holes = store.count(done), partial(store.nuclei, done), tally.in_order()
+        assert len(done) + len(holes) == len(tiles), "a tile was lost"
         self.progress(f"{entry.name}: writing {count:,} nuclei", 0, 0)
         about = self._about_image(entry, image) | {"holes": [asdict(hole) for hole in holes]}
         with timed(seconds, "write"):

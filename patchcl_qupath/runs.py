@@ -129,7 +129,8 @@ def workers(
     with dask.config.set(settings):
         if cluster:
             with job_cluster(cluster) as jobs, Client(jobs) as client:
-                # Adapts to the same number only: a job that came to its time limit has a successor.
+                # Always the same number: a job that came to its time limit has a successor. Jobs
+                # end by themselves where a killed run could not cancel them.
                 jobs.adapt(minimum_jobs=count or 1, maximum_jobs=count or 1)
                 client.wait_for_workers(1)
                 yield client
@@ -217,7 +218,7 @@ def map_tiles(
     make = partial(_unpack, zlib.compress(pickle.dumps(context), level=1))
     waiting = iter(tiles)
     submitted: dict[Any, Tile] = {}
-    running = as_completed(loop=client.loop, with_results=True, raise_errors=False)
+    running = as_completed(loop=client.loop)
     total: Seconds = {}
 
     def submit_more(shared: Any) -> None:
@@ -230,19 +231,20 @@ def map_tiles(
     try:
         submit_more(shared := client.submit(make, pure=False))
         for batch in running.batches():
-            for future, result in batch:
+            for future in batch:
                 tile = submitted.pop(future)
-                if future.status == "finished":
-                    nuclei, seconds = result
-                    with timed(seconds, "store"):
-                        store.write(tile, nuclei)
-                    for stage in seconds:
-                        total[stage] = total.get(stage, 0.0) + seconds[stage]
-                    on_done()
-                else:
-                    on_failed(tile, _error(future, result))
+                try:
+                    nuclei, seconds = future.result()
+                except Exception as error:
+                    on_failed(tile, _of_tile(error, future))
+                    continue
+                with timed(seconds, "store"):
+                    store.write(tile, nuclei)
+                for stage in seconds:
+                    total[stage] = total.get(stage, 0.0) + seconds[stage]
+                on_done()
             submit_more(shared)
-    except (OSError, ClosedClientError) as error:  # of Dask: others have become ours
+    except (OSError, ClosedClientError) as error:  # of Dask: those of writing have become ours
         raise ImageError(_GONE) from error
     finally:
         client.cancel([*submitted])
@@ -259,14 +261,12 @@ def _do(task: TileTask[Context], context: Context, tile: Tile) -> tuple[bytes, S
         return to_parquet(nuclei), seconds
 
 
-def _error(future: Any, result: Any) -> Exception:
-    """Why a tile failed, from what Dask says. Raises ImageError where all others will, too."""
+def _of_tile(error: Exception, future: Any) -> Exception:
+    """What is wrong with a tile. Raises ImageError where it is the scheduler, and not the tile."""
     from distributed import KilledWorker
 
     if future.status != "error":
-        raise ImageError(_GONE)
-    _, error, _ = result
+        raise ImageError(_GONE) from error
     if isinstance(error, KilledWorker):
         return ImageError("its worker died each time: give workers more memory, or fewer threads")
-    assert isinstance(error, Exception)
     return error

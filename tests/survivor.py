@@ -19,13 +19,11 @@ import threading
 import time
 from pathlib import Path
 
-import distributed
+import distributed  # noqa: F401  these are imported here, and not in each fork
 
-from patchcl_qupath import pipeline
+from patchcl_qupath import pipeline  # noqa: F401
 from patchcl_qupath.cli import main
-from patchcl_qupath.project.results import write_results
-
-assert distributed and pipeline and write_results, "imported here, and not in each fork"
+from patchcl_qupath.project import results  # noqa: F401
 
 
 def start(command: list[str], log: Path) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from survivor import left_by_run
 
 from patchcl_qupath.cli import main
 
@@ -152,7 +153,7 @@ def disk(tmp_path):
         return folder
 
     yield mount
-    subprocess.run(["umount", folder], capture_output=True)
+    subprocess.run(["umount", "--lazy", folder], capture_output=True)
 
 
 def test_a_read_only_project_is_refused_before_any_work(tmp_path, crop, disk):
@@ -165,8 +166,9 @@ def test_a_read_only_project_is_refused_before_any_work(tmp_path, crop, disk):
     assert "learning" not in result.output
 
 
-def test_a_full_disk_fails_with_advice_and_leaves_nothing_half(tmp_path, crop, quick, disk):
-    folder = disk("size=250k")
+def test_a_full_disk_leaves_nothing_half_and_the_run_goes_on(tmp_path, crop, quick, disk):
+    folder = disk("size=5m")
+    quick.write_text(quick.read_text() + "[slide]\ntile_px = 150\n")
     project = write_project(folder / "project", [crop])
     options = ["--config", quick, "--mpp", "0.5"]
     assert call("train", project, *options).exit_code == 0
@@ -176,6 +178,16 @@ def test_a_full_disk_fails_with_advice_and_leaves_nothing_half(tmp_path, crop, q
     assert "disk is full: make room and run again" in result.output
     assert not [*folder.rglob("*.partial")]
     assert not (project / "patchcl" / "results" / "1").exists()
+
+    (folder / "film").unlink()
+    result = call("run", project, *options, "--json")
+    assert result.exit_code == 0, result.output
+    (image,) = json.loads(result.stdout)["images"]
+    assert 0 < image["tiles_taken_over"] < image["tiles"] == 9
+    resumed = left_by_run(project / "patchcl")
+    shutil.rmtree(project / "patchcl" / "runs")
+    assert call("run", project, *options).exit_code == 0
+    assert left_by_run(project / "patchcl") == resumed
 
 
 def test_glass_has_no_nuclei(tmp_path, crop, quick):

@@ -18,20 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import qupath
 import shapely
 from click.testing import CliRunner
 from qupath import nuclei
+from slides import write_tiff
 
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.datatypes import Corrections, ImageEntry, Nuclei
+from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Nuclei
 from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
-from patchcl_qupath.project import open_project
+from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.project import paquo as backend
 from patchcl_qupath.project.jvm import Process, halves, java_options, outlines
 from patchcl_qupath.project.paquo import PaquoProject, find_qupath
+from patchcl_qupath.slide import Slide
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
@@ -42,6 +45,19 @@ def all = hierarchy.getAllObjects(false)
 def one = all.find { it.getPathClass() != null }
 groovy.json.JsonOutput.toJson([count: all.size(), class_name: one?.getPathClass()?.toString(),
     color: one?.getPathClass()?.getColor(), detection: one?.isDetection()])
+"""
+
+IDS = """
+groovy.json.JsonOutput.toJson(hierarchy.getAllObjects(false)*.getID()*.toString().sort())
+"""
+DRAW = """
+import qupath.lib.objects.PathObjects
+import qupath.lib.roi.ROIs
+
+def roi = ROIs.createRectangleROI(1, 1, 3, 3, qupath.lib.regions.ImagePlane.getDefaultPlane())
+hierarchy.addObject(PathObjects.createAnnotationObject(roi))
+entry.saveImageData(imageData)
+'"drawn"'
 """
 
 
@@ -436,3 +452,40 @@ def test_lost_slide_is_refused_before_java_starts(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="put the file beside the project"):
         project.remove(entry)
     assert not (project.output / "qupath.log").exists()
+
+
+@pytest.mark.qupath
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process")
+def test_run_that_is_stopped_while_qupath_writes_goes_on(
+    tmp_path: Path, session: qupath.Session
+) -> None:
+    """By kill -9, which leaves QuPath's process to end by itself, and by Ctrl-C."""
+    (entry,) = open_project(SAMPLE, "files").images()
+    pixels = Slide.open(entry).read(Box(1500, 900, 1900, 1300))
+    slide = write_tiff(tmp_path / "a.tif", pixels, (0.5, 0.5))
+    path = init_project(tmp_path / "project", [NewImage(slide, [(400, 400)], None)])
+    settings = tmp_path / "settings.toml"
+    settings.write_text('recipe = "patchcl"\n[patchcl]\nmax_steps = 60\ncrops = 8\n')
+    command = [sys.executable, "-m", "patchcl_qupath.cli", "run", path, "--config", settings]
+    command += ["--backend", "paquo"]
+    subprocess.run(command, check=True, capture_output=True)
+    session.run(path, DRAW)
+    before = session.run(path, IDS)
+    assert len(before["a.tif"]) > 100
+
+    writing = path.parent / "data" / "1" / "data.qpdata.patchcl-before"
+    for sign in (signal.SIGKILL, signal.SIGINT):
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not writing.exists():
+            assert run.poll() is None
+            time.sleep(0.001)
+        children = psutil.Process(run.pid).children(recursive=True)
+        run.send_signal(sign)
+        assert run.wait(timeout=2) == (-9 if sign == signal.SIGKILL else 130)
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive
+        assert writing.exists() == (sign == signal.SIGKILL)
+        assert session.run(path, IDS) == before
+        subprocess.run(command, check=True, capture_output=True)
+        assert session.run(path, IDS) == before
+        assert not writing.exists()

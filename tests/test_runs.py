@@ -127,10 +127,11 @@ def test_scheduler_that_dies_is_named(tmp_path: Path) -> None:
     where = tmp_path / "scheduler.json"
     shared = ["--scheduler-file", str(where), "--no-dashboard"]
     commands = [["dask_scheduler", "--port", "0"], ["dask_worker", "--no-nanny"]]
-    started = [
-        subprocess.Popen([sys.executable, "-m", f"distributed.cli.{name}", *options, *shared])
-        for name, *options in commands
-    ]
+    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the tasks are in this file
+    started = []
+    for name, *options in commands:
+        command = [sys.executable, "-m", f"distributed.cli.{name}", *options, *shared]
+        started.append(subprocess.Popen(command, env=here))
     try:
         while not where.exists():
             time.sleep(0.01)
@@ -164,6 +165,7 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for command in folder.iterdir():
         command.chmod(command.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the tasks are in this file
     return folder
 
 
@@ -200,9 +202,7 @@ def test_jobs_of_a_queue_segment(queue: Path, tmp_path: Path) -> None:
 def test_job_that_is_not_described_is_asked_for(queue: Path) -> None:
     with (
         jobs(cores=None),
-        pytest.raises(
-            ConfigError, match=r"write into ~/.config/dask/jobqueue.yaml .*slurm: \{cores"
-        ),
+        pytest.raises(ConfigError, match=r"write into .*jobqueue.yaml .*slurm: \{cores"),
     ):
         runs.job_cluster("slurm")
 

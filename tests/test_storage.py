@@ -112,7 +112,7 @@ def small_disk(tmp_path):
     if made.returncode:
         pytest.skip("may not mount a file system here")
     yield disk
-    subprocess.run(["umount", disk], check=True)
+    subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_a_full_disk_leaves_no_half_file(small_disk):
