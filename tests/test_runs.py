@@ -133,7 +133,7 @@ def test_scheduler_that_dies_is_named(tmp_path: Path) -> None:
         command = [sys.executable, "-m", f"distributed.cli.{name}", *options, *shared]
         started.append(subprocess.Popen(command, env=here))
     try:
-        while not where.exists():
+        while not (where.exists() and where.read_text("utf-8").endswith("}")):  # written whole
             time.sleep(0.01)
         address = json.loads(where.read_text("utf-8"))["address"]
         with (
