@@ -26,7 +26,10 @@ Network = ConfidenceNetwork | NucleusNetwork
 
 # The first array that OpenVINO's Python side is given sets it up, and two threads that do so at the
 # same moment wait for each other for ever.
-_STARTING = threading.Lock()
+_STARTING = threading.RLock()
+
+_KEPT = 4
+_kept: dict[tuple[str, str], Engine] = {}  # by kind and digest
 
 
 def choose(wanted: str) -> str:
@@ -41,6 +44,16 @@ def choose(wanted: str) -> str:
     if wanted == "auto" and device().type != "cpu":
         return "torch"
     return "openvino bfloat16" if _has_bfloat16() else "openvino float32"
+
+
+def of(kind: str, network: Network, digest: str) -> Engine:
+    """The engine for a network of a model's ``digest``: kept, as workers meet it image by image."""
+    with _STARTING:
+        if (kind, digest) not in _kept:
+            if len(_kept) == _KEPT:
+                _kept.pop(next(iter(_kept)))
+            _kept[kind, digest] = start(kind, network)
+        return _kept[kind, digest]
 
 
 def start(kind: str, network: Network) -> Engine:

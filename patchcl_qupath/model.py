@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from patchcl_qupath import engines
 from patchcl_qupath.config import Config, from_dict, to_dict
-from patchcl_qupath.engines import Engine
 from patchcl_qupath.errors import ModelError
 from patchcl_qupath.network import ConfidenceNetwork, NucleusNetwork
 from patchcl_qupath.stains import StainScale
@@ -68,16 +67,6 @@ class Model:
     def input(self) -> str:
         """What the network sees of a pixel: its "stains", or "rgb"."""
         return "stains" if isinstance(self.network, NucleusNetwork) else self.config.patchcl.input
-
-    @cached_property
-    def _engines(self) -> dict[str, Engine]:
-        return {}
-
-    def engine(self, kind: str) -> Engine:
-        """What runs the network: one of those that ``engines.choose`` names."""
-        if kind not in self._engines:
-            self._engines[kind] = engines.start(kind, self.network)
-        return self._engines[kind]
 
     @cached_property
     def digest(self) -> str:
@@ -134,10 +123,6 @@ class Model:
     def _choices(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("channel", "inverted", "threshold")}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickled for Dask workers without the engines: each worker has its own."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
 
 def _untrained(kind: str, config: Config) -> ConfidenceNetwork | NucleusNetwork:
     if kind == "ConfidenceNetwork":
@@ -163,7 +148,7 @@ def confidence(
     height, width = rgb.shape[:2]
     align = model.align_px
     rgb = np.pad(rgb, ((0, -height % align), (0, -width % align), (0, 0)), mode="edge")
-    maps = model.engine(engine)(scale.network_input(rgb, model.input))[
+    maps = engines.of(engine, model.network, model.digest)(scale.network_input(rgb, model.input))[
         :, :height, :width
     ]  # (C, H, W)
     maps = np.asarray(np.rint(maps * 255) / 255, np.float32)

@@ -2,6 +2,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from test_network import SCALE, random_model, random_network, random_rgb
 
 from patchcl_qupath import engines
@@ -58,3 +59,16 @@ def test_an_engine_is_chosen_by_what_there_is(monkeypatch):
     assert engines.choose("auto") == "torch"
     with pytest.raises(ConfigError, match="pip install openvino"):
         engines.choose("openvino")
+
+
+def test_an_engine_is_kept_for_its_model_alone(engine):
+    first, other = random_network(), random_network()
+    with torch.no_grad():
+        other.last.bias += 1
+    stains = SCALE.apply(random_rgb(16, 16))
+    kept = engines.of(engine, first, "first")
+    assert engines.of(engine, random_network(), "first") is kept
+    assert (engines.of(engine, other, "other")(stains) != kept(stains)).any()
+    for number in range(10):
+        engines.of(engine, first, str(number))
+    assert engines.of(engine, first, "first") is not kept  # the oldest make room

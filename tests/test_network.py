@@ -170,12 +170,12 @@ def test_saved_model_is_loaded_whole(tmp_path):
     )
 
 
-def test_model_is_pickled_without_its_engine():
+def test_pickled_model_is_the_same_model():
     model = random_model()
     rgb = random_rgb(30, 30)
     expected = confidence(model, rgb, SCALE).nucleus
     copy = pickle.loads(pickle.dumps(model))
-    assert "engine" not in vars(copy)
+    assert copy.digest == model.digest
     np.testing.assert_array_equal(confidence(copy, rgb, SCALE).nucleus, expected)
 
 
