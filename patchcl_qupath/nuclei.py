@@ -22,7 +22,7 @@ from patchcl_qupath.datatypes import (
     grid_to_level0,
     tile_to_grid,
 )
-from patchcl_qupath.stains import H_E, densities
+from patchcl_qupath.stains import H_E, densities, hematoxylin
 
 # Walking clockwise round a region, as seen on the screen, the region is on the right. The four
 # ways to walk along a pixel's edge, and for each: where the edge starts (a corner, from the
@@ -272,15 +272,14 @@ def measure(
     return {name: values.astype(np.float32) for name, values in named.items()}
 
 
-def hematoxylin(labels: NDArray[np.int32], rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
+def mean_hematoxylin(labels: NDArray[np.int32], rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Mean optical density of hematoxylin in labels 1..N (H, W), (N,).
 
     By QuPath's default vector, whatever stains are measured: what has none is no nucleus.
     """
     inside = labels > 0
-    values = densities(rgb[inside])["Hematoxylin"]
-    count = np.bincount(labels[inside])
-    return (np.bincount(labels[inside], values) / np.maximum(count, 1))[1:]
+    total = np.bincount(labels[inside], hematoxylin(rgb[inside]))
+    return (total / np.maximum(np.bincount(labels[inside]), 1))[1:]
 
 
 def shape_measurements(polygons_um: Polygons) -> dict[str, NDArray[np.float64]]:

@@ -166,17 +166,20 @@ class Run:
 
         left_out = set(store.missing(tiles))
         done = [tile for tile in tiles if tile not in left_out]
-        count, nuclei, holes = store.count(done), partial(store.nuclei, done), tally.in_order()
+        count, holes = store.count(done), tally.in_order()
         assert len(done) + len(holes) == len(tiles), "a tile was lost"
         self.progress(f"{entry.name}: writing {count:,} nuclei", 0, 0)
         about = self._about_image(entry, image) | {"holes": [asdict(hole) for hole in holes]}
         with timed(seconds, "write"):
-            results = self.project.write(entry, nuclei(), count, self.config.result, about)
+            results = self.project.write(
+                entry, store.nuclei(done), count, self.config.result, about
+            )
         preview = self.project.output / "previews" / f"{entry.id}.png"
         with timed(seconds, "preview"):
             overview = slide.thumbnail(OVERVIEW_MPP) if holes else None
             write_preview(
-                *(preview, slide.read, slide.shape, slide.downsample, nuclei),
+                *(preview, slide.read, slide.shape, slide.downsample),
+                partial(store.polygons, done),
                 None if overview is None else draw_holes(overview, holes, slide.size),
             )
         return ImageResult(

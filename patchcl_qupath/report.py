@@ -11,7 +11,7 @@ import shapely
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from patchcl_qupath.datatypes import Box, Hole, Nuclei, Polygons, grid_to_level0
+from patchcl_qupath.datatypes import Box, Hole, Polygons, grid_to_level0
 from patchcl_qupath.errors import SlideError
 from patchcl_qupath.storage import replacing
 
@@ -27,21 +27,21 @@ def write_preview(
     read: Callable[[Box], NDArray[np.uint8]],
     shape: tuple[int, int],
     downsample: tuple[float, float],
-    parts: Callable[[], Iterable[Nuclei]],
+    parts: Callable[[], Iterable[Polygons]],
     overview: Image.Image | None = None,
 ) -> None:
     """A PNG of the field with the most nuclei, outlined; and of ``overview`` beside it, if given.
 
     ``read`` gives the pixels of a box of the working grid, which has ``shape`` (rows, cols);
-    ``downsample`` is (x, y) level-0 px per grid px; ``parts`` gives the nuclei, level 0, each
-    time it is called. An image without nuclei shows its middle. A field that cannot be read is
+    ``downsample`` is (x, y) level-0 px per grid px; ``parts`` gives the outlines, level 0,
+    each time it is called. An image without nuclei shows its middle. A field that cannot be read is
     grey.
     """
     height, width = (min(field, size) for field, size in zip(FIELD_PX, shape, strict=True))
     to_grid = (1 / downsample[0], 1 / downsample[1])
     fields: Counter[tuple[int, int]] = Counter()
     for part in parts():
-        xy = shapely.get_coordinates(shapely.centroid(part.polygons)) * to_grid
+        xy = shapely.get_coordinates(shapely.centroid(part)) * to_grid
         cells = (xy[:, ::-1] // (height, width)).astype(int).tolist()
         fields.update((row, col) for row, col in cells)
     most = max(fields, key=lambda field: (fields[field], field)) if fields else None
@@ -52,7 +52,7 @@ def write_preview(
     frame = shapely.box(box.col0, box.row0, box.col1, box.row1)
     shown = []
     for part in parts():
-        polygons = grid_to_level0(part.polygons, to_grid)
+        polygons = grid_to_level0(part, to_grid)
         shown.append(polygons[shapely.intersects(polygons, frame)])
     inside = shapely.transform(
         np.concatenate([*shown, np.empty(0, dtype=object)]),

@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from patchcl_qupath.config import CLUSTERS
-from patchcl_qupath.datatypes import Nuclei, Tile
+from patchcl_qupath.datatypes import Nuclei, Polygons, Tile
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
 from patchcl_qupath.storage import (
     count_nuclei,
     digest,
     read_nuclei,
+    read_polygons,
     to_parquet,
     write_bytes,
     write_json,
@@ -87,6 +88,10 @@ class TileStore:
     def nuclei(self, tiles: Sequence[Tile]) -> Iterator[Nuclei]:
         """The nuclei of finished tiles, one tile after the other, in the tiles' order."""
         return (read_nuclei(self.path(tile)) for tile in tiles)
+
+    def polygons(self, tiles: Sequence[Tile]) -> Iterator[Polygons]:
+        """Their outlines alone."""
+        return (read_polygons(self.path(tile)) for tile in tiles)
 
 
 def _same(plan_file: Path, plan: dict[str, Any]) -> bool:

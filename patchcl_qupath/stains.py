@@ -65,9 +65,9 @@ _HED_TABLES = _tables(RUIFROK_HED, _OD_NETWORK)
 
 
 def _unmix(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.float32]:
-    """RGB (..., 3) to stains (..., 3), each one contiguous in memory."""
+    """RGB (..., 3) to the stains of the tables, (..., S), each one contiguous in memory."""
     red, green, blue = (np.ascontiguousarray(rgb[..., colour]) for colour in range(3))
-    planes = np.empty((3, *red.shape), np.float32)
+    planes = np.empty((tables.shape[-1], *red.shape), np.float32)
     for stain, plane in enumerate(planes):
         plane[...] = tables[0, :, stain][red]
         plane += tables[1, :, stain][green]
@@ -77,8 +77,13 @@ def _unmix(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.fl
 
 def densities(rgb: NDArray[np.uint8], stains: StainVectors = H_E) -> dict[str, NDArray[np.float32]]:
     """RGB (..., 3) to the optical density (...) of each stain, by QuPath's name of it."""
-    unmixed = _unmix(rgb, _measured(stains))
+    unmixed = _unmix(rgb, _measured(stains)[..., : len(stains.names)])
     return {name: unmixed[..., i] for i, name in enumerate(stains.names)}
+
+
+def hematoxylin(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """RGB (..., 3) to the optical density (...) of hematoxylin, by QuPath's default vector."""
+    return _unmix(rgb, _measured(H_E)[..., :1])[..., 0]
 
 
 def to_measure(own: StainVectors | None, asked: str) -> StainVectors:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import shapely
 from filelock import FileLock, Timeout
 
-from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.datatypes import Nuclei, Polygons
 from patchcl_qupath.errors import StorageError
 
 _FULL = "make room and run again, finished tiles are kept"
@@ -159,10 +159,14 @@ def from_table(table: pa.Table) -> Nuclei:
     """The inverse of ``to_table``."""
     names = [name for name in table.column_names if name not in ("id", "geometry")]
     return Nuclei(
-        np.asarray(shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False)), object),
+        _polygons(table),
         {name: table[name].to_numpy() for name in names},
         np.array(table["id"].to_pylist(), dtype="U36"),
     )
+
+
+def _polygons(table: pa.Table) -> Polygons:
+    return np.asarray(shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False)), object)
 
 
 def to_parquet(nuclei: Nuclei) -> bytes:
@@ -181,6 +185,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 def read_nuclei(path: Path) -> Nuclei:
     """The nuclei of a parquet file."""
     return from_table(pq.read_table(path))
+
+
+def read_polygons(path: Path) -> Polygons:
+    """The outlines of a parquet file's nuclei alone, several times as fast."""
+    return _polygons(pq.read_table(path, columns=["geometry"]))
 
 
 def count_nuclei(path: Path) -> int:

@@ -10,7 +10,7 @@ import torch
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Nuclei, Tile
 from patchcl_qupath.model import Model, confidence
-from patchcl_qupath.nuclei import centroids, hematoxylin, nuclei_of_tile, to_level0
+from patchcl_qupath.nuclei import centroids, mean_hematoxylin, nuclei_of_tile, to_level0
 from patchcl_qupath.prepare import PreparedImage
 from patchcl_qupath.runs import Seconds, timed
 from patchcl_qupath.segment import context_um, instances
@@ -56,7 +56,7 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
         mine = tile.write.holds(rows, cols) & inside(image.tissue, image.tissue_px, rows, cols)
         if image.region is not None:
             mine &= inside_region(image.region, tile.write, rows, cols)
-        mine &= hematoxylin(labels, rgb) >= settings.min_hematoxylin
+        mine &= mean_hematoxylin(labels, rgb) >= settings.min_hematoxylin
         nuclei = nuclei_of_tile(
             *(labels, mine, rgb, probability, tile, slide.grid_mpp),
             *(model.threshold, image.stains),

@@ -9,7 +9,7 @@ from patchcl_qupath.datatypes import Box, Nuclei, Tile
 from patchcl_qupath.nuclei import (
     centroids,
     footprints,
-    hematoxylin,
+    mean_hematoxylin,
     measure,
     nuclei_of_tile,
     outlines,
@@ -231,5 +231,5 @@ def test_hematoxylin_is_the_mean_over_each_nucleus():
     for label, amount in ((1, 0.5), (2, 0.0)):
         density = amount * np.array([0.65111, 0.70119, 0.29049])
         rgb[labels == label] = np.round(255 * 10**-density)
-    assert hematoxylin(labels, rgb) == pytest.approx([0.5, 0], abs=0.01)
-    assert len(hematoxylin(np.zeros_like(labels), rgb)) == 0
+    assert mean_hematoxylin(labels, rgb) == pytest.approx([0.5, 0], abs=0.01)
+    assert len(mean_hematoxylin(np.zeros_like(labels), rgb)) == 0

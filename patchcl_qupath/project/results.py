@@ -8,9 +8,9 @@ result.json                 what made them; names the GeoJSON files to import
 from __future__ import annotations
 
 import gzip
-import io
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,9 @@ def write_results(
     ``count`` is their total. ``about`` goes into ``result.json`` as it is.
     """
     object_type = config.kind(count)
-    with replacing(folder) as new:
+    with replacing(folder) as new, ThreadPoolExecutor(1) as thread:
         new.mkdir()
-        chunks = _Chunks(new, object_type, config)
+        chunks = _Chunks(new, object_type, config, thread)
         table_writer = None
         for part in parts:
             chunks.add(part)
@@ -68,7 +68,9 @@ def write_removed(folder: Path) -> None:
 class _Chunks:
     """Spreads nuclei over GeoJSON files of at most NUCLEI_PER_FILE."""
 
-    def __init__(self, folder: Path, object_type: str, config: ResultConfig) -> None:
+    def __init__(
+        self, folder: Path, object_type: str, config: ResultConfig, thread: ThreadPoolExecutor
+    ) -> None:
         self.names: list[str] = []
         self._folder = folder
         self._properties = json.dumps(
@@ -78,29 +80,41 @@ class _Chunks:
             },
             ensure_ascii=False,
         )[:-1]
-        self._file: io.TextIOWrapper | None = None
+        self._file: gzip.GzipFile | None = None
         self._written = 0
+        self._thread = thread
+        self._compressing = thread.submit(int)  # nothing yet
 
     def add(self, nuclei: Nuclei) -> None:
-        for feature in _features(nuclei, self._properties):
+        features = list(_features(nuclei, self._properties))
+        while features:
             if self._file is None or self._written == NUCLEI_PER_FILE:
                 self._file = self._next_file()
-            self._file.write(f",\n{feature}" if self._written else f"\n{feature}")
-            self._written += 1
+            now = features[: NUCLEI_PER_FILE - self._written]
+            del features[: len(now)]
+            text = ("," if self._written else "") + "\n" + ",\n".join(now)
+            self._compress(text)
+            self._written += len(now)
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.write("\n]}\n")
+            self._compress("\n]}\n")
+            self._compressing.result()
             self._file.close()
             self._file = None
 
-    def _next_file(self) -> io.TextIOWrapper:
+    def _compress(self, text: str) -> None:
+        """Beside the making of what comes next, which takes as long; one text waits at most."""
+        assert self._file is not None
+        self._compressing.result()
+        self._compressing = self._thread.submit(self._file.write, text.encode())
+
+    def _next_file(self) -> gzip.GzipFile:
         self.close()
         name = f"nuclei-{len(self.names):03d}.geojson.gz"
         # Without a time stamp, equal nuclei make equal files.
-        raw = gzip.GzipFile(self._folder / name, "wb", compresslevel=4, mtime=0)
-        file = io.TextIOWrapper(raw, encoding="utf-8", newline="\n")
-        file.write('{"type": "FeatureCollection", "features": [')
+        file = gzip.GzipFile(self._folder / name, "wb", compresslevel=1, mtime=0)
+        file.write(b'{"type": "FeatureCollection", "features": [')
         self.names.append(name)
         self._written = 0
         return file
