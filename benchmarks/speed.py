@@ -71,6 +71,11 @@ def main() -> None:
             subprocess.run([*COMMAND, "init", project, slide], check=True, capture_output=True)
             shutil.copytree(sample / "patchcl" / "models", project / "patchcl" / "models")
             figures.append(measure(f"{area:g} mm2", project, gemm))
+            if area == min(options.areas):
+                shutil.rmtree(project / "patchcl" / "runs")
+                _, outcome, _ = timed("run", project, "--backend", "files", "--workers", "1")
+                faster = outcome["images"][0]["main_seconds"]["tiles"] / figures[-1]["tiles_s"]
+                print(f"  tiles: {CORES} workers are {faster:.2f} times as fast as one")
             slide.unlink()
     *_, smaller, largest = figures
     time_4x = 4 * largest["s_per_mm2"] / smaller["s_per_mm2"]
@@ -89,6 +94,7 @@ def measure(name: str, project: Path, gemm: float) -> dict[str, float]:
     figures = {
         "mm2": area,
         "nuclei": image["nuclei"],
+        "tiles_s": main["tiles"],
         "s_per_mm2": image["seconds"] / area,
         "network_share": worker["network"] / (CORES * image["seconds"]),
         "network_of_gemm": flop / worker["network"] * CORES / gemm,
