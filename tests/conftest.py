@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import qupath
 
 from patchcl_qupath import cli, pipeline, runs
 from patchcl_qupath.config import Config
 from patchcl_qupath.project import open_project
+from patchcl_qupath.project.jvm import Process
 
 ROOT = Path(__file__).resolve().parents[1]
 assert cli, "imported before torch is: it says how torch's threads wait"
@@ -51,3 +53,19 @@ def client() -> Iterator[Any]:
     """A Dask client of two threads."""
     with runs.workers(2) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """One JVM for all the tests; it starts anew after the test that kills it."""
+    qupath.launcher()  # skips
+    process = Process(None, tmp_path_factory.mktemp("jvm") / "qupath.log")
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[qupath.Session]:
+    session = qupath.Session()
+    yield session
+    session.close()

@@ -186,22 +186,6 @@ def test_java_that_does_not_start_is_named(path: Path, monkeypatch: pytest.Monke
 # ---------------------------------------------------------------- with a QuPath
 
 
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """One JVM for all the tests; it starts anew after the test that kills it."""
-    qupath.launcher()  # skips
-    process = Process(None, tmp_path_factory.mktemp("jvm") / "qupath.log")
-    yield process
-    process.close()
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[qupath.Session]:
-    session = qupath.Session()
-    yield session
-    session.close()
-
-
 def opened(path: Path, process: Process) -> tuple[PaquoProject, ImageEntry]:
     """A project with one image, as it is now, written by a JVM that runs already."""
     project = open_project(path, "paquo")

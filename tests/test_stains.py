@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,21 +186,6 @@ def test_a_run_measures_exported_stains_and_no_old_tiles(
 
 
 # ---------------------------------------------------------------- with a QuPath
-
-
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    qupath.launcher()  # skips
-    process = Process(None, tmp_path_factory.mktemp("jvm") / "qupath.log")
-    yield process
-    process.close()
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[qupath.Session]:
-    session = qupath.Session()
-    yield session
-    session.close()
 
 
 SET = """
