@@ -64,6 +64,7 @@ def main() -> None:
         waiting = log["seconds_for_batches"] / log["seconds"]
         print(f"  self-training: {pace:.1f} steps/s, {1 - waiting:.0%} of the time in the network")
         figures = [measure("sample", sample, gemm)]
+        first = Path(folder) / f"{min(options.areas):g} mm2.tif"
         for area in sorted(options.areas):
             slide = Path(folder) / f"{area:g} mm2.tif"
             write_mosaic(slide, round(area**0.5 * 1000 / MPP))
@@ -71,11 +72,11 @@ def main() -> None:
             subprocess.run([*COMMAND, "init", project, slide], check=True, capture_output=True)
             shutil.copytree(sample / "patchcl" / "models", project / "patchcl" / "models")
             figures.append(measure(f"{area:g} mm2", project, gemm))
-            if area == min(options.areas):
+            for other in (("--workers", "1"), ("--engine", "torch")) if slide == first else ():
                 shutil.rmtree(project / "patchcl" / "runs")
-                _, outcome, _ = timed("run", project, "--backend", "files", "--workers", "1")
-                faster = outcome["images"][0]["main_seconds"]["tiles"] / figures[-1]["tiles_s"]
-                print(f"  tiles: {CORES} workers are {faster:.2f} times as fast as one")
+                _, outcome, _ = timed("run", project, "--backend", "files", *other)
+                slower = outcome["images"][0]["main_seconds"]["tiles"] / figures[-1]["tiles_s"]
+                print(f"  {' '.join(other)}: tiles take {slower:.2f} times as long", flush=True)
             slide.unlink()
     *_, smaller, largest = figures
     time_4x = 4 * largest["s_per_mm2"] / smaller["s_per_mm2"]
