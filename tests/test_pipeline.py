@@ -255,6 +255,35 @@ def fibres(side_px):
     return np.clip(rgb + rng.normal(0, 3, rgb.shape), 0, 255).astype(np.uint8)
 
 
+def scanned(rgb, strength, white, zoom):
+    """RGB as another stainer and scanner leave it: paler or darker, on other glass, finer."""
+    density = -np.log(np.maximum(rgb, 1) / 245)
+    pixels = np.clip(np.array(white) * np.exp(-strength * density), 0, 255).astype(np.uint8)
+    picture = Image.fromarray(pixels)
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.BICUBIC)
+
+
+def test_other_scanners_and_stains_in_one_project_show_the_same_nuclei(model, client, tmp_path):
+    (entry,) = open_project(SAMPLE).images()
+    rgb = Slide.open(entry).read(Box(1100, 500, 1900, 1300))
+    images = []
+    looks = [(1, (245, 245, 245), 1), (0.65, (250, 242, 235), 2), (1.4, (235, 238, 250), 1)]
+    for number, (strength, white, zoom) in enumerate(looks):
+        picture = scanned(rgb, strength, white, zoom)
+        picture.save(tmp_path / f"{number}.png")
+        images.append(NewImage(tmp_path / f"{number}.png", [picture.size], (0.5 / zoom,) * 2))
+    project = open_project(init_project(tmp_path / "p", images), "files")
+    results = pipeline.Run(project, model, QUICK, client, silent).images(project.images())
+    as_it_was, pale, dark = (
+        read_nuclei(Path(result.results) / "nuclei.parquet").polygons for result in results
+    )
+    pale = shapely.transform(pale, lambda xy: xy / 2)
+    assert len(as_it_was) > 300
+    for found in (pale, dark):
+        assert matched(found, as_it_was, iou=0.5) > 0.85 * len(found)
+        assert matched(as_it_was, found, iou=0.5) > 0.85 * len(as_it_was)
+
+
 def red_cells(side):
     """Blood without a white cell: discs on pale plasma, RGB (side, side, 3) at 0.5 um/px."""
     rng = np.random.default_rng(1)
