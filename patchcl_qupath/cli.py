@@ -408,6 +408,21 @@ def scripts(project_path: Path) -> None:
         click.echo("Next: in QuPath, choose Automate > Project scripts > run_patchcl")
 
 
+@main.command()
+@click.option("--qupath", type=_PATH, help="Folder of QuPath, where it is in no usual place.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(qupath: Path | None, as_json: bool) -> None:
+    """Say what this machine has that is of use here, and what a missing part would bring."""
+    from patchcl_qupath.doctor import findings
+
+    found = list(findings(qupath))
+    if as_json:
+        _print_json([asdict(finding) for finding in found])
+    else:
+        rows = [[finding.part, finding.found or "none", finding.note] for finding in found]
+        _print_table(["part", "found", "note"], rows)
+
+
 def _state(project: Project, entry: ImageEntry) -> dict[str, Any]:
     try:
         result = json.loads((project.results(entry) / "result.json").read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "patchcl_qupath"
 FLOORS = [  # a module imports from the floors below its own only
     {"cli"},
-    {"pipeline", "score"},
+    {"pipeline", "score", "doctor"},
     {"fields", "tilework", "outcome"},
     {"prepare", "truth"},
     {"project", "slide", "tiles", "segment", "runs", "evaluate", "report"}

@@ -1,0 +1,82 @@
+"""What is on this machine that the program can use, and what a missing part would bring."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+from patchcl_qupath import __version__, engines
+from patchcl_qupath.config import CLUSTERS
+from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.network import device
+from patchcl_qupath.project.paquo import find_qupath
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A part of the machine: what was found of it, or None; and what to do or to know."""
+
+    part: str
+    found: str | None
+    note: str = ""
+
+
+def findings(qupath: Path | None = None) -> Iterator[Finding]:
+    """Each part in turn. ``qupath`` is QuPath's folder, where it is in none of the usual places."""
+    yield Finding("program", f"patchcl-qupath {__version__}, Python {platform.python_version()}")
+    memory = psutil.virtual_memory().total / 1e9
+    note = "" if memory > 4 else "a run takes 1 to 2 GB, more with many cores: use --workers"
+    yield Finding(
+        "machine", f"{platform.platform()}, {os.cpu_count()} cores, {memory:.0f} GB", note
+    )
+    yield _qupath(qupath)
+    yield _engine()
+    yield _gpu()
+    readers = ("tiffslide", "tifffile", "imagecodecs", "pillow", "zarr")
+    yield Finding("readers", ", ".join(f"{name} {version(name)}" for name in readers))
+    yield _queues()
+
+
+def _qupath(folder: Path | None) -> Finding:
+    try:
+        return Finding("QuPath", find_qupath(folder), "it writes nuclei into projects by itself")
+    except ProjectError as error:
+        note = f"{error}. Without it, nuclei are left as files: groovy/import_nuclei imports them"
+        return Finding("QuPath", None, note)
+
+
+def _engine() -> Finding:
+    kind = engines.choose("auto")
+    found = f"{kind}, torch {version('torch')}"
+    if kind.startswith("openvino"):
+        return Finding("engine", f"{found}, OpenVINO {version('openvino')}")
+    if device().type != "cpu":
+        return Finding("engine", found)
+    return Finding("engine", found, "pip install openvino: runs take about half the time")
+
+
+def _gpu() -> Finding:
+    if torch.cuda.is_available():
+        return Finding("GPU", torch.cuda.get_device_name())
+    return Finding("GPU", None, "none is needed; with CUDA and its torch, training is faster")
+
+
+def _queues() -> Finding:
+    there = [kind for kind, command in CLUSTERS.items() if shutil.which(command)]
+    try:
+        package: str | None = f"dask-jobqueue {version('dask-jobqueue')}"
+    except PackageNotFoundError:
+        package = None
+    if there and package:
+        return Finding("job queue", f"{', '.join(there)}, {package}")
+    missing = [] if there else [f"none of {', '.join(dict.fromkeys(CLUSTERS.values()))} is here"]
+    missing += [] if package else ["pip install 'patchcl-qupath[cluster]'"]
+    return Finding("job queue", None, f"for --cluster: {'; '.join(missing)}")
