@@ -20,17 +20,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from patchcl_qupath import __version__
+from patchcl_qupath import __version__, console
 from patchcl_qupath.config import CLUSTERS, ENGINES, STAINS, Config, load_config
 from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
 
 if TYPE_CHECKING:
     from patchcl_qupath.datatypes import ImageEntry
     from patchcl_qupath.model import Model
-    from patchcl_qupath.outcome import ImageResult
     from patchcl_qupath.pipeline import Progress
     from patchcl_qupath.project import Project
-    from patchcl_qupath.score import ImageScore
 
 # Threads of torch that wait by spinning starve whatever else the machine does, and themselves: a
 # training beside one busy process took three times as long. Read when torch is first imported.
@@ -38,7 +36,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
-_BARS = 8  # progress bars on the screen at once
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -199,7 +196,7 @@ def run(
         from patchcl_qupath import pipeline, runs
 
         click.echo(f"Nuclei are written by {project.via}", err=True)
-        showing = _progress_lines if progress_as == "json" else _progress_bars
+        showing = console.progress_lines if progress_as == "json" else console.progress_bars
         with _at_work(project), showing() as progress:
             model = _model(project, entries, settings, mpp, name, retrain, progress)
             if scheduler or cluster:
@@ -207,7 +204,7 @@ def run(
             with runs.workers(workers, scheduler, cluster) as client:
                 this_run = pipeline.Run(project, model, settings, client, progress, mpp, within)
                 results = list(this_run.images(entries))
-        _report_run(project, results, as_json)
+        console.report_run(project, results, as_json)
     sys.exit(1 if any(result.problem or result.holes for result in results) else 0)
 
 
@@ -228,11 +225,13 @@ def train(
     """Train a model on the slides of PROJECT, without labels."""
     with _reporting_errors(as_json):
         project, entries, settings = _open(project_path, names, config, seed)
-        with _at_work(project), _progress_bars() as progress:
+        with _at_work(project), console.progress_bars() as progress:
             model = _model(project, entries, settings, mpp, name, True, progress)
         path = _model_path(project, name)
         if as_json:
-            _print_json({"model": str(path), "digest": model.digest, "training": model.training})
+            console.print_json(
+                {"model": str(path), "digest": model.digest, "training": model.training}
+            )
         else:
             click.echo(f"Model: {path}\nNext:  patchcl-qp run {project_path} --model {name}")
 
@@ -272,7 +271,7 @@ def refine(
         from patchcl_qupath.model import Model
         from patchcl_qupath.storage import check_writable
 
-        with _at_work(project), _progress_bars() as progress:
+        with _at_work(project), console.progress_bars() as progress:
             start = Model.load(_model_path(project, name))
             path = _model_path(project, new_name)
             check_writable(path.parent)
@@ -280,7 +279,7 @@ def refine(
             model = pipeline.refine(project, entries, start, labels_from, progress, mpp, seed)
             model.save(path.parent, new_name)
         if as_json:
-            _print_json({"model": str(path), "digest": model.digest})
+            console.print_json({"model": str(path), "digest": model.digest})
         else:
             click.echo(f"Model: {path}\nNext:  patchcl-qp run {project_path} --model {new_name}")
 
@@ -321,9 +320,9 @@ def status(
             {"id": entry.id, "image": entry.name, **_state(project, entry)} for entry in entries
         ]
         if as_json:
-            _print_json({"project": str(project.path), "images": rows})
+            console.print_json({"project": str(project.path), "images": rows})
         else:
-            _print_table(
+            console.print_table(
                 ["image", "state", "nuclei", "made", "model"],
                 [
                     [row[key] for key in ("image", "state", "nuclei", "made", "model")]
@@ -359,7 +358,7 @@ def score(
         from patchcl_qupath.score import score as score_images
 
         scored, without = score_images(project, entries, truth)
-        _report_scores(project, scored, without, as_json)
+        console.report_scores(project, scored, without, as_json)
     sys.exit(1 if any(image.problem for image in scored) else 0)
 
 
@@ -391,7 +390,7 @@ def remove(
                     click.echo(f"Failed: {error}", err=True)
                 rows.append(row)
         if as_json:
-            _print_json({"project": str(project.path), "images": rows})
+            console.print_json({"project": str(project.path), "images": rows})
     sys.exit(1 if any(row["problem"] for row in rows) else 0)
 
 
@@ -417,10 +416,10 @@ def doctor(qupath: Path | None, as_json: bool) -> None:
 
     found = list(findings(qupath))
     if as_json:
-        _print_json([asdict(finding) for finding in found])
+        console.print_json([asdict(finding) for finding in found])
     else:
         rows = [[finding.part, finding.found or "none", finding.note] for finding in found]
-        _print_table(["part", "found", "note"], rows)
+        console.print_table(["part", "found", "note"], rows)
 
 
 def _state(project: Project, entry: ImageEntry) -> dict[str, Any]:
@@ -524,7 +523,7 @@ def _reporting_errors(as_json: bool) -> Iterator[None]:
         yield
     except PatchCLError as error:
         if as_json:
-            _print_json({"error": str(error)})
+            console.print_json({"error": str(error)})
         click.echo(f"Error: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
@@ -546,151 +545,6 @@ def _leave() -> NoReturn:
     """Without waiting for the tiles under way: files are there whole or not at all."""
     os.write(2, b"\nStopped. The same command goes on from here.\n")
     os._exit(130)
-
-
-@contextmanager
-def _progress_lines() -> Iterator[Progress]:
-    """What groovy/run_patchcl.groovy reads."""
-
-    def show(stage: str, done: int, total: int) -> None:
-        click.echo(json.dumps({"stage": stage, "done": done, "total": total}), err=True)
-
-    yield show
-
-
-@contextmanager
-def _progress_bars() -> Iterator[Progress]:
-    """Bars on standard error: what is done, how fast, how long still."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.table import Column
-
-    whole = Column(no_wrap=True)
-    with Progress(
-        TextColumn("{task.description}", table_column=Column(no_wrap=True, ratio=1)),
-        BarColumn(bar_width=12),
-        MofNCompleteColumn(table_column=whole),
-        TextColumn("{task.fields[rate]}", table_column=whole),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=whole),
-        console=Console(stderr=True),
-        expand=True,
-    ) as bars:
-        shown: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in shown:
-                for task in bars.tasks:
-                    if task.total is None:  # what cannot be counted is over when the next begins
-                        bars.update(task.id, total=1, completed=1)
-                if len(shown) == _BARS:
-                    bars.remove_task(shown.pop(next(iter(shown))))
-                shown[stage] = bars.add_task(stage, total=total or None, rate="")
-            speed = next(task.speed for task in bars.tasks if task.id == shown[stage])
-            rate = f"{speed:.1f}/s" if speed else ""
-            bars.update(shown[stage], completed=done, total=total or None, rate=rate)
-
-        yield show
-
-
-def _report_run(project: Project, results: Sequence[ImageResult], as_json: bool) -> None:
-    if as_json:
-        _print_json(
-            {"project": str(project.path), "images": [asdict(result) for result in results]}
-        )
-        return
-    done = [result for result in results if not result.problem]
-    if done:
-        _print_table(
-            ["image", "tissue mm2", "nuclei", "seconds", "tiles", "taken over"],
-            [
-                [
-                    r.image,
-                    f"{r.tissue_mm2:.2f}",
-                    f"{r.nuclei:,}",
-                    f"{r.seconds:.1f}",
-                    r.tiles,
-                    r.tiles_taken_over,
-                ]
-                for r in done
-            ],
-        )
-        for result in done:
-            if result.note:
-                click.echo(f"Note: {result.image}: {result.note}")
-        click.echo(f"Results: {project.output / 'results'}")
-        click.echo(f"Look at: {project.output / 'previews'}")
-        if project.via.startswith("paquo"):
-            click.echo("Next:    open the project in QuPath: the nuclei are in its images")
-        else:
-            click.echo(
-                "Next:    open the project in QuPath, drag groovy/import_nuclei.groovy into its\n"
-                "         window, and choose Run > Run for project"
-            )
-    for result in results:
-        if result.problem:
-            click.echo(f"Failed: {result.problem}", err=True)
-        if result.holes:
-            first, count = result.holes[0], len(result.holes)
-            click.echo(
-                f"Failed: {result.image}: {count} of {result.tiles} tiles were left out, as its "
-                f"preview shows; the first of {first.width} x {first.height} px at x={first.x} "
-                f"y={first.y}: {first.reason}. Run again to try them again",
-                err=True,
-            )
-
-
-def _report_scores(
-    project: Project, scored: Sequence[ImageScore], without: Sequence[str], as_json: bool
-) -> None:
-    from patchcl_qupath.score import SCORES, mean
-
-    means = mean(scored)
-    if as_json:
-        images = [asdict(image) for image in scored]
-        _print_json(
-            {"project": str(project.path), "images": images, "mean": means, "without": without}
-        )
-        return
-    if means:
-        rows = [
-            [image.image, f"{image.nuclei:,}", f"{image.true_nuclei:,}", *_figures(image.scores)]
-            for image in scored
-            if not image.problem
-        ]
-        titles = ["image", "nuclei", "true nuclei", *SCORES.values()]
-        _print_table(titles, [*rows, ["mean", None, None, *_figures(means)]])
-    for image in scored:
-        if image.note:
-            click.echo(f"Note: {image.image}: {image.note}")
-    if without:
-        click.echo(f"Without truth, left out: {', '.join(without)}")
-    for image in scored:
-        if image.problem:
-            click.echo(f"Failed: {image.problem}", err=True)
-
-
-def _figures(scores: dict[str, float]) -> list[str]:
-    return [f"{score:.3f}" for score in scores.values()]
-
-
-def _print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*titles)
-    for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
-    Console().print(table)
-
-
-def _print_json(content: Any) -> None:
-    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

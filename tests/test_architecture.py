@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "patchcl_qupath"
 FLOORS = [  # a module imports from the floors below its own only
     {"cli"},
+    {"console"},
     {"pipeline", "score", "doctor"},
     {"fields", "tilework", "outcome"},
     {"prepare", "truth"},

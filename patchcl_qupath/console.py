@@ -1,0 +1,166 @@
+"""What people see, and programs read: progress, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from patchcl_qupath.outcome import ImageResult
+    from patchcl_qupath.pipeline import Progress
+    from patchcl_qupath.project import Project
+    from patchcl_qupath.score import ImageScore
+
+_BARS = 8  # progress bars on the screen at once
+
+
+@contextmanager
+def progress_lines() -> Iterator[Progress]:
+    """What groovy/run_patchcl.groovy reads."""
+
+    def show(stage: str, done: int, total: int) -> None:
+        click.echo(json.dumps({"stage": stage, "done": done, "total": total}), err=True)
+
+    yield show
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Bars on standard error: what is done, how fast, how long still."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Column
+
+    whole = Column(no_wrap=True)
+    with Progress(
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, ratio=1)),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(table_column=whole),
+        TextColumn("{task.fields[rate]}", table_column=whole),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=whole),
+        console=Console(stderr=True),
+        expand=True,
+    ) as bars:
+        shown: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in shown:
+                for task in bars.tasks:
+                    if task.total is None:  # what cannot be counted is over when the next begins
+                        bars.update(task.id, total=1, completed=1)
+                if len(shown) == _BARS:
+                    bars.remove_task(shown.pop(next(iter(shown))))
+                shown[stage] = bars.add_task(stage, total=total or None, rate="")
+            speed = next(task.speed for task in bars.tasks if task.id == shown[stage])
+            rate = f"{speed:.1f}/s" if speed else ""
+            bars.update(shown[stage], completed=done, total=total or None, rate=rate)
+
+        yield show
+
+
+def report_run(project: Project, results: Sequence[ImageResult], as_json: bool) -> None:
+    """What became of the images of a run, and what to do next."""
+    if as_json:
+        print_json({"project": str(project.path), "images": [asdict(result) for result in results]})
+        return
+    done = [result for result in results if not result.problem]
+    if done:
+        print_table(
+            ["image", "tissue mm2", "nuclei", "seconds", "tiles", "taken over"],
+            [
+                [
+                    r.image,
+                    f"{r.tissue_mm2:.2f}",
+                    f"{r.nuclei:,}",
+                    f"{r.seconds:.1f}",
+                    r.tiles,
+                    r.tiles_taken_over,
+                ]
+                for r in done
+            ],
+        )
+        for result in done:
+            if result.note:
+                click.echo(f"Note: {result.image}: {result.note}")
+        click.echo(f"Results: {project.output / 'results'}")
+        click.echo(f"Look at: {project.output / 'previews'}")
+        if project.via.startswith("paquo"):
+            click.echo("Next:    open the project in QuPath: the nuclei are in its images")
+        else:
+            click.echo(
+                "Next:    open the project in QuPath, drag groovy/import_nuclei.groovy into its\n"
+                "         window, and choose Run > Run for project"
+            )
+    for result in results:
+        if result.problem:
+            click.echo(f"Failed: {result.problem}", err=True)
+        if result.holes:
+            first, count = result.holes[0], len(result.holes)
+            click.echo(
+                f"Failed: {result.image}: {count} of {result.tiles} tiles were left out, as its "
+                f"preview shows; the first of {first.width} x {first.height} px at x={first.x} "
+                f"y={first.y}: {first.reason}. Run again to try them again",
+                err=True,
+            )
+
+
+def report_scores(
+    project: Project, scored: Sequence[ImageScore], without: Sequence[str], as_json: bool
+) -> None:
+    """Scores of each image and their means; ``without`` are the images that have no truth."""
+    from patchcl_qupath.score import SCORES, mean
+
+    means = mean(scored)
+    if as_json:
+        images = [asdict(image) for image in scored]
+        print_json(
+            {"project": str(project.path), "images": images, "mean": means, "without": without}
+        )
+        return
+    if means:
+        rows = [
+            [image.image, f"{image.nuclei:,}", f"{image.true_nuclei:,}", *_figures(image.scores)]
+            for image in scored
+            if not image.problem
+        ]
+        titles = ["image", "nuclei", "true nuclei", *SCORES.values()]
+        print_table(titles, [*rows, ["mean", None, None, *_figures(means)]])
+    for image in scored:
+        if image.note:
+            click.echo(f"Note: {image.image}: {image.note}")
+    if without:
+        click.echo(f"Without truth, left out: {', '.join(without)}")
+    for image in scored:
+        if image.problem:
+            click.echo(f"Failed: {image.problem}", err=True)
+
+
+def _figures(scores: dict[str, float]) -> list[str]:
+    return [f"{score:.3f}" for score in scores.values()]
+
+
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on standard output; None is an empty cell."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*titles)
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    Console().print(table)
+
+
+def print_json(content: Any) -> None:
+    """JSON on standard output."""
+    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
