@@ -1,11 +1,12 @@
 """What runs a network on pixels: torch, on any device, or OpenVINO, on CPUs and much faster.
 
-An engine turns scaled stains (H, W, 3), float32, into confidences (C, H, W); H and W are multiples
-of what the network asks for. Threads may share it.
+An engine turns what the network sees of pixels, its scaled stains say, (H, W, 3) in float32, into
+confidences (C, H, W); H and W are multiples of what the network asks for. Threads may share it.
 """
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -57,9 +58,16 @@ def of(kind: str, network: Network, digest: str) -> Engine:
 
 
 def start(kind: str, network: Network) -> Engine:
-    """An engine, of those that ``choose`` names, for a network."""
+    """An engine, of those that ``choose`` names, for a network.
+
+    Raises ConfigError on a machine that has not what the one had that chose.
+    """
     if kind == "torch":
         return _torch(folded(network))
+    if not find_spec("openvino"):
+        raise ConfigError(
+            f"{platform.node()} has no OpenVINO: install it on all workers, or use --engine torch"
+        )
     return _openvino(folded(network), precision=kind.removeprefix("openvino "))
 
 

@@ -59,6 +59,8 @@ def test_an_engine_is_chosen_by_what_there_is(monkeypatch):
     assert engines.choose("auto") == "torch"
     with pytest.raises(ConfigError, match="pip install openvino"):
         engines.choose("openvino")
+    with pytest.raises(ConfigError, match="install it on all workers"):
+        engines.start(FLOAT32, random_network())
 
 
 def test_an_engine_is_kept_for_its_model_alone(engine):
