@@ -148,9 +148,8 @@ def confidence(
     height, width = rgb.shape[:2]
     align = model.align_px
     rgb = np.pad(rgb, ((0, -height % align), (0, -width % align), (0, 0)), mode="edge")
-    maps = engines.of(engine, model.network, model.digest)(scale.network_input(rgb, model.input))[
-        :, :height, :width
-    ]  # (C, H, W)
+    run = engines.of(engine, model.network, model.digest)
+    maps = run(scale.network_input(rgb, model.input))[:, :height, :width]  # (C, H, W)
     maps = np.asarray(np.rint(maps * 255) / 255, np.float32)
     if isinstance(model.network, NucleusNetwork):
         return Confidence(maps[0], maps[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,18 @@ def shared_data() -> Path:
 def sample_project() -> Path:
     """The folder of the sample project: read it, never write to it."""
     return ROOT / "sample_project"
+
+
+def copy_sample(folder: Path) -> Path:
+    """A copy of the sample project, without what a run left in it."""
+    left = shutil.ignore_patterns("patchcl", "data", "classifiers")
+    return Path(shutil.copytree(ROOT / "sample_project", folder, ignore=left))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sample project to write to."""
+    return copy_sample(tmp_path / "project")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import copy_sample
 from PIL import Image
 from survivor import left_by_run
 
@@ -234,7 +235,7 @@ def test_wrong_usage_is_one_line(tmp_path, monkeypatch, arguments, status, words
 
 def test_a_damaged_model_is_not_used(tmp_path):
     folder = tmp_path / "project"
-    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
+    copy_sample(folder)
     (folder / "patchcl" / "models").mkdir(parents=True)
     (folder / "patchcl" / "models" / "patchcl.pt").write_bytes(b"not a model")
     result = call("run", folder)

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import shapely
-from conftest import QUICK
+from conftest import QUICK, copy_sample
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
@@ -40,7 +40,7 @@ def silent(stage, done, total):
 @pytest.fixture
 def project_folder(tmp_path):
     folder = tmp_path / "a project, with ümlauts"
-    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
+    copy_sample(folder)
     return folder
 
 
@@ -67,7 +67,7 @@ def matched(these, those, iou):
 @pytest.fixture(scope="session")
 def untiled(model, client, tmp_path_factory):
     folder = tmp_path_factory.mktemp("untiled") / "project"
-    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
+    copy_sample(folder)
     result, nuclei = segment(folder, model, client, tile_px=10_000)
     assert result.tiles == 1
     return nuclei

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,13 +205,6 @@ def export(folder, *features, image=1):
     file = folder / "patchcl" / "labels" / f"{image}.geojson"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"type": "FeatureCollection", "features": features}), "utf-8")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    copy = tmp_path / "project"
-    shutil.copytree(SAMPLE, copy, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
-    return copy
 
 
 def test_labels_are_read(folder):

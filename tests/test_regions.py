@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,14 +52,6 @@ def export(project: Path, *features: dict[str, Any]) -> None:
     file = project / "patchcl" / "regions" / "1.geojson"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"type": "FeatureCollection", "features": features}), "utf-8")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A copy of the sample project."""
-    copy = tmp_path / "project"
-    shutil.copytree(SAMPLE, copy, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
-    return copy
 
 
 def read(folder: Path, *classes: str) -> shapely.Geometry:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import qupath
 from click.testing import CliRunner
+from conftest import copy_sample
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.cli import main
@@ -67,7 +68,7 @@ def test_a_windows_path_in_groovy(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_progress_for_programs(tmp_path: Path, model: pipeline.Model) -> None:
     folder = tmp_path / "project"
-    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
+    copy_sample(folder)
     model.save(folder / "patchcl" / "models", "patchcl")
     options = ["--progress", "json", "--backend", "files", "--json"]
     result = CliRunner().invoke(main, ["run", str(folder), *options])

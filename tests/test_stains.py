@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,14 +65,6 @@ def test_an_image_s_own_stains_are_measured_unless_others_are_asked_for(
 
 
 # ---------------------------------------------------------------- files
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A copy of the sample project."""
-    copy = tmp_path / "project"
-    shutil.copytree(SAMPLE, copy, ignore=shutil.ignore_patterns("patchcl", "data", "classifiers"))
-    return copy
 
 
 def export(folder: Path, stains: StainVectors | None) -> Path:
