@@ -191,6 +191,24 @@ class Nuclei:
         )
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What was seen of an image in square cells, which begin at its top left corner.
+
+    ``cell`` is (width, height) of a cell at level 0. One row for each cell with tissue, (N,) int64:
+    ``rows`` and ``cols`` say which it is; ``points`` of tissue in it were looked at; ``doubt`` is
+    the sum of their entropies, in thousandths of a bit; ``nuclei`` have their centroid in it. Whole
+    numbers add up to the same however an image is cut into tiles.
+    """
+
+    cell: tuple[float, float]
+    rows: NDArray[np.int64]
+    cols: NDArray[np.int64]
+    points: NDArray[np.int64]
+    doubt: NDArray[np.int64]
+    nuclei: NDArray[np.int64]
+
+
 def tile_to_grid(polygons: Polygons, tile: Tile) -> Polygons:
     """Tile-local polygons, on the working grid."""
     origin = np.array([tile.read.col0, tile.read.row0], dtype=np.float64)

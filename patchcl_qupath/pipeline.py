@@ -28,7 +28,8 @@ from patchcl_qupath.project import Project
 from patchcl_qupath.report import OVERVIEW_MPP, draw_holes, write_preview
 from patchcl_qupath.runs import Seconds, TileStore, map_tiles, timed, write_run
 from patchcl_qupath.slide import Slide
-from patchcl_qupath.storage import digest
+from patchcl_qupath.storage import digest, write_survey
+from patchcl_qupath.survey import merge
 from patchcl_qupath.tiles import plan
 from patchcl_qupath.tilework import TileContext, context_px, segment_tile
 
@@ -174,6 +175,9 @@ class Run:
             results = self.project.write(
                 entry, store.nuclei(done), count, self.config.result, about
             )
+        if done:
+            survey_file = self.project.output / "surveys" / f"{entry.id}.parquet"
+            write_survey(survey_file, merge(store.surveys(done)))
         preview = self.project.output / "previews" / f"{entry.id}.png"
         with timed(seconds, "preview"):
             overview = slide.thumbnail(OVERVIEW_MPP) if holes else None

@@ -26,6 +26,7 @@ from patchcl_qupath.tiles import (
 
 _SCALE_CROPS = 24  # crops that the stain range is taken from
 _SCALE_CROP_PX = 256
+_FORM = 2  # of what is kept of a finished tile
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class PreparedImage:
         region = None if self.region is None else digest(shapely.to_wkb(self.region, hex=True))
         return {
             **facts,
+            "form": _FORM,
             "bytes": stat.st_size,
             "modified_ns": stat.st_mtime_ns,
             "region": region,

@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from patchcl_qupath.config import CLUSTERS
-from patchcl_qupath.datatypes import Nuclei, Polygons, Tile
+from patchcl_qupath.datatypes import Nuclei, Polygons, Survey, Tile
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
 from patchcl_qupath.storage import (
     count_nuclei,
     digest,
     read_nuclei,
     read_polygons,
+    read_tile_survey,
     to_parquet,
     write_bytes,
     write_json,
@@ -41,7 +42,7 @@ from patchcl_qupath.storage import (
 
 Context = TypeVar("Context")
 Seconds = dict[str, float]  # by stage
-TileTask = Callable[[Context, Tile], tuple[Nuclei, Seconds]]
+TileTask = Callable[[Context, Tile], tuple[Nuclei, Survey, Seconds]]
 
 ATTEMPTS = 3  # at a tile, before it is left out
 _GONE = (
@@ -72,9 +73,9 @@ class TileStore:
         """Where a finished tile's nuclei are."""
         return self.folder / "tiles" / f"{tile.name}.parquet"
 
-    def write(self, tile: Tile, nuclei: bytes) -> None:
-        """Keep a tile's nuclei, as ``to_parquet`` makes them; from now on it is finished."""
-        write_bytes(self.path(tile), nuclei)
+    def write(self, tile: Tile, content: bytes) -> None:
+        """Keep what ``to_parquet`` made of a tile; from now on it is finished."""
+        write_bytes(self.path(tile), content)
 
     def missing(self, tiles: Sequence[Tile]) -> list[Tile]:
         """The tiles that are still to do."""
@@ -92,6 +93,10 @@ class TileStore:
     def polygons(self, tiles: Sequence[Tile]) -> Iterator[Polygons]:
         """Their outlines alone."""
         return (read_polygons(self.path(tile)) for tile in tiles)
+
+    def surveys(self, tiles: Sequence[Tile]) -> Iterator[Survey]:
+        """What was seen where, of each."""
+        return (read_tile_survey(self.path(tile)) for tile in tiles)
 
 
 def _same(plan_file: Path, plan: dict[str, Any]) -> bool:
@@ -210,7 +215,7 @@ def map_tiles(
     on_done: Callable[[], None],
     on_failed: Callable[[Tile, Exception], None],
 ) -> Seconds:
-    """Run ``task(context, tile)`` for each tile and store its nuclei; -> worker seconds by stage.
+    """Run ``task(context, tile)`` for each tile, store what it found; -> worker seconds by stage.
 
     ``on_done`` is called after each tile; ``on_failed`` in its place for one that failed
     ``ATTEMPTS`` times, with the last error. What they raise ends the map; finished tiles stay.
@@ -239,12 +244,12 @@ def map_tiles(
             for future in batch:
                 tile = submitted.pop(future)
                 try:
-                    nuclei, seconds = future.result()
+                    content, seconds = future.result()
                 except Exception as error:
                     on_failed(tile, _of_tile(error, future))
                     continue
                 with timed(seconds, "store"):
-                    store.write(tile, nuclei)
+                    store.write(tile, content)
                 for stage in seconds:
                     total[stage] = total.get(stage, 0.0) + seconds[stage]
                 on_done()
@@ -261,9 +266,9 @@ def _unpack(context: bytes) -> Any:
 
 
 def _do(task: TileTask[Context], context: Context, tile: Tile) -> tuple[bytes, Seconds]:
-    nuclei, seconds = task(context, tile)
+    nuclei, survey, seconds = task(context, tile)
     with timed(seconds, "encode"):
-        return to_parquet(nuclei), seconds
+        return to_parquet(nuclei, survey), seconds
 
 
 def _of_tile(error: Exception, future: Any) -> Exception:

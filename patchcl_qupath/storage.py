@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import Nuclei, Polygons
+from patchcl_qupath.datatypes import Nuclei, Polygons, Survey
 from patchcl_qupath.errors import StorageError
 
 _FULL = "make room and run again, finished tiles are kept"
@@ -169,10 +170,13 @@ def _polygons(table: pa.Table) -> Polygons:
     return np.asarray(shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False)), object)
 
 
-def to_parquet(nuclei: Nuclei) -> bytes:
-    """Nuclei as the content of a parquet file."""
+def to_parquet(nuclei: Nuclei, survey: Survey) -> bytes:
+    """A tile's nuclei as the content of a parquet file, with its survey in the header."""
+    table = to_table(nuclei)
+    columns = {name: values.tolist() for name, values in _columns(survey).items()}
+    header = table.schema.metadata | {"survey": json.dumps([survey.cell, columns])}
     sink = pa.BufferOutputStream()
-    pq.write_table(to_table(nuclei), sink, compression="zstd")
+    pq.write_table(table.replace_schema_metadata(header), sink, compression="zstd")
     return bytes(sink.getvalue())
 
 
@@ -195,3 +199,27 @@ def read_polygons(path: Path) -> Polygons:
 def count_nuclei(path: Path) -> int:
     """How many nuclei a parquet file holds, without reading them."""
     return int(pq.read_metadata(path).num_rows)
+
+
+def _columns(survey: Survey) -> dict[str, NDArray[np.int64]]:
+    return {name: values for name, values in vars(survey).items() if name != "cell"}
+
+
+def read_tile_survey(path: Path) -> Survey:
+    """The survey in the header of a tile's file."""
+    cell, columns = json.loads(pq.read_schema(path).metadata[b"survey"])
+    return Survey(tuple(cell), **{name: np.array(v, np.int64) for name, v in columns.items()})
+
+
+def write_survey(path: Path, survey: Survey) -> None:
+    """Write an image's survey as a parquet file."""
+    table = pa.table(_columns(survey)).replace_schema_metadata({"cell": json.dumps(survey.cell)})
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_survey(path: Path) -> Survey:
+    """The inverse of ``write_survey``."""
+    table = pq.read_table(path)
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    return Survey(tuple(json.loads(table.schema.metadata[b"cell"])), **columns)

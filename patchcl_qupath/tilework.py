@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
-from patchcl_qupath.datatypes import Nuclei, Tile
+from patchcl_qupath.datatypes import Nuclei, Survey, Tile
 from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.nuclei import centroids, mean_hematoxylin, nuclei_of_tile, to_level0
 from patchcl_qupath.prepare import PreparedImage
 from patchcl_qupath.runs import Seconds, timed
 from patchcl_qupath.segment import context_um, instances
 from patchcl_qupath.slide import Slide
+from patchcl_qupath.survey import CELL_STEPS, entropy, merge, step_px
 from patchcl_qupath.tiles import inside, inside_region
 
 
@@ -33,8 +36,8 @@ class TileContext:
     engine: str
 
 
-def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
-    """One tile, from pixels to the nuclei that it owns, at level 0."""
+def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Survey, Seconds]:
+    """One tile, from pixels to the nuclei that it owns, at level 0; and how sure it was of them."""
     image, slide, model = context.image, context.image.slide, context.model
     assert image.scale is not None, "an image without tissue has no tiles"
     settings = context.config.segment
@@ -61,6 +64,45 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Seconds]:
             *(labels, mine, rgb, probability, tile, slide.grid_mpp),
             *(model.threshold, image.stains),
         )
-        nuclei = nuclei[nuclei.measurements["Solidity"] >= settings.min_solidity]
-        nuclei = to_level0(nuclei, slide.downsample, image.id)
-    return nuclei, seconds
+        compact = nuclei.measurements["Solidity"] >= settings.min_solidity
+        nuclei = to_level0(nuclei[compact], slide.downsample, image.id)
+        survey = _survey(image, tile, probability, rows[mine][compact], cols[mine][compact])
+    return nuclei, survey, seconds
+
+
+def _survey(
+    image: PreparedImage,
+    tile: Tile,
+    probability: NDArray[np.float32],
+    nucleus_rows: NDArray[np.int64],
+    nucleus_cols: NDArray[np.int64],
+) -> Survey:
+    """What is in doubt in a tile's write box, and where its nuclei are: (N,) rows and columns.
+
+    ``probability`` covers the tile's read box.
+    """
+    step, box = step_px(image.slide.mpp), tile.write
+    rows, cols = (
+        axis.ravel()
+        for axis in np.mgrid[
+            -(-box.row0 // step) * step : box.row1 : step,
+            -(-box.col0 // step) * step : box.col1 : step,
+        ]
+    )
+    looked = inside(image.tissue, image.tissue_px, rows, cols)
+    if image.region is not None:
+        looked &= inside_region(image.region, box, rows, cols)
+    rows, cols = rows[looked], cols[looked]
+    doubt = entropy(probability[rows - tile.read.row0, cols - tile.read.col0])
+    cell_px = CELL_STEPS * step
+    x, y = image.slide.downsample
+    one, none = np.ones_like(rows), np.zeros_like(nucleus_rows)
+    points = Survey(
+        (cell_px * x, cell_px * y),
+        np.concatenate([rows, nucleus_rows]) // cell_px,
+        np.concatenate([cols, nucleus_cols]) // cell_px,
+        np.concatenate([one, none]),
+        np.concatenate([doubt, none]),
+        np.concatenate([np.zeros_like(rows), np.ones_like(none)]),
+    )
+    return merge([points])

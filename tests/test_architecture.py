@@ -12,7 +12,7 @@ FLOORS = [  # a module imports from the floors below its own only
     {"pipeline", "score", "doctor"},
     {"fields", "tilework", "outcome"},
     {"prepare", "truth"},
-    {"project", "slide", "tiles", "segment", "runs", "evaluate", "report"}
+    {"project", "slide", "tiles", "segment", "runs", "evaluate", "report", "survey"}
     | {"patchcl", "selftrain", "cdcl"},
     {"model", "contrast", "pseudo", "teaching"},
     {"engines"},

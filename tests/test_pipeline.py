@@ -28,7 +28,8 @@ from patchcl_qupath.prepare import prepare
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.slide import Slide
 from patchcl_qupath.stains import densities
-from patchcl_qupath.storage import read_nuclei
+from patchcl_qupath.storage import read_nuclei, read_survey
+from patchcl_qupath.survey import entropy, fields, step_px
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 
@@ -65,20 +66,55 @@ def matched(these, those, iou):
 
 
 @pytest.fixture(scope="session")
-def untiled(model, client, tmp_path_factory):
+def whole(model, client, tmp_path_factory):
     folder = tmp_path_factory.mktemp("untiled") / "project"
     copy_sample(folder)
     result, nuclei = segment(folder, model, client, tile_px=10_000)
     assert result.tiles == 1
-    return nuclei
+    return nuclei, read_survey(folder / "patchcl" / "surveys" / "1.parquet")
+
+
+@pytest.fixture(scope="session")
+def untiled(whole):
+    return whole[0]
 
 
 @pytest.mark.parametrize("tile_px", [300, 512, 1000])
-def test_tiled_equals_untiled(model, client, project_folder, untiled, tile_px):
+def test_tiled_equals_untiled(model, client, project_folder, whole, tile_px):
+    untiled, seen = whole
     result, nuclei = segment(project_folder, model, client, tile_px=tile_px)
     assert result.tiles > 4
     assert len(nuclei) == len(untiled) > 1000
     assert matched(nuclei.polygons, untiled.polygons, iou=0.99) == len(untiled)
+    survey = read_survey(project_folder / "patchcl" / "surveys" / "1.parquet")
+    for name in ("rows", "cols", "points", "doubt", "nuclei"):
+        np.testing.assert_array_equal(getattr(survey, name), getattr(seen, name), name)
+
+
+def test_the_survey_says_where_tissue_nuclei_and_doubts_are(model, client, project_folder, whole):
+    nuclei, survey = whole
+    assert survey.nuclei.sum() == len(nuclei)
+    result, _ = segment(project_folder, model, client)
+    mm2 = survey.points.sum() * (step_px(0.5) * 0.0005) ** 2
+    assert mm2 == pytest.approx(result.tissue_mm2, rel=0.02)
+
+    (entry,) = open_project(SAMPLE).images()
+    image = prepare(entry, QUICK)
+    found = fields(survey)
+    assert found.size == pytest.approx((512, 512), rel=0.02)
+    fullest = np.argmax(found.nuclei)
+    x, y = found.x[fullest], found.y[fullest]
+    box = shapely.box(x, y, x + found.size[0], y + found.size[1])
+    assert found.nuclei[fullest] == pytest.approx(
+        shapely.contains(box, shapely.centroid(nuclei.polygons)).sum(), rel=0.02
+    )
+    scale = image.slide.downsample
+    row, col = round(y / scale[1]), round(x / scale[0])
+    shape = image.slide.shape
+    square = Box(row, col, min(row + 512, shape[0]), min(col + 512, shape[1]))
+    outer = square.grow(128, shape)
+    p = confidence(model, image.slide.read(outer), image.scale).nucleus[square.within(outer)]
+    assert found.doubt[fullest] == pytest.approx(entropy(p).mean() / 1000, rel=0.1)
 
 
 def test_engines_find_the_same_nuclei(model, client, project_folder, untiled):

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 import shapely
 
-from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.datatypes import Nuclei, Survey
 from patchcl_qupath.errors import StorageError
 from patchcl_qupath.storage import (
     alone,
     count_nuclei,
     read_nuclei,
+    read_survey,
+    read_tile_survey,
     replacing,
     sweep,
     to_parquet,
     write_bytes,
+    write_survey,
     writing,
 )
 
@@ -29,8 +32,11 @@ def some_nuclei(n):
     return Nuclei(polygons, {"Area µm^2": np.arange(n, dtype=np.float32)}, ids)
 
 
+SURVEY = Survey((256.5, 255.25), *np.arange(15).reshape(5, 3))
+
+
 def write_nuclei(path, nuclei):
-    write_bytes(path, to_parquet(nuclei))
+    write_bytes(path, to_parquet(nuclei, SURVEY))
 
 
 @pytest.mark.parametrize("n", [0, 7])
@@ -43,6 +49,19 @@ def test_nuclei_survive_parquet(tmp_path, n):
     assert list(back.measurements) == ["Area µm^2"]
     np.testing.assert_array_equal(back.measurements["Area µm^2"], np.arange(n))
     np.testing.assert_array_equal(back.uuids, nuclei.uuids)
+
+
+def same(one, other):
+    return one.cell == other.cell and all(
+        np.array_equal(vars(one)[name], vars(other)[name]) for name in vars(one)
+    )
+
+
+def test_surveys_survive_parquet(tmp_path):
+    write_nuclei(tmp_path / "tile.parquet", some_nuclei(2))
+    assert same(read_tile_survey(tmp_path / "tile.parquet"), SURVEY)
+    write_survey(tmp_path / "image.parquet", SURVEY)
+    assert same(read_survey(tmp_path / "image.parquet"), SURVEY)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -1,0 +1,88 @@
+"""Which parts of an image deserve a look: where nuclei are many, few, or in doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchcl_qupath.datatypes import Survey
+
+STEP_UM = 4.0  # from one point that is looked at to the next, about
+CELL_STEPS = 16  # a cell is so many steps wide, ...
+FIELD_CELLS = 4  # ... and a field so many cells: 256 um
+
+
+def step_px(mpp: float) -> int:
+    """Working px from one point that is looked at to the next."""
+    return max(1, round(STEP_UM / mpp))
+
+
+def entropy(probability: NDArray[np.float32]) -> NDArray[np.int64]:
+    """What is not known of pixels that are nucleus with a probability, in thousandths of a bit."""
+    p = np.clip(probability.astype(np.float64), 1e-9, 1 - 1e-9)
+    return np.rint(-1000 * (p * np.log2(p) + (1 - p) * np.log2(1 - p))).astype(np.int64)
+
+
+def merge(surveys: Iterable[Survey]) -> Survey:
+    """One survey from several, as an image's from those of its tiles: at least one.
+
+    A cell may occur several times. Cells come row by row.
+    """
+    parts = list(surveys)
+    rows, cols, *sums = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("rows", "cols", "points", "doubt", "nuclei")
+    )
+    cells, which = np.unique(np.stack([rows, cols], axis=1), axis=0, return_inverse=True)
+    totals = np.zeros((len(sums), len(cells)), dtype=np.int64)
+    for total, values in zip(totals, sums, strict=True):
+        np.add.at(total, which, values)
+    return Survey(parts[0].cell, cells[:, 0], cells[:, 1], *totals)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Square fields of an image, of ``FIELD_CELLS`` cells a side, side by side; (N,) each.
+
+    ``x``, ``y`` of their top left corners and ``size`` (width, height) are in px at level 0.
+    ``tissue`` is the share of each that is tissue; ``doubt`` the mean entropy of tissue in it, in
+    bits; ``nuclei`` their number.
+    """
+
+    size: tuple[float, float]
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    tissue: NDArray[np.float64]
+    doubt: NDArray[np.float64]
+    nuclei: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def fields(survey: Survey) -> Fields:
+    """The fields with tissue of an image, row by row."""
+    whole = merge(
+        [
+            Survey(
+                (survey.cell[0] * FIELD_CELLS, survey.cell[1] * FIELD_CELLS),
+                survey.rows // FIELD_CELLS,
+                survey.cols // FIELD_CELLS,
+                survey.points,
+                survey.doubt,
+                survey.nuclei,
+            )
+        ]
+    )
+    width, height = whole.cell
+    return Fields(
+        whole.cell,
+        (whole.cols * width).astype(np.float64),
+        (whole.rows * height).astype(np.float64),
+        whole.points / (CELL_STEPS * FIELD_CELLS) ** 2,
+        whole.doubt / np.maximum(whole.points, 1) / 1000,
+        whole.nuclei,
+    )
