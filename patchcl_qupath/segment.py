@@ -9,6 +9,8 @@ the same pixels in each tile that sees it whole. No step here looks at the tile 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -47,9 +49,9 @@ def instances(
     """
     mask = _mask(confidence > threshold, mpp, config)
     height = _height(mask, core, mpp, config)
-    summit = _climb(height, mask, config.marker_radius_um / mpp)
-    summit = _merge_shallow(summit, height, mask, config.min_saddle_depth_um)
-    return _number(summit, core, mpp, config)
+    basins = _climb(height, mask, config.marker_radius_um / mpp)
+    basins = _merge_shallow(basins, height, config.min_saddle_depth_um)
+    return _number(basins, core, mpp, config)
 
 
 def _mask(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDArray[np.bool_]:
@@ -70,7 +72,7 @@ def _height(
     mask: NDArray[np.bool_], core: NDArray[np.float32] | None, mpp: float, config: SegmentConfig
 ) -> NDArray[np.float32]:
     """The landscape to climb: the depth inside the mask, in um, higher in cores; smoothed."""
-    depth = np.minimum(ndimage.distance_transform_edt(mask) * mpp, config.max_depth_um)
+    depth = np.minimum(_distance(mask, config.max_depth_um / mpp) * mpp, config.max_depth_um)
     if core is not None:
         depth += config.core_um * core
     return np.asarray(
@@ -78,10 +80,33 @@ def _height(
     )
 
 
+def _distance(mask: NDArray[np.bool_], most: float) -> NDArray[np.float64]:
+    """Distance (H, W) to the nearest pixel outside the mask; exact up to ``most``, and no less.
+
+    By columns, then by rows (as A. Meijster et al., 2000), but no farther than needed: three times
+    as fast as a whole transform.
+    """
+    reach = int(np.ceil(most))
+    far = reach + 1
+    small = np.int16 if 2 * far**2 < 2**15 else np.int32  # half the memory, twice as fast
+    down = np.where(mask, small(far), small(0))
+    for row in range(1, len(down)):
+        np.minimum(down[row], down[row - 1] + small(1), out=down[row])
+    for row in range(len(down) - 2, -1, -1):
+        np.minimum(down[row], down[row + 1] + small(1), out=down[row])
+    down *= down
+    square, farther = down.copy(), np.empty_like(down)
+    for step in range(1, min(reach + 1, down.shape[1])):
+        np.add(down, small(step**2), out=farther)
+        np.minimum(square[:, step:], farther[:, :-step], out=square[:, step:])
+        np.minimum(square[:, :-step], farther[:, step:], out=square[:, :-step])
+    return np.asarray(np.sqrt(np.arange(2 * far**2 + 1))[square], np.float64)
+
+
 def _climb(
     height: NDArray[np.float32], mask: NDArray[np.bool_], radius_px: float
-) -> NDArray[np.int64]:
-    """Each mask pixel's summit, as 1 + its flat index in the padded map; 0 outside the mask.
+) -> NDArray[np.int32]:
+    """Each mask pixel's basin (H, W): 1..N, in the order of their summits; 0 outside the mask.
 
     A summit is a pixel with no higher one within ``radius_px`` in its connected piece; of equally
     high pixels the one with the larger (row, col) counts as higher. Every step goes up in that
@@ -90,71 +115,67 @@ def _climb(
     margin = int(np.ceil(radius_px)) + 1
     pieces, _ = ndimage.label(mask, _CROSS)
     width = mask.shape[1] + 2 * margin
-    land = np.pad(height, margin).ravel()
     piece = np.pad(pieces, margin).ravel()
     pixels = np.flatnonzero(piece)
+    # Heights are not negative, so that they sort as their bits do; the place breaks ties.
+    rank = np.full(piece.size, -1, dtype=np.int64)
+    bits = height[mask].view(np.int32).astype(np.int64)
+    rank[pixels] = bits << 32 | pixels
 
-    parent = np.arange(land.size)
-    parent[pixels] = _highest(pixels, land, piece, _steps(1.5, width))
-    peaks = pixels[parent[pixels] == pixels]  # higher than their neighbours, but farther out?
-    parent[peaks] = _highest(peaks, land, piece, _steps(radius_px, width))
-    summit = np.zeros(land.size, dtype=np.int64)
-    summit[pixels] = 1 + _roots(parent, pixels)
-    return summit.reshape(-1, width)[margin:-margin, margin:-margin]
+    parent = _highest(pixels, rank, piece, _steps(1.5, width))
+    peaks = parent == pixels  # higher than their neighbours, but farther out?
+    parent[peaks] = _highest(pixels[peaks], rank, piece, _steps(radius_px, width))
+    place = np.empty(piece.size, dtype=np.int32)
+    place[pixels] = np.arange(len(pixels))
+    root = _roots(place[parent])
+    number = np.cumsum(root == np.arange(len(pixels)), dtype=np.int32)
+    basins = np.zeros(mask.shape, dtype=np.int32)
+    basins[mask] = number[root]
+    return basins
 
 
 def _highest(
     pixels: NDArray[np.int64],
-    land: NDArray[np.float32],
+    rank: NDArray[np.int64],
     piece: NDArray[np.int32],
     steps: NDArray[np.int64],
 ) -> NDArray[np.int64]:
     """For each pixel, the highest of itself and its neighbours of the same piece."""
-    best = pixels.copy()
-    best_height = land[pixels]
+    best = rank[pixels]
     own_piece = piece[pixels]
     for step in steps:  # a few dozen at most; all pixels at once
         there = pixels + step
-        there_height = land[there]
-        higher = (there_height > best_height) | ((there_height == best_height) & (there > best))
-        higher &= piece[there] == own_piece
-        best[higher] = there[higher]
-        best_height[higher] = there_height[higher]
-    return best
+        np.maximum(best, rank[there], out=best, where=piece[there] == own_piece)
+    return best & 0xFFFFFFFF
 
 
-def _roots(parent: NDArray[np.int64], start: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Follow ``parent`` to the end, doubling the stride each time round."""
+def _roots(parent: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+    """Where each chain of parents (N,) ends, by strides that double each time round."""
     while True:
         grandparent = parent[parent]
         if np.array_equal(grandparent, parent):
-            return parent[start]
+            return parent
         parent = grandparent
 
 
 def _merge_shallow(
-    summit: NDArray[np.int64],
-    height: NDArray[np.float32],
-    mask: NDArray[np.bool_],
-    min_depth_um: float,
-) -> NDArray[np.int64]:
+    basins: NDArray[np.int32], height: NDArray[np.float32], min_depth_um: float
+) -> NDArray[np.int32]:
     """Join a nucleus to its higher neighbour where hardly a saddle parts them.
 
     The saddle between two is the highest pass along their common border. A summit that rises less
     than ``min_depth_um`` above its highest saddle is a bump on its neighbour's flank.
     """
-    names, basin = np.unique(summit[mask], return_inverse=True)
-    basins = np.zeros(mask.shape, dtype=np.int64)
-    basins[mask] = basin
-    peak = np.full(len(names), -np.inf, dtype=np.float32)
-    np.maximum.at(peak, basin, height[mask])
+    inside = np.flatnonzero(basins)
+    peak = np.full(basins.max(initial=0) + 1, -np.inf, dtype=np.float32)
+    np.maximum.at(peak, basins.ravel()[inside], height.ravel()[inside])
 
     pairs, passes = [], []
     for a, b in (
         (np.s_[:, :-1], np.s_[:, 1:]),
         (np.s_[:-1], np.s_[1:]),
     ):
-        border = (basins[a] != basins[b]) & mask[a] & mask[b]
+        border = (basins[a] != basins[b]) & (basins[a] > 0) & (basins[b] > 0)
         ab = np.stack([basins[a][border], basins[b][border]], axis=-1)
         pairs += [ab, ab[:, ::-1]]
         passes += [np.minimum(height[a][border], height[b][border])] * 2
@@ -164,26 +185,24 @@ def _merge_shallow(
     uphill = (peak[high] > peak[low]) | ((peak[high] == peak[low]) & (high > low))
     shallow = uphill & (peak[low] - saddle < min_depth_um)
     low, high, saddle = low[shallow], high[shallow], saddle[shallow]
-    parent = np.arange(len(names))
+    parent = np.arange(len(peak), dtype=np.int32)
     order = np.lexsort([high, saddle])  # the highest saddle is written last, and stays
     parent[low[order]] = high[order]
-    merged = np.zeros_like(summit)
-    merged[mask] = names[_roots(parent, np.arange(len(names)))][basin]
-    return merged
+    return np.asarray(_roots(parent)[basins], np.int32)
 
 
 def _number(
-    summit: NDArray[np.int64], core: NDArray[np.float32] | None, mpp: float, config: SegmentConfig
+    basins: NDArray[np.int32], core: NDArray[np.float32] | None, mpp: float, config: SegmentConfig
 ) -> NDArray[np.int32]:
-    """Labels 1..N for the pixels of each summit, without those of the wrong size or no core."""
-    pixels = np.flatnonzero(summit)
-    order = np.argsort(summit.ravel()[pixels], kind="stable")  # by nucleus, then row by row
+    """Labels 1..N for the pixels of each basin, without those of the wrong size or no core."""
+    pixels = np.flatnonzero(basins)
+    order = np.argsort(basins.ravel()[pixels], kind="stable")  # by nucleus, then row by row
     pixels = pixels[order]
-    start = np.flatnonzero(np.diff(summit.ravel()[pixels], prepend=0))
+    start = np.flatnonzero(np.diff(basins.ravel()[pixels], prepend=0))
     count = np.diff(start, append=len(pixels))
-    labels = np.zeros(summit.size, dtype=np.int32)
+    labels = np.zeros(basins.size, dtype=np.int32)
     if len(start):
-        rows, cols = np.divmod(pixels, summit.shape[1])
+        rows, cols = np.divmod(pixels, basins.shape[1])
         tall = rows[start + count - 1] - rows[start] + 1
         wide = np.maximum.reduceat(cols, start) - np.minimum.reduceat(cols, start) + 1
         area = count * mpp**2
@@ -192,7 +211,7 @@ def _number(
         if core is not None:
             keep &= np.maximum.reduceat(core.ravel()[pixels], start) >= config.min_core
         labels[pixels] = np.repeat(np.where(keep, np.cumsum(keep), 0), count)
-    return labels.reshape(summit.shape)
+    return labels.reshape(basins.shape)
 
 
 def _disc(radius: float) -> NDArray[np.bool_]:
