@@ -177,8 +177,8 @@ def _edges(padded: Labels) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         4 * pixel + (way + 1) % 4,
         np.where(straight, 4 * front + way, 4 * front_left + (way - 1) % 4),
     )
-    index = np.empty(4 * len(flat), dtype=np.int64)
-    index[edge] = np.arange(len(edge))
+    index = np.empty(4 * len(flat), dtype=np.int32)
+    index[edge] = np.arange(len(edge), dtype=np.int32)
     return edge, index[follower]
 
 
@@ -291,7 +291,7 @@ def shape_measurements(polygons_um: Polygons) -> dict[str, NDArray[np.float64]]:
         "Length µm": length,
         "Circularity": 4 * np.pi * area / length**2,
         "Solidity": area / shapely.area(hulls),
-        "Max diameter µm": 2 * shapely.minimum_bounding_radius(polygons_um),
+        "Max diameter µm": 2 * shapely.minimum_bounding_radius(hulls),
         "Min diameter µm": _min_width(hulls),
     }
 

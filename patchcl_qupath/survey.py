@@ -36,11 +36,11 @@ def merge(surveys: Iterable[Survey]) -> Survey:
         np.concatenate([getattr(part, name) for part in parts])
         for name in ("rows", "cols", "points", "doubt", "nuclei")
     )
-    cells, which = np.unique(np.stack([rows, cols], axis=1), axis=0, return_inverse=True)
+    cells, which = np.unique(rows << 32 | cols, return_inverse=True)
     totals = np.zeros((len(sums), len(cells)), dtype=np.int64)
     for total, values in zip(totals, sums, strict=True):
         np.add.at(total, which, values)
-    return Survey(parts[0].cell, cells[:, 0], cells[:, 1], *totals)
+    return Survey(parts[0].cell, cells >> 32, cells & 0xFFFFFFFF, *totals)
 
 
 @dataclass(frozen=True)

@@ -122,12 +122,12 @@ class _Chunks:
 
 def _features(nuclei: Nuclei, properties: str) -> Iterator[str]:
     """One GeoJSON Feature a nucleus, as QuPath 0.4 and later read them."""
-    names = [json.dumps(name, ensure_ascii=False) for name in nuclei.measurements]
+    quoted = (json.dumps(name, ensure_ascii=False) for name in nuclei.measurements)
+    measured = ", ".join(f"{name.replace('%', '%%')}: %.6g" for name in quoted)  # for a whole row
     rows = zip(*(values.tolist() for values in nuclei.measurements.values()), strict=True)
     geometries = shapely.to_geojson(nuclei.polygons)
     for uuid, geometry, row in zip(nuclei.uuids.tolist(), geometries, rows, strict=True):
-        measured = ", ".join(f"{name}: {value:.6g}" for name, value in zip(names, row, strict=True))
         yield (
             f'{{"type": "Feature", "id": "{uuid}", "geometry": {geometry}, '
-            f'"properties": {properties}, "measurements": {{{measured}}}}}}}'
+            f'"properties": {properties}, "measurements": {{{measured % row}}}}}}}'
         )
