@@ -123,10 +123,11 @@ class SelfTrainConfig:
     min_confidence: float = 0.3  # PatchCL's, on average
     min_area_um2: float = 5.0
     max_area_um2: float = 220.0
-    min_fragment: float = 0.2  # smaller ones, beside the slide's typical nucleus, are in doubt
+    min_fragment: float = 0.4  # smaller ones, beside the slide's typical nucleus, are in doubt
     min_solidity: float = 0.75  # worth nothing below that, and its full area at .2 more
     min_clump_um2: float = 500.0  # a larger dark clump should fall into nuclei, ...
-    min_covered: float = 0.2  # ... so much of it at least, or it is something else
+    max_circularity: float = 0.2  # ... and so should one with a longer rim, a strand, ...
+    min_covered: float = 0.15  # ... so much of it at least, or it is something else
     min_edge: float = 0.35  # slope along the rim, of the 95th percentile of the slope
 
     def __post_init__(self) -> None:

@@ -43,21 +43,27 @@ def pseudo_labels(
     dark = otsu(pixels)
     steep = max(float(np.percentile(_all(slopes), 95)), 1e-6)
     levels = np.linspace(config.lowest * dark, np.percentile(pixels, 99.5), config.levels)
-    answers = []
-    for d, slope, confidence in zip(densities, slopes, confidences, strict=True):
+    found, clumps, backgrounds = [], [], []
+    for d, slope in zip(densities, slopes, strict=True):
         mean, deviation = _surroundings(d, config.around_um / mpp)
         mask = (d > mean + config.excess * deviation) & (d > config.floor * dark)
         for _ in range(2):
             mask = ndimage.binary_closing(ndimage.binary_opening(mask, _CROSS), _CROSS)
-        background = ~mask & ((d < dark) | (d < mean))
         components = [_components(mask & (d > level), mpp, config) for level in levels]
         values = [_values(labels, slope / steep, mpp, config) for labels in components]
-        labels = _best(components, values)
-        strange = _strange(components[0], labels, mpp, config)
-        labels, background = np.where(strange, 0, labels), background | strange
+        found.append(_best(components, values))
+        clumps.append(components[0])
+        backgrounds.append(~mask & ((d < dark) | (d < mean)))
+    found = _without_fragments(found, config.min_fragment)
+    answers = []
+    for labels, clump, background, confidence in zip(
+        found, clumps, backgrounds, confidences, strict=True
+    ):
+        strange = _strange(clump, labels, mpp, config)
+        labels = np.where(strange, 0, labels)
         sure = _mean_inside(labels, confidence) >= config.min_confidence
-        answers.append((_only(labels, sure), background & (labels == 0)))
-    return _without_fragments(answers, config.min_fragment)
+        answers.append((_only(labels, sure), (background | strange) & (labels == 0)))
+    return answers
 
 
 def density(stains: Stains, mpp: float, config: SelfTrainConfig) -> NDArray[np.float32]:
@@ -106,35 +112,43 @@ def _only(labels: NDArray[np.int32], keep: NDArray[np.bool_]) -> NDArray[np.int3
     return np.where(keep, np.cumsum(keep), 0).astype(np.int32)[labels]
 
 
+def _without_fragments(crops: list[NDArray[np.int32]], least: float) -> list[NDArray[np.int32]]:
+    """Labels (H, W) of each crop, without those that are small beside the slide's typical nucleus.
+
+    Typical is the area that half of all labelled pixels lie in nuclei larger than.
+    """
+    areas = [np.bincount(labels.ravel()) for labels in crops]
+    every = np.sort(np.concatenate([area[1:] for area in areas]))
+    if not len(every):
+        return crops
+    typical = every[np.searchsorted(np.cumsum(every), every.sum() / 2)]
+    return [
+        _only(labels, area >= least * typical) for labels, area in zip(crops, areas, strict=True)
+    ]
+
+
 def _strange(
     clumps: NDArray[np.int32], labels: NDArray[np.int32], mpp: float, config: SelfTrainConfig
 ) -> NDArray[np.bool_]:
     """Clumps (H, W) that are dark, but do not fall into nuclei: keratin, ink, pigment, folds.
 
-    They are larger than a nucleus, and little of them is in what looks like one. The network is
+    They are far larger than a nucleus, or strands, and little of them is in what looks like a
+    nucleus: keratin, too, falls into convex pieces, but most of these are fragments. The network is
     shown them as what is none.
     """
     area = np.bincount(clumps.ravel())
+    rim = np.bincount(clumps[_rim(clumps)], minlength=len(area))
+    circularity = 4 * np.pi * area / np.maximum(rim, 1) ** 2
     covered = np.bincount(clumps.ravel(), labels.ravel() > 0) / np.maximum(area, 1)
-    strange = (area * mpp**2 > config.min_clump_um2) & (covered < config.min_covered)
+    strange = (area * mpp**2 > config.min_clump_um2) | (circularity < config.max_circularity)
+    strange &= covered < config.min_covered
     strange[0] = False
     return np.asarray(strange[clumps])
 
 
-def _without_fragments(answers: list[Answer], least: float) -> list[Answer]:
-    """Labels that are small beside the slide's typical nucleus are left in doubt.
-
-    Typical is the area that half of all labelled pixels lie in nuclei larger than.
-    """
-    areas = [np.bincount(labels.ravel()) for labels, _ in answers]
-    every = np.sort(np.concatenate([area[1:] for area in areas]))
-    if not len(every):
-        return answers
-    typical = every[np.searchsorted(np.cumsum(every), every.sum() / 2)]
-    return [
-        (_only(labels, area >= least * typical), background)
-        for (labels, background), area in zip(answers, areas, strict=True)
-    ]
+def _rim(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """The outermost pixels (H, W) of components: those that touch the background."""
+    return np.asarray((labels > 0) & (ndimage.grey_erosion(labels, footprint=_CROSS) == 0))
 
 
 def _components(mask: NDArray[np.bool_], mpp: float, config: SelfTrainConfig) -> NDArray[np.int32]:
@@ -151,7 +165,7 @@ def _values(
 ) -> NDArray[np.float64]:
     """What components 0..N are worth as nuclei, (N + 1,); 0, the background, is worth nothing."""
     area = np.bincount(labels.ravel()) * mpp**2
-    rim = (labels > 0) & (ndimage.grey_erosion(labels, footprint=_CROSS) == 0)
+    rim = _rim(labels)
     length = np.bincount(labels[rim], minlength=len(area))
     edge = np.bincount(labels[rim], slope[rim], len(area)) / np.maximum(length, 1)
     possible = (area >= config.min_area_um2) & (area <= config.max_area_um2)

@@ -86,6 +86,23 @@ def test_a_dark_clump_that_falls_into_no_nuclei_is_shown_as_none():
     assert not background[ndimage.binary_erosion(band, iterations=2)].any()
 
 
+def test_a_strand_that_falls_into_beads_is_shown_as_none():
+    """Keratin: small dark knots on one strand, beside a nucleus of full size."""
+    truth = discs((140, 220), [(20, 40, 9), (120, 150, 9), (25, 170, 8)])
+    rows, cols = np.mgrid[:140, :220]
+    course = 70 + 16 * np.sin(cols / 16)
+    strand = (np.abs(rows - course) < 3.5) & (cols > 5) & (cols < 215)
+    knots = [(float(course[0, col]), float(col), 3.2) for col in range(12, 212, 11)]
+    stains, opinion = tissue(np.where(strand, 9, truth).astype(np.int32))
+    stains[..., 0] += 0.4 * ndimage.gaussian_filter((discs(truth.shape, knots) > 0) * 1.0, 0.7)
+    labels, background = find(stains, opinion)
+    assert labels.max() == 3
+    assert background[strand].mean() > 0.95
+    lenient = replace(CONFIG, min_fragment=0.0)
+    labels, _ = find(stains, opinion, lenient)
+    assert len(np.unique(labels[strand])) > 6, "the knots look like nuclei, but for their size"
+
+
 def test_what_patchcl_does_not_see_is_no_pseudo_label():
     truth = discs((100, 100), [(50, 50, 9)])
     stains, opinion = tissue(truth)
