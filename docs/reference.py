@@ -34,7 +34,7 @@ write them into a file of your own, `settings.toml` say,
 
 ```toml
 [slide]
-mpp = 0.5
+tile_px = 2048
 
 [segment]
 min_area_um2 = 8
@@ -55,17 +55,19 @@ their unit: `um` are micrometres, `px` working pixels of `slide.mpp` um. All set
 in `patchcl/runs/<run>/run.json`, those of a model beside it in `patchcl/models`.
 
 A model keeps the settings of `patchcl` and `selftrain` that it was trained with: to try others,
-give `--retrain`, or another name with `--model`. Settings of `slide` and `segment` hold for the run.
+give `--retrain`, or another name with `--model`. Settings of `slide` and `segment` hold for the
+run.
 """
 
 
 def commands_page() -> str:
     """The help of each command."""
     top = click.Context(cli.main, info_name="patchcl-qp", **cli.main.context_settings)
-    wide = {"terminal_width": 92, "max_content_width": 92}
     parts = [COMMANDS]
     for name, command in cli.main.commands.items():
-        context = click.Context(command, parent=top, info_name=name, **wide)
+        context = click.Context(
+            command, parent=top, info_name=name, terminal_width=92, max_content_width=92
+        )
         parts.append(f"## {name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(parts)
 
