@@ -2,7 +2,8 @@
 
     python docs/figures.py
 
-It trains as `make demo` does, about three minutes on two cores, and writes docs/figures/*.jpg.
+It trains as `make demo` does, about three minutes on two cores, and writes docs/figures/*.jpg; but
+for qupath.jpg and field.jpg, which are pictures of QuPath's window.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def lessons(learnt: Learnt) -> Image.Image:
     taught = _tinted(learnt.rgb, background, NONE)
     taught = _tinted(taught, (labels > 0) & ~core, NUCLEUS)
     taught = _tinted(taught, core, (10, 90, 40))
-    names = ["the slide", "confidence of PatchCL", "green: nuclei and cores, blue: none"]
+    names = ["the slide", "confidence of PatchCL", "nuclei and cores, none"]
     return _row([learnt.rgb, _grey(sure), taught], names)
 
 
@@ -160,7 +161,7 @@ def tiles(learnt: Learnt) -> Image.Image:
     pen.line([(x, 0), (x, near.height)], fill=(0, 0, 0), width=2)
     return _row(
         [np.asarray(whole), np.asarray(near)],
-        ["green: a tile, orange: what it reads", "each nucleus belongs to one tile"],
+        ["a tile, what it reads", "each nucleus belongs to one tile"],
     )
 
 
@@ -178,7 +179,7 @@ def cdcl(learnt: Learnt) -> Image.Image:
     kinds = _tinted(learnt.rgb, each >= 1 - settings.pure, NUCLEUS)
     kinds = _tinted(kinds, each <= settings.pure, NONE)
     kinds[::px] = kinds[:, ::px] = 255
-    names = ["the slide", "the teacher is sure: nucleus, none", "patches: nucleus, none, neither"]
+    names = ["the slide", "the teacher is sure", "patches that are compared"]
     return _row([learnt.rgb, sure, kinds], names)
 
 
@@ -206,7 +207,7 @@ def _tinted(rgb: Pixels, mask: NDArray[np.bool_], colour: tuple[int, int, int]) 
 
 def _row(pictures: Sequence[Pixels], names: Sequence[str]) -> Image.Image:
     """Pictures side by side on white, all as high as the highest, a name above each."""
-    font, gap, head = ImageFont.load_default(18), 10, 30
+    font, gap, head = ImageFont.load_default(24), 10, 38
     high = max(ZOOM * SHOWN.shape[0], *(len(picture) for picture in pictures))
     scaled = []
     for pixels in pictures:

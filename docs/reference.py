@@ -34,7 +34,7 @@ write them into a file of your own, `settings.toml` say,
 
 ```toml
 [slide]
-tile_px = 2048
+min_tissue_um2 = 5000
 
 [segment]
 min_area_um2 = 8
