@@ -1,11 +1,13 @@
 # make demo      set up, then learn, segment and write the nuclei of sample_project/
 # make test      set up, then run the tests
 # make check     set up, then run the linters; those of Groovy where there are java and npm
+# make docs      set up, then build the guide into site/, with warnings as errors
+# make wheel     build the wheel, and try it in a clean environment
 # make install   set up only: a virtual environment in .venv
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check docs wheel bench clean
 
 install: .venv/installed
 
@@ -26,8 +28,14 @@ check: install
 	$(BIN)/mypy
 	.ci/groovy
 
+docs: install
+	$(BIN)/mkdocs build --strict --quiet
+
+wheel:
+	PYTHON=$(PYTHON) .ci/wheel
+
 bench: install
 	$(BIN)/python benchmarks/speed.py
 
 clean:
-	rm -rf .venv sample_project/patchcl
+	rm -rf .venv site build sample_project/patchcl

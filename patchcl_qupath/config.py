@@ -50,29 +50,29 @@ class PatchCLConfig:
     """The label-free training. Where a value differs from Boserup & Selvan 2023, theirs is said."""
 
     input: str = "stains"  # what the network sees; paper: rgb
-    channels: int = 4
-    width: int = 8
-    dilations: tuple[int, ...] = (1, 2, 3, 5, 10, 20)
-    similarity: str = "prototypes"  # paper: mse, cross_entropy, cosine or mutual_information
-    temperature: float = 0.1  # paper: 1
+    channels: int = 4  # classes that the network tells apart
+    width: int = 8  # feature maps of each layer
+    dilations: tuple[int, ...] = (1, 2, 3, 5, 10, 20)  # of its pairs of convolutions, in px
+    similarity: str = "prototypes"  # paper: mse, cross_entropy, cosine, mutual_information
+    temperature: float = 0.1  # of the contrast; paper: 1
     inter_weight: float = 1.0  # of the contrast between channels
-    patch_px: int = 24  # paper: 50
-    stride_px: int = 8  # paper: 20
+    patch_px: int = 24  # side of a patch; paper: 50
+    stride_px: int = 8  # from patch to patch; paper: 20
     patches: int = 10  # drawn per crop and channel
-    crop_px: int = 128  # paper: 300
+    crop_px: int = 128  # side of a crop; paper: 300
     batch: int = 10  # crops per step
     blur_um: float = 0.4  # prototypes: detail below this size is no part of the comparison
     around_um: float = 6.0  # prototypes: what counts as the surroundings of a pixel
     excess_weight: float = 12.0  # prototypes: excess over the surroundings against hematoxylin
-    learning_rate: float = 2e-3  # paper: 2e-4
-    weight_decay: float = 1e-4
-    max_steps: int = 400
+    learning_rate: float = 2e-3  # of Adam; paper: 2e-4
+    weight_decay: float = 1e-4  # of Adam
+    max_steps: int = 400  # training ends then at the latest
     patience: int = 50  # steps; training ends when two such spans in a row look alike
-    cooldown_steps: int = 120  # ... after these, at a falling learning rate
+    cooldown_steps: int = 120  # steps after that, at a falling learning rate
     slides: int = 32  # at most so many are learnt from
-    crops: int = 96  # read from them together
+    crops: int = 96  # read from them, together
     source_px: int = 384  # side of each crop that is read
-    seed: int = 0
+    seed: int = 0  # of all that is random, self-training included
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dilations", tuple(self.dilations))
@@ -106,28 +106,28 @@ class SelfTrainConfig:
     """PatchCL's confident nuclei teach the network that parts nuclei: no labels either."""
 
     widths: tuple[int, ...] = (16, 24, 40)  # channels at 1, 2 and 4 px
-    steps: int = 1000
+    steps: int = 1000  # of training
     batch: int = 8  # crops per step
-    crop_px: int = 128
-    learning_rate: float = 3e-3
-    weight_decay: float = 1e-3
+    crop_px: int = 128  # side of a crop
+    learning_rate: float = 3e-3  # of AdamW: up to this in 20 steps, then down to 0
+    weight_decay: float = 1e-3  # of AdamW
     varied_size: float = 1.35  # crops are shown up to so much larger or smaller
     # What is beyond doubt:
     residual: float = 0.2  # share of the residual stain that is taken off hematoxylin
-    blur_um: float = 0.5
+    blur_um: float = 0.5  # detail below this size is smoothed away
     around_um: float = 10.0  # what counts as the surroundings of a pixel
-    excess: float = 0.15  # over their mean, in their standard deviations
-    floor: float = 0.85  # of the slide's threshold
+    excess: float = 0.15  # of a nucleus over their mean, in their standard deviations
+    floor: float = 0.85  # how dark nuclei are at least, of the slide's threshold
     levels: int = 18  # at which the map is cut to find nuclei that stand out
-    lowest: float = 0.8  # of them, of the slide's threshold
+    lowest: float = 0.8  # of these levels, of the slide's threshold
     min_confidence: float = 0.3  # PatchCL's, on average
-    min_area_um2: float = 5.0
-    max_area_um2: float = 220.0
+    min_area_um2: float = 5.0  # smaller ones are specks
+    max_area_um2: float = 220.0  # larger ones are clumps
     min_fragment: float = 0.4  # smaller ones, beside the slide's typical nucleus, are in doubt
     min_solidity: float = 0.75  # worth nothing below that, and its full area at .2 more
-    min_clump_um2: float = 500.0  # a larger dark clump should fall into nuclei, ...
-    max_circularity: float = 0.2  # ... and so should one with a longer rim, a strand, ...
-    min_covered: float = 0.15  # ... so much of it at least, or it is something else
+    min_clump_um2: float = 500.0  # a larger dark clump should fall into nuclei
+    max_circularity: float = 0.2  # and so should a clump below it: a strand
+    min_covered: float = 0.15  # so much of such clumps at least, or they are something else
     min_edge: float = 0.35  # slope along the rim, of the 95th percentile of the slope
 
     def __post_init__(self) -> None:
@@ -140,23 +140,23 @@ class SelfTrainConfig:
 class CDCLConfig:
     """How corrected fields refine a model. Where a value is not the paper's, theirs is said."""
 
-    steps: int = 300
-    labelled: int = 6  # crops per step
-    unlabelled: int = 6
-    crop_px: int = 128
+    steps: int = 300  # of training
+    labelled: int = 6  # crops per step from corrected fields
+    unlabelled: int = 6  # crops per step from all other tissue
+    crop_px: int = 128  # side of a crop
     varied_size: float = 1.35  # crops are shown up to so much larger or smaller
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-3
+    learning_rate: float = 1e-3  # of AdamW, falling to 0
+    weight_decay: float = 1e-3  # of AdamW
     pseudo_weight: float = 1.0  # of the pseudo-labels; paper: none
     patience: float = 0.2  # share of the steps before the teacher is listened to
-    confident: float = 0.9  # the teacher, above this or below 1 - this
-    entropy_weight: float = 0.05
-    contrast_weight: float = 0.1
-    temperature: float = 0.1
+    confident: float = 0.9  # where the teacher is above this or below 1 - this, it is
+    entropy_weight: float = 0.05  # of the student's own doubt
+    contrast_weight: float = 0.1  # of the contrast between patches
+    temperature: float = 0.1  # of that contrast
     dimensions: int = 16  # of the space in which patches are compared
-    patch_px: int = 8  # a multiple of 4
+    patch_px: int = 8  # side of a patch, a multiple of 4
     pure: float = 0.05  # a patch with no more than this of the other kind is of one kind
-    bank_steps: int = 8
+    bank_steps: int = 8  # of which patches are kept to contrast with
     bank_patches: int = 512  # of each kind and step
 
     def __post_init__(self) -> None:
@@ -168,8 +168,8 @@ class CDCLConfig:
 class SegmentConfig:
     """From confidence to nuclei."""
 
-    min_area_um2: float = 5.0
-    max_area_um2: float = 400.0
+    min_area_um2: float = 5.0  # smaller pieces are no nuclei
+    max_area_um2: float = 400.0  # nor are larger blobs
     max_diameter_um: float = 30.0  # larger blobs are no nuclei; also sets the halo
     min_solidity: float = 0.7  # area over that of the convex hull; below it are strands and rims
     min_hematoxylin: float = 0.05  # its mean optical density; gaps between red cells have less
@@ -187,11 +187,10 @@ class SegmentConfig:
 class ResultConfig:
     """How nuclei appear in QuPath."""
 
-    class_name: str = "Nucleus"
+    class_name: str = "Nucleus"  # class of the nuclei
     color: tuple[int, ...] = (38, 70, 214)  # red, green, blue; a person's colour stays
-    object_type: str = "auto"  # annotation, detection, or by their number:
-    # QuPath becomes slow with more annotations than this in an image: above, detections
-    max_annotations: int = 20_000
+    object_type: str = "auto"  # annotation, detection, or by their number
+    max_annotations: int = 20_000  # in an image; QuPath becomes slow above: detections
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "color", tuple(self.color))
@@ -218,8 +217,8 @@ class Config:
     ``engine`` runs it: "torch", "openvino", or "auto", the faster one of those that are there.
     """
 
-    recipe: str = "selftrain"
-    engine: str = "auto"
+    recipe: str = "selftrain"  # how a model is made: selftrain, patchcl or paper
+    engine: str = "auto"  # what runs it: torch, openvino, or auto, the faster of those there
     slide: SlideConfig = field(default_factory=SlideConfig)
     patchcl: PatchCLConfig = field(default_factory=PatchCLConfig)
     selftrain: SelfTrainConfig = field(default_factory=SelfTrainConfig)

@@ -44,7 +44,7 @@ def progress_bars() -> Iterator[Progress]:
 
     whole = Column(no_wrap=True)
     with Progress(
-        TextColumn("{task.description}", table_column=Column(no_wrap=True, ratio=1)),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
         BarColumn(bar_width=12),
         MofNCompleteColumn(table_column=whole),
         TextColumn("{task.fields[rate]}", table_column=whole),
@@ -158,7 +158,7 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     table = Table(*titles)
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # names may hold [brackets] and :colons:
 
 
 def print_json(content: Any) -> None:

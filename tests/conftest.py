@@ -45,7 +45,8 @@ def sample_project() -> Path:
 def copy_sample(folder: Path) -> Path:
     """A copy of the sample project, without what a run left in it."""
     left = shutil.ignore_patterns("patchcl", "data", "classifiers")
-    return Path(shutil.copytree(ROOT / "sample_project", folder, ignore=left))
+    sample = ROOT / "sample_project"
+    return Path(shutil.copytree(sample, folder, ignore=left, dirs_exist_ok=True))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import qupath
 from click.testing import CliRunner
 
-from patchcl_qupath import __version__, engines
+from patchcl_qupath import __version__, console, engines
 from patchcl_qupath.cli import main
 from patchcl_qupath.network import device
 
@@ -49,3 +49,10 @@ def test_a_missing_engine_says_what_it_would_bring(monkeypatch):
     assert found["found"].startswith("torch")
     if device().type == "cpu":
         assert "pip install openvino" in found["note"]
+
+
+def test_brackets_in_a_table_are_no_markup(capsys):
+    console.print_table(["part"], [["patchcl-qupath[cluster]"], ["a :smile: [red].svs"]])
+    table = capsys.readouterr().out
+    assert "patchcl-qupath[cluster]" in table
+    assert "a :smile: [red].svs" in table

@@ -63,7 +63,7 @@ def test_a_clump_falls_into_its_nuclei_and_a_strand_is_left_in_doubt():
     truth = discs((100, 160), [(row, col, 8) for row, col in places])
     strand = np.zeros(truth.shape, bool)
     rows, cols = np.mgrid[:100, :160]
-    strand[np.abs(np.hypot(rows - 50, cols - 120) - 22) < 3] = True  # a ring, as of a follicle
+    strand[np.abs(np.hypot(rows - 50, cols - 120) - 16) < 3] = True  # a ring, as of a gland
     stains, opinion = tissue(np.where(strand, 9, truth).astype(np.int32))
     labels, background = find(stains, opinion)
     assert len({int(labels[place]) for place in places} - {0}) == 4

@@ -1,0 +1,123 @@
+"""Writes the pages that say what the program itself says: docs/commands.md, docs/settings.md.
+
+    python docs/reference.py
+
+Commands are their --help; settings are the fields of config.py, their defaults and comments.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import click
+
+from patchcl_qupath import cli, config
+
+DOCS = Path(__file__).parent
+
+COMMANDS = """\
+# Commands
+
+What `patchcl-qp COMMAND --help` prints. Each command takes the path of a `.qpproj` file or of the
+folder that holds it. The exit status is 0 if all is done, 1 if something failed (the rest is done),
+2 for wrong usage, and 130 after Ctrl-C.
+"""
+
+SETTINGS = """\
+# Settings
+
+The defaults are meant to be left alone: they are what was [measured](measured.md). To change some,
+write them into a file of your own, `settings.toml` say,
+
+```toml
+[slide]
+min_tissue_um2 = 5000
+
+[segment]
+min_area_um2 = 8
+max_area_um2 = 300
+
+[result]
+class_name = "Nucleus"
+```
+
+and name it:
+
+```bash
+patchcl-qp run my_project --config settings.toml
+```
+
+What is not in the file keeps its default; a name that does not exist is an error. Names carry
+their unit: `um` are micrometres, `px` working pixels of `slide.mpp` um. All settings of a run stand
+in `patchcl/runs/<run>/run.json`, those of a model beside it in `patchcl/models`.
+
+A model keeps the settings of `patchcl` and `selftrain` that it was trained with: to try others,
+give `--retrain`, or another name with `--model`. Settings of `slide` and `segment` hold for the
+run.
+"""
+
+
+def commands_page() -> str:
+    """The help of each command."""
+    top = click.Context(cli.main, info_name="patchcl-qp", **cli.main.context_settings)
+    parts = [COMMANDS]
+    for name, command in cli.main.commands.items():
+        context = click.Context(
+            command, parent=top, info_name=name, terminal_width=92, max_content_width=92
+        )
+        parts.append(f"## {name}\n\n```text\n{command.get_help(context)}\n```\n")
+    return "\n".join(parts)
+
+
+def settings_page() -> str:
+    """Each table of the settings, with what config.py says of it."""
+    comments = field_comments()
+    words = [f.name for f in dataclasses.fields(config.Config) if isinstance(f.default, str)]
+    parts = [SETTINGS, "## Above all tables\n", _table(config.Config, words, comments)]
+    for field in dataclasses.fields(config.Config):
+        if field.name not in words:
+            table = type(getattr(config.Config(), field.name))
+            names = [f.name for f in dataclasses.fields(table)]
+            parts.append(f"## [{field.name}]\n\n{inspect.getdoc(table)}\n")
+            parts.append(_table(table, names, comments))
+    return "\n".join(parts)
+
+
+def field_comments() -> dict[tuple[str, str], str]:
+    """(class, field) -> the comment behind each field in config.py."""
+    source = inspect.getsource(config)
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                    rest = lines[field.lineno - 1][field.end_col_offset or 0 :]
+                    found[node.name, field.target.id] = rest.partition("#")[2].strip()
+    return found
+
+
+def _table(table: type, names: list[str], comments: dict[tuple[str, str], str]) -> str:
+    defaults = table()
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for name in names:
+        comment = comments[table.__name__, name]
+        rows.append(f"| `{name}` | `{toml(getattr(defaults, name))}` | {comment} |")
+    return "\n".join(rows) + "\n"
+
+
+def toml(value: object) -> str:
+    """A default as one writes it in TOML."""
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return f'"{value}"' if isinstance(value, str) else f"{value!r}"
+
+
+PAGES = {"commands.md": commands_page, "settings.md": settings_page}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page(), encoding="utf-8")
