@@ -29,12 +29,12 @@ from patchcl_qupath.runs import TileStore
 from patchcl_qupath.storage import replacing, to_jpeg, write_json
 from patchcl_qupath.survey import CELL_STEPS, Fields, fields
 
-OVERVIEW_PX = 440  # longest side of the whole image, about
+OVERVIEW_PX = 400  # longest side of the whole image, about
 DENSITY_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-OUTLINE_UNITS = 4  # outlines are in whole quarters of a working pixel
+OUTLINE_UNITS = 3  # outlines are in whole thirds of a working pixel
 _FIELD_CELLS = 2  # 128 um: small enough to show at full resolution
-_OF_A_KIND = 2  # fields
-_QUALITY = 68  # of JPEG
+_KINDS = ("densest", "most uncertain", "typical", "typical")  # of the fields that are shown
+_QUALITY = 62  # of JPEG
 _TISSUE = (0, 90, 200)
 _REGION = (0, 0, 0)
 _NEAR_UM = 50.0  # no part of a nucleus is farther from its centroid
@@ -172,7 +172,7 @@ def _marked(
     tissue = image.tissue[np.ix_(rows, cols)]  # (h, w)
     inner = tissue.copy()  # two pixels from what is no tissue: a line that shows
     for _ in range(2):
-        wide = np.pad(inner, 1, constant_values=True)
+        wide = np.pad(inner, 1)
         inner &= wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
     marked = overview.copy()
     marked[tissue & ~inner] = _TISSUE
@@ -190,25 +190,21 @@ def _rings(region: shapely.Geometry | None) -> Iterator[NDArray[np.float64]]:
 
 
 def _worth_a_look(found: Fields) -> list[tuple[str, int]]:
-    """The densest fields, those most in doubt and typical ones: kind and index, each once.
+    """The densest field, the most uncertain one and typical ones: kind and index, each once.
 
     Fields that are half tissue at least, if there are any.
     """
     full = np.flatnonzero(found.tissue >= min(0.5, found.tissue.max()))
     density = found.nuclei[full] / found.tissue[full]
     typical = np.abs(density - np.median(density))
-    orders = {
-        "densest": full[np.argsort(-density, kind="stable")].tolist(),
-        "most uncertain": full[np.argsort(-found.doubt[full], kind="stable")].tolist(),
-        "typical": full[np.argsort(typical, kind="stable")].tolist(),
-    }
-    chosen: dict[int, str] = {}
-    for _ in range(_OF_A_KIND):  # in turn, so that a small image shows one of each
-        for kind, order in orders.items():
-            left = (i for i in order if i not in chosen)
-            if (i := next(left, None)) is not None:
-                chosen[i] = kind
-    return [(kind, i) for i, kind in chosen.items()]
+    ranks = {"densest": -density, "most uncertain": -found.doubt[full], "typical": typical}
+    chosen: list[tuple[str, int]] = []
+    left = np.ones(len(full), dtype=bool)
+    for kind in _KINDS[: len(full)]:
+        first = np.argmin(np.where(left, ranks[kind], np.inf))
+        left[first] = False
+        chosen.append((kind, int(full[first])))
+    return chosen
 
 
 def _field(
@@ -241,7 +237,7 @@ def _field(
             grid_to_level0(part, (1 / x, 1 / y)), lambda xy: xy - (box.col0, box.row0)
         )
         nuclei += int(shapely.contains(frame, shapely.centroid(shown)).sum())
-        shown = shapely.simplify(shown[shapely.intersects(shown, frame)], 0.3)
+        shown = shapely.simplify(shown[shapely.intersects(shown, frame)], 0.4)
         for polygon in shown:
             corners = np.rint(shapely.get_coordinates(polygon)[:-1] * OUTLINE_UNITS)
             outlines.append(corners.astype(int).ravel().tolist())
