@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_nothing_half_and_the_run_goes_on(tmp_path, crop, qui
     project = write_project(folder / "project", [crop])
     options = ["--config", quick, "--mpp", "0.5"]
     assert call("train", project, *options).exit_code == 0
-    (folder / "film").write_bytes(b"0" * (shutil.disk_usage(folder).free - 20_000))
+    (folder / "film").write_bytes(b"0" * (shutil.disk_usage(folder).free - 40_000))
     result = call("run", project, *options)
     assert result.exit_code == 1
     assert "disk is full: make room and run again" in result.output
