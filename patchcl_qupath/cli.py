@@ -204,7 +204,8 @@ def run(
             with runs.workers(workers, scheduler, cluster) as client:
                 this_run = pipeline.Run(project, model, settings, client, progress, mpp, within)
                 results = list(this_run.images(entries))
-        console.report_run(project, results, as_json)
+            report = _report(project)
+        console.report_run(project, results, report, as_json)
     sys.exit(1 if any(result.problem or result.holes for result in results) else 0)
 
 
@@ -395,6 +396,22 @@ def remove(
 
 
 @main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+@click.argument("project_path", metavar="PROJECT", type=_PATH)
+def report(project_path: Path, as_json: bool) -> None:
+    """Make the report of PROJECT again, of what its runs left: a page to open in a browser."""
+    with _reporting_errors(as_json):
+        from patchcl_qupath.page import write_report
+        from patchcl_qupath.project import open_project
+
+        path = write_report(open_project(project_path, backend="files"))
+        if as_json:
+            console.print_json({"report": str(path)})
+        else:
+            click.echo(f"Report: {path}")
+
+
+@main.command()
 @click.argument("project_path", metavar="PROJECT", type=_PATH)
 def scripts(project_path: Path) -> None:
     """Copy the Groovy scripts into PROJECT, where QuPath lists them."""
@@ -420,6 +437,19 @@ def doctor(qupath: Path | None, as_json: bool) -> None:
     else:
         rows = [[finding.part, finding.found or "none", finding.note] for finding in found]
         console.print_table(["part", "found", "note"], rows)
+
+
+def _report(project: Project) -> Path | None:
+    """The page of a run that is over; without it, all else is as it should be."""
+    from patchcl_qupath.outcome import fault
+    from patchcl_qupath.page import write_report
+
+    try:
+        return write_report(project)
+    except Exception as error:  # whatever it is, the nuclei are there
+        reason = str(error) if isinstance(error, PatchCLError) else fault(error)
+        click.echo(f"No report: {reason}", err=True)
+        return None
 
 
 def _state(project: Project, entry: ImageEntry) -> dict[str, Any]:

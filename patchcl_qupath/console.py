@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -69,10 +70,14 @@ def progress_bars() -> Iterator[Progress]:
         yield show
 
 
-def report_run(project: Project, results: Sequence[ImageResult], as_json: bool) -> None:
-    """What became of the images of a run, and what to do next."""
+def report_run(
+    project: Project, results: Sequence[ImageResult], report: Path | None, as_json: bool
+) -> None:
+    """What became of the images of a run, where its ``report`` is, and what to do next."""
     if as_json:
-        print_json({"project": str(project.path), "images": [asdict(result) for result in results]})
+        images = [asdict(result) for result in results]
+        page = None if report is None else str(report)
+        print_json({"project": str(project.path), "images": images, "report": page})
         return
     done = [result for result in results if not result.problem]
     if done:
@@ -95,6 +100,8 @@ def report_run(project: Project, results: Sequence[ImageResult], as_json: bool) 
                 click.echo(f"Note: {result.image}: {result.note}")
         click.echo(f"Results: {project.output / 'results'}")
         click.echo(f"Look at: {project.output / 'previews'}")
+        if report is not None:
+            click.echo(f"Report:  {report}")
         if project.via.startswith("paquo"):
             click.echo("Next:    open the project in QuPath: the nuclei are in its images")
         else:

@@ -11,8 +11,10 @@ sure of itself, either way (see ``contrast``).
 from __future__ import annotations
 
 import math
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +37,12 @@ from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.network import ConfidenceNetwork, FeatureNetwork, device, folded
 from patchcl_qupath.pseudo import otsu
 from patchcl_qupath.stains import StainScale
+from patchcl_qupath.storage import to_jpeg
 
 Images = Sequence[NDArray[np.uint8]]
 Report = Callable[[int, int], None]  # steps done, steps in all
 
+_SHOWN_PX = 192  # side of the crop that the report shows the channels of
 _JUDGES = 32  # crops on which the nucleus channel is chosen
 _TYPICAL_LOGIT = 1.5  # a confidence of 0.82
 
@@ -70,6 +74,7 @@ def train(
 
     log: list[Contrast] = []
     step, last = 0, settings.max_steps
+    converged = None  # at this step
     while step < last:
         cooled = max(0.0, 1 - (last - step) / max(1, settings.cooldown_steps))  # 0, then up to 1
         fall = (1 + math.cos(math.pi * cooled)) / 2
@@ -88,7 +93,8 @@ def train(
             contrast.loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             log.append(contrast._replace(loss=contrast.loss.detach()))
-            if has_converged(log, settings.patience):
+            if converged is None and has_converged(log, settings.patience):
+                converged = step
                 last = min(last, step + settings.cooldown_steps)
         if report:
             report(step, last)
@@ -102,9 +108,10 @@ def train(
         # they do not depend on when it ended, and tell a clear nucleus from a doubtful one.
         for weights in network.last.parameters():
             weights.mul_(_TYPICAL_LOGIT / logit[channel])
-    training = {
+    training: dict[str, Any] = {
         "steps": step,
         "skipped_steps": step - len(log),
+        "converged_at": converged,
         "hematoxylin_correlation": [round(float(r), 3) for r in correlation],
         "loss": [round(c.loss.item(), 4) for c in log],
         "positive_positive": [round(c.positive_positive, 4) for c in log],
@@ -114,6 +121,9 @@ def train(
     model = Model(network.cpu().eval(), config, channel, inverted, 0.5, training)
     judges = _judges(images)
     opinions = [confidence(model, images[i], scales[i]).nucleus.ravel() for i in judges]
+    training["channels"] = _channels(
+        model, [images[i] for i in judges], [scales[i] for i in judges]
+    )
     return replace(model, threshold=otsu(np.concatenate(opinions)))
 
 
@@ -145,6 +155,28 @@ def _batch(
 def _judges(images: Images) -> list[int]:
     """Which crops decide on channel and threshold: some of each slide."""
     return [int(i) for i in np.linspace(0, len(images) - 1, min(len(images), _JUDGES))]
+
+
+def _channels(model: Model, images: Images, scales: Sequence[StainScale]) -> dict[str, Any]:
+    """What the channels say of one crop, for people to look at: JPEGs in base64.
+
+    The crop has as much hematoxylin as half of the crops have.
+    """
+    amounts = [
+        scale.apply(image)[..., 0].mean() for image, scale in zip(images, scales, strict=True)
+    ]
+    i = int(np.argsort(amounts)[len(amounts) // 2])
+    crop = images[i][:_SHOWN_PX, :_SHOWN_PX]
+    x = torch.from_numpy(scales[i].network_input(crop, model.input)).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        maps = folded(model.network)(x)[0]  # (C, H, W)
+    grey = (maps * 255).round().to(torch.uint8).numpy()
+    return {
+        "crop": b64encode(to_jpeg(crop, 75)).decode(),
+        "confidences": [b64encode(to_jpeg(channel, 75)).decode() for channel in grey],
+        "chosen": model.channel,
+        "inverted": model.inverted,
+    }
 
 
 def _judge(

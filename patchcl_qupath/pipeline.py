@@ -20,13 +20,14 @@ from patchcl_qupath.config import Config, to_dict
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, PatchCLError
 from patchcl_qupath.fields import read_fields
+from patchcl_qupath.gallery import write_gallery
 from patchcl_qupath.model import Model
 from patchcl_qupath.network import NucleusNetwork
 from patchcl_qupath.outcome import ImageResult, Tally, fault, note
 from patchcl_qupath.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.project import Project
 from patchcl_qupath.report import OVERVIEW_MPP, draw_holes, write_preview
-from patchcl_qupath.runs import Seconds, TileStore, map_tiles, timed, write_run
+from patchcl_qupath.runs import Seconds, TileStore, map_tiles, timed, write_outcome, write_run
 from patchcl_qupath.slide import Slide
 from patchcl_qupath.storage import digest, write_survey
 from patchcl_qupath.survey import merge
@@ -131,6 +132,7 @@ class Run:
                 result = ImageResult(entry.id, entry.name, problem=f"{entry.name}: {fault(error)}")
             result = replace(result, seconds=time.perf_counter() - began)
             results.append(result)
+            write_outcome(self.project.output, entry.id, asdict(result))
             write_run(self.folder, self.about, self.model.training, [asdict(r) for r in results])
             yield result
 
@@ -175,9 +177,9 @@ class Run:
             results = self.project.write(
                 entry, store.nuclei(done), count, self.config.result, about
             )
-        if done:
-            survey_file = self.project.output / "surveys" / f"{entry.id}.parquet"
-            write_survey(survey_file, merge(store.surveys(done)))
+        survey = merge(store.surveys(done)) if done else None
+        if survey is not None:
+            write_survey(self.project.output / "surveys" / f"{entry.id}.parquet", survey)
         preview = self.project.output / "previews" / f"{entry.id}.png"
         with timed(seconds, "preview"):
             overview = slide.thumbnail(OVERVIEW_MPP) if holes else None
@@ -186,6 +188,10 @@ class Run:
                 partial(store.polygons, done),
                 None if overview is None else draw_holes(overview, holes, slide.size),
             )
+        with timed(seconds, "report"):
+            what = {"run": self.folder.name, "nuclei": count}
+            folder = self.project.output / "report" / "images" / entry.id
+            write_gallery(folder, image, store, done, holes, survey, what)
         return ImageResult(
             entry.id,
             entry.name,

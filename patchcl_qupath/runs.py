@@ -25,12 +25,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.datatypes import Nuclei, Polygons, Survey, Tile
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
 from patchcl_qupath.storage import (
     count_nuclei,
     digest,
+    read_measurements,
     read_nuclei,
     read_polygons,
     read_tile_survey,
@@ -42,6 +46,7 @@ from patchcl_qupath.storage import (
 
 Context = TypeVar("Context")
 Seconds = dict[str, float]  # by stage
+Measured = dict[str, NDArray[np.float32]]  # by name: (N,)
 TileTask = Callable[[Context, Tile], tuple[Nuclei, Survey, Seconds]]
 
 ATTEMPTS = 3  # at a tile, before it is left out
@@ -93,6 +98,10 @@ class TileStore:
     def polygons(self, tiles: Sequence[Tile]) -> Iterator[Polygons]:
         """Their outlines alone."""
         return (read_polygons(self.path(tile)) for tile in tiles)
+
+    def measurements(self, tiles: Sequence[Tile], names: Sequence[str]) -> Iterator[Measured]:
+        """Some of their measurements alone."""
+        return (read_measurements(self.path(tile), names) for tile in tiles)
 
     def surveys(self, tiles: Sequence[Tile]) -> Iterator[Survey]:
         """What was seen where, of each."""
@@ -204,6 +213,12 @@ def write_run(
             folder / "run.json",
             {**about, "versions": versions, "training": training, "images": images},
         )
+
+
+def write_outcome(output: Path, image: str, result: dict[str, Any]) -> None:
+    """What became of one image, the last time that it was in a run."""
+    with suppress(StorageError):
+        write_json(output / "report" / "outcomes" / f"{image}.json", result)
 
 
 def map_tiles(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import shapely
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from PIL import Image
 
 from patchcl_qupath.datatypes import Nuclei, Polygons, Survey
 from patchcl_qupath.errors import StorageError
@@ -126,10 +128,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one go, keys in the order given."""
+def write_json(path: Path, content: Any, compact: bool = False) -> None:
+    """Write JSON in one go, keys in the order given; ``compact`` is for programs only."""
     with replacing(path) as temporary:
-        text = json.dumps(content, indent=2, ensure_ascii=False)
+        text = json.dumps(content, indent=None if compact else 2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -186,6 +188,13 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def to_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
+    """Pixels (H, W, 3), or grey (H, W), as the content of a JPEG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="JPEG", quality=quality, optimize=True)
+    return file.getvalue()
+
+
 def read_nuclei(path: Path) -> Nuclei:
     """The nuclei of a parquet file."""
     return from_table(pq.read_table(path))
@@ -194,6 +203,12 @@ def read_nuclei(path: Path) -> Nuclei:
 def read_polygons(path: Path) -> Polygons:
     """The outlines of a parquet file's nuclei alone, several times as fast."""
     return _polygons(pq.read_table(path, columns=["geometry"]))
+
+
+def read_measurements(path: Path, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    """Some measurements of a parquet file's nuclei, name: (N,), and nothing else of them."""
+    table = pq.read_table(path, columns=list(names))
+    return {name: table[name].to_numpy() for name in names}
 
 
 def count_nuclei(path: Path) -> int:

@@ -12,7 +12,7 @@ from patchcl_qupath.datatypes import Survey
 
 STEP_UM = 4.0  # from one point that is looked at to the next, about
 CELL_STEPS = 16  # a cell is so many steps wide, ...
-FIELD_CELLS = 4  # ... and a field so many cells: 256 um
+FIELD_CELLS = 4  # ... and a field so many cells, unless another size is asked for: 256 um
 
 
 def step_px(mpp: float) -> int:
@@ -45,7 +45,7 @@ def merge(surveys: Iterable[Survey]) -> Survey:
 
 @dataclass(frozen=True)
 class Fields:
-    """Square fields of an image, of ``FIELD_CELLS`` cells a side, side by side; (N,) each.
+    """Square fields of an image, side by side; (N,) each.
 
     ``x``, ``y`` of their top left corners and ``size`` (width, height) are in px at level 0.
     ``tissue`` is the share of each that is tissue; ``doubt`` the mean entropy of tissue in it, in
@@ -63,14 +63,14 @@ class Fields:
         return len(self.x)
 
 
-def fields(survey: Survey) -> Fields:
-    """The fields with tissue of an image, row by row."""
+def fields(survey: Survey, cells: int = FIELD_CELLS) -> Fields:
+    """The fields with tissue of an image, row by row; each is so many cells wide."""
     whole = merge(
         [
             Survey(
-                (survey.cell[0] * FIELD_CELLS, survey.cell[1] * FIELD_CELLS),
-                survey.rows // FIELD_CELLS,
-                survey.cols // FIELD_CELLS,
+                (survey.cell[0] * cells, survey.cell[1] * cells),
+                survey.rows // cells,
+                survey.cols // cells,
                 survey.points,
                 survey.doubt,
                 survey.nuclei,
@@ -82,7 +82,7 @@ def fields(survey: Survey) -> Fields:
         whole.cell,
         (whole.cols * width).astype(np.float64),
         (whole.rows * height).astype(np.float64),
-        whole.points / (CELL_STEPS * FIELD_CELLS) ** 2,
+        whole.points / (CELL_STEPS * cells) ** 2,
         whole.doubt / np.maximum(whole.points, 1) / 1000,
         whole.nuclei,
     )

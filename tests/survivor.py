@@ -43,11 +43,16 @@ def start(command: list[str], log: Path) -> int:
     return child
 
 
+def timed(file: Path) -> bool:
+    """Whether a file has times in it, and what was taken over."""
+    return file.name in ("run.json", "index.html") or file.parent.name == "outcomes"
+
+
 def left_by_run(output: Path) -> dict[str, bytes]:
     """All files, those included that should not be there; without the time when one was made."""
     found = {}
     for file in output.rglob("*"):
-        if file.is_file() and file.name != "run.json":  # which has times and what was taken over
+        if file.is_file() and not timed(file):
             content = file.read_bytes()
             if file.name == "result.json":
                 content = json.dumps(json.loads(content) | {"made": None}).encode()

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "patchcl_qupath"
 FLOORS = [  # a module imports from the floors below its own only
     {"cli"},
     {"console"},
-    {"pipeline", "score", "doctor"},
-    {"fields", "tilework", "outcome"},
+    {"pipeline", "score", "doctor", "page"},
+    {"fields", "tilework", "outcome", "gallery"},
     {"prepare", "truth"},
     {"project", "slide", "tiles", "segment", "runs", "evaluate", "report", "survey"}
     | {"patchcl", "selftrain", "cdcl"},

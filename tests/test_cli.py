@@ -66,7 +66,7 @@ def quick(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["run", "train", "refine", "init", "status", "score"])
+@pytest.mark.parametrize("command", ["run", "train", "refine", "init", "status", "score", "report"])
 def test_every_command_explains_itself(command):
     result = call(command, "--help")
     assert result.exit_code == 0
@@ -90,6 +90,7 @@ def test_init_run_status_on_a_crop(tmp_path, crop, quick):
     run_file = json.loads(next(project.glob("patchcl/runs/*/run.json")).read_text())
     assert run_file["images"][0]["worker_seconds"]["network"] > 0
     assert "torch" in run_file["versions"]
+    assert "crop.png" in (project / "patchcl" / "report" / "index.html").read_text("utf-8")
 
     (after,) = json.loads(call("status", project, "--json").stdout)["images"]
     assert (after["state"], after["nuclei"]) == ("done", image["nuclei"])
@@ -173,7 +174,7 @@ def test_a_full_disk_leaves_nothing_half_and_the_run_goes_on(tmp_path, crop, qui
     project = write_project(folder / "project", [crop])
     options = ["--config", quick, "--mpp", "0.5"]
     assert call("train", project, *options).exit_code == 0
-    (folder / "film").write_bytes(b"0" * (shutil.disk_usage(folder).free - 20_000))
+    (folder / "film").write_bytes(b"0" * (shutil.disk_usage(folder).free - 40_000))
     result = call("run", project, *options)
     assert result.exit_code == 1
     assert "disk is full: make room and run again" in result.output

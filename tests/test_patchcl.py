@@ -76,6 +76,12 @@ def test_nuclei_are_found_without_labels(model):
 def test_log_tells_what_happened(model):
     log = model.training
     assert log["steps"] == 150
+    assert log["converged_at"] is None or log["converged_at"] <= 150
+    assert len(log["channels"]["confidences"]) == 4
+    assert (log["channels"]["chosen"], log["channels"]["inverted"]) == (
+        model.channel,
+        model.inverted,
+    )
     assert log["skipped_steps"] == 0
     assert len(log["loss"]) == len(log["positive_positive"]) == len(log["positive_negative"]) == 150
     assert log["positive_negative"][-1] > 3 * log["positive_positive"][-1]
@@ -132,7 +138,7 @@ def test_training_ends_once_converged(monkeypatch):
     monkeypatch.setattr(patchcl, "has_converged", lambda log, patience: len(log) >= 2)
     seen = []
     model = learn(config(max_steps=50, cooldown_steps=3), report=lambda *steps: seen.append(steps))
-    assert model.training["steps"] == 5
+    assert (model.training["converged_at"], model.training["steps"]) == (2, 5)
     assert seen[-1] == (5, 5)
 
 

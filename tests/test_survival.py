@@ -203,6 +203,13 @@ def test_tile_that_raises_leaves_a_hole_that_is_shown(folder: Path) -> None:
     assert red_of_overview(output) == pytest.approx((685 / 960,) * 2 + (1, 1), abs=0.03)
     said = json.loads(CliRunner().invoke(main, ["status", str(output.parent), "--json"]).stdout)
     assert said["images"][0]["state"] == "done but for 4 of its tiles"
+    page = (output / "report" / "index.html").read_text("utf-8")
+    assert "4 of 49 tiles were left out: a.tif cannot be read" in page
+    with Image.open(output / "report" / "images" / "1" / "overview.jpg") as picture:
+        shown = np.asarray(picture).astype(int)
+    red = shown[..., 0] - shown[..., 1:].max(axis=2) > 150
+    assert red[int(0.75 * len(red)) :, int(0.75 * len(red)) :].mean() > 0.9
+    assert red.sum() < 0.1 * red.size
 
     shutil.copy2(whole, slide)
     os.utime(slide, ns=(1, whole.stat().st_mtime_ns))

@@ -1,0 +1,366 @@
+"""The report: its figures are those of the nuclei, and a real browser shows it as it should be."""
+
+import base64
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapely
+from click.testing import CliRunner
+from conftest import copy_sample
+from PIL import Image
+
+from patchcl_qupath.cli import main
+from patchcl_qupath.datatypes import Box
+from patchcl_qupath.gallery import OUTLINE_UNITS
+from patchcl_qupath.project import NewImage, init_project, open_project
+from patchcl_qupath.slide import Slide
+from patchcl_qupath.storage import read_nuclei
+
+SAMPLE = Path(__file__).parent.parent / "sample_project"
+HOSTILE = """<script>document.title = "taken"</script>"'&.png"""
+CLASS = "<b>Nucleus</b>"
+PAGE_BYTES, IMAGE_BYTES = 170_000, 150_000  # at most, of a page, and for each image in it
+
+
+def call(*arguments):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def project(model, tmp_path_factory):
+    """A project of a large and a small image and a broken one, after a run -> folder, outcome."""
+    files = tmp_path_factory.mktemp("images")
+    (entry,) = open_project(SAMPLE).images()
+    slide, images = Slide.open(entry), []
+    for name, box in {
+        "large": Box(900, 500, 1600, 1300),
+        "small": Box(900, 800, 1200, 1100),
+    }.items():
+        picture = Image.fromarray(slide.read(box))
+        picture.save(files / f"{name}.png")
+        images.append(NewImage(files / f"{name}.png", [picture.size], (0.5, 0.5)))
+    folder = files / "project"
+    path = init_project(folder, images)
+    (files / "broken.png").write_bytes(b"no picture")
+    content = json.loads(path.read_text("utf-8"))
+    content["images"][1]["imageName"] = HOSTILE
+    broken = json.loads(json.dumps(content["images"][0]))
+    broken |= {"entryID": 99, "imageName": "broken.png"}
+    broken["serverBuilder"]["uri"] = (files / "broken.png").as_uri()
+    content["images"].append(broken)
+    path.write_text(json.dumps(content), "utf-8")
+    model.save(folder / "patchcl" / "models", "patchcl")
+    ran = call("run", folder, "--json", "--class-name", CLASS)
+    assert ran.exit_code == 1  # of the broken image
+    return folder, json.loads(ran.stdout)
+
+
+@pytest.fixture
+def copy(project, tmp_path):
+    """A copy to change."""
+    return Path(shutil.copytree(project[0], tmp_path / "copy"))
+
+
+def index(folder):
+    return folder / "patchcl" / "report" / "index.html"
+
+
+def test_figures_are_those_of_the_nuclei(project):
+    folder, outcome = project
+    for image in outcome["images"][:2]:
+        nuclei = read_nuclei(Path(image["results"]) / "nuclei.parquet")
+        assert len(nuclei) > 20
+        shown = folder / "patchcl" / "report" / "images" / image["id"]
+        figures = json.loads((shown / "figures.json").read_text())
+        area = nuclei.measurements["Area µm^2"]
+        stain = nuclei.measurements["Hematoxylin: Mean"]
+        assert figures["area"]["median"] == pytest.approx(np.median(area), abs=0.5)
+        assert figures["stain"]["median"] == pytest.approx(np.median(stain), abs=0.02)
+        bars = np.histogram(np.minimum(area, 299.9), 30, (0, 300))[0]
+        assert figures["area"]["counts"] == bars.tolist()
+        assert sum(figures["stain"]["counts"]) == len(nuclei)
+        certain = nuclei.measurements["Detection probability"].mean()
+        assert figures["probability"] == pytest.approx(certain, rel=1e-5)
+
+        page = index(folder).read_text("utf-8")
+        cells = re.search(rf'href="#image-{image["id"]}".*?</tr>', page, re.DOTALL).group()
+        values = [float(v) for v in re.findall(r'class="number" data-value="([^"]+)"', cells)]
+        density = len(nuclei) / image["tissue_mm2"]
+        expected = [image["tissue_mm2"], len(nuclei), density, figures["area"]["median"]]
+        assert values == pytest.approx([*expected, certain, image["seconds"]], rel=1e-5)
+
+
+def test_fields_show_what_is_there(project):
+    folder, outcome = project
+    image = outcome["images"][0]
+    nuclei = read_nuclei(Path(image["results"]) / "nuclei.parquet")
+    middles = shapely.centroid(nuclei.polygons)
+    shown = folder / "patchcl" / "report" / "images" / image["id"]
+    fields = json.loads((shown / "figures.json").read_text())["fields"]
+    assert {field["kind"] for field in fields} == {"densest", "most uncertain", "typical"}
+    assert len({(field["x"], field["y"]) for field in fields}) == len(fields)
+    assert fields[0]["density"] == max(field["density"] for field in fields)
+    assert max(field["doubt"] for field in fields) in (fields[0]["doubt"], fields[1]["doubt"])
+    with Image.open(folder.parent / "large.png") as picture:
+        whole = np.asarray(picture.convert("RGB"), dtype=float)
+    for field in fields:
+        x, y, width, height = (field[key] for key in ("x", "y", "width", "height"))
+        box = shapely.box(x, y, x + width, y + height)
+        touching = nuclei.polygons[shapely.intersects(box, nuclei.polygons)]
+        assert len(field["outlines"]) == len(touching)
+        drawn = [
+            shapely.Polygon(np.reshape(o, (-1, 2)) / OUTLINE_UNITS + (x, y))
+            for o in field["outlines"]
+        ]
+        assert shapely.area(drawn).sum() == pytest.approx(shapely.area(touching).sum(), rel=0.05)
+        assert shapely.area(shapely.intersection(drawn, touching)).sum() > 0.9 * sum(
+            shapely.area(touching)
+        )
+        assert field["nuclei"] == shapely.contains(box, middles).sum() > 0
+        with Image.open(shown / field["picture"]) as picture:
+            pixels = np.asarray(picture, dtype=float)
+        assert np.abs(pixels - whole[y : y + height, x : x + width]).mean() < 10
+
+
+def test_the_overview_has_the_tissue_and_the_density_lies_on_it(project):
+    folder, outcome = project
+    shown = folder / "patchcl" / "report" / "images" / outcome["images"][0]["id"]
+    with Image.open(shown / "overview.jpg") as one, Image.open(shown / "density.png") as other:
+        assert one.size == other.size
+        assert max(one.size) <= 400
+        seen = np.asarray(other.convert("RGBA"))
+    nuclei = read_nuclei(Path(outcome["images"][0]["results"]) / "nuclei.parquet")
+    x, y = shapely.get_coordinates(shapely.centroid(nuclei.polygons)).T / 2  # 2 px for each shown
+    assert (seen[y.astype(int), x.astype(int), 3] == 255).all()
+
+
+def test_again_from_what_is_there_gives_an_equal_page(project):
+    folder, outcome = project
+    page = index(folder)
+    assert Path(outcome["report"]) == page
+    before = page.read_bytes()
+    page.unlink()
+    said = call("report", folder)
+    assert said.exit_code == 0
+    assert str(page) in said.output
+    assert page.read_bytes() == before
+    assert json.loads(call("report", folder, "--json").stdout) == {"report": str(page)}
+
+
+def test_a_page_is_light(project):
+    folder, outcome = project
+    assert len(outcome["images"]) == 3
+    assert index(folder).stat().st_size < PAGE_BYTES + 2 * IMAGE_BYTES
+
+
+def test_a_project_without_results_says_what_to_do(tmp_path):
+    folder = copy_sample(tmp_path / "project")
+    said = call("report", folder)
+    assert said.exit_code == 1
+    assert "patchcl-qp run" in said.output
+    assert not (folder / "patchcl").exists()
+
+
+def test_images_removed_or_still_to_do_say_so(copy):
+    ids = [entry.id for entry in open_project(copy).images()]
+    assert call("remove", copy, "--image", ids[0]).exit_code == 0
+    for part in ("results", "report/images"):
+        shutil.rmtree(copy / "patchcl" / part / ids[1])
+    (copy / "patchcl" / "report" / "outcomes" / f"{ids[1]}.json").unlink()
+    assert call("report", copy).exit_code == 0
+    page = index(copy).read_text("utf-8")
+    assert "its nuclei were removed" in page
+    assert "not done yet" in page
+    assert "broken.png cannot be read" in page
+    assert "<b>0 of 3</b> images" in page
+
+
+def test_damaged_files_leave_a_page(copy):
+    output, (first, second, _) = copy / "patchcl", open_project(copy).images()
+    path = output / "report" / "images" / first.id / "figures.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fields": [1], "area": "<i>"}))
+    (output / "report" / "images" / second.id / "overview.jpg").unlink()
+    (output / "report" / "outcomes" / f"{first.id}.json").write_text("{")
+    facts = json.loads((output / "models" / "patchcl.json").read_text())
+    facts["training"]["patchcl"]["channels"]["crop"] = '"><script>'
+    (output / "models" / "patchcl.json").write_text(json.dumps(facts))
+    assert call("report", copy).exit_code == 0
+    page = index(copy).read_text("utf-8")
+    assert page.count("are damaged or of another version") == 3
+    assert page.count("<script>") == 1
+    assert "<i>" not in page
+
+
+def test_a_page_that_cannot_be_written_costs_no_results(copy):
+    index(copy).unlink()
+    index(copy).mkdir()  # no file can take its place
+    ran = call("run", copy, "--image", HOSTILE, "--json")
+    assert ran.exit_code == 0
+    outcome = json.loads(ran.stdout)
+    assert outcome["report"] is None
+    assert outcome["images"][0]["nuclei"] > 20
+    assert "No report: cannot write" in ran.stderr
+
+
+def test_the_model_tells_how_it_learnt(project, model):
+    log = model.training["patchcl"]
+    channels = log["channels"]
+    assert len(channels["confidences"]) == len(log["hematoxylin_correlation"]) == 4
+    pictures = [
+        Image.open(io.BytesIO(base64.b64decode(text)))
+        for text in (channels["crop"], *channels["confidences"])
+    ]
+    assert {picture.size for picture in pictures} == {(192, 192)}
+    page = index(project[0]).read_text("utf-8")
+    assert f"ended at step {log['steps']}" in page
+    assert f"Channel {channels['chosen'] + 1} was chosen" in page
+    assert "Separation of positive and negative patches" in page
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    driver = shutil.which("chromedriver")
+    if not (driver and shutil.which("chromium")):
+        pytest.skip("needs chromium and chromedriver")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    quiet = ["quic", "background-networking", "component-update", "sync", "gpu"]
+    for argument in [
+        "headless=new",
+        "no-sandbox",
+        "no-first-run",
+        *(f"disable-{q}" for q in quiet),
+    ]:
+        options.add_argument(f"--{argument}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=Service(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def browser(chromium, project):
+    """A browser that has just opened the page, as wide as a desk's."""
+    chromium.get_log("browser"), chromium.get_log("performance")
+    width(chromium, 1280)
+    chromium.get("about:blank")
+    chromium.get(index(project[0]).as_uri())
+    return chromium
+
+
+def width(browser, px):
+    screen = {"width": px, "height": 800, "deviceScaleFactor": 1, "mobile": px < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+
+
+def ask(browser, script):
+    return browser.execute_script(f"return {script}")
+
+
+def all_of(browser, selector, what):
+    return ask(browser, f"[...document.querySelectorAll({json.dumps(selector)})].map(e => {what})")
+
+
+def test_it_loads_without_a_complaint_or_a_request_outside(browser, project):
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    browser.execute_script("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")
+    ask(browser, "Promise.all([...document.images].map(i => i.decode()))")
+    assert browser.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    page = index(project[0]).as_uri()  # the browser loads pages of its own
+    urls = [asked["request"]["url"] for asked in sent if asked["documentURL"] == page]
+    assert {url for url in urls if not url.startswith("data:")} == {page}
+    assert all(all_of(browser, "img", "e.naturalWidth > 0"))
+
+
+def test_it_shows_names_as_they_are(browser):
+    assert browser.title == "project: nuclei"
+    assert all_of(browser, "tbody th", "e.textContent") == ["large.png", HOSTILE, "broken.png"]
+    assert ask(browser, "document.scripts.length") == 1
+    assert CLASS in ask(browser, "document.querySelector('footer pre').textContent")
+    assert "broken.png" in all_of(browser, "tbody tr:last-child td.warnings", "e.textContent")[0]
+
+
+def test_columns_sort_both_ways_by_mouse_and_keyboard(browser):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    def state(column):
+        names = all_of(browser, "tbody th", "e.textContent")
+        return [name[:5] for name in names], all_of(browser, "thead th", "e.ariaSort")[column]
+
+    buttons = browser.find_elements(By.CSS_SELECTOR, "thead button")
+    nuclei = next(i for i, button in enumerate(buttons) if button.text == "nuclei")
+    assert state(nuclei) == (["large", HOSTILE[:5], "broke"], "none")
+    buttons[nuclei].click()
+    assert state(nuclei) == ([HOSTILE[:5], "large", "broke"], "ascending")
+    buttons[nuclei].send_keys(Keys.ENTER)
+    assert state(nuclei) == (["large", HOSTILE[:5], "broke"], "descending")
+    assert "nuclei, descending" in ask(browser, "document.getElementById('sorted').textContent")
+    buttons[0].send_keys(Keys.SPACE)
+    assert state(0)[1] == "ascending"
+    assert state(0)[0][-2:] == ["broke", "large"]
+    assert state(nuclei)[1] == "none"
+
+
+def test_it_fits_a_phone(browser):
+    width(browser, 360)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert ask(browser, "innerWidth") == 360
+    assert ask(browser, "document.documentElement.scrollWidth") <= 360
+    assert ask(browser, "document.body.scrollWidth") <= 360
+    scroll = "document.querySelector('.scroll')"
+    assert ask(browser, f"{scroll}.scrollWidth > {scroll}.clientWidth")  # in a box of its own
+
+
+def test_those_who_do_not_see_it_can_read_it(browser):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    assert ask(browser, "document.documentElement.lang") == "en"
+    alts = all_of(browser, "img", "e.alt")
+    assert len(alts) > 10
+    assert all(alts)
+    assert len(all_of(browser, "svg:not([aria-hidden]) title", "e.textContent")) == len(
+        all_of(browser, "svg:not([aria-hidden])", "1")
+    )
+    words = all_of(browser, "svg desc", "e.textContent")
+    assert any("Median" in text for text in words)
+    ids = all_of(browser, "[id]", "e.id")
+    assert len(ids) == len(set(ids))
+    levels = all_of(browser, "h1, h2, h3, h4", "Number(e.tagName[1])")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert max(np.diff(levels)) <= 1
+    assert all_of(browser, "header, main, footer", "e.tagName") == ["HEADER", "MAIN", "FOOTER"]
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
+    assert ask(browser, "document.activeElement.className") == "skip"
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    assert ask(browser, "document.activeElement.id") == "main"
+
+
+def test_images_open_from_the_table_and_outlines_can_be_hidden(browser):
+    from selenium.webdriver.common.by import By
+
+    assert all(all_of(browser, "details.image", "e.open"))
+    outline = browser.find_element(By.CSS_SELECTOR, ".field svg")
+    assert outline.is_displayed()
+    browser.find_element(By.ID, "outlines").click()
+    assert not outline.is_displayed()
+    browser.find_element(By.ID, "all").click()
+    assert not any(all_of(browser, "details.image", "e.open"))
+    browser.find_element(By.CSS_SELECTOR, "tbody tr:nth-child(2) a").click()
+    assert all_of(browser, "details.image", "e.open") == [False, True, False]
