@@ -1,4 +1,5 @@
-"""What the report shows of an image: pictures and a few figures, gathered when it is done.
+"""Pictures and a few figures of an image, gathered when it is done: its preview, and its folder
+of the report:
 
 overview.jpg    the whole image: tissue outlined, regions, holes in red
 density.png     nuclei per mm2 of tissue, in the same frame
@@ -6,6 +7,7 @@ field-0.jpg ... fields worth a look, as they are
 figures.json    what there is to say of them: outlines of nuclei, histograms, medians
 
 Memory does not grow with the slide: nuclei are read tile by tile, and only the columns needed.
+Which fields are worth a look says the survey.
 """
 
 from __future__ import annotations
@@ -21,14 +23,16 @@ import shapely
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from patchcl_qupath.datatypes import Box, Hole, Survey, Tile, grid_to_level0
+from patchcl_qupath.datatypes import Box, Hole, Polygons, Survey, Tile, grid_to_level0
 from patchcl_qupath.errors import SlideError
 from patchcl_qupath.prepare import PreparedImage
-from patchcl_qupath.report import draw_holes
+from patchcl_qupath.report import beside, draw_holes, draw_outlines
 from patchcl_qupath.runs import TileStore
 from patchcl_qupath.storage import replacing, to_jpeg, write_json
-from patchcl_qupath.survey import CELL_STEPS, Fields, fields
+from patchcl_qupath.survey import CELL_STEPS, Fields, fields, step_px
 
+PREVIEW_CELLS = (3, 4)  # rows and columns of the field that it shows: 192 x 256 um
+OVERVIEW_MPP = 16.0  # of the whole image beside it, where there are holes
 OVERVIEW_PX = 400  # longest side of the whole image, about
 DENSITY_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 OUTLINE_UNITS = 3  # outlines are in whole thirds of a working pixel
@@ -37,7 +41,46 @@ _KINDS = ("densest", "most uncertain", "typical", "typical")  # of the fields th
 _QUALITY = 62  # of JPEG
 _TISSUE = (0, 90, 200)
 _REGION = (0, 0, 0)
+_UNREADABLE = 128  # grey
 _NEAR_UM = 50.0  # no part of a nucleus is farther from its centroid
+
+
+def write_preview(
+    path: Path,
+    image: PreparedImage,
+    store: TileStore,
+    done: Sequence[Tile],
+    holes: Sequence[Hole],
+    survey: Survey | None,
+) -> None:
+    """Write a PNG of the field with the most nuclei, outlined; beside it where the holes are.
+
+    ``done`` are the image's finished tiles, ``survey`` what was seen in them, None if there are
+    none. An image without nuclei shows its middle.
+    """
+    slide = image.slide
+    box = _fullest(image, survey)
+    picture = draw_outlines(_pixels(box, image), _nuclei_near(box, image, store, done))
+    if holes:
+        whole = draw_holes(slide.thumbnail(OVERVIEW_MPP), holes, slide.size)
+        picture = beside(picture, whole)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG", compress_level=1)
+
+
+def _fullest(image: PreparedImage, survey: Survey | None) -> Box:
+    """The field with the most nuclei, or in the middle."""
+    cell_px, shape = CELL_STEPS * step_px(image.slide.mpp), image.slide.shape
+    height, width = (min(n * cell_px, px) for n, px in zip(PREVIEW_CELLS, shape, strict=True))
+    row, col = (shape[0] - height) // 2, (shape[1] - width) // 2
+    if survey is not None and survey.nuclei.any():
+        rows, cols = survey.rows // PREVIEW_CELLS[0], survey.cols // PREVIEW_CELLS[1]
+        nuclei = np.zeros((rows.max() + 1, cols.max() + 1), dtype=np.int64)
+        np.add.at(nuclei, (rows, cols), survey.nuclei)
+        most = np.unravel_index(np.argmax(nuclei), nuclei.shape)
+        row, col = int(most[0]) * height, int(most[1]) * width
+    row, col = min(row, shape[0] - height), min(col, shape[1] - width)
+    return Box(row, col, row + height, col + width)
 
 
 def write_gallery(
@@ -59,7 +102,7 @@ def write_gallery(
     try:
         overview = slide.thumbnail(px * slide.mpp)
     except SlideError:
-        overview = np.full((*(-(-n // px) for n in slide.shape), 3), 128, np.uint8)
+        overview = np.full((*(-(-n // px) for n in slide.shape), 3), _UNREADABLE, np.uint8)
     mm = [n * mpp / 1000 for n, mpp in zip(slide.size, slide.mpp_level0, strict=True)]
     figures = {**about, "mm": mm, **_measured(image, store, done)}
     with replacing(folder) as new:
@@ -222,37 +265,47 @@ def _field(
     row0 = min(round(found.y[i] / y), slide.shape[0] - height)
     col0 = min(round(found.x[i] / x), slide.shape[1] - width)
     box = Box(row0, col0, row0 + height, col0 + width)
-    try:
-        pixels = slide.read(box)
-    except SlideError:
-        pixels = np.full((*box.shape, 3), 128, np.uint8)
-
-    near = box.grow(math.ceil(_NEAR_UM / slide.mpp), slide.shape)
-    tiles = [tile for tile in done if _meet(tile.write, near)]
-    frame = shapely.box(0, 0, width, height)
-    outlines: list[list[int]] = []
-    nuclei = 0
-    for part in store.polygons(tiles):
-        shown = shapely.transform(
-            grid_to_level0(part, (1 / x, 1 / y)), lambda xy: xy - (box.col0, box.row0)
-        )
-        nuclei += int(shapely.contains(frame, shapely.centroid(shown)).sum())
-        shown = shapely.simplify(shown[shapely.intersects(shown, frame)], 0.4)
-        for polygon in shown:
-            corners = np.rint(shapely.get_coordinates(polygon)[:-1] * OUTLINE_UNITS)
-            outlines.append(corners.astype(int).ravel().tolist())
+    near = _nuclei_near(box, image, store, done)
+    nuclei = shapely.contains(shapely.box(0, 0, width, height), shapely.centroid(near)).sum()
+    outlines = [
+        np.rint(shapely.get_coordinates(polygon)[:-1] * OUTLINE_UNITS).astype(int).ravel().tolist()
+        for polygon in shapely.simplify(near, 0.4)
+    ]
     mm2 = found.tissue[i] * math.prod(found.size) * math.prod(slide.mpp_level0) / 1e6
-    return pixels, {
+    return _pixels(box, image), {
         "x": round(col0 * x),
         "y": round(row0 * y),
         "width": width,
         "height": height,
         "um": round(width * slide.mpp),
-        "nuclei": nuclei,
+        "nuclei": int(nuclei),
         "density": round(found.nuclei[i] / mm2),
         "doubt": round(float(found.doubt[i]), 3),
         "outlines": outlines,
     }
+
+
+def _pixels(box: Box, image: PreparedImage) -> NDArray[np.uint8]:
+    """Of a box of the working grid, (H, W, 3); what cannot be read is grey."""
+    try:
+        return image.slide.read(box)
+    except SlideError:
+        return np.full((*box.shape, 3), _UNREADABLE, np.uint8)
+
+
+def _nuclei_near(
+    box: Box, image: PreparedImage, store: TileStore, done: Sequence[Tile]
+) -> Polygons:
+    """Outlines of the nuclei that show in a box of the working grid, in its pixels."""
+    slide, (x, y) = image.slide, image.slide.downsample
+    around = box.grow(math.ceil(_NEAR_UM / slide.mpp), slide.shape)
+    frame = shapely.box(box.col0, box.row0, box.col1, box.row1)
+    shown = [np.empty(0, dtype=object)]
+    for part in store.polygons([tile for tile in done if _meet(tile.write, around)]):
+        polygons = grid_to_level0(part, (1 / x, 1 / y))
+        shown.append(polygons[shapely.intersects(polygons, frame)])
+    moved = shapely.transform(np.concatenate(shown), lambda xy: xy - (box.col0, box.row0))
+    return np.asarray(moved)
 
 
 def _meet(one: Box, other: Box) -> bool:

@@ -20,13 +20,12 @@ from patchcl_qupath.config import Config, to_dict
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, PatchCLError
 from patchcl_qupath.fields import read_fields
-from patchcl_qupath.gallery import write_gallery
+from patchcl_qupath.gallery import write_gallery, write_preview
 from patchcl_qupath.model import Model
 from patchcl_qupath.network import NucleusNetwork
 from patchcl_qupath.outcome import ImageResult, Tally, fault, note
 from patchcl_qupath.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.project import Project
-from patchcl_qupath.report import OVERVIEW_MPP, draw_holes, write_preview
 from patchcl_qupath.runs import Seconds, TileStore, map_tiles, timed, write_outcome, write_run
 from patchcl_qupath.slide import Slide
 from patchcl_qupath.storage import digest, write_survey
@@ -181,17 +180,11 @@ class Run:
         if survey is not None:
             write_survey(self.project.output / "surveys" / f"{entry.id}.parquet", survey)
         preview = self.project.output / "previews" / f"{entry.id}.png"
-        with timed(seconds, "preview"):
-            overview = slide.thumbnail(OVERVIEW_MPP) if holes else None
-            write_preview(
-                *(preview, slide.read, slide.shape, slide.downsample),
-                partial(store.polygons, done),
-                None if overview is None else draw_holes(overview, holes, slide.size),
-            )
-        with timed(seconds, "report"):
-            what = {"run": self.folder.name, "nuclei": count}
-            folder = self.project.output / "report" / "images" / entry.id
-            write_gallery(folder, image, store, done, holes, survey, what)
+        gallery = self.project.output / "report" / "images" / entry.id
+        with timed(seconds, "pictures"):
+            write_preview(preview, image, store, done, holes, survey)
+            shown = {"run": self.folder.name, "nuclei": count}
+            write_gallery(gallery, image, store, done, holes, survey, shown)
         return ImageResult(
             entry.id,
             entry.name,
