@@ -251,13 +251,16 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, ProjectImageEn
 }
 
 /** Classes of fields: of those to correct, and of those that are corrected. */
+@CompileStatic
 static List<PathClass> fieldClasses() {
     return [PathClass.fromString('PatchCL: correct here', ColorTools.packRGB(255, 140, 0)),
             PathClass.fromString('PatchCL: corrected', ColorTools.packRGB(0, 160, 80))]
 }
 
+@CompileStatic
 static boolean isField(PathObject pathObject) {
-    return pathObject.isAnnotation() && pathObject.getROI()?.isArea() && pathObject.getPathClass() in fieldClasses()
+    return pathObject.isAnnotation() && pathObject.getROI()?.isArea() &&
+            fieldClasses().contains(pathObject.getPathClass())
 }
 
 /** The fields that patchcl-qp suggested; what is beyond the image is cut off. */

@@ -146,6 +146,8 @@ def report_suggestion(project: Project, suggestion: Suggestion, count: int, as_j
     if as_json:
         print_json({"project": str(project.path), **asdict(suggestion)})
         return
+    for line in suggestion.done:
+        click.echo(line)
     if suggestion.fields:
         print_table(
             ["image", "field", "x", "y", "doubt", "usual", "nuclei"],

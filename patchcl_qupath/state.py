@@ -74,8 +74,8 @@ def _changed(entry: ImageEntry, result: dict[str, Any], models: dict[str, str]) 
             changed.append("slide file")
         if entry.mpp and slide["mpp"] != [*entry.mpp]:
             changed.append("pixel size")
-    if models.get(result.get("model_name", ""), result["model"]) != result["model"]:
-        changed.append("model retrained")
+    if result["model"] not in models.values():
+        changed.append("model retrained" if result.get("model_name") in models else "model gone")
     if result.get("version", __version__) != __version__:
         changed.append(f"version, was {result['version']}")
     return changed
@@ -93,6 +93,7 @@ def _models(project: Project) -> dict[str, str]:
 
 
 def _name(result: dict[str, Any], models: dict[str, str]) -> str:
-    """The model that made an image's nuclei: its name, if it is still there as it was."""
+    """The model that made an image's nuclei: what it is called now, or was."""
     same = [name for name, digest in models.items() if digest == result["model"]]
-    return same[0] if same else f"no longer here ({result['model'][:12]})"
+    name = result.get("model_name", f"no longer here ({result['model'][:12]})")
+    return name if name in same or not same else same[0]

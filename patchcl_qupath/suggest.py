@@ -76,13 +76,13 @@ class Suggested:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What became of a project: its new fields, and by image what was done, or the problem.
+    """What became of a project: its new fields, what was done with them, and what failed.
 
     ``without`` are the images that have no nuclei yet.
     """
 
     fields: list[Suggested]
-    done: dict[str, str]
+    done: list[str]
     problems: list[str]
     without: list[str]
 
@@ -104,12 +104,12 @@ def suggest(project: Project, entries: Sequence[ImageEntry], count: int) -> Sugg
             continue
         try:
             found = _candidates(project, entry, slides[entry.path])
-            done = project.corrected(entry)
+            put_right = project.corrected(entry)
         except PatchCLError as error:
             problems.append(str(error))
             continue
         looked.append((entry, found))
-        corrected += [(slides[entry.path], field) for field in done]
+        corrected += [(slides[entry.path], field) for field in put_right]
     if not looked:
         raise ProjectError("; ".join(problems) or "no nuclei yet: do `patchcl-qp run` first")
     everything = _concatenate([found for _, found in looked])
@@ -123,7 +123,7 @@ def suggest(project: Project, entries: Sequence[ImageEntry], count: int) -> Sugg
     usual = usual_doubt(everything)
     owner = np.repeat(np.arange(len(looked)), [len(found.doubt) for _, found in looked])
     suggested: list[Suggested] = []
-    done_by_image: dict[str, str] = {}
+    done: list[str] = []
     for k, (entry, _) in enumerate(looked):
         here = [
             _suggested(entry, everything, i, float(usual[i]), f"Field {number} of {len(chosen)}")
@@ -131,11 +131,11 @@ def suggest(project: Project, entries: Sequence[ImageEntry], count: int) -> Sugg
             if owner[i] == k
         ]
         try:
-            done_by_image[entry.name] = project.suggest(entry, [one.field for one in here])
+            done.append(f"{entry.name}: {project.suggest(entry, [one.field for one in here])}")
             suggested += here
         except PatchCLError as error:
             problems.append(str(error))
-    return Suggestion(suggested, done_by_image, problems, without)
+    return Suggestion(suggested, done, problems, without)
 
 
 def choose(

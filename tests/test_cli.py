@@ -66,7 +66,9 @@ def quick(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["run", "train", "refine", "init", "status", "score"])
+@pytest.mark.parametrize(
+    "command", ["run", "train", "suggest", "refine", "init", "status", "score"]
+)
 def test_every_command_explains_itself(command):
     result = call(command, "--help")
     assert result.exit_code == 0

@@ -177,7 +177,8 @@ class PaquoProject:
             return said
         shown = ResultConfig(**about["config"]["result"])
         counts = self._import(entry, shown, about["run"])
-        return f"{counts['fields']} fields marked, {counts['fields_kept']} of before kept"
+        marked, kept = counts["fields"], counts["fields_kept"]
+        return f"{marked} of {len(fields)} new fields marked, {kept} of before kept"
 
     def _import(self, entry: ImageEntry, config: ResultConfig, run: str) -> dict[str, int]:
         """Have QuPath show what is on disk, and leave a receipt. Raises ImageError."""
