@@ -166,15 +166,17 @@ def report_suggestion(project: Project, suggestion: Suggestion, count: int, as_j
         )
         if len(suggestion.fields) < count and not suggestion.problems:
             click.echo("Note: there are no more fields with tissue and nuclei that do not touch")
-        by_script = not project.via.startswith("paquo")
-        click.echo(
-            "Next: in QuPath, "
-            + ("run groovy/import_nuclei.groovy for the project, " if by_script else "")
-            + "put right every nucleus in these fields, set\n"
-            f"      the class of each field that is done to '{CORRECTED}', save"
-            + (", and run\n      groovy/export_labels.groovy" if by_script else "")
-            + f"; then patchcl-qp refine {project.path}"
-        )
+        steps = [
+            "in QuPath, put right every nucleus in these fields",
+            f"set the class of each field that is done to '{CORRECTED}', and save",
+            f"patchcl-qp refine {project.path}",
+        ]
+        if not project.via.startswith("paquo"):
+            steps.insert(0, "in QuPath, run groovy/import_nuclei.groovy for the project")
+            steps.insert(-1, "run groovy/export_labels.groovy for the project, too")
+        click.echo("Next:")
+        for number, step in enumerate(steps, start=1):
+            click.echo(f"  {number}. {step}")
     if suggestion.without:
         click.echo(f"Without nuclei, left out: {', '.join(suggestion.without)}")
     for problem in suggestion.problems:

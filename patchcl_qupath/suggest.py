@@ -131,10 +131,13 @@ def suggest(project: Project, entries: Sequence[ImageEntry], count: int) -> Sugg
             if owner[i] == k
         ]
         try:
-            done.append(f"{entry.name}: {project.suggest(entry, [one.field for one in here])}")
-            suggested += here
+            said = project.suggest(entry, [one.field for one in here])
         except PatchCLError as error:
             problems.append(str(error))
+            continue
+        suggested += here
+        if here:
+            done.append(f"{entry.name}: {said}")
     return Suggestion(suggested, done, problems, without)
 
 
