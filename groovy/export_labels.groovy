@@ -4,9 +4,10 @@
  *
  *     QuPath script -p project.qpproj export_labels.groovy
  *
- * A field is an annotation of the class below: draw some (squares of about 250 um will do), and in each of them
- * put every nucleus right: reshape it, delete what is none, draw what is missing. What is in a field then counts
- * as a nucleus, the rest of it as none. Nothing in the image changes.
+ * A field is an annotation of the class below: one that `patchcl-qp suggest` chose and that you marked as done, or
+ * one that you drew (squares of about 250 um will do). In each of them put every nucleus right: reshape it, delete
+ * what is none, draw what is missing. What is in a field then counts as a nucleus, the rest of it as none. Nothing
+ * in the image changes.
  *
  * Writes patchcl/labels/<image id>.geojson.
  *
@@ -26,7 +27,7 @@ import qupath.lib.roi.interfaces.ROI
 import qupath.lib.scripting.QP
 
 // ---------------------------------------------------------------- settings
-String fieldClass = 'Corrected'   // class of the annotations that are fields
+String fieldClass = 'PatchCL: corrected'   // class of the annotations that are fields
 String folderName = 'patchcl'   // where patchcl-qp looks for labels, beside project.qpproj
 // -------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ What takes long to import is imported inside the commands, so that --help answer
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from patchcl_qupath import __version__, console
-from patchcl_qupath.config import CLUSTERS, ENGINES, STAINS, Config, load_config
+from patchcl_qupath.config import CLUSTERS, CORRECTED, ENGINES, STAINS, Config, load_config
 from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
 
 if TYPE_CHECKING:
@@ -202,7 +201,9 @@ def run(
             if scheduler or cluster:
                 progress(f"waiting for workers of {scheduler or cluster}", 0, 0)
             with runs.workers(workers, scheduler, cluster) as client:
-                this_run = pipeline.Run(project, model, settings, client, progress, mpp, within)
+                this_run = pipeline.Run(
+                    project, model, settings, client, progress, mpp, within, name
+                )
                 results = list(this_run.images(entries))
             report = _report(project)
         console.report_run(project, results, report, as_json)
@@ -240,12 +241,48 @@ def train(
 @main.command()
 @_shared
 @_writing
+@click.option(
+    "--fields",
+    "count",
+    type=click.IntRange(min=1),
+    default=6,
+    show_default=True,
+    help="How many fields to choose, of 256 um a side.",
+)
+def suggest(
+    project_path: Path,
+    names: tuple[str, ...],
+    mpp: float | None,
+    config: Path | None,
+    as_json: bool,
+    backend: str,
+    qupath: Path | None,
+    count: int,
+) -> None:
+    """Mark the fields of PROJECT where a correction is worth most.
+
+    Those are where the model of the last run was in doubt, spread over slides and looks of tissue.
+    """
+    with _reporting_errors(as_json):
+        project, entries, _ = _open(project_path, names, config, None, backend, qupath)
+        click.echo(f"Fields are marked by {project.via}", err=True)
+        from patchcl_qupath.suggest import suggest as suggest_fields
+
+        with _at_work(project):
+            suggestion = suggest_fields(project, entries, count)
+        console.report_suggestion(project, suggestion, count, as_json)
+    sys.exit(1 if suggestion.problems else 0)
+
+
+@main.command()
+@_shared
+@_writing
 @_device
 @click.option(
     "--labels-from",
-    required=True,
+    default=CORRECTED,
     metavar="CLASS",
-    help="Class of the annotations in which every nucleus was put right.",
+    help=f"Class of the annotations in which every nucleus was put right; default: {CORRECTED}.",
 )
 @click.option("--model", "name", default="patchcl", help="Name of the model to refine.")
 @click.option("--as", "new_name", default="refined", help="Name of the refined model.")
@@ -314,22 +351,15 @@ def status(
     config: Path | None,
     as_json: bool,
 ) -> None:
-    """Say for each image of PROJECT whether its nuclei are there, and what is in the way."""
+    """Say for each image of PROJECT what is done, by which model, and what changed since.
+
+    Fields to correct are counted as the image was last saved in QuPath.
+    """
     with _reporting_errors(as_json):
         project, entries, _ = _open(project_path, names, config, None)
-        rows = [
-            {"id": entry.id, "image": entry.name, **_state(project, entry)} for entry in entries
-        ]
-        if as_json:
-            console.print_json({"project": str(project.path), "images": rows})
-        else:
-            console.print_table(
-                ["image", "state", "nuclei", "made", "model"],
-                [
-                    [row[key] for key in ("image", "state", "nuclei", "made", "model")]
-                    for row in rows
-                ],
-            )
+        from patchcl_qupath.state import state
+
+        console.report_states(project, [state(project, entry) for entry in entries], as_json)
 
 
 @main.command()
@@ -450,29 +480,6 @@ def _report(project: Project) -> Path | None:
         reason = str(error) if isinstance(error, PatchCLError) else fault(error)
         click.echo(f"No report: {reason}", err=True)
         return None
-
-
-def _state(project: Project, entry: ImageEntry) -> dict[str, Any]:
-    try:
-        result = json.loads((project.results(entry) / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {"state": entry.problem or "to do", "nuclei": None, "made": None, "model": None}
-    if "removed" in result:
-        return {"state": "removed", "nuclei": None, "made": None, "model": None}
-    made = {key: result[key] for key in ("nuclei", "made")}
-    state = f"done but for {len(result['holes'])} of its tiles" if result.get("holes") else "done"
-    return {"state": entry.problem or state, **made, "model": _model_name(project, result)}
-
-
-def _model_name(project: Project, result: dict[str, Any]) -> str:
-    """The model that made an image's nuclei: its name, if it is still there as it was."""
-    for path in sorted((project.output / "models").glob("*.json")):
-        try:
-            if json.loads(path.read_text(encoding="utf-8"))["digest"] == result["model"]:
-                return path.stem
-        except (OSError, ValueError, LookupError, TypeError):
-            continue  # of no model of ours
-    return f"no longer here ({result['model'][:12]})"
 
 
 def _open(

@@ -28,6 +28,9 @@ CLUSTERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "sge": "qsub"}  # w
 RECIPES = ("selftrain", "patchcl", "paper")
 INPUTS = ("stains", "rgb")
 ENGINES = ("auto", "torch", "openvino")
+# Classes of fields in QuPath; groovy/import_nuclei.groovy has them, too.
+TO_CORRECT = "PatchCL: correct here"  # suggested
+CORRECTED = "PatchCL: corrected"  # a person says that it is done
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from patchcl_qupath.config import CORRECTED
+
 if TYPE_CHECKING:
     from patchcl_qupath.outcome import ImageResult
     from patchcl_qupath.pipeline import Progress
     from patchcl_qupath.project import Project
     from patchcl_qupath.score import ImageScore
+    from patchcl_qupath.state import State
+    from patchcl_qupath.suggest import Suggestion
 
 _BARS = 8  # progress bars on the screen at once
 
@@ -120,6 +124,70 @@ def report_run(
                 f"y={first.y}: {first.reason}. Run again to try them again",
                 err=True,
             )
+
+
+def report_states(project: Project, states: Sequence[State], as_json: bool) -> None:
+    """Where the images of a project are."""
+    if as_json:
+        print_json({"project": str(project.path), "images": [asdict(state) for state in states]})
+        return
+    print_table(
+        ["image", "state", "nuclei", "made (UTC)", "model", "fields done", "changed since"],
+        [
+            [
+                s.image,
+                s.state,
+                None if s.nuclei is None else f"{s.nuclei:,}",
+                s.made and s.made[:16].replace("T", " "),
+                s.model,
+                f"{s.fields_done} of {s.fields}" if s.fields else None,
+                "; ".join(s.changed),
+            ]
+            for s in states
+        ],
+    )
+
+
+def report_suggestion(project: Project, suggestion: Suggestion, count: int, as_json: bool) -> None:
+    """The fields that were chosen, and what to do with them."""
+    if as_json:
+        print_json({"project": str(project.path), **asdict(suggestion)})
+        return
+    for line in suggestion.done:
+        click.echo(line)
+    if suggestion.fields:
+        print_table(
+            ["image", "field", "x", "y", "doubt", "usual", "nuclei"],
+            [
+                [
+                    one.image,
+                    one.field.name,
+                    round(one.field.x),
+                    round(one.field.y),
+                    f"{one.doubt:.2f}",
+                    f"{one.usual:.2f}",
+                    one.nuclei,
+                ]
+                for one in suggestion.fields
+            ],
+        )
+        if len(suggestion.fields) < count and not suggestion.problems:
+            click.echo("Note: there are no more fields with tissue and nuclei that do not touch")
+        steps = [
+            "in QuPath, put right every nucleus in these fields",
+            f"set the class of each field that is done to '{CORRECTED}', and save",
+            f"patchcl-qp refine {project.path}",
+        ]
+        if not project.via.startswith("paquo"):
+            steps.insert(0, "in QuPath, run groovy/import_nuclei.groovy for the project")
+            steps.insert(-1, "run groovy/export_labels.groovy for the project, too")
+        click.echo("Next:")
+        for number, step in enumerate(steps, start=1):
+            click.echo(f"  {number}. {step}")
+    if suggestion.without:
+        click.echo(f"Without nuclei, left out: {', '.join(suggestion.without)}")
+    for problem in suggestion.problems:
+        click.echo(f"Failed: {problem}", err=True)
 
 
 def report_scores(

@@ -138,6 +138,35 @@ class Hole:
 
 
 @dataclass(frozen=True)
+class Field:
+    """A rectangle of an image that a person is asked to correct, in px at level 0.
+
+    ``id`` is a UUID; ``name`` and ``description`` are for people.
+    """
+
+    id: str
+    name: str
+    description: str
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What QuPath has of an image, as it was last saved: the numbers of its fields by class.
+
+    ``is_current``: the nuclei and fields on disk are there; ``saved_later``: and then it was saved.
+    """
+
+    to_correct: int
+    corrected: int
+    is_current: bool
+    saved_later: bool
+
+
+@dataclass(frozen=True)
 class Corrections:
     """What a person says of an image, level 0: ``fields`` in which all ``nuclei`` are outlined.
 

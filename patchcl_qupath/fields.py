@@ -10,9 +10,9 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.config import Config
+from patchcl_qupath.config import CORRECTED, TO_CORRECT, Config
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, level0_to_grid
-from patchcl_qupath.errors import ImageError, TrainingError
+from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
 from patchcl_qupath.prepare import PreparedImage, on_grid, prepare
 from patchcl_qupath.project import Project
 from patchcl_qupath.teaching import Lesson, targets
@@ -34,8 +34,15 @@ def read_fields(
 ) -> list[Lesson]:
     """One lesson for each annotation of class ``labels_from`` in a project.
 
-    Raises ImageError for labels that cannot be learnt from, TrainingError where there are none.
+    Raises ImageError for labels that cannot be learnt from, TrainingError where there are none,
+    ConfigError for the class of fields that nobody says are done: they would teach a model its own
+    mistakes.
     """
+    if labels_from == TO_CORRECT:
+        raise ConfigError(
+            f"fields of class {TO_CORRECT} are still to be corrected: set the class of those that "
+            f"are done to {CORRECTED}, save, and refine with --labels-from '{CORRECTED}'"
+        )
     labelled = []
     for done, entry in enumerate(entries):
         progress("reading corrected fields", done, len(entries))
@@ -45,9 +52,9 @@ def read_fields(
     progress("reading corrected fields", len(entries), len(entries))
     if not labelled:
         raise TrainingError(
-            f"no image has an annotation of class {labels_from}: draw some in QuPath, put every "
-            "nucleus in them right, and save (without a QuPath here, run "
-            "groovy/export_labels.groovy there)"
+            f"no image has an annotation of class {labels_from}: have some suggested by "
+            "`patchcl-qp suggest`, or draw some in QuPath, put every nucleus in them right, set "
+            "that class, and save (without a QuPath here, run groovy/export_labels.groovy there)"
         )
     check_agreement(labelled)
     return [lesson for image, labels in labelled for lesson in lessons(image, labels)]

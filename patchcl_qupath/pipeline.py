@@ -28,7 +28,7 @@ from patchcl_qupath.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.project import Project
 from patchcl_qupath.runs import Seconds, TileStore, map_tiles, timed, write_outcome, write_run
 from patchcl_qupath.slide import Slide
-from patchcl_qupath.storage import digest, write_survey
+from patchcl_qupath.storage import digest, file_facts, write_survey
 from patchcl_qupath.survey import merge
 from patchcl_qupath.tiles import plan
 from patchcl_qupath.tilework import TileContext, context_px, segment_tile
@@ -84,6 +84,7 @@ class Run:
     ``client`` is a Dask client. ``mpp`` is the pixel size, in um, of images that do not know
     their own. ``within`` are classes of annotations; nuclei outside of them are not looked for.
     Equal models, settings and classes make the same run, so that a killed run goes on.
+    ``model_name`` is for people.
     """
 
     project: Project
@@ -93,6 +94,7 @@ class Run:
     progress: Progress
     mpp: float | None = None
     within: tuple[str, ...] = ()
+    model_name: str | None = None
 
     @cached_property
     def engine(self) -> str:
@@ -206,6 +208,9 @@ class Run:
         made = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"run": self.folder.name, "image": entry.name, "made": made, **self.about}
         about["tissue_mm2"] = image.tissue_mm2()
+        about["slide"] = {"file": file_facts(entry.path), "mpp": [*image.slide.mpp_level0]}
+        if self.model_name:
+            about["model_name"] = self.model_name
         about["stains"] = asdict(image.stains)
         if entry.regions:
             about["regions"] = [

@@ -16,7 +16,7 @@ from patchcl_qupath.datatypes import ImageEntry, StainVectors, level0_to_grid
 from patchcl_qupath.errors import ImageError, TrainingError
 from patchcl_qupath.slide import Slide
 from patchcl_qupath.stains import StainScale, to_measure
-from patchcl_qupath.storage import digest
+from patchcl_qupath.storage import digest, file_facts
 from patchcl_qupath.tiles import (
     check_brightfield,
     sample_boxes,
@@ -57,14 +57,12 @@ class PreparedImage:
 
         Not the path: a project that was moved keeps its finished tiles.
         """
-        stat = self.slide.path.stat()
         facts = asdict(self.slide) | {"path": None, "name": None}
         region = None if self.region is None else digest(shapely.to_wkb(self.region, hex=True))
         return {
             **facts,
             "form": _FORM,
-            "bytes": stat.st_size,
-            "modified_ns": stat.st_mtime_ns,
+            **file_facts(self.slide.path),
             "region": region,
             "stains": asdict(self.stains),
         }

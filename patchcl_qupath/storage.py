@@ -135,6 +135,12 @@ def write_json(path: Path, content: Any, compact: bool = False) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def file_facts(path: Path) -> dict[str, int]:
+    """What changes when a file does, but not when it is moved."""
+    stat = path.stat()
+    return {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+
+
 def digest(content: Any) -> str:
     """12 hexadecimal digits that stand for a JSON-like value."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)

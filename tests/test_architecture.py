@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "patchcl_qupath"
 FLOORS = [  # a module imports from the floors below its own only
     {"cli"},
     {"console"},
-    {"pipeline", "score", "doctor", "page"},
+    {"pipeline", "score", "doctor", "page", "suggest", "state"},
     {"fields", "tilework", "outcome", "gallery"},
     {"prepare", "truth"},
     {"project", "slide", "tiles", "segment", "runs", "evaluate", "report", "survey"}

@@ -66,7 +66,10 @@ def quick(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["run", "train", "refine", "init", "status", "score", "report"])
+@pytest.mark.parametrize(
+    "command",
+    ["run", "train", "suggest", "refine", "init", "status", "score", "report"],
+)
 def test_every_command_explains_itself(command):
     result = call(command, "--help")
     assert result.exit_code == 0

@@ -27,7 +27,7 @@ from qupath import nuclei
 from slides import write_tiff
 
 from patchcl_qupath.cli import main
-from patchcl_qupath.config import ResultConfig
+from patchcl_qupath.config import CORRECTED, ResultConfig
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Nuclei
 from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
 from patchcl_qupath.project import NewImage, init_project, open_project
@@ -336,7 +336,7 @@ DRAW_LABELS = """
         def pathClass = name == null ? null : PathClass.fromString(name)
         hierarchy.addObject(PathObjects.createAnnotationObject(roi, pathClass))
     }
-    draw(20, 20, 200, 'Corrected')
+    draw(20, 20, 200, 'PatchCL: corrected')
     draw(0, 0, 2000, 'Tumor')   // holds the field: no nucleus
     draw(190, 100, 15, null)   // a nucleus that nobody found
     entry.saveImageData(imageData)
@@ -350,14 +350,14 @@ def test_labels_are_the_nuclei_in_fields_whoever_made_them(
 ) -> None:
     """Read by QuPath's process, and exported by the script."""
     project, entry = opened(path, process)
-    assert project.labels(entry, "Corrected") == Corrections()  # never saved
+    assert project.labels(entry, CORRECTED) == Corrections()  # never saved
     write(project, entry, FEW)
     session.run(path, DRAW_LABELS)
     expected = shapely.box(20, 20, 220, 220)
     near = [p for p in FEW.polygons if p.intersects(expected)]
     assert len(near) == 10  # five in a row
     project, entry = opened(path, process)
-    found = project.labels(entry, "Corrected")
+    found = project.labels(entry, CORRECTED)
     assert [field.bounds for field in found.fields] == [expected.bounds]
     assert len(found.nuclei) == len(near) + 1
     for nucleus in found.nuclei:
@@ -367,7 +367,7 @@ def test_labels_are_the_nuclei_in_fields_whoever_made_them(
     script = SAMPLE.parent / "groovy" / "export_labels.groovy"
     log = qupath.run_script(path, script)
     assert "a.svs: 1 fields and 13 outlines in them exported to" in log, log
-    again = open_project(path, "files").labels(entry, "Corrected")
+    again = open_project(path, "files").labels(entry, CORRECTED)
     assert {n.wkt for n in again.nuclei} == {n.wkt for n in found.nuclei}
     assert project.labels(entry, "Tumor").fields[0].area == 2000**2  # of another class
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import shapely
+
 from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.datatypes import Corrections, ImageEntry, Nuclei
+from patchcl_qupath.datatypes import Corrections, Field, ImageEntry, Nuclei, Shown
 from patchcl_qupath.errors import ConfigError, ProjectError
 from patchcl_qupath.project.create import NewImage, init_project
 
@@ -67,8 +69,20 @@ class Project(Protocol):
         Only those that nobody touched are replaced. Raises ImageError where the image is as it was.
         """
 
+    def corrected(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
+        """The fields of an image that a person said to be done, level 0, as far as is known."""
+
+    def suggest(self, entry: ImageEntry, fields: Sequence[Field]) -> str:
+        """Mark fields to correct, in place of those of last time that nobody touched.
+
+        Returns what was done, or what is left to do in QuPath. Raises ImageError.
+        """
+
+    def shown(self, entry: ImageEntry) -> Shown:
+        """What QuPath has of an image, without asking it."""
+
     def remove(self, entry: ImageEntry) -> str:
-        """Take an image's nuclei away, those excepted that a person changed.
+        """Take an image's nuclei away, and fields to correct, those excepted that a person changed.
 
         Returns what was done, or what is left to do in QuPath.
         """

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import shapely
+from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import Corrections, StainVectors
+from patchcl_qupath.config import CORRECTED, TO_CORRECT
+from patchcl_qupath.datatypes import Corrections, Polygons, StainVectors
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.geojson import holds_several, read_areas
 from patchcl_qupath.stains import flaw, known
@@ -91,19 +93,32 @@ def read_labels(path: Path, image: str, field_class: str) -> Corrections:
     An image that was never exported has none. Raises ImageError for a file that is damaged, and
     for nuclei that lie on each other.
     """
+    names, areas = _exported(path, image)
+    is_field = names == field_class
+    others = areas[~is_field & ~np.isin(names, (TO_CORRECT, CORRECTED))]
+    labels = Corrections(tuple(areas[is_field]), tuple(others[~holds_several(others)]))
+    check_labels(labels, image)
+    return labels
+
+
+def read_corrected(path: Path, image: str) -> tuple[shapely.Geometry, ...]:
+    """The fields of such a file that are marked as done. Raises ImageError if it is damaged."""
+    names, areas = _exported(path, image)
+    return tuple(areas[names == CORRECTED])
+
+
+def _exported(path: Path, image: str) -> tuple[NDArray[np.str_], Polygons]:
+    """Classes and areas (N,) of what groovy/export_labels.groovy exported; none if it did not."""
     if not path.exists():
-        return Corrections()
+        return np.empty(0, dtype=str), np.empty(0, dtype=object)
     try:
         names, areas = read_areas(path)
     except Exception as error:  # not JSON, of any other form
         raise ImageError(
             f"{image}: {path} is damaged: run groovy/export_labels.groovy on it in QuPath again"
         ) from error
-    is_area, is_field = ~shapely.is_missing(areas), names == field_class
-    others = areas[is_area & ~is_field]
-    labels = Corrections(tuple(areas[is_area & is_field]), tuple(others[~holds_several(others)]))
-    check_labels(labels, image)
-    return labels
+    is_area = ~shapely.is_missing(areas)
+    return names[is_area], areas[is_area]
 
 
 def check_labels(labels: Corrections, image: str) -> None:

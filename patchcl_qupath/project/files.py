@@ -13,19 +13,23 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.datatypes import Corrections, ImageEntry, Nuclei
+import shapely
+
+from patchcl_qupath.config import CORRECTED, TO_CORRECT, ResultConfig
+from patchcl_qupath.datatypes import Corrections, Field, ImageEntry, Nuclei, Shown
 from patchcl_qupath.errors import ProjectError
 from patchcl_qupath.stains import H_DAB
 
 SEARCH_DEPTH = 4  # folders, the project's included, in which QuPath looks for a lost image
 BIO_FORMATS = "BioFormatsServerBuilder"
+SAVING_S = 10.0  # QuPath may save an import so long after the script that did it
 MICROMETRES = {"µm", "μm", "um"}  # the micro sign, and the Greek letter
 
 # How QuPath's builders that change pixels or coordinates are called in a message.
@@ -164,10 +168,46 @@ class FilesProject:
         write_results(folder, parts, count, config, about)
         return folder
 
+    def corrected(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
+        """The fields marked as done that groovy/export_labels.groovy exported."""
+        from patchcl_qupath.project.drawn import read_corrected
+
+        return read_corrected(self.labels_file(entry), entry.name)
+
+    def suggest(self, entry: ImageEntry, fields: Sequence[Field]) -> str:
+        """Leave word of fields to correct for groovy/import_nuclei.groovy."""
+        from patchcl_qupath.storage import write_json
+
+        file = self.fields_file(entry)
+        if not fields and not file.exists():
+            return "no fields"
+        made = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(file, {"made": made, "fields": [asdict(field) for field in fields]})
+        return "import_nuclei.groovy now marks the fields in QuPath"
+
+    def fields_file(self, entry: ImageEntry) -> Path:
+        """The fields of an image that were suggested last."""
+        return self.output / "fields" / f"{entry.id}.json"
+
+    def shown(self, entry: ImageEntry) -> Shown:
+        """What QuPath has of an image: from its summary, and from the times of files."""
+        objects = self._summary(entry.id).get("hierarchy") or {}
+        counts = objects.get("annotationClassificationCounts") or {}
+        ours = [self.results(entry) / "result.json", self.fields_file(entry)]
+        made, imported = max(map(_modified, ours)), _modified(self.receipt(entry))
+        saved = _modified(self.data(entry))
+        return Shown(
+            counts.get(TO_CORRECT, 0),
+            counts.get(CORRECTED, 0),
+            is_current=imported >= made > 0,
+            saved_later=saved > imported + SAVING_S,
+        )
+
     def remove(self, entry: ImageEntry) -> str:
         """Remove an image's nuclei, and tell the import script to take them out of the image."""
         from patchcl_qupath.project.results import write_removed
 
+        self.fields_file(entry).unlink(missing_ok=True)
         if not self.results(entry).exists() and not self.receipt(entry).exists():
             return "no nuclei"
         write_removed(self.results(entry))
@@ -237,12 +277,23 @@ class FilesProject:
         return found
 
     def _image_type(self, id_: str) -> str | None:
-        """The image type that a person set in QuPath, from the summary that it keeps."""
+        """The image type that a person set in QuPath, from its summary."""
+        found = self._summary(id_).get("imageType")
+        return None if found is None else str(found)
+
+    def _summary(self, id_: str) -> dict[str, Any]:
+        """What QuPath writes beside an image's objects: how many there are, say."""
         try:
             path = self.path.parent / "data" / id_ / "summary.json"
-            return str(json.loads(path.read_text(encoding="utf-8")).get("imageType"))
-        except (OSError, ValueError, AttributeError):
-            return None  # an image that was never saved has no summary
+            summary = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}  # an image that was never saved has no summary
+        return summary if isinstance(summary, dict) else {}
+
+
+def _modified(path: Path) -> float:
+    """When a file was written, in s; 0 where there is none."""
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def path_of_uri(uri: str) -> PurePath | None:

@@ -48,10 +48,14 @@ class Image:
 
 @dataclass(frozen=True)
 class Write:
-    """Put the nuclei of a results folder in place of those that are in the image."""
+    """Put the nuclei of a results folder in place of those that are in the image.
+
+    So are the fields to correct of the file ``fields``, which need not exist.
+    """
 
     image: Image
     results: Path
+    fields: Path
     class_name: str
     color: tuple[int, ...]
 
@@ -255,8 +259,8 @@ class _QuPath:
         return Done(counts, seconds)
 
     def _write(self, question: Write) -> dict[str, int]:
-        text = (question.results / "result.json").read_text(encoding="utf-8")
-        result = self._class("com.google.gson.JsonParser").parseString(text).getAsJsonObject()
+        result = self._json(question.results / "result.json")
+        suggested = self._json(question.fields) if question.fields.exists() else None
         nuclei = read_nuclei(question.results / "nuclei.parquet")
         self._lap("read nuclei")
         project, entry, image_data = self._open(question.image)
@@ -264,13 +268,16 @@ class _QuPath:
         annotations = str(result.get("object_type").getAsString()) == "annotation"
         objects = self._objects(nuclei, path_class, annotations)
         self._lap("make objects")
-        return self._replace(entry, image_data, objects, result)
+        if suggested is not None:
+            self._list(project, *self._rules.fieldClasses())
+        return self._replace(entry, image_data, objects, result, suggested)
 
     def _remove(self, question: Remove) -> dict[str, int]:
         _, entry, image_data = self._open(question.image)
         result = self._class("com.google.gson.JsonObject")()
         result.addProperty("removed", "all")
-        return self._replace(entry, image_data, self._class("java.util.ArrayList")(), result)
+        none = self._class("java.util.ArrayList")()
+        return self._replace(entry, image_data, none, result, None)
 
     def _export(self, question: Export) -> dict[str, int]:
         _, _, image_data = self._open(question.image)
@@ -317,22 +324,32 @@ class _QuPath:
 
     def _path_class(self, project: Any, name: str, color: tuple[int, ...]) -> Any:
         """The class, which the project lists from now on. A colour that a person gave it stays."""
-        from paquo.classes import QuPathPathClass
-
         red, green, blue = color
         PathClass = self._class("qupath.lib.objects.classes.PathClass")
         packed = self._class("java.lang.Integer")(
             (255 << 24 | red << 16 | green << 8 | blue) - (1 << 32)
         )
         path_class = PathClass.fromString(name, packed)
-        listed = list(project.path_classes)
-        if str(path_class) not in {str(known.java_object) for known in listed}:
-            if not listed:  # QuPath offers its usual classes where a project lists none
-                usual = PathClass.StandardPathClasses
-                names = "TUMOR STROMA IMMUNE_CELLS NECROSIS OTHER REGION IGNORE POSITIVE NEGATIVE"
-                listed = [QuPathPathClass.from_java(getattr(usual, n)) for n in names.split()]
-            project.path_classes = [*listed, QuPathPathClass.from_java(path_class)]
+        self._list(project, path_class)
         return path_class
+
+    def _list(self, project: Any, *path_classes: Any) -> None:
+        """Have the project list classes, for a person to choose from."""
+        from paquo.classes import QuPathPathClass
+
+        listed = list(project.path_classes)
+        known = {str(path_class.java_object) for path_class in listed}
+        new = [QuPathPathClass.from_java(c) for c in path_classes if str(c) not in known]
+        if new and not listed:  # QuPath offers its usual classes where a project lists none
+            usual = self._class("qupath.lib.objects.classes.PathClass").StandardPathClasses
+            names = "TUMOR STROMA IMMUNE_CELLS NECROSIS OTHER REGION IGNORE POSITIVE NEGATIVE"
+            listed = [QuPathPathClass.from_java(getattr(usual, n)) for n in names.split()]
+        if new:
+            project.path_classes = [*listed, *new]
+
+    def _json(self, file: Path) -> Any:
+        text = file.read_text(encoding="utf-8")
+        return self._class("com.google.gson.JsonParser").parseString(text).getAsJsonObject()
 
     def _objects(self, nuclei: Nuclei, path_class: Any, annotations: bool) -> Any:
         from jpype import JArray, JString
@@ -353,8 +370,12 @@ class _QuPath:
             annotations,
         )
 
-    def _replace(self, entry: Any, image_data: Any, objects: Any, result: Any) -> dict[str, int]:
-        counts = self._rules.replaceNuclei(image_data, entry, objects, result, MAX_OVERLAP)
+    def _replace(
+        self, entry: Any, image_data: Any, objects: Any, result: Any, suggested: Any
+    ) -> dict[str, int]:
+        counts = self._rules.replaceNuclei(
+            image_data, entry, objects, result, suggested, MAX_OVERLAP
+        )
         self._lap("replace")
         entry.saveImageData(image_data)
         image_data.getServer().close()

@@ -7,6 +7,7 @@ that changed since the project was opened is left alone.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,8 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.datatypes import Corrections, ImageEntry, Nuclei
+import shapely
+
+from patchcl_qupath.config import CORRECTED, ResultConfig
+from patchcl_qupath.datatypes import Corrections, Field, ImageEntry, Nuclei, Shown
 from patchcl_qupath.errors import ImageError, ProjectError
 from patchcl_qupath.project.drawn import SELECTED
 from patchcl_qupath.project.files import FilesProject
@@ -152,23 +155,53 @@ class PaquoProject:
         """Replace an image's nuclei: on disk, and in QuPath those that nobody touched."""
         self.process.start()  # takes some seconds, and so do the files
         folder = self.files.write(entry, parts, count, config, about)
-        question = Write(self._image(entry), folder, config.class_name, config.color)
         try:
-            done = self._change(entry, question)
+            self._import(entry, config, str(about.get("run", "?")))
         except ImageError as error:
             raise ImageError(f"{error}. Meanwhile its nuclei are in {folder}") from error
+        return folder
+
+    def corrected(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
+        """The fields marked as done that are saved, or were exported since then."""
+        file = self.files.labels_file(entry)
+        if self.files.shown(entry).corrected and not self.files.is_current(file, entry):
+            self._check(entry)
+            self.process.ask(Export(self._image(entry), file, CORRECTED))
+        return self.files.corrected(entry)
+
+    def suggest(self, entry: ImageEntry, fields: Sequence[Field]) -> str:
+        """Mark fields in the image, in place of those of last time that nobody touched."""
+        about = json.loads((self.results(entry) / "result.json").read_text(encoding="utf-8"))
+        said = self.files.suggest(entry, fields)
+        if not self.files.fields_file(entry).exists():
+            return said
+        shown = ResultConfig(**about["config"]["result"])
+        counts = self._import(entry, shown, about["run"])
+        marked, kept = counts["fields"], counts["fields_kept"]
+        return f"{marked} of {len(fields)} new fields marked, {kept} of before kept"
+
+    def _import(self, entry: ImageEntry, config: ResultConfig, run: str) -> dict[str, int]:
+        """Have QuPath show what is on disk, and leave a receipt. Raises ImageError."""
+        folder, fields = self.results(entry), self.files.fields_file(entry)
+        question = Write(self._image(entry), folder, fields, config.class_name, config.color)
+        counts = self._change(entry, question).counts
         receipt = {
             "image": entry.name,
-            "run": str(about.get("run", "?")),
+            "run": run,
             "imported": datetime.now(UTC).isoformat(timespec="seconds"),
-            **done.counts,
+            **counts,
         }
         write_json(self.files.receipt(entry), receipt)
-        return folder
+        return counts
+
+    def shown(self, entry: ImageEntry) -> Shown:
+        """What QuPath has of an image."""
+        return self.files.shown(entry)
 
     def remove(self, entry: ImageEntry) -> str:
         """Take our nuclei out of the image, but for those that a person changed."""
         counts = self._change(entry, Remove(self._image(entry))).counts
+        self.files.fields_file(entry).unlink(missing_ok=True)
         shutil.rmtree(self.results(entry), ignore_errors=True)
         self.files.receipt(entry).unlink(missing_ok=True)
         return f"{counts['removed']:,} nuclei removed, {counts['kept']:,} other objects kept"
