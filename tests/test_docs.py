@@ -28,10 +28,10 @@ from conftest import copy_sample
 
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import PatchCLConfig, SelfTrainConfig, load_config
-from patchcl_qupath.datatypes import Polygons
+from patchcl_qupath.datatypes import ImageEntry, Polygons
 from patchcl_qupath.model import Model
 from patchcl_qupath.network import ConfidenceNetwork, NucleusNetwork
-from patchcl_qupath.project import open_project
+from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.storage import read_nuclei
 
 ROOT = Path(__file__).parent.parent
@@ -124,6 +124,8 @@ class Reader:
         if given.get("config"):
             given["config"].write_text(self.shown.replace("[slide]", "[slide]\nmpp = 1.0"))
         field = shapely.box(950, 2050, 1450, 2550)
+        if name == "suggest" and any("removed" in result_of(project, e) for e in project.images()):
+            self.call("run", [str(given["project_path"])])
         for entry in project.images():
             if name == "run":
                 fields = [(field, kind) for kind in given["within"]]
@@ -136,6 +138,11 @@ class Reader:
             if name == "score":
                 drawn = [(nucleus, "Nucleus") for nucleus in self.nuclei[entry.name]]
                 write_geojson(given["truth"] / f"{Path(entry.name).stem}.geojson", drawn)
+
+
+def result_of(project: Project, entry: ImageEntry) -> dict[str, Any]:
+    """What is said of an image's nuclei."""
+    return json.loads((project.results(entry) / "result.json").read_text(encoding="utf-8"))
 
 
 def write_geojson(path: Path, drawn: list[tuple[shapely.Geometry, str]]) -> None:
