@@ -110,8 +110,8 @@ def report_run(
             click.echo("Next:    open the project in QuPath: the nuclei are in its images")
         else:
             click.echo(
-                "Next:    open the project in QuPath, drag groovy/import_nuclei.groovy into its\n"
-                "         window, and choose Run > Run for project"
+                f"Next:    patchcl-qp scripts {project.path}, then open the project in\n"
+                "         QuPath: Automate > Project scripts > import_nuclei, Run > Run for project"
             )
     for result in results:
         if result.problem:
