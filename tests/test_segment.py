@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from patchcl_qupath.config import SegmentConfig
-from patchcl_qupath.segment import instances
+from patchcl_qupath.segment import _distance, instances
 
 MPP = 0.5
 CONFIG = SegmentConfig()
@@ -110,3 +110,17 @@ def test_a_nucleus_has_the_same_pixels_wherever_it_lies_in_the_image():
         assert len(names) == 1
         assert names[0] > 0
         assert (whole == names[0]).sum() == pixels.sum()
+
+
+@pytest.mark.parametrize("most", [0.4, 3.0, 7.5, 150.0])
+@pytest.mark.parametrize("shape", [(60, 90), (1, 50), (50, 2)])
+def test_distances_are_exact_as_far_as_they_count(shape, most):
+    mask = np.random.default_rng(3).random(shape) < 0.9
+    mask[:, : shape[1] // 2] |= np.arange(shape[1] // 2) > 3  # a large inside
+    mask[0, 0] = False
+    exact = ndimage.distance_transform_edt(mask)
+    np.testing.assert_array_equal(np.minimum(_distance(mask, most), most), np.minimum(exact, most))
+
+
+def test_where_all_is_inside_all_is_far():
+    assert (_distance(np.ones((40, 50), dtype=bool), 6.0) >= 6).all()
