@@ -24,7 +24,7 @@ from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.nuclei import footprints
 from patchcl_qupath.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.project import open_project
-from patchcl_qupath.pseudo import pseudo_labels
+from patchcl_qupath.pseudo import is_glass, pseudo_labels
 from patchcl_qupath.report import draw_outlines
 from patchcl_qupath.segment import instances
 from patchcl_qupath.teaching import targets
@@ -102,9 +102,10 @@ def lessons(learnt: Learnt) -> Image.Image:
     sure = confidence(learnt.alone, learnt.rgb, scale).nucleus
     crops = [*learnt.crops, learnt.rgb]
     opinions = [confidence(learnt.alone, crop, scale).nucleus for crop in crops]
-    answers = pseudo_labels(
-        [scale.apply(crop) for crop in crops], opinions, config.slide.mpp, config.selftrain
-    )
+    mpp, settings = config.slide.mpp, config.selftrain
+    glass = [is_glass(crop, mpp, settings) for crop in crops]
+    stains = [scale.apply(crop) for crop in crops]
+    answers = pseudo_labels(stains, glass, opinions, mpp, settings)
     labels, background = answers[-1]
     core = targets(labels, background)[..., 1] > 0
     taught = _tinted(learnt.rgb, background, NONE)

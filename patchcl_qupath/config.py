@@ -126,11 +126,13 @@ class SelfTrainConfig:
     min_confidence: float = 0.3  # PatchCL's, on average
     min_area_um2: float = 5.0  # smaller ones are specks
     max_area_um2: float = 220.0  # larger ones are clumps
-    min_fragment: float = 0.4  # smaller ones, beside the slide's typical nucleus, are in doubt
+    min_fragment: float = 0.2  # smaller ones, beside the slide's typical nucleus, are in doubt
     min_solidity: float = 0.75  # worth nothing below that, and its full area at .2 more
     min_clump_um2: float = 500.0  # a larger dark clump should fall into nuclei
-    max_circularity: float = 0.2  # and so should a clump below it: a strand
-    min_covered: float = 0.15  # so much of such clumps at least, or they are something else
+    min_covered: float = 0.2  # so much of it at least, or it is something else
+    max_circularity: float = 0.33  # a dark clump below that is a strand, ...
+    min_glass: float = 0.25  # ... one that lies on glass if so much of what is around it is, ...
+    min_covered_strand: float = 0.3  # ... and keratin, say, unless so much of it falls into nuclei
     min_edge: float = 0.35  # slope along the rim, of the 95th percentile of the slope
 
     def __post_init__(self) -> None:

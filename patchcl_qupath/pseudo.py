@@ -22,20 +22,24 @@ from patchcl_qupath.nuclei import outlines
 
 Stains = NDArray[np.float32]
 Answer = tuple[NDArray[np.int32], NDArray[np.bool_]]  # labels, background: (H, W) each
+_WHITE = 245  # of a scan
+_GLASS_DENSITY = 0.05  # mean of the colours; less is no tissue
+_BESIDE_UM = (1.0, 3.0)  # how far off is what is around a clump
 _CROSS = ndimage.generate_binary_structure(2, 1)  # 3 px wide
 
 
 def pseudo_labels(
     crops: Sequence[Stains],
+    glass: Sequence[NDArray[np.bool_]],
     confidences: Sequence[NDArray[np.float32]],
     mpp: float,
     config: SelfTrainConfig,
 ) -> list[Answer]:
     """What is beyond doubt in the crops of one slide: its nuclei, and where there is surely none.
 
-    From scaled stains (H, W, 3) and PatchCL's confidence (H, W) of each crop to labels (H, W),
-    1..N, and background (H, W). ``mpp`` is in um per pixel. All statistics are those of the crops
-    together: a crop without a nucleus shall not find its own darkest spots.
+    From scaled stains (H, W, 3), glass (H, W) and PatchCL's confidence (H, W) of each crop to
+    labels (H, W), 1..N, and background (H, W). ``mpp`` is in um per pixel. All statistics are those
+    of the crops together: a crop without a nucleus shall not find its own darkest spots.
     """
     densities = [density(crop, mpp, config) for crop in crops]
     slopes = [np.hypot(ndimage.sobel(d, 0), ndimage.sobel(d, 1)) for d in densities]
@@ -43,27 +47,27 @@ def pseudo_labels(
     dark = otsu(pixels)
     steep = max(float(np.percentile(_all(slopes), 95)), 1e-6)
     levels = np.linspace(config.lowest * dark, np.percentile(pixels, 99.5), config.levels)
-    found, clumps, backgrounds = [], [], []
-    for d, slope in zip(densities, slopes, strict=True):
+    answers = []
+    for d, slope, clear, confidence in zip(densities, slopes, glass, confidences, strict=True):
         mean, deviation = _surroundings(d, config.around_um / mpp)
         mask = (d > mean + config.excess * deviation) & (d > config.floor * dark)
         for _ in range(2):
             mask = ndimage.binary_closing(ndimage.binary_opening(mask, _CROSS), _CROSS)
+        background = ~mask & ((d < dark) | (d < mean))
         components = [_components(mask & (d > level), mpp, config) for level in levels]
         values = [_values(labels, slope / steep, mpp, config) for labels in components]
-        found.append(_best(components, values))
-        clumps.append(components[0])
-        backgrounds.append(~mask & ((d < dark) | (d < mean)))
-    found = _without_fragments(found, config.min_fragment)
-    answers = []
-    for labels, clump, background, confidence in zip(
-        found, clumps, backgrounds, confidences, strict=True
-    ):
-        strange = _strange(clump, labels, mpp, config)
-        labels = np.where(strange, 0, labels)
+        labels = _best(components, values)
+        strange = _strange(components[0], labels, clear, mpp, config)
+        labels, background = np.where(strange, 0, labels), background | strange
         sure = _mean_inside(labels, confidence) >= config.min_confidence
-        answers.append((_only(labels, sure), (background | strange) & (labels == 0)))
-    return answers
+        answers.append((_only(labels, sure), background & (labels == 0)))
+    return _without_fragments(answers, config.min_fragment)
+
+
+def is_glass(rgb: NDArray[np.uint8], mpp: float, config: SelfTrainConfig) -> NDArray[np.bool_]:
+    """Where an image (H, W, 3) lets nearly all light through (H, W): glass, and lumens as well."""
+    light = -np.log10(np.maximum(rgb, 1) / _WHITE).mean(axis=-1)
+    return np.asarray(ndimage.gaussian_filter(light, config.blur_um / mpp) < _GLASS_DENSITY)
 
 
 def density(stains: Stains, mpp: float, config: SelfTrainConfig) -> NDArray[np.float32]:
@@ -112,38 +116,52 @@ def _only(labels: NDArray[np.int32], keep: NDArray[np.bool_]) -> NDArray[np.int3
     return np.where(keep, np.cumsum(keep), 0).astype(np.int32)[labels]
 
 
-def _without_fragments(crops: list[NDArray[np.int32]], least: float) -> list[NDArray[np.int32]]:
-    """Labels (H, W) of each crop, without those that are small beside the slide's typical nucleus.
-
-    Typical is the area that half of all labelled pixels lie in nuclei larger than.
-    """
-    areas = [np.bincount(labels.ravel()) for labels in crops]
-    every = np.sort(np.concatenate([area[1:] for area in areas]))
-    if not len(every):
-        return crops
-    typical = every[np.searchsorted(np.cumsum(every), every.sum() / 2)]
-    return [
-        _only(labels, area >= least * typical) for labels, area in zip(crops, areas, strict=True)
-    ]
-
-
 def _strange(
-    clumps: NDArray[np.int32], labels: NDArray[np.int32], mpp: float, config: SelfTrainConfig
+    clumps: NDArray[np.int32],
+    labels: NDArray[np.int32],
+    glass: NDArray[np.bool_],
+    mpp: float,
+    config: SelfTrainConfig,
 ) -> NDArray[np.bool_]:
     """Clumps (H, W) that are dark, but do not fall into nuclei: keratin, ink, pigment, folds.
 
-    They are far larger than a nucleus, or strands, and little of them is in what looks like a
-    nucleus: keratin, too, falls into convex pieces, but most of these are fragments. The network is
-    shown them as what is none.
+    They are far larger than a nucleus, or strands and flakes that lie on glass, and little of them
+    is in what looks like a nucleus. The network is shown them as what is none.
     """
-    area = np.bincount(clumps.ravel())
-    rim = np.bincount(clumps[_rim(clumps)], minlength=len(area))
-    circularity = 4 * np.pi * area / np.maximum(rim, 1) ** 2
-    covered = np.bincount(clumps.ravel(), labels.ravel() > 0) / np.maximum(area, 1)
-    strange = (area * mpp**2 > config.min_clump_um2) | (circularity < config.max_circularity)
-    strange &= covered < config.min_covered
+    count = int(clumps.max()) + 1
+    area = np.bincount(clumps.ravel(), minlength=count)
+    covered = np.bincount(clumps.ravel(), labels.ravel() > 0, count) / np.maximum(area, 1)
+    large = (area * mpp**2 > config.min_clump_um2) & (covered < config.min_covered)
+
+    rim = np.bincount(clumps[_rim(clumps)], minlength=count)
+    strand = 4 * np.pi * area < config.max_circularity * rim**2
+    distance, nearest = ndimage.distance_transform_edt(clumps == 0, return_indices=True)
+    around = (distance * mpp > _BESIDE_UM[0]) & (distance * mpp <= _BESIDE_UM[1])
+    owner = clumps[tuple(nearest[:, around])]
+    beside = np.bincount(owner, glass[around], count) / np.maximum(
+        np.bincount(owner, None, count), 1
+    )
+    strand &= (beside > config.min_glass) & (covered < config.min_covered_strand)
+
+    strange = large | strand
     strange[0] = False
     return np.asarray(strange[clumps])
+
+
+def _without_fragments(answers: list[Answer], least: float) -> list[Answer]:
+    """Labels that are small beside the slide's typical nucleus are left in doubt.
+
+    Typical is the area that half of all labelled pixels lie in nuclei larger than.
+    """
+    areas = [np.bincount(labels.ravel()) for labels, _ in answers]
+    every = np.sort(np.concatenate([area[1:] for area in areas]))
+    if not len(every):
+        return answers
+    typical = every[np.searchsorted(np.cumsum(every), every.sum() / 2)]
+    return [
+        (_only(labels, area >= least * typical), background)
+        for (labels, background), area in zip(answers, areas, strict=True)
+    ]
 
 
 def _rim(labels: NDArray[np.int32]) -> NDArray[np.bool_]:

@@ -23,7 +23,7 @@ from patchcl_qupath.config import SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.network import NucleusNetwork, device
-from patchcl_qupath.pseudo import pseudo_labels
+from patchcl_qupath.pseudo import is_glass, pseudo_labels
 from patchcl_qupath.stains import StainScale
 from patchcl_qupath.teaching import (
     Lesson,
@@ -114,7 +114,8 @@ def make_lessons(
         ours = [i for i in range(len(images)) if scales[i] == scale]
         stains = [scale.apply(images[i]) for i in ours]
         opinions = [confidence(teacher, images[i], scale).nucleus for i in ours]
-        answers = pseudo_labels(stains, opinions, config.slide.mpp, config.selftrain)
+        glass = [is_glass(images[i], config.slide.mpp, config.selftrain) for i in ours]
+        answers = pseudo_labels(stains, glass, opinions, config.slide.mpp, config.selftrain)
         for i, crop, answer in zip(ours, stains, answers, strict=True):
             lessons[i] = crop, targets(*answer)
         report(len(lessons), len(images))
