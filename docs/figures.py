@@ -3,7 +3,7 @@
     python docs/figures.py
 
 It trains as `make demo` does, about three minutes on two cores, and writes docs/figures/*.jpg; but
-for qupath.jpg and field.jpg, which are pictures of QuPath's window.
+for qupath.jpg and field.jpg, which are pictures of QuPath's window, and report.jpg, of a browser's.
 """
 
 from __future__ import annotations
