@@ -6,7 +6,6 @@ All nuclei of a tile are handled at once, in flat arrays; there is no loop over 
 from __future__ import annotations
 
 import hashlib
-import uuid
 from typing import cast
 
 import numpy as np
@@ -277,9 +276,10 @@ def mean_hematoxylin(labels: NDArray[np.int32], rgb: NDArray[np.uint8]) -> NDArr
 
     By QuPath's default vector, whatever stains are measured: what has none is no nucleus.
     """
-    inside = labels > 0
-    total = np.bincount(labels[inside], hematoxylin(rgb[inside]))
-    return (total / np.maximum(np.bincount(labels[inside]), 1))[1:]
+    pixels = np.flatnonzero(labels)
+    label = labels.ravel()[pixels]
+    total = np.bincount(label, hematoxylin(rgb.reshape(-1, 3)[pixels]))
+    return (total / np.maximum(np.bincount(label), 1))[1:]
 
 
 def shape_measurements(polygons_um: Polygons) -> dict[str, NDArray[np.float64]]:
@@ -371,8 +371,11 @@ def to_level0(nuclei: Nuclei, downsample: tuple[float, float], image_id: str) ->
 
 def _uuids(polygons: Polygons, image_id: str) -> NDArray[np.str_]:
     seed = hashlib.sha256(image_id.encode()).digest()
-    digests = (
-        hashlib.blake2b(outline, digest_size=16, key=seed).digest()
-        for outline in shapely.to_wkb(polygons)
-    )
-    return np.array([str(uuid.UUID(bytes=digest, version=5)) for digest in digests], dtype="U36")
+    return np.array([_uuid(outline, seed) for outline in shapely.to_wkb(polygons)], dtype="U36")
+
+
+def _uuid(outline: bytes, seed: bytes) -> str:
+    """``str(uuid.UUID(bytes=digest, version=5))``, five times as fast."""
+    digest = hashlib.blake2b(outline, digest_size=16, key=seed).hexdigest()
+    variant = "89ab"[int(digest[16], 16) & 3]
+    return f"{digest[:8]}-{digest[8:12]}-5{digest[13:16]}-{variant}{digest[17:20]}-{digest[20:]}"

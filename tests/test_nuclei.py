@@ -1,5 +1,8 @@
 """Outlines, ownership and measurements, against shapes whose values are known."""
 
+import hashlib
+import uuid
+
 import numpy as np
 import pytest
 import shapely
@@ -233,3 +236,13 @@ def test_hematoxylin_is_the_mean_over_each_nucleus():
         rgb[labels == label] = np.round(255 * 10**-density)
     assert mean_hematoxylin(labels, rgb) == pytest.approx([0.5, 0], abs=0.01)
     assert len(mean_hematoxylin(np.zeros_like(labels), rgb)) == 0
+
+
+def test_ids_are_uuids_of_version_5():
+    polygons = shapely.buffer(shapely.points(np.arange(300), 0), 5)
+    found = to_level0(Nuclei(polygons), (1.0, 1.0), "7").uuids
+    seed = hashlib.sha256(b"7").digest()
+    rounded = shapely.transform(polygons, lambda xy: np.round(xy, 2))
+    for outline, name in zip(shapely.to_wkb(rounded), found, strict=True):
+        digest = hashlib.blake2b(outline, digest_size=16, key=seed).digest()
+        assert name == str(uuid.UUID(bytes=digest, version=5))
