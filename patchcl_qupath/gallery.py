@@ -28,6 +28,7 @@ from patchcl_qupath.errors import SlideError
 from patchcl_qupath.prepare import PreparedImage
 from patchcl_qupath.report import beside, draw_holes, draw_outlines
 from patchcl_qupath.runs import TileStore
+from patchcl_qupath.slide import Slide
 from patchcl_qupath.storage import replacing, to_jpeg, write_json
 from patchcl_qupath.survey import CELL_STEPS, Fields, fields, step_px
 
@@ -36,7 +37,7 @@ OVERVIEW_MPP = 16.0  # of the whole image beside it, where there are holes
 OVERVIEW_PX = 400  # longest side of the whole image, about
 DENSITY_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 OUTLINE_UNITS = 3  # outlines are in whole thirds of a working pixel
-_FIELD_CELLS = 2  # 128 um: small enough to show at full resolution
+_FIELD_CELLS = (2, 2)  # 128 um: small enough to show at full resolution
 _KINDS = ("densest", "most uncertain", "typical", "typical")  # of the fields that are shown
 _QUALITY = 62  # of JPEG
 _TISSUE = (0, 90, 200)
@@ -70,16 +71,13 @@ def write_preview(
 
 def _fullest(image: PreparedImage, survey: Survey | None) -> Box:
     """The field with the most nuclei, or in the middle."""
-    cell_px, shape = CELL_STEPS * step_px(image.slide.mpp), image.slide.shape
-    height, width = (min(n * cell_px, px) for n, px in zip(PREVIEW_CELLS, shape, strict=True))
-    row, col = (shape[0] - height) // 2, (shape[1] - width) // 2
+    slide = image.slide
     if survey is not None and survey.nuclei.any():
-        rows, cols = survey.rows // PREVIEW_CELLS[0], survey.cols // PREVIEW_CELLS[1]
-        nuclei = np.zeros((rows.max() + 1, cols.max() + 1), dtype=np.int64)
-        np.add.at(nuclei, (rows, cols), survey.nuclei)
-        most = np.unravel_index(np.argmax(nuclei), nuclei.shape)
-        row, col = int(most[0]) * height, int(most[1]) * width
-    row, col = min(row, shape[0] - height), min(col, shape[1] - width)
+        found = fields(survey, PREVIEW_CELLS)
+        return _box(found, int(np.argmax(found.nuclei)), slide)
+    cell_px = CELL_STEPS * step_px(slide.mpp)
+    height, width = (min(n * cell_px, px) for n, px in zip(PREVIEW_CELLS, slide.shape, strict=True))
+    row, col = (slide.shape[0] - height) // 2, (slide.shape[1] - width) // 2
     return Box(row, col, row + height, col + width)
 
 
@@ -258,13 +256,8 @@ def _field(
     ``outlines`` are in units of a working pixel from its corner, [x, y, x, y, ...].
     """
     slide, (x, y) = image.slide, image.slide.downsample
-    height, width = (
-        min(round(size), n)
-        for size, n in zip((found.size[1] / y, found.size[0] / x), slide.shape, strict=True)
-    )
-    row0 = min(round(found.y[i] / y), slide.shape[0] - height)
-    col0 = min(round(found.x[i] / x), slide.shape[1] - width)
-    box = Box(row0, col0, row0 + height, col0 + width)
+    box = _box(found, i, slide)
+    height, width = box.shape
     near = _nuclei_near(box, image, store, done)
     nuclei = shapely.contains(shapely.box(0, 0, width, height), shapely.centroid(near)).sum()
     outlines = [
@@ -273,8 +266,8 @@ def _field(
     ]
     mm2 = found.tissue[i] * math.prod(found.size) * math.prod(slide.mpp_level0) / 1e6
     return _pixels(box, image), {
-        "x": round(col0 * x),
-        "y": round(row0 * y),
+        "x": round(box.col0 * x),
+        "y": round(box.row0 * y),
         "width": width,
         "height": height,
         "um": round(width * slide.mpp),
@@ -283,6 +276,18 @@ def _field(
         "doubt": round(float(found.doubt[i]), 3),
         "outlines": outlines,
     }
+
+
+def _box(found: Fields, i: int, slide: Slide) -> Box:
+    """A field on the working grid; moved in at the image's rim, and as small as it."""
+    x, y = slide.downsample
+    height, width = (
+        min(round(size), n)
+        for size, n in zip((found.size[1] / y, found.size[0] / x), slide.shape, strict=True)
+    )
+    row = min(round(found.y[i] / y), slide.shape[0] - height)
+    col = min(round(found.x[i] / x), slide.shape[1] - width)
+    return Box(row, col, row + height, col + width)
 
 
 def _pixels(box: Box, image: PreparedImage) -> NDArray[np.uint8]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
 from patchcl_qupath import __version__
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
-from patchcl_qupath.storage import file_facts
+from patchcl_qupath.storage import file_facts, read_json
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,8 @@ def state(project: Project, entry: ImageEntry) -> State:
         fields=shown.to_correct + shown.corrected,
         fields_done=shown.corrected,
     )
-    try:
-        result = json.loads((project.results(entry) / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    result = read_json(project.results(entry) / "result.json")
+    if result is None:
         return to_do
     if "removed" in result:
         return replace(to_do, state="removed")
@@ -85,10 +83,9 @@ def _models(project: Project) -> dict[str, str]:
     """The project's models as they are now: name -> digest."""
     found = {}
     for path in sorted((project.output / "models").glob("*.json")):
-        try:
-            found[path.stem] = str(json.loads(path.read_text(encoding="utf-8"))["digest"])
-        except (OSError, ValueError, LookupError, TypeError):
-            continue  # of no model of ours
+        facts = read_json(path)
+        if facts is not None and "digest" in facts:  # else of no model of ours
+            found[path.stem] = str(facts["digest"])
     return found
 
 

@@ -141,6 +141,15 @@ def file_facts(path: Path) -> dict[str, int]:
     return {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object of a file; None where there is no such file, or none that holds one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def digest(content: Any) -> str:
     """12 hexadecimal digits that stand for a JSON-like value."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)

@@ -9,7 +9,6 @@ Learning for Convolutional Neural Networks: A Core-Set Approach*, ICLR 2018).
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from patchcl_qupath.config import CORRECTED
 from patchcl_qupath.datatypes import Field, ImageEntry, Nuclei, Polygons, Survey
 from patchcl_qupath.errors import ImageError, PatchCLError, ProjectError
 from patchcl_qupath.project import Project
-from patchcl_qupath.storage import read_nuclei, read_survey
+from patchcl_qupath.storage import read_json, read_nuclei, read_survey
 from patchcl_qupath.survey import fields
 
 FULL = 0.75  # of a field that is tissue
@@ -204,11 +203,8 @@ def _looks(candidates: Candidates) -> Floats:
 
 
 def _has_nuclei(project: Project, entry: ImageEntry) -> bool:
-    try:
-        result = json.loads((project.results(entry) / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return "removed" not in result
+    result = read_json(project.results(entry) / "result.json")
+    return result is not None and "removed" not in result
 
 
 def _candidates(project: Project, entry: ImageEntry, slide: int) -> Candidates:

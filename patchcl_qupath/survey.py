@@ -12,7 +12,7 @@ from patchcl_qupath.datatypes import Survey
 
 STEP_UM = 4.0  # from one point that is looked at to the next, about
 CELL_STEPS = 16  # a cell is so many steps wide, ...
-FIELD_CELLS = 4  # ... and a field so many cells, unless another size is asked for: 256 um
+FIELD_CELLS = (4, 4)  # rows and columns of them in a field, unless others are asked for: 256 um
 
 
 def step_px(mpp: float) -> int:
@@ -45,7 +45,7 @@ def merge(surveys: Iterable[Survey]) -> Survey:
 
 @dataclass(frozen=True)
 class Fields:
-    """Square fields of an image, side by side; (N,) each.
+    """Fields of an image, side by side; (N,) each.
 
     ``x``, ``y`` of their top left corners and ``size`` (width, height) are in px at level 0.
     ``tissue`` is the share of each that is tissue; ``doubt`` the mean entropy of tissue in it, in
@@ -63,14 +63,15 @@ class Fields:
         return len(self.x)
 
 
-def fields(survey: Survey, cells: int = FIELD_CELLS) -> Fields:
-    """The fields with tissue of an image, row by row; each is so many cells wide."""
+def fields(survey: Survey, cells: tuple[int, int] = FIELD_CELLS) -> Fields:
+    """The fields with tissue of an image, row by row; each has so many (rows, columns) of cells."""
+    down, across = cells
     whole = merge(
         [
             Survey(
-                (survey.cell[0] * cells, survey.cell[1] * cells),
-                survey.rows // cells,
-                survey.cols // cells,
+                (survey.cell[0] * across, survey.cell[1] * down),
+                survey.rows // down,
+                survey.cols // across,
                 survey.points,
                 survey.doubt,
                 survey.nuclei,
@@ -82,7 +83,7 @@ def fields(survey: Survey, cells: int = FIELD_CELLS) -> Fields:
         whole.cell,
         (whole.cols * width).astype(np.float64),
         (whole.rows * height).astype(np.float64),
-        whole.points / (CELL_STEPS * cells) ** 2,
+        whole.points / (CELL_STEPS**2 * down * across),
         whole.doubt / np.maximum(whole.points, 1) / 1000,
         whole.nuclei,
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
+from patchcl_qupath.storage import read_json
 
 Facts = dict[str, Any]
 
@@ -59,9 +59,9 @@ def find_image(project: Project, entry: ImageEntry) -> FoundImage:
     """What there is of an image, and what is to be said of it."""
     report = project.output / "report"
     pictures = report / "images" / entry.id
-    result = _read(project.results(entry) / "result.json")
-    outcome = _read(report / "outcomes" / f"{entry.id}.json")
-    figures = _read(pictures / "figures.json")
+    result = read_json(project.results(entry) / "result.json")
+    outcome = read_json(report / "outcomes" / f"{entry.id}.json")
+    figures = read_json(pictures / "figures.json")
     warnings = [entry.problem] if entry.problem else []
     if result is None and outcome is None and not warnings:
         warnings.append("not done yet")
@@ -102,7 +102,7 @@ def find_models(project: Project, images: list[FoundImage]) -> list[FoundModel]:
     """The project's models, by name."""
     models = []
     for path in sorted((project.output / "models").glob("*.json")):
-        facts = _read(path)
+        facts = read_json(path)
         if facts is not None and "digest" in facts:
             used = [i.name for i in images if i.result and i.result.get("model") == facts["digest"]]
             models.append(FoundModel(path.stem, facts, used))
@@ -116,18 +116,12 @@ def find_runs(project: Project, images: list[FoundImage]) -> list[FoundRun]:
         if image.result is not None:
             name = str(image.result["run"])
             if name not in runs:
-                facts = image.result | (_read(project.output / "runs" / name / "run.json") or {})
+                facts = image.result | (
+                    read_json(project.output / "runs" / name / "run.json") or {}
+                )
                 runs[name] = FoundRun(name, facts, [])
             runs[name].images.append(image.name)
     return list(runs.values())
-
-
-def _read(path: Path) -> Facts | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _number(facts: Facts | None, *keys: str) -> float | None:

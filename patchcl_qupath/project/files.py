@@ -283,12 +283,10 @@ class FilesProject:
 
     def _summary(self, id_: str) -> dict[str, Any]:
         """What QuPath writes beside an image's objects: how many there are, say."""
-        try:
-            path = self.path.parent / "data" / id_ / "summary.json"
-            summary = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}  # an image that was never saved has no summary
-        return summary if isinstance(summary, dict) else {}
+        from patchcl_qupath.storage import read_json
+
+        # An image that was never saved has none.
+        return read_json(self.path.parent / "data" / id_ / "summary.json") or {}
 
 
 def _modified(path: Path) -> float:
