@@ -1,6 +1,6 @@
 """From instance labels to nuclei: outlines, one owner each, and measurements.
 
-All nuclei of a tile are handled at once, in flat arrays; there is no loop over nuclei.
+All nuclei of a tile are handled at once, in flat arrays; loops are compiled.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from patchcl_qupath.compiled import compiled, take
 from patchcl_qupath.datatypes import (
     Labels,
     Nuclei,
@@ -21,14 +22,13 @@ from patchcl_qupath.datatypes import (
     grid_to_level0,
     tile_to_grid,
 )
-from patchcl_qupath.stains import H_E, densities, hematoxylin
+from patchcl_qupath.stains import H_E, amount, stain_tables
 
-# Walking clockwise round a region, as seen on the screen, the region is on the right. The four
-# ways to walk along a pixel's edge, and for each: where the edge starts (a corner, from the
-# pixel's top left one), the pixel across the edge, and the pixel ahead. In (row, col).
-_START = np.array([[0, 0], [0, 1], [1, 1], [1, 0]])  # top edge east, right south, bottom west, left
-_ACROSS = np.array([[-1, 0], [0, 1], [1, 0], [0, -1]])
-_AHEAD = np.array([[0, 1], [1, 0], [0, -1], [-1, 0]])
+# Walking clockwise round a region, as seen on the screen, the region is on the right. The four ways
+# to walk along a pixel's edge are: east along its top, south along its right, west along its bottom
+# and north along its left.
+_EAST = np.array([1, 0, -1, 0])
+_SOUTH = np.array([0, 1, 0, -1])
 
 _SIMPLIFY_PX = 0.2  # an outline may move by this much when points are left out
 _BLOCK_PX = 2048  # images are traced in blocks, since that takes up to 50 bytes a pixel
@@ -41,13 +41,25 @@ def centroids(labels: NDArray[np.int32], tile: Tile) -> tuple[NDArray[np.int64],
     on tissue, asks for this pixel: a nucleus has the same pixels in each tile that sees it whole,
     and sums of whole numbers do not round, so no two tiles can disagree.
     """
-    rows, cols = np.nonzero(labels)
-    label = labels[rows, cols] - 1
-    count = np.bincount(label, minlength=int(labels.max(initial=0)))
-    row_sum, col_sum = np.zeros_like(count), np.zeros_like(count)
-    np.add.at(row_sum, label, rows + tile.read.row0)
-    np.add.at(col_sum, label, cols + tile.read.col0)
-    return row_sum // count, col_sum // count
+    count, row_sum, col_sum = _position_sums(labels, int(labels.max(initial=0)))
+    count = np.maximum(count, 1)
+    return row_sum // count + tile.read.row0, col_sum // count + tile.read.col0
+
+
+@compiled
+def _position_sums(
+    labels: NDArray[np.int32], n: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Of labels 1..n, (n,): how many pixels, and the sums of their rows and of their columns."""
+    sums = np.zeros((3, n + 1), np.int64)
+    for row in range(labels.shape[0]):
+        for col in range(labels.shape[1]):
+            label = labels[row, col]
+            if label:
+                sums[0, label] += 1
+                sums[1, label] += row
+                sums[2, label] += col
+    return sums[0, 1:], sums[1, 1:], sums[2, 1:]
 
 
 def outlines(
@@ -65,36 +77,38 @@ def outlines(
     corner, step, ring, owner = _trace(labels)
     xy = corner + step / 2
     if confidence is not None:
-        outwards = np.stack([step[:, 1], -step[:, 0]], axis=1)  # (x, y), one px long
-        xy += outwards * _rim(confidence, threshold, xy, outwards)[:, None]
+        _to_threshold(xy, step, confidence, np.float32(threshold))
     xy = _smooth(xy, ring)
     polygons = shapely.polygons(shapely.linearrings(xy, indices=ring))
     outer = _largest(shapely.area(polygons), owner, int(labels.max(initial=0)))
     return _tidy(polygons[outer])
 
 
-def _rim(
-    confidence: NDArray[np.float32],
-    threshold: float,
+@compiled
+def _to_threshold(
     middle: NDArray[np.float64],
-    outwards: NDArray[np.int64],
-) -> NDArray[np.float64]:
-    """How far outwards of the middle of each edge (E, 2) confidence is ``threshold``: (E,) in px.
+    step: NDArray[np.int64],
+    confidence: NDArray[np.float32],
+    threshold: np.float32,
+) -> None:
+    """Move the middle of each edge (E, 2) outwards or inwards to where confidence is ``threshold``.
 
-    In quarters of a px, from -1/2 to 1/2: two tiles may differ by a hair in their confidence. 0
-    where the label ends for another reason: at another nucleus, or at the border. Which labels
-    other nuclei have must not matter: a tile knows its own alone.
+    By up to half a px, in quarters: two tiles may differ by a hair in their confidence. An edge
+    where the label ends for another reason, at another nucleus or at the border, stays where it is.
+    Which labels other nuclei have must not matter: a tile knows its own alone.
     """
-    inner = np.floor(middle - outwards / 2).astype(int)  # (E, 2) pixel (x, y) on this side
-    outer = inner + outwards
-    size = confidence.shape[::-1]
-    exists = ((outer >= 0) & (outer < size)).all(axis=1)
-    outer = np.clip(outer, 0, np.array(size) - 1)
-    high = confidence[inner[:, 1], inner[:, 0]]
-    low = confidence[outer[:, 1], outer[:, 0]]
-    falls = exists & (high > threshold) & (low < threshold)
-    share = (high - threshold) / np.where(falls, high - low, 1)
-    return np.asarray(np.where(falls, np.round(4 * share) / 4 - 0.5, 0.0))
+    rows, cols = confidence.shape
+    for edge in range(len(middle)):
+        x, y = step[edge, 1], -step[edge, 0]  # outwards, one px long
+        col = int(np.floor(middle[edge, 0] - x / 2))  # the pixel on this side
+        row = int(np.floor(middle[edge, 1] - y / 2))
+        if 0 <= row + y < rows and 0 <= col + x < cols:
+            high, low = confidence[row, col], confidence[row + y, col + x]
+            if high > threshold and low < threshold:
+                share = (high - threshold) / (high - low)
+                outwards = np.rint(4 * share) / 4 - 0.5
+                middle[edge, 0] += outwards * x
+                middle[edge, 1] += outwards * y
 
 
 def footprints(labels: Labels) -> Polygons:
@@ -132,6 +146,7 @@ def _even_odd(parts: Polygons, owner: Labels) -> Polygons:
         parts, owner = np.delete(parts, second), np.delete(owner, second)
 
 
+@compiled
 def _trace(
     labels: Labels,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], Labels]:
@@ -140,72 +155,52 @@ def _trace(
     Returns of each edge its first corner (E, 2) and the step to the next one (E, 2), in (x, y),
     and its ring (E,), ascending; of each ring its label (R,). Holes have rings of their own.
     """
-    padded = np.pad(labels, 1)
-    edge, next_edge = _edges(padded)
-    head, place = _rings(next_edge)
-    order = np.lexsort((place, head))
-    pixel, way = edge[order] // 4, edge[order] % 4
-    starts = np.diff(head[order], prepend=-1) != 0
-    corner = np.stack(np.divmod(pixel, padded.shape[1]), axis=-1) + _START[way] - 1
-    owner = padded.ravel()[pixel[starts]]
-    return corner[:, ::-1], _AHEAD[way][:, ::-1], np.cumsum(starts) - 1, owner
+    rows, cols = labels.shape
+    width = cols + 2
+    flat = np.zeros((rows + 2) * width, labels.dtype)  # with a border: whatever is across exists
+    for row in range(rows):
+        flat[(row + 1) * width + 1 : (row + 1) * width + 1 + cols] = labels[row]
+    across = np.array([-width, 1, width, -1])
+    ahead = np.array([1, width, -1, -width])
+    edges = 0
+    for pixel in np.flatnonzero(flat):
+        for way in range(4):
+            edges += flat[pixel] != flat[pixel + across[way]]
+    corner, step = np.empty((edges, 2), np.int64), np.empty((edges, 2), np.int64)
+    ring, owner = np.empty(edges, np.int64), np.empty(edges, labels.dtype)
+
+    walked = np.zeros(len(flat), np.bool_)  # along this pixel's top; every ring has such an edge
+    edge = rings = 0
+    for start in np.flatnonzero(flat):
+        label = flat[start]
+        if walked[start] or flat[start + across[0]] == label:
+            continue
+        pixel, way = start, 0
+        x, y = start % width - 1, start // width - 1
+        while True:
+            if way == 0:
+                walked[pixel] = True
+            corner[edge, 0], corner[edge, 1] = x, y
+            step[edge, 0], step[edge, 1] = _EAST[way], _SOUTH[way]
+            ring[edge] = rings
+            x, y, edge = x + _EAST[way], y + _SOUTH[way], edge + 1
+            front = pixel + ahead[way]
+            front_left = front + across[way]
+            # Right where the pixel ahead is outside, so that regions connect by edges, not corners.
+            if flat[front] != label:
+                way = (way + 1) % 4
+            elif flat[front_left] != label:
+                pixel = front
+            else:
+                pixel, way = front_left, (way - 1) % 4
+            if pixel == start and way == 0:
+                break
+        owner[rings] = label
+        rings += 1
+    return corner, step, ring, owner[:rings]
 
 
-def _edges(padded: Labels) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All edges between a label and what is not it -> (edge (E,), index of the next edge (E,)).
-
-    An edge is ``4 * pixel + way``. After an edge, the walk turns right round the same pixel if the
-    pixel ahead is outside, so regions connect by edges, not by corners; else it goes straight on,
-    or left where the pixel ahead on the left is inside too.
-    """
-    width = padded.shape[1]
-    flat = padded.ravel()
-    across, ahead = _ACROSS @ [width, 1], _AHEAD @ [width, 1]
-    inside = np.flatnonzero(flat)
-    edge = np.concatenate(
-        [4 * inside[flat[inside] != flat[inside + across[way]]] + way for way in range(4)]
-    )
-    pixel, way = edge // 4, edge % 4
-    label = flat[pixel]
-    front = pixel + ahead[way]
-    front_left = front + across[way]
-    right = flat[front] != label
-    straight = ~right & (flat[front_left] != label)
-    follower = np.where(
-        right,
-        4 * pixel + (way + 1) % 4,
-        np.where(straight, 4 * front + way, 4 * front_left + (way - 1) % 4),
-    )
-    index = np.empty(4 * len(flat), dtype=np.int32)
-    index[edge] = np.arange(len(edge), dtype=np.int32)
-    return edge, index[follower]
-
-
-def _rings(following: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Closed chains -> for each link, its chain (the smallest index in it) and its place in it.
-
-    Strides double each time round (list ranking), so that the longest chain sets the cost only by
-    its logarithm.
-    """
-    n = len(following)
-    head, step = np.arange(n), following
-    while True:
-        smaller = np.minimum(head, head[step])
-        if np.array_equal(smaller, head):
-            break
-        head, step = smaller, step[step]
-    # Cut each chain before its head and count the links that are left to the cut.
-    last = following == head
-    step = np.where(last, np.arange(n), following)
-    left = np.where(last, 0, 1)
-    while True:
-        farther = left + left[step]
-        if np.array_equal(farther, left):
-            break
-        left, step = farther, step[step]
-    return head, -left
-
-
+@compiled
 def _smooth(xy: NDArray[np.float64], ring: NDArray[np.int64]) -> NDArray[np.float64]:
     """Each point of each closed ring averaged with its neighbours, without shrinking the ring.
 
@@ -214,13 +209,26 @@ def _smooth(xy: NDArray[np.float64], ring: NDArray[np.int64]) -> NDArray[np.floa
     One average of 1 : 2 : 1 pulls a circle inwards; what a second one would pull is given back
     (G. Taubin, A signal processing approach to fair surface design, SIGGRAPH 1995).
     """
-    before, after = np.arange(len(xy)) - 1, np.arange(len(xy)) + 1
-    first = np.flatnonzero(np.diff(ring, prepend=-1))
-    last = np.flatnonzero(np.diff(ring, append=len(ring)))
-    before[first], after[last] = last, first
-    once = (xy[before] + 2 * xy + xy[after]) / 4
-    twice = (once[before] + 2 * once + once[after]) / 4
+    n = len(ring)
+    once, twice = np.empty_like(xy), np.empty_like(xy)
+    first = 0
+    for last in range(n):
+        if last + 1 == n or ring[last + 1] != ring[last]:
+            _average(xy, first, last, once)
+            _average(once, first, last, twice)
+            first = last + 1
     return 2 * once - twice
+
+
+@compiled
+def _average(xy: NDArray[np.float64], first: int, last: int, averaged: NDArray[np.float64]) -> None:
+    """Fill in the ring ``first`` to ``last``: each point 1 : 2 : 1 with its two neighbours."""
+    before = last
+    for k in range(first, last + 1):
+        after = k + 1 if k < last else first
+        for axis in range(2):
+            averaged[k, axis] = (xy[before, axis] + 2 * xy[k, axis] + xy[after, axis]) / 4
+        before = k
 
 
 def _largest(area: NDArray[np.float64], owner: Labels, n: int) -> NDArray[np.int64]:
@@ -259,15 +267,12 @@ def measure(
     working resolution, over the pixels of the nucleus.
     """
     named = shape_measurements(polygons_um)
-    pixels = np.flatnonzero(labels)
-    order = np.argsort(labels.ravel()[pixels], kind="stable")
-    pixels = pixels[order]
-    first = np.flatnonzero(np.diff(labels.ravel()[pixels], prepend=0))
-    for name, values in densities(rgb.reshape(-1, 3)[pixels], stains).items():
-        for statistic, per_nucleus in _statistics(values, first).items():
-            named[f"{name}: {statistic}"] = per_nucleus
-    probability = _statistics(confidence.ravel()[pixels], first)["Mean"]
-    named["Detection probability"] = probability
+    n = len(polygons_um)
+    statistics = _statistics(labels, n, rgb, stain_tables(stains))
+    for stain, values in zip(stains.names, statistics, strict=True):
+        for name, per_nucleus in zip(("Mean", "Std.Dev.", "Min", "Max"), values, strict=True):
+            named[f"{stain}: {name}"] = per_nucleus
+    named["Detection probability"] = _means(labels, n, confidence)
     return {name: values.astype(np.float32) for name, values in named.items()}
 
 
@@ -276,10 +281,52 @@ def mean_hematoxylin(labels: NDArray[np.int32], rgb: NDArray[np.uint8]) -> NDArr
 
     By QuPath's default vector, whatever stains are measured: what has none is no nucleus.
     """
-    pixels = np.flatnonzero(labels)
-    label = labels.ravel()[pixels]
-    total = np.bincount(label, hematoxylin(rgb.reshape(-1, 3)[pixels]))
-    return (total / np.maximum(np.bincount(label), 1))[1:]
+    only = np.ascontiguousarray(stain_tables()[..., :1])
+    statistics = _statistics(labels, int(labels.max(initial=0)), rgb, only)
+    return cast(NDArray[np.float64], statistics[0, 0])
+
+
+@compiled
+def _statistics(
+    labels: NDArray[np.int32], n: int, rgb: NDArray[np.uint8], tables: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Mean, standard deviation, minimum and maximum of S stains in labels 1..n: (S, 4, n)."""
+    stains = tables.shape[-1]
+    count, sums, squares = np.zeros(n + 1), np.zeros((stains, n + 1)), np.zeros((stains, n + 1))
+    least, most = np.full((stains, n + 1), np.inf), np.full((stains, n + 1), -np.inf)
+    for row in range(labels.shape[0]):
+        for col in range(labels.shape[1]):
+            label = labels[row, col]
+            if label:
+                count[label] += 1
+                for stain in range(stains):
+                    value = amount(rgb[row, col], tables, stain)
+                    sums[stain, label] += value
+                    least[stain, label] = min(least[stain, label], value)
+                    most[stain, label] = max(most[stain, label], value)
+    mean = sums / np.maximum(count, 1)
+    for row in range(labels.shape[0]):
+        for col in range(labels.shape[1]):
+            label = labels[row, col]
+            if label:
+                for stain in range(stains):
+                    value = amount(rgb[row, col], tables, stain)
+                    squares[stain, label] += (value - mean[stain, label]) ** 2
+    deviation = np.sqrt(squares / np.maximum(count - 1, 1))  # of a sample, as in QuPath
+    return np.stack((mean, deviation, least, most), axis=1)[..., 1:]
+
+
+@compiled
+def _means(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Mean of the values (H, W) in labels 1..n: (n,)."""
+    count, total = np.zeros(n + 1), np.zeros(n + 1)
+    for row in range(labels.shape[0]):
+        for col in range(labels.shape[1]):
+            label = labels[row, col]
+            if label:
+                count[label] += 1
+                total[label] += values[row, col]
+    return total[1:] / np.maximum(count[1:], 1)
 
 
 def shape_measurements(polygons_um: Polygons) -> dict[str, NDArray[np.float64]]:
@@ -302,37 +349,21 @@ def _min_width(hulls: Polygons) -> NDArray[np.float64]:
     The same as JTS's ``MinimumDiameter``, which QuPath calls the minimum diameter.
     """
     xy, hull = shapely.get_coordinates(hulls, return_index=True)  # closed: first point = last
-    if not len(hull):
-        return np.empty(0)
-    count = np.bincount(hull)
-    place = np.arange(len(xy)) - np.repeat(np.cumsum(count) - count, count)
-    points = np.repeat(xy[np.cumsum(count) - 1][:, None], count.max(), axis=1)  # (N, K, 2) padded
-    points[hull, place] = xy  # by the closing point, which adds edges of no length
-    edge = np.diff(points, axis=1)  # (N, K - 1, 2)
-    norm = np.linalg.norm(edge, axis=-1)
-    to_point = points[:, None] - points[:, :-1, None]  # (N, K - 1, K, 2)
-    cross = edge[:, :, None, 0] * to_point[..., 1] - edge[:, :, None, 1] * to_point[..., 0]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        width = np.abs(cross).max(axis=-1) / norm
-    return cast(NDArray[np.float64], np.where(norm > 0, width, np.inf).min(axis=1))
+    return _min_widths(xy, np.searchsorted(hull, np.arange(len(hulls) + 1)))
 
 
-def _statistics(
-    values: NDArray[np.float32], first: NDArray[np.int64]
-) -> dict[str, NDArray[np.float64]]:
-    """QuPath's statistics of runs of ``values`` that begin at ``first``."""
-    if not len(first):
-        return {name: np.empty(0) for name in ("Mean", "Std.Dev.", "Min", "Max")}
-    count = np.diff(first, append=len(values))
-    exact = values.astype(np.float64)
-    mean = np.add.reduceat(exact, first) / count
-    squares = np.add.reduceat((exact - np.repeat(mean, count)) ** 2, first)
-    return {
-        "Mean": mean,
-        "Std.Dev.": np.sqrt(squares / np.maximum(count - 1, 1)),  # of a sample, as in QuPath
-        "Min": np.minimum.reduceat(exact, first),
-        "Max": np.maximum.reduceat(exact, first),
-    }
+@compiled
+def _min_widths(xy: NDArray[np.float64], first: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Of polygons whose closed rings are ``xy[first[i] : first[i + 1]]``, (N,)."""
+    width = np.full(len(first) - 1, np.inf)
+    for hull in range(len(width)):
+        for k in range(first[hull], first[hull + 1] - 1):
+            x, y = xy[k + 1] - xy[k]
+            farthest = 0.0
+            for j in range(first[hull], first[hull + 1] - 1):
+                farthest = max(farthest, abs(x * (xy[j, 1] - xy[k, 1]) - y * (xy[j, 0] - xy[k, 0])))
+            width[hull] = min(width[hull], farthest / np.sqrt(x * x + y * y))
+    return width
 
 
 def nuclei_of_tile(
@@ -352,7 +383,7 @@ def nuclei_of_tile(
     order is that of the labels.
     """
     renumbered = np.concatenate([[0], np.where(mine, np.cumsum(mine), 0)]).astype(np.int32)
-    labels = renumbered[labels]
+    labels = take(renumbered, labels)
     polygons = outlines(labels, confidence, threshold)
     polygons_um = grid_to_level0(polygons, mpp)  # um are pixels of 1 um
     measurements = measure(polygons_um, labels, rgb, confidence, stains)

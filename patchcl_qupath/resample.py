@@ -14,6 +14,10 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
+from patchcl_qupath.compiled import compiled
+
+Span = tuple[int, int]  # [start, stop)
+
 QUANTA = 256  # a grid edge between two pixels is placed to 1/256 px
 
 
@@ -52,13 +56,13 @@ class Axis:
         first, last = np.searchsorted(edges, start, "right"), np.searchsorted(edges, stop, "left")
         return max(0, int(first) - 1), min(count, int(last))
 
-    def sums(
-        self, pixels: NDArray[Any], grid: tuple[int, int], source: tuple[int, int]
-    ) -> NDArray[Any]:
+    def begins_whole(self, grid: Span, source: Span) -> bool:
+        """Whether grid px are whole runs of level px, and ``source`` begins with the first."""
+        return self.quanta == 1 and int(self.edges(*grid)[0]) == source[0]
+
+    def sums(self, pixels: NDArray[Any], grid: Span, source: Span) -> NDArray[Any]:
         """Level px ``source`` (m, ...) summed into the px of ``grid`` (n, ...), times quanta."""
         edges = self.edges(*grid)
-        if self.quanta == 1 and edges[0] == source[0]:
-            return _block_sums(pixels, int(self.scale), len(edges) - 1)
         low, high = edges[:-1, None], edges[1:, None]  # (n, 1)
         px = low // self.quanta + np.arange(math.ceil(self.scale) + 1)  # (n, k) that may overlap
         overlap = np.minimum(high, (px + 1) * self.quanta) - np.maximum(low, px * self.quanta)
@@ -75,18 +79,47 @@ class Axis:
         return np.asarray(sums).reshape(len(px), *pixels.shape[1:])
 
 
-def _block_sums(pixels: NDArray[Any], side: int, count: int) -> NDArray[Any]:
-    """Sums of ``count`` runs of ``side`` px along the first axis; the last run may be short."""
-    if side == 1:
-        return pixels
-    total = "u4" if pixels.dtype.kind == "u" else "i8"
-    if pixels.dtype.itemsize <= 2 and side <= 16:  # 16 x 16 px of 255 each, and a half more, fit
-        total = "u2"
-    sums = np.zeros((count, *pixels.shape[1:]), dtype=total)
-    for first in range(side):
-        part = pixels[first::side]
-        sums[: len(part)] += part
-    return sums
+def sums(
+    pixels: NDArray[np.uint8],
+    axes: tuple[Axis, Axis],
+    grid: tuple[Span, Span],
+    source: tuple[Span, Span],
+) -> NDArray[Any]:
+    """Level px of ``source`` (m, n, 3) summed into the px of ``grid`` (h, w, 3), times both quanta.
+
+    ``axes`` are those of rows and columns, and so are the spans.
+    """
+    if all(map(Axis.begins_whole, axes, grid, source)):
+        sides = int(axes[0].scale), int(axes[1].scale)
+        if sides == (1, 1):
+            return pixels
+        shape = grid[0][1] - grid[0][0], grid[1][1] - grid[1][0], pixels.shape[-1]
+        fits = math.prod(sides) <= 256  # sums of as many px, and a half more
+        blocks = np.zeros(shape, np.uint16 if fits else np.int64)
+        _add_blocks(np.ascontiguousarray(pixels), *sides, blocks)
+        return blocks
+    (y, x), (rows, cols), (source_rows, source_cols) = axes, grid, source
+    of_rows = y.sums(pixels, rows, source_rows).swapaxes(0, 1)
+    return x.sums(of_rows, cols, source_cols).swapaxes(0, 1)
+
+
+@compiled
+def _add_blocks(pixels: NDArray[np.uint8], height: int, width: int, sums: NDArray[Any]) -> None:
+    """Add pixels (m, n, C) to the sums (h, w, C) of blocks; the last blocks may be cut short."""
+    rows, cols, colours = pixels.shape
+    lines = pixels.reshape(rows, -1)
+    line = np.empty((cols, colours), sums.dtype)  # what a row of blocks has in each column
+    flat = line.reshape(-1)
+    for i in range(len(sums)):
+        flat[:] = 0
+        for row in range(i * height, min((i + 1) * height, rows)):
+            for k in range(len(flat)):  # one after the other in memory: eight at once
+                flat[k] += lines[row, k]
+        for first in range(width):
+            part = line[first::width]
+            for colour in range(colours):
+                for j in range(len(part)):
+                    sums[i, j, colour] += part[j, colour]
 
 
 def mean(

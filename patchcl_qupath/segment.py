@@ -9,12 +9,11 @@ the same pixels in each tile that sees it whole. No step here looks at the tile 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from patchcl_qupath.compiled import compiled, take
 from patchcl_qupath.config import SegmentConfig
 
 _CROSS = ndimage.generate_binary_structure(2, 1)  # pixels connect by edges, not by corners
@@ -47,25 +46,34 @@ def instances(
     row. Pieces below ``min_area_um2``, and blobs above ``max_area_um2`` or ``max_diameter_um``,
     are no nuclei.
     """
-    mask = _mask(confidence > threshold, mpp, config)
-    height = _height(mask, core, mpp, config)
-    basins = _climb(height, mask, config.marker_radius_um / mpp)
-    basins = _merge_shallow(basins, height, config.min_saddle_depth_um)
-    return _number(basins, core, mpp, config)
+    pieces = _pieces(confidence > threshold, mpp, config)
+    height = _height(pieces > 0, core, mpp, config)
+    near, far = _offsets(1.5), _offsets(config.marker_radius_um / mpp)
+    basins, peak = _climb(height, pieces, near, far)
+    into = _merge_shallow(basins, peak, height, np.float32(config.min_saddle_depth_um))
+    return take(_number(basins, into, core, mpp, config), basins)
 
 
-def _mask(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDArray[np.bool_]:
-    """Remove hairs and specks, fill small holes."""
+def _pieces(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDArray[np.int32]:
+    """The connected pieces (H, W) of what is above, without hairs, specks and small holes."""
     radius = config.open_radius_um / mpp
     mask = np.asarray(ndimage.binary_opening(above, _disc(radius))) if radius >= 1 else above
-    holes, _ = ndimage.label(~mask, _CROSS)
-    small = np.bincount(holes.ravel()) * mpp**2 < config.max_hole_um2
-    small[0] = False  # what is not a hole is mask already
-    mask = mask | small[holes]
-    pieces, _ = ndimage.label(mask, _CROSS)
-    large = np.bincount(pieces.ravel()) * mpp**2 >= config.min_area_um2
+    holes, count = ndimage.label(~mask, _CROSS)
+    stay = _sizes(holes, count) * mpp**2 >= config.max_hole_um2
+    stay[0] = False  # what is not a hole is mask already
+    pieces, count = ndimage.label(take(~stay, holes), _CROSS)
+    large = _sizes(pieces, count) * mpp**2 >= config.min_area_um2
     large[0] = False
-    return np.asarray(large[pieces])
+    return take(np.where(large, np.arange(count + 1), 0).astype(np.int32), pieces)
+
+
+@compiled
+def _sizes(labels: NDArray[np.int32], count: int) -> NDArray[np.int64]:
+    """How many pixels have each label 0..N: (N + 1,)."""
+    sizes = np.zeros(count + 1, np.int64)
+    for label in labels.flat:
+        sizes[label] += 1
+    return sizes
 
 
 def _height(
@@ -80,138 +88,178 @@ def _height(
     )
 
 
+@compiled
 def _distance(mask: NDArray[np.bool_], most: float) -> NDArray[np.float64]:
     """Distance (H, W) to the nearest pixel outside the mask; exact up to ``most``, and no less.
 
-    By columns, then by rows (as A. Meijster et al., 2000), but no farther than needed: three times
-    as fast as a whole transform.
+    By columns, then by rows (as A. Meijster et al., 2000), but no farther than needed.
     """
+    rows, cols = mask.shape
     reach = int(np.ceil(most))
-    far = reach + 1
-    small = np.int16 if 2 * far**2 < 2**15 else np.int32  # half the memory, twice as fast
-    down = np.where(mask, small(far), small(0))
-    for row in range(1, len(down)):
-        np.minimum(down[row], down[row - 1] + small(1), out=down[row])
-    for row in range(len(down) - 2, -1, -1):
-        np.minimum(down[row], down[row + 1] + small(1), out=down[row])
-    down *= down
-    square, farther = down.copy(), np.empty_like(down)
-    for step in range(1, min(reach + 1, down.shape[1])):
-        np.add(down, small(step**2), out=farther)
-        np.minimum(square[:, step:], farther[:, :-step], out=square[:, step:])
-        np.minimum(square[:, :-step], farther[:, step:], out=square[:, :-step])
-    return np.asarray(np.sqrt(np.arange(2 * far**2 + 1))[square], np.float64)
+    down = np.zeros((rows, cols), np.int32)  # to the nearest pixel outside in the same column
+    for row in range(rows):
+        for col in range(cols):
+            if mask[row, col]:
+                above = down[row - 1, col] if row else reach
+                down[row, col] = min(above, reach) + 1
+    for row in range(rows - 2, -1, -1):
+        for col in range(cols):
+            down[row, col] = min(down[row, col], down[row + 1, col] + 1)
+    distance = np.zeros((rows, cols))
+    for row in range(rows):
+        for col in range(cols):
+            square = down[row, col] ** 2
+            step = 1
+            while step <= reach and step**2 < square:
+                if col >= step:
+                    square = min(square, down[row, col - step] ** 2 + step**2)
+                if col + step < cols:
+                    square = min(square, down[row, col + step] ** 2 + step**2)
+                step += 1
+            distance[row, col] = np.sqrt(square)
+    return distance
 
 
+@compiled
 def _climb(
-    height: NDArray[np.float32], mask: NDArray[np.bool_], radius_px: float
-) -> NDArray[np.int32]:
-    """Each mask pixel's basin (H, W): 1..N, in the order of their summits; 0 outside the mask.
+    height: NDArray[np.float32],
+    pieces: NDArray[np.int32],
+    near: NDArray[np.int64],
+    far: NDArray[np.int64],
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Each pixel's basin (H, W): 1..N, in the order of their summits; and these's heights (N + 1,).
 
-    A summit is a pixel with no higher one within ``radius_px`` in its connected piece; of equally
-    high pixels the one with the larger (row, col) counts as higher. Every step goes up in that
-    order, which has no cycles and does not depend on where the tile begins.
+    Every pixel of a piece steps to the highest of the pixels ``near``, (K, 2) offsets in (row,
+    col), that are of the same piece. A summit is one with no higher one ``far`` off either. Of
+    equally high pixels the one with the larger (row, col) counts as higher: so every step goes up,
+    there are no cycles, and nothing depends on where the tile begins.
     """
-    margin = int(np.ceil(radius_px)) + 1
-    pieces, _ = ndimage.label(mask, _CROSS)
-    width = mask.shape[1] + 2 * margin
-    piece = np.pad(pieces, margin).ravel()
-    pixels = np.flatnonzero(piece)
-    # Heights are not negative, so that they sort as their bits do; the place breaks ties.
-    rank = np.full(piece.size, -1, dtype=np.int64)
-    bits = height[mask].view(np.int32).astype(np.int64)
-    rank[pixels] = bits << 32 | pixels
+    rows, cols = pieces.shape
+    parent = np.full(rows * cols, -1, np.int32)
+    summits = 0
+    for row in range(rows):
+        for col in range(cols):
+            if pieces[row, col]:
+                best = _highest(height, pieces, row, col, near)
+                if best == row * cols + col:
+                    best = _highest(height, pieces, row, col, far)
+                parent[row * cols + col] = best
+                summits += best == row * cols + col
+    basins = np.zeros(rows * cols, np.int32)
+    peak = np.full(summits + 1, -np.inf, np.float32)
+    number = 0
+    for pixel in range(rows * cols):
+        if parent[pixel] == pixel:
+            number += 1
+            basins[pixel] = number
+            peak[number] = height[pixel // cols, pixel % cols]
+    for pixel in range(rows * cols):
+        if parent[pixel] >= 0:
+            summit = pixel
+            while not basins[summit]:
+                summit = parent[summit]
+            step = pixel
+            while not basins[step]:  # whoever comes across this way again is there at once
+                basins[step] = basins[summit]
+                step = parent[step]
+    return basins.reshape(rows, cols), peak
 
-    parent = _highest(pixels, rank, piece, _steps(1.5, width))
-    peaks = parent == pixels  # higher than their neighbours, but farther out?
-    parent[peaks] = _highest(pixels[peaks], rank, piece, _steps(radius_px, width))
-    place = np.empty(piece.size, dtype=np.int32)
-    place[pixels] = np.arange(len(pixels))
-    root = _roots(place[parent])
-    number = np.cumsum(root == np.arange(len(pixels)), dtype=np.int32)
-    basins = np.zeros(mask.shape, dtype=np.int32)
-    basins[mask] = number[root]
-    return basins
 
-
+@compiled
 def _highest(
-    pixels: NDArray[np.int64],
-    rank: NDArray[np.int64],
-    piece: NDArray[np.int32],
-    steps: NDArray[np.int64],
-) -> NDArray[np.int64]:
-    """For each pixel, the highest of itself and its neighbours of the same piece."""
-    best = rank[pixels]
-    own_piece = piece[pixels]
-    for step in steps:  # a few dozen at most; all pixels at once
-        there = pixels + step
-        np.maximum(best, rank[there], out=best, where=piece[there] == own_piece)
-    return best & 0xFFFFFFFF
+    height: NDArray[np.float32],
+    pieces: NDArray[np.int32],
+    row: int,
+    col: int,
+    offsets: NDArray[np.int64],
+) -> int:
+    """The highest of a pixel and those at the offsets from it in its piece, as row * W + col."""
+    rows, cols = pieces.shape
+    piece, best_height = pieces[row, col], height[row, col]
+    best: int = row * cols + col
+    for k in range(len(offsets)):
+        r, c = row + offsets[k, 0], col + offsets[k, 1]
+        if 0 <= r < rows and 0 <= c < cols and pieces[r, c] == piece:
+            there = r * cols + c
+            if height[r, c] > best_height or (height[r, c] == best_height and there > best):
+                best, best_height = there, height[r, c]
+    return best
 
 
-def _roots(parent: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-    """Where each chain of parents (N,) ends, by strides that double each time round."""
-    while True:
-        grandparent = parent[parent]
-        if np.array_equal(grandparent, parent):
-            return parent
-        parent = grandparent
-
-
+@compiled
 def _merge_shallow(
-    basins: NDArray[np.int32], height: NDArray[np.float32], min_depth_um: float
+    basins: NDArray[np.int32],
+    peak: NDArray[np.float32],
+    height: NDArray[np.float32],
+    min_depth_um: np.float32,
 ) -> NDArray[np.int32]:
-    """Join a nucleus to its higher neighbour where hardly a saddle parts them.
+    """Which basin (N + 1,) each one becomes a part of, where hardly a saddle parts them.
 
     The saddle between two is the highest pass along their common border. A summit that rises less
     than ``min_depth_um`` above its highest saddle is a bump on its neighbour's flank.
     """
-    inside = np.flatnonzero(basins)
-    peak = np.full(basins.max(initial=0) + 1, -np.inf, dtype=np.float32)
-    np.maximum.at(peak, basins.ravel()[inside], height.ravel()[inside])
-
-    pairs, passes = [], []
-    for a, b in (
-        (np.s_[:, :-1], np.s_[:, 1:]),
-        (np.s_[:-1], np.s_[1:]),
-    ):
-        border = (basins[a] != basins[b]) & (basins[a] > 0) & (basins[b] > 0)
-        ab = np.stack([basins[a][border], basins[b][border]], axis=-1)
-        pairs += [ab, ab[:, ::-1]]
-        passes += [np.minimum(height[a][border], height[b][border])] * 2
-    low, high = np.concatenate(pairs).T
-    saddle = np.concatenate(passes)
-
-    uphill = (peak[high] > peak[low]) | ((peak[high] == peak[low]) & (high > low))
-    shallow = uphill & (peak[low] - saddle < min_depth_um)
-    low, high, saddle = low[shallow], high[shallow], saddle[shallow]
-    parent = np.arange(len(peak), dtype=np.int32)
-    order = np.lexsort([high, saddle])  # the highest saddle is written last, and stays
-    parent[low[order]] = high[order]
-    return np.asarray(_roots(parent)[basins], np.int32)
+    rows, cols = basins.shape
+    into = np.arange(len(peak)).astype(np.int32)
+    saddle = np.full(len(peak), -np.inf, np.float32)
+    for row in range(rows):
+        for col in range(cols):
+            for r, c in ((row, col + 1), (row + 1, col)):
+                if r == rows or c == cols:
+                    continue
+                low, high = basins[row, col], basins[r, c]
+                if not low or not high or low == high:
+                    continue
+                if peak[low] > peak[high] or (peak[low] == peak[high] and low > high):
+                    low, high = high, low
+                over = min(height[row, col], height[r, c])
+                if peak[low] - over < min_depth_um and (
+                    over > saddle[low] or (over == saddle[low] and high > into[low])
+                ):
+                    saddle[low], into[low] = over, high
+    for basin in range(len(into)):
+        while into[into[basin]] != into[basin]:
+            into[basin] = into[into[basin]]
+    return into
 
 
 def _number(
-    basins: NDArray[np.int32], core: NDArray[np.float32] | None, mpp: float, config: SegmentConfig
+    basins: NDArray[np.int32],
+    into: NDArray[np.int32],
+    core: NDArray[np.float32] | None,
+    mpp: float,
+    config: SegmentConfig,
 ) -> NDArray[np.int32]:
-    """Labels 1..N for the pixels of each basin, without those of the wrong size or no core."""
-    pixels = np.flatnonzero(basins)
-    order = np.argsort(basins.ravel()[pixels], kind="stable")  # by nucleus, then row by row
-    pixels = pixels[order]
-    start = np.flatnonzero(np.diff(basins.ravel()[pixels], prepend=0))
-    count = np.diff(start, append=len(pixels))
-    labels = np.zeros(basins.size, dtype=np.int32)
-    if len(start):
-        rows, cols = np.divmod(pixels, basins.shape[1])
-        tall = rows[start + count - 1] - rows[start] + 1
-        wide = np.maximum.reduceat(cols, start) - np.minimum.reduceat(cols, start) + 1
-        area = count * mpp**2
-        keep = (area >= config.min_area_um2) & (area <= config.max_area_um2)
-        keep &= np.maximum(tall, wide) * mpp <= config.max_diameter_um
-        if core is not None:
-            keep &= np.maximum.reduceat(core.ravel()[pixels], start) >= config.min_core
-        labels[pixels] = np.repeat(np.where(keep, np.cumsum(keep), 0), count)
-    return labels.reshape(basins.shape)
+    """The label (N + 1,) of each basin, 1..M: 0 for those of the wrong size, or without a core."""
+    count, tall, wide, surest = _extents(basins, into, core)
+    area = count * mpp**2
+    keep = (area >= config.min_area_um2) & (area <= config.max_area_um2)
+    keep &= np.maximum(tall, wide) * mpp <= config.max_diameter_um
+    if core is not None:
+        keep &= surest >= config.min_core
+    keep[0] = False
+    return np.asarray(np.where(keep, np.cumsum(keep), 0)[into], np.int32)
+
+
+@compiled
+def _extents(
+    basins: NDArray[np.int32], into: NDArray[np.int32], values: NDArray[np.float32] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Of each basin with those that became a part of it, (N + 1,): its pixels, its height and width
+    in px, and the largest of the values (H, W) in it."""
+    n = len(into)
+    count, most = np.zeros(n, np.int64), np.full(n, -np.inf, np.float32)
+    top, bottom = np.full(n, basins.size), np.full(n, -1)
+    left, right = np.full(n, basins.size), np.full(n, -1)
+    for row in range(basins.shape[0]):
+        for col in range(basins.shape[1]):
+            if basins[row, col]:
+                basin = into[basins[row, col]]
+                count[basin] += 1
+                top[basin], bottom[basin] = min(top[basin], row), max(bottom[basin], row)
+                left[basin], right[basin] = min(left[basin], col), max(right[basin], col)
+                if values is not None:
+                    most[basin] = max(most[basin], values[row, col])
+    return count, bottom - top + 1, right - left + 1, most
 
 
 def _disc(radius: float) -> NDArray[np.bool_]:
@@ -220,8 +268,7 @@ def _disc(radius: float) -> NDArray[np.bool_]:
     return np.asarray(rows**2 + cols**2 <= radius**2)
 
 
-def _steps(radius: float, width: int) -> NDArray[np.int64]:
-    """Flat offsets to all pixels within ``radius``, in a map ``width`` wide."""
-    rows, cols = np.nonzero(_disc(radius))
-    steps = (rows - int(radius)) * width + cols - int(radius)
-    return np.asarray(steps[steps != 0])
+def _offsets(radius: float) -> NDArray[np.int64]:
+    """(row, col) offsets (K, 2) to all other pixels within ``radius``."""
+    offsets = np.argwhere(_disc(radius)) - int(radius)
+    return offsets[offsets.any(axis=1)]

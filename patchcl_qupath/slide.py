@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import ImageError, SlideError
 from patchcl_qupath.pyramid import Level, Pyramid, forget_pyramids, open_pyramid
-from patchcl_qupath.resample import Axis, mean
+from patchcl_qupath.resample import Axis, mean, sums
 
 MPP_RANGE = (0.05, 4.0)  # beyond it a pixel size is an export's dpi, not a microscope's
 SNAP = 0.1  # how far from the requested mpp a whole number of level-0 pixels may be
@@ -100,11 +100,9 @@ class Slide:
         assert box == box.grow(0, self.shape), (box, self.shape)
         level, y, x = self._grid(self.downsample)
         rows, cols = (box.row0, box.row1), (box.col0, box.col1)
-        source_rows, source_cols = y.source(*rows), x.source(*cols)
-        pixels = self._pixels(level, source_rows, source_cols)
-        sums = y.sums(pixels, rows, source_rows).swapaxes(0, 1)
-        sums = x.sums(sums, cols, source_cols).swapaxes(0, 1)
-        return mean(sums, y.lengths(*rows), x.lengths(*cols))
+        source = y.source(*rows), x.source(*cols)
+        total = sums(self._pixels(level, *source), (y, x), (rows, cols), source)
+        return mean(total, y.lengths(*rows), x.lengths(*cols))
 
     def thumbnail_px(self, mpp: float) -> int:
         """Working px per thumbnail px: the whole number nearest to ``mpp`` um."""
@@ -120,15 +118,14 @@ class Slide:
         px = self.thumbnail_px(mpp)
         h, w = (-(-n // px) for n in self.shape)
         level, y, x = self._grid((self.downsample[0] * px, self.downsample[1] * px))
-        sums = np.zeros((h, w, 3), dtype=np.int64)
+        total = np.zeros((h, w, 3), dtype=np.int64)
         for source_rows in _blocks(*y.source(0, h), level.chunk[0]):
             for source_cols in _blocks(*x.source(0, w), level.chunk[1]):
                 rows, cols = y.touched(*source_rows, h), x.touched(*source_cols, w)
-                part = self._pixels(level, source_rows, source_cols)
-                part = y.sums(part, rows, source_rows).swapaxes(0, 1)
-                part = x.sums(part, cols, source_cols).swapaxes(0, 1)
-                sums[slice(*rows), slice(*cols)] += part
-        return mean(sums, y.lengths(0, h), x.lengths(0, w))
+                source = source_rows, source_cols
+                part = sums(self._pixels(level, *source), (y, x), (rows, cols), source)
+                total[slice(*rows), slice(*cols)] += part
+        return mean(total, y.lengths(0, h), x.lengths(0, w))
 
     def _grid(self, downsample: Pair) -> tuple[Level, Axis, Axis]:
         """The coarsest level that is fine enough, and where a grid's px lie on its y and x."""

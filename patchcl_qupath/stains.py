@@ -16,6 +16,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from patchcl_qupath.compiled import compiled
 from patchcl_qupath.datatypes import StainVectors
 
 # QuPath's defaults, which are measured where an image has no stains of its own.
@@ -64,26 +65,32 @@ def _measured(stains: StainVectors) -> NDArray[np.float32]:
 _HED_TABLES = _tables(RUIFROK_HED, _OD_NETWORK)
 
 
+@compiled
 def _unmix(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.float32]:
-    """RGB (..., 3) to the stains of the tables, (..., S), each one contiguous in memory."""
-    red, green, blue = (np.ascontiguousarray(rgb[..., colour]) for colour in range(3))
-    planes = np.empty((tables.shape[-1], *red.shape), np.float32)
-    for stain, plane in enumerate(planes):
-        plane[...] = tables[0, :, stain][red]
-        plane += tables[1, :, stain][green]
-        plane += tables[2, :, stain][blue]
-    return np.moveaxis(planes, 0, -1)
+    """RGB (N, 3) to the stains of the tables, (S, N)."""
+    planes = np.empty((tables.shape[-1], len(rgb)), np.float32)
+    for stain in range(len(planes)):
+        for pixel in range(len(rgb)):
+            planes[stain, pixel] = amount(rgb[pixel], tables, stain)
+    return planes
+
+
+@compiled
+def amount(rgb: NDArray[np.uint8], tables: NDArray[np.float32], stain: int) -> np.float32:
+    """How much of a stain, of those that ``stain_tables`` stand for, is in a pixel (3,)."""
+    red, green, blue = tables[0, rgb[0], stain], tables[1, rgb[1], stain], tables[2, rgb[2], stain]
+    return np.float32(red + green + blue)
+
+
+def stain_tables(stains: StainVectors = H_E) -> NDArray[np.float32]:
+    """(3 colours, 256 levels, S stains): ``amount`` turns a pixel into densities by these."""
+    return np.ascontiguousarray(_measured(stains)[..., : len(stains.names)])
 
 
 def densities(rgb: NDArray[np.uint8], stains: StainVectors = H_E) -> dict[str, NDArray[np.float32]]:
     """RGB (..., 3) to the optical density (...) of each stain, by QuPath's name of it."""
-    unmixed = _unmix(rgb, _measured(stains)[..., : len(stains.names)])
-    return {name: unmixed[..., i] for i, name in enumerate(stains.names)}
-
-
-def hematoxylin(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """RGB (..., 3) to the optical density (...) of hematoxylin, by QuPath's default vector."""
-    return _unmix(rgb, _measured(H_E)[..., :1])[..., 0]
+    planes = _planes(rgb, stain_tables(stains))
+    return dict(zip(stains.names, planes, strict=True))
 
 
 def to_measure(own: StainVectors | None, asked: str) -> StainVectors:
@@ -127,8 +134,16 @@ def flaw(stains: StainVectors) -> str | None:
 
 
 def unmix_hed(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """RGB (..., 3) to hematoxylin, eosin, residual (..., 3): unscaled input of the networks."""
-    return _unmix(rgb, _HED_TABLES)
+    """RGB (..., 3) to hematoxylin, eosin, residual (..., 3): unscaled input of the networks.
+
+    Each stain is contiguous in memory.
+    """
+    return np.moveaxis(_planes(rgb, _HED_TABLES), 0, -1)
+
+
+def _planes(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.float32]:
+    """RGB (..., 3) to the stains of the tables (S, ...)."""
+    return _unmix(rgb.reshape(-1, 3), tables).reshape(-1, *rgb.shape[:-1])
 
 
 _LEAST_APART = 0.02  # smallest singular value of unit vectors: 1.6 degrees between two
