@@ -84,8 +84,9 @@ def _writing(command: Command) -> Command:
     return command
 
 
-def _use_device(_: click.Context, __: click.Parameter, device: str) -> None:
+def _use_device(context: click.Context, __: click.Parameter, device: str) -> None:
     """Networks run on the GPU if torch sees one: so hide it, or look whether it is there."""
+    context.meta[_DEVICE] = device
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if device == "cuda":
@@ -95,6 +96,7 @@ def _use_device(_: click.Context, __: click.Parameter, device: str) -> None:
             raise click.BadParameter("torch finds no CUDA device here: use --device cpu")
 
 
+_DEVICE = "patchcl_qupath.device"
 _device = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -191,6 +193,10 @@ def run(
         )
         slide = replace(settings.slide, stain=stain or settings.slide.stain)
         engine = engine or settings.engine
+        if engine == "openvino" and click.get_current_context().meta[_DEVICE] == "cuda":
+            raise ConfigError(
+                "OpenVINO runs on CPUs: leave out --device cuda, or use --engine torch"
+            )
         settings = replace(settings, slide=slide, result=shown, engine=engine)
         from patchcl_qupath import pipeline, runs
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -74,14 +75,16 @@ def start(kind: str, network: Network) -> Engine:
 def _torch(network: Network) -> Engine:
     network = network.to(device())
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.7 x as fast
+    # A GPU has memory for a few tiles, and is busy with one; there may be dozens of threads.
+    turn = threading.Lock() if device().type != "cpu" else nullcontext()
 
     def run(stains: NDArray[np.float32]) -> NDArray[np.float32]:
-        x = torch.from_numpy(stains).to(device()).permute(2, 0, 1)[None]  # (1, 3, H, W)
-        x = x.contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode():
+        with turn, torch.inference_mode():
+            x = torch.from_numpy(stains).to(device()).permute(2, 0, 1)[None]  # (1, 3, H, W)
+            x = x.contiguous(memory_format=torch.channels_last)
             y = network(x)[0]  # (C, H, W)
             y = torch.sigmoid(y) if isinstance(network, NucleusNetwork) else y
-        return np.asarray(y.cpu(), np.float32)
+            return np.asarray(y.cpu(), np.float32)
 
     return run
 

@@ -22,6 +22,7 @@ from patchcl_qupath.stains import StainScale
 from patchcl_qupath.storage import replacing, write_json
 
 _FORMAT = "patchcl-qupath model 2"
+_BAND_PX = 2**20  # of an image, about, that a network is run on at once
 
 
 class Confidence(NamedTuple):
@@ -149,9 +150,29 @@ def confidence(
     align = model.align_px
     rgb = np.pad(rgb, ((0, -height % align), (0, -width % align), (0, 0)), mode="edge")
     run = engines.of(engine, model.network, model.digest)
-    maps = run(scale.network_input(rgb, model.input))[:, :height, :width]  # (C, H, W)
+    seen = scale.network_input(rgb, model.input)
+    maps = _in_bands(run, seen, model.reach_px, align)[:, :height, :width]  # (C, H, W)
     maps = np.asarray(np.rint(maps * 255) / 255, np.float32)
     if isinstance(model.network, NucleusNetwork):
         return Confidence(maps[0], maps[1])
     nucleus = maps[model.channel]
     return Confidence(1 - nucleus if model.inverted else nucleus, None)
+
+
+def _in_bands(
+    run: engines.Engine, seen: NDArray[np.float32], reach_px: int, align: int
+) -> NDArray[np.float32]:
+    """What ``run`` makes of (H, W, 3): (C, H, W), band by band, each with the reach around it.
+
+    Same values, in a part of the memory: a network needs some 200 bytes for each pixel it sees.
+    """
+    height, width = seen.shape[:2]
+    bands = -(-height * width // _BAND_PX)
+    step = align * -(-height // (align * max(1, bands)))
+    halo = align * -(-reach_px // align)
+    parts = []
+    for row in range(0, height, step):
+        first = max(0, row - halo)
+        part = run(seen[first : row + step + halo])
+        parts.append(part[:, row - first : row - first + step])
+    return np.concatenate(parts, axis=1)

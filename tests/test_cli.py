@@ -254,3 +254,11 @@ def test_a_scheduler_that_is_not_there(tmp_path, quick, crop):
     result = call("run", project, "--scheduler", "tcp://127.0.0.1:1", "--config", quick)
     assert result.exit_code == 2
     assert "no Dask scheduler answers at tcp://127.0.0.1:1" in result.output
+
+
+def test_openvino_is_not_asked_for_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    command = ["run", str(SAMPLE), "--engine", "openvino", "--device", "cuda"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert "OpenVINO runs on CPUs: leave out --device cuda, or use --engine torch" in result.stderr
