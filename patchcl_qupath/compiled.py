@@ -16,7 +16,8 @@ def compiled(loop: Loop) -> Loop:
     """A function of arrays and numbers, compiled when it is first called, and kept on disk.
 
     It does not hold Python's lock. Floating point is that of the source, operation by operation, so
-    that every machine and every tile has the same results.
+    that every machine and every tile has the same results. A loop calls no other file's: what is
+    kept of it is made anew when its own file changes, and then only.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:

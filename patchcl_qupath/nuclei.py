@@ -22,7 +22,7 @@ from patchcl_qupath.datatypes import (
     grid_to_level0,
     tile_to_grid,
 )
-from patchcl_qupath.stains import H_E, amount, stain_tables
+from patchcl_qupath.stains import H_E, densities, hematoxylin
 
 # Walking clockwise round a region, as seen on the screen, the region is on the right. The four ways
 # to walk along a pixel's edge are: east along its top, south along its right, west along its bottom
@@ -268,9 +268,10 @@ def measure(
     """
     named = shape_measurements(polygons_um)
     n = len(polygons_um)
-    statistics = _statistics(labels, n, rgb, stain_tables(stains))
-    for stain, values in zip(stains.names, statistics, strict=True):
-        for name, per_nucleus in zip(("Mean", "Std.Dev.", "Min", "Max"), values, strict=True):
+    for stain, density in densities(rgb, stains).items():
+        for name, per_nucleus in zip(
+            ("Mean", "Std.Dev.", "Min", "Max"), _statistics(labels, n, density), strict=True
+        ):
             named[f"{stain}: {name}"] = per_nucleus
     named["Detection probability"] = _means(labels, n, confidence)
     return {name: values.astype(np.float32) for name, values in named.items()}
@@ -281,39 +282,7 @@ def mean_hematoxylin(labels: NDArray[np.int32], rgb: NDArray[np.uint8]) -> NDArr
 
     By QuPath's default vector, whatever stains are measured: what has none is no nucleus.
     """
-    only = np.ascontiguousarray(stain_tables()[..., :1])
-    statistics = _statistics(labels, int(labels.max(initial=0)), rgb, only)
-    return cast(NDArray[np.float64], statistics[0, 0])
-
-
-@compiled
-def _statistics(
-    labels: NDArray[np.int32], n: int, rgb: NDArray[np.uint8], tables: NDArray[np.float32]
-) -> NDArray[np.float64]:
-    """Mean, standard deviation, minimum and maximum of S stains in labels 1..n: (S, 4, n)."""
-    stains = tables.shape[-1]
-    count, sums, squares = np.zeros(n + 1), np.zeros((stains, n + 1)), np.zeros((stains, n + 1))
-    least, most = np.full((stains, n + 1), np.inf), np.full((stains, n + 1), -np.inf)
-    for row in range(labels.shape[0]):
-        for col in range(labels.shape[1]):
-            label = labels[row, col]
-            if label:
-                count[label] += 1
-                for stain in range(stains):
-                    value = amount(rgb[row, col], tables, stain)
-                    sums[stain, label] += value
-                    least[stain, label] = min(least[stain, label], value)
-                    most[stain, label] = max(most[stain, label], value)
-    mean = sums / np.maximum(count, 1)
-    for row in range(labels.shape[0]):
-        for col in range(labels.shape[1]):
-            label = labels[row, col]
-            if label:
-                for stain in range(stains):
-                    value = amount(rgb[row, col], tables, stain)
-                    squares[stain, label] += (value - mean[stain, label]) ** 2
-    deviation = np.sqrt(squares / np.maximum(count - 1, 1))  # of a sample, as in QuPath
-    return np.stack((mean, deviation, least, most), axis=1)[..., 1:]
+    return _means(labels, int(labels.max(initial=0)), hematoxylin(rgb))
 
 
 @compiled
@@ -327,6 +296,27 @@ def _means(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> ND
                 count[label] += 1
                 total[label] += values[row, col]
     return total[1:] / np.maximum(count[1:], 1)
+
+
+@compiled
+def _statistics(
+    labels: NDArray[np.int32], n: int, values: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Mean, standard deviation, minimum and maximum of the values (H, W) in labels 1..n: (4, n)."""
+    statistics = np.zeros((4, n))
+    mean, deviation, least, most = statistics
+    mean[:], least[:], most[:] = _means(labels, n, values), np.inf, -np.inf
+    count = np.zeros(n)
+    for row in range(labels.shape[0]):
+        for col in range(labels.shape[1]):
+            label, value = labels[row, col] - 1, values[row, col]
+            if label >= 0:
+                count[label] += 1
+                deviation[label] += (value - mean[label]) ** 2
+                least[label] = min(least[label], value)
+                most[label] = max(most[label], value)
+    deviation[:] = np.sqrt(deviation / np.maximum(count - 1, 1))  # of a sample, as in QuPath
+    return statistics
 
 
 def shape_measurements(polygons_um: Polygons) -> dict[str, NDArray[np.float64]]:

@@ -71,26 +71,25 @@ def _unmix(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.fl
     planes = np.empty((tables.shape[-1], len(rgb)), np.float32)
     for stain in range(len(planes)):
         for pixel in range(len(rgb)):
-            planes[stain, pixel] = amount(rgb[pixel], tables, stain)
+            amount = tables[0, rgb[pixel, 0], stain] + tables[1, rgb[pixel, 1], stain]
+            planes[stain, pixel] = amount + tables[2, rgb[pixel, 2], stain]
     return planes
 
 
-@compiled
-def amount(rgb: NDArray[np.uint8], tables: NDArray[np.float32], stain: int) -> np.float32:
-    """How much of a stain, of those that ``stain_tables`` stand for, is in a pixel (3,)."""
-    red, green, blue = tables[0, rgb[0], stain], tables[1, rgb[1], stain], tables[2, rgb[2], stain]
-    return np.float32(red + green + blue)
-
-
-def stain_tables(stains: StainVectors = H_E) -> NDArray[np.float32]:
-    """(3 colours, 256 levels, S stains): ``amount`` turns a pixel into densities by these."""
-    return np.ascontiguousarray(_measured(stains)[..., : len(stains.names)])
+def _planes(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.float32]:
+    """RGB (..., 3) to the stains of the tables, (S, ...)."""
+    return _unmix(rgb.reshape(-1, 3), tables).reshape(-1, *rgb.shape[:-1])
 
 
 def densities(rgb: NDArray[np.uint8], stains: StainVectors = H_E) -> dict[str, NDArray[np.float32]]:
     """RGB (..., 3) to the optical density (...) of each stain, by QuPath's name of it."""
-    planes = _planes(rgb, stain_tables(stains))
+    planes = _planes(rgb, _measured(stains)[..., : len(stains.names)])
     return dict(zip(stains.names, planes, strict=True))
+
+
+def hematoxylin(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """RGB (..., 3) to the optical density (...) of hematoxylin, by QuPath's default vector."""
+    return np.asarray(_planes(rgb, _measured(H_E)[..., :1])[0])
 
 
 def to_measure(own: StainVectors | None, asked: str) -> StainVectors:
@@ -139,11 +138,6 @@ def unmix_hed(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     Each stain is contiguous in memory.
     """
     return np.moveaxis(_planes(rgb, _HED_TABLES), 0, -1)
-
-
-def _planes(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.float32]:
-    """RGB (..., 3) to the stains of the tables (S, ...)."""
-    return _unmix(rgb.reshape(-1, 3), tables).reshape(-1, *rgb.shape[:-1])
 
 
 _LEAST_APART = 0.02  # smallest singular value of unit vectors: 1.6 degrees between two
