@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,22 +34,14 @@ def write_results(
     ``count`` is their total. ``about`` goes into ``result.json`` as it is.
     """
     object_type = config.kind(count)
-    with replacing(folder) as new, ThreadPoolExecutor(1) as thread:
+    with replacing(folder) as new, _Beside() as compressing, _Beside() as tabulating:
         new.mkdir()
-        chunks = _Chunks(new, object_type, config, thread)
-        table_writer = None
+        chunks = _Chunks(new, object_type, config, compressing)
+        table = _Table(new / "nuclei.parquet", tabulating)
         for part in parts:
+            table.add(part)
             chunks.add(part)
-            table = to_table(part)
-            if table_writer is None:
-                table_writer = pq.ParquetWriter(
-                    new / "nuclei.parquet", table.schema, compression="zstd"
-                )
-            table_writer.write_table(table)
-        if table_writer is None:
-            pq.write_table(to_table(Nuclei.concatenate([])), new / "nuclei.parquet")
-        else:
-            table_writer.close()
+        table.close()
         chunks.close()
         write_json(
             new / "result.json",
@@ -65,11 +57,53 @@ def write_removed(folder: Path) -> None:
         write_json(new / "result.json", {"removed": now, "nuclei": 0, "files": []})
 
 
+class _Beside(ThreadPoolExecutor):
+    """Does one thing after the other in a thread of its own; the next is not taken before."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self._doing = self.submit(int)  # nothing yet
+
+    def do(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Begin, once what was begun before is done. Raises what that raised."""
+        self.wait()
+        self._doing = self.submit(call, *arguments)
+
+    def wait(self) -> None:
+        """Until all is done."""
+        self._doing.result()
+
+
+class _Table:
+    """All nuclei as GeoParquet."""
+
+    def __init__(self, path: Path, beside: _Beside) -> None:
+        self._path = path
+        self._beside = beside
+        self._writer: pq.ParquetWriter | None = None
+
+    def add(self, nuclei: Nuclei) -> None:
+        self._beside.do(self._write, nuclei)
+
+    def _write(self, nuclei: Nuclei) -> None:
+        table = to_table(nuclei)
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd")
+        self._writer.write_table(table)
+
+    def close(self) -> None:
+        self._beside.wait()
+        if self._writer is None:
+            self._write(Nuclei.concatenate([]))
+        assert self._writer is not None
+        self._writer.close()
+
+
 class _Chunks:
     """Spreads nuclei over GeoJSON files of at most NUCLEI_PER_FILE."""
 
     def __init__(
-        self, folder: Path, object_type: str, config: ResultConfig, thread: ThreadPoolExecutor
+        self, folder: Path, object_type: str, config: ResultConfig, beside: _Beside
     ) -> None:
         self.names: list[str] = []
         self._folder = folder
@@ -82,8 +116,7 @@ class _Chunks:
         )[:-1]
         self._file: gzip.GzipFile | None = None
         self._written = 0
-        self._thread = thread
-        self._compressing = thread.submit(int)  # nothing yet
+        self._beside = beside
 
     def add(self, nuclei: Nuclei) -> None:
         features = list(_features(nuclei, self._properties))
@@ -99,15 +132,14 @@ class _Chunks:
     def close(self) -> None:
         if self._file is not None:
             self._compress("\n]}\n")
-            self._compressing.result()
+            self._beside.wait()
             self._file.close()
             self._file = None
 
     def _compress(self, text: str) -> None:
-        """Beside the making of what comes next, which takes as long; one text waits at most."""
+        """Beside the making of what comes next, which takes as long."""
         assert self._file is not None
-        self._compressing.result()
-        self._compressing = self._thread.submit(self._file.write, text.encode())
+        self._beside.do(self._file.write, text.encode())
 
     def _next_file(self) -> gzip.GzipFile:
         self.close()
