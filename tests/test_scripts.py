@@ -117,9 +117,11 @@ def test_qupath_runs_patchcl_once_and_shows_all_images(
 
 # What a person does in the fields of an image; WHERE says in which image.
 CORRECT = """
+def corrected = qupath.lib.objects.classes.PathClass.fromString('PatchCL: corrected')
 if (qupath.lib.scripting.QP.getProjectEntry().getImageName() == 'WHERE')
-    for (field in qupath.lib.scripting.QP.getAnnotationObjects().findAll { it.getName()?.startsWith('Field ') })
-        field.setPathClass(qupath.lib.objects.classes.PathClass.fromString('PatchCL: corrected'))
+    for (drawn in qupath.lib.scripting.QP.getAnnotationObjects())
+        if (drawn.getName()?.startsWith('Field '))
+            drawn.setPathClass(corrected)
 """
 SAVE = """
 def entry = qupath.lib.scripting.QP.getProjectEntry()
