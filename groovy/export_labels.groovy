@@ -1,6 +1,6 @@
 /**
- * Exports fields in which a person corrected all nuclei, for `patchcl-qp refine --labels-from CLASS`, of the
- * open image; or, with 'Run > Run for project', of every image chosen there. Without a window:
+ * Exports fields in which a person corrected all nuclei, for `patchcl-qp refine --labels-from CLASS`, of all images
+ * of the project: of the open one as it is now, of the others as they were saved. Without a window:
  *
  *     QuPath script -p project.qpproj export_labels.groovy
  *
@@ -19,12 +19,13 @@ import java.nio.file.Path
 import java.nio.file.Paths
 import java.nio.file.StandardCopyOption
 import org.slf4j.LoggerFactory
-import qupath.lib.images.ImageData
 import qupath.lib.io.PathIO
 import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjectTools
+import qupath.lib.objects.hierarchy.PathObjectHierarchy
 import qupath.lib.roi.interfaces.ROI
 import qupath.lib.scripting.QP
+import qupath.lib.scripting.ScriptAttributes
 
 // ---------------------------------------------------------------- settings
 String fieldClass = 'PatchCL: corrected'   // class of the annotations that are fields
@@ -35,21 +36,24 @@ def logger = LoggerFactory.getLogger('export_labels')
 def imageData = QP.getCurrentImageData()
 def entry = QP.getProjectEntry()
 if (imageData == null || entry == null) {
-    logger.warn('Open an image of a project first, or choose Run > Run for project.')
+    logger.warn('Open an image of a project first.')
     return
 }
-Path file = Paths.get(QP.buildPathInProject(folderName, 'labels', entry.getID() + '.geojson'))
-Map<String, Integer> counts = exportLabels(imageData, fieldClass, file)
-logger.info("${entry.getImageName()}: ${counts.fields} fields and ${counts.nuclei} outlines in them " +
-        "exported to ${file}.")
+int batchIndex = (getBinding().getVariables()[ScriptAttributes.BATCH_INDEX] ?: 0) as int
+for (other in batchIndex > 0 ? [entry] : QP.getProject().getImageList()) {   // the first of a batch does all
+    Path file = Paths.get(QP.buildPathInProject(folderName, 'labels', other.getID() + '.geojson'))
+    def hierarchy = other.getID() == entry.getID() ? imageData.getHierarchy() : other.readHierarchy()
+    Map<String, Integer> counts = exportLabels(hierarchy, fieldClass, file)
+    logger.info("${other.getImageName()}: ${counts.fields} fields and ${counts.nuclei} outlines in them " +
+            "exported to ${file}.")
+}
 
 
 /**
  * Writes a file with the fields of an image, and with the nuclei that lie in them, in part or whole; says how many
  * there are. patchcl-qp calls this, too, when it reads by itself.
  */
-static Map<String, Integer> exportLabels(ImageData<?> imageData, String fieldClass, Path file) {
-    def hierarchy = imageData.getHierarchy()
+static Map<String, Integer> exportLabels(PathObjectHierarchy hierarchy, String fieldClass, Path file) {
     List<PathObject> fields = hierarchy.getAnnotationObjects().toList().findAll {
         it.getROI()?.isArea() && it.getPathClass()?.toString() == fieldClass
     }

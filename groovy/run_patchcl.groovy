@@ -1,10 +1,11 @@
 /**
- * Finds nuclei: starts `patchcl-qp run` for the open project, follows it in a window with a Cancel button,
- * and shows the nuclei in the open image when it is done. QuPath can be used meanwhile. Without a window:
+ * Finds nuclei, marks fields that are worth correcting, or learns from those that were corrected: starts
+ * `patchcl-qp run`, `suggest` or `refine` for the open project, follows it in a window with a Cancel button, and
+ * shows in the open image what came of it. QuPath can be used meanwhile. Without a window:
  *
  *     QuPath script -p project.qpproj run_patchcl.groovy
  *
- * To have it under Automate > Project scripts: `patchcl-qp scripts PROJECT`. The other two scripts must lie
+ * To have it under Automate > Project scripts: `patchcl-qp scripts PROJECT`. The other scripts must lie
  * beside this one.
  *
  * A run that was cancelled goes on where it was when it is started again. All that patchcl-qp says is in
@@ -21,6 +22,7 @@ import java.nio.file.Path
 import java.nio.file.Paths
 import java.nio.file.StandardCopyOption
 import java.time.Instant
+import java.util.concurrent.FutureTask
 import java.util.concurrent.TimeUnit
 import javafx.application.Platform
 import javafx.geometry.Insets
@@ -31,130 +33,224 @@ import javafx.scene.control.ProgressBar
 import javafx.scene.control.TextArea
 import javafx.scene.layout.Priority
 import javafx.scene.layout.VBox
+import javafx.stage.Modality
 import javafx.stage.Stage
 import org.slf4j.Logger
 import org.slf4j.LoggerFactory
 import qupath.lib.gui.QuPathGUI
 import qupath.lib.gui.dialogs.Dialogs
+import qupath.lib.images.ImageData
 import qupath.lib.io.GsonTools
+import qupath.lib.projects.Project
+import qupath.lib.projects.ProjectImageEntry
 import qupath.lib.scripting.QP
 import qupath.lib.scripting.ScriptAttributes
 
 // ---------------------------------------------------------------- settings
 String command = ''   // path of patchcl-qp; empty, or gone: it is looked for on PATH and in usual places
-String what = 'ask'   // 'project': all images, 'image': this one, 'annotations': inside some of this one's;
+String what = 'ask'   // 'image': find nuclei in this image, 'project': in all, 'annotations': in some of this one's,
+                      // 'suggest': mark fields that are worth correcting, 'refine': learn from the corrected ones;
                       // 'ask': with a window choose there, without: 'project'
 List<String> within = []   // for 'annotations': classes, such as ['Tumor', 'Stroma']; empty: what is selected
-List<String> options = []   // more for `patchcl-qp run`, such as ['--model', 'kidney', '--mpp', '0.25']
+Map options = [run: [], suggest: ['--fields', '6'], refine: []]   // more for these, such as run: ['--mpp', '0.25']
 String folderName = 'patchcl'   // where patchcl-qp leaves its results, beside project.qpproj
 // -------------------------------------------------------------------------
 
 Logger logger = LoggerFactory.getLogger('run_patchcl')
-boolean inWindow = QuPathGUI.getInstance() != null
-def project = QP.getProject()
-def entry = QP.getProjectEntry()
-if (project == null || entry == null) {
-    logger.warn('Open an image of a project first, or choose Run > Run for project.')
-    return
-}
-if (inWindow && Platform.isFxApplicationThread()) {
-    logger.warn('Run this from the script editor or the Automate menu: here it would freeze the window.')
+QuPathGUI gui = QuPathGUI.getInstance()
+if (gui != null && Platform.isFxApplicationThread()) {
+    logger.warn('Run this from the script editor: here it would freeze the window.')
     return
 }
 int batchIndex = (getBinding().getVariables()[ScriptAttributes.BATCH_INDEX] ?: 0) as int
-int batchSize = (getBinding().getVariables()[ScriptAttributes.BATCH_SIZE] ?: 1) as int
-if (what == 'ask')
-    what = inWindow && batchSize == 1 ? ask(within) : 'project'
-if (what == null)
-    return   // the person closed the question
-if (!(what in ['project', 'image', 'annotations']))
-    throw new IllegalArgumentException("what = '${what}': it must be 'ask', 'project', 'image' or 'annotations'.")
-if (what == 'annotations' && within.isEmpty() && !QP.getSelectedObjects().any { it.isAnnotation() })
-    throw new IllegalStateException("Select annotations first, or name classes in 'within' at the top of this script.")
+def imageData = QP.getCurrentImageData()
+boolean watched = gui != null && gui.getImageData() === imageData   // else it is one of many, or there is no window
 
-Path folder = Paths.get(QP.buildPathInProject(folderName))
-Path receipt = folder.resolve('ran.json')
-Path log = folder.resolve('run.log')
-Instant began = Instant.now()
-String status = 'done'
-List<String> lastLines = []
-if (what == 'project' && batchIndex > 0) {
-    // One run is for all images of the project: that of the first image of this batch.
-    def ran = Files.exists(receipt) ? JsonParser.parseString(Files.readString(receipt)).getAsJsonObject() : null
-    if (ran?.get('qupath_pid')?.getAsLong() != ProcessHandle.current().pid())
-        throw new IllegalStateException('patchcl-qp did not start: see the error of the first image.')
-    began = Instant.parse(ran.get('began').getAsString())
-} else {
-    List<String> arguments = [findCommand(command, folder), 'run', project.getPath().toString()]
-    arguments.addAll(['--backend', 'files', '--progress', 'json'])   // QuPath has the images open: it imports
-    if (what != 'project') {
-        runBeside('export_regions.groovy')   // and the stains, saved or not
-        arguments.addAll(['--image', entry.getID()])
+reporting(watched) {
+    def project = QP.getProject()
+    def entry = QP.getProjectEntry()
+    if (project == null || entry == null)
+        throw new IllegalStateException('Open an image of a project first.')
+    if (what == 'ask')
+        what = watched ? ask(within) : 'project'
+    if (what == null)
+        return   // the person closed the question
+    if (!(what in ['image', 'project', 'annotations', 'suggest', 'refine']))
+        throw new IllegalArgumentException("what = '${what}': it must be 'ask', 'image', 'project', 'annotations', " +
+                "'suggest' or 'refine'.")
+    if (what == 'annotations' && within.isEmpty() && !QP.getSelectedObjects().any { it.isAnnotation() })
+        throw new IllegalStateException('Select annotations first, or name classes after \'within\' at the top of ' +
+                'this script.')
+
+    String task = what in ['suggest', 'refine'] ? what : 'run'
+    boolean oneImage = what in ['image', 'annotations']
+    Path folder = Paths.get(QP.buildPathInProject(folderName))
+    Path receipt = folder.resolve('ran.json')
+    Path log = folder.resolve('run.log')
+    Instant began = Instant.now()
+    List<String> arguments = []   // none where it is done already
+    if (!oneImage && batchIndex > 0) {
+        // Once for all images of the project: for the first image of this batch.
+        def ran = Files.exists(receipt) ? JsonParser.parseString(Files.readString(receipt)).getAsJsonObject() : null
+        if (ran?.get('qupath_pid')?.getAsLong() != ProcessHandle.current().pid())
+            throw new IllegalStateException('patchcl-qp did not start: see the error of the first image.')
+        began = Instant.parse(ran.get('began').getAsString())
+    } else {
+        arguments.addAll([findCommand(command, folder), task, project.getPath().toString()])
+        arguments.addAll(['--backend', 'files'])   // QuPath has the images open: it imports
+        if (task != 'suggest')
+            arguments.addAll(['--progress', 'json'])
+        if (oneImage)
+            arguments.addAll(['--image', entry.getID()])
+        if (what == 'annotations')
+            for (name in within ?: ['(selected)'])
+                arguments.addAll(['--within', name])
+        // What a person taught counts, unless the settings name a model.
+        if (task == 'run' && Files.exists(folder.resolve('models/refined.pt')) &&
+                Collections.disjoint(options.run, ['--model', '--retrain']))
+            arguments.addAll(['--model', 'refined'])
+        arguments.addAll(options[task])
+        // What patchcl-qp reads of the images, saved or not.
+        if (oneImage)
+            runBeside('export_regions.groovy')
+        if (task != 'run')
+            runBeside('export_labels.groovy')
     }
-    if (what == 'annotations')
-        for (name in within ?: ['(selected)'])
-            arguments.addAll(['--within', name])
-    arguments.addAll(options)
-    logger.info(arguments.join(' '))
 
-    Files.createDirectories(folder)
-    Follower follower = inWindow ? new WindowFollower(entry.getImageName()) : new Follower(logger)
-    int exitStatus
+    Closure<?> work = {
+        String status = 'done'
+        List<String> lastLines = []
+        if (arguments) {
+            logger.info(arguments.join(' '))
+            Files.createDirectories(folder)
+            String title = "PatchCL: ${oneImage ? entry.getImageName() : project.getName()}"
+            Follower follower = gui != null ? new WindowFollower(title) : new Follower(logger)
+            int exitStatus
+            try {
+                exitStatus = runCommand(arguments, log, follower)
+            } finally {
+                follower.close()
+            }
+            status = follower.cancelled ? 'cancelled' : exitStatus == 0 ? 'done' : 'failed'
+            lastLines = follower.lastLines
+            writeReceipt(receipt, [
+                status     : status,
+                exit_status: exitStatus,
+                began      : began.toString(),
+                ended      : Instant.now().toString(),
+                qupath_pid : ProcessHandle.current().pid(),
+                command    : arguments,
+                last_lines : status == 'done' ? [] : lastLines,
+            ])
+        }
+
+        // Also where it failed: it fails for one image, the others are done. Some disks round times to 2 s.
+        Path result = task == 'suggest' ? folder.resolve('fields').resolve(entry.getID() + '.json') :
+                folder.resolve('results').resolve(entry.getID()).resolve('result.json')
+        boolean found = task != 'refine' && Files.exists(result) &&
+                !Files.getLastModifiedTime(result).toInstant().isBefore(began.minusSeconds(2))
+        boolean shown = true
+        if (found && watched)
+            shown = showInWindow(project, imageData)
+        else if (found)
+            runBeside('import_nuclei.groovy')
+        if (status == 'cancelled') {
+            logger.info('Cancelled. Start it again, and it goes on where it was.')
+            return
+        }
+        if (status == 'failed')
+            throw new IOException("patchcl-qp failed. Its last words:\n\n${lastLines.join('\n')}\n\n" +
+                    "All that it said is in ${log}.")
+        if (task == 'run' && !found)
+            throw new IOException("No nuclei for ${entry.getImageName()}: see why in ${log}.")
+        if (watched)
+            Dialogs.showMessageDialog('PatchCL', nextStep(task, oneImage, shown, project, entry, folder))
+    }
+    if (watched)
+        Thread.startDaemon('run_patchcl') { reporting(true, work) }   // while a script runs, QuPath's window is locked
+    else
+        work()
+}
+
+
+/** Does something, and shows to a person what went wrong; else QuPath logs it, and goes on with the next image. */
+static void reporting(boolean watched, Closure<?> work) {
     try {
-        exitStatus = runCommand(arguments, log, follower)
-    } finally {
-        follower.close()
+        work()
+    } catch (IOException | IllegalArgumentException | IllegalStateException e) {
+        if (!watched)
+            throw e
+        Dialogs.showErrorMessage('PatchCL', e.getMessage())
     }
-    status = follower.cancelled ? 'cancelled' : exitStatus == 0 ? 'done' : 'failed'
-    lastLines = follower.lastLines
-    writeReceipt(receipt, [
-        status     : status,
-        exit_status: exitStatus,
-        began      : began.toString(),
-        ended      : Instant.now().toString(),
-        qupath_pid : ProcessHandle.current().pid(),
-        command    : arguments,
-        last_lines : status == 'done' ? [] : lastLines,
-    ])
 }
 
-// Also where a run failed: it fails for one image, the others are done. Some disks round times to 2 s.
-Path result = folder.resolve('results').resolve(entry.getID()).resolve('result.json')
-boolean found = Files.exists(result) && !Files.getLastModifiedTime(result).toInstant().isBefore(began.minusSeconds(2))
-// In the window, what is added to an image that was closed meanwhile would be lost; a batch is saved by QuPath.
-boolean shown = !inWindow || batchSize > 1 || getBinding().getVariables()[ScriptAttributes.BATCH_SAVE] ||
-        QuPathGUI.getInstance().getImageData().is(QP.getCurrentImageData())
-if (found && shown)
-    runBeside('import_nuclei.groovy')
-if (status == 'cancelled') {
-    logger.info('Cancelled. Start it again, and it goes on where it was.')
-    return
-}
-if (status == 'failed') {
-    String message = "patchcl-qp failed; all that it said is in ${log}. Its last words:\n" + lastLines.join('\n')
-    if (inWindow)
-        Dialogs.showErrorMessage('PatchCL', message)
-    throw new IOException(message)
-}
-if (!found)
-    throw new IOException("No nuclei for ${entry.getImageName()}: see why in ${log}.")
-if (inWindow && batchSize == 1) {
-    String outcome = shown ? 'The nuclei are in the image: save it to keep them.' :
-            "The nuclei of ${entry.getImageName()} are ready: open it again, and run import_nuclei.groovy."
-    Dialogs.showInfoNotification('PatchCL', outcome +
-            (what == 'project' ? ' For the others, run import_nuclei.groovy with Run > Run for project.' : ''))
+/**
+ * Shows what was found in an image, unless it was closed meanwhile: there it would be lost. Says which. Nobody can
+ * change the image while this is at work.
+ */
+boolean showInWindow(Project<?> project, ImageData<?> imageData) {
+    Stage stage = null
+    def opened = new FutureTask<?>({
+        stage = new Stage()
+        stage.initOwner(QuPathGUI.getInstance().getStage())
+        stage.initModality(Modality.APPLICATION_MODAL)
+        stage.setTitle('PatchCL')
+        VBox box = new VBox(8, new Label('Showing what was found'), new ProgressBar(-1))
+        box.setPadding(new Insets(12))
+        stage.setScene(new Scene(box))
+        stage.setOnCloseRequest { event -> event.consume() }
+        stage.show()
+    }, null)
+    Platform.runLater(opened)
+    opened.get()
+    QP.setBatchProjectAndImage(project, imageData)
+    try {
+        boolean open = QuPathGUI.getInstance().getImageData() === imageData
+        if (open)
+            runBeside('import_nuclei.groovy')
+        return open
+    } finally {
+        QP.resetBatchProjectAndImage()
+        Platform.runLater { stage.close() }
+    }
 }
 
+/** What a person does next. */
+static String nextStep(String task, boolean oneImage, boolean shown, Project<?> project, ProjectImageEntry<?> entry,
+                       Path folder) {
+    if (task == 'refine')
+        return 'The model has learnt from the corrected fields.\n\nRun this script again to find nuclei with it.'
+    if (task == 'run')
+        return "The nuclei of ${entry.getImageName()} are " + (shown ? 'in the image: save it to keep them.' :
+                'ready: open the image, and run the script import nuclei.') +
+                (oneImage ? '' : '\n\nFor others, open the script import nuclei, and choose Run > Run for project.')
+    Map<String, Integer> fields = project.getImageList().collectEntries {
+        Path file = folder.resolve('fields').resolve(it.getID() + '.json')
+        int count = !Files.exists(file) ? 0 :
+                JsonParser.parseString(Files.readString(file)).getAsJsonObject().getAsJsonArray('fields').size()
+        [it.getImageName(), count]
+    }.findAll { name, count -> count > 0 }
+    boolean elsewhere = !shown || !(fields.keySet() - entry.getImageName()).isEmpty()
+    return "These fields, of class 'PatchCL: correct here', are worth correcting:\n\n" +
+            fields.collect { name, count -> "${name}: ${count}" }.join('\n') +
+            (elsewhere ? '\n\nIn other images, the script import nuclei shows them.' : '') +
+            '\n\n1. In each field, put right every nucleus, also on its border.' +
+            "\n2. Set the class of a field that is done to 'PatchCL: corrected', and save the image." +
+            '\n3. Run this script again, and have it learn from the corrected fields.'
+}
 
 /** What a person chooses; null for nothing. */
 static String ask(List<String> within) {
     Map<String, String> choices = [
-        'The open image'                : 'image',
-        'All images of the project'     : 'project',
-        (within ? "Annotations of class ${within.join(' or ')}".toString() : 'The selected annotations'): 'annotations',
+        'Find nuclei in the open image'                : 'image',
+        'Find nuclei in all images of the project'     : 'project',
+        ("Find nuclei in ${within ? 'annotations of class ' + within.join(' or ') : 'the selected annotations'}"
+                .toString())                           : 'annotations',
+        'Mark fields that are worth correcting'        : 'suggest',
+        'Learn from the corrected fields'              : 'refine',
     ]
     List<String> names = choices.keySet() as List
-    return choices[Dialogs.showChoiceDialog('PatchCL', 'Find nuclei in', names, names.first())]
+    return choices[Dialogs.showChoiceDialog('PatchCL', '', names, names.first())]
 }
 
 /** The patchcl-qp that the settings name, else that of PATH, else one in a usual place. */
@@ -286,23 +382,23 @@ class WindowFollower extends Follower {
     ProgressBar bar = new ProgressBar(-1)
     TextArea area = new TextArea()
 
-    WindowFollower(String imageName) {
+    WindowFollower(String title) {
         super(LoggerFactory.getLogger('run_patchcl'))
         area.setEditable(false)
         area.setStyle('-fx-font-family: monospace')
         bar.setMaxWidth(Double.MAX_VALUE)
         VBox.setVgrow(area, Priority.ALWAYS)
-        Platform.runLater { open(imageName) }
+        Platform.runLater { open(title) }
     }
 
-    private void open(String imageName) {
+    private void open(String title) {
         Button button = new Button('Cancel')
         button.setOnAction { cancelInBackground(button) }
         VBox box = new VBox(8, label, bar, area, button)
         box.setPadding(new Insets(12))
         stage = new Stage()
         stage.initOwner(QuPathGUI.getInstance().getStage())
-        stage.setTitle("PatchCL: ${imageName}")
+        stage.setTitle(title)
         stage.setScene(new Scene(box, 720, 360))
         stage.setOnCloseRequest { event ->
             event.consume()

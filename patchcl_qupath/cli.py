@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 # training beside one busy process took three times as long. Read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+Showing = Callable[[], AbstractContextManager["Progress"]]
 Command = TypeVar("Command", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
+_SHOWING = {"bars": console.progress_bars, "json": console.progress_lines}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -106,6 +108,15 @@ _device = click.option(
     help="Where networks run. Default: a CUDA device, if there is one.",
 )
 
+_progress = click.option(
+    "--progress",
+    "showing",
+    type=click.Choice(["bars", "json"]),
+    default="bars",
+    callback=lambda _, __, kind: _SHOWING[kind],
+    help="On standard error: for people, or a line of JSON for each step.",
+)
+
 
 @main.command()
 @_shared
@@ -149,13 +160,7 @@ _device = click.option(
     type=click.Choice([*CLUSTERS]),
     help="Work in jobs of this queue, as ~/.config/dask/jobqueue.yaml says what a job is.",
 )
-@click.option(
-    "--progress",
-    "progress_as",
-    type=click.Choice(["bars", "json"]),
-    default="bars",
-    help="On standard error: for people, or a line of JSON for each step.",
-)
+@_progress
 def run(
     project_path: Path,
     names: tuple[str, ...],
@@ -175,7 +180,7 @@ def run(
     workers: int | None,
     scheduler: str | None,
     cluster: str | None,
-    progress_as: str,
+    showing: Showing,
 ) -> None:
     """Segment the nuclei of PROJECT (a .qpproj file or its folder).
 
@@ -201,7 +206,6 @@ def run(
         from patchcl_qupath import pipeline, runs
 
         click.echo(f"Nuclei are written by {project.via}", err=True)
-        showing = console.progress_lines if progress_as == "json" else console.progress_bars
         with _at_work(project), showing() as progress:
             model = _model(project, entries, settings, mpp, name, retrain, progress)
             if scheduler or cluster:
@@ -293,6 +297,7 @@ def suggest(
 @click.option("--model", "name", default="patchcl", help="Name of the model to refine.")
 @click.option("--as", "new_name", default="refined", help="Name of the refined model.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the training.")
+@_progress
 def refine(
     project_path: Path,
     names: tuple[str, ...],
@@ -305,6 +310,7 @@ def refine(
     name: str,
     new_name: str,
     seed: int,
+    showing: Showing,
 ) -> None:
     """Refine a model of PROJECT with fields in which a person corrected all nuclei."""
     with _reporting_errors(as_json):
@@ -315,7 +321,7 @@ def refine(
         from patchcl_qupath.model import Model
         from patchcl_qupath.storage import check_writable
 
-        with _at_work(project), console.progress_bars() as progress:
+        with _at_work(project), showing() as progress:
             start = Model.load(_model_path(project, name))
             path = _model_path(project, new_name)
             check_writable(path.parent)

@@ -180,7 +180,7 @@ def report_suggestion(project: Project, suggestion: Suggestion, count: int, as_j
         ]
         if not project.via.startswith("paquo"):
             steps.insert(0, "in QuPath, run groovy/import_nuclei.groovy for the project")
-            steps.insert(-1, "run groovy/export_labels.groovy for the project, too")
+            steps.insert(-1, "run groovy/export_labels.groovy, too")
         click.echo("Next:")
         for number, step in enumerate(steps, start=1):
             click.echo(f"  {number}. {step}")

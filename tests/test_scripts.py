@@ -115,6 +115,62 @@ def test_qupath_runs_patchcl_once_and_shows_all_images(
         assert (project.parent / "data" / number / "data.qpdata").stat().st_size > 10_000
 
 
+# What a person does in the fields of an image; WHERE says in which image.
+CORRECT = """
+def corrected = qupath.lib.objects.classes.PathClass.fromString('PatchCL: corrected')
+if (qupath.lib.scripting.QP.getProjectEntry().getImageName() == 'WHERE')
+    for (drawn in qupath.lib.scripting.QP.getAnnotationObjects())
+        if (drawn.getName()?.startsWith('Field '))
+            drawn.setPathClass(corrected)
+"""
+SAVE = """
+def entry = qupath.lib.scripting.QP.getProjectEntry()
+entry.saveImageData(qupath.lib.scripting.QP.getCurrentImageData())
+"""
+
+
+@pytest.mark.qupath
+def test_fields_are_marked_and_learnt_from(project: Path, model: pipeline.Model) -> None:
+    """Also from corrections that are not saved yet, in the image that the script runs for."""
+    output = project.parent / "patchcl"
+    model.save(output / "models", "patchcl")
+    content = json.loads(project.read_text("utf-8"))
+    copy = Path(shutil.copy(SLIDE, project.with_name("zwei.svs")))  # another slide has fields, too
+    content["images"][1]["serverBuilder"]["uri"] = copy.as_uri()
+    project.write_text(json.dumps(content), "utf-8")
+    quick = project.parent / "quick.toml"
+    quick.write_text("[cdcl]\nsteps = 4\n[patchcl]\ncrops = 4\n", "utf-8")
+    script = project.parent / "scripts" / "run_patchcl.groovy"
+    found = CliRunner().invoke(main, ["run", str(project), "--backend", "files"])
+    assert found.exit_code == 0, found.output
+
+    settings(script, what="'suggest'", options="[suggest: ['--fields', '2']]")
+    log = qupath.run_script(project, script)
+    assert "ERROR" not in log, log
+    assert receipt(project)["command"][1:] == [
+        *("suggest", str(project), "--backend", "files", "--fields", "2")
+    ]
+    assert log.count("Fields are marked by files") == 1
+    for number in ("1", "2"):
+        imported = json.loads((output / "imported" / f"{number}.json").read_text("utf-8"))
+        fields = json.loads((output / "fields" / f"{number}.json").read_text("utf-8"))["fields"]
+        assert imported["fields"] == len(fields) == 1
+
+    by_hand = project.parent / "by_hand.groovy"
+    by_hand.write_text(CORRECT.replace("WHERE", "zwei ö.svs") + SAVE, "utf-8")
+    qupath.run_script(project, by_hand)
+    settings(script, what="'refine'", options=f"[refine: ['--config', '{quick}']]")
+    script.write_text(CORRECT.replace("WHERE", "one.svs") + script.read_text("utf-8"), "utf-8")
+    log = qupath.run_script(project, script)
+    assert "ERROR" not in log, log
+    ran = receipt(project)
+    assert (ran["status"], ran["command"][1]) == ("done", "refine")
+    assert log.count("export_labels - one.svs: 1 fields") == 1
+    assert log.count("export_labels - zwei ö.svs: 1 fields") == 1
+    assert log.count("learning from corrections: 4 of 4") == 1
+    assert (output / "models" / "refined.pt").exists()
+
+
 # Says what it was given, and fails.
 COMMAND = f"""#!{sys.executable}
 import json, os, sys
@@ -143,21 +199,24 @@ def test_a_failed_run_says_why(project: Path) -> None:
     command.chmod(0o755)
     script = project.parent / "scripts" / "run_patchcl.groovy"
     script.write_text(DRAW + script.read_text("utf-8"), "utf-8")
+    refined = project.parent / "patchcl" / "models" / "refined.pt"
+    refined.parent.mkdir(parents=True)
+    refined.touch()
     settings(
         script,
         command=f"'{command}'",
         what="'annotations'",
         within="['Größe, 1', 'Other']",
-        options="['--model', 'a b']",
+        options="[run: ['--mpp', '0.25 µm']]",
     )
     log = qupath.run_script(project, script)
-    assert log.count("patchcl-qp failed; all that it said is in") >= 2
+    assert log.count("patchcl-qp failed. Its last words:\n\n") >= 2
     assert "run_patchcl - künstlich: 2 of 2" in log
     said = (project.parent / "patchcl" / "run.log").read_text("utf-8").splitlines()
     arguments, utf8 = json.loads(said[0])
     assert arguments == [
         *("run", str(project), "--backend", "files", "--progress", "json", "--image", "2"),
-        *("--within", "Größe, 1", "--within", "Other", "--model", "a b"),
+        *("--within", "Größe, 1", "--within", "Other", "--model", "refined", "--mpp", "0.25 µm"),
     ]
     assert utf8 == "1"
     assert said[1:] == ["zu spät"]

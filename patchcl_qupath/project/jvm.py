@@ -286,7 +286,7 @@ class _QuPath:
             none = self._class("java.util.ArrayList")()
             counts = self._regions.exportRegions(image_data, none, file)
         else:
-            counts = self._labels.exportLabels(image_data, question.fields, file)
+            counts = self._labels.exportLabels(image_data.getHierarchy(), question.fields, file)
         image_data.getServer().close()
         return {str(name): int(count) for name, count in counts.items()}
 
