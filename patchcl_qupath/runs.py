@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.datatypes import Nuclei, Polygons, Survey, Tile
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
+from patchcl_qupath.jobs import Jobs
 from patchcl_qupath.storage import (
     count_nuclei,
     digest,
@@ -115,15 +116,27 @@ def _same(plan_file: Path, plan: dict[str, Any]) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Who does tiles: a Dask client, and ``look``, which looks after them while one waits."""
+
+    client: Any
+    look: Callable[[], None] = lambda: None
+
+
 @contextmanager
 def workers(
-    count: int | None = None, scheduler: str | None = None, cluster: str | None = None
-) -> Iterator[Any]:
-    """A Dask client: of the cluster at ``scheduler``; of ``count`` jobs in the queue of a
-    ``cluster``, one of CLUSTERS; else of ``count`` threads of this process.
+    count: int | None = None,
+    scheduler: str | None = None,
+    cluster: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Iterator[Workers]:
+    """Those of the Dask cluster at ``scheduler``; or ``count`` jobs in the queue of a ``cluster``,
+    one of CLUSTERS; else ``count`` threads of this process.
 
-    ``count`` defaults to the number of cores, or to one job. Returns when there is a worker. Raises
-    ConfigError if the scheduler does not answer, or where no jobs can be queued.
+    ``count`` defaults to the number of cores, or to one job. Returns when there is a worker;
+    ``tell`` is told what jobs wait for. Raises ConfigError if the scheduler does not answer, or
+    where no jobs can be had.
     """
     import dask
     from distributed import Client, LocalCluster
@@ -138,7 +151,7 @@ def workers(
             ) from error
         with client:
             client.wait_for_workers(1)
-            yield client
+            yield Workers(client)
         return
     settings = {
         "distributed.worker.memory.spill": False,
@@ -147,12 +160,13 @@ def workers(
     }
     with dask.config.set(settings):
         if cluster:
-            with job_cluster(cluster) as jobs, Client(jobs) as client:
-                # Always the same number: a job that came to its time limit has a successor. Jobs
-                # end by themselves where a killed run could not cancel them.
-                jobs.adapt(minimum_jobs=count or 1, maximum_jobs=count or 1)
-                client.wait_for_workers(1)
-                yield client
+            with job_cluster(cluster) as queue, Client(queue) as client:
+                jobs = Jobs(cluster, queue, count or 1, tell)
+                try:  # jobs that a killed run could not cancel end by themselves
+                    jobs.start()
+                    yield Workers(client, jobs.look)
+                finally:
+                    jobs.cancel()
             return
         with (
             LocalCluster(
@@ -165,7 +179,7 @@ def workers(
             ) as local,
             Client(local) as client,
         ):
-            yield client
+            yield Workers(client)
 
 
 def job_cluster(kind: str) -> Any:
@@ -185,8 +199,12 @@ def job_cluster(kind: str) -> Any:
             f"there is no {command} here: run this where you submit {kind} jobs, or leave out "
             "--cluster to work on this machine"
         )
+    import dask
+
+    own = dask.config.get(f"jobqueue.{kind}.scheduler-options", None) or {}
+    options = {"dashboard_address": "127.0.0.1:0", **own}  # its default may be another run's port
     try:
-        return getattr(dask_jobqueue, f"{kind.upper()}Cluster")()
+        return getattr(dask_jobqueue, f"{kind.upper()}Cluster")(scheduler_options=options)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"write into ~/.config/dask/jobqueue.yaml what a job is, at least 'jobqueue: {{{kind}: "
@@ -222,7 +240,7 @@ def write_outcome(output: Path, image: str, result: dict[str, Any]) -> None:
 
 
 def map_tiles(
-    client: Any,
+    workers: Workers,
     task: TileTask[Context],
     context: Context,
     tiles: Sequence[Tile],
@@ -234,12 +252,13 @@ def map_tiles(
 
     ``on_done`` is called after each tile; ``on_failed`` in its place for one that failed
     ``ATTEMPTS`` times, with the last error. What they raise ends the map; finished tiles stay.
-    Raises ImageError if the scheduler goes away.
+    Raises ImageError if the scheduler goes away, ConfigError where no jobs can be had any more.
     """
     from distributed import as_completed
     from distributed.client import ClosedClientError
 
     # Made by a task and not scattered: should all workers die that hold it, it is made again.
+    client = workers.client
     make = partial(_unpack, zlib.compress(pickle.dumps(context), level=1))
     waiting = iter(tiles)
     submitted: dict[Any, Tile] = {}
@@ -255,8 +274,12 @@ def map_tiles(
 
     try:
         submit_more(shared := client.submit(make, pure=False))
-        for batch in running.batches():
-            for future in batch:
+        while not running.is_empty():
+            if not running.has_ready():
+                workers.look()
+                with running.thread_condition:
+                    running.thread_condition.wait(timeout=0.1)  # as dask does
+            for future in running.next_batch(block=False):
                 tile = submitted.pop(future)
                 try:
                     content, seconds = future.result()
