@@ -14,6 +14,7 @@ import os
 import pickle
 import platform
 import shutil
+import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -188,8 +189,11 @@ def job_cluster(kind: str) -> Any:
     What a job is, its cores, memory, time and queue, say the user's settings of dask-jobqueue.
     """
     command = CLUSTERS[kind]
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
     try:
-        import dask_jobqueue
+        import dask_jobqueue  # takes Ctrl-C for itself, and would end with status 0
+
+        signal.signal(signal.SIGINT, on_ctrl_c)
     except ImportError as error:
         raise ConfigError(
             "dask-jobqueue is not installed: pip install 'patchcl-qupath[cluster]'"
@@ -205,7 +209,7 @@ def job_cluster(kind: str) -> Any:
     options = {"dashboard_address": "127.0.0.1:0", **own}  # its default may be another run's port
     try:
         return getattr(dask_jobqueue, f"{kind.upper()}Cluster")(scheduler_options=options)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"write into ~/.config/dask/jobqueue.yaml what a job is, at least 'jobqueue: {{{kind}: "
             f"{{cores: 8, memory: 16GB, walltime: '04:00:00'}}}}' ({error})"
