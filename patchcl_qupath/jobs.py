@@ -131,8 +131,8 @@ class Jobs:
             slot.failures += 1
             said = str(error).partition("stdout:")[2].replace("stderr:", "") or str(error)
             self.problem = (
-                f"{self.kind} takes no job: {' '.join(said.split())}. See that what {_SETTINGS} "
-                "asks for can be had there"
+                f"{self.kind} takes no job: {' '.join(said.split()).rstrip('.')}. See that what "
+                f"{_SETTINGS} asks for can be had there"
             )
         else:
             slot.job, slot.came = job, False
@@ -154,10 +154,10 @@ class Jobs:
             raise ConfigError(self.problem)
 
     def _tell_waiting(self, ids: list[str], states: dict[str, str]) -> None:
-        counts = Counter(states.get(job, "just submitted") for job in ids)
+        counts = Counter(states.get(job, "submitted anew") for job in ids)
         why = _LISTINGS[self.kind].why
-        more = f": see {why} {ids[0]}" if why else ""
-        self._tell(", ".join(f"{count} {state}" for state, count in counts.items()) + more)
+        more = [f"see {why} {job}" for job in ids if why and job in states][:1]
+        self._tell(", ".join([*(f"{n} {state}" for state, n in counts.items()), *more]))
 
     def _tell(self, what: str) -> None:
         if what != self.told:

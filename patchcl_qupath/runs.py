@@ -56,6 +56,7 @@ _GONE = (
     "the Dask scheduler went away: start it and its workers again, then run again; finished tiles "
     "are kept"
 )
+_FETCH_S = 30.0  # for what a tile's worker found to come here
 _AHEAD = 3  # tiles for each worker thread: enough to keep it busy, few to keep memory flat
 
 
@@ -286,8 +287,12 @@ def map_tiles(
             for future in running.next_batch(block=False):
                 tile = submitted.pop(future)
                 try:
-                    content, seconds = future.result()
+                    content, seconds = future.result(timeout=_FETCH_S)
                 except Exception as error:
+                    if isinstance(error, TimeoutError) and future.status != "error":
+                        submitted[future] = tile  # lost with its worker: another makes it again
+                        running.add(future)
+                        continue
                     on_failed(tile, _of_tile(error, future))
                     continue
                 with timed(seconds, "store"):
