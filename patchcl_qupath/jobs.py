@@ -23,7 +23,6 @@ from patchcl_qupath.errors import ConfigError
 _LOOK_S = 10.0  # between looks at the jobs: schedulers of large clusters ask for patience
 _ANSWER_S = 20.0  # for the queue to say something
 _ATTEMPTS = 3  # at a job whose worker does not come, in a row
-_SETTINGS = "~/.config/dask/jobqueue.yaml"
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Jobs:
             said = str(error).partition("stdout:")[2].replace("stderr:", "") or str(error)
             self.problem = (
                 f"{self.kind} takes no job: {' '.join(said.split()).rstrip('.')}. See that what "
-                f"{_SETTINGS} asks for can be had there"
+                "~/.config/dask/jobqueue.yaml asks for can be had there"
             )
         else:
             slot.job, slot.came = job, False
@@ -145,7 +144,7 @@ class Jobs:
         self.problem = (
             f"jobs of {self.kind} end before their workers come; the last was {job.job_id}, and "
             f"{_output(job)}. See that nodes have this program under the same path, and reach "
-            f"this machine, or say otherwise in {_SETTINGS}"
+            "this machine, or say otherwise in ~/.config/dask/jobqueue.yaml"
         )
         self._tell(f"job {job.job_id} ended before its worker came")
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,13 @@ def printed(command: str) -> str:
         return ""
 
 
+@cache
+def nodes(kind: str) -> set[str]:
+    """The names of a queue's nodes that are up."""
+    up = re.findall(KINDS[kind].node, printed(KINDS[kind].nodes))
+    return {name.partition(".")[0] for name in up}
+
+
 @dataclass(frozen=True)
 class Queue:
     """A queue that answers, and what its user has in jobqueue.yaml."""
@@ -87,8 +95,7 @@ NAME = f"q{os.getpid()}"  # short: it is cut in lists
 def queue(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
     """Each in turn that answers."""
     kind = request.param
-    up = set(re.findall(KINDS[kind].node, printed(KINDS[kind].nodes)))
-    if up != {socket.gethostname()}:
+    if nodes(kind) != {socket.gethostname().partition(".")[0]}:
         pytest.skip(f"no {kind} whose node is this machine alone: .ci/queue starts one of slurm")
     pytest.importorskip("dask_jobqueue")  # which brings settings of its own
     monkeypatch.setattr(jobs, "_LOOK_S", 1.0)
