@@ -76,7 +76,8 @@ class Jobs:
         """Submit them, and return when there is a worker. Raises ConfigError if none can come."""
         for slot in self.slots:
             self._submit(slot)
-        self._give_up_if_none_is_left()
+        if not any(slot.job for slot in self.slots):
+            raise ConfigError(self.problem)
         self.looked = time.monotonic()
         while not self._workers():
             self.look()
@@ -105,8 +106,9 @@ class Jobs:
                 self._note_end(slot)
             if slot.job is None and slot.failures < _ATTEMPTS:
                 self._submit(slot)
-        self._give_up_if_none_is_left()
-        if missing and not workers:
+        if not any(slot.job or slot.failures < _ATTEMPTS for slot in self.slots):
+            raise ConfigError(self.problem)
+        if not workers and any(slot.job for slot in missing):
             self._tell_waiting([slot.job.job_id for slot in missing if slot.job], states)
 
     def cancel(self) -> None:
@@ -133,6 +135,7 @@ class Jobs:
                 f"{self.kind} takes no job: {' '.join(said.split()).rstrip('.')}. See that what "
                 "~/.config/dask/jobqueue.yaml asks for can be had there"
             )
+            self._tell("takes no job")
         else:
             slot.job, slot.came = job, False
 
@@ -147,10 +150,6 @@ class Jobs:
             "this machine, or say otherwise in ~/.config/dask/jobqueue.yaml"
         )
         self._tell(f"job {job.job_id} ended before its worker came")
-
-    def _give_up_if_none_is_left(self) -> None:
-        if not any(slot.job for slot in self.slots):
-            raise ConfigError(self.problem)
 
     def _tell_waiting(self, ids: list[str], states: dict[str, str]) -> None:
         counts = Counter(states.get(job, "submitted anew") for job in ids)

@@ -280,8 +280,8 @@ def map_tiles(
     try:
         submit_more(shared := client.submit(make, pure=False))
         while not running.is_empty():
+            workers.look()
             if not running.has_ready():
-                workers.look()
                 with running.thread_condition:
                     running.thread_condition.wait(timeout=0.1)  # as dask does
             for future in running.next_batch(block=False):
