@@ -209,7 +209,9 @@ def job_cluster(kind: str) -> Any:
     own = dask.config.get(f"jobqueue.{kind}.scheduler-options", None) or {}
     options = {"dashboard_address": "127.0.0.1:0", **own}  # its default may be another run's port
     try:
-        return getattr(dask_jobqueue, f"{kind.upper()}Cluster")(scheduler_options=options)
+        return getattr(dask_jobqueue, f"{kind.upper()}Cluster")(
+            scheduler_options=options, silence_logs=logging.CRITICAL
+        )
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"write into ~/.config/dask/jobqueue.yaml what a job is, at least 'jobqueue: {{{kind}: "
