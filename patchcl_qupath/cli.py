@@ -210,9 +210,13 @@ def run(
             model = _model(project, entries, settings, mpp, name, retrain, progress)
             if scheduler or cluster:
                 progress(f"waiting for workers of {scheduler or cluster}", 0, 0)
-            with runs.workers(workers, scheduler, cluster) as client:
+
+            def tell(what: str) -> None:
+                progress(what, 0, 0)
+
+            with runs.workers(workers, scheduler, cluster, tell) as found:
                 this_run = pipeline.Run(
-                    project, model, settings, client, progress, mpp, within, name
+                    project, model, settings, found, progress, mpp, within, name
                 )
                 results = list(this_run.images(entries))
             report = _report(project)

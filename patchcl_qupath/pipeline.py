@@ -26,7 +26,15 @@ from patchcl_qupath.network import NucleusNetwork
 from patchcl_qupath.outcome import ImageResult, Tally, fault, note
 from patchcl_qupath.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.project import Project
-from patchcl_qupath.runs import Seconds, TileStore, map_tiles, timed, write_outcome, write_run
+from patchcl_qupath.runs import (
+    Seconds,
+    TileStore,
+    Workers,
+    map_tiles,
+    timed,
+    write_outcome,
+    write_run,
+)
 from patchcl_qupath.slide import Slide
 from patchcl_qupath.storage import digest, file_facts, write_survey
 from patchcl_qupath.survey import merge
@@ -81,7 +89,7 @@ def refine(
 class Run:
     """One model and one set of settings, applied to images of a project.
 
-    ``client`` is a Dask client. ``mpp`` is the pixel size, in um, of images that do not know
+    ``workers`` do the tiles. ``mpp`` is the pixel size, in um, of images that do not know
     their own. ``within`` are classes of annotations; nuclei outside of them are not looked for.
     Equal models, settings and classes make the same run, so that a killed run goes on.
     ``model_name`` is for people.
@@ -90,7 +98,7 @@ class Run:
     project: Project
     model: Model
     config: Config
-    client: Any
+    workers: Workers
     progress: Progress
     mpp: float | None = None
     within: tuple[str, ...] = ()
@@ -164,7 +172,7 @@ class Run:
         context = TileContext(image, self.model, self.config, self.engine)
         with timed(seconds, "tiles"):
             worker_seconds = map_tiles(
-                *(self.client, segment_tile, context, missing, store),
+                *(self.workers, segment_tile, context, missing, store),
                 *(tally.one_more, tally.one_failed),
             )
 

@@ -14,6 +14,7 @@ import os
 import pickle
 import platform
 import shutil
+import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.datatypes import Nuclei, Polygons, Survey, Tile
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
+from patchcl_qupath.jobs import Jobs
 from patchcl_qupath.storage import (
     count_nuclei,
     digest,
@@ -54,6 +56,7 @@ _GONE = (
     "the Dask scheduler went away: start it and its workers again, then run again; finished tiles "
     "are kept"
 )
+_FETCH_S = 30.0  # for what a tile's worker found to come here
 _AHEAD = 3  # tiles for each worker thread: enough to keep it busy, few to keep memory flat
 
 
@@ -115,15 +118,27 @@ def _same(plan_file: Path, plan: dict[str, Any]) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Who does tiles: a Dask client, and ``look``, which looks after them while one waits."""
+
+    client: Any
+    look: Callable[[], None] = lambda: None
+
+
 @contextmanager
 def workers(
-    count: int | None = None, scheduler: str | None = None, cluster: str | None = None
-) -> Iterator[Any]:
-    """A Dask client: of the cluster at ``scheduler``; of ``count`` jobs in the queue of a
-    ``cluster``, one of CLUSTERS; else of ``count`` threads of this process.
+    count: int | None = None,
+    scheduler: str | None = None,
+    cluster: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Iterator[Workers]:
+    """Those of the Dask cluster at ``scheduler``; or ``count`` jobs in the queue of a ``cluster``,
+    one of CLUSTERS; else ``count`` threads of this process.
 
-    ``count`` defaults to the number of cores, or to one job. Returns when there is a worker. Raises
-    ConfigError if the scheduler does not answer, or where no jobs can be queued.
+    ``count`` defaults to the number of cores, or to one job. Returns when there is a worker;
+    ``tell`` is told what jobs wait for. Raises ConfigError if the scheduler does not answer, or
+    where no jobs can be had.
     """
     import dask
     from distributed import Client, LocalCluster
@@ -138,7 +153,7 @@ def workers(
             ) from error
         with client:
             client.wait_for_workers(1)
-            yield client
+            yield Workers(client)
         return
     settings = {
         "distributed.worker.memory.spill": False,
@@ -147,12 +162,13 @@ def workers(
     }
     with dask.config.set(settings):
         if cluster:
-            with job_cluster(cluster) as jobs, Client(jobs) as client:
-                # Always the same number: a job that came to its time limit has a successor. Jobs
-                # end by themselves where a killed run could not cancel them.
-                jobs.adapt(minimum_jobs=count or 1, maximum_jobs=count or 1)
-                client.wait_for_workers(1)
-                yield client
+            with job_cluster(cluster) as queue, Client(queue) as client:
+                jobs = Jobs(cluster, queue, count or 1, tell)
+                try:  # jobs that a killed run could not cancel end by themselves
+                    jobs.start()
+                    yield Workers(client, jobs.look)
+                finally:
+                    jobs.cancel()
             return
         with (
             LocalCluster(
@@ -165,7 +181,7 @@ def workers(
             ) as local,
             Client(local) as client,
         ):
-            yield client
+            yield Workers(client)
 
 
 def job_cluster(kind: str) -> Any:
@@ -174,8 +190,11 @@ def job_cluster(kind: str) -> Any:
     What a job is, its cores, memory, time and queue, say the user's settings of dask-jobqueue.
     """
     command = CLUSTERS[kind]
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
     try:
-        import dask_jobqueue
+        import dask_jobqueue  # takes Ctrl-C for itself, and would end with status 0
+
+        signal.signal(signal.SIGINT, on_ctrl_c)
     except ImportError as error:
         raise ConfigError(
             "dask-jobqueue is not installed: pip install 'patchcl-qupath[cluster]'"
@@ -185,9 +204,15 @@ def job_cluster(kind: str) -> Any:
             f"there is no {command} here: run this where you submit {kind} jobs, or leave out "
             "--cluster to work on this machine"
         )
+    import dask
+
+    own = dask.config.get(f"jobqueue.{kind}.scheduler-options", None) or {}
+    options = {"dashboard_address": "127.0.0.1:0", **own}  # its default may be another run's port
     try:
-        return getattr(dask_jobqueue, f"{kind.upper()}Cluster")()
-    except (TypeError, ValueError) as error:
+        return getattr(dask_jobqueue, f"{kind.upper()}Cluster")(
+            scheduler_options=options, silence_logs=logging.CRITICAL
+        )
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"write into ~/.config/dask/jobqueue.yaml what a job is, at least 'jobqueue: {{{kind}: "
             f"{{cores: 8, memory: 16GB, walltime: '04:00:00'}}}}' ({error})"
@@ -222,7 +247,7 @@ def write_outcome(output: Path, image: str, result: dict[str, Any]) -> None:
 
 
 def map_tiles(
-    client: Any,
+    workers: Workers,
     task: TileTask[Context],
     context: Context,
     tiles: Sequence[Tile],
@@ -234,12 +259,13 @@ def map_tiles(
 
     ``on_done`` is called after each tile; ``on_failed`` in its place for one that failed
     ``ATTEMPTS`` times, with the last error. What they raise ends the map; finished tiles stay.
-    Raises ImageError if the scheduler goes away.
+    Raises ImageError if the scheduler goes away, ConfigError where no jobs can be had any more.
     """
     from distributed import as_completed
     from distributed.client import ClosedClientError
 
     # Made by a task and not scattered: should all workers die that hold it, it is made again.
+    client = workers.client
     make = partial(_unpack, zlib.compress(pickle.dumps(context), level=1))
     waiting = iter(tiles)
     submitted: dict[Any, Tile] = {}
@@ -255,12 +281,20 @@ def map_tiles(
 
     try:
         submit_more(shared := client.submit(make, pure=False))
-        for batch in running.batches():
-            for future in batch:
+        while not running.is_empty():
+            workers.look()
+            if not running.has_ready():
+                with running.thread_condition:
+                    running.thread_condition.wait(timeout=0.1)  # as dask does
+            for future in running.next_batch(block=False):
                 tile = submitted.pop(future)
                 try:
-                    content, seconds = future.result()
+                    content, seconds = future.result(timeout=_FETCH_S)
                 except Exception as error:
+                    if isinstance(error, TimeoutError) and future.status != "error":
+                        submitted[future] = tile  # lost with its worker: another makes it again
+                        running.add(future)
+                        continue
                     on_failed(tile, _of_tile(error, future))
                     continue
                 with timed(seconds, "store"):

@@ -14,7 +14,7 @@ FLOORS = [  # a module imports from the floors below its own only
     {"prepare", "truth"},
     {"project", "slide", "tiles", "segment", "runs", "evaluate", "report", "survey"}
     | {"patchcl", "selftrain", "cdcl"},
-    {"model", "contrast", "pseudo", "teaching"},
+    {"model", "contrast", "pseudo", "teaching", "jobs"},
     {"engines"},
     {"network", "resample", "pyramid", "crops", "nuclei"},
     {"datatypes", "config", "stains", "storage", "geojson"},

@@ -162,7 +162,7 @@ def test_a_cluster_of_processes_whose_workers_die_equals_threads(
         ) as cluster,
         runs.workers(scheduler=cluster.scheduler_address) as remote,
     ):
-        alive = {*remote.run(os.getpid).values()}
+        alive = {*remote.client.run(os.getpid).values()}
 
         def kill_all(stage, done, total):
             while "segmenting" in stage and done > 2 and alive:

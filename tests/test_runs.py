@@ -162,7 +162,7 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     submit = f'#!/bin/sh\n{run} &\necho "Submitted batch job $!"\n'
     for name in CLUSTERS.values():
         (folder / name).write_text(submit)
-    (folder / "scancel").write_text('#!/bin/sh\npkill -P "$1"\n')
+    (folder / "scancel").write_text('#!/bin/sh\nfor job; do pkill -P "$job"; kill "$job"; done\n')
     for command in folder.iterdir():
         command.chmod(command.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
