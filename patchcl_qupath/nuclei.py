@@ -245,8 +245,9 @@ def _tidy(polygons: Polygons) -> Polygons:
     simple = shapely.simplify(polygons, _SIMPLIFY_PX, preserve_topology=False)  # 9 x as fast
     whole = shapely.get_type_id(simple) == shapely.GeometryType.POLYGON
     whole &= shapely.is_valid(simple) & (shapely.area(simple) > 0)
+    odd = np.flatnonzero(~whole)  # a handful in a thousand
     polygons = np.where(whole, simple, polygons)
-    for i in np.flatnonzero(~shapely.is_valid(polygons)):  # a handful in a thousand
+    for i in odd[~shapely.is_valid(polygons[odd])]:
         parts = shapely.get_parts(shapely.buffer(polygons[i], 0))
         polygons[i] = shapely.Polygon(parts[np.argmax(shapely.area(parts))].exterior)
     return polygons
@@ -323,28 +324,78 @@ def shape_measurements(polygons_um: Polygons) -> dict[str, NDArray[np.float64]]:
     """Size and shape of polygons in um, named and defined as in QuPath."""
     area, length = shapely.area(polygons_um), shapely.length(polygons_um)
     hulls = shapely.convex_hull(polygons_um)
+    xy, hull = shapely.get_coordinates(hulls, return_index=True)  # closed: first point = last
+    first = np.searchsorted(hull, np.arange(len(hulls) + 1))
     return {
         "Area µm^2": area,
         "Length µm": length,
         "Circularity": 4 * np.pi * area / length**2,
         "Solidity": area / shapely.area(hulls),
-        "Max diameter µm": 2 * shapely.minimum_bounding_radius(hulls),
-        "Min diameter µm": _min_width(hulls),
+        "Max diameter µm": 2 * _bounding_radii(xy, first),
+        "Min diameter µm": _min_widths(xy, first),
     }
 
 
-def _min_width(hulls: Polygons) -> NDArray[np.float64]:
-    """Least width (N,) of convex polygons: over the edges, that to the point farthest off.
+@compiled
+def _bounding_radii(xy: NDArray[np.float64], first: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Radius (N,) of the smallest circle round the points ``xy[first[i] : first[i + 1]]``.
 
-    The same as JTS's ``MinimumDiameter``, which QuPath calls the minimum diameter.
+    By adding one point after the other: one that is outside of the circle so far is on the new one
+    (E. Welzl, Smallest enclosing disks, 1991). QuPath's maximum diameter is twice that.
     """
-    xy, hull = shapely.get_coordinates(hulls, return_index=True)  # closed: first point = last
-    return _min_widths(xy, np.searchsorted(hull, np.arange(len(hulls) + 1)))
+    radii = np.empty(len(first) - 1)
+    for i in range(len(radii)):
+        points = xy[first[i] : first[i + 1]]
+        x, y, square = points[0, 0], points[0, 1], 0.0
+        for a in range(1, len(points)):
+            if _inside(points[a], x, y, square):
+                continue
+            x, y, square = points[a, 0], points[a, 1], 0.0
+            for b in range(a):
+                if _inside(points[b], x, y, square):
+                    continue
+                x, y, square = _through_two(points[a], points[b])
+                for c in range(b):
+                    if not _inside(points[c], x, y, square):
+                        x, y, square = _through_three(points[a], points[b], points[c])
+        radii[i] = np.sqrt(square)
+    return radii
+
+
+@compiled
+def _inside(point: NDArray[np.float64], x: float, y: float, square: float) -> bool:
+    """Whether a point (2,) is in the circle round (x, y), but for rounding."""
+    return bool((point[0] - x) ** 2 + (point[1] - y) ** 2 <= square * (1 + 1e-12))
+
+
+@compiled
+def _through_two(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Middle (x, y) and squared radius of the smallest circle through two points (2,)."""
+    x, y = (a[0] + b[0]) / 2, (a[1] + b[1]) / 2
+    return x, y, (a[0] - x) ** 2 + (a[1] - y) ** 2
+
+
+@compiled
+def _through_three(
+    a: NDArray[np.float64], b: NDArray[np.float64], c: NDArray[np.float64]
+) -> tuple[float, float, float]:
+    """Middle (x, y) and squared radius of the circle through three points (2,)."""
+    bx, by, cx, cy = b[0] - a[0], b[1] - a[1], c[0] - a[0], c[1] - a[1]
+    twice = 2 * (bx * cy - by * cx)
+    if twice == 0:  # on a line, where two of them are enough
+        return _through_two(a, b)
+    b2, c2 = bx**2 + by**2, cx**2 + cy**2
+    x, y = (cy * b2 - by * c2) / twice, (bx * c2 - cx * b2) / twice
+    return a[0] + x, a[1] + y, x**2 + y**2
 
 
 @compiled
 def _min_widths(xy: NDArray[np.float64], first: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Of polygons whose closed rings are ``xy[first[i] : first[i + 1]]``, (N,)."""
+    """Least width (N,) of the closed convex rings ``xy[first[i] : first[i + 1]]``.
+
+    Over the edges, that to the point farthest off: as JTS's ``MinimumDiameter``, which QuPath calls
+    the minimum diameter.
+    """
     width = np.full(len(first) - 1, np.inf)
     for hull in range(len(width)):
         for k in range(first[hull], first[hull + 1] - 1):

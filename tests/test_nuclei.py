@@ -162,6 +162,16 @@ def test_min_diameter_is_the_least_width_not_that_of_the_bounding_box():
     assert shape["Solidity"][2] == pytest.approx((36 - 15) / 36)
 
 
+def test_max_diameter_is_that_of_the_smallest_circle_around():
+    rng = np.random.default_rng(0)
+    clouds = [rng.standard_normal((n, 2)) * 10 + 5000 for n in rng.integers(3, 40, 300)]
+    hulls = np.array([shapely.MultiPoint(cloud).convex_hull for cloud in clouds])
+    discs = shapely.buffer(shapely.points(rng.uniform(0, 1e5, (300, 2))), rng.uniform(1, 20, 300))
+    polygons = np.concatenate([hulls, discs])  # of discs, all points are on the circle
+    expected = 2 * shapely.minimum_bounding_radius(polygons)  # GEOS's, as slow as it is sure
+    np.testing.assert_allclose(shape_measurements(polygons)["Max diameter µm"], expected)
+
+
 @pytest.mark.parametrize("stains", [H_E, H_DAB])
 def test_intensities_are_qupath_s_optical_densities_of_the_pixels_inside(stains):
     labels = np.zeros((4, 6), dtype=np.int32)
