@@ -63,6 +63,9 @@ def main() -> None:
         pace = len(log["loss"]) / log["seconds"]
         waiting = log["seconds_for_batches"] / log["seconds"]
         print(f"  self-training: {pace:.1f} steps/s, {1 - waiting:.0%} of the time in the network")
+        seconds, *_ = timed("run", sample, "--backend", "files")
+        print(f"a run that compiles what is not compiled yet: {seconds:.0f} s for the sample")
+        shutil.rmtree(sample / "patchcl" / "runs")
         figures = [measure("sample", sample, gemm)]
         first = Path(folder) / f"{min(options.areas):g} mm2.tif"
         for area in sorted(options.areas):
