@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,6 +58,9 @@ _GONE = (
     "are kept"
 )
 _FETCH_S = 30.0  # for what a tile's worker found to come here
+_THREADS = 4  # in one process
+# A terminal sends Ctrl-C to all processes, but it is the run that ends the others.
+_NO_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 _AHEAD = 3  # tiles for each worker thread: enough to keep it busy, few to keep memory flat
 
 
@@ -134,7 +138,7 @@ def workers(
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Workers]:
     """Those of the Dask cluster at ``scheduler``; or ``count`` jobs in the queue of a ``cluster``,
-    one of CLUSTERS; else ``count`` threads of this process.
+    one of CLUSTERS; else ``count`` threads, of this process or, where they are many, of others.
 
     ``count`` defaults to the number of cores, or to one job. Returns when there is a worker;
     ``tell`` is told what jobs wait for. Raises ConfigError if the scheduler does not answer, or
@@ -170,11 +174,19 @@ def workers(
                 finally:
                     jobs.cancel()
             return
+        processes, threads = _shared_out(count or os.cpu_count() or 1)
+        ours: dict[str, Any] = {"processes": False}
+        if processes > 1:
+            ours = {"preload": _NO_CTRL_C}
+            # What processes shared is cleaned up after Ctrl-C; that is no news.
+            os.environ.setdefault(
+                "PYTHONWARNINGS", "ignore::UserWarning:" + resource_tracker.__name__
+            )
         with (
             LocalCluster(
-                n_workers=1,
-                threads_per_worker=count or os.cpu_count() or 1,
-                processes=False,
+                n_workers=processes,
+                threads_per_worker=threads,
+                **ours,
                 dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces
                 memory_limit=0,
                 silence_logs=logging.CRITICAL,
@@ -182,6 +194,17 @@ def workers(
             Client(local) as client,
         ):
             yield Workers(client)
+
+
+def _shared_out(count: int) -> tuple[int, int]:
+    """How many processes, and how many threads in each, make ``count`` threads.
+
+    Some of each tile's work holds Python's lock, so that more than a few threads of one process wait
+    for each other. A process more takes half a GB.
+    """
+    from distributed.deploy.utils import nprocesses_nthreads
+
+    return (1, count) if count <= _THREADS else nprocesses_nthreads(count)
 
 
 def job_cluster(kind: str) -> Any:
