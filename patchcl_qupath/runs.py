@@ -199,8 +199,8 @@ def workers(
 def _shared_out(count: int) -> tuple[int, int]:
     """How many processes, and how many threads in each, make ``count`` threads.
 
-    Some of each tile's work holds Python's lock, so that more than a few threads of one process wait
-    for each other. A process more takes half a GB.
+    Some of each tile's work holds Python's lock, so that more than a few threads of one process
+    wait for each other. A process more takes half a GB.
     """
     from distributed.deploy.utils import nprocesses_nthreads
 
