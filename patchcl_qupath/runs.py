@@ -254,7 +254,17 @@ def write_run(
     folder: Path, about: dict[str, Any], training: dict[str, Any], images: list[dict[str, Any]]
 ) -> None:
     """``run.json``: what was run, with what, and what became of each image so far."""
-    packages = ("torch", "numpy", "scipy", "shapely", "tiffslide", "tifffile", "zarr", "dask")
+    packages = (
+        "torch",
+        "numpy",
+        "numba",
+        "scipy",
+        "shapely",
+        "tiffslide",
+        "tifffile",
+        "zarr",
+        "dask",
+    )
     versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
     with suppress(StorageError):  # whoever finds the disk full is the image, and says so
         write_json(

@@ -270,11 +270,10 @@ def _number(
     """The label (N + 1,) of each basin, 1..M: 0 for those of the wrong size, or without a core."""
     count, tall, wide, surest = _extents(basins, into, core)
     area = count * mpp**2
-    keep = (area >= config.min_area_um2) & (area <= config.max_area_um2)
+    keep = (count > 0) & (area >= config.min_area_um2) & (area <= config.max_area_um2)
     keep &= np.maximum(tall, wide) * mpp <= config.max_diameter_um
     if core is not None:
         keep &= surest >= config.min_core
-    keep[0] = False
     return np.asarray(np.where(keep, np.cumsum(keep), 0)[into], np.int32)
 
 
