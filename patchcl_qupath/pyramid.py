@@ -7,6 +7,7 @@ single chunk (PNG, JPEG, most plain TIFF) is decoded once and kept.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import warnings
 import weakref
@@ -40,6 +41,10 @@ class Pyramid:
     mpp: tuple[float, ...] | None = None  # x, y
     bounds: tuple[float, ...] | None = None  # x, y, width, height
 
+
+# With fewer, as tifffile has it below six cores, the chunks of all workers are decoded in the one
+# thread of zarr's event loop, and workers wait for each other.
+os.environ.setdefault("TIFFSLIDE_NUM_DECODE_THREADS", "2")
 
 _opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
