@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import shapely
 
 from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.datatypes import Nuclei, Polygons
 from patchcl_qupath.storage import replacing, to_table, write_json
 
 NUCLEI_PER_FILE = 50_000
@@ -165,10 +165,6 @@ def _features(nuclei: Nuclei, properties: str) -> pa.StringArray:
 
     Column by column, by Arrow, which does not hold Python's lock meanwhile.
     """
-    xy, nucleus = shapely.get_coordinates(nuclei.polygons, return_index=True)
-    x, y = (pa.array(np.ascontiguousarray(axis)).cast(pa.string()) for axis in xy.T)
-    first = np.searchsorted(nucleus, np.arange(len(nuclei) + 1)).astype(np.int32)
-    points = pa.ListArray.from_arrays(first, pc.binary_join_element_wise(x, y, ","))
     measured: list[pa.Array | str] = []
     for name, values in nuclei.measurements.items():
         comma = ", " if measured else ""
@@ -176,9 +172,21 @@ def _features(nuclei: Nuclei, properties: str) -> pa.StringArray:
         measured += [pa.array(values).cast(pa.string())]
     return pc.binary_join_element_wise(
         *('{"type": "Feature", "id": "', pa.array(nuclei.uuids.tolist(), pa.string())),
-        *('", "geometry": {"type": "Polygon", "coordinates": [[[', pc.binary_join(points, "],[")),
-        *(f']]]}}, "properties": {properties}, "measurements": {{', *measured, "}}}", ""),
+        *('", "geometry": ', *_geometries(nuclei.polygons)),
+        *(f', "properties": {properties}, "measurements": {{', *measured, "}}}", ""),
     )
+
+
+def _geometries(polygons: Polygons) -> list[pa.StringArray | str]:
+    """What, joined, are polygons (N,) as GeoJSON; by shapely where one has a hole, or parts."""
+    plain = shapely.get_type_id(polygons) == shapely.GeometryType.POLYGON
+    if not plain.all() or shapely.get_num_interior_rings(polygons).any():
+        return [pa.array(shapely.to_geojson(polygons).tolist(), pa.string())]
+    xy, polygon = shapely.get_coordinates(polygons, return_index=True)
+    x, y = (pa.array(np.ascontiguousarray(axis)).cast(pa.string()) for axis in xy.T)
+    first = np.searchsorted(polygon, np.arange(len(polygons) + 1)).astype(np.int32)
+    points = pa.ListArray.from_arrays(first, pc.binary_join_element_wise(x, y, ","))
+    return ['{"type": "Polygon", "coordinates": [[[', pc.binary_join(points, "],["), "]]]}"]
 
 
 def _joined(texts: pa.StringArray, between: str) -> bytes:
