@@ -207,13 +207,13 @@ def run(
 
         click.echo(f"Nuclei are written by {project.via}", err=True)
         with _at_work(project), showing() as progress:
-            model = _model(project, entries, settings, mpp, name, retrain, progress)
-            if scheduler or cluster:
-                progress(f"waiting for workers of {scheduler or cluster}", 0, 0)
 
             def tell(what: str) -> None:
                 progress(what, 0, 0)
 
+            model = _model(project, entries, settings, mpp, name, retrain, progress)
+            if scheduler or cluster:
+                tell(f"waiting for workers of {scheduler or cluster}")
             with runs.workers(workers, scheduler, cluster, tell) as found:
                 this_run = pipeline.Run(
                     project, model, settings, found, progress, mpp, within, name

@@ -274,7 +274,7 @@ def measure(
             ("Mean", "Std.Dev.", "Min", "Max"), _statistics(labels, n, density), strict=True
         ):
             named[f"{stain}: {name}"] = per_nucleus
-    named["Detection probability"] = _means(labels, n, confidence)
+    named["Detection probability"] = means(labels, n, confidence)
     return {name: values.astype(np.float32) for name, values in named.items()}
 
 
@@ -283,12 +283,12 @@ def mean_hematoxylin(labels: NDArray[np.int32], rgb: NDArray[np.uint8]) -> NDArr
 
     By QuPath's default vector, whatever stains are measured: what has none is no nucleus.
     """
-    return _means(labels, int(labels.max(initial=0)), hematoxylin(rgb))
+    return means(labels, int(labels.max(initial=0)), hematoxylin(rgb))
 
 
 @compiled
-def _means(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Mean of the values (H, W) in labels 1..n: (n,)."""
+def means(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Mean of the values (H, W) in labels 1..n (H, W): (n,); 0 for one without pixels."""
     count, total = np.zeros(n + 1), np.zeros(n + 1)
     for row in range(labels.shape[0]):
         for col in range(labels.shape[1]):
@@ -306,7 +306,7 @@ def _statistics(
     """Mean, standard deviation, minimum and maximum of the values (H, W) in labels 1..n: (4, n)."""
     statistics = np.zeros((4, n))
     mean, deviation, least, most = statistics
-    mean[:], least[:], most[:] = _means(labels, n, values), np.inf, -np.inf
+    mean[:], least[:], most[:] = means(labels, n, values), np.inf, -np.inf
     count = np.zeros(n)
     for row in range(labels.shape[0]):
         for col in range(labels.shape[1]):

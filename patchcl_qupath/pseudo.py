@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from patchcl_qupath.config import SelfTrainConfig
-from patchcl_qupath.nuclei import outlines
+from patchcl_qupath.nuclei import means, outlines
 
 Stains = NDArray[np.float32]
 Answer = tuple[NDArray[np.int32], NDArray[np.bool_]]  # labels, background: (H, W) each
@@ -59,7 +59,8 @@ def pseudo_labels(
         labels = _best(components, values)
         strange = _strange(components[0], labels, clear, mpp, config)
         labels, background = np.where(strange, 0, labels), background | strange
-        sure = _mean_inside(labels, confidence) >= config.min_confidence
+        confident = means(labels, int(labels.max(initial=0)), confidence)
+        sure = np.append(False, confident >= config.min_confidence)
         answers.append((_only(labels, sure), background & (labels == 0)))
     return _without_fragments(answers, config.min_fragment)
 
@@ -101,12 +102,6 @@ def _surroundings(
     mean = ndimage.gaussian_filter(values, sigma_px)
     square = ndimage.gaussian_filter(values * values, sigma_px)
     return mean, np.sqrt(np.maximum(square - mean * mean, 0))
-
-
-def _mean_inside(labels: NDArray[np.int32], values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Mean of ``values`` (H, W) in each label, (N + 1,)."""
-    total = np.bincount(labels.ravel(), values.ravel())
-    return total / np.maximum(np.bincount(labels.ravel()), 1)
 
 
 def _only(labels: NDArray[np.int32], keep: NDArray[np.bool_]) -> NDArray[np.int32]:
