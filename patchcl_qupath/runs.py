@@ -8,7 +8,6 @@ The only module that imports dask.distributed.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
@@ -37,6 +36,7 @@ from patchcl_qupath.jobs import Jobs
 from patchcl_qupath.storage import (
     count_nuclei,
     digest,
+    read_json,
     read_measurements,
     read_nuclei,
     read_polygons,
@@ -74,7 +74,7 @@ class TileStore:
     def open(cls, folder: Path, plan: dict[str, Any]) -> TileStore:
         """Open for ``plan``, whatever decides what is in a tile's file; drop tiles of another."""
         plan_file = folder / "plan.json"
-        if not _same(plan_file, plan):
+        if digest(read_json(plan_file)) != digest(plan):
             with writing(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 (folder / "tiles").mkdir(parents=True, exist_ok=True)
@@ -113,13 +113,6 @@ class TileStore:
     def surveys(self, tiles: Sequence[Tile]) -> Iterator[Survey]:
         """What was seen where, of each."""
         return (read_tile_survey(self.path(tile)) for tile in tiles)
-
-
-def _same(plan_file: Path, plan: dict[str, Any]) -> bool:
-    try:
-        return digest(json.loads(plan_file.read_text(encoding="utf-8"))) == digest(plan)
-    except (OSError, ValueError):
-        return False
 
 
 @dataclass(frozen=True)
