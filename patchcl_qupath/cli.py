@@ -323,7 +323,7 @@ def refine(
         project, entries, settings = _open(project_path, names, config, None, backend, qupath)
         from patchcl_qupath import pipeline
         from patchcl_qupath.model import Model
-        from patchcl_qupath.storage import check_writable
+        from patchcl_qupath.storage.files import check_writable
 
         with _at_work(project), showing() as progress:
             start = Model.load(_model_path(project, name))
@@ -541,7 +541,7 @@ def _model(
     """The project's model of that name; trained if there is none, or if it is to be anew."""
     from patchcl_qupath import pipeline
     from patchcl_qupath.model import Model
-    from patchcl_qupath.storage import check_writable
+    from patchcl_qupath.storage.files import check_writable
 
     path = _model_path(project, name)
     if path.exists() and not retrain:
@@ -561,7 +561,7 @@ def _model(
 @contextmanager
 def _at_work(project: Project) -> Iterator[None]:
     """Nobody else works on the project meanwhile; what was started for it is ended."""
-    from patchcl_qupath.storage import alone
+    from patchcl_qupath.storage.files import alone
 
     with alone(project.output), closing(project):
         yield

@@ -29,7 +29,7 @@ from patchcl_qupath.prepare import PreparedImage
 from patchcl_qupath.report import beside, draw_holes, draw_outlines
 from patchcl_qupath.runs import TileStore
 from patchcl_qupath.slide import Slide
-from patchcl_qupath.storage import replacing, to_jpeg, write_json
+from patchcl_qupath.storage.files import replacing, to_jpeg, write_json
 from patchcl_qupath.survey import CELL_STEPS, Fields, fields, step_px
 
 PREVIEW_CELLS = (3, 4)  # rows and columns of the field that it shows: 192 x 256 um

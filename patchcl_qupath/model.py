@@ -19,7 +19,7 @@ from patchcl_qupath.config import Config, from_dict, to_dict
 from patchcl_qupath.errors import ModelError
 from patchcl_qupath.network import ConfidenceNetwork, NucleusNetwork
 from patchcl_qupath.stains import StainScale
-from patchcl_qupath.storage import replacing, write_json
+from patchcl_qupath.storage.files import replacing, write_json
 
 _FORMAT = "patchcl-qupath model 2"
 _BAND_PX = 2**20  # of an image, about, that a network is run on at once

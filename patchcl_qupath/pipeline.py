@@ -36,7 +36,7 @@ from patchcl_qupath.runs import (
     write_run,
 )
 from patchcl_qupath.slide import Slide
-from patchcl_qupath.storage import digest, file_facts, write_survey
+from patchcl_qupath.storage.files import digest, file_facts, write_survey
 from patchcl_qupath.survey import merge
 from patchcl_qupath.tiles import plan
 from patchcl_qupath.tilework import TileContext, context_px, segment_tile

@@ -16,7 +16,7 @@ from patchcl_qupath.datatypes import ImageEntry, StainVectors, level0_to_grid
 from patchcl_qupath.errors import ImageError, TrainingError
 from patchcl_qupath.slide import Slide
 from patchcl_qupath.stains import StainScale, to_measure
-from patchcl_qupath.storage import digest, file_facts
+from patchcl_qupath.storage.files import digest, file_facts
 from patchcl_qupath.tiles import (
     check_brightfield,
     sample_boxes,

@@ -33,7 +33,7 @@ from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.datatypes import Nuclei, Polygons, Survey, Tile
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
 from patchcl_qupath.jobs import Jobs
-from patchcl_qupath.storage import (
+from patchcl_qupath.storage.files import (
     count_nuclei,
     digest,
     read_json,

@@ -8,7 +8,7 @@ from typing import Any
 from patchcl_qupath import __version__
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
-from patchcl_qupath.storage import file_facts, read_json
+from patchcl_qupath.storage.files import file_facts, read_json
 
 
 @dataclass(frozen=True)

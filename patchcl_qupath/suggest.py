@@ -21,7 +21,7 @@ from patchcl_qupath.config import CORRECTED
 from patchcl_qupath.datatypes import Field, ImageEntry, Nuclei, Polygons, Survey
 from patchcl_qupath.errors import ImageError, PatchCLError, ProjectError
 from patchcl_qupath.project import Project
-from patchcl_qupath.storage import read_json, read_nuclei, read_survey
+from patchcl_qupath.storage.files import read_json, read_nuclei, read_survey
 from patchcl_qupath.survey import fields
 
 FULL = 0.75  # of a field that is tissue

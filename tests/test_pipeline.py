@@ -28,7 +28,7 @@ from patchcl_qupath.prepare import prepare
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.slide import Slide
 from patchcl_qupath.stains import densities
-from patchcl_qupath.storage import read_nuclei, read_survey
+from patchcl_qupath.storage.files import read_nuclei, read_survey
 from patchcl_qupath.survey import entropy, fields, step_px
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"

@@ -24,7 +24,7 @@ from conftest import QUICK
 from patchcl_qupath import jobs, pipeline, runs
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.project import open_project
-from patchcl_qupath.storage import read_nuclei
+from patchcl_qupath.storage.files import read_nuclei
 
 pytestmark = pytest.mark.queue
 

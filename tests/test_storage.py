@@ -11,7 +11,7 @@ import shapely
 
 from patchcl_qupath.datatypes import Nuclei, Survey
 from patchcl_qupath.errors import StorageError
-from patchcl_qupath.storage import (
+from patchcl_qupath.storage.files import (
     alone,
     count_nuclei,
     read_nuclei,
@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_no_half_file(small_disk):
 
 def test_two_cannot_work_on_one_folder(tmp_path):
     hold = (
-        "import sys; from pathlib import Path; from patchcl_qupath.storage import alone;"
+        "import sys; from pathlib import Path; from patchcl_qupath.storage.files import alone;"
         "held = alone(Path(sys.argv[1]) / 'new'); held.__enter__(); print('held', flush=True);"
         "sys.stdin.read()"
     )

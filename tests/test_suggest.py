@@ -25,7 +25,7 @@ from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.project.jvm import Process
 from patchcl_qupath.project.paquo import PaquoProject
 from patchcl_qupath.state import state
-from patchcl_qupath.storage import read_nuclei, read_survey, write_survey
+from patchcl_qupath.storage.files import read_nuclei, read_survey, write_survey
 from patchcl_qupath.suggest import Candidates, choose, suggest, usual_doubt
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ from patchcl_qupath.page import sections
 from patchcl_qupath.page.charts import Charts
 from patchcl_qupath.page.found import find_image, find_models, find_runs
 from patchcl_qupath.project import Project
-from patchcl_qupath.storage import write_bytes
+from patchcl_qupath.storage.files import write_bytes
 
 __all__ = ["write_report"]
 

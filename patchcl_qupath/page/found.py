@@ -8,7 +8,7 @@ from typing import Any
 
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
-from patchcl_qupath.storage import read_json
+from patchcl_qupath.storage.files import read_json
 
 Facts = dict[str, Any]
 

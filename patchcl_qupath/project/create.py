@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from patchcl_qupath.errors import ProjectError
-from patchcl_qupath.storage import write_json
+from patchcl_qupath.storage.files import write_json
 
 QUPATH_VERSION = "0.5.1"  # whose format is written; 0.4 and later read it
 OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"

@@ -176,7 +176,7 @@ class FilesProject:
 
     def suggest(self, entry: ImageEntry, fields: Sequence[Field]) -> str:
         """Leave word of fields to correct for groovy/import_nuclei.groovy."""
-        from patchcl_qupath.storage import write_json
+        from patchcl_qupath.storage.files import write_json
 
         file = self.fields_file(entry)
         if not fields and not file.exists():
@@ -283,7 +283,7 @@ class FilesProject:
 
     def _summary(self, id_: str) -> dict[str, Any]:
         """What QuPath writes beside an image's objects: how many there are, say."""
-        from patchcl_qupath.storage import read_json
+        from patchcl_qupath.storage.files import read_json
 
         # An image that was never saved has none.
         return read_json(self.path.parent / "data" / id_ / "summary.json") or {}

@@ -35,7 +35,7 @@ from patchcl_qupath.project.jvm import (
     Write,
     damaged,
 )
-from patchcl_qupath.storage import copy_once, write_json, writing
+from patchcl_qupath.storage.files import copy_once, write_json, writing
 
 OLDEST = (0, 4)  # the first QuPath whose objects have ids
 State = tuple[tuple[int, int] | None, ...]  # mtime in ns and size of files, None for a missing one

@@ -23,7 +23,7 @@ import shapely
 
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import Nuclei, Polygons
-from patchcl_qupath.storage import replacing, to_table, write_json
+from patchcl_qupath.storage.files import replacing, to_table, write_json
 
 NUCLEI_PER_FILE = 50_000
 

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from patchcl_qupath.storage import replacing
+from patchcl_qupath.storage.files import replacing
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Installed, they are in the package (see pyproject.toml); in a checkout, beside it.
