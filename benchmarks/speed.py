@@ -34,7 +34,7 @@ from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box
 from patchcl_qupath.network import NucleusNetwork
 from patchcl_qupath.project import open_project
-from patchcl_qupath.slide import Slide
+from patchcl_qupath.slides.slide import Slide
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "sample_project"

@@ -347,7 +347,7 @@ def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
     with _reporting_errors(as_json=False):
         from patchcl_qupath.datatypes import ImageEntry
         from patchcl_qupath.project import NewImage, init_project
-        from patchcl_qupath.slide import Slide
+        from patchcl_qupath.slides.slide import Slide
 
         new = []
         for path in images:

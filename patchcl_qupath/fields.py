@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, Config
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, level0_to_grid
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
-from patchcl_qupath.prepare import PreparedImage, on_grid, prepare
 from patchcl_qupath.project import Project
+from patchcl_qupath.slides.prepare import PreparedImage, on_grid, prepare
+from patchcl_qupath.slides.tissue import bounds, inside_region
 from patchcl_qupath.teaching import Lesson, targets
-from patchcl_qupath.tiles import bounds, inside_region
 
 MIN_FIELD_UM = 16.0  # a narrower field shows no nucleus whole
 SAME_IOU = 0.5  # above it, two outlines are of one nucleus

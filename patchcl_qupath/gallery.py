@@ -25,10 +25,10 @@ from PIL import Image, ImageDraw
 
 from patchcl_qupath.datatypes import Box, Hole, Polygons, Survey, Tile, grid_to_level0
 from patchcl_qupath.errors import SlideError
-from patchcl_qupath.prepare import PreparedImage
 from patchcl_qupath.report import beside, draw_holes, draw_outlines
 from patchcl_qupath.runs import TileStore
-from patchcl_qupath.slide import Slide
+from patchcl_qupath.slides.prepare import PreparedImage
+from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import replacing, to_jpeg, write_json
 from patchcl_qupath.survey import CELL_STEPS, Fields, fields, step_px
 

@@ -18,7 +18,7 @@ from patchcl_qupath import engines
 from patchcl_qupath.config import Config, from_dict, to_dict
 from patchcl_qupath.errors import ModelError
 from patchcl_qupath.network import ConfidenceNetwork, NucleusNetwork
-from patchcl_qupath.stains import StainScale
+from patchcl_qupath.slides.stains import StainScale
 from patchcl_qupath.storage.files import replacing, write_json
 
 _FORMAT = "patchcl-qupath model 2"

@@ -22,7 +22,7 @@ from patchcl_qupath.datatypes import (
     grid_to_level0,
     tile_to_grid,
 )
-from patchcl_qupath.stains import H_E, densities, hematoxylin
+from patchcl_qupath.slides.stains import H_E, densities, hematoxylin
 
 # Walking clockwise round a region, as seen on the screen, the region is on the right. The four ways
 # to walk along a pixel's edge are: east along its top, south along its right, west along its bottom

@@ -36,7 +36,7 @@ from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.network import ConfidenceNetwork, FeatureNetwork, device, folded
 from patchcl_qupath.pseudo import otsu
-from patchcl_qupath.stains import StainScale
+from patchcl_qupath.slides.stains import StainScale
 from patchcl_qupath.storage.files import to_jpeg
 
 Images = Sequence[NDArray[np.uint8]]

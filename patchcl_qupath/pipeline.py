@@ -24,7 +24,6 @@ from patchcl_qupath.gallery import write_gallery, write_preview
 from patchcl_qupath.model import Model
 from patchcl_qupath.network import NucleusNetwork
 from patchcl_qupath.outcome import ImageResult, Tally, fault, note
-from patchcl_qupath.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.project import Project
 from patchcl_qupath.runs import (
     Seconds,
@@ -35,10 +34,11 @@ from patchcl_qupath.runs import (
     write_outcome,
     write_run,
 )
-from patchcl_qupath.slide import Slide
+from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
+from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.slides.tissue import plan
 from patchcl_qupath.storage.files import digest, file_facts, write_survey
 from patchcl_qupath.survey import merge
-from patchcl_qupath.tiles import plan
 from patchcl_qupath.tilework import TileContext, context_px, segment_tile
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, out of how much

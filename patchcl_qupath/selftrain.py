@@ -24,7 +24,7 @@ from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.network import NucleusNetwork, device
 from patchcl_qupath.pseudo import is_glass, pseudo_labels
-from patchcl_qupath.stains import StainScale
+from patchcl_qupath.slides.stains import StainScale
 from patchcl_qupath.teaching import (
     Lesson,
     draw_lesson,

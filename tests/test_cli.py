@@ -50,7 +50,7 @@ def crop(tmp_path):
     """A PNG of H&E tissue, which has no pixel size."""
     from patchcl_qupath.datatypes import Box
     from patchcl_qupath.project import open_project
-    from patchcl_qupath.slide import Slide
+    from patchcl_qupath.slides.slide import Slide
 
     (entry,) = open_project(SAMPLE).images()
     path = tmp_path / "crop.png"

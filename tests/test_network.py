@@ -10,7 +10,7 @@ from patchcl_qupath.config import Config, PatchCLConfig, SelfTrainConfig
 from patchcl_qupath.errors import ModelError, StorageError
 from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.network import ConfidenceNetwork, FeatureNetwork, NucleusNetwork, folded
-from patchcl_qupath.stains import StainScale
+from patchcl_qupath.slides.stains import StainScale
 
 DEFAULT = PatchCLConfig()
 SCALE = StainScale((0.0, 0.0, 0.0), (2.0, 1.0, 1.0))

@@ -19,7 +19,7 @@ from patchcl_qupath.nuclei import (
     shape_measurements,
     to_level0,
 )
-from patchcl_qupath.stains import H_DAB, H_E, densities
+from patchcl_qupath.slides.stains import H_DAB, H_E, densities
 
 
 def disc_labels(shape, centres, radius):

@@ -34,7 +34,7 @@ from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.project import paquo as backend
 from patchcl_qupath.project.jvm import Process, halves, java_options, outlines
 from patchcl_qupath.project.paquo import PaquoProject, find_qupath
-from patchcl_qupath.slide import Slide
+from patchcl_qupath.slides.slide import Slide
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 SLIDE = SAMPLE / "CMU-1-Small-Region.svs"

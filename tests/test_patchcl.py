@@ -22,7 +22,7 @@ from patchcl_qupath.contrast import (
 from patchcl_qupath.errors import ConfigError, TrainingError
 from patchcl_qupath.model import confidence
 from patchcl_qupath.network import FeatureNetwork
-from patchcl_qupath.stains import StainScale
+from patchcl_qupath.slides.stains import StainScale
 
 PINK, PURPLE, NUCLEUS = (235, 170, 205), (165, 120, 185), (90, 60, 140)
 SETTINGS = PatchCLConfig(crop_px=64, batch=4, max_steps=4, dilations=(1, 2))

@@ -24,10 +24,10 @@ from scipy import ndimage
 from patchcl_qupath import engines, pipeline, runs
 from patchcl_qupath.datatypes import Box
 from patchcl_qupath.model import confidence
-from patchcl_qupath.prepare import prepare
 from patchcl_qupath.project import NewImage, init_project, open_project
-from patchcl_qupath.slide import Slide
-from patchcl_qupath.stains import densities
+from patchcl_qupath.slides.prepare import prepare
+from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.slides.stains import densities
 from patchcl_qupath.storage.files import read_nuclei, read_survey
 from patchcl_qupath.survey import entropy, fields, step_px
 

@@ -13,7 +13,7 @@ import pytest
 from patchcl_qupath.errors import ProjectError, StorageError
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.project.files import path_of_uri
-from patchcl_qupath.slide import Slide
+from patchcl_qupath.slides.slide import Slide
 
 OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
 BIO_FORMATS = "qupath.lib.images.servers.bioformats.BioFormatsServerBuilder"

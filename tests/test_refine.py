@@ -20,10 +20,10 @@ from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
 from patchcl_qupath.evaluate import aji
 from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.network import ConfidenceNetwork
-from patchcl_qupath.prepare import prepare
 from patchcl_qupath.project import open_project
 from patchcl_qupath.segment import instances
-from patchcl_qupath.stains import StainScale
+from patchcl_qupath.slides.prepare import prepare
+from patchcl_qupath.slides.stains import StainScale
 from patchcl_qupath.teaching import targets
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"

@@ -19,8 +19,8 @@ from patchcl_qupath.datatypes import Box, grid_to_level0, level0_to_grid
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.outcome import ImageResult
 from patchcl_qupath.project import open_project
+from patchcl_qupath.slides.tissue import inside_region, plan, tissue_area_px
 from patchcl_qupath.storage.files import read_nuclei
-from patchcl_qupath.tiles import inside_region, plan, tissue_area_px
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample_project"

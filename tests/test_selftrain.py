@@ -18,7 +18,7 @@ from patchcl_qupath.model import Model, confidence
 from patchcl_qupath.network import ConfidenceNetwork
 from patchcl_qupath.pseudo import is_glass, pseudo_labels
 from patchcl_qupath.segment import instances
-from patchcl_qupath.stains import StainScale
+from patchcl_qupath.slides.stains import StainScale
 from patchcl_qupath.teaching import targets, teaching_loss
 
 MPP = 0.5

@@ -20,8 +20,8 @@ from tiffslide import TiffSlide
 
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import ImageError, SlideError
-from patchcl_qupath.pyramid import open_pyramid
-from patchcl_qupath.slide import Slide
+from patchcl_qupath.slides.pyramid import open_pyramid
+from patchcl_qupath.slides.slide import Slide
 
 LAYOUTS = [(1,), (1, 2, 4), (1, 4, 16)]
 

@@ -26,7 +26,7 @@ from survivor import left_by_run
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import Box
 from patchcl_qupath.project import NewImage, init_project, open_project
-from patchcl_qupath.slide import Slide
+from patchcl_qupath.slides.slide import Slide
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 SETTINGS = 'recipe = "patchcl"\n[patchcl]\nmax_steps = 60\ncrops = 8\n[slide]\ntile_px = 150\n'

@@ -11,8 +11,8 @@ from PIL import Image
 
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import ImageError
-from patchcl_qupath.slide import Slide
-from patchcl_qupath.tiles import check_brightfield, inside, plan, sample_boxes, tissue_mask
+from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.slides.tissue import check_brightfield, inside, plan, sample_boxes, tissue_mask
 
 PINK = (225, 170, 205)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import CORRECTED, TO_CORRECT
 from patchcl_qupath.datatypes import Corrections, Polygons, StainVectors
 from patchcl_qupath.errors import ImageError
-from patchcl_qupath.stains import flaw, known
+from patchcl_qupath.slides.stains import flaw, known
 from patchcl_qupath.storage.geojson import holds_several, read_areas
 
 _KINDS = {"BRIGHTFIELD_H_E": "h-e", "BRIGHTFIELD_H_DAB": "h-dab"}  # by QuPath's image type

@@ -25,7 +25,7 @@ import shapely
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, ResultConfig
 from patchcl_qupath.datatypes import Corrections, Field, ImageEntry, Nuclei, Shown
 from patchcl_qupath.errors import ProjectError
-from patchcl_qupath.stains import H_DAB
+from patchcl_qupath.slides.stains import H_DAB
 
 SEARCH_DEPTH = 4  # folders, the project's included, in which QuPath looks for a lost image
 BIO_FORMATS = "BioFormatsServerBuilder"

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import ImageEntry, StainVectors, level0_to_grid
 from patchcl_qupath.errors import ImageError, TrainingError
-from patchcl_qupath.slide import Slide
-from patchcl_qupath.stains import StainScale, to_measure
-from patchcl_qupath.storage.files import digest, file_facts
-from patchcl_qupath.tiles import (
+from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.slides.stains import StainScale, to_measure
+from patchcl_qupath.slides.tissue import (
     check_brightfield,
     sample_boxes,
     tissue_area_px,
     tissue_mask,
 )
+from patchcl_qupath.storage.files import digest, file_facts
 
 _SCALE_CROPS = 24  # crops that the stain range is taken from
 _SCALE_CROP_PX = 256

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import ImageError, SlideError
-from patchcl_qupath.pyramid import Level, Pyramid, forget_pyramids, open_pyramid
-from patchcl_qupath.resample import Axis, mean, sums
+from patchcl_qupath.slides.pyramid import Level, Pyramid, forget_pyramids, open_pyramid
+from patchcl_qupath.slides.resample import Axis, mean, sums
 
 MPP_RANGE = (0.05, 4.0)  # beyond it a pixel size is an export's dpi, not a microscope's
 SNAP = 0.1  # how far from the requested mpp a whole number of level-0 pixels may be

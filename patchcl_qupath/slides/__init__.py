@@ -1,0 +1,1 @@
+"""Slides: opened, read at the working resolution, their tissue and stains found."""
