@@ -40,7 +40,7 @@ from patchcl_qupath.config import Config, PatchCLConfig
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Polygons, grid_to_level0
 from patchcl_qupath.evaluate import Overlaps
 from patchcl_qupath.fields import lessons
-from patchcl_qupath.model import Model
+from patchcl_qupath.models.model import Model
 from patchcl_qupath.nuclei import footprints
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
 from patchcl_qupath.score import SCORES, ImageScore, mean, score

@@ -32,7 +32,7 @@ from PIL import Image
 
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box
-from patchcl_qupath.network import NucleusNetwork
+from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.project import open_project
 from patchcl_qupath.slides.slide import Slide
 

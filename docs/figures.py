@@ -17,10 +17,11 @@ import shapely
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from patchcl_qupath import engines, patchcl, selftrain
+from patchcl_qupath import patchcl, selftrain
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box, level0_to_grid
-from patchcl_qupath.model import Model, confidence
+from patchcl_qupath.models import engines
+from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.nuclei import footprints
 from patchcl_qupath.project import open_project
 from patchcl_qupath.pseudo import is_glass, pseudo_labels

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from patchcl_qupath.config import CDCLConfig
-from patchcl_qupath.model import Model
-from patchcl_qupath.network import NucleusNetwork, device
+from patchcl_qupath.models.model import Model
+from patchcl_qupath.models.network import NucleusNetwork, device
 from patchcl_qupath.teaching import Lesson, draw_lesson, follow, teaching_loss, to_batch, varied
 
 Report = Callable[[str, int, int], None]

@@ -25,7 +25,7 @@ from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
 
 if TYPE_CHECKING:
     from patchcl_qupath.datatypes import ImageEntry
-    from patchcl_qupath.model import Model
+    from patchcl_qupath.models.model import Model
     from patchcl_qupath.pipeline import Progress
     from patchcl_qupath.project import Project
 
@@ -322,7 +322,7 @@ def refine(
             raise ConfigError(f"give the refined model another name than {name}: --as NAME")
         project, entries, settings = _open(project_path, names, config, None, backend, qupath)
         from patchcl_qupath import pipeline
-        from patchcl_qupath.model import Model
+        from patchcl_qupath.models.model import Model
         from patchcl_qupath.storage.files import check_writable
 
         with _at_work(project), showing() as progress:
@@ -540,7 +540,7 @@ def _model(
 ) -> Model:
     """The project's model of that name; trained if there is none, or if it is to be anew."""
     from patchcl_qupath import pipeline
-    from patchcl_qupath.model import Model
+    from patchcl_qupath.models.model import Model
     from patchcl_qupath.storage.files import check_writable
 
     path = _model_path(project, name)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchcl_qupath.config import Config, PatchCLConfig
-from patchcl_qupath.network import FeatureNetwork, device
+from patchcl_qupath.models.network import FeatureNetwork, device
 
 _ANCHORS = 10  # positives per channel that the paper compares with all others
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from patchcl_qupath import __version__, engines
+from patchcl_qupath import __version__
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.errors import ProjectError
-from patchcl_qupath.network import device
+from patchcl_qupath.models import engines
+from patchcl_qupath.models.network import device
 from patchcl_qupath.project.paquo import find_qupath
 
 

@@ -33,8 +33,8 @@ from patchcl_qupath.contrast import (
 )
 from patchcl_qupath.crops import draw
 from patchcl_qupath.errors import TrainingError
-from patchcl_qupath.model import Model, confidence
-from patchcl_qupath.network import ConfidenceNetwork, FeatureNetwork, device, folded
+from patchcl_qupath.models.model import Model, confidence
+from patchcl_qupath.models.network import ConfidenceNetwork, FeatureNetwork, device, folded
 from patchcl_qupath.pseudo import otsu
 from patchcl_qupath.slides.stains import StainScale
 from patchcl_qupath.storage.files import to_jpeg

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from patchcl_qupath.config import SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
-from patchcl_qupath.model import Model, confidence
-from patchcl_qupath.network import NucleusNetwork, device
+from patchcl_qupath.models.model import Model, confidence
+from patchcl_qupath.models.network import NucleusNetwork, device
 from patchcl_qupath.pseudo import is_glass, pseudo_labels
 from patchcl_qupath.slides.stains import StainScale
 from patchcl_qupath.teaching import (

@@ -29,8 +29,8 @@ from conftest import copy_sample
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import PatchCLConfig, SelfTrainConfig, load_config
 from patchcl_qupath.datatypes import ImageEntry, Polygons
-from patchcl_qupath.model import Model
-from patchcl_qupath.network import ConfidenceNetwork, NucleusNetwork
+from patchcl_qupath.models.model import Model
+from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.storage.files import read_nuclei
 

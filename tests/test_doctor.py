@@ -7,9 +7,10 @@ import pytest
 import qupath
 from click.testing import CliRunner
 
-from patchcl_qupath import __version__, console, engines
+from patchcl_qupath import __version__, console
 from patchcl_qupath.cli import main
-from patchcl_qupath.network import device
+from patchcl_qupath.models import engines
+from patchcl_qupath.models.network import device
 
 
 def doctor(*options):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from test_network import SCALE, random_model, random_network, random_rgb
 
-from patchcl_qupath import engines
 from patchcl_qupath.errors import ConfigError
-from patchcl_qupath.model import confidence
+from patchcl_qupath.models import engines
+from patchcl_qupath.models.model import confidence
 
 FLOAT32 = "openvino float32"
 BFLOAT16 = "openvino bfloat16"
@@ -65,7 +65,7 @@ def test_bands_have_the_same_confidence_as_the_whole_to_the_bit(kind, engine, mo
         return started(seen)
 
     monkeypatch.setattr(engines, "of", lambda *_: run)
-    monkeypatch.setattr("patchcl_qupath.model._BAND_PX", 7000)
+    monkeypatch.setattr("patchcl_qupath.models.model._BAND_PX", 7000)
     in_bands = confidence(model, whole, SCALE, engine)
     assert len(heights) == 4
     assert max(heights) < 80 + 2 * (model.reach_px + model.align_px)

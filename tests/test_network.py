@@ -8,8 +8,8 @@ import torch
 
 from patchcl_qupath.config import Config, PatchCLConfig, SelfTrainConfig
 from patchcl_qupath.errors import ModelError, StorageError
-from patchcl_qupath.model import Model, confidence
-from patchcl_qupath.network import ConfidenceNetwork, FeatureNetwork, NucleusNetwork, folded
+from patchcl_qupath.models.model import Model, confidence
+from patchcl_qupath.models.network import ConfidenceNetwork, FeatureNetwork, NucleusNetwork, folded
 from patchcl_qupath.slides.stains import StainScale
 
 DEFAULT = PatchCLConfig()

@@ -20,8 +20,8 @@ from patchcl_qupath.contrast import (
     draw_patches,
 )
 from patchcl_qupath.errors import ConfigError, TrainingError
-from patchcl_qupath.model import confidence
-from patchcl_qupath.network import FeatureNetwork
+from patchcl_qupath.models.model import confidence
+from patchcl_qupath.models.network import FeatureNetwork
 from patchcl_qupath.slides.stains import StainScale
 
 PINK, PURPLE, NUCLEUS = (235, 170, 205), (165, 120, 185), (90, 60, 140)

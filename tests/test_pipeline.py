@@ -21,9 +21,10 @@ from conftest import QUICK, copy_sample
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from patchcl_qupath import engines, pipeline, runs
+from patchcl_qupath import pipeline, runs
 from patchcl_qupath.datatypes import Box
-from patchcl_qupath.model import confidence
+from patchcl_qupath.models import engines
+from patchcl_qupath.models.model import confidence
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.slides.prepare import prepare
 from patchcl_qupath.slides.slide import Slide

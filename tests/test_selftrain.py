@@ -14,8 +14,8 @@ from patchcl_qupath.config import Config, SelfTrainConfig
 from patchcl_qupath.crops import draw
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.evaluate import f1
-from patchcl_qupath.model import Model, confidence
-from patchcl_qupath.network import ConfidenceNetwork
+from patchcl_qupath.models.model import Model, confidence
+from patchcl_qupath.models.network import ConfidenceNetwork
 from patchcl_qupath.pseudo import is_glass, pseudo_labels
 from patchcl_qupath.segment import instances
 from patchcl_qupath.slides.stains import StainScale

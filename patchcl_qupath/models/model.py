@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from patchcl_qupath import engines
 from patchcl_qupath.config import Config, from_dict, to_dict
 from patchcl_qupath.errors import ModelError
-from patchcl_qupath.network import ConfidenceNetwork, NucleusNetwork
+from patchcl_qupath.models import engines
+from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
 from patchcl_qupath.slides.stains import StainScale
 from patchcl_qupath.storage.files import replacing, write_json
 

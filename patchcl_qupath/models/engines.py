@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from patchcl_qupath.errors import ConfigError
-from patchcl_qupath.network import ConfidenceNetwork, ConvBlock, NucleusNetwork, device, folded
+from patchcl_qupath.models.network import (
+    ConfidenceNetwork,
+    ConvBlock,
+    NucleusNetwork,
+    device,
+    folded,
+)
 
 Engine = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 Network = ConfidenceNetwork | NucleusNetwork

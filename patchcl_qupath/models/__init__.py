@@ -1,0 +1,1 @@
+"""Networks, what runs them, and trained models on disk."""
