@@ -35,10 +35,11 @@ from skimage.feature import peak_local_max
 from skimage.filters import threshold_otsu
 from skimage.segmentation import watershed
 
-from patchcl_qupath import cdcl, cli, pipeline, runs, selftrain
+from patchcl_qupath import cdcl, cli, pipeline, selftrain
 from patchcl_qupath.config import Config, PatchCLConfig
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Polygons, grid_to_level0
 from patchcl_qupath.evaluate import Overlaps
+from patchcl_qupath.execution import map_tiles as runs
 from patchcl_qupath.fields import lessons
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.nuclei import footprints

@@ -203,7 +203,8 @@ def run(
                 "OpenVINO runs on CPUs: leave out --device cuda, or use --engine torch"
             )
         settings = replace(settings, slide=slide, result=shown, engine=engine)
-        from patchcl_qupath import pipeline, runs
+        from patchcl_qupath import pipeline
+        from patchcl_qupath.execution import map_tiles as runs
 
         click.echo(f"Nuclei are written by {project.via}", err=True)
         with _at_work(project), showing() as progress:
@@ -487,7 +488,7 @@ def doctor(qupath: Path | None, as_json: bool) -> None:
 
 def _report(project: Project) -> Path | None:
     """The page of a run that is over; without it, all else is as it should be."""
-    from patchcl_qupath.outcome import fault
+    from patchcl_qupath.execution.outcome import fault
     from patchcl_qupath.page import write_report
 
     try:

@@ -14,7 +14,7 @@ import click
 from patchcl_qupath.config import CORRECTED
 
 if TYPE_CHECKING:
-    from patchcl_qupath.outcome import ImageResult
+    from patchcl_qupath.execution.outcome import ImageResult
     from patchcl_qupath.pipeline import Progress
     from patchcl_qupath.project import Project
     from patchcl_qupath.score import ImageScore

@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw
 
 from patchcl_qupath.datatypes import Box, Hole, Polygons, Survey, Tile, grid_to_level0
 from patchcl_qupath.errors import SlideError
+from patchcl_qupath.execution.map_tiles import TileStore
 from patchcl_qupath.report import beside, draw_holes, draw_outlines
-from patchcl_qupath.runs import TileStore
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import replacing, to_jpeg, write_json

@@ -19,14 +19,7 @@ from patchcl_qupath import __version__, cdcl, patchcl, selftrain
 from patchcl_qupath.config import Config, to_dict
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, PatchCLError
-from patchcl_qupath.fields import read_fields
-from patchcl_qupath.gallery import write_gallery, write_preview
-from patchcl_qupath.models import engines
-from patchcl_qupath.models.model import Model
-from patchcl_qupath.models.network import NucleusNetwork
-from patchcl_qupath.outcome import ImageResult, Tally, fault, note
-from patchcl_qupath.project import Project
-from patchcl_qupath.runs import (
+from patchcl_qupath.execution.map_tiles import (
     Seconds,
     TileStore,
     Workers,
@@ -35,6 +28,13 @@ from patchcl_qupath.runs import (
     write_outcome,
     write_run,
 )
+from patchcl_qupath.execution.outcome import ImageResult, Tally, fault, note
+from patchcl_qupath.fields import read_fields
+from patchcl_qupath.gallery import write_gallery, write_preview
+from patchcl_qupath.models import engines
+from patchcl_qupath.models.model import Model
+from patchcl_qupath.models.network import NucleusNetwork
+from patchcl_qupath.project import Project
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import plan

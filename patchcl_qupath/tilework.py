@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Nuclei, Survey, Tile
+from patchcl_qupath.execution.map_tiles import Seconds, timed
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.nuclei import centroids, mean_hematoxylin, nuclei_of_tile, to_level0
-from patchcl_qupath.runs import Seconds, timed
 from patchcl_qupath.segment import context_um, instances
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide

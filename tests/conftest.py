@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import qupath
 
-from patchcl_qupath import cli, pipeline, runs
+from patchcl_qupath import cli, pipeline
 from patchcl_qupath.config import Config
+from patchcl_qupath.execution import map_tiles as runs
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.jvm import Process
 

@@ -21,8 +21,9 @@ from conftest import QUICK, copy_sample
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from patchcl_qupath import pipeline, runs
+from patchcl_qupath import pipeline
 from patchcl_qupath.datatypes import Box
+from patchcl_qupath.execution import map_tiles as runs
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import confidence
 from patchcl_qupath.project import NewImage, init_project, open_project

@@ -21,8 +21,10 @@ import dask
 import pytest
 from conftest import QUICK
 
-from patchcl_qupath import jobs, pipeline, runs
+from patchcl_qupath import pipeline
 from patchcl_qupath.errors import ConfigError
+from patchcl_qupath.execution import jobs
+from patchcl_qupath.execution import map_tiles as runs
 from patchcl_qupath.project import open_project
 from patchcl_qupath.storage.files import read_nuclei
 

@@ -21,10 +21,11 @@ import shapely
 from click.testing import CliRunner
 from distributed import LocalCluster
 
-from patchcl_qupath import cli, runs
+from patchcl_qupath import cli
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.datatypes import Box, Nuclei, Survey, Tile
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
+from patchcl_qupath.execution import map_tiles as runs
 
 TILES = [Tile(0, col, Box(0, col, 9, col + 1), Box(0, col, 9, col + 1)) for col in range(12)]
 SURVEY = Survey((128.0, 128.0), *np.zeros((5, 1), dtype=np.int64))

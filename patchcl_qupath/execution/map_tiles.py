@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.datatypes import Nuclei, Polygons, Survey, Tile
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
-from patchcl_qupath.jobs import Jobs
+from patchcl_qupath.execution.jobs import Jobs
 from patchcl_qupath.storage.files import (
     count_nuclei,
     digest,

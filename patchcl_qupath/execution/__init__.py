@@ -1,0 +1,1 @@
+"""Tiles on workers: Dask clusters, job queues, finished tiles on disk."""
