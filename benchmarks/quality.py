@@ -42,9 +42,9 @@ from patchcl_qupath.evaluate import Overlaps
 from patchcl_qupath.execution import map_tiles as runs
 from patchcl_qupath.fields import lessons
 from patchcl_qupath.models.model import Model
-from patchcl_qupath.nuclei import footprints
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
 from patchcl_qupath.score import SCORES, ImageScore, mean, score
+from patchcl_qupath.segmentation.contours import footprints
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.teaching import Lesson
 from patchcl_qupath.truth import read_truth, truth_files

@@ -27,10 +27,10 @@ from patchcl_qupath.datatypes import Box, Hole, Polygons, Survey, Tile, grid_to_
 from patchcl_qupath.errors import SlideError
 from patchcl_qupath.execution.map_tiles import TileStore
 from patchcl_qupath.report import beside, draw_holes, draw_outlines
+from patchcl_qupath.segmentation.uncertainty import CELL_STEPS, Fields, fields, step_px
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import replacing, to_jpeg, write_json
-from patchcl_qupath.survey import CELL_STEPS, Fields, fields, step_px
 
 PREVIEW_CELLS = (3, 4)  # rows and columns of the field that it shows: 192 x 256 um
 OVERVIEW_MPP = 16.0  # of the whole image beside it, where there are holes

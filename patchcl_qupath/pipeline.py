@@ -35,12 +35,12 @@ from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.project import Project
+from patchcl_qupath.segmentation.segment_tile import TileContext, context_px, segment_tile
+from patchcl_qupath.segmentation.uncertainty import merge
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import plan
 from patchcl_qupath.storage.files import digest, file_facts, write_survey
-from patchcl_qupath.survey import merge
-from patchcl_qupath.tilework import TileContext, context_px, segment_tile
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, out of how much
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from patchcl_qupath.datatypes import ImageEntry, Labels, Polygons, grid_to_level0
 from patchcl_qupath.errors import TruthError
-from patchcl_qupath.nuclei import footprints
+from patchcl_qupath.segmentation.contours import footprints
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.geojson import holds_several, read_areas
 

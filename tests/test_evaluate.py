@@ -5,7 +5,7 @@ import pytest
 import shapely
 
 from patchcl_qupath.evaluate import Overlaps, aji, dice, f1, pq
-from patchcl_qupath.nuclei import footprints
+from patchcl_qupath.segmentation.contours import footprints
 
 NOTHING = np.zeros((4, 6), dtype=np.int32)
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import shapely
 
-from patchcl_qupath import nuclei as nuclei_module
 from patchcl_qupath.datatypes import Box, Nuclei, Tile
-from patchcl_qupath.nuclei import (
+from patchcl_qupath.segmentation import contours as nuclei_module
+from patchcl_qupath.segmentation.contours import (
     centroids,
     footprints,
     mean_hematoxylin,

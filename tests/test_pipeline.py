@@ -27,11 +27,11 @@ from patchcl_qupath.execution import map_tiles as runs
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import confidence
 from patchcl_qupath.project import NewImage, init_project, open_project
+from patchcl_qupath.segmentation.uncertainty import entropy, fields, step_px
 from patchcl_qupath.slides.prepare import prepare
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.stains import densities
 from patchcl_qupath.storage.files import read_nuclei, read_survey
-from patchcl_qupath.survey import entropy, fields, step_px
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 

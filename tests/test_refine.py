@@ -21,7 +21,7 @@ from patchcl_qupath.evaluate import aji
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork
 from patchcl_qupath.project import open_project
-from patchcl_qupath.segment import instances
+from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.prepare import prepare
 from patchcl_qupath.slides.stains import StainScale
 from patchcl_qupath.teaching import targets

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from patchcl_qupath.config import SegmentConfig
-from patchcl_qupath.segment import _distance, instances
+from patchcl_qupath.segmentation.instances import _distance, instances
 
 MPP = 0.5
 CONFIG = SegmentConfig()

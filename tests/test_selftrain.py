@@ -17,7 +17,7 @@ from patchcl_qupath.evaluate import f1
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork
 from patchcl_qupath.pseudo import is_glass, pseudo_labels
-from patchcl_qupath.segment import instances
+from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.stains import StainScale
 from patchcl_qupath.teaching import targets, teaching_loss
 

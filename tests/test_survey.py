@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from patchcl_qupath.datatypes import Survey
-from patchcl_qupath.survey import CELL_STEPS, entropy, fields, merge, step_px
+from patchcl_qupath.segmentation.uncertainty import CELL_STEPS, entropy, fields, merge, step_px
 
 
 def test_entropy_is_that_of_a_coin():

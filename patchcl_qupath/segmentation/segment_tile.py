@@ -13,12 +13,17 @@ from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Nuclei, Survey, Tile
 from patchcl_qupath.execution.map_tiles import Seconds, timed
 from patchcl_qupath.models.model import Model, confidence
-from patchcl_qupath.nuclei import centroids, mean_hematoxylin, nuclei_of_tile, to_level0
-from patchcl_qupath.segment import context_um, instances
+from patchcl_qupath.segmentation.contours import (
+    centroids,
+    mean_hematoxylin,
+    nuclei_of_tile,
+    to_level0,
+)
+from patchcl_qupath.segmentation.instances import context_um, instances
+from patchcl_qupath.segmentation.uncertainty import CELL_STEPS, entropy, merge, step_px
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import inside, inside_region
-from patchcl_qupath.survey import CELL_STEPS, entropy, merge, step_px
 
 
 def context_px(config: Config, slide: Slide) -> int:

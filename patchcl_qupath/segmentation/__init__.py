@@ -1,0 +1,1 @@
+"""One tile: from pixels to instances, contours, measurements."""
