@@ -35,7 +35,7 @@ from skimage.feature import peak_local_max
 from skimage.filters import threshold_otsu
 from skimage.segmentation import watershed
 
-from patchcl_qupath import cdcl, cli, pipeline, selftrain
+from patchcl_qupath import cli, pipeline
 from patchcl_qupath.config import Config, PatchCLConfig
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Polygons, grid_to_level0
 from patchcl_qupath.evaluate import Overlaps
@@ -46,7 +46,8 @@ from patchcl_qupath.project import NewImage, Project, init_project, open_project
 from patchcl_qupath.score import SCORES, ImageScore, mean, score
 from patchcl_qupath.segmentation.contours import footprints
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
-from patchcl_qupath.teaching import Lesson
+from patchcl_qupath.training import cdcl, selftrain
+from patchcl_qupath.training.supervision import Lesson
 from patchcl_qupath.truth import read_truth, truth_files
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "monuseg_train"

@@ -17,20 +17,20 @@ import shapely
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from patchcl_qupath import patchcl, selftrain
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box, level0_to_grid
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.project import open_project
-from patchcl_qupath.pseudo import is_glass, pseudo_labels
 from patchcl_qupath.report import draw_outlines
 from patchcl_qupath.segmentation.contours import footprints
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.segment_tile import TileContext, context_px, segment_tile
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.tissue import plan
-from patchcl_qupath.teaching import targets
+from patchcl_qupath.training import patchcl, selftrain
+from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
+from patchcl_qupath.training.supervision import targets
 
 DOCS = Path(__file__).parent
 SAMPLE = DOCS.parent / "sample_project"

@@ -16,7 +16,7 @@ from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
 from patchcl_qupath.project import Project
 from patchcl_qupath.slides.prepare import PreparedImage, on_grid, prepare
 from patchcl_qupath.slides.tissue import bounds, inside_region
-from patchcl_qupath.teaching import Lesson, targets
+from patchcl_qupath.training.supervision import Lesson, targets
 
 MIN_FIELD_UM = 16.0  # a narrower field shows no nucleus whole
 SAME_IOU = 0.5  # above it, two outlines are of one nucleus

@@ -15,7 +15,7 @@ from typing import Any
 
 import shapely
 
-from patchcl_qupath import __version__, cdcl, patchcl, selftrain
+from patchcl_qupath import __version__
 from patchcl_qupath.config import Config, to_dict
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, PatchCLError
@@ -41,6 +41,7 @@ from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import plan
 from patchcl_qupath.storage.files import digest, file_facts, write_survey
+from patchcl_qupath.training import cdcl, patchcl, selftrain
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, out of how much
 

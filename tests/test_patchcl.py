@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from patchcl_qupath import patchcl
 from patchcl_qupath.config import Config, PatchCLConfig
-from patchcl_qupath.contrast import (
+from patchcl_qupath.errors import ConfigError, TrainingError
+from patchcl_qupath.models.model import confidence
+from patchcl_qupath.models.network import FeatureNetwork
+from patchcl_qupath.slides.stains import StainScale
+from patchcl_qupath.training import patchcl
+from patchcl_qupath.training.contrast import (
     MEASURES,
     Contrast,
     contrast_patches,
     contrast_prototypes,
     draw_patches,
 )
-from patchcl_qupath.errors import ConfigError, TrainingError
-from patchcl_qupath.models.model import confidence
-from patchcl_qupath.models.network import FeatureNetwork
-from patchcl_qupath.slides.stains import StainScale
 
 PINK, PURPLE, NUCLEUS = (235, 170, 205), (165, 120, 185), (90, 60, 140)
 SETTINGS = PatchCLConfig(crop_px=64, batch=4, max_steps=4, dilations=(1, 2))

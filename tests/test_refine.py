@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from slides import scene, write_tiff
 from test_selftrain import nuclei_images
 
-from patchcl_qupath import cdcl, cli, fields, pipeline, selftrain
+from patchcl_qupath import cli, fields, pipeline
 from patchcl_qupath.config import CDCLConfig, Config
 from patchcl_qupath.datatypes import Corrections, ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
@@ -24,7 +24,8 @@ from patchcl_qupath.project import open_project
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.prepare import prepare
 from patchcl_qupath.slides.stains import StainScale
-from patchcl_qupath.teaching import targets
+from patchcl_qupath.training import cdcl, selftrain
+from patchcl_qupath.training.supervision import targets
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 SLIDE = SAMPLE / "CMU-1-Small-Region.svs"

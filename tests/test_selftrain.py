@@ -9,17 +9,19 @@ import pytest
 import torch
 from scipy import ndimage
 
-from patchcl_qupath import pseudo, selftrain, teaching
 from patchcl_qupath.config import Config, SelfTrainConfig
-from patchcl_qupath.crops import draw
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.evaluate import f1
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork
-from patchcl_qupath.pseudo import is_glass, pseudo_labels
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.stains import StainScale
-from patchcl_qupath.teaching import targets, teaching_loss
+from patchcl_qupath.training import pseudo_labels as pseudo
+from patchcl_qupath.training import selftrain
+from patchcl_qupath.training import supervision as teaching
+from patchcl_qupath.training.crops import draw
+from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
+from patchcl_qupath.training.supervision import targets, teaching_loss
 
 MPP = 0.5
 CONFIG = SelfTrainConfig()

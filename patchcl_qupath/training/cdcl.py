@@ -27,7 +27,14 @@ from torch import Tensor, nn
 from patchcl_qupath.config import CDCLConfig
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork, device
-from patchcl_qupath.teaching import Lesson, draw_lesson, follow, teaching_loss, to_batch, varied
+from patchcl_qupath.training.supervision import (
+    Lesson,
+    draw_lesson,
+    follow,
+    teaching_loss,
+    to_batch,
+    varied,
+)
 
 Report = Callable[[str, int, int], None]
 

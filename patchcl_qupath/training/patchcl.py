@@ -22,7 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from patchcl_qupath.config import Config, PatchCLConfig
-from patchcl_qupath.contrast import (
+from patchcl_qupath.errors import TrainingError
+from patchcl_qupath.models.model import Model, confidence
+from patchcl_qupath.models.network import ConfidenceNetwork, FeatureNetwork, device, folded
+from patchcl_qupath.slides.stains import StainScale
+from patchcl_qupath.storage.files import to_jpeg
+from patchcl_qupath.training.contrast import (
     MEASURES,
     Contrast,
     blur,
@@ -31,13 +36,8 @@ from patchcl_qupath.contrast import (
     draw_patches,
     similarity_space,
 )
-from patchcl_qupath.crops import draw
-from patchcl_qupath.errors import TrainingError
-from patchcl_qupath.models.model import Model, confidence
-from patchcl_qupath.models.network import ConfidenceNetwork, FeatureNetwork, device, folded
-from patchcl_qupath.pseudo import otsu
-from patchcl_qupath.slides.stains import StainScale
-from patchcl_qupath.storage.files import to_jpeg
+from patchcl_qupath.training.crops import draw
+from patchcl_qupath.training.pseudo_labels import otsu
 
 Images = Sequence[NDArray[np.uint8]]
 Report = Callable[[int, int], None]  # steps done, steps in all

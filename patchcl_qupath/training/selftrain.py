@@ -23,9 +23,9 @@ from patchcl_qupath.config import SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import NucleusNetwork, device
-from patchcl_qupath.pseudo import is_glass, pseudo_labels
 from patchcl_qupath.slides.stains import StainScale
-from patchcl_qupath.teaching import (
+from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
+from patchcl_qupath.training.supervision import (
     Lesson,
     draw_lesson,
     follow,

@@ -1,0 +1,1 @@
+"""How models are trained: PatchCL, self-training, CDCL."""
