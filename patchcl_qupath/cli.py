@@ -403,7 +403,7 @@ def score(
     """
     with _reporting_errors(as_json):
         project, entries, _ = _open(project_path, names, config, None)
-        from patchcl_qupath.score import score as score_images
+        from patchcl_qupath.evaluation.score import score as score_images
 
         scored, without = score_images(project, entries, truth)
         console.report_scores(project, scored, without, as_json)

@@ -14,10 +14,10 @@ import click
 from patchcl_qupath.config import CORRECTED
 
 if TYPE_CHECKING:
+    from patchcl_qupath.evaluation.score import ImageScore
     from patchcl_qupath.execution.outcome import ImageResult
     from patchcl_qupath.pipeline import Progress
     from patchcl_qupath.project import Project
-    from patchcl_qupath.score import ImageScore
     from patchcl_qupath.state import State
     from patchcl_qupath.suggest import Suggestion
 
@@ -194,7 +194,7 @@ def report_scores(
     project: Project, scored: Sequence[ImageScore], without: Sequence[str], as_json: bool
 ) -> None:
     """Scores of each image and their means; ``without`` are the images that have no truth."""
-    from patchcl_qupath.score import SCORES, mean
+    from patchcl_qupath.evaluation.score import SCORES, mean
 
     means = mean(scored)
     if as_json:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import shapely
 
-from patchcl_qupath.evaluate import Overlaps, aji, dice, f1, pq
+from patchcl_qupath.evaluation.metrics import Overlaps, aji, dice, f1, pq
 from patchcl_qupath.segmentation.contours import footprints
 
 NOTHING = np.zeros((4, 6), dtype=np.int32)

@@ -17,7 +17,7 @@ from patchcl_qupath import cli, fields, pipeline
 from patchcl_qupath.config import CDCLConfig, Config
 from patchcl_qupath.datatypes import Corrections, ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
-from patchcl_qupath.evaluate import aji
+from patchcl_qupath.evaluation.metrics import aji
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork
 from patchcl_qupath.project import open_project

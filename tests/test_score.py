@@ -18,8 +18,8 @@ from PIL import Image
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import ImageEntry, Nuclei
+from patchcl_qupath.evaluation.ground_truth import read_truth
 from patchcl_qupath.project import open_project
-from patchcl_qupath.truth import read_truth
 
 WIDTH, HEIGHT = 60, 40
 # Level 0; the second is in two pieces, the third has a hole.

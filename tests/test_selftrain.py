@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from patchcl_qupath.config import Config, SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
-from patchcl_qupath.evaluate import f1
+from patchcl_qupath.evaluation.metrics import f1
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork
 from patchcl_qupath.segmentation.instances import instances

@@ -1,0 +1,1 @@
+"""How well nuclei agree with outlines that people made."""
