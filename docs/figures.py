@@ -22,7 +22,7 @@ from patchcl_qupath.datatypes import Box, level0_to_grid
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.project import open_project
-from patchcl_qupath.report import draw_outlines
+from patchcl_qupath.report.thumbnails import draw_outlines
 from patchcl_qupath.segmentation.contours import footprints
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.segment_tile import TileContext, context_px, segment_tile

@@ -448,8 +448,8 @@ def remove(
 def report(project_path: Path, as_json: bool) -> None:
     """Make the report of PROJECT again, of what its runs left: a page to open in a browser."""
     with _reporting_errors(as_json):
-        from patchcl_qupath.page import write_report
         from patchcl_qupath.project import open_project
+        from patchcl_qupath.report.page import write_report
 
         path = write_report(open_project(project_path, backend="files"))
         if as_json:
@@ -489,7 +489,7 @@ def doctor(qupath: Path | None, as_json: bool) -> None:
 def _report(project: Project) -> Path | None:
     """The page of a run that is over; without it, all else is as it should be."""
     from patchcl_qupath.execution.outcome import fault
-    from patchcl_qupath.page import write_report
+    from patchcl_qupath.report.page import write_report
 
     try:
         return write_report(project)

@@ -30,11 +30,11 @@ from patchcl_qupath.execution.map_tiles import (
 )
 from patchcl_qupath.execution.outcome import ImageResult, Tally, fault, note
 from patchcl_qupath.fields import read_fields
-from patchcl_qupath.gallery import write_gallery, write_preview
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.project import Project
+from patchcl_qupath.report.figures import write_gallery, write_preview
 from patchcl_qupath.segmentation.segment_tile import TileContext, context_px, segment_tile
 from patchcl_qupath.segmentation.uncertainty import merge
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops

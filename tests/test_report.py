@@ -16,8 +16,8 @@ from PIL import Image
 
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import Box
-from patchcl_qupath.gallery import OUTLINE_UNITS
 from patchcl_qupath.project import NewImage, init_project, open_project
+from patchcl_qupath.report.figures import OUTLINE_UNITS
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import read_nuclei
 

@@ -9,10 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from patchcl_qupath.gallery import OUTLINE_UNITS
-from patchcl_qupath.page.charts import Charts
-from patchcl_qupath.page.found import Facts, FoundImage, FoundModel, FoundRun
 from patchcl_qupath.project import Project
+from patchcl_qupath.report.charts import Charts
+from patchcl_qupath.report.figures import OUTLINE_UNITS
+from patchcl_qupath.report.found import Facts, FoundImage, FoundModel, FoundRun
 
 _OPEN = 3  # images at most that are shown at once, and not on demand
 

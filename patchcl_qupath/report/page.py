@@ -14,11 +14,11 @@ from pathlib import Path
 from string import Template
 
 from patchcl_qupath.errors import ProjectError
-from patchcl_qupath.gallery import DENSITY_COLOURS
-from patchcl_qupath.page import sections
-from patchcl_qupath.page.charts import Charts
-from patchcl_qupath.page.found import find_image, find_models, find_runs
 from patchcl_qupath.project import Project
+from patchcl_qupath.report.charts import Charts
+from patchcl_qupath.report.figures import DENSITY_COLOURS
+from patchcl_qupath.report.found import find_image, find_models, find_runs
+from patchcl_qupath.report import sections
 from patchcl_qupath.storage.files import write_bytes
 
 __all__ = ["write_report"]
@@ -60,7 +60,7 @@ def write_report(project: Project) -> Path:
 
 
 def _part(name: str) -> str:
-    return files(__name__).joinpath(name).read_text(encoding="utf-8")
+    return files("patchcl_qupath.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:
