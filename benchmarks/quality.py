@@ -37,12 +37,12 @@ from skimage.segmentation import watershed
 
 from patchcl_qupath import cli, pipeline
 from patchcl_qupath.config import Config, PatchCLConfig
+from patchcl_qupath.correction.labels import lessons
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Polygons, grid_to_level0
 from patchcl_qupath.evaluation.ground_truth import read_truth, truth_files
 from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.evaluation.score import SCORES, ImageScore, mean, score
 from patchcl_qupath.execution import map_tiles as runs
-from patchcl_qupath.fields import lessons
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
 from patchcl_qupath.segmentation.contours import footprints

@@ -281,7 +281,7 @@ def suggest(
     with _reporting_errors(as_json):
         project, entries, _ = _open(project_path, names, config, None, backend, qupath)
         click.echo(f"Fields are marked by {project.via}", err=True)
-        from patchcl_qupath.suggest import suggest as suggest_fields
+        from patchcl_qupath.correction.suggest import suggest as suggest_fields
 
         with _at_work(project):
             suggestion = suggest_fields(project, entries, count)

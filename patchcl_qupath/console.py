@@ -14,12 +14,12 @@ import click
 from patchcl_qupath.config import CORRECTED
 
 if TYPE_CHECKING:
+    from patchcl_qupath.correction.suggest import Suggestion
     from patchcl_qupath.evaluation.score import ImageScore
     from patchcl_qupath.execution.outcome import ImageResult
     from patchcl_qupath.pipeline import Progress
     from patchcl_qupath.project import Project
     from patchcl_qupath.state import State
-    from patchcl_qupath.suggest import Suggestion
 
 _BARS = 8  # progress bars on the screen at once
 

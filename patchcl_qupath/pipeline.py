@@ -17,6 +17,7 @@ import shapely
 
 from patchcl_qupath import __version__
 from patchcl_qupath.config import Config, to_dict
+from patchcl_qupath.correction.labels import read_fields
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, PatchCLError
 from patchcl_qupath.execution.map_tiles import (
@@ -29,7 +30,6 @@ from patchcl_qupath.execution.map_tiles import (
     write_run,
 )
 from patchcl_qupath.execution.outcome import ImageResult, Tally, fault, note
-from patchcl_qupath.fields import read_fields
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork

@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from slides import scene, write_tiff
 from test_selftrain import nuclei_images
 
-from patchcl_qupath import cli, fields, pipeline
+from patchcl_qupath import cli, pipeline
 from patchcl_qupath.config import CDCLConfig, Config
+from patchcl_qupath.correction import labels as fields
 from patchcl_qupath.datatypes import Corrections, ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
 from patchcl_qupath.evaluation.metrics import aji

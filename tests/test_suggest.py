@@ -20,13 +20,13 @@ from conftest import QUICK
 from patchcl_qupath import pipeline
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import CORRECTED, TO_CORRECT
+from patchcl_qupath.correction.suggest import Candidates, choose, suggest, usual_doubt
 from patchcl_qupath.datatypes import ImageEntry, Nuclei
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.project.jvm import Process
 from patchcl_qupath.project.paquo import PaquoProject
 from patchcl_qupath.state import state
 from patchcl_qupath.storage.files import read_nuclei, read_survey, write_survey
-from patchcl_qupath.suggest import Candidates, choose, suggest, usual_doubt
 
 ROOT = Path(__file__).parent.parent
 SLIDE = ROOT / "sample_project" / "CMU-1-Small-Region.svs"

@@ -1,0 +1,1 @@
+"""Corrections: which regions are worth one, and what was corrected."""
