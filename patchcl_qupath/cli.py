@@ -374,7 +374,7 @@ def status(
     """
     with _reporting_errors(as_json):
         project, entries, _ = _open(project_path, names, config, None)
-        from patchcl_qupath.state import state
+        from patchcl_qupath.status import state
 
         console.report_states(project, [state(project, entry) for entry in entries], as_json)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from patchcl_qupath.execution.outcome import ImageResult
     from patchcl_qupath.pipeline import Progress
     from patchcl_qupath.project import Project
-    from patchcl_qupath.state import State
+    from patchcl_qupath.status import State
 
 _BARS = 8  # progress bars on the screen at once
 

@@ -25,7 +25,7 @@ from patchcl_qupath.datatypes import ImageEntry, Nuclei
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.project.jvm import Process
 from patchcl_qupath.project.paquo import PaquoProject
-from patchcl_qupath.state import state
+from patchcl_qupath.status import state
 from patchcl_qupath.storage.files import read_nuclei, read_survey, write_survey
 
 ROOT = Path(__file__).parent.parent
