@@ -20,16 +20,10 @@ from patchcl_qupath.config import Config, to_dict
 from patchcl_qupath.correction.labels import read_fields
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, PatchCLError
-from patchcl_qupath.execution.map_tiles import (
-    Seconds,
-    TileStore,
-    Workers,
-    map_tiles,
-    timed,
-    write_outcome,
-    write_run,
-)
+from patchcl_qupath.execution.map_tiles import map_tiles
 from patchcl_qupath.execution.outcome import ImageResult, Tally, fault, note
+from patchcl_qupath.execution.tile_store import TileStore, write_outcome, write_run
+from patchcl_qupath.execution.workers import Workers
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork
@@ -41,6 +35,7 @@ from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import plan
 from patchcl_qupath.storage.files import digest, file_facts, write_survey
+from patchcl_qupath.timing import Seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, out of how much

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import Hole, ImageEntry, Tile
 from patchcl_qupath.errors import ImageError, PatchCLError, SlideError
-from patchcl_qupath.execution.map_tiles import Seconds
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.timing import Seconds
 
 GIVE_UP = 10  # tiles of an image, if none of it succeeds
 

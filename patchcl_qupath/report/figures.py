@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 
 from patchcl_qupath.datatypes import Box, Hole, Polygons, Survey, Tile, grid_to_level0
 from patchcl_qupath.errors import SlideError
-from patchcl_qupath.execution.map_tiles import TileStore
+from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.report.thumbnails import beside, draw_holes, draw_outlines
 from patchcl_qupath.segmentation.uncertainty import CELL_STEPS, Fields, fields, step_px
 from patchcl_qupath.slides.prepare import PreparedImage

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Nuclei, Survey, Tile
-from patchcl_qupath.execution.map_tiles import Seconds, timed
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.segmentation.contours import (
     centroids,
@@ -24,6 +23,7 @@ from patchcl_qupath.segmentation.uncertainty import CELL_STEPS, entropy, merge, 
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import inside, inside_region
+from patchcl_qupath.timing import Seconds, timed
 
 
 def context_px(config: Config, slide: Slide) -> int:
