@@ -34,7 +34,8 @@ from patchcl_qupath.segmentation.uncertainty import merge
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import plan
-from patchcl_qupath.storage.files import digest, file_facts, write_survey
+from patchcl_qupath.storage.files import digest, file_facts
+from patchcl_qupath.storage.parquet import write_survey
 from patchcl_qupath.timing import Seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
 

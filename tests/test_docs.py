@@ -32,7 +32,7 @@ from patchcl_qupath.datatypes import ImageEntry, Polygons
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
 from patchcl_qupath.project import Project, open_project
-from patchcl_qupath.storage.files import read_nuclei
+from patchcl_qupath.storage.parquet import read_nuclei
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

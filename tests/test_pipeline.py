@@ -31,7 +31,7 @@ from patchcl_qupath.segmentation.uncertainty import entropy, fields, step_px
 from patchcl_qupath.slides.prepare import prepare
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.stains import densities
-from patchcl_qupath.storage.files import read_nuclei, read_survey
+from patchcl_qupath.storage.parquet import read_nuclei, read_survey
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 

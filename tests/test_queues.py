@@ -26,7 +26,7 @@ from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.execution import jobs
 from patchcl_qupath.execution import map_tiles as runs
 from patchcl_qupath.project import open_project
-from patchcl_qupath.storage.files import read_nuclei
+from patchcl_qupath.storage.parquet import read_nuclei
 
 pytestmark = pytest.mark.queue
 

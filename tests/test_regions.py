@@ -20,7 +20,7 @@ from patchcl_qupath.errors import ImageError
 from patchcl_qupath.execution.outcome import ImageResult
 from patchcl_qupath.project import open_project
 from patchcl_qupath.slides.tissue import inside_region, plan, tissue_area_px
-from patchcl_qupath.storage.files import read_nuclei
+from patchcl_qupath.storage.parquet import read_nuclei
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample_project"

@@ -19,7 +19,7 @@ from patchcl_qupath.datatypes import Box
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.report.figures import OUTLINE_UNITS
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.storage.files import read_nuclei
+from patchcl_qupath.storage.parquet import read_nuclei
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 HOSTILE = """<script>document.title = "taken"</script>"'&.png"""

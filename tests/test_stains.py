@@ -21,7 +21,7 @@ from patchcl_qupath.project import open_project
 from patchcl_qupath.project.jvm import Process
 from patchcl_qupath.project.paquo import PaquoProject
 from patchcl_qupath.slides.stains import H_DAB, H_E, densities, to_measure
-from patchcl_qupath.storage.files import read_nuclei
+from patchcl_qupath.storage.parquet import read_nuclei
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample_project"

@@ -11,18 +11,14 @@ import shapely
 
 from patchcl_qupath.datatypes import Nuclei, Survey
 from patchcl_qupath.errors import StorageError
-from patchcl_qupath.storage.files import (
-    alone,
+from patchcl_qupath.storage.files import alone, replacing, sweep, write_bytes, writing
+from patchcl_qupath.storage.parquet import (
     count_nuclei,
     read_nuclei,
     read_survey,
     read_tile_survey,
-    replacing,
-    sweep,
     to_parquet,
-    write_bytes,
     write_survey,
-    writing,
 )
 
 

@@ -26,7 +26,7 @@ from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.project.jvm import Process
 from patchcl_qupath.project.paquo import PaquoProject
 from patchcl_qupath.status import state
-from patchcl_qupath.storage.files import read_nuclei, read_survey, write_survey
+from patchcl_qupath.storage.parquet import read_nuclei, read_survey, write_survey
 
 ROOT = Path(__file__).parent.parent
 SLIDE = ROOT / "sample_project" / "CMU-1-Small-Region.svs"

@@ -22,7 +22,8 @@ from patchcl_qupath.datatypes import Field, ImageEntry, Nuclei, Polygons, Survey
 from patchcl_qupath.errors import ImageError, PatchCLError, ProjectError
 from patchcl_qupath.project import Project
 from patchcl_qupath.segmentation.uncertainty import fields
-from patchcl_qupath.storage.files import read_json, read_nuclei, read_survey
+from patchcl_qupath.storage.files import read_json
+from patchcl_qupath.storage.parquet import read_nuclei, read_survey
 
 FULL = 0.75  # of a field that is tissue
 MIN_TISSUE = 0.5  # where no fuller field is left on a slide; the rest is glass

@@ -15,8 +15,8 @@ from patchcl_qupath.errors import ImageError, PatchCLError
 from patchcl_qupath.evaluation.ground_truth import read_truth, truth_files
 from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.project import Project
-from patchcl_qupath.storage.files import read_nuclei
 from patchcl_qupath.storage.geojson import made_valid
+from patchcl_qupath.storage.parquet import read_nuclei
 
 SCORES = {"dice": "Dice", "aji": "AJI", "pq": "PQ", "f1": "F1 at IoU 0.5"}
 

@@ -19,9 +19,7 @@ from patchcl_qupath.datatypes import Nuclei, Survey, Tile
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import ATTEMPTS, Workers
-from patchcl_qupath.storage.files import (
-    to_parquet,
-)
+from patchcl_qupath.storage.parquet import to_parquet
 from patchcl_qupath.timing import Seconds, timed
 
 Context = TypeVar("Context")

@@ -16,17 +16,13 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Nuclei, Polygons, Survey, Tile
 from patchcl_qupath.errors import StorageError
-from patchcl_qupath.storage.files import (
+from patchcl_qupath.storage.files import digest, read_json, write_bytes, write_json, writing
+from patchcl_qupath.storage.parquet import (
     count_nuclei,
-    digest,
-    read_json,
     read_measurements,
     read_nuclei,
     read_polygons,
     read_tile_survey,
-    write_bytes,
-    write_json,
-    writing,
 )
 
 Measured = dict[str, NDArray[np.float32]]  # by name: (N,)

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.scripts import FOLDER as SCRIPTS
-from patchcl_qupath.storage.files import copy_once, read_nuclei
+from patchcl_qupath.storage.files import copy_once
+from patchcl_qupath.storage.parquet import read_nuclei
 
 MAX_OVERLAP = 0.5  # IoU with a kept object above which a new nucleus is left out
 MAX_MEMORY = 4 << 30  # bytes of Java's heap: enough for some 500,000 nuclei

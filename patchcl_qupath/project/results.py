@@ -23,7 +23,8 @@ import shapely
 
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import Nuclei, Polygons
-from patchcl_qupath.storage.files import replacing, to_table, write_json
+from patchcl_qupath.storage.files import replacing, write_json
+from patchcl_qupath.storage.parquet import to_table
 
 NUCLEI_PER_FILE = 50_000
 
