@@ -12,13 +12,11 @@ from patchcl_qupath.segmentation import contours as nuclei_module
 from patchcl_qupath.segmentation.contours import (
     centroids,
     footprints,
-    mean_hematoxylin,
-    measure,
     nuclei_of_tile,
     outlines,
-    shape_measurements,
     to_level0,
 )
+from patchcl_qupath.segmentation.measurements import mean_hematoxylin, measure, shape_measurements
 from patchcl_qupath.slides.stains import H_DAB, H_E, densities
 
 

@@ -12,13 +12,9 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Nuclei, Survey, Tile
 from patchcl_qupath.models.model import Model, confidence
-from patchcl_qupath.segmentation.contours import (
-    centroids,
-    mean_hematoxylin,
-    nuclei_of_tile,
-    to_level0,
-)
+from patchcl_qupath.segmentation.contours import centroids, nuclei_of_tile, to_level0
 from patchcl_qupath.segmentation.instances import context_um, instances
+from patchcl_qupath.segmentation.measurements import mean_hematoxylin
 from patchcl_qupath.segmentation.uncertainty import CELL_STEPS, entropy, merge, step_px
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide

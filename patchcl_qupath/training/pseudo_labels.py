@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from patchcl_qupath.config import SelfTrainConfig
-from patchcl_qupath.segmentation.contours import means, outlines
+from patchcl_qupath.segmentation.contours import outlines
+from patchcl_qupath.segmentation.measurements import means
 
 Stains = NDArray[np.float32]
 Answer = tuple[NDArray[np.int32], NDArray[np.bool_]]  # labels, background: (H, W) each

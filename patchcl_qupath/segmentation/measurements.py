@@ -1,0 +1,168 @@
+"""Measurements of nuclei under QuPath's own names: shapes and optical densities."""
+
+from __future__ import annotations
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from patchcl_qupath.compiled import compiled
+from patchcl_qupath.datatypes import (
+    Polygons,
+    StainVectors,
+)
+from patchcl_qupath.slides.stains import H_E, densities, hematoxylin
+
+
+def measure(
+    polygons_um: Polygons,
+    labels: NDArray[np.int32],
+    rgb: NDArray[np.uint8],
+    confidence: NDArray[np.float32],
+    stains: StainVectors = H_E,
+) -> dict[str, NDArray[np.float32]]:
+    """Measurements of labels 1..N under QuPath's own names -> name: (N,) float32.
+
+    ``polygons_um`` (N,) are their outlines in um; ``labels`` (H, W), ``rgb`` (H, W, 3) and
+    ``confidence`` (H, W) belong to the same tile. Shapes are defined as in QuPath's
+    ``ObjectMeasurements`` (0.3 and later); optical densities are those of ``stains``, at the
+    working resolution, over the pixels of the nucleus.
+    """
+    named = shape_measurements(polygons_um)
+    n = len(polygons_um)
+    for stain, density in densities(rgb, stains).items():
+        for name, per_nucleus in zip(
+            ("Mean", "Std.Dev.", "Min", "Max"), _statistics(labels, n, density), strict=True
+        ):
+            named[f"{stain}: {name}"] = per_nucleus
+    named["Detection probability"] = means(labels, n, confidence)
+    return {name: values.astype(np.float32) for name, values in named.items()}
+
+
+def mean_hematoxylin(labels: NDArray[np.int32], rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Mean optical density of hematoxylin in labels 1..N (H, W), (N,).
+
+    By QuPath's default vector, whatever stains are measured: what has none is no nucleus.
+    """
+    return means(labels, int(labels.max(initial=0)), hematoxylin(rgb))
+
+
+@compiled
+def means(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Mean of the values (H, W) in labels 1..n (H, W): (n,); 0 for one without pixels."""
+    count, total = np.zeros(n + 1), np.zeros(n + 1)
+    for row in range(labels.shape[0]):
+        for col in range(labels.shape[1]):
+            label = labels[row, col]
+            if label:
+                count[label] += 1
+                total[label] += values[row, col]
+    return total[1:] / np.maximum(count[1:], 1)
+
+
+@compiled
+def _statistics(
+    labels: NDArray[np.int32], n: int, values: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Mean, standard deviation, minimum and maximum of the values (H, W) in labels 1..n: (4, n)."""
+    statistics = np.zeros((4, n))
+    mean, deviation, least, most = statistics
+    mean[:], least[:], most[:] = means(labels, n, values), np.inf, -np.inf
+    count = np.zeros(n)
+    for row in range(labels.shape[0]):
+        for col in range(labels.shape[1]):
+            label, value = labels[row, col] - 1, values[row, col]
+            if label >= 0:
+                count[label] += 1
+                deviation[label] += (value - mean[label]) ** 2
+                least[label] = min(least[label], value)
+                most[label] = max(most[label], value)
+    deviation[:] = np.sqrt(deviation / np.maximum(count - 1, 1))  # of a sample, as in QuPath
+    return statistics
+
+
+def shape_measurements(polygons_um: Polygons) -> dict[str, NDArray[np.float64]]:
+    """Size and shape of polygons in um, named and defined as in QuPath."""
+    area, length = shapely.area(polygons_um), shapely.length(polygons_um)
+    hulls = shapely.convex_hull(polygons_um)
+    xy, hull = shapely.get_coordinates(hulls, return_index=True)  # closed: first point = last
+    first = np.searchsorted(hull, np.arange(len(hulls) + 1))
+    return {
+        "Area µm^2": area,
+        "Length µm": length,
+        "Circularity": 4 * np.pi * area / length**2,
+        "Solidity": area / shapely.area(hulls),
+        "Max diameter µm": 2 * _bounding_radii(xy, first),
+        "Min diameter µm": _min_widths(xy, first),
+    }
+
+
+@compiled
+def _bounding_radii(xy: NDArray[np.float64], first: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Radius (N,) of the smallest circle round the points ``xy[first[i] : first[i + 1]]``.
+
+    By adding one point after the other: one that is outside of the circle so far is on the new one
+    (E. Welzl, Smallest enclosing disks, 1991). QuPath's maximum diameter is twice that.
+    """
+    radii = np.empty(len(first) - 1)
+    for i in range(len(radii)):
+        points = xy[first[i] : first[i + 1]]
+        x, y, square = points[0, 0], points[0, 1], 0.0
+        for a in range(1, len(points)):
+            if _inside(points[a], x, y, square):
+                continue
+            x, y, square = points[a, 0], points[a, 1], 0.0
+            for b in range(a):
+                if _inside(points[b], x, y, square):
+                    continue
+                x, y, square = _through_two(points[a], points[b])
+                for c in range(b):
+                    if not _inside(points[c], x, y, square):
+                        x, y, square = _through_three(points[a], points[b], points[c])
+        radii[i] = np.sqrt(square)
+    return radii
+
+
+@compiled
+def _inside(point: NDArray[np.float64], x: float, y: float, square: float) -> bool:
+    """Whether a point (2,) is in the circle round (x, y), but for rounding."""
+    return bool((point[0] - x) ** 2 + (point[1] - y) ** 2 <= square * (1 + 1e-12))
+
+
+@compiled
+def _through_two(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Middle (x, y) and squared radius of the smallest circle through two points (2,)."""
+    x, y = (a[0] + b[0]) / 2, (a[1] + b[1]) / 2
+    return x, y, (a[0] - x) ** 2 + (a[1] - y) ** 2
+
+
+@compiled
+def _through_three(
+    a: NDArray[np.float64], b: NDArray[np.float64], c: NDArray[np.float64]
+) -> tuple[float, float, float]:
+    """Middle (x, y) and squared radius of the circle through three points (2,)."""
+    bx, by, cx, cy = b[0] - a[0], b[1] - a[1], c[0] - a[0], c[1] - a[1]
+    twice = 2 * (bx * cy - by * cx)
+    if twice == 0:  # on a line, where two of them are enough
+        return _through_two(a, b)
+    b2, c2 = bx**2 + by**2, cx**2 + cy**2
+    x, y = (cy * b2 - by * c2) / twice, (bx * c2 - cx * b2) / twice
+    return a[0] + x, a[1] + y, x**2 + y**2
+
+
+@compiled
+def _min_widths(xy: NDArray[np.float64], first: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Least width (N,) of the closed convex rings ``xy[first[i] : first[i + 1]]``.
+
+    Over the edges, that to the point farthest off: as JTS's ``MinimumDiameter``, which QuPath calls
+    the minimum diameter.
+    """
+    width = np.full(len(first) - 1, np.inf)
+    for hull in range(len(width)):
+        for k in range(first[hull], first[hull + 1] - 1):
+            x, y = xy[k + 1] - xy[k]
+            farthest = 0.0
+            for j in range(first[hull], first[hull + 1] - 1):
+                farthest = max(farthest, abs(x * (xy[j, 1] - xy[k, 1]) - y * (xy[j, 0] - xy[k, 0])))
+            width[hull] = min(width[hull], farthest / np.sqrt(x * x + y * y))
+    return width
