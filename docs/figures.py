@@ -26,8 +26,8 @@ from patchcl_qupath.report.thumbnails import draw_outlines
 from patchcl_qupath.segmentation.contours import footprints
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.segment_tile import TileContext, context_px, segment_tile
+from patchcl_qupath.segmentation.tiling import plan
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
-from patchcl_qupath.slides.tissue import plan
 from patchcl_qupath.training import patchcl, selftrain
 from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
 from patchcl_qupath.training.supervision import targets

@@ -30,10 +30,10 @@ from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.project import Project
 from patchcl_qupath.report.figures import write_gallery, write_preview
 from patchcl_qupath.segmentation.segment_tile import TileContext, context_px, segment_tile
+from patchcl_qupath.segmentation.tiling import plan
 from patchcl_qupath.segmentation.uncertainty import merge
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.slides.tissue import plan
 from patchcl_qupath.storage.files import digest, file_facts
 from patchcl_qupath.storage.parquet import write_survey
 from patchcl_qupath.timing import Seconds, timed

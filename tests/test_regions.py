@@ -19,7 +19,8 @@ from patchcl_qupath.datatypes import Box, grid_to_level0, level0_to_grid
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.execution.outcome import ImageResult
 from patchcl_qupath.project import open_project
-from patchcl_qupath.slides.tissue import inside_region, plan, tissue_area_px
+from patchcl_qupath.segmentation.tiling import plan
+from patchcl_qupath.slides.tissue import inside_region, tissue_area_px
 from patchcl_qupath.storage.parquet import read_nuclei
 
 ROOT = Path(__file__).parent.parent

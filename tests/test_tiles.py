@@ -11,8 +11,9 @@ from PIL import Image
 
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import ImageError
+from patchcl_qupath.segmentation.tiling import plan
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.slides.tissue import check_brightfield, inside, plan, sample_boxes, tissue_mask
+from patchcl_qupath.slides.tissue import check_brightfield, inside, sample_boxes, tissue_mask
 
 PINK = (225, 170, 205)
 

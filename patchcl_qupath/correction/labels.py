@@ -14,8 +14,9 @@ from patchcl_qupath.config import CORRECTED, TO_CORRECT, Config
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, level0_to_grid
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
 from patchcl_qupath.project import Project
+from patchcl_qupath.segmentation.tiling import bounds
 from patchcl_qupath.slides.prepare import PreparedImage, on_grid, prepare
-from patchcl_qupath.slides.tissue import bounds, inside_region
+from patchcl_qupath.slides.tissue import inside_region
 from patchcl_qupath.training.supervision import Lesson, targets
 
 MIN_FIELD_UM = 16.0  # a narrower field shows no nucleus whole

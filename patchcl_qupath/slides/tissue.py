@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from patchcl_qupath.datatypes import Box, Tile
+from patchcl_qupath.datatypes import Box
 from patchcl_qupath.errors import ImageError
 
 # Fixed thresholds on optical density, not Otsu's: Otsu finds tissue on blank glass, too.
@@ -69,63 +68,6 @@ def _without_small(mask: NDArray[np.bool_], smallest_px: float) -> NDArray[np.bo
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     return np.asarray((sizes >= max(1, smallest_px))[labels])
-
-
-def plan(
-    shape: tuple[int, int],
-    tissue: NDArray[np.bool_],
-    tissue_px: int,
-    tile_px: int,
-    halo_px: int,
-    region: shapely.Geometry | None = None,
-    align_px: int = 1,
-) -> list[Tile]:
-    """The tiles with tissue, row by row, of a working grid of ``shape`` (rows, cols).
-
-    Write boxes are cut evenly, ``tile_px`` or less to a side, so that no sliver is left over; then
-    each is shrunk to its tissue, and left out where it has none. ``tissue`` has one px per
-    ``tissue_px`` grid px. So with ``region``, polygons on the grid, where there is one. Read boxes
-    begin and end at multiples of ``align_px``, or at the end of the grid.
-    """
-    tiles = []
-    for row, rows in enumerate(pairwise(_cuts(shape[0], tile_px))):
-        for col, cols in enumerate(pairwise(_cuts(shape[1], tile_px))):
-            whole = Box(rows[0], cols[0], rows[1], cols[1])
-            part = whole if region is None else bounds(region, whole)
-            write = part and _shrunk(part, tissue, tissue_px)
-            if write is not None:
-                read = write.grow(halo_px, shape).aligned(align_px, shape)
-                tiles.append(Tile(row, col, read, write))
-    return tiles
-
-
-def _shrunk(box: Box, tissue: NDArray[np.bool_], tissue_px: int) -> Box | None:
-    """The part of a box that holds all its tissue; None where there is none."""
-    row, col = box.row0 // tissue_px, box.col0 // tissue_px
-    within = tissue[row : -(-box.row1 // tissue_px), col : -(-box.col1 // tissue_px)]
-    rows, cols = np.flatnonzero(within.any(axis=1)), np.flatnonzero(within.any(axis=0))
-    if len(rows) == 0:
-        return None
-    return Box(
-        max(box.row0, (row + int(rows[0])) * tissue_px),
-        max(box.col0, (col + int(cols[0])) * tissue_px),
-        min(box.row1, (row + int(rows[-1]) + 1) * tissue_px),
-        min(box.col1, (col + int(cols[-1]) + 1) * tissue_px),
-    )
-
-
-def bounds(region: shapely.Geometry, box: Box) -> Box | None:
-    """The part of a box that holds all that is of a region in it; None where nothing is."""
-    part = shapely.clip_by_rect(region, box.col0, box.row0, box.col1, box.row1)
-    if not part.area:
-        return None
-    x0, y0, x1, y1 = part.bounds
-    return Box(math.floor(y0), math.floor(x0), math.ceil(y1), math.ceil(x1))
-
-
-def _cuts(length: int, tile_px: int) -> list[int]:
-    count = -(-length // tile_px)
-    return [i * length // count for i in range(count + 1)]
 
 
 def sample_boxes(
