@@ -19,9 +19,8 @@ from patchcl_qupath.slides.stains import StainScale
 from patchcl_qupath.training import pseudo_labels as pseudo
 from patchcl_qupath.training import selftrain
 from patchcl_qupath.training import supervision as teaching
-from patchcl_qupath.training.crops import draw
 from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
-from patchcl_qupath.training.supervision import targets, teaching_loss
+from patchcl_qupath.training.supervision import draw, targets, teaching_loss
 
 MPP = 0.5
 CONFIG = SelfTrainConfig()

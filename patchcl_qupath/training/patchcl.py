@@ -36,8 +36,8 @@ from patchcl_qupath.training.contrast import (
     draw_patches,
     similarity_space,
 )
-from patchcl_qupath.training.crops import draw
 from patchcl_qupath.training.pseudo_labels import otsu
+from patchcl_qupath.training.supervision import draw
 
 Images = Sequence[NDArray[np.uint8]]
 Report = Callable[[int, int], None]  # steps done, steps in all

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,3 +98,24 @@ def to_batch(crops: Sequence[NDArray[np.generic]]) -> Tensor:
     """Arrays (S, S, C) as a tensor (B, C, S, S), channels last in memory."""
     batch = torch.from_numpy(np.stack(crops).astype(np.float32, copy=False)).to(device())
     return batch.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def draw(
+    layers: Sequence[NDArray[Any]], side_px: int, rng: np.random.Generator
+) -> list[NDArray[Any]]:
+    """A random crop (side_px, side_px, ...), turned and mirrored at random.
+
+    ``layers`` are images (H, W, ...) that lie over each other: all are cut and turned alike. What
+    a small image lacks is mirrored.
+    """
+    height, width = layers[0].shape[:2]
+    row, col = (int(rng.integers(max(0, size - side_px) + 1)) for size in (height, width))
+    turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
+    crops = []
+    for layer in layers:
+        crop = layer[row : row + side_px, col : col + side_px]
+        lacks = [(0, side_px - crop.shape[0]), (0, side_px - crop.shape[1])]
+        crop = np.pad(crop, [*lacks, *[(0, 0)] * (crop.ndim - 2)], mode="symmetric")
+        crop = np.rot90(crop, turns)
+        crops.append(crop[:, ::-1] if mirror else crop)
+    return crops
