@@ -42,7 +42,7 @@ from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Polygons, gri
 from patchcl_qupath.evaluation.ground_truth import read_truth, truth_files
 from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.evaluation.score import SCORES, ImageScore, mean, score
-from patchcl_qupath.execution import map_tiles as runs
+from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
 from patchcl_qupath.segmentation.contours import footprints
@@ -220,7 +220,7 @@ def scored(
 ) -> list[ImageScore]:
     """Run the model on some images, or all, and score what it leaves."""
     entries = entries or project.images()
-    with runs.workers() as client:
+    with open_workers() as client:
         run = pipeline.Run(project, model, model.config, client, progress)
         for result in run.images(entries):
             assert result.problem is None, result.problem

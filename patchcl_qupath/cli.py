@@ -204,7 +204,7 @@ def run(
             )
         settings = replace(settings, slide=slide, result=shown, engine=engine)
         from patchcl_qupath import pipeline
-        from patchcl_qupath.execution import map_tiles as runs
+        from patchcl_qupath.execution.workers import open_workers
 
         click.echo(f"Nuclei are written by {project.via}", err=True)
         with _at_work(project), showing() as progress:
@@ -215,7 +215,7 @@ def run(
             model = _model(project, entries, settings, mpp, name, retrain, progress)
             if scheduler or cluster:
                 tell(f"waiting for workers of {scheduler or cluster}")
-            with runs.workers(workers, scheduler, cluster, tell) as found:
+            with open_workers(workers, scheduler, cluster, tell) as found:
                 this_run = pipeline.Run(
                     project, model, settings, found, progress, mpp, within, name
                 )

@@ -14,7 +14,7 @@ import qupath
 
 from patchcl_qupath import cli, pipeline
 from patchcl_qupath.config import Config
-from patchcl_qupath.execution import map_tiles as runs
+from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.jvm import Process
 
@@ -66,7 +66,7 @@ def model(sample_project: Path) -> pipeline.Model:
 @pytest.fixture(scope="session")
 def client() -> Iterator[Any]:
     """A Dask client of two threads."""
-    with runs.workers(2) as client:
+    with open_workers(2) as client:
         yield client
 
 

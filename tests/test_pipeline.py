@@ -23,7 +23,7 @@ from scipy import ndimage
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.datatypes import Box
-from patchcl_qupath.execution import map_tiles as runs
+from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import confidence
 from patchcl_qupath.project import NewImage, init_project, open_project
@@ -139,7 +139,7 @@ def test_many_workers_equal_one(model, project_folder, tmp_path):
     for count in (1, 4, 6):  # the last are three processes
         folder = tmp_path / str(count)
         shutil.copytree(project_folder, folder)
-        with runs.workers(count) as client:
+        with open_workers(count) as client:
             result, nuclei = segment(folder, model, client)
         made.append((Path(result.results) / "nuclei.parquet").read_bytes())
     assert len(nuclei) > 1000
@@ -162,7 +162,7 @@ def test_a_cluster_of_processes_whose_workers_die_equals_threads(
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
         ) as cluster,
-        runs.workers(scheduler=cluster.scheduler_address) as remote,
+        open_workers(scheduler=cluster.scheduler_address) as remote,
     ):
         alive = {*remote.client.run(os.getpid).values()}
 

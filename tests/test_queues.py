@@ -23,8 +23,8 @@ from conftest import QUICK
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.errors import ConfigError
-from patchcl_qupath.execution import jobs
-from patchcl_qupath.execution import map_tiles as runs
+from patchcl_qupath.execution import jobs, map_tiles
+from patchcl_qupath.execution.workers import Workers, open_workers
 from patchcl_qupath.project import open_project
 from patchcl_qupath.storage.parquet import read_nuclei
 
@@ -101,7 +101,7 @@ def queue(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         pytest.skip(f"no {kind} whose node is this machine alone: .ci/queue starts one of slurm")
     pytest.importorskip("dask_jobqueue")  # which brings settings of its own
     monkeypatch.setattr(jobs, "_LOOK_S", 1.0)
-    monkeypatch.setattr(runs, "_FETCH_S", 2.0)
+    monkeypatch.setattr(map_tiles, "_FETCH_S", 2.0)
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     job = {
         "name": NAME,
@@ -129,7 +129,7 @@ def until(true: Callable[[], bool]) -> None:
 def segment(
     folder: Path,
     model: pipeline.Model,
-    workers: runs.Workers,
+    workers: Workers,
     progress: pipeline.Progress = lambda *_: None,
 ) -> list[str]:
     """-> the ids of a project's nuclei."""
@@ -142,7 +142,7 @@ def segment(
 
 
 def test_a_job_that_is_cancelled_has_a_successor_and_all_equals_threads(
-    queue: Queue, client: runs.Workers, model: pipeline.Model, folder: Path, tmp_path: Path
+    queue: Queue, client: Workers, model: pipeline.Model, folder: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     expected = segment(copy, model, client)
@@ -150,7 +150,7 @@ def test_a_job_that_is_cancelled_has_a_successor_and_all_equals_threads(
     cancel = {"slurm": "scancel", "lsf": "bkill"}.get(queue.kind, "qdel")
     seen: set[str] = set()
 
-    with runs.workers(1, cluster=queue.kind) as workers:
+    with open_workers(1, cluster=queue.kind) as workers:
 
         def cancel_first(stage: str, done: int, total: int) -> None:
             if "segmenting" in stage and done in (3, total):
@@ -190,7 +190,7 @@ def test_a_job_that_is_refused_says_why(queue: Queue) -> None:
     with (
         queue.change(queue="nosuch"),
         pytest.raises(ConfigError, match=f"{queue.kind} takes no job: .*See that what"),
-        runs.workers(2, cluster=queue.kind),
+        open_workers(2, cluster=queue.kind),
     ):
         pass
 
@@ -200,7 +200,7 @@ def test_jobs_that_end_before_their_workers_come_say_why(queue: Queue) -> None:
     with (
         queue.change(python="/no/python"),
         pytest.raises(ConfigError, match=r"end before their workers come.* /no/python: No such"),
-        runs.workers(2, cluster=queue.kind, tell=told.append),
+        open_workers(2, cluster=queue.kind, tell=told.append),
     ):
         pass
     assert len([what for what in told if "ended before its worker came" in what]) == 6
@@ -217,6 +217,6 @@ def test_what_a_job_waits_for_is_told(queue: Queue) -> None:
     with (
         queue.change(**{"job-extra-directives": [KINDS[queue.kind].hold]}),
         pytest.raises(Told, match=held),
-        runs.workers(2, cluster=queue.kind, tell=hear),
+        open_workers(2, cluster=queue.kind, tell=hear),
     ):
         pass

@@ -35,7 +35,7 @@ class Workers:
 
 
 @contextmanager
-def workers(
+def open_workers(
     count: int | None = None,
     scheduler: str | None = None,
     cluster: str | None = None,

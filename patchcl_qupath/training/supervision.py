@@ -15,7 +15,6 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from patchcl_qupath.models.network import device
-from patchcl_qupath.training.crops import draw
 
 Lesson = tuple[NDArray[np.float32], NDArray[np.uint8]]  # scaled stains, targets: (H, W, 3) each
 _CORE = 0.5  # of a nucleus's greatest depth: what is deeper is its core

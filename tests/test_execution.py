@@ -25,7 +25,10 @@ from patchcl_qupath import cli
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.datatypes import Box, Nuclei, Survey, Tile
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
-from patchcl_qupath.execution import map_tiles as runs
+from patchcl_qupath.execution.map_tiles import map_tiles
+from patchcl_qupath.execution.tile_store import TileStore
+from patchcl_qupath.execution.workers import job_cluster, open_workers
+from patchcl_qupath.timing import Seconds
 
 TILES = [Tile(0, col, Box(0, col, 9, col + 1), Box(0, col, 9, col + 1)) for col in range(12)]
 SURVEY = Survey((128.0, 128.0), *np.zeros((5, 1), dtype=np.int64))
@@ -37,7 +40,7 @@ def one_nucleus(tile: Tile) -> Nuclei:
     return Nuclei(polygons, {}, np.array([f"{tile.col:036d}"]))
 
 
-def third_time_lucky(attempts: Path, tile: Tile) -> tuple[Nuclei, Survey, runs.Seconds]:
+def third_time_lucky(attempts: Path, tile: Tile) -> tuple[Nuclei, Survey, Seconds]:
     """Fails twice for tile 3 and always for tile 5; notes each attempt in a file."""
     before = len([*attempts.glob(f"{tile.name}-*")])
     (attempts / f"{tile.name}-{before}").touch()
@@ -46,14 +49,14 @@ def third_time_lucky(attempts: Path, tile: Tile) -> tuple[Nuclei, Survey, runs.S
     return one_nucleus(tile), SURVEY, {"think": 1.0}
 
 
-def deadly(_: None, tile: Tile) -> tuple[Nuclei, Survey, runs.Seconds]:
+def deadly(_: None, tile: Tile) -> tuple[Nuclei, Survey, Seconds]:
     """The worker that looks at tile 5 dies."""
     if tile.col == 5:
         os._exit(1)
     return one_nucleus(tile), SURVEY, {}
 
 
-def slow(_: None, tile: Tile) -> tuple[Nuclei, Survey, runs.Seconds]:
+def slow(_: None, tile: Tile) -> tuple[Nuclei, Survey, Seconds]:
     time.sleep(0.2)
     return one_nucleus(tile), SURVEY, {}
 
@@ -64,16 +67,16 @@ def segment(
     context: Any,
     folder: Path,
     on_done: Callable[[], None] = lambda: None,
-) -> tuple[runs.TileStore, dict[int, str], runs.Seconds]:
+) -> tuple[TileStore, dict[int, str], Seconds]:
     """-> the finished tiles, why the others failed, and the seconds."""
-    store = runs.TileStore.open(folder / "store", {})
+    store = TileStore.open(folder / "store", {})
     failed: dict[int, str] = {}
 
     def note(tile: Tile, error: Exception) -> None:
         failed[tile.col] = str(error)
 
     missing = store.missing(TILES)
-    return store, failed, runs.map_tiles(client, task, context, missing, store, on_done, note)
+    return store, failed, map_tiles(client, task, context, missing, store, on_done, note)
 
 
 @contextmanager
@@ -107,7 +110,7 @@ def test_what_ends_the_map_keeps_finished_tiles(client: Any, tmp_path: Path) -> 
 
     with pytest.raises(StorageError, match="enough"):
         segment(client, third_time_lucky, attempts, tmp_path, on_done=stop)
-    store = runs.TileStore.open(tmp_path / "store", {})
+    store = TileStore.open(tmp_path / "store", {})
     assert len(store.missing(TILES)) == len(TILES) - 1
 
 
@@ -116,7 +119,7 @@ def test_tile_that_kills_its_workers_is_left_out(tmp_path: Path) -> None:
     with (
         dask.config.set(once),
         processes() as cluster,
-        runs.workers(scheduler=cluster.scheduler_address) as client,
+        open_workers(scheduler=cluster.scheduler_address) as client,
     ):
         store, failed, _ = segment(client, deadly, None, tmp_path)
     assert "its worker died each time: give workers more memory" in failed[5]
@@ -140,7 +143,7 @@ def test_scheduler_that_dies_is_named(tmp_path: Path) -> None:
         address = json.loads(where.read_text("utf-8"))["address"]
         with (
             dask.config.set({"distributed.comm.timeouts.connect": "2s"}),  # looked for that long
-            runs.workers(scheduler=address) as client,
+            open_workers(scheduler=address) as client,
         ):
             for folder in (tmp_path, tmp_path / "next image"):
                 with pytest.raises(ImageError, match="the Dask scheduler went away: start it"):
@@ -188,13 +191,13 @@ def jobs(**settings: Any) -> Any:
     ],
 )
 def test_each_queue_has_its_kind_of_job(queue: Path, kind: str, line: str) -> None:
-    with jobs(), runs.job_cluster(kind) as cluster:
+    with jobs(), job_cluster(kind) as cluster:
         assert line in cluster.job_script().splitlines()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is of Linux")
 def test_jobs_of_a_queue_segment(queue: Path, tmp_path: Path) -> None:
-    with jobs(), runs.workers(2, cluster="slurm") as client:
+    with jobs(), open_workers(2, cluster="slurm") as client:
         store, failed, _ = segment(client, third_time_lucky, tmp_path, tmp_path)
     assert list(failed) == [5]
     assert store.missing(TILES) == [TILES[5]]
@@ -206,19 +209,19 @@ def test_job_that_is_not_described_is_asked_for(queue: Path) -> None:
         jobs(cores=None),
         pytest.raises(ConfigError, match=r"write into .*jobqueue.yaml .*slurm: \{cores"),
     ):
-        runs.job_cluster("slurm")
+        job_cluster("slurm")
 
 
 def test_cluster_without_its_queue_or_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
     with pytest.raises(ConfigError, match=r"pip install 'patchcl-qupath\[cluster\]'"):
-        runs.job_cluster("slurm")
+        job_cluster("slurm")
     monkeypatch.undo()
     pytest.importorskip("dask_jobqueue")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match="there is no bsub here: run this where you submit lsf"):
-        runs.job_cluster("lsf")
+        job_cluster("lsf")
 
 
 def test_scheduler_and_cluster_are_two_ways() -> None:

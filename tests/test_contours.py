@@ -8,7 +8,7 @@ import pytest
 import shapely
 
 from patchcl_qupath.datatypes import Box, Nuclei, Tile
-from patchcl_qupath.segmentation import contours as nuclei_module
+from patchcl_qupath.segmentation import contours
 from patchcl_qupath.segmentation.contours import (
     centroids,
     footprints,
@@ -71,7 +71,7 @@ def test_holes_are_left_out_and_the_largest_piece_is_taken():
 
 @pytest.mark.parametrize("block_px", [4, 64])
 def test_footprints_have_every_pixel(monkeypatch, block_px):
-    monkeypatch.setattr(nuclei_module, "_BLOCK_PX", block_px)
+    monkeypatch.setattr(contours, "_BLOCK_PX", block_px)
     labels = np.zeros((20, 30), dtype=np.uint16)
     labels[2:12, 3:13] = 900
     labels[4:8, 5:9] = 0  # a hole, with
@@ -89,7 +89,7 @@ def test_footprints_have_every_pixel(monkeypatch, block_px):
 
 @pytest.mark.parametrize("block_px", [7, 512])
 def test_footprints_of_noise_are_valid_and_exact(monkeypatch, block_px):
-    monkeypatch.setattr(nuclei_module, "_BLOCK_PX", block_px)
+    monkeypatch.setattr(contours, "_BLOCK_PX", block_px)
     labels = np.random.default_rng(0).integers(0, 9, (40, 50)) ** 2
     areas = footprints(labels)
     assert shapely.is_valid(areas).all()
