@@ -37,25 +37,25 @@ from skimage.segmentation import watershed
 
 from patchcl_qupath import cli, pipeline
 from patchcl_qupath.config import Config, PatchCLConfig
-from patchcl_qupath.correction.labels import lessons
+from patchcl_qupath.correction.labels import training_samples
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Polygons, grid_to_level0
-from patchcl_qupath.evaluation.ground_truth import read_truth, truth_files
+from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
 from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.evaluation.score import SCORES, ImageScore, mean, score
 from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
-from patchcl_qupath.segmentation.contours import footprints
+from patchcl_qupath.segmentation.contours import pixel_polygons
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.training import cdcl, selftrain
-from patchcl_qupath.training.supervision import Lesson
+from patchcl_qupath.training.supervision import TrainingSample
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "monuseg_train"
 KINDS = ("label-free", "labels alone", "CDCL")
 assert cli, "imported before torch is: it says how torch's threads wait"
 
 Scores = dict[str, float]
-Beginning = tuple[Model, list[ImageScore], list[Lesson]]
+Beginning = tuple[Model, list[ImageScore], list[TrainingSample]]
 
 
 def with_(**settings: Any) -> Callable[[Config], Config]:
@@ -82,7 +82,7 @@ LABELLED = {
 ABLATED: dict[str, Callable[[Config], Config]] = {
     "no-gate": with_(min_confidence=0.0),
     "strict-gate": with_(min_confidence=0.8),
-    "one-size": with_(varied_size=1.0),
+    "one-size": with_(scale_jitter=1.0),
     "fragments": with_(min_fragment=0.0),
     "contrast": lambda config: config,  # then CDCL, its patch contrast too, without any label
 }
@@ -99,37 +99,37 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="train so often, with other seeds")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
-    truth = options.data / "labels"
-    if not truth.is_dir():
+    ground_truth = options.data / "labels"
+    if not ground_truth.is_dir():
         sys.exit(f"needs images and their labels in {options.data}")
     paths = sorted((options.data / "images").iterdir())[: options.images]
 
     print(f"{f'{len(paths)} images, means':<34}" + "".join(f"{name:>16}" for name in SCORES))
     table: dict[str, list[Scores]] = {}
     with a_project(paths, options.mpp) as project:
-        begin = functools.cache(partial(beginning, project, truth))
+        begin = functools.cache(partial(beginning, project, ground_truth))
         for row in options.rows:
             if row in LABELLED:
-                table |= few_labels(row, project, truth, options.seeds, begin())
+                table |= few_labels(row, project, ground_truth, options.seeds, begin())
             elif row == "otsu":
-                table[row] = [baseline(project, truth)]
+                table[row] = [baseline(project, ground_truth)]
                 show(row, table[row])
             else:
-                table[row] = label_free(row, project, truth, options.seeds)
+                table[row] = label_free(row, project, ground_truth, options.seeds)
     if options.json:
         print(json.dumps({"images": len(paths), **table}))
 
 
-def label_free(row: str, project: Project, truth: Path, seeds: int) -> list[Scores]:
+def label_free(row: str, project: Project, ground_truth: Path, seeds: int) -> list[Scores]:
     """The scores of models that learnt without labels, one for each seed."""
     table = []
     for seed in range(seeds):
         config = {**TRAINED, **ABLATED}[row](Config(patchcl=PatchCLConfig(seed=seed)))
         model = pipeline.train(project.images(), config, progress)
         if row == "contrast":
-            sure = lessons_of(project, model)
+            sure = samples_of(project, model)
             model = cdcl.refine(model, sure, sure, progress, seed)
-        table.append(mean(scored(project, model, truth)))
+        table.append(mean(scored(project, model, ground_truth)))
         show(f"{row}, seed {seed}", table[-1:])
     if seeds > 1:
         show(row, table)
@@ -137,7 +137,7 @@ def label_free(row: str, project: Project, truth: Path, seeds: int) -> list[Scor
 
 
 def few_labels(
-    row: str, project: Project, truth: Path, draws: int, begin: Beginning
+    row: str, project: Project, ground_truth: Path, draws: int, begin: Beginning
 ) -> dict[str, list[Scores]]:
     """CDCL against the label-free model that it begins with, and against the labels alone.
 
@@ -153,7 +153,9 @@ def few_labels(
         labelled = []
         for i in chosen:
             image = prepare(entries[i], start.config)
-            labelled += lessons(image, corrected(entries[i], image, truth, side, rng))
+            labelled += training_samples(
+                image, corrected(entries[i], image, ground_truth, side, rng)
+            )
         alone = replace(start.config.selftrain, steps=start.config.cdcl.steps)
         network, _ = selftrain.teach(labelled, alone, draw, partial(progress, "labels alone"))
         refined = cdcl.refine(start, labelled, unlabelled, progress, draw)
@@ -161,8 +163,10 @@ def few_labels(
         ids = {entry.id for entry in held_out}
         images = {
             "label-free": [image for image in without_labels if image.id in ids],
-            "labels alone": scored(project, replace(start, network=network), truth, held_out),
-            "CDCL": scored(project, refined, truth, held_out),
+            "labels alone": scored(
+                project, replace(start, network=network), ground_truth, held_out
+            ),
+            "CDCL": scored(project, refined, ground_truth, held_out),
         }
         for name in KINDS:
             table[f"{row}, {name}"].append(mean(images[name]))
@@ -172,27 +176,29 @@ def few_labels(
     return table
 
 
-def beginning(project: Project, truth: Path) -> Beginning:
+def beginning(project: Project, ground_truth: Path) -> Beginning:
     """The label-free model of the default recipe, how well it does, and what it is sure of."""
     model = pipeline.train(project.images(), Config(), progress)
-    return model, scored(project, model, truth), lessons_of(project, model)
+    return model, scored(project, model, ground_truth), samples_of(project, model)
 
 
-def lessons_of(project: Project, model: Model) -> list[Lesson]:
+def samples_of(project: Project, model: Model) -> list[TrainingSample]:
     """What can be learnt from crops of the images without a label."""
-    images, scales = training_crops(project.images(), model.config, progress)
-    return selftrain.make_lessons(images, scales, model, partial(progress, "lessons"))
+    images, normalisers = training_crops(project.images(), model.config, progress)
+    return selftrain.pseudo_labelled_samples(
+        images, normalisers, model, partial(progress, "lessons")
+    )
 
 
 def corrected(
     entry: ImageEntry,
     image: PreparedImage,
-    truth: Path,
+    ground_truth: Path,
     side: int | None,
     rng: np.random.Generator,
 ) -> Corrections:
     """A whole image as a field, or a random square of ``side`` px that has a nucleus."""
-    nuclei = true_nuclei(entry, truth)
+    nuclei = true_nuclei(entry, ground_truth)
     width, height = image.slide.size
     while side:
         x, y = rng.integers(width - side), rng.integers(height - side)
@@ -202,9 +208,9 @@ def corrected(
     return Corrections((shapely.box(0, 0, width, height),), tuple(nuclei))
 
 
-def true_nuclei(entry: ImageEntry, truth: Path) -> Polygons:
+def true_nuclei(entry: ImageEntry, ground_truth: Path) -> Polygons:
     """What the labels say, at level 0."""
-    return read_truth(truth_files(truth, [entry])[entry.id], entry).polygons
+    return read_ground_truth(ground_truth_files(ground_truth, [entry])[entry.id], entry).polygons
 
 
 @contextmanager
@@ -216,7 +222,7 @@ def a_project(paths: Sequence[Path], mpp: float) -> Iterator[Project]:
 
 
 def scored(
-    project: Project, model: Model, truth: Path, entries: Sequence[ImageEntry] | None = None
+    project: Project, model: Model, ground_truth: Path, entries: Sequence[ImageEntry] | None = None
 ) -> list[ImageScore]:
     """Run the model on some images, or all, and score what it leaves."""
     entries = entries or project.images()
@@ -224,18 +230,18 @@ def scored(
         run = pipeline.Run(project, model, model.config, client, progress)
         for result in run.images(entries):
             assert result.problem is None, result.problem
-    images, _ = score(project, entries, truth)
+    images, _ = score(project, entries, ground_truth)
     return images
 
 
-def baseline(project: Project, truth: Path) -> Scores:
+def baseline(project: Project, ground_truth: Path) -> Scores:
     """The scores of Otsu's threshold, at the pixel size that the networks see."""
     images = []
     for entry in project.images():
         slide = prepare(entry, Config()).slide
-        found = footprints(otsu(slide.read(Box(0, 0, *slide.shape))))
+        found = pixel_polygons(otsu(slide.read(Box(0, 0, *slide.shape))))
         found = grid_to_level0(found, slide.downsample)
-        overlaps = Overlaps.of_polygons(found, true_nuclei(entry, truth))
+        overlaps = Overlaps.of_polygons(found, true_nuclei(entry, ground_truth))
         scores = {name: getattr(overlaps, name) for name in SCORES}
         images.append(ImageScore(entry.id, entry.name, scores=scores))
     return mean(images)

@@ -22,10 +22,14 @@ from patchcl_qupath.datatypes import Box, level0_to_grid
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.project import open_project
-from patchcl_qupath.report.thumbnails import draw_outlines
-from patchcl_qupath.segmentation.contours import footprints
+from patchcl_qupath.report.thumbnails import draw_contours
+from patchcl_qupath.segmentation.contours import pixel_polygons
 from patchcl_qupath.segmentation.instances import instances
-from patchcl_qupath.segmentation.segment_tile import TileContext, context_px, segment_tile
+from patchcl_qupath.segmentation.segment_tile import (
+    TileContext,
+    postprocessing_margin_px,
+    segment_tile,
+)
 from patchcl_qupath.segmentation.tiling import plan
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.training import patchcl, selftrain
@@ -38,7 +42,7 @@ SHOWN = Box(2180, 1080, 2180 + 224, 1080 + 224)  # working px: nuclei that touch
 ZOOM = 2
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
-NUCLEUS, NONE, DOUBT = (30, 170, 70), (60, 110, 220), (235, 150, 30)
+NUCLEUS, NONE, UNCERTAIN = (30, 170, 70), (60, 110, 220), (235, 150, 30)
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,15 @@ def main() -> None:
     config = Config()
     entries = open_project(SAMPLE, backend="files").images()
     image = prepare(entries[0], config)
-    crops, scales = training_crops(entries, config, _say)
-    alone = patchcl.train(crops, scales, config, lambda *step: _say("learning nuclei", *step))
-    model = selftrain.train(crops, scales, alone, _say)
+    crops, normalisers = training_crops(entries, config, _say)
+    alone = patchcl.train(crops, normalisers, config, lambda *step: _say("learning nuclei", *step))
+    model = selftrain.train(crops, normalisers, alone, _say)
     draw(Learnt(image, crops, alone, model))
 
 
 def draw(learnt: Learnt) -> None:
     """All figures."""
-    for figure in (stains, channels, lessons, nuclei, tiles, cdcl):
+    for figure in (stains, channels, samples, nuclei, tiles, cdcl):
         path = DOCS / "figures" / f"{figure.__name__}.jpg"
         path.parent.mkdir(exist_ok=True)
         figure(learnt).save(path, quality=80, optimize=True)
@@ -76,19 +80,19 @@ def draw(learnt: Learnt) -> None:
 
 def stains(learnt: Learnt) -> Image.Image:
     """What the networks see: three stains, each on the scale of its slide."""
-    scale = learnt.image.scale
-    assert scale is not None
-    parts = scale.apply(learnt.rgb)  # (H, W, 3)
+    normaliser = learnt.image.normaliser
+    assert normaliser is not None
+    parts = normaliser.apply(learnt.rgb)  # (H, W, 3)
     names = ["the slide", "hematoxylin", "eosin", "residual"]
     return _row([learnt.rgb, *(_grey(1 - parts[..., i]) for i in range(3))], names)
 
 
 def channels(learnt: Learnt) -> Image.Image:
     """The four confidences of PatchCL's network; the frame is around the one that is kept."""
-    scale = learnt.image.scale
-    assert scale is not None
+    normaliser = learnt.image.normaliser
+    assert normaliser is not None
     run = engines.of("torch", learnt.alone.network, learnt.alone.digest)
-    maps = run(scale.network_input(learnt.rgb, learnt.alone.input))  # (C, H, W)
+    maps = run(normaliser.network_input(learnt.rgb, learnt.alone.input))  # (C, H, W)
     shown = [_grey(channel) for channel in maps]
     kept = shown[learnt.alone.channel]
     for edge in (kept[:4], kept[-4:], kept[:, :4], kept[:, -4:]):
@@ -96,17 +100,17 @@ def channels(learnt: Learnt) -> Image.Image:
     return _row(shown, [f"channel {i}" for i in range(1, 1 + len(shown))])
 
 
-def lessons(learnt: Learnt) -> Image.Image:
+def samples(learnt: Learnt) -> Image.Image:
     """What PatchCL is sure of, and what it teaches."""
-    scale, config = learnt.image.scale, learnt.model.config
-    assert scale is not None
-    sure = confidence(learnt.alone, learnt.rgb, scale).nucleus
+    normaliser, config = learnt.image.normaliser, learnt.model.config
+    assert normaliser is not None
+    sure = confidence(learnt.alone, learnt.rgb, normaliser).nucleus
     crops = [*learnt.crops, learnt.rgb]
-    opinions = [confidence(learnt.alone, crop, scale).nucleus for crop in crops]
+    predictions = [confidence(learnt.alone, crop, normaliser).nucleus for crop in crops]
     mpp, settings = config.slide.mpp, config.selftrain
     glass = [is_glass(crop, mpp, settings) for crop in crops]
-    stains = [scale.apply(crop) for crop in crops]
-    answers = pseudo_labels(stains, glass, opinions, mpp, settings)
+    stains = [normaliser.apply(crop) for crop in crops]
+    answers = pseudo_labels(stains, glass, predictions, mpp, settings)
     labels, background = answers[-1]
     core = targets(labels, background)[..., 1] > 0
     taught = _tinted(learnt.rgb, background, NONE)
@@ -118,12 +122,12 @@ def lessons(learnt: Learnt) -> Image.Image:
 
 def nuclei(learnt: Learnt) -> Image.Image:
     """From what the network says to outlines."""
-    scale, config = learnt.image.scale, learnt.model.config
-    assert scale is not None
-    sure, core = confidence(learnt.model, learnt.rgb, scale)
+    normaliser, config = learnt.image.normaliser, learnt.model.config
+    assert normaliser is not None
+    sure, core = confidence(learnt.model, learnt.rgb, normaliser)
     assert core is not None
     labels = instances(sure, config.slide.mpp, config.segment, learnt.model.threshold, core)
-    outlined = draw_outlines(learnt.rgb, footprints(labels), ZOOM)
+    outlined = draw_contours(learnt.rgb, pixel_polygons(labels), ZOOM)
     names = ["the slide", "confidence", "core", "nuclei"]
     return _row([learnt.rgb, _grey(sure), _grey(core), np.asarray(outlined)], names)
 
@@ -132,10 +136,10 @@ def tiles(learnt: Learnt) -> Image.Image:
     """A tile's write box, its halo, and who owns the nuclei on its border."""
     image, config = learnt.image, learnt.model.config
     slide = image.slide
-    halo_px = learnt.model.reach_px + context_px(config, slide)
+    halo_px = learnt.model.receptive_radius_px + postprocessing_margin_px(config, slide)
     planned = plan(
         *(slide.shape, image.tissue, image.tissue_px, config.slide.tile_px, halo_px),
-        align_px=learnt.model.align_px,
+        divisor=learnt.model.divisor,
     )
     pairs = [(a, b) for a in planned for b in planned if (b.row, b.col) == (a.row, a.col + 1)]
     left, right = pairs[-1]
@@ -144,7 +148,7 @@ def tiles(learnt: Learnt) -> Image.Image:
     pen = ImageDraw.Draw(whole)
     for tile in planned:
         pen.rectangle(_corners(tile.write, px), outline=(90, 90, 90))
-    pen.rectangle(_corners(left.read, px), outline=DOUBT, width=4)
+    pen.rectangle(_corners(left.read, px), outline=UNCERTAIN, width=4)
     pen.rectangle(_corners(left.write, px), outline=NUCLEUS, width=4)
 
     border = left.write.col1  # a strip of the slide along it, as high as the picture of the whole
@@ -169,17 +173,17 @@ def tiles(learnt: Learnt) -> Image.Image:
 
 def cdcl(learnt: Learnt) -> Image.Image:
     """Where the teacher is listened to, and which patches are contrasted."""
-    scale, settings = learnt.image.scale, learnt.model.config.cdcl
-    assert scale is not None
-    said = confidence(learnt.model, learnt.rgb, scale).nucleus
-    sure = _tinted(learnt.rgb, said > settings.confident, NUCLEUS)
-    sure = _tinted(sure, said < 1 - settings.confident, NONE)
+    normaliser, settings = learnt.image.normaliser, learnt.model.config.cdcl
+    assert normaliser is not None
+    said = confidence(learnt.model, learnt.rgb, normaliser).nucleus
+    sure = _tinted(learnt.rgb, said > settings.confidence_threshold, NUCLEUS)
+    sure = _tinted(sure, said < 1 - settings.confidence_threshold, NONE)
     px = settings.patch_px
     h, w = (side // px for side in said.shape)
     share = (said > 0.5)[: h * px, : w * px].reshape(h, px, w, px).mean(axis=(1, 3))
     each = np.kron(share, np.ones((px, px)))
-    kinds = _tinted(learnt.rgb, each >= 1 - settings.pure, NUCLEUS)
-    kinds = _tinted(kinds, each <= settings.pure, NONE)
+    kinds = _tinted(learnt.rgb, each >= 1 - settings.purity, NUCLEUS)
+    kinds = _tinted(kinds, each <= settings.purity, NONE)
     kinds[::px] = kinds[:, ::px] = 255
     names = ["the slide", "the teacher is sure", "patches that are compared"]
     return _row([learnt.rgb, sure, kinds], names)

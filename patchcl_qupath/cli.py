@@ -209,20 +209,20 @@ def run(
         click.echo(f"Nuclei are written by {project.via}", err=True)
         with _at_work(project), showing() as progress:
 
-            def tell(what: str) -> None:
+            def notify(what: str) -> None:
                 progress(what, 0, 0)
 
             model = _model(project, entries, settings, mpp, name, retrain, progress)
             if scheduler or cluster:
-                tell(f"waiting for workers of {scheduler or cluster}")
-            with open_workers(workers, scheduler, cluster, tell) as found:
+                notify(f"waiting for workers of {scheduler or cluster}")
+            with open_workers(workers, scheduler, cluster, notify) as found:
                 this_run = pipeline.Run(
                     project, model, settings, found, progress, mpp, within, name
                 )
                 results = list(this_run.images(entries))
             report = _report(project)
         console.report_run(project, results, report, as_json)
-    sys.exit(1 if any(result.problem or result.holes for result in results) else 0)
+    sys.exit(1 if any(result.problem or result.failed_tiles for result in results) else 0)
 
 
 @main.command()
@@ -352,7 +352,7 @@ def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
 
         new = []
         for path in images:
-            slide = Slide.open(ImageEntry("", path.name, path.resolve()), override_mpp=mpp)
+            slide = Slide.open(ImageEntry("", path.name, path.resolve()), fallback_mpp=mpp)
             known = None if slide.calibrated else slide.mpp_level0
             new.append(NewImage(slide.path, slide.levels, known))
         project = init_project(folder, new)
@@ -374,9 +374,9 @@ def status(
     """
     with _reporting_errors(as_json):
         project, entries, _ = _open(project_path, names, config, None)
-        from patchcl_qupath.status import state
+        from patchcl_qupath.status import image_status
 
-        console.report_states(project, [state(project, entry) for entry in entries], as_json)
+        console.report_states(project, [image_status(project, entry) for entry in entries], as_json)
 
 
 @main.command()
@@ -488,13 +488,13 @@ def doctor(qupath: Path | None, as_json: bool) -> None:
 
 def _report(project: Project) -> Path | None:
     """The page of a run that is over; without it, all else is as it should be."""
-    from patchcl_qupath.execution.outcome import fault
+    from patchcl_qupath.execution.outcome import internal_error
     from patchcl_qupath.report.page import write_report
 
     try:
         return write_report(project)
     except Exception as error:  # whatever it is, the nuclei are there
-        reason = str(error) if isinstance(error, PatchCLError) else fault(error)
+        reason = str(error) if isinstance(error, PatchCLError) else internal_error(error)
         click.echo(f"No report: {reason}", err=True)
         return None
 
@@ -562,9 +562,9 @@ def _model(
 @contextmanager
 def _at_work(project: Project) -> Iterator[None]:
     """Nobody else works on the project meanwhile; what was started for it is ended."""
-    from patchcl_qupath.storage.files import alone
+    from patchcl_qupath.storage.files import exclusive_lock
 
-    with alone(project.output), closing(project):
+    with exclusive_lock(project.output), closing(project):
         yield
 
 

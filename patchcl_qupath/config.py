@@ -65,8 +65,10 @@ class PatchCLConfig:
     crop_px: int = 128  # side of a crop; paper: 300
     batch: int = 10  # crops per step
     blur_um: float = 0.4  # prototypes: detail below this size is no part of the comparison
-    around_um: float = 6.0  # prototypes: what counts as the surroundings of a pixel
-    excess_weight: float = 12.0  # prototypes: excess over the surroundings against hematoxylin
+    background_radius_um: float = 6.0  # prototypes: what counts as the surroundings of a pixel
+    local_contrast_weight: float = (
+        12.0  # prototypes: excess over the surroundings against hematoxylin
+    )
     learning_rate: float = 2e-3  # of Adam; paper: 2e-4
     weight_decay: float = 1e-4  # of Adam
     max_steps: int = 400  # training ends then at the latest
@@ -114,15 +116,15 @@ class SelfTrainConfig:
     crop_px: int = 128  # side of a crop
     learning_rate: float = 3e-3  # of AdamW: up to this in 20 steps, then down to 0
     weight_decay: float = 1e-3  # of AdamW
-    varied_size: float = 1.35  # crops are shown up to so much larger or smaller
+    scale_jitter: float = 1.35  # crops are shown up to so much larger or smaller
     # What is beyond doubt:
     residual: float = 0.2  # share of the residual stain that is taken off hematoxylin
     blur_um: float = 0.5  # detail below this size is smoothed away
-    around_um: float = 10.0  # what counts as the surroundings of a pixel
-    excess: float = 0.15  # of a nucleus over their mean, in their standard deviations
-    floor: float = 0.85  # how dark nuclei are at least, of the slide's threshold
+    background_radius_um: float = 10.0  # what counts as the surroundings of a pixel
+    local_contrast: float = 0.15  # of a nucleus over their mean, in their standard deviations
+    mask_threshold: float = 0.85  # how dark nuclei are at least, of the slide's threshold
     levels: int = 18  # at which the map is cut to find nuclei that stand out
-    lowest: float = 0.8  # of these levels, of the slide's threshold
+    tree_threshold: float = 0.8  # of these levels, of the slide's threshold
     min_confidence: float = 0.3  # PatchCL's, on average
     min_area_um2: float = 5.0  # smaller ones are specks
     max_area_um2: float = 220.0  # larger ones are clumps
@@ -149,18 +151,18 @@ class CDCLConfig:
     labelled: int = 6  # crops per step from corrected fields
     unlabelled: int = 6  # crops per step from all other tissue
     crop_px: int = 128  # side of a crop
-    varied_size: float = 1.35  # crops are shown up to so much larger or smaller
+    scale_jitter: float = 1.35  # crops are shown up to so much larger or smaller
     learning_rate: float = 1e-3  # of AdamW, falling to 0
     weight_decay: float = 1e-3  # of AdamW
     pseudo_weight: float = 1.0  # of the pseudo-labels; paper: none
-    patience: float = 0.2  # share of the steps before the teacher is listened to
-    confident: float = 0.9  # where the teacher is above this or below 1 - this, it is
+    teacher_warmup: float = 0.2  # share of the steps before the teacher is listened to
+    confidence_threshold: float = 0.9  # where the teacher is above this or below 1 - this, it is
     entropy_weight: float = 0.05  # of the student's own doubt
     contrast_weight: float = 0.1  # of the contrast between patches
     temperature: float = 0.1  # of that contrast
     dimensions: int = 16  # of the space in which patches are compared
     patch_px: int = 8  # side of a patch, a multiple of 4
-    pure: float = 0.05  # a patch with no more than this of the other kind is of one kind
+    purity: float = 0.05  # a patch with no more than this of the other kind is of one kind
     bank_steps: int = 8  # of which patches are kept to contrast with
     bank_patches: int = 512  # of each kind and step
 
@@ -183,7 +185,7 @@ class SegmentConfig:
     smooth_um: float = 0.6  # of the landscape that parts touching nuclei
     max_depth_um: float = 8.0  # depth inside the mask counts up to here
     marker_radius_um: float = 1.5  # two nuclei have their centres at least this far apart
-    min_saddle_depth_um: float = 0.1  # shallower saddles part no nuclei
+    min_prominence_um: float = 0.1  # shallower saddles part no nuclei
     core_um: float = 3.0  # how much higher the landscape is where the network is sure of a core
     min_core: float = 0.6  # a nucleus without a core as sure as this is none
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from patchcl_qupath.execution.outcome import ImageResult
     from patchcl_qupath.pipeline import Progress
     from patchcl_qupath.project import Project
-    from patchcl_qupath.status import State
+    from patchcl_qupath.status import ImageStatus
 
 _BARS = 8  # progress bars on the screen at once
 
@@ -94,7 +94,7 @@ def report_run(
                     f"{r.nuclei:,}",
                     f"{r.seconds:.1f}",
                     r.tiles,
-                    r.tiles_taken_over,
+                    r.tiles_resumed,
                 ]
                 for r in done
             ],
@@ -116,8 +116,8 @@ def report_run(
     for result in results:
         if result.problem:
             click.echo(f"Failed: {result.problem}", err=True)
-        if result.holes:
-            first, count = result.holes[0], len(result.holes)
+        if result.failed_tiles:
+            first, count = result.failed_tiles[0], len(result.failed_tiles)
             click.echo(
                 f"Failed: {result.image}: {count} of {result.tiles} tiles were left out, as its "
                 f"preview shows; the first of {first.width} x {first.height} px at x={first.x} "
@@ -126,21 +126,26 @@ def report_run(
             )
 
 
-def report_states(project: Project, states: Sequence[State], as_json: bool) -> None:
+def report_states(project: Project, states: Sequence[ImageStatus], as_json: bool) -> None:
     """Where the images of a project are."""
     if as_json:
-        print_json({"project": str(project.path), "images": [asdict(state) for state in states]})
+        print_json(
+            {
+                "project": str(project.path),
+                "images": [asdict(image_status) for image_status in states],
+            }
+        )
         return
     print_table(
         ["image", "state", "nuclei", "made (UTC)", "model", "fields done", "changed since"],
         [
             [
                 s.image,
-                s.state,
+                s.image_status,
                 None if s.nuclei is None else f"{s.nuclei:,}",
                 s.made and s.made[:16].replace("T", " "),
                 s.model,
-                f"{s.fields_done} of {s.fields}" if s.fields else None,
+                f"{s.rois_corrected} of {s.rois}" if s.rois else None,
                 "; ".join(s.changed),
             ]
             for s in states
@@ -155,23 +160,23 @@ def report_suggestion(project: Project, suggestion: Suggestion, count: int, as_j
         return
     for line in suggestion.done:
         click.echo(line)
-    if suggestion.fields:
+    if suggestion.rois:
         print_table(
             ["image", "field", "x", "y", "doubt", "usual", "nuclei"],
             [
                 [
                     one.image,
-                    one.field.name,
-                    round(one.field.x),
-                    round(one.field.y),
-                    f"{one.doubt:.2f}",
-                    f"{one.usual:.2f}",
+                    one.roi.name,
+                    round(one.roi.x),
+                    round(one.roi.y),
+                    f"{one.entropy:.2f}",
+                    f"{one.expected:.2f}",
                     one.nuclei,
                 ]
-                for one in suggestion.fields
+                for one in suggestion.rois
             ],
         )
-        if len(suggestion.fields) < count and not suggestion.problems:
+        if len(suggestion.rois) < count and not suggestion.problems:
             click.echo("Note: there are no more fields with tissue and nuclei that do not touch")
         steps = [
             "in QuPath, put right every nucleus in these fields",

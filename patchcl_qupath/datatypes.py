@@ -127,7 +127,7 @@ class ImageEntry:
 
 
 @dataclass(frozen=True)
-class Hole:
+class FailedTile:
     """A tile that could not be segmented: its rectangle at level 0, and why."""
 
     x: int
@@ -138,7 +138,7 @@ class Hole:
 
 
 @dataclass(frozen=True)
-class Field:
+class CorrectionRoi:
     """A rectangle of an image that a person is asked to correct, in px at level 0.
 
     ``id`` is a UUID; ``name`` and ``description`` are for people.
@@ -154,7 +154,7 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Shown:
+class QuPathSummary:
     """What QuPath has of an image, as it was last saved: the numbers of its fields by class.
 
     ``is_current``: the nuclei and fields on disk are there; ``saved_later``: and then it was saved.
@@ -173,7 +173,7 @@ class Corrections:
     Both are valid polygons or multipolygons. Nuclei may reach out of a field.
     """
 
-    fields: tuple[shapely.Geometry, ...] = ()
+    rois: tuple[shapely.Geometry, ...] = ()
     nuclei: tuple[shapely.Geometry, ...] = ()
 
 
@@ -221,20 +221,20 @@ class Nuclei:
 
 
 @dataclass(frozen=True)
-class Survey:
+class UncertaintyGrid:
     """What was seen of an image in square cells, which begin at its top left corner.
 
-    ``cell`` is (width, height) of a cell at level 0. One row for each cell with tissue, (N,) int64:
-    ``rows`` and ``cols`` say which it is; ``points`` of tissue in it were looked at; ``doubt`` is
-    the sum of their entropies, in thousandths of a bit; ``nuclei`` have their centroid in it. Whole
-    numbers add up to the same however an image is cut into tiles.
+    ``bin_size`` is (width, height) of a bin at level 0. One row for each bin with tissue, (N,)
+    int64: ``rows`` and ``cols`` say which it is; ``points`` of tissue in it were looked at;
+    ``entropy`` is the sum of their entropies, in thousandths of a bit; ``nuclei`` have their
+    centroid in it. Whole numbers add up to the same however an image is cut into tiles.
     """
 
-    cell: tuple[float, float]
+    bin_size: tuple[float, float]
     rows: NDArray[np.int64]
     cols: NDArray[np.int64]
     points: NDArray[np.int64]
-    doubt: NDArray[np.int64]
+    entropy: NDArray[np.int64]
     nuclei: NDArray[np.int64]
 
 

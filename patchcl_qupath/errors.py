@@ -40,7 +40,7 @@ class TrainingError(PatchCLError):
     """Nothing could be learnt from the images given."""
 
 
-class TruthError(PatchCLError):
+class GroundTruthError(PatchCLError):
     """What to score against is missing, damaged or of another image."""
 
 

@@ -17,11 +17,11 @@ import shapely
 
 from patchcl_qupath import __version__
 from patchcl_qupath.config import Config, to_dict
-from patchcl_qupath.correction.labels import read_fields
+from patchcl_qupath.correction.labels import read_corrected_samples
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, PatchCLError
 from patchcl_qupath.execution.map_tiles import map_tiles
-from patchcl_qupath.execution.outcome import ImageResult, Tally, fault, note
+from patchcl_qupath.execution.outcome import ImageResult, TileProgress, internal_error, note
 from patchcl_qupath.execution.tile_store import TileStore, write_outcome, write_run
 from patchcl_qupath.execution.workers import Workers
 from patchcl_qupath.models import engines
@@ -29,13 +29,17 @@ from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.project import Project
 from patchcl_qupath.report.figures import write_gallery, write_preview
-from patchcl_qupath.segmentation.segment_tile import TileContext, context_px, segment_tile
+from patchcl_qupath.segmentation.segment_tile import (
+    TileContext,
+    postprocessing_margin_px,
+    segment_tile,
+)
 from patchcl_qupath.segmentation.tiling import plan
-from patchcl_qupath.segmentation.uncertainty import merge
+from patchcl_qupath.segmentation.uncertainty import merge_grids
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.storage.files import digest, file_facts
-from patchcl_qupath.storage.parquet import write_survey
+from patchcl_qupath.storage.files import digest, file_signature
+from patchcl_qupath.storage.parquet import write_uncertainty_grid
 from patchcl_qupath.timing import Seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
 
@@ -49,11 +53,11 @@ def train(
 
     ``mpp`` is the pixel size, in um, of images that do not know their own. Raises TrainingError.
     """
-    images, scales = training_crops(entries, config, progress, mpp)
-    model = patchcl.train(images, scales, config, partial(progress, "learning nuclei"))
+    images, normalisers = training_crops(entries, config, progress, mpp)
+    model = patchcl.train(images, normalisers, config, partial(progress, "learning nuclei"))
     if config.recipe != "selftrain":
         return model
-    return selftrain.train(images, scales, model, progress)
+    return selftrain.train(images, normalisers, model, progress)
 
 
 def refine(
@@ -76,10 +80,10 @@ def refine(
             "a model of PatchCL alone cannot be refined: train one with "
             'recipe = "selftrain", the default'
         )
-    corrected = read_fields(project, entries, start.config, labels_from, progress, mpp)
-    images, scales = training_crops(entries, start.config, progress, mpp)
+    corrected = read_corrected_samples(project, entries, start.config, labels_from, progress, mpp)
+    images, normalisers = training_crops(entries, start.config, progress, mpp)
     sure = partial(progress, "choosing sure nuclei")
-    unlabelled = selftrain.make_lessons(images, scales, start, sure)
+    unlabelled = selftrain.pseudo_labelled_samples(images, normalisers, start, sure)
     return cdcl.refine(start, corrected, unlabelled, progress, seed)
 
 
@@ -136,7 +140,9 @@ class Run:
                 result = ImageResult(entry.id, entry.name, problem=str(error))
             except Exception as error:  # a fault of ours in one image must not cost the others
                 traceback.print_exc()
-                result = ImageResult(entry.id, entry.name, problem=f"{entry.name}: {fault(error)}")
+                result = ImageResult(
+                    entry.id, entry.name, problem=f"{entry.name}: {internal_error(error)}"
+                )
             result = replace(result, seconds=time.perf_counter() - began)
             results.append(result)
             write_outcome(self.project.output, entry.id, asdict(result))
@@ -147,52 +153,56 @@ class Run:
         """Segment one image and write its nuclei into the project."""
         if self.within:
             entry = self.project.within(entry, self.within)
-        entry = self.project.stained(entry)
+        entry = self.project.with_stains(entry)
         seconds: Seconds = {}
         self.progress(f"{entry.name}: finding tissue", 0, 0)
         with timed(seconds, "prepare"):
             image = prepare(entry, self.config, self.mpp)
         slide = image.slide
-        halo_px = self.model.reach_px + context_px(self.config, slide)
+        halo_px = self.model.receptive_radius_px + postprocessing_margin_px(self.config, slide)
         tiles = plan(
             *(slide.shape, image.tissue, image.tissue_px, self.config.slide.tile_px, halo_px),
-            *(image.region, self.model.align_px),
+            *(image.region, self.model.divisor),
         )
 
         store = TileStore.open(self.folder / entry.id, image.fingerprint())
         missing = store.missing(tiles)
-        taken_over = len(tiles) - len(missing)
-        tally = Tally(
-            *(image, len(tiles), taken_over, partial(self.progress, f"{entry.name}: segmenting")),
+        resumed = len(tiles) - len(missing)
+        tile_progress = TileProgress(
+            *(image, len(tiles), resumed, partial(self.progress, f"{entry.name}: segmenting")),
             reopen=partial(Slide.open, entry, self.config.slide.mpp, self.mpp),
         )
-        tally.begin()
+        tile_progress.begin()
         context = TileContext(image, self.model, self.config, self.engine)
         with timed(seconds, "tiles"):
             worker_seconds = map_tiles(
                 *(self.workers, segment_tile, context, missing, store),
-                *(tally.one_more, tally.one_failed),
+                *(tile_progress.one_more, tile_progress.one_failed),
             )
 
         left_out = set(store.missing(tiles))
         done = [tile for tile in tiles if tile not in left_out]
-        count, holes = store.count(done), tally.in_order()
-        assert len(done) + len(holes) == len(tiles), "a tile was lost"
+        count, failed_tiles = store.count(done), tile_progress.in_order()
+        assert len(done) + len(failed_tiles) == len(tiles), "a tile was lost"
         self.progress(f"{entry.name}: writing {count:,} nuclei", 0, 0)
-        about = self._about_image(entry, image) | {"holes": [asdict(hole) for hole in holes]}
+        about = self._about_image(entry, image) | {
+            "holes": [asdict(failed) for failed in failed_tiles]
+        }
         with timed(seconds, "write"):
             results = self.project.write(
                 entry, store.nuclei(done), count, self.config.result, about
             )
-        survey = merge(store.surveys(done)) if done else None
-        if survey is not None:
-            write_survey(self.project.output / "surveys" / f"{entry.id}.parquet", survey)
+        uncertainty = merge_grids(store.uncertainty_grids(done)) if done else None
+        if uncertainty is not None:
+            write_uncertainty_grid(
+                self.project.output / "surveys" / f"{entry.id}.parquet", uncertainty
+            )
         preview = self.project.output / "previews" / f"{entry.id}.png"
         gallery = self.project.output / "report" / "images" / entry.id
         with timed(seconds, "pictures"):
-            write_preview(preview, image, store, done, holes, survey)
+            write_preview(preview, image, store, done, failed_tiles, uncertainty)
             shown = {"run": self.folder.name, "nuclei": count}
-            write_gallery(gallery, image, store, done, holes, survey, shown)
+            write_gallery(gallery, image, store, done, failed_tiles, uncertainty, shown)
         return ImageResult(
             entry.id,
             entry.name,
@@ -200,8 +210,8 @@ class Run:
             tissue_mm2=about["tissue_mm2"],
             nuclei=count,
             tiles=len(tiles),
-            tiles_taken_over=taken_over,
-            holes=holes,
+            tiles_resumed=resumed,
+            failed_tiles=failed_tiles,
             results=str(results),
             preview=str(preview),
             main_seconds=seconds,
@@ -214,7 +224,7 @@ class Run:
         made = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"run": self.folder.name, "image": entry.name, "made": made, **self.about}
         about["tissue_mm2"] = image.tissue_mm2()
-        about["slide"] = {"file": file_facts(entry.path), "mpp": [*image.slide.mpp_level0]}
+        about["slide"] = {"file": file_signature(entry.path), "mpp": [*image.slide.mpp_level0]}
         if self.model_name:
             about["model_name"] = self.model_name
         about["stains"] = asdict(image.stains)

@@ -8,54 +8,54 @@ from typing import Any
 from patchcl_qupath import __version__
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
-from patchcl_qupath.storage.files import file_facts, read_json
+from patchcl_qupath.storage.files import file_signature, read_json
 
 
 @dataclass(frozen=True)
-class State:
-    """Where an image is: ``state`` says it in words, or what is in the way.
+class ImageStatus:
+    """Where an image is: ``image_status`` says it in words, or what is in the way.
 
-    ``nuclei`` were ``made`` then (UTC) by the model of that name; of the ``fields`` that a person
-    was asked to correct, ``fields_done`` are done. ``changed`` is what is no longer as it was.
+    ``nuclei`` were ``made`` then (UTC) by the model of that name; of the ``rois`` that a person
+    was asked to correct, ``rois_corrected`` are done. ``changed`` is what is no longer as it was.
     """
 
     id: str
     image: str
-    state: str
+    image_status: str
     nuclei: int | None = None
     made: str | None = None
     model: str | None = None
-    fields: int = 0
-    fields_done: int = 0
+    rois: int = 0
+    rois_corrected: int = 0
     changed: tuple[str, ...] = ()
 
 
-def state(project: Project, entry: ImageEntry) -> State:
+def image_status(project: Project, entry: ImageEntry) -> ImageStatus:
     """Where an image is, from what is on disk."""
-    shown = project.shown(entry)
-    to_do = State(
+    qupath_summary = project.qupath_summary(entry)
+    to_do = ImageStatus(
         entry.id,
         entry.name,
         entry.problem or "to do",
-        fields=shown.to_correct + shown.corrected,
-        fields_done=shown.corrected,
+        rois=qupath_summary.to_correct + qupath_summary.corrected,
+        rois_corrected=qupath_summary.corrected,
     )
     result = read_json(project.results(entry) / "result.json")
     if result is None:
         return to_do
     if "removed" in result:
-        return replace(to_do, state="removed")
-    holes = len(result.get("holes", ()))
-    done = f"done but for {holes} of its tiles" if holes else "done"
+        return replace(to_do, image_status="removed")
+    failed_tiles = len(result.get("holes", ()))
+    done = f"done but for {failed_tiles} of its tiles" if failed_tiles else "done"
     models = _models(project)
     changed = _changed(entry, result, models)
-    if not shown.is_current:
+    if not qupath_summary.is_current:
         changed.append("not in QuPath yet")
-    elif shown.saved_later:
+    elif qupath_summary.saved_later:
         changed.append("saved in QuPath")
     return replace(
         to_do,
-        state=entry.problem or done,
+        image_status=entry.problem or done,
         nuclei=result["nuclei"],
         made=result["made"],
         model=_name(result, models),
@@ -68,7 +68,7 @@ def _changed(entry: ImageEntry, result: dict[str, Any], models: dict[str, str]) 
     changed = []
     slide = result.get("slide")
     if slide and not entry.problem:
-        if slide["file"] != file_facts(entry.path):
+        if slide["file"] != file_signature(entry.path):
             changed.append("slide file")
         if entry.mpp and slide["mpp"] != [*entry.mpp]:
             changed.append("pixel size")

@@ -11,10 +11,10 @@ from patchcl_qupath.datatypes import Box, Nuclei, Tile
 from patchcl_qupath.segmentation import contours
 from patchcl_qupath.segmentation.contours import (
     centroids,
-    footprints,
     nuclei_of_tile,
-    outlines,
+    pixel_polygons,
     to_level0,
+    trace_contours,
 )
 from patchcl_qupath.segmentation.measurements import mean_hematoxylin, measure, shape_measurements
 from patchcl_qupath.slides.stains import H_DAB, H_E, densities
@@ -31,7 +31,7 @@ def disc_labels(shape, centres, radius):
 def test_outlines_have_the_area_and_place_of_their_pixels():
     centres = [(20.2, 31.7), (55.5, 90.1), (80, 20)]
     labels = disc_labels((100, 120), centres, 9)
-    polygons = outlines(labels)
+    polygons = trace_contours(labels)
     assert shapely.is_valid(polygons).all()
     np.testing.assert_allclose(shapely.area(polygons), np.pi * 81, rtol=0.02)
     np.testing.assert_allclose(shapely.length(polygons), 2 * np.pi * 9, rtol=0.04)
@@ -43,7 +43,7 @@ def test_outlines_touch_the_image_border_without_leaving_it():
     labels = np.zeros((30, 40), dtype=np.int32)
     labels[:10, :12] = 1
     labels[20:, 25:] = 2
-    first, second = outlines(labels)
+    first, second = trace_contours(labels)
     assert shapely.box(0, 0, 40, 30).buffer(0.15).covers(shapely.union(first, second))
     assert first.bounds[:2] == pytest.approx((0, 0), abs=0.15)
     assert second.bounds[2:] == pytest.approx((40, 30), abs=0.15)
@@ -53,7 +53,7 @@ def test_neighbours_outlines_do_not_overlap():
     labels = np.zeros((40, 40), dtype=np.int32)
     labels[10:30, 10:20] = 1
     labels[10:30, 20:30] = 2
-    first, second = outlines(labels)
+    first, second = trace_contours(labels)
     assert shapely.area(shapely.intersection(first, second)) < 1
     assert shapely.distance(first, second) < 0.2
 
@@ -64,7 +64,7 @@ def test_holes_are_left_out_and_the_largest_piece_is_taken():
     labels[20:30, 20:30] = 0
     labels[50:55, 50:55] = 1  # a second piece
     labels[45:50, 45:50] = 1  # ... that touches a third by a corner only
-    (polygon,) = outlines(labels)
+    (polygon,) = trace_contours(labels)
     assert not polygon.interiors
     assert polygon.area == pytest.approx(900, rel=0.01)
 
@@ -79,7 +79,7 @@ def test_footprints_have_every_pixel(monkeypatch, block_px):
     labels[12:15, 13:16] = 900  # touches by a corner
     labels[18:, 25:] = 7  # at the border
     labels[3, 20] = labels[4, 21] = labels[5, 20] = labels[4, 19] = 8  # a ring of corners
-    seven, eight, nine_hundred = footprints(labels)
+    seven, eight, nine_hundred = pixel_polygons(labels)
     assert seven.equals(shapely.box(25, 18, 30, 20))
     assert (eight.area, len(eight.geoms)) == (4, 4)
     squares = [shapely.box(c, r, c + 1, r + 1) for r, c in np.argwhere(labels == 900)]
@@ -91,16 +91,16 @@ def test_footprints_have_every_pixel(monkeypatch, block_px):
 def test_footprints_of_noise_are_valid_and_exact(monkeypatch, block_px):
     monkeypatch.setattr(contours, "_BLOCK_PX", block_px)
     labels = np.random.default_rng(0).integers(0, 9, (40, 50)) ** 2
-    areas = footprints(labels)
+    areas = pixel_polygons(labels)
     assert shapely.is_valid(areas).all()
     _, count = np.unique(labels[labels > 0], return_counts=True)
     np.testing.assert_array_equal(shapely.area(areas), count)
-    assert not len(footprints(np.zeros_like(labels)))
+    assert not len(pixel_polygons(np.zeros_like(labels)))
 
 
 def test_random_shapes_have_valid_outlines():
     labels = np.random.default_rng(0).integers(0, 4, (200, 200)).astype(np.int32)
-    polygons = outlines(labels)
+    polygons = trace_contours(labels)
     assert len(polygons) == 3
     assert shapely.is_valid(polygons).all()
     assert (shapely.area(polygons) > 0).all()
@@ -108,14 +108,14 @@ def test_random_shapes_have_valid_outlines():
 
 def test_labels_with_gaps_are_refused():
     with pytest.raises(ValueError, match="without gaps"):
-        outlines(np.full((5, 5), 2, dtype=np.int32))
+        trace_contours(np.full((5, 5), 2, dtype=np.int32))
 
 
 def test_no_labels_no_outlines():
     empty = np.zeros((20, 30), dtype=np.int32)
     tile = Tile(0, 0, Box(0, 0, 20, 30), Box(0, 0, 20, 30))
     rgb = np.zeros((20, 30, 3), dtype=np.uint8)
-    assert len(outlines(empty)) == 0
+    assert len(trace_contours(empty)) == 0
     nobody = np.zeros(0, dtype=bool)
     nuclei = nuclei_of_tile(empty, nobody, rgb, np.zeros((20, 30), np.float32), tile, (0.5, 0.5))
     assert len(nuclei) == 0
@@ -177,7 +177,7 @@ def test_intensities_are_qupath_s_optical_densities_of_the_pixels_inside(stains)
     labels[0, 5] = 2
     rgb = np.random.default_rng(0).integers(30, 255, (4, 6, 3)).astype(np.uint8)
     confidence = np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6)
-    polygons = outlines(labels)
+    polygons = trace_contours(labels)
     values = measure(polygons, labels, rgb, confidence, stains)
     found = densities(rgb, stains)
     assert tuple(found) == stains.names
@@ -222,9 +222,13 @@ def test_outline_runs_where_confidence_falls_to_the_threshold():
         confidence = np.clip(0.5 + (radius - distance) / 3, 0, 1).astype(np.float32)
         labels = (confidence > 0.5).astype(np.int32)
         disc = shapely.Point(29.7, 30.2).buffer(radius, quad_segs=64)
-        (polygon,) = outlines(labels, confidence)
+        (polygon,) = trace_contours(labels, confidence)
         assert polygon.area == pytest.approx(disc.area, rel=0.02)
-        assert polygon.hausdorff_distance(disc) < 0.3 < outlines(labels)[0].hausdorff_distance(disc)
+        assert (
+            polygon.hausdorff_distance(disc)
+            < 0.3
+            < trace_contours(labels)[0].hausdorff_distance(disc)
+        )
         assert polygon.is_valid
 
 
@@ -232,7 +236,7 @@ def test_outline_of_touching_nuclei_and_of_the_border_stays_between_pixels():
     labels = np.zeros((20, 30), np.int32)
     labels[:, :15], labels[:, 15:] = 1, 2
     confidence = np.where(labels == 1, 0.9, 0.6).astype(np.float32)
-    plain, exact = outlines(labels), outlines(labels, confidence)
+    plain, exact = trace_contours(labels), trace_contours(labels, confidence)
     assert shapely.equals_exact(plain, exact, 1e-9).all()
 
 

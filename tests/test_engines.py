@@ -3,7 +3,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_network import SCALE, random_model, random_network, random_rgb
+from test_network import NORMALISER, random_model, random_network, random_rgb
 
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.models import engines
@@ -26,7 +26,7 @@ def engine(request):
 @pytest.mark.parametrize("kind", ["patchcl", "nucleus"])
 def test_openvino_computes_what_torch_does(kind):
     pytest.importorskip("openvino")
-    stains = SCALE.apply(random_rgb(64, 48))
+    stains = NORMALISER.apply(random_rgb(64, 48))
     expected = engines.start("torch", random_network(kind))(stains)
     found = engines.start(FLOAT32, random_network(kind))(stains)
     assert found.shape == (4 if kind == "patchcl" else 2, 64, 48)
@@ -40,10 +40,10 @@ def test_a_tile_has_the_same_confidence_as_the_whole_to_the_bit(kind, engine):
         pytest.skip("may round the other way: test_network.py says how seldom")
     model = random_model(kind)
     whole = random_rgb(300, 258)
-    everything = confidence(model, whole, SCALE, engine).nucleus
-    reach = model.reach_px
+    everything = confidence(model, whole, NORMALISER, engine).nucleus
+    reach = model.receptive_radius_px
     for rows, cols in ((slice(0, 280), slice(8, 220)), (slice(100, 300), slice(40, 258))):
-        tile = confidence(model, whole[rows, cols], SCALE, engine).nucleus
+        tile = confidence(model, whole[rows, cols], NORMALISER, engine).nucleus
         inner = np.s_[
             rows.start and reach : -reach if rows.stop < 300 else None,
             cols.start and reach : -reach if cols.stop < 258 else None,
@@ -56,7 +56,7 @@ def test_bands_have_the_same_confidence_as_the_whole_to_the_bit(kind, engine, mo
     if (kind, engine) == ("patchcl", "torch"):
         pytest.skip("may round the other way: test_network.py says how seldom")
     model, whole = random_model(kind), random_rgb(301, 90)
-    at_once = confidence(model, whole, SCALE, engine)
+    at_once = confidence(model, whole, NORMALISER, engine)
     heights = []
     started = engines.of(engine, model.network, model.digest)
 
@@ -66,9 +66,9 @@ def test_bands_have_the_same_confidence_as_the_whole_to_the_bit(kind, engine, mo
 
     monkeypatch.setattr(engines, "of", lambda *_: run)
     monkeypatch.setattr("patchcl_qupath.models.model._BAND_PX", 7000)
-    in_bands = confidence(model, whole, SCALE, engine)
+    in_bands = confidence(model, whole, NORMALISER, engine)
     assert len(heights) == 4
-    assert max(heights) < 80 + 2 * (model.reach_px + model.align_px)
+    assert max(heights) < 80 + 2 * (model.receptive_radius_px + model.divisor)
     np.testing.assert_array_equal(in_bands.nucleus, at_once.nucleus)
     if kind == "nucleus":
         np.testing.assert_array_equal(in_bands.core, at_once.core)
@@ -90,7 +90,7 @@ def test_an_engine_is_kept_for_its_model_alone(engine):
     first, other = random_network(), random_network()
     with torch.no_grad():
         other.last.bias += 1
-    stains = SCALE.apply(random_rgb(16, 16))
+    stains = NORMALISER.apply(random_rgb(16, 16))
     kept = engines.of(engine, first, "first")
     assert engines.of(engine, random_network(), "first") is kept
     assert (engines.of(engine, other, "other")(stains) != kept(stains)).any()

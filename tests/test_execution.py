@@ -23,7 +23,7 @@ from distributed import LocalCluster
 
 from patchcl_qupath import cli
 from patchcl_qupath.config import CLUSTERS
-from patchcl_qupath.datatypes import Box, Nuclei, Survey, Tile
+from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
 from patchcl_qupath.execution.map_tiles import map_tiles
 from patchcl_qupath.execution.tile_store import TileStore
@@ -31,7 +31,7 @@ from patchcl_qupath.execution.workers import job_cluster, open_workers
 from patchcl_qupath.timing import Seconds
 
 TILES = [Tile(0, col, Box(0, col, 9, col + 1), Box(0, col, 9, col + 1)) for col in range(12)]
-SURVEY = Survey((128.0, 128.0), *np.zeros((5, 1), dtype=np.int64))
+UNCERTAINTY = UncertaintyGrid((128.0, 128.0), *np.zeros((5, 1), dtype=np.int64))
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 
 
@@ -40,25 +40,25 @@ def one_nucleus(tile: Tile) -> Nuclei:
     return Nuclei(polygons, {}, np.array([f"{tile.col:036d}"]))
 
 
-def third_time_lucky(attempts: Path, tile: Tile) -> tuple[Nuclei, Survey, Seconds]:
+def third_time_lucky(attempts: Path, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
     """Fails twice for tile 3 and always for tile 5; notes each attempt in a file."""
     before = len([*attempts.glob(f"{tile.name}-*")])
     (attempts / f"{tile.name}-{before}").touch()
     if tile.col == 5 or (tile.col == 3 and before < 2):
         raise ValueError(f"attempt {before + 1}")
-    return one_nucleus(tile), SURVEY, {"think": 1.0}
+    return one_nucleus(tile), UNCERTAINTY, {"think": 1.0}
 
 
-def deadly(_: None, tile: Tile) -> tuple[Nuclei, Survey, Seconds]:
+def deadly(_: None, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
     """The worker that looks at tile 5 dies."""
     if tile.col == 5:
         os._exit(1)
-    return one_nucleus(tile), SURVEY, {}
+    return one_nucleus(tile), UNCERTAINTY, {}
 
 
-def slow(_: None, tile: Tile) -> tuple[Nuclei, Survey, Seconds]:
+def slow(_: None, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
     time.sleep(0.2)
-    return one_nucleus(tile), SURVEY, {}
+    return one_nucleus(tile), UNCERTAINTY, {}
 
 
 def segment(

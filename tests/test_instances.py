@@ -57,7 +57,7 @@ def test_a_bump_that_is_merged_leaves_no_gap_in_the_labels():
     """Also where no nucleus is too small."""
     rng = np.random.default_rng(1)
     confidence = discs((300, 300), rng.uniform([10, 10, 4], [290, 290, 9], (120, 3)))
-    config = replace(CONFIG, min_area_um2=0.0, min_saddle_depth_um=2.0)
+    config = replace(CONFIG, min_area_um2=0.0, min_prominence_um=2.0)
     labels = instances(confidence, MPP, config)
     assert 10 < labels.max() < instances(confidence, MPP, CONFIG).max()
     assert np.array_equal(np.unique(labels), np.arange(labels.max() + 1))

@@ -5,12 +5,12 @@ import pytest
 import shapely
 
 from patchcl_qupath.evaluation.metrics import Overlaps, aji, dice, f1, pq
-from patchcl_qupath.segmentation.contours import footprints
+from patchcl_qupath.segmentation.contours import pixel_polygons
 
 NOTHING = np.zeros((4, 6), dtype=np.int32)
 
 # Nucleus 1 is found but for a column; 2 is cut in two equal parts; 7 is missed.
-TRUTH = np.array(
+GROUND_TRUTH = np.array(
     [
         [1, 1, 1, 0, 7, 7],
         [1, 1, 1, 0, 0, 0],
@@ -34,7 +34,7 @@ def compared(request):
     """Overlaps of two label images, as such or by way of polygons."""
     if request.param == "labels":
         return Overlaps.of_labels
-    return lambda *sides: Overlaps.of_polygons(*map(footprints, sides))
+    return lambda *sides: Overlaps.of_polygons(*map(pixel_polygons, sides))
 
 
 def blobs(seed):
@@ -47,44 +47,44 @@ def blobs(seed):
 
 
 def test_dice_of_a_case_worked_by_hand(compared):
-    assert compared(PREDICTION, TRUTH).dice == pytest.approx(2 * 8 / (11 + 12))
+    assert compared(PREDICTION, GROUND_TRUTH).dice == pytest.approx(2 * 8 / (11 + 12))
 
 
 def test_aji_of_a_case_worked_by_hand(compared):
     # 1 takes 3: 4 of 6. 2 takes 1, the first of two equals: 2 of 4. 7 takes none: 2.
     # Not taken: 9 (2 px) and 5 (3 px).
-    assert compared(PREDICTION, TRUTH).aji == pytest.approx((4 + 2) / (6 + 4 + 2 + 2 + 3))
+    assert compared(PREDICTION, GROUND_TRUTH).aji == pytest.approx((4 + 2) / (6 + 4 + 2 + 2 + 3))
 
 
 def test_f1_and_pq_of_a_case_worked_by_hand(compared):
     # One match, 1 with 3, of IoU 4/6; the halves of 2 have IoU 1/2, which is not above it.
-    assert compared(PREDICTION, TRUTH).f1 == pytest.approx(2 * 1 / (4 + 3))
-    assert compared(PREDICTION, TRUTH).pq == pytest.approx(2 * 1 / (4 + 3) * 4 / 6)
+    assert compared(PREDICTION, GROUND_TRUTH).f1 == pytest.approx(2 * 1 / (4 + 3))
+    assert compared(PREDICTION, GROUND_TRUTH).pq == pytest.approx(2 * 1 / (4 + 3) * 4 / 6)
 
 
 def test_aji_lets_two_nuclei_take_the_same_prediction(compared):
-    truth = np.array([[1, 1, 2, 2]])
+    ground_truth = np.array([[1, 1, 2, 2]])
     merged = np.array([[1, 1, 1, 1]])
-    assert compared(merged, truth).aji == pytest.approx((2 + 2) / (4 + 4))  # as published
+    assert compared(merged, ground_truth).aji == pytest.approx((2 + 2) / (4 + 4))  # as published
 
 
 @pytest.mark.parametrize("score", ["dice", "aji", "f1", "pq"])
 def test_scores_are_one_for_the_truth_however_it_is_numbered(compared, score):
-    renumbered = np.array([0, 40, 3, 0, 0, 0, 0, 12])[TRUTH].astype(np.uint16)
-    assert getattr(compared(renumbered, TRUTH), score) == 1
+    renumbered = np.array([0, 40, 3, 0, 0, 0, 0, 12])[GROUND_TRUTH].astype(np.uint16)
+    assert getattr(compared(renumbered, GROUND_TRUTH), score) == 1
     assert getattr(compared(NOTHING, NOTHING), score) == 1
 
 
 @pytest.mark.parametrize("score", ["dice", "aji", "f1", "pq"])
 def test_scores_are_zero_where_one_side_is_empty(compared, score):
-    assert getattr(compared(NOTHING, TRUTH), score) == 0
-    assert getattr(compared(TRUTH, NOTHING), score) == 0
+    assert getattr(compared(NOTHING, GROUND_TRUTH), score) == 0
+    assert getattr(compared(GROUND_TRUTH, NOTHING), score) == 0
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_polygons_and_labels_have_the_same_scores(seed):
     labels = blobs(seed)
-    polygons = Overlaps.of_polygons(*map(footprints, labels))
+    polygons = Overlaps.of_polygons(*map(pixel_polygons, labels))
     assert polygons.dice == pytest.approx(dice(*labels))
     assert polygons.aji == pytest.approx(aji(*labels))
     assert polygons.f1 == pytest.approx(f1(*labels))
@@ -95,16 +95,16 @@ def test_polygons_and_labels_have_the_same_scores(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_f1_and_pq_are_as_published(seed):
     published = pytest.importorskip("cellseg_metrics")
-    prediction, truth = blobs(seed)
-    quality = published.panoptic_quality(truth, prediction)
-    assert f1(prediction, truth) == pytest.approx(quality["dq"])
-    assert pq(prediction, truth) == pytest.approx(quality["pq"])
+    prediction, ground_truth = blobs(seed)
+    quality = published.panoptic_quality(ground_truth, prediction)
+    assert f1(prediction, ground_truth) == pytest.approx(quality["dq"])
+    assert pq(prediction, ground_truth) == pytest.approx(quality["pq"])
 
 
 def test_dice_counts_what_nuclei_of_one_side_share_once():
     prediction = shapely.box([0, 3, 20], [0, 0, 0], [5, 8, 22], [4, 4, 1])  # 32 + 2
-    truth = shapely.box([0, 1], [0, 0], [6, 6], [4, 2])  # 24
-    assert Overlaps.of_polygons(prediction, truth).dice == pytest.approx(2 * 24 / (34 + 24))
+    ground_truth = shapely.box([0, 1], [0, 0], [6, 6], [4, 2])  # 24
+    assert Overlaps.of_polygons(prediction, ground_truth).dice == pytest.approx(2 * 24 / (34 + 24))
 
 
 def test_nuclei_drawn_twice_match_one_nucleus_once():
@@ -123,4 +123,4 @@ def test_nuclei_that_touch_do_not_overlap():
 
 def test_images_of_different_shapes_are_refused():
     with pytest.raises(ValueError, match="shapes"):
-        aji(TRUTH, TRUTH[:2])
+        aji(GROUND_TRUTH, GROUND_TRUTH[:2])

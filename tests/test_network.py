@@ -10,10 +10,10 @@ from patchcl_qupath.config import Config, PatchCLConfig, SelfTrainConfig
 from patchcl_qupath.errors import ModelError, StorageError
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork, FeatureNetwork, NucleusNetwork, folded
-from patchcl_qupath.slides.stains import StainScale
+from patchcl_qupath.slides.stains import StainNormaliser
 
 DEFAULT = PatchCLConfig()
-SCALE = StainScale((0.0, 0.0, 0.0), (2.0, 1.0, 1.0))
+NORMALISER = StainNormaliser((0.0, 0.0, 0.0), (2.0, 1.0, 1.0))
 
 
 def count(network):
@@ -59,7 +59,7 @@ def test_feature_network_takes_patches_of_the_size_it_was_made_for(patch_px):
 
 def test_network_sees_83_px_and_no_farther():
     network = random_network().double()
-    assert network.reach_px == 83
+    assert network.receptive_radius_px == 83
     centre = 100
     x = torch.zeros(1, 3, 2 * centre + 1, 2 * centre + 1, dtype=torch.float64)
     x[..., centre, centre] = 1
@@ -81,7 +81,7 @@ def test_nucleus_network_has_its_size_and_reach():
         with torch.inference_mode():
             touched = (network(x) != network(other)).any(dim=1)[0].any(dim=1)  # (200,)
         farthest = max(farthest, int((touched.nonzero() - row).abs().max()))
-    assert network.reach_px - 3 <= farthest <= network.reach_px
+    assert network.receptive_radius_px - 3 <= farthest <= network.receptive_radius_px
 
 
 @pytest.mark.parametrize("kind", ["patchcl", "nucleus"])
@@ -95,26 +95,26 @@ def test_folded_network_computes_the_same(kind):
 def test_nucleus_network_tells_nuclei_and_cores_of_any_size_of_image():
     model = random_model("nucleus")
     for shape in ((50, 41), (1, 3), (64, 64)):
-        found = confidence(model, random_rgb(*shape), SCALE)
+        found = confidence(model, random_rgb(*shape), NORMALISER)
         assert found.nucleus.shape == found.core.shape == shape
         assert (found.nucleus != found.core).any()
-    assert confidence(random_model(), random_rgb(9, 9), SCALE).core is None
+    assert confidence(random_model(), random_rgb(9, 9), NORMALISER).core is None
 
 
 def test_confidence_is_the_chosen_channel_in_255_steps():
     model = random_model()
     rgb = random_rgb(50, 40)
-    x = torch.from_numpy(SCALE.apply(rgb)).permute(2, 0, 1)[None]
+    x = torch.from_numpy(NORMALISER.apply(rgb)).permute(2, 0, 1)[None]
     with torch.inference_mode():
         expected = model.network(x)[0, 2].numpy()
 
-    found = confidence(model, rgb, SCALE).nucleus
+    found = confidence(model, rgb, NORMALISER).nucleus
     assert found.shape == (50, 40)
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() <= 0.5 / 255 + 1e-4
     assert np.abs(found * 255 - np.round(found * 255)).max() < 1e-4
     assert (
-        np.abs(confidence(random_model(inverted=True), rgb, SCALE).nucleus - (1 - found)).max()
+        np.abs(confidence(random_model(inverted=True), rgb, NORMALISER).nucleus - (1 - found)).max()
         <= 0.005
     )
 
@@ -123,10 +123,10 @@ def test_confidence_is_the_chosen_channel_in_255_steps():
 def test_confidence_of_a_tile_is_that_of_the_whole(kind):
     model = random_model(kind)
     whole = random_rgb(300, 258)
-    everything = confidence(model, whole, SCALE)
+    everything = confidence(model, whole, NORMALISER)
     for rows, cols in ((slice(20, 280), slice(8, 220)), (slice(100, 300), slice(40, 258))):
-        tile = confidence(model, whole[rows, cols], SCALE)
-        reach = model.reach_px
+        tile = confidence(model, whole[rows, cols], NORMALISER)
+        reach = model.receptive_radius_px
         inner = np.s_[
             reach : None if rows.stop == 300 else -reach,
             reach : None if cols.stop == 258 else -reach,
@@ -144,10 +144,10 @@ def test_confidence_of_a_tile_is_that_of_the_whole(kind):
 def test_saved_nucleus_network_is_loaded_whole(tmp_path):
     model = random_model("nucleus")
     loaded = Model.load(model.save(tmp_path, "mine"))
-    assert (loaded.digest, loaded.reach_px, loaded.align_px) == (model.digest, 23, 4)
+    assert (loaded.digest, loaded.receptive_radius_px, loaded.divisor) == (model.digest, 23, 4)
     rgb = random_rgb(30, 30)
     np.testing.assert_array_equal(
-        confidence(loaded, rgb, SCALE).core, confidence(model, rgb, SCALE).core
+        confidence(loaded, rgb, NORMALISER).core, confidence(model, rgb, NORMALISER).core
     )
 
 
@@ -162,21 +162,21 @@ def test_saved_model_is_loaded_whole(tmp_path):
     assert loaded.config == config
     assert (loaded.channel, loaded.inverted, loaded.threshold) == (1, True, 0.25)
     assert loaded.training == {"loss": [1.0, 0.5]}
-    assert (loaded.mpp, loaded.reach_px, loaded.digest) == (0.5, 11, model.digest)
+    assert (loaded.mpp, loaded.receptive_radius_px, loaded.digest) == (0.5, 11, model.digest)
     assert json.loads(path.with_suffix(".json").read_text())["digest"] == model.digest
     rgb = random_rgb(30, 30)
     np.testing.assert_array_equal(
-        confidence(loaded, rgb, SCALE).nucleus, confidence(model, rgb, SCALE).nucleus
+        confidence(loaded, rgb, NORMALISER).nucleus, confidence(model, rgb, NORMALISER).nucleus
     )
 
 
 def test_pickled_model_is_the_same_model():
     model = random_model()
     rgb = random_rgb(30, 30)
-    expected = confidence(model, rgb, SCALE).nucleus
+    expected = confidence(model, rgb, NORMALISER).nucleus
     copy = pickle.loads(pickle.dumps(model))
     assert copy.digest == model.digest
-    np.testing.assert_array_equal(confidence(copy, rgb, SCALE).nucleus, expected)
+    np.testing.assert_array_equal(confidence(copy, rgb, NORMALISER).nucleus, expected)
 
 
 def test_digest_is_that_of_weights_and_choices():

@@ -14,7 +14,7 @@ from patchcl_qupath.config import Config, PatchCLConfig
 from patchcl_qupath.errors import ConfigError, TrainingError
 from patchcl_qupath.models.model import confidence
 from patchcl_qupath.models.network import FeatureNetwork
-from patchcl_qupath.slides.stains import StainScale
+from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.training import patchcl
 from patchcl_qupath.training.contrast import (
     MEASURES,
@@ -48,7 +48,7 @@ def config(**changes):
 
 def learn(settings, images=None, report=None):
     images = [tissue(seed)[0] for seed in range(3)] if images is None else images
-    return patchcl.train(images, [StainScale.fit(images)] * len(images), settings, report)
+    return patchcl.train(images, [StainNormaliser.fit(images)] * len(images), settings, report)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +67,7 @@ def model():
 
 def test_nuclei_are_found_without_labels(model):
     rgb, nuclei = tissue(seed=9)
-    found = confidence(model, rgb, StainScale.fit([rgb])).nucleus > model.threshold
+    found = confidence(model, rgb, StainNormaliser.fit([rgb])).nucleus > model.threshold
     for half in (np.s_[:, :80], np.s_[:, 80:]):  # on pink, and on purple
         both = np.count_nonzero(found[half] & nuclei[half])
         assert 2 * both / (found[half].sum() + nuclei[half].sum()) > 0.9
@@ -93,7 +93,7 @@ def test_log_tells_what_happened(model):
 
 def test_typical_confidence_is_neither_all_nor_nothing(model):
     rgb, _ = tissue(seed=9)
-    values = confidence(model, rgb, StainScale.fit([rgb])).nucleus
+    values = confidence(model, rgb, StainNormaliser.fit([rgb])).nucleus
     assert 0.7 < np.median(np.maximum(values, 1 - values)) < 0.95
 
 

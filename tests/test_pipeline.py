@@ -27,11 +27,11 @@ from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import confidence
 from patchcl_qupath.project import NewImage, init_project, open_project
-from patchcl_qupath.segmentation.uncertainty import entropy, fields, step_px
+from patchcl_qupath.segmentation.uncertainty import fields_of_view, predictive_entropy, step_px
 from patchcl_qupath.slides.prepare import prepare
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.stains import densities
-from patchcl_qupath.storage.parquet import read_nuclei, read_survey
+from patchcl_qupath.storage.parquet import read_nuclei, read_uncertainty_grid
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 
@@ -54,7 +54,7 @@ def segment(folder, model, client, progress=silent, engine="auto", **slide_setti
     run = pipeline.Run(project, model, config, client, progress)
     (result,) = run.images(project.images())
     assert result.problem is None
-    assert not result.holes
+    assert not result.failed_tiles
     return result, read_nuclei(Path(result.results) / "nuclei.parquet")
 
 
@@ -73,7 +73,7 @@ def whole(model, client, tmp_path_factory):
     copy_sample(folder)
     result, nuclei = segment(folder, model, client, tile_px=10_000)
     assert result.tiles == 1
-    return nuclei, read_survey(folder / "patchcl" / "surveys" / "1.parquet")
+    return nuclei, read_uncertainty_grid(folder / "patchcl" / "surveys" / "1.parquet")
 
 
 @pytest.fixture(scope="session")
@@ -88,21 +88,21 @@ def test_tiled_equals_untiled(model, client, project_folder, whole, tile_px):
     assert result.tiles > 4
     assert len(nuclei) == len(untiled) > 1000
     assert matched(nuclei.polygons, untiled.polygons, iou=0.99) == len(untiled)
-    survey = read_survey(project_folder / "patchcl" / "surveys" / "1.parquet")
+    uncertainty = read_uncertainty_grid(project_folder / "patchcl" / "surveys" / "1.parquet")
     for name in ("rows", "cols", "points", "doubt", "nuclei"):
-        np.testing.assert_array_equal(getattr(survey, name), getattr(seen, name), name)
+        np.testing.assert_array_equal(getattr(uncertainty, name), getattr(seen, name), name)
 
 
 def test_the_survey_says_where_tissue_nuclei_and_doubts_are(model, client, project_folder, whole):
-    nuclei, survey = whole
-    assert survey.nuclei.sum() == len(nuclei)
+    nuclei, uncertainty = whole
+    assert uncertainty.nuclei.sum() == len(nuclei)
     result, _ = segment(project_folder, model, client)
-    mm2 = survey.points.sum() * (step_px(0.5) * 0.0005) ** 2
+    mm2 = uncertainty.points.sum() * (step_px(0.5) * 0.0005) ** 2
     assert mm2 == pytest.approx(result.tissue_mm2, rel=0.02)
 
     (entry,) = open_project(SAMPLE).images()
     image = prepare(entry, QUICK)
-    found = fields(survey)
+    found = fields_of_view(uncertainty)
     assert found.size == pytest.approx((512, 512), rel=0.02)
     fullest = np.argmax(found.nuclei)
     x, y = found.x[fullest], found.y[fullest]
@@ -110,13 +110,13 @@ def test_the_survey_says_where_tissue_nuclei_and_doubts_are(model, client, proje
     assert found.nuclei[fullest] == pytest.approx(
         shapely.contains(box, shapely.centroid(nuclei.polygons)).sum(), rel=0.02
     )
-    scale = image.slide.downsample
-    row, col = round(y / scale[1]), round(x / scale[0])
+    normaliser = image.slide.downsample
+    row, col = round(y / normaliser[1]), round(x / normaliser[0])
     shape = image.slide.shape
     square = Box(row, col, min(row + 512, shape[0]), min(col + 512, shape[1]))
     outer = square.grow(128, shape)
-    p = confidence(model, image.slide.read(outer), image.scale).nucleus[square.within(outer)]
-    assert found.doubt[fullest] == pytest.approx(entropy(p).mean() / 1000, rel=0.1)
+    p = confidence(model, image.slide.read(outer), image.normaliser).nucleus[square.within(outer)]
+    assert found.entropy[fullest] == pytest.approx(predictive_entropy(p).mean() / 1000, rel=0.1)
 
 
 def test_engines_find_the_same_nuclei(model, client, project_folder, untiled):
@@ -128,8 +128,8 @@ def test_engines_find_the_same_nuclei(model, client, project_folder, untiled):
     (entry,) = open_project(SAMPLE).images()
     image = prepare(entry, QUICK)
     rgb = image.slide.read(Box(400, 400, 1200, 1200))
-    exact = confidence(model, rgb, image.scale, "torch")
-    found = confidence(model, rgb, image.scale, engines.choose("openvino"))
+    exact = confidence(model, rgb, image.normaliser, "torch")
+    found = confidence(model, rgb, image.normaliser, engines.choose("openvino"))
     assert np.abs(found.nucleus - exact.nucleus).max() < 0.02 + 1 / 255
     assert np.abs(found.core - exact.core).max() < 0.02 + 1 / 255
 
@@ -213,8 +213,8 @@ def test_tiles_of_another_slide_are_not_taken_over(model, client, project_folder
     os.utime(slide, ns=(1, 1))
     second, _ = segment(project_folder, model, client)
     third, _ = segment(project_folder, model, client)
-    assert (first.tiles_taken_over, second.tiles_taken_over) == (0, 0)
-    assert third.tiles_taken_over == third.tiles
+    assert (first.tiles_resumed, second.tiles_resumed) == (0, 0)
+    assert third.tiles_resumed == third.tiles
 
 
 def test_nuclei_lie_on_dark_blue_structures(untiled):

@@ -136,7 +136,7 @@ def segment(
     project = open_project(folder, "files")
     config = replace(QUICK, slide=replace(QUICK.slide, tile_px=300))
     (result,) = pipeline.Run(project, model, config, workers, progress).images(project.images())
-    assert (result.problem, result.holes) == (None, ())
+    assert (result.problem, result.failed_tiles) == (None, ())
     assert result.tiles > 30
     return [*read_nuclei(Path(result.results) / "nuclei.parquet").uuids]
 
@@ -200,7 +200,7 @@ def test_jobs_that_end_before_their_workers_come_say_why(queue: Queue) -> None:
     with (
         queue.change(python="/no/python"),
         pytest.raises(ConfigError, match=r"end before their workers come.* /no/python: No such"),
-        open_workers(2, cluster=queue.kind, tell=told.append),
+        open_workers(2, cluster=queue.kind, notify=told.append),
     ):
         pass
     assert len([what for what in told if "ended before its worker came" in what]) == 6
@@ -217,6 +217,6 @@ def test_what_a_job_waits_for_is_told(queue: Queue) -> None:
     with (
         queue.change(**{"job-extra-directives": [KINDS[queue.kind].hold]}),
         pytest.raises(Told, match=held),
-        open_workers(2, cluster=queue.kind, tell=hear),
+        open_workers(2, cluster=queue.kind, notify=hear),
     ):
         pass

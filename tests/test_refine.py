@@ -24,7 +24,7 @@ from patchcl_qupath.models.network import ConfidenceNetwork
 from patchcl_qupath.project import open_project
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.prepare import prepare
-from patchcl_qupath.slides.stains import StainScale
+from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.training import cdcl, selftrain
 from patchcl_qupath.training.supervision import targets
 
@@ -54,7 +54,7 @@ def test_contrast_of_a_case_worked_by_hand():
     points = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [0, 1], [1, 1]]), dim=1)
     taught = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1], [0.2, 1], [1, 1]]), dim=1)
     share = torch.tensor([1.0, 0.0, 0.5])
-    bank = cdcl.Bank(CONFIG)
+    bank = cdcl.MemoryBank(CONFIG)
     assert cdcl.contrast(points, taught, share, bank, CONFIG).item() == 0  # nothing to differ from
     torch.testing.assert_close(bank.points(True), taught[:1])
     torch.testing.assert_close(bank.points(False), taught[1:2])
@@ -70,7 +70,7 @@ def test_contrast_of_a_case_worked_by_hand():
 
 
 def test_bank_forgets_the_oldest():
-    bank = cdcl.Bank(replace(CONFIG, bank_steps=2, bank_patches=3))
+    bank = cdcl.MemoryBank(replace(CONFIG, bank_steps=2, bank_patches=3))
     for step in range(4):
         bank.add(torch.full((5, 2), float(step)), is_nucleus=True)
     bank.add(torch.zeros(0, 2), is_nucleus=True)
@@ -94,25 +94,28 @@ def test_patches_are_unit_vectors_in_the_order_of_their_shares():
 
 def test_corrections_teach_what_pseudo_labels_do_not_know():
     """In truth nuclei are the large discs alone; the model that it begins with takes small ones."""
-    images, truths = nuclei_images(6)
-    scale = StainScale.fit(images)
+    images, ground_truths = nuclei_images(6)
+    normaliser = StainNormaliser.fit(images)
     large = []
-    for truth in truths:
-        area = np.bincount(truth.ravel())
+    for ground_truth in ground_truths:
+        area = np.bincount(ground_truth.ravel())
         keep = area >= np.median(area[1:])
         keep[0] = False
-        large.append(np.where(keep[truth], truth, 0).astype(np.int32))
+        large.append(np.where(keep[ground_truth], ground_truth, 0).astype(np.int32))
     config = replace(
         Config(),
         selftrain=replace(Config().selftrain, steps=120, widths=(8, 12, 16)),
         cdcl=replace(CONFIG, steps=80, learning_rate=3e-3, pseudo_weight=0.0),
     )
-    lessons = [(scale.apply(i), targets(t, t == 0)) for i, t in zip(images, truths, strict=True)]
-    network, _ = selftrain.teach(lessons[:4], config.selftrain, 0, lambda *_: None)
+    training_samples = [
+        (normaliser.apply(i), targets(t, t == 0))
+        for i, t in zip(images, ground_truths, strict=True)
+    ]
+    network, _ = selftrain.teach(training_samples[:4], config.selftrain, 0, lambda *_: None)
     start = Model(network, config, 0, False, 0.5, {"loss": [1.0]})
-    corrected = [(scale.apply(images[0]), targets(large[0], large[0] == 0))]
+    corrected = [(normaliser.apply(images[0]), targets(large[0], large[0] == 0))]
     said = []
-    refined = cdcl.refine(start, corrected, lessons[1:4], lambda *step: said.append(step))
+    refined = cdcl.refine(start, corrected, training_samples[1:4], lambda *step: said.append(step))
     assert said[-1] == ("learning from corrections", 80, 80)
     assert refined.training["refined_from"] == start.digest != refined.digest
     last = refined.training["cdcl"][-1]
@@ -120,12 +123,12 @@ def test_corrections_teach_what_pseudo_labels_do_not_know():
     assert all(math.isfinite(value) for value in last.values())
 
     def score(model):
-        found = confidence(model, images[5], scale)
+        found = confidence(model, images[5], normaliser)
         labels = instances(found.nucleus, 0.5, config.segment, 0.5, found.core)
         return aji(labels, large[5])
 
     assert score(refined) > score(start)
-    again = cdcl.refine(start, corrected, lessons[1:4], lambda *step: None)
+    again = cdcl.refine(start, corrected, training_samples[1:4], lambda *step: None)
     assert again.digest == refined.digest
 
 
@@ -145,7 +148,7 @@ def prepared():
 def test_a_field_knows_all_its_pixels_and_no_other():
     triangle = shapely.Polygon([(1000, 1000), (1600, 1000), (1000, 1600)])
     corrections = Corrections((FIELD, triangle), (INSIDE, ACROSS, OUTSIDE))
-    (stains, target), (_, other) = fields.lessons(prepared(), corrections)
+    (stains, target), (_, other) = fields.training_samples(prepared(), corrections)
     nucleus, core, known = np.moveaxis(target, -1, 0)
     assert stains.shape == target.shape == (500, 500, 3)  # 0.499 um/px is read as it is
     assert known.all()
@@ -162,7 +165,7 @@ def test_a_field_knows_all_its_pixels_and_no_other():
 @pytest.mark.parametrize("field", [shapely.box(400, 500, 420, 900), shapely.box(-90, 0, -10, 90)])
 def test_a_field_that_is_too_small_or_outside_is_refused(field):
     with pytest.raises(ImageError, match="less than 16 um wide, or outside the image"):
-        fields.lessons(prepared(), Corrections((field,), (INSIDE,)))
+        fields.training_samples(prepared(), Corrections((field,), (INSIDE,)))
 
 
 @pytest.mark.parametrize(

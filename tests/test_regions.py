@@ -163,10 +163,10 @@ def test_pixels_of_a_region() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.5, 20])
-def test_area_of_tissue_in_a_region(scale: float) -> None:
+def test_area_of_tissue_in_a_region(normaliser: float) -> None:
     tissue = np.zeros((300, 200), dtype=bool)
     tissue[:, :100] = True
-    region = shapely.Point(1600, 1000).buffer(30 * scale)  # half of it on tissue of 1600 px
+    region = shapely.Point(1600, 1000).buffer(30 * normaliser)  # half of it on tissue of 1600 px
     assert tissue_area_px(tissue, 16, region) == pytest.approx(region.area / 2, rel=0.02)
     assert tissue_area_px(tissue, 16, None) == 300 * 100 * 256
 
@@ -191,7 +191,7 @@ def test_nuclei_of_a_region_are_those_of_the_whole_image(
     results = []
     for tile_px in (10_000, 300):
         result, nuclei = segment(folder, model, client, "Tumor", "Stroma", tile_px=tile_px)
-        assert result.tiles_taken_over == 0
+        assert result.tiles_resumed == 0
         results.append(nuclei)
         assert 0.1 < result.tissue_mm2 < (TUMOR | STROMA).area * 0.499e-3**2 < whole.tissue_mm2
     assert len(results[0]) > 200
@@ -207,10 +207,10 @@ def test_nuclei_of_a_region_are_those_of_the_whole_image(
     assert 0 < found.sum() < len(everything) == whole.nuclei
 
     again, _ = segment(folder, model, client, "Tumor", "Stroma", tile_px=300)
-    assert again.tiles_taken_over == again.tiles > 1
+    assert again.tiles_resumed == again.tiles > 1
     export(folder, feature(SMALL, "Tumor"), feature(STROMA, "Stroma"))
     moved, fewer = segment(folder, model, client, "Tumor", "Stroma", tile_px=300)
-    assert moved.tiles_taken_over == 0
+    assert moved.tiles_resumed == 0
     assert 0 < len(fewer) < len(results[0])
 
 

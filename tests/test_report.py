@@ -17,7 +17,7 @@ from PIL import Image
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import Box
 from patchcl_qupath.project import NewImage, init_project, open_project
-from patchcl_qupath.report.figures import OUTLINE_UNITS
+from patchcl_qupath.report.figures import CONTOUR_UNITS
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.parquet import read_nuclei
 
@@ -117,7 +117,7 @@ def test_fields_show_what_is_there(project):
         touching = nuclei.polygons[shapely.intersects(box, nuclei.polygons)]
         assert len(field["outlines"]) == len(touching)
         drawn = [
-            shapely.Polygon(np.reshape(o, (-1, 2)) / OUTLINE_UNITS + (x, y))
+            shapely.Polygon(np.reshape(o, (-1, 2)) / CONTOUR_UNITS + (x, y))
             for o in field["outlines"]
         ]
         assert shapely.area(drawn).sum() == pytest.approx(shapely.area(touching).sum(), rel=0.05)

@@ -18,7 +18,7 @@ from PIL import Image
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import ImageEntry, Nuclei
-from patchcl_qupath.evaluation.ground_truth import read_truth
+from patchcl_qupath.evaluation.ground_truth import read_ground_truth
 from patchcl_qupath.project import open_project
 
 WIDTH, HEIGHT = 60, 40
@@ -82,7 +82,7 @@ def found(folder: Path, image: int, polygons: Any, **about: Any) -> Path:
 
 
 @pytest.fixture
-def truth(tmp_path: Path) -> Path:
+def ground_truth(tmp_path: Path) -> Path:
     folder = tmp_path / "truth"
     folder.mkdir()
     return folder
@@ -104,9 +104,9 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_truth_of_every_kind_is_read(project: Path, truth: Path, name: str) -> None:
-    WRITERS[name](truth / name)
-    result = call("score", project, "--truth", truth, "--json")
+def test_truth_of_every_kind_is_read(project: Path, ground_truth: Path, name: str) -> None:
+    WRITERS[name](ground_truth / name)
+    result = call("score", project, "--truth", ground_truth, "--json")
     assert result.exit_code == 0, result.output
     outcome = json.loads(result.stdout)
     (image,) = outcome["images"]
@@ -125,11 +125,11 @@ def test_one_geojson_is_the_truth_of_one_image(project: Path, tmp_path: Path) ->
     assert json.loads(result.stdout)["mean"] == pytest.approx(PERFECT)
 
 
-def test_the_table_has_images_and_their_mean(project: Path, truth: Path) -> None:
+def test_the_table_has_images_and_their_mean(project: Path, ground_truth: Path) -> None:
     found(project, 1, NUCLEI[:1])
-    write_geojson(truth / "a.geojson")
-    write_geojson(truth / "b.geojson")
-    result = call("score", project, "--truth", truth)
+    write_geojson(ground_truth / "a.geojson")
+    write_geojson(ground_truth / "b.geojson")
+    result = call("score", project, "--truth", ground_truth)
     assert result.exit_code == 0
     rows = [line.split() for line in result.stdout.splitlines() if "│" in line]
     figures = {row[1]: [cell for cell in row[2:] if cell != "│"] for row in rows}
@@ -139,23 +139,23 @@ def test_the_table_has_images_and_their_mean(project: Path, truth: Path) -> None
     assert figures["mean"] == ["0.736", "0.655", "0.750", "0.750"]
 
 
-def test_images_that_fail_do_not_stop_the_others(project: Path, truth: Path) -> None:
-    write_geojson(truth / "a.geojson")
-    write_geojson(truth / "b.geojson")
-    result = call("score", project, "--truth", truth)
+def test_images_that_fail_do_not_stop_the_others(project: Path, ground_truth: Path) -> None:
+    write_geojson(ground_truth / "a.geojson")
+    write_geojson(ground_truth / "b.geojson")
+    result = call("score", project, "--truth", ground_truth)
     assert result.exit_code == 1
     assert "Failed: b.svs has no nuclei to score: find them with `patchcl-qp run`" in result.output
     assert "1.000" in result.output
     call("remove", project, "--backend", "files")
-    removed = call("score", project, "--truth", truth)
+    removed = call("score", project, "--truth", ground_truth)
     assert "a.svs has no nuclei to score" in removed.output
     assert "mean" not in removed.output
 
 
-def test_damaged_results_say_so(project: Path, truth: Path) -> None:
-    write_geojson(truth / "a.geojson")
+def test_damaged_results_say_so(project: Path, ground_truth: Path) -> None:
+    write_geojson(ground_truth / "a.geojson")
     (project / "patchcl" / "results" / "1" / "nuclei.parquet").write_bytes(b"PAR1")
-    result = call("score", project, "--truth", truth)
+    result = call("score", project, "--truth", ground_truth)
     assert result.exit_code == 1
     assert "cannot be read: do `patchcl-qp run` again" in result.output
 
@@ -187,10 +187,10 @@ def wrong(name: str, pixels: Any) -> tuple[str, Callable[[Path], object]]:
     ],
 )
 def test_truth_that_cannot_be_used(
-    project: Path, truth: Path, name: str, write: Callable[[Path], object], words: str
+    project: Path, ground_truth: Path, name: str, write: Callable[[Path], object], words: str
 ) -> None:
-    write(truth / name)
-    result = call("score", project, "--truth", truth)
+    write(ground_truth / name)
+    result = call("score", project, "--truth", ground_truth)
     assert result.exit_code == 1
     assert words in result.output
     assert "Traceback" not in result.output
@@ -206,20 +206,20 @@ def test_truth_that_is_not_there(project: Path, tmp_path: Path) -> None:
     assert "project.qpproj cannot be the truth: give a file that ends in" in other.output
 
 
-def test_two_truths_of_one_image_are_refused(project: Path, truth: Path) -> None:
-    write_geojson(truth / "a.geojson")
-    np.save(truth / "a.npy", LABELS)
-    result = call("score", project, "--truth", truth)
+def test_two_truths_of_one_image_are_refused(project: Path, ground_truth: Path) -> None:
+    write_geojson(ground_truth / "a.geojson")
+    np.save(ground_truth / "a.npy", LABELS)
+    result = call("score", project, "--truth", ground_truth)
     assert "a.svs has several files of truth (a.geojson, a.npy): leave one" in result.output
-    np.save(truth / "a.svs.npy", LABELS)  # the whole name goes before the stem
-    assert call("score", project, "--truth", truth).exit_code == 0
+    np.save(ground_truth / "a.svs.npy", LABELS)  # the whole name goes before the stem
+    assert call("score", project, "--truth", ground_truth).exit_code == 0
 
 
-def test_a_cell_is_its_nucleus_and_areas_are_made_valid(truth: Path) -> None:
+def test_a_cell_is_its_nucleus_and_areas_are_made_valid(ground_truth: Path) -> None:
     small = json.loads(shapely.to_geojson(shapely.box(2, 2, 4, 4)))
     crossed = shapely.Polygon([(20, 0), (30, 10), (30, 0), (20, 10)])
     flat = shapely.Polygon([(0, 0), (5, 5), (9, 9)])
-    path = truth / "a.geojson"
+    path = ground_truth / "a.geojson"
     items = [
         feature(shapely.box(0, 0, 9, 9), nucleusGeometry=small),
         feature(crossed),
@@ -228,27 +228,29 @@ def test_a_cell_is_its_nucleus_and_areas_are_made_valid(truth: Path) -> None:
         {"type": "Feature", "geometry": None, "properties": {}},
     ]
     path.write_text(json.dumps(items))
-    polygons = read_truth([path], ENTRY).polygons
+    polygons = read_ground_truth([path], ENTRY).polygons
     assert shapely.is_valid(polygons).all()
     np.testing.assert_allclose(shapely.area(polygons), [4, 50])
     path.write_text(json.dumps(items[0]))
-    assert read_truth([path], ENTRY).polygons[0].equals(shapely.box(2, 2, 4, 4))
+    assert read_ground_truth([path], ENTRY).polygons[0].equals(shapely.box(2, 2, 4, 4))
     path.write_text("[]")
-    assert not len(read_truth([path], ENTRY).polygons)
+    assert not len(read_ground_truth([path], ENTRY).polygons)
 
 
-def test_regions_in_the_truth_are_no_nuclei(project: Path, truth: Path) -> None:
-    write_geojson(truth / "a.geojson", [shapely.box(0, 0, 60, 40), *NUCLEI])
-    (image,) = json.loads(call("score", project, "--truth", truth, "--json").stdout)["images"]
+def test_regions_in_the_truth_are_no_nuclei(project: Path, ground_truth: Path) -> None:
+    write_geojson(ground_truth / "a.geojson", [shapely.box(0, 0, 60, 40), *NUCLEI])
+    (image,) = json.loads(call("score", project, "--truth", ground_truth, "--json").stdout)[
+        "images"
+    ]
     assert image["scores"] == pytest.approx(PERFECT)
     assert image["note"].endswith("hold several others, as regions do: 1")
 
 
-def test_a_run_within_regions_is_scored_within_them(project: Path, truth: Path) -> None:
+def test_a_run_within_regions_is_scored_within_them(project: Path, ground_truth: Path) -> None:
     left = json.loads(shapely.to_geojson(shapely.box(0, 0, 30, 40)))
     found(project, 0, NUCLEI[:2], regions=[{"geometry": left, "tissue_mm2": 0.1}])
-    write_geojson(truth / "a.geojson")
-    result = call("score", project, "--truth", truth, "--json")
+    write_geojson(ground_truth / "a.geojson")
+    result = call("score", project, "--truth", ground_truth, "--json")
     (image,) = json.loads(result.stdout)["images"]
     assert (image["true_nuclei"], image["scores"]) == (2, pytest.approx(PERFECT))
     assert image["note"] == "only inside the regions that the run kept to"
@@ -256,10 +258,14 @@ def test_a_run_within_regions_is_scored_within_them(project: Path, truth: Path) 
 
 def test_what_qupath_exported_is_read(shared_data: Path) -> None:
     cells = shared_data / "geojson" / "CosciaLab__demo_Qupath_project_Single_cells.geojson"
-    truth = read_truth([cells], ENTRY)
-    assert len(truth.polygons) == 121 + 7 - 1  # cells and annotations, but for the one round all
-    assert truth.note is not None
-    (region,) = read_truth([shared_data / "geojson" / "qupath__polygon.geojson"], ENTRY).polygons
+    ground_truth = read_ground_truth([cells], ENTRY)
+    assert (
+        len(ground_truth.polygons) == 121 + 7 - 1
+    )  # cells and annotations, but for the one round all
+    assert ground_truth.note is not None
+    (region,) = read_ground_truth(
+        [shared_data / "geojson" / "qupath__polygon.geojson"], ENTRY
+    ).polygons
     assert region.geom_type == "MultiPolygon"
 
 
@@ -268,11 +274,13 @@ def test_labels_of_real_nuclei_are_read_to_the_pixel(shared_data: Path) -> None:
     labels = np.asarray(Image.open(path))
     entry = ImageEntry("1", path.name, path, size=(labels.shape[1] // 2, labels.shape[0] // 2))
     _, count = np.unique(labels[labels > 0], return_counts=True)
-    np.testing.assert_array_equal(shapely.area(read_truth([path], entry).polygons), count / 4)
+    np.testing.assert_array_equal(
+        shapely.area(read_ground_truth([path], entry).polygons), count / 4
+    )
 
 
 def test_the_size_is_the_files_where_qupath_saved_none(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     np.save(tmp_path / "a.npy", LABELS)
     entry = ImageEntry("1", "a.png", tmp_path / "a.png")
-    assert len(read_truth([tmp_path / "a.npy"], entry).polygons) == 3
+    assert len(read_ground_truth([tmp_path / "a.npy"], entry).polygons) == 3

@@ -15,12 +15,12 @@ from patchcl_qupath.evaluation.metrics import f1
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork
 from patchcl_qupath.segmentation.instances import instances
-from patchcl_qupath.slides.stains import StainScale
+from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.training import pseudo_labels as pseudo
 from patchcl_qupath.training import selftrain
 from patchcl_qupath.training import supervision as teaching
 from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
-from patchcl_qupath.training.supervision import draw, targets, teaching_loss
+from patchcl_qupath.training.supervision import bce_dice_loss, draw, targets
 
 MPP = 0.5
 CONFIG = SelfTrainConfig()
@@ -41,33 +41,33 @@ def tissue(labels, depth=1.0):
     hematoxylin = 0.2 + depth * np.where(labels > 0, 0.5 + 0.05 * np.minimum(inside, 6), 0)
     hematoxylin = ndimage.gaussian_filter(hematoxylin, 0.7)
     stains = np.stack([hematoxylin, 0.4 + 0 * hematoxylin, 0 * hematoxylin], axis=-1)
-    opinion = np.where(hematoxylin > 0.45, 0.95, 0.05)
-    return stains.astype(np.float32), opinion.astype(np.float32)
+    prediction = np.where(hematoxylin > 0.45, 0.95, 0.05)
+    return stains.astype(np.float32), prediction.astype(np.float32)
 
 
-def find(stains, opinion, config=CONFIG, glass=None):
+def find(stains, prediction, config=CONFIG, glass=None):
     """Pseudo-labels of a slide of one crop, all tissue unless ``glass`` says otherwise."""
-    glass = np.zeros(opinion.shape, bool) if glass is None else glass
-    ((labels, background),) = pseudo_labels([stains], [glass], [opinion], MPP, config)
+    glass = np.zeros(prediction.shape, bool) if glass is None else glass
+    ((labels, background),) = pseudo_labels([stains], [glass], [prediction], MPP, config)
     return labels, background
 
 
 def test_clear_nuclei_are_labelled_and_the_rest_is_background():
-    truth = discs((120, 160), [(30, 30, 8), (60, 100, 10), (95, 50, 6), (25, 120, 9)])
-    labels, background = find(*tissue(truth))
-    assert f1(labels, truth) == 1
-    assert not (background & (truth > 0)).any()
-    assert background[truth == 0].mean() > 0.9
+    ground_truth = discs((120, 160), [(30, 30, 8), (60, 100, 10), (95, 50, 6), (25, 120, 9)])
+    labels, background = find(*tissue(ground_truth))
+    assert f1(labels, ground_truth) == 1
+    assert not (background & (ground_truth > 0)).any()
+    assert background[ground_truth == 0].mean() > 0.9
 
 
 def test_a_clump_falls_into_its_nuclei_and_a_strand_is_left_in_doubt():
     places = [(30, 30), (30, 47), (47, 47), (64, 47)]
-    truth = discs((100, 160), [(row, col, 8) for row, col in places])
-    strand = np.zeros(truth.shape, bool)
+    ground_truth = discs((100, 160), [(row, col, 8) for row, col in places])
+    strand = np.zeros(ground_truth.shape, bool)
     rows, cols = np.mgrid[:100, :160]
     strand[np.abs(np.hypot(rows - 50, cols - 120) - 22) < 3] = True  # a ring, as of a follicle
-    stains, opinion = tissue(np.where(strand, 9, truth).astype(np.int32))
-    labels, background = find(stains, opinion)
+    stains, prediction = tissue(np.where(strand, 9, ground_truth).astype(np.int32))
+    labels, background = find(stains, prediction)
     assert len({int(labels[place]) for place in places} - {0}) == 4
     assert not (labels > 0)[strand].any()
     assert not background[ndimage.binary_erosion(strand)].any()
@@ -75,44 +75,46 @@ def test_a_clump_falls_into_its_nuclei_and_a_strand_is_left_in_doubt():
 
 def test_a_dark_clump_that_falls_into_no_nuclei_is_shown_as_none():
     """Keratin, ink, a fold: an evenly dark band, with a nucleus beside it."""
-    truth = discs((120, 200), [(20, 40, 8), (100, 150, 8)])
-    band = np.zeros(truth.shape, bool)
+    ground_truth = discs((120, 200), [(20, 40, 8), (100, 150, 8)])
+    band = np.zeros(ground_truth.shape, bool)
     rows, cols = np.mgrid[:120, :200]
     band[np.abs(rows - 60 - 10 * np.sin(cols / 9)) < 9] = True
-    stains, opinion = tissue(np.where(band, 9, truth).astype(np.int32))
-    labels, background = find(stains, opinion)
-    assert sorted(np.unique(labels[truth > 0]).tolist()) in ([0, 1, 2], [1, 2])
+    stains, prediction = tissue(np.where(band, 9, ground_truth).astype(np.int32))
+    labels, background = find(stains, prediction)
+    assert sorted(np.unique(labels[ground_truth > 0]).tolist()) in ([0, 1, 2], [1, 2])
     assert labels.max() == 2
     assert background[ndimage.binary_erosion(band, iterations=2)].all()
-    _, background = find(stains, opinion, replace(CONFIG, min_covered=0.0))
+    _, background = find(stains, prediction, replace(CONFIG, min_covered=0.0))
     assert not background[ndimage.binary_erosion(band, iterations=2)].any()
 
 
 def test_a_strand_on_glass_is_shown_as_none():
     """Keratin: a dark strand with knots that look like nuclei, beside nuclei in tissue."""
-    truth = discs((140, 220), [(20, 40, 9), (120, 150, 9), (25, 170, 8)])
+    ground_truth = discs((140, 220), [(20, 40, 9), (120, 150, 9), (25, 170, 8)])
     rows, cols = np.mgrid[:140, :220]
     course = 70 + 16 * np.sin(cols / 16)
     strand = (np.abs(rows - course) < 3.5) & (cols > 5) & (cols < 215)
     knots = [(float(course[0, col]), float(col), 3.2) for col in range(12, 212, 24)]
-    stains, opinion = tissue(np.where(strand, 9, truth).astype(np.int32))
-    stains[..., 0] += 0.4 * ndimage.gaussian_filter((discs(truth.shape, knots) > 0) * 1.0, 0.7)
+    stains, prediction = tissue(np.where(strand, 9, ground_truth).astype(np.int32))
+    stains[..., 0] += 0.4 * ndimage.gaussian_filter(
+        (discs(ground_truth.shape, knots) > 0) * 1.0, 0.7
+    )
     glass = ~strand & (np.abs(rows - course) < 15)
-    labels, background = find(stains, opinion, glass=glass)
+    labels, background = find(stains, prediction, glass=glass)
     assert labels.max() == 3
     assert background[strand].mean() > 0.95
-    _, background = find(stains, opinion)  # in tissue: perhaps a row of spindle nuclei
+    _, background = find(stains, prediction)  # in tissue: perhaps a row of spindle nuclei
     assert background[strand].mean() < 0.05
 
 
 def test_nuclei_on_glass_stay_nuclei():
     """A strand of cells, as in a smear: it falls into nuclei."""
     places = [(60 + 6 * (i % 2), 15 + 17 * i, 8) for i in range(11)]
-    truth = discs((120, 210), places)
-    stains, opinion = tissue(truth)
-    labels, background = find(stains, opinion, glass=truth == 0)
+    ground_truth = discs((120, 210), places)
+    stains, prediction = tissue(ground_truth)
+    labels, background = find(stains, prediction, glass=ground_truth == 0)
     assert labels.max() == len(places)
-    assert not background[truth > 0].any()
+    assert not background[ground_truth > 0].any()
 
 
 def test_glass_is_where_light_passes():
@@ -124,43 +126,43 @@ def test_glass_is_where_light_passes():
 
 
 def test_what_patchcl_does_not_see_is_no_pseudo_label():
-    truth = discs((100, 100), [(50, 50, 9)])
-    stains, opinion = tissue(truth)
-    labels, background = find(stains, 0 * opinion)
+    ground_truth = discs((100, 100), [(50, 50, 9)])
+    stains, prediction = tissue(ground_truth)
+    labels, background = find(stains, 0 * prediction)
     assert labels.max() == 0
-    assert background[truth == 0].mean() > 0.9
+    assert background[ground_truth == 0].mean() > 0.9
     assert not background[
-        ndimage.binary_erosion(truth > 0)
+        ndimage.binary_erosion(ground_truth > 0)
     ].any()  # hematoxylin says otherwise: left in doubt
 
 
 def test_a_crop_without_nuclei_finds_none_beside_those_with():
     """Alone, each crop would find its own darkest spots."""
-    truth = discs((120, 160), [(30, 30, 8), (60, 100, 10), (95, 50, 6), (25, 120, 9)])
-    stains, opinion = tissue(truth)
+    ground_truth = discs((120, 160), [(30, 30, 8), (60, 100, 10), (95, 50, 6), (25, 120, 9)])
+    stains, prediction = tissue(ground_truth)
     spots = stains * 0.3  # pale spots of the same shape: of stroma, say
-    sure = np.ones(truth.shape, np.float32)
-    no_glass = np.zeros(truth.shape, bool)
-    both = pseudo_labels([stains, spots], [no_glass] * 2, [opinion, sure], MPP, CONFIG)
+    sure = np.ones(ground_truth.shape, np.float32)
+    no_glass = np.zeros(ground_truth.shape, bool)
+    both = pseudo_labels([stains, spots], [no_glass] * 2, [prediction, sure], MPP, CONFIG)
     assert both[0][0].max() == 4
     assert both[1][0].max() == 0
     assert both[1][1].mean() > 0.95
 
 
 def test_fragments_are_left_in_doubt():
-    truth = discs((120, 160), [(30, 30, 12), (60, 100, 12), (95, 50, 12), (25, 120, 3)])
-    labels, background = find(*tissue(truth))
+    ground_truth = discs((120, 160), [(30, 30, 12), (60, 100, 12), (95, 50, 12), (25, 120, 3)])
+    labels, background = find(*tissue(ground_truth))
     assert labels.max() == 3
-    assert not background[truth == 4].any()
-    labels, _ = find(*tissue(truth), replace(CONFIG, min_fragment=0.0))
+    assert not background[ground_truth == 4].any()
+    labels, _ = find(*tissue(ground_truth), replace(CONFIG, min_fragment=0.0))
     assert labels.max() == 4
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (3, 3)])
 def test_blank_crops_have_none(shape):
     stains = np.full((*shape, 3), 0.3, np.float32)
-    for opinion in (0.0, 1.0):
-        labels, _ = find(stains, np.full(shape, opinion, np.float32))
+    for prediction in (0.0, 1.0):
+        labels, _ = find(stains, np.full(shape, prediction, np.float32))
         assert labels.max() == 0
 
 
@@ -186,10 +188,10 @@ def test_loss_knows_what_is_right_and_does_not_ask_where_nothing_is_known():
     right = (target[:, :2] * 2 - 1) * 20
     wrong_where_unknown = right.clone()
     wrong_where_unknown[..., 4:] *= -1
-    assert teaching_loss(right, target) < 0.1
-    assert teaching_loss(wrong_where_unknown, target) == teaching_loss(right, target)
-    assert teaching_loss(-right, target) > 10
-    assert teaching_loss(right, 0 * target).isfinite()
+    assert bce_dice_loss(right, target) < 0.1
+    assert bce_dice_loss(wrong_where_unknown, target) == bce_dice_loss(right, target)
+    assert bce_dice_loss(-right, target) > 10
+    assert bce_dice_loss(right, 0 * target).isfinite()
 
 
 def test_layers_are_cut_alike():
@@ -200,7 +202,7 @@ def test_layers_are_cut_alike():
     assert set(np.unique(b)) == set(range(1200))
 
 
-class Opinion(ConfidenceNetwork):
+class Prediction(ConfidenceNetwork):
     """PatchCL as it might be: sure wherever there is some hematoxylin."""
 
     def __init__(self):
@@ -213,43 +215,43 @@ class Opinion(ConfidenceNetwork):
 def nuclei_images(n):
     """RGB images of purple discs on pink, and their truths."""
     rng = np.random.default_rng(5)
-    images, truths = [], []
+    images, ground_truths = [], []
     for _ in range(n):
         spots = rng.uniform([10, 10, 6], [150, 150, 10], (14, 3))
-        truth = discs((160, 160), spots)
+        ground_truth = discs((160, 160), spots)
         rgb = np.full((160, 160, 3), (225, 180, 205), float)
-        rgb[truth > 0] = (110, 70, 150)
+        rgb[ground_truth > 0] = (110, 70, 150)
         rgb = ndimage.gaussian_filter(rgb, (1, 1, 0)) + rng.normal(0, 4, rgb.shape)
         images.append(np.clip(rgb, 0, 255).astype(np.uint8))
-        truths.append(truth)
-    return images, truths
+        ground_truths.append(ground_truth)
+    return images, ground_truths
 
 
 def test_a_network_learns_from_what_patchcl_is_sure_of():
-    images, truths = nuclei_images(5)
-    scales = [StainScale.fit(images)] * 5
+    images, ground_truths = nuclei_images(5)
+    normalisers = [StainNormaliser.fit(images)] * 5
     quick = replace(CONFIG, steps=150, widths=(8, 12, 16))
-    teacher = Model(Opinion(), replace(Config(), selftrain=quick), 0, False, 0.5, {"steps": 1})
+    teacher = Model(Prediction(), replace(Config(), selftrain=quick), 0, False, 0.5, {"steps": 1})
     said = []
-    model = selftrain.train(images[:4], scales[:4], teacher, lambda *step: said.append(step))
+    model = selftrain.train(images[:4], normalisers[:4], teacher, lambda *step: said.append(step))
     assert said[-1] == ("learning to part nuclei", 150, 150)
     assert model.training["patchcl"] == {"steps": 1}
     assert len(model.training["loss"]) == 150
     assert model.training["loss"][-1] < model.training["loss"][0]
-    found = confidence(model, images[4], scales[4])  # never seen
+    found = confidence(model, images[4], normalisers[4])  # never seen
     labels = instances(found.nucleus, MPP, Config().segment, 0.5, found.core)
-    assert f1(labels, truths[4]) > 0.7
+    assert f1(labels, ground_truths[4]) > 0.7
 
-    again = selftrain.train(images[:4], scales[:4], teacher, lambda *step: None)
+    again = selftrain.train(images[:4], normalisers[:4], teacher, lambda *step: None)
     assert again.digest == model.digest
 
 
 def test_nothing_to_learn_from_is_said():
     blank = np.full((200, 200, 3), 240, np.uint8)
-    scale = StainScale.fit(nuclei_images(1)[0])
-    teacher = Model(Opinion(), Config(), 0, False, 0.5)
+    normaliser = StainNormaliser.fit(nuclei_images(1)[0])
+    teacher = Model(Prediction(), Config(), 0, False, 0.5)
     with pytest.raises(TrainingError, match="no clear nucleus was found"):
-        selftrain.train([blank], [scale], teacher, lambda *step: None)
+        selftrain.train([blank], [normaliser], teacher, lambda *step: None)
 
 
 @pytest.mark.parametrize("module", [selftrain, pseudo, teaching])

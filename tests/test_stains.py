@@ -84,28 +84,28 @@ def export(folder: Path, stains: StainVectors | None) -> Path:
     return file
 
 
-def stained(folder: Path) -> Any:
+def with_stains(folder: Path) -> Any:
     project = open_project(folder, backend="files")
-    return project.stained(project.images()[0])
+    return project.with_stains(project.images()[0])
 
 
 @pytest.mark.parametrize("stains", [OWN, THREE, H_DAB, None])
 def test_exported_stains_are_read(folder: Path, stains: StainVectors | None) -> None:
-    assert stained(folder).stains is None
+    assert with_stains(folder).stains is None
     export(folder, stains)
-    assert (stained(folder).stains, stained(folder).note) == (stains, None)
+    assert (with_stains(folder).stains, with_stains(folder).note) == (stains, None)
 
 
 def test_stains_may_be_older_than_the_image_and_its_type_alone_known(folder: Path) -> None:
     data = folder / "data" / "1"
     data.mkdir(parents=True)
     (data / "summary.json").write_text('{"imageType": "BRIGHTFIELD_H_DAB"}')
-    assert stained(folder).stains == H_DAB
+    assert with_stains(folder).stains == H_DAB
     export(folder, OWN)
     (data / "data.qpdata").touch()
     os.utime(data / "data.qpdata", ns=(2**62, 2**62))
-    assert stained(folder).stains == OWN
-    assert "stains were exported before it was last saved" in stained(folder).note
+    assert with_stains(folder).stains == OWN
+    assert "stains were exported before it was last saved" in with_stains(folder).note
 
 
 @pytest.mark.parametrize(
@@ -125,14 +125,14 @@ def test_stains_that_cannot_be_told_apart_are_refused(
 ) -> None:
     export(folder, replace(OWN, **changes))
     with pytest.raises(ImageError, match=rf"svs: {says}.*: double-click a stain in QuPath's Image"):
-        stained(folder)
+        with_stains(folder)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"stains": []}', '{"type": "", "stains": [1]}'])
 def test_a_damaged_export_is_said(folder: Path, content: str) -> None:
     export(folder, OWN).write_text(content)
     with pytest.raises(ImageError, match=r"1\.json is damaged: run groovy/export_regions"):
-        stained(folder)
+        with_stains(folder)
 
 
 def segment(project: Any, model: pipeline.Model, client: Any, config: Config) -> tuple[Any, Any]:
@@ -153,18 +153,18 @@ def test_a_run_measures_exported_stains_and_no_old_tiles(
     _, plain = measured()
     export(folder, OWN)
     result, own = measured()
-    assert result.tiles_taken_over == 0
+    assert result.tiles_resumed == 0
     assert result.note is None
     assert list(own.uuids) == list(plain.uuids)
     assert {"Haemalum: Mean", "Eosin Y: Max"} < set(own.measurements)
     assert "Hematoxylin: Mean" not in own.measurements
     about = json.loads((Path(result.results) / "result.json").read_text("utf-8"))
     assert tuple(about["stains"]["names"]) == OWN.names
-    assert measured()[0].tiles_taken_over == result.tiles
+    assert measured()[0].tiles_resumed == result.tiles
 
     export(folder, replace(OWN, background=(255.0, 255.0, 255.0)))
     result, brighter = measured()
-    assert result.tiles_taken_over == 0
+    assert result.tiles_resumed == 0
     assert (brighter.measurements["Haemalum: Mean"] > own.measurements["Haemalum: Mean"]).all()
 
     result, asked = measured("h-dab")
@@ -226,11 +226,11 @@ def test_stains_of_a_real_qupath_are_read_and_measured_as_it_does(
     assert isinstance(project, PaquoProject)
     project = replace(project, process=process)
     (entry,) = project.images()
-    by_process = project.stained(entry).stains
+    by_process = project.with_stains(entry).stains
     project.files.stains_file(entry).unlink()
     log = qupath.run_script(path, ROOT / "groovy" / "export_regions.groovy")
     assert "ERROR" not in log, log
-    for read in (by_process, open_project(path, "files").stained(entry).stains):
+    for read in (by_process, open_project(path, "files").with_stains(entry).stains):
         assert (read.kind, read.names, read.background) == (
             stains.kind,
             stains.names,
@@ -252,9 +252,9 @@ def test_qupath_s_defaults_are_those_that_are_measured_without_it(
         project = open_project(path, "paquo")
         assert isinstance(project, PaquoProject)
         (entry,) = project.images()
-        assert replace(project, process=process).stained(entry).stains == stains
+        assert replace(project, process=process).with_stains(entry).stains == stains
         project.files.stains_file(entry).unlink()
-        only_type = open_project(path, "files").stained(entry).stains
+        only_type = open_project(path, "files").with_stains(entry).stains
         assert only_type == (H_DAB if kind == "H_DAB" else None)
 
 

@@ -9,16 +9,22 @@ import numpy as np
 import pytest
 import shapely
 
-from patchcl_qupath.datatypes import Nuclei, Survey
+from patchcl_qupath.datatypes import Nuclei, UncertaintyGrid
 from patchcl_qupath.errors import StorageError
-from patchcl_qupath.storage.files import alone, replacing, sweep, write_bytes, writing
+from patchcl_qupath.storage.files import (
+    atomic_write,
+    exclusive_lock,
+    remove_partial_files,
+    write_bytes,
+    writing,
+)
 from patchcl_qupath.storage.parquet import (
     count_nuclei,
     read_nuclei,
-    read_survey,
-    read_tile_survey,
+    read_tile_uncertainty,
+    read_uncertainty_grid,
     to_parquet,
-    write_survey,
+    write_uncertainty_grid,
 )
 
 
@@ -28,11 +34,11 @@ def some_nuclei(n):
     return Nuclei(polygons, {"Area µm^2": np.arange(n, dtype=np.float32)}, ids)
 
 
-SURVEY = Survey((256.5, 255.25), *np.arange(15).reshape(5, 3))
+UNCERTAINTY = UncertaintyGrid((256.5, 255.25), *np.arange(15).reshape(5, 3))
 
 
 def write_nuclei(path, nuclei):
-    write_bytes(path, to_parquet(nuclei, SURVEY))
+    write_bytes(path, to_parquet(nuclei, UNCERTAINTY))
 
 
 @pytest.mark.parametrize("n", [0, 7])
@@ -48,16 +54,16 @@ def test_nuclei_survive_parquet(tmp_path, n):
 
 
 def same(one, other):
-    return one.cell == other.cell and all(
+    return one.bin_size == other.bin_size and all(
         np.array_equal(vars(one)[name], vars(other)[name]) for name in vars(one)
     )
 
 
 def test_surveys_survive_parquet(tmp_path):
     write_nuclei(tmp_path / "tile.parquet", some_nuclei(2))
-    assert same(read_tile_survey(tmp_path / "tile.parquet"), SURVEY)
-    write_survey(tmp_path / "image.parquet", SURVEY)
-    assert same(read_survey(tmp_path / "image.parquet"), SURVEY)
+    assert same(read_tile_uncertainty(tmp_path / "tile.parquet"), UNCERTAINTY)
+    write_uncertainty_grid(tmp_path / "image.parquet", UNCERTAINTY)
+    assert same(read_uncertainty_grid(tmp_path / "image.parquet"), UNCERTAINTY)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -65,7 +71,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path.write_text("old")
 
     def fail():
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half of the n")
             raise KeyboardInterrupt
 
@@ -78,7 +84,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
     path = tmp_path / "results" / "1"
     for name in ("first", "second"):
-        with replacing(path) as new:
+        with atomic_write(path) as new:
             new.mkdir()
             (new / name).write_text(name)
     assert [file.name for file in path.iterdir()] == ["second"]
@@ -86,11 +92,11 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
 
 
 def test_leftovers_of_killed_writers_are_swept(tmp_path):
-    killed = replacing(tmp_path / "file")  # it never gets to its end
+    killed = atomic_write(tmp_path / "file")  # it never gets to its end
     killed.__enter__().write_text("half")
     (tmp_path / "mine").write_text("whole")
     assert len([*tmp_path.iterdir()]) == 2
-    sweep(tmp_path)
+    remove_partial_files(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
 
 
@@ -150,11 +156,11 @@ def test_two_cannot_work_on_one_folder(tmp_path):
         assert other.stdout.readline().strip() == b"held"
         with (
             pytest.raises(StorageError, match="another patchcl-qp is at work"),
-            alone(tmp_path / "new"),
+            exclusive_lock(tmp_path / "new"),
         ):
             pass
         other.kill()
-    with alone(tmp_path / "new"), alone(tmp_path / "other"):
+    with exclusive_lock(tmp_path / "new"), exclusive_lock(tmp_path / "other"):
         pass
-    with alone(tmp_path / "new"):
+    with exclusive_lock(tmp_path / "new"):
         pass

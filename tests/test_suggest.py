@@ -20,13 +20,17 @@ from conftest import QUICK
 from patchcl_qupath import pipeline
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import CORRECTED, TO_CORRECT
-from patchcl_qupath.correction.suggest import Candidates, choose, suggest, usual_doubt
+from patchcl_qupath.correction.suggest import Candidates, choose, expected_entropy, suggest
 from patchcl_qupath.datatypes import ImageEntry, Nuclei
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.project.jvm import Process
 from patchcl_qupath.project.paquo import PaquoProject
 from patchcl_qupath.status import state
-from patchcl_qupath.storage.parquet import read_nuclei, read_survey, write_survey
+from patchcl_qupath.storage.parquet import (
+    read_nuclei,
+    read_uncertainty_grid,
+    write_uncertainty_grid,
+)
 
 ROOT = Path(__file__).parent.parent
 SLIDE = ROOT / "sample_project" / "CMU-1-Small-Region.svs"
@@ -63,8 +67,8 @@ def together(*parts: Candidates) -> Candidates:
 def test_a_field_is_never_on_glass_and_has_nuclei() -> None:
     """Even where that is what the network doubts most."""
     fields = grid(6, 6)
-    fields.tissue[::2], fields.doubt[::2] = 0.3, 1.0
-    fields.nuclei[1::4], fields.doubt[1::4] = 3, 1.0
+    fields.tissue[::2], fields.entropy[::2] = 0.3, 1.0
+    fields.nuclei[1::4], fields.entropy[1::4] = 3, 1.0
     chosen = choose(fields, 36)
     assert chosen
     assert (fields.tissue[chosen] >= 0.5).all()
@@ -96,7 +100,7 @@ def test_fields_never_overlap_or_touch_and_there_may_be_fewer() -> None:
 def test_slides_have_as_many_each() -> None:
     """Though one of them is in more doubt than all others."""
     slides = [grid(4, 4, slide=k, seed=k) for k in range(5)]
-    slides[3].doubt[:] += 0.4
+    slides[3].entropy[:] += 0.4
     fields = together(*slides)
     for count in (1, 4, 5, 8, 10):
         on = np.bincount(fields.slides[choose(fields, count)], minlength=5)
@@ -115,21 +119,21 @@ def test_doubt_counts_beyond_what_is_usual_for_so_many_nuclei() -> None:
     """Crowded fields have the most, by the rims of nuclei; a sparse one has more than it should."""
     fields = grid(8, 8)
     sparse = int(np.argmin(fields.nuclei))
-    fields.doubt[sparse] += 0.15
-    assert fields.doubt[sparse] < fields.doubt.max() - 0.1
+    fields.entropy[sparse] += 0.15
+    assert fields.entropy[sparse] < fields.entropy.max() - 0.1
     assert choose(fields, 1) == [sparse]
-    beyond = fields.doubt - usual_doubt(fields)
+    beyond = fields.entropy - expected_entropy(fields)
     assert beyond[np.arange(64) != sparse] == pytest.approx(0, abs=0.08)
     assert beyond[sparse] > 0.1
 
 
 def test_looks_are_spread() -> None:
     """Two kinds of tissue, one of them rare: both are seen, whatever is in more doubt."""
-    fields = grid(10, 10, nuclei=200, doubt=0.4, area=30.0, hematoxylin=0.3)
-    fields.doubt[:] += np.random.default_rng(0).normal(0, 0.001, 100)
+    fields = grid(10, 10, nuclei=200, entropy=0.4, area=30.0, hematoxylin=0.3)
+    fields.entropy[:] += np.random.default_rng(0).normal(0, 0.001, 100)
     rare = [77, 79, 97]
     fields.area[rare], fields.hematoxylin[rare] = 80, 0.6
-    fields.doubt[rare] = 0.4
+    fields.entropy[rare] = 0.4
     chosen = choose(fields, 3)
     assert len(set(rare) & set(chosen[:2])) == 1
     assert len(set(rare) & set(chosen)) < 3
@@ -152,7 +156,7 @@ def test_equal_surveys_make_the_same_choice() -> None:
     again = together(*(grid(6, 6, slide=k, seed=k) for k in range(3)))
     assert choose(fields, 7) == choose(again, 7)
     assert choose(fields, 7)[:4] == choose(fields, 4)  # more are those and others
-    same = grid(5, 5, nuclei=100, doubt=0.5, hematoxylin=0.3, area=30.0)
+    same = grid(5, 5, nuclei=100, entropy=0.5, hematoxylin=0.3, area=30.0)
     assert len(choose(same, 4)) == 4
 
 
@@ -221,18 +225,18 @@ def test_suggest_from_the_command_line(path: Path, ran: tuple[Path, Nuclei]) -> 
 
 
 def test_surveys_of_another_run_are_not_used(path: Path) -> None:
-    survey = path.parent / "patchcl" / "surveys" / "1.parquet"
-    found = read_survey(survey)
-    write_survey(survey, replace(found, nuclei=found.nuclei * 2))
+    uncertainty = path.parent / "patchcl" / "surveys" / "1.parquet"
+    found = read_uncertainty_grid(uncertainty)
+    write_uncertainty_grid(uncertainty, replace(found, nuclei=found.nuclei * 2))
     assert "of different runs: do `patchcl-qp run` again" in call("suggest", path, status=1).output
-    survey.unlink()
+    uncertainty.unlink()
     assert "cannot be read: do `patchcl-qp run` again" in call("suggest", path, status=1).output
 
 
 def test_a_slide_of_glass_has_no_field(path: Path) -> None:
-    survey = path.parent / "patchcl" / "surveys" / "1.parquet"
-    found = read_survey(survey)
-    write_survey(survey, replace(found, points=found.points // 3))
+    uncertainty = path.parent / "patchcl" / "surveys" / "1.parquet"
+    found = read_uncertainty_grid(uncertainty)
+    write_uncertainty_grid(uncertainty, replace(found, points=found.points // 3))
     assert "no field is 50% tissue with 10 nuclei" in call("suggest", path, status=1).output
 
 
@@ -441,9 +445,9 @@ def test_both_backends_give_the_same_objects(stories: dict[str, Told]) -> None:
     def by_id(objects: Any) -> dict[str, Any]:
         found = {}
         for o in objects:
-            is_field = o.get("class_name") in (TO_CORRECT, CORRECTED)
+            is_roi = o.get("class_name") in (TO_CORRECT, CORRECTED)
             facts = {k: v for k, v in o.items() if k != "id"}
-            key = f"{o['name']} {outline(o).bounds}" if is_field else o["id"]
+            key = f"{o['name']} {outline(o).bounds}" if is_roi else o["id"]
             found["by hand" if o.get("name") == "by hand" else key] = facts
         assert len(found) == len(objects)
         return found
@@ -481,7 +485,7 @@ def test_fields_are_locked_and_their_nuclei_can_be_edited(told: Told) -> None:
 
 @pytest.mark.qupath
 def test_status_counts_fields_that_are_done(told: Told) -> None:
-    assert (told.state.fields, told.state.fields_done) == (3, 1)
+    assert (told.state.fields, told.state.rois_corrected) == (3, 1)
 
 
 @pytest.mark.qupath

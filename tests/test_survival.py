@@ -203,10 +203,10 @@ def test_tile_that_raises_leaves_a_hole_that_is_shown(folder: Path) -> None:
     assert "the first of 137 x 137 px at x=685 y=685: a.tif cannot be read" in result.stderr
     written = json.loads((output / "results" / "1" / "result.json").read_text("utf-8"))
     listed = json.loads(next(output.glob("runs/*/run.json")).read_text("utf-8"))
-    for holes in (written["holes"], listed["images"][0]["holes"]):
-        assert [(hole["x"], hole["y"]) for hole in holes] == places
-        assert {hole["width"] for hole in holes} == {137, 138}
-        assert "a.tif cannot be read" in holes[0]["reason"]
+    for failed_tiles in (written["holes"], listed["images"][0]["holes"]):
+        assert [(failed["x"], failed["y"]) for failed in failed_tiles] == places
+        assert {failed["width"] for failed in failed_tiles} == {137, 138}
+        assert "a.tif cannot be read" in failed_tiles[0]["reason"]
     assert red_of_overview(output) == pytest.approx((685 / 960,) * 2 + (1, 1), abs=0.03)
     said = json.loads(CliRunner().invoke(main, ["status", str(output.parent), "--json"]).stdout)
     assert said["images"][0]["state"] == "done but for 4 of its tiles"

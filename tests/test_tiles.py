@@ -172,7 +172,7 @@ def test_read_boxes_are_aligned() -> None:
     tissue[3:60, 7:95] = True
     shape = (1021, 1530)
     region = shapely.box(131, 57, 1529, 1001)
-    tiles = plan(shape, tissue, 16, 200, 21, region, align_px=4)
+    tiles = plan(shape, tissue, 16, 200, 21, region, divisor=4)
     assert len(tiles) > 20
     for tile in tiles:
         r, least = tile.read, tile.write.grow(21, shape)

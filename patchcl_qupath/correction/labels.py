@@ -17,22 +17,22 @@ from patchcl_qupath.project import Project
 from patchcl_qupath.segmentation.tiling import bounds
 from patchcl_qupath.slides.prepare import PreparedImage, on_grid, prepare
 from patchcl_qupath.slides.tissue import inside_region
-from patchcl_qupath.training.supervision import Lesson, targets
+from patchcl_qupath.training.supervision import TrainingSample, targets
 
-MIN_FIELD_UM = 16.0  # a narrower field shows no nucleus whole
+MIN_ROI_UM = 16.0  # a narrower field shows no nucleus whole
 SAME_IOU = 0.5  # above it, two outlines are of one nucleus
 
 LabelledImage = tuple[PreparedImage, Corrections]
 
 
-def read_fields(
+def read_corrected_samples(
     project: Project,
     entries: Sequence[ImageEntry],
     config: Config,
     labels_from: str,
     progress: Callable[[str, int, int], None],
     mpp: float | None = None,
-) -> list[Lesson]:
+) -> list[TrainingSample]:
     """One lesson for each annotation of class ``labels_from`` in a project.
 
     Raises ImageError for labels that cannot be learnt from, TrainingError where there are none,
@@ -48,7 +48,7 @@ def read_fields(
     for done, entry in enumerate(entries):
         progress("reading corrected fields", done, len(entries))
         corrections = project.labels(entry, labels_from)
-        if corrections.fields:
+        if corrections.rois:
             labelled.append((prepare(entry, config, mpp), corrections))
     progress("reading corrected fields", len(entries), len(entries))
     if not labelled:
@@ -58,7 +58,7 @@ def read_fields(
             "that class, and save (without a QuPath here, run groovy/export_labels.groovy there)"
         )
     check_agreement(labelled)
-    return [lesson for image, labels in labelled for lesson in lessons(image, labels)]
+    return [sample for image, labels in labelled for sample in training_samples(image, labels)]
 
 
 def check_agreement(images: Sequence[LabelledImage]) -> None:
@@ -84,16 +84,16 @@ def check_agreement(images: Sequence[LabelledImage]) -> None:
 def _in_file(labels: Corrections, image: PreparedImage) -> Corrections:
     """Labels in pixels of the file: of one slide, two images may be cropped differently."""
     origin = np.array(image.slide.origin)
-    fields, nuclei = (
+    rois, nuclei = (
         tuple(shapely.transform(area, lambda xy: xy + origin) for area in areas)
-        for areas in (labels.fields, labels.nuclei)
+        for areas in (labels.rois, labels.nuclei)
     )
-    return Corrections(fields, nuclei)
+    return Corrections(rois, nuclei)
 
 
 def _disagreement(one: Corrections, other: Corrections) -> shapely.Geometry | None:
     """A nucleus, most of it in fields of both, that only one of the two has; None if none is."""
-    shared = shapely.union_all(one.fields) & shapely.union_all(other.fields)
+    shared = shapely.union_all(one.rois) & shapely.union_all(other.rois)
     nuclei = [np.array(labels.nuclei, dtype=object) for labels in (one, other)]
     parts = [shapely.intersection(areas, shared) for areas in nuclei]
     row, col = shapely.STRtree(parts[1]).query(parts[0], predicate="intersects")
@@ -108,7 +108,7 @@ def _disagreement(one: Corrections, other: Corrections) -> shapely.Geometry | No
     return None
 
 
-def lessons(image: PreparedImage, labels: Corrections) -> list[Lesson]:
+def training_samples(image: PreparedImage, labels: Corrections) -> list[TrainingSample]:
     """One lesson for each field of an image, at the model's pixel size.
 
     In a field, what is not in a nucleus is background; outside of it nothing is known. Raises
@@ -123,26 +123,26 @@ def lessons(image: PreparedImage, labels: Corrections) -> list[Lesson]:
             "wrong; else delete the fields, or leave the image out by naming the others with "
             "--image"
         )
-    if image.scale is None:
+    if image.normaliser is None:
         raise ImageError(f"{slide.name} shows no tissue, but has fields of labels: delete them")
     nuclei = np.array([level0_to_grid(n, slide.downsample) for n in labels.nuclei], dtype=object)
     made = []
-    for field in labels.fields:
-        field = on_grid(field, slide)
-        x0, y0, x1, y1 = field.bounds if field.area else (0, 0, 0, 0)
-        if min(x1 - x0, y1 - y0) * slide.mpp < MIN_FIELD_UM:
+    for roi in labels.rois:
+        roi = on_grid(roi, slide)
+        x0, y0, x1, y1 = roi.bounds if roi.area else (0, 0, 0, 0)
+        if min(x1 - x0, y1 - y0) * slide.mpp < MIN_ROI_UM:
             raise ImageError(
-                f"{slide.name}: a field of labels is less than {MIN_FIELD_UM:g} um wide, or "
+                f"{slide.name}: a field of labels is less than {MIN_ROI_UM:g} um wide, or "
                 "outside the image: draw it larger, 250 um say"
             )
         box = Box(math.floor(y0), math.floor(x0), math.ceil(y1), math.ceil(x1))
-        known = _pixels(field, box)
+        known = _pixels(roi, box)
         painted = np.zeros(box.shape, dtype=np.int32)
-        for number, nucleus in enumerate(nuclei[shapely.intersects(nuclei, field)], start=1):
+        for number, nucleus in enumerate(nuclei[shapely.intersects(nuclei, roi)], start=1):
             painted[_pixels(nucleus, box) & (painted == 0)] = number
         painted[~known] = 0
         rgb = slide.read(box)
-        made.append((image.scale.apply(rgb), targets(painted, known & (painted == 0))))
+        made.append((image.normaliser.apply(rgb), targets(painted, known & (painted == 0))))
     return made
 
 

@@ -18,12 +18,12 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import CORRECTED
-from patchcl_qupath.datatypes import Field, ImageEntry, Nuclei, Polygons, Survey
+from patchcl_qupath.datatypes import CorrectionRoi, ImageEntry, Nuclei, Polygons, UncertaintyGrid
 from patchcl_qupath.errors import ImageError, PatchCLError, ProjectError
 from patchcl_qupath.project import Project
-from patchcl_qupath.segmentation.uncertainty import fields
+from patchcl_qupath.segmentation.uncertainty import fields_of_view
 from patchcl_qupath.storage.files import read_json
-from patchcl_qupath.storage.parquet import read_nuclei, read_survey
+from patchcl_qupath.storage.parquet import read_nuclei, read_uncertainty_grid
 
 FULL = 0.75  # of a field that is tissue
 MIN_TISSUE = 0.5  # where no fuller field is left on a slide; the rest is glass
@@ -38,14 +38,14 @@ class Candidates:
     """Fields to choose from, as columns; (N,) each.
 
     ``slides`` are numbers from 0 that say on which slide a field is; ``boxes`` are at level 0;
-    ``tissue`` is its share; ``doubt`` the mean entropy of tissue, in bits. ``hematoxylin`` is the
+    ``tissue`` is its share; ``entropy`` the mean entropy of tissue, in bits. ``hematoxylin`` is the
     mean optical density of the ``nuclei``, and ``area`` their median area in um2.
     """
 
     slides: NDArray[np.int64]
     boxes: Polygons
     tissue: Floats
-    doubt: Floats
+    entropy: Floats
     nuclei: NDArray[np.int64]
     hematoxylin: Floats
     area: Floats
@@ -63,14 +63,14 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Suggested:
-    """A field that was marked: its place, and why. ``usual`` is the doubt of fields as dense."""
+    """A field that was marked: its place, and why. ``expected`` is the doubt of fields as dense."""
 
     id: str
     image: str
-    field: Field
+    roi: CorrectionRoi
     tissue: float
-    doubt: float
-    usual: float
+    entropy: float
+    expected: float
     nuclei: int
 
 
@@ -81,7 +81,7 @@ class Suggestion:
     ``without`` are the images that have no nuclei yet.
     """
 
-    fields: list[Suggested]
+    rois: list[Suggested]
     done: list[str]
     problems: list[str]
     without: list[str]
@@ -104,12 +104,12 @@ def suggest(project: Project, entries: Sequence[ImageEntry], count: int) -> Sugg
             continue
         try:
             found = _candidates(project, entry, slides[entry.path])
-            put_right = project.corrected(entry)
+            corrected_rois = project.corrected(entry)
         except PatchCLError as error:
             problems.append(str(error))
             continue
         looked.append((entry, found))
-        corrected += [(slides[entry.path], field) for field in put_right]
+        corrected += [(slides[entry.path], field) for field in corrected_rois]
     if not looked:
         raise ProjectError("; ".join(problems) or "no nuclei yet: do `patchcl-qp run` first")
     everything = _concatenate([found for _, found in looked])
@@ -120,18 +120,18 @@ def suggest(project: Project, entries: Sequence[ImageEntry], count: int) -> Sugg
             "those that are corrected: add slides with more tissue, or draw fields yourself"
         )
 
-    usual = usual_doubt(everything)
-    owner = np.repeat(np.arange(len(looked)), [len(found.doubt) for _, found in looked])
+    expected = expected_entropy(everything)
+    owner = np.repeat(np.arange(len(looked)), [len(found.entropy) for _, found in looked])
     suggested: list[Suggested] = []
     done: list[str] = []
     for k, (entry, _) in enumerate(looked):
         here = [
-            _suggested(entry, everything, i, float(usual[i]), f"Field {number} of {len(chosen)}")
+            _suggested(entry, everything, i, float(expected[i]), f"Field {number} of {len(chosen)}")
             for number, i in enumerate(chosen, start=1)
             if owner[i] == k
         ]
         try:
-            said = project.suggest(entry, [one.field for one in here])
+            said = project.suggest(entry, [one.roi for one in here])
         except PatchCLError as error:
             problems.append(str(error))
             continue
@@ -154,52 +154,52 @@ def choose(
     free = candidates.usable
     if not free.any():
         return []
-    looks, worth = _looks(candidates), _worth(candidates)
+    features, acquisition = _features(candidates), _acquisition_scores(candidates)
     on_slide = np.zeros(candidates.slides.max() + 1, dtype=np.int64)
     nearest = np.full(len(free), np.inf)
 
-    def take(slide: int, area: shapely.Geometry, look: Floats | None) -> None:
+    def take(slide: int, area: shapely.Geometry, feature: Floats | None) -> None:
         here = candidates.slides == slide
         free[here & (shapely.distance(candidates.boxes, area) < APART_PX)] = False
         on_slide[slide : slide + 1] += 1  # a slide without candidates has no place
-        if look is not None:
-            np.minimum(nearest, np.linalg.norm(looks - look, axis=1), out=nearest)
+        if feature is not None:
+            np.minimum(nearest, np.linalg.norm(features - feature, axis=1), out=nearest)
 
     for slide, area in corrected:
         holds = (candidates.slides == slide) & shapely.contains(candidates.boxes, area.centroid)
-        take(slide, area, looks[np.argmax(holds)] if holds.any() else None)
+        take(slide, area, features[np.argmax(holds)] if holds.any() else None)
     chosen: list[int] = []
     while len(chosen) < count and free.any():
         pool = free & (on_slide[candidates.slides] == on_slide[candidates.slides[free]].min())
         full = pool & (candidates.tissue >= FULL)
         pool = full if full.any() else pool
-        far = np.where(np.isinf(nearest), 1.0, nearest + 1e-9)  # of equal looks the worthier
-        best = int(np.argmax(np.where(pool, worth * far, -1.0)))
-        take(int(candidates.slides[best]), candidates.boxes[best], looks[best])
+        far = np.where(np.isinf(nearest), 1.0, nearest + 1e-9)  # of equal features the worthier
+        best = int(np.argmax(np.where(pool, acquisition * far, -1.0)))
+        take(int(candidates.slides[best]), candidates.boxes[best], features[best])
         chosen.append(best)
     return chosen
 
 
-def usual_doubt(candidates: Candidates) -> Floats:
+def expected_entropy(candidates: Candidates) -> Floats:
     """The doubt (N,) of fields as dense as each: a line through those that are usable."""
-    density, doubt = candidates.density[candidates.usable], candidates.doubt[candidates.usable]
+    density, entropy = candidates.density[candidates.usable], candidates.entropy[candidates.usable]
     spread = density - density.mean()
-    slope = spread @ (doubt - doubt.mean()) / max(spread @ spread, 1e-9)
-    return np.asarray(doubt.mean() + slope * (candidates.density - density.mean()))
+    slope = spread @ (entropy - entropy.mean()) / max(spread @ spread, 1e-9)
+    return np.asarray(entropy.mean() + slope * (candidates.density - density.mean()))
 
 
-def _worth(candidates: Candidates) -> Floats:
+def _acquisition_scores(candidates: Candidates) -> Floats:
     """(N,) in (0, 1]: the rank of the doubt that is beyond the usual."""
-    beyond = candidates.doubt - usual_doubt(candidates)
+    beyond = candidates.entropy - expected_entropy(candidates)
     return np.asarray((np.argsort(np.argsort(beyond, kind="stable")) + 1) / len(beyond))
 
 
-def _looks(candidates: Candidates) -> Floats:
+def _features(candidates: Candidates) -> Floats:
     """(N, 4) what fields look like, each number by its spread, and no further off than 3."""
     c = candidates
-    looks = np.stack([c.density, c.hematoxylin, c.area, c.doubt], axis=1)
-    mean, spread = looks[c.usable].mean(axis=0), looks[c.usable].std(axis=0)
-    scaled = (looks - mean) / np.where(spread > 0, spread, 1)
+    features = np.stack([c.density, c.hematoxylin, c.area, c.entropy], axis=1)
+    mean, spread = features[c.usable].mean(axis=0), features[c.usable].std(axis=0)
+    scaled = (features - mean) / np.where(spread > 0, spread, 1)
     return np.asarray(np.clip(scaled, -3, 3))
 
 
@@ -215,24 +215,24 @@ def _candidates(project: Project, entry: ImageEntry, slide: int) -> Candidates:
     file = project.output / "surveys" / f"{entry.id}.parquet"
     try:
         nuclei = read_nuclei(project.results(entry) / "nuclei.parquet")
-        survey = read_survey(file) if len(nuclei) else None
+        uncertainty = read_uncertainty_grid(file) if len(nuclei) else None
     except Exception as error:  # readers of damaged files raise anything
         raise ImageError(
             f"{entry.name}: its nuclei or their survey ({file}) cannot be read: do "
             "`patchcl-qp run` again"
         ) from error
-    if survey is None:
+    if uncertainty is None:
         return _concatenate([])
-    if survey.nuclei.sum() != len(nuclei):
+    if uncertainty.nuclei.sum() != len(nuclei):
         raise ImageError(
             f"{entry.name}: its nuclei and their survey are of different runs: do `patchcl-qp run` "
             "again"
         )
-    return _look(slide, survey, nuclei)
+    return _candidates_from(slide, uncertainty, nuclei)
 
 
-def _look(slide: int, survey: Survey, nuclei: Nuclei) -> Candidates:
-    found = fields(survey)
+def _candidates_from(slide: int, uncertainty: UncertaintyGrid, nuclei: Nuclei) -> Candidates:
+    found = fields_of_view(uncertainty)
     width, height = found.size
     cols, rows = np.rint(found.x / width).astype(int), np.rint(found.y / height).astype(int)
     xy = shapely.get_coordinates(shapely.centroid(nuclei.polygons))
@@ -251,7 +251,7 @@ def _look(slide: int, survey: Survey, nuclei: Nuclei) -> Candidates:
         np.full(len(found), slide),
         shapely.box(found.x, found.y, found.x + width, found.y + height),
         found.tissue,
-        found.doubt,
+        found.entropy,
         found.nuclei,
         np.array([hematoxylin[s].mean() if s.stop > s.start else 0.0 for s in inside], float),
         np.array([np.median(area[s]) if s.stop > s.start else 0.0 for s in inside], float),
@@ -270,17 +270,17 @@ def _concatenate(parts: Sequence[Candidates]) -> Candidates:
 
 
 def _suggested(
-    entry: ImageEntry, candidates: Candidates, row: int, usual: float, name: str
+    entry: ImageEntry, candidates: Candidates, row: int, expected: float, name: str
 ) -> Suggested:
     x0, y0, x1, y1 = (round(value, 2) for value in candidates.boxes[row].bounds)
-    doubt, nuclei = float(candidates.doubt[row]), int(candidates.nuclei[row])
-    field = Field(
+    entropy, nuclei = float(candidates.entropy[row]), int(candidates.nuclei[row])
+    roi = CorrectionRoi(
         str(uuid.uuid4()),  # a field that a person deleted may be suggested again
         name,
-        f"Doubt {doubt:.2f} bits, where {usual:.2f} are usual. Put right every nucleus that "
+        f"Doubt {entropy:.2f} bits, where {expected:.2f} are usual. Put right every nucleus that "
         f"reaches into the field, then set the field's class to '{CORRECTED}'.",
         *(x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)),
     )
     return Suggested(
-        *(entry.id, entry.name, field, float(candidates.tissue[row]), doubt, usual, nuclei)
+        *(entry.id, entry.name, roi, float(candidates.tissue[row]), entropy, expected, nuclei)
     )

@@ -16,8 +16,8 @@ import tifffile
 from PIL import Image
 
 from patchcl_qupath.datatypes import ImageEntry, Labels, Polygons, grid_to_level0
-from patchcl_qupath.errors import TruthError
-from patchcl_qupath.segmentation.contours import footprints
+from patchcl_qupath.errors import GroundTruthError
+from patchcl_qupath.segmentation.contours import pixel_polygons
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.geojson import holds_several, read_areas
 
@@ -27,7 +27,7 @@ _KINDS = f"a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 
 @dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """The true nuclei of an image: (T,) valid polygons and multipolygons, level 0.
 
     ``note`` says what a person should know of them.
@@ -37,14 +37,14 @@ class Truth:
     note: str | None = None
 
 
-def truth_files(truth: Path, entries: Sequence[ImageEntry]) -> dict[str, list[Path]]:
+def ground_truth_files(ground_truth: Path, entries: Sequence[ImageEntry]) -> dict[str, list[Path]]:
     """The files of truth of each image, by its id, in a folder; or one file, of the one image.
 
     An image may have none. Raises TruthError where none has one.
     """
-    if truth.is_dir():
+    if ground_truth.is_dir():
         named: dict[str, list[Path]] = {}
-        for file in sorted(truth.iterdir()):
+        for file in sorted(ground_truth.iterdir()):
             named.setdefault(_name(file), []).append(file)
         named.pop("", None)
         found = {
@@ -52,23 +52,27 @@ def truth_files(truth: Path, entries: Sequence[ImageEntry]) -> dict[str, list[Pa
             for entry in entries
         }
         if not any(found.values()):
-            raise TruthError(
-                f"{truth} holds no truth: name files as the images, as {entries[0].name}.geojson "
+            raise GroundTruthError(
+                f"{ground_truth} holds no ground truth: name files as the images, as "
+                f"{entries[0].name}.geojson "
                 f"({_KINDS})"
             )
         return found
-    if not truth.is_file():
-        raise TruthError(f"{truth} does not exist: give {_KINDS}, or a folder of such files")
-    if not _name(truth):
-        raise TruthError(f"{truth} cannot be the truth: give {_KINDS}")
-    if len(entries) > 1:
-        raise TruthError(
-            f"{truth} is the truth of one image: say which one with --image, or give a folder"
+    if not ground_truth.is_file():
+        raise GroundTruthError(
+            f"{ground_truth} does not exist: give {_KINDS}, or a folder of such files"
         )
-    return {entries[0].id: [truth]}
+    if not _name(ground_truth):
+        raise GroundTruthError(f"{ground_truth} cannot be the truth: give {_KINDS}")
+    if len(entries) > 1:
+        raise GroundTruthError(
+            f"{ground_truth} is the ground truth of one image: say which one with --image, or give "
+            "a folder"
+        )
+    return {entries[0].id: [ground_truth]}
 
 
-def read_truth(files: Sequence[Path], entry: ImageEntry) -> Truth:
+def read_ground_truth(files: Sequence[Path], entry: ImageEntry) -> GroundTruth:
     """The true nuclei of an image, which has at least one file of them.
 
     GeoJSON is taken at level 0, and an outline that holds several others for a region. Instance
@@ -78,13 +82,15 @@ def read_truth(files: Sequence[Path], entry: ImageEntry) -> Truth:
     """
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise TruthError(f"{entry.name} has several files of truth ({names}): leave one of them")
+        raise GroundTruthError(
+            f"{entry.name} has several files of truth ({names}): leave one of them"
+        )
     (path,) = files
     if path.name.lower().endswith(GEOJSON):
         return _without_regions(_outlined(path, entry))
     labels = _labels(path, entry)
     scale = _scale(path, labels.shape[::-1], entry)
-    return Truth(grid_to_level0(footprints(labels), (scale, scale)))
+    return GroundTruth(grid_to_level0(pixel_polygons(labels), (scale, scale)))
 
 
 def _name(file: Path) -> str:
@@ -103,18 +109,18 @@ def _outlined(path: Path, entry: ImageEntry) -> Polygons:
         raise _unreadable(path, entry, error, "export it again") from error
     outlined: Polygons = areas[~shapely.is_missing(areas)]
     if len(areas) and not len(outlined):
-        raise TruthError(
+        raise GroundTruthError(
             f"{entry.name}: {path} holds no polygon: nuclei must be outlined, not marked by points"
         )
     return outlined
 
 
-def _without_regions(polygons: Polygons) -> Truth:
+def _without_regions(polygons: Polygons) -> GroundTruth:
     """QuPath exports the annotations in which cells were looked for together with the cells."""
     region = holds_several(polygons)
     count = np.count_nonzero(region)
     note = f"true outlines left out since they hold several others, as regions do: {count}"
-    return Truth(polygons[~region], note if count else None)
+    return GroundTruth(polygons[~region], note if count else None)
 
 
 def _labels(path: Path, entry: ImageEntry) -> Labels:
@@ -133,7 +139,7 @@ def _labels(path: Path, entry: ImageEntry) -> Labels:
         raise _unreadable(path, entry, error, "save it again, or as GeoJSON") from error
     labels: Labels = np.squeeze(pixels)
     if labels.ndim != 2 or labels.dtype.kind not in "iu":
-        raise TruthError(
+        raise GroundTruthError(
             f"{entry.name}: {path} has no instance labels, but {labels.dtype} of shape "
             f"{labels.shape}: save one channel of integers, 0 for background"
         )
@@ -143,16 +149,16 @@ def _labels(path: Path, entry: ImageEntry) -> Labels:
 def _scale(path: Path, size: tuple[int, ...], entry: ImageEntry) -> float:
     """Level-0 px per px of a label image of ``size`` (width, height)."""
     # Of a slide whose size QuPath did not save, the size is needed, not the pixel size.
-    level0 = entry.size or Slide.open(entry, override_mpp=1.0).size
+    level0 = entry.size or Slide.open(entry, fallback_mpp=1.0).size
     coarser, finer = max(1, level0[0] // max(1, size[0])), max(1, size[0] // level0[0])
     if any(n * coarser != n0 * finer for n, n0 in zip(size, level0, strict=True)):
-        raise TruthError(
+        raise GroundTruthError(
             f"{entry.name} is {level0[0]} x {level0[1]} px, but {path} {size[0]} x {size[1]}: give "
             "labels of that size, or of a whole multiple or fraction of it"
         )
     return coarser / finer
 
 
-def _unreadable(path: Path, entry: ImageEntry, error: Exception, advice: str) -> TruthError:
+def _unreadable(path: Path, entry: ImageEntry, error: Exception, advice: str) -> GroundTruthError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return TruthError(f"{entry.name}: {path} cannot be read ({reason}): {advice}")
+    return GroundTruthError(f"{entry.name}: {path} cannot be read ({reason}): {advice}")

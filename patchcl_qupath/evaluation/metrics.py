@@ -35,29 +35,31 @@ class Overlaps:
     foreground: tuple[float, float, float]
 
     @classmethod
-    def of_labels(cls, prediction: Labels, truth: Labels) -> Overlaps:
+    def of_labels(cls, prediction: Labels, ground_truth: Labels) -> Overlaps:
         """Of label images of one shape; areas are numbers of pixels. ValueError for two shapes."""
-        if prediction.shape != truth.shape:
-            raise ValueError(f"label images of different shapes: {prediction.shape}, {truth.shape}")
+        if prediction.shape != ground_truth.shape:
+            raise ValueError(
+                f"label images of different shapes: {prediction.shape}, {ground_truth.shape}"
+            )
         predicted_ids, predicted = _counted(prediction[prediction != 0])
-        true_ids, true = _counted(truth[truth != 0])
-        both = (prediction != 0) & (truth != 0)
+        true_ids, true = _counted(ground_truth[ground_truth != 0])
+        both = (prediction != 0) & (ground_truth != 0)
         row = np.searchsorted(predicted_ids, prediction[both])
-        col = np.searchsorted(true_ids, truth[both])
+        col = np.searchsorted(true_ids, ground_truth[both])
         pairs, shared = _counted(row * len(true_ids) + col)
         row, col = np.divmod(pairs, max(1, len(true_ids)))
         foreground = float(predicted.sum()), float(true.sum()), float(shared.sum())
         return cls(row, col, shared, predicted, true, foreground)
 
     @classmethod
-    def of_polygons(cls, prediction: Polygons, truth: Polygons) -> Overlaps:
+    def of_polygons(cls, prediction: Polygons, ground_truth: Polygons) -> Overlaps:
         """Of valid polygons or multipolygons, (P,) and (T,), in one frame; areas are exact."""
-        row, col = shapely.STRtree(truth).query(prediction, predicate="intersects")
-        common = shapely.intersection(prediction[row], truth[col])
+        row, col = shapely.STRtree(ground_truth).query(prediction, predicate="intersects")
+        common = shapely.intersection(prediction[row], ground_truth[col])
         shared = shapely.area(common)
         overlap = shared > 0  # others only touch
-        foreground = _covered(prediction), _covered(truth), _covered(common[overlap])
-        predicted, true = shapely.area(prediction), shapely.area(truth)
+        foreground = _covered(prediction), _covered(ground_truth), _covered(common[overlap])
+        predicted, true = shapely.area(prediction), shapely.area(ground_truth)
         return cls(row[overlap], col[overlap], shared[overlap], predicted, true, foreground)
 
     @property
@@ -126,24 +128,24 @@ class Overlaps:
         return order[first]
 
 
-def dice(prediction: Labels, truth: Labels) -> float:
+def dice(prediction: Labels, ground_truth: Labels) -> float:
     """``Overlaps.dice`` of label images."""
-    return Overlaps.of_labels(prediction, truth).dice
+    return Overlaps.of_labels(prediction, ground_truth).dice
 
 
-def aji(prediction: Labels, truth: Labels) -> float:
+def aji(prediction: Labels, ground_truth: Labels) -> float:
     """``Overlaps.aji`` of label images."""
-    return Overlaps.of_labels(prediction, truth).aji
+    return Overlaps.of_labels(prediction, ground_truth).aji
 
 
-def f1(prediction: Labels, truth: Labels) -> float:
+def f1(prediction: Labels, ground_truth: Labels) -> float:
     """``Overlaps.f1`` of label images."""
-    return Overlaps.of_labels(prediction, truth).f1
+    return Overlaps.of_labels(prediction, ground_truth).f1
 
 
-def pq(prediction: Labels, truth: Labels) -> float:
+def pq(prediction: Labels, ground_truth: Labels) -> float:
     """``Overlaps.pq`` of label images."""
-    return Overlaps.of_labels(prediction, truth).pq
+    return Overlaps.of_labels(prediction, ground_truth).pq
 
 
 def _counted(values: Labels) -> tuple[Labels, NDArray[np.float64]]:

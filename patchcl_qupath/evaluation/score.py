@@ -12,7 +12,7 @@ import shapely
 
 from patchcl_qupath.datatypes import ImageEntry, Polygons
 from patchcl_qupath.errors import ImageError, PatchCLError
-from patchcl_qupath.evaluation.ground_truth import read_truth, truth_files
+from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
 from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.project import Project
 from patchcl_qupath.storage.geojson import made_valid
@@ -38,14 +38,14 @@ class ImageScore:
 
 
 def score(
-    project: Project, entries: Sequence[ImageEntry], truth: Path
+    project: Project, entries: Sequence[ImageEntry], ground_truth: Path
 ) -> tuple[list[ImageScore], list[str]]:
-    """Score the images of which ``truth``, a folder or a file, has the nuclei.
+    """Score the images of which ``ground_truth``, a folder or a file, has the nuclei.
 
     Returns their scores, and the names of the images without truth. An image that fails says why,
     and the next one begins. Raises TruthError where no image has a truth.
     """
-    files = truth_files(truth, entries)
+    files = ground_truth_files(ground_truth, entries)
     scored, without = [], []
     for entry in entries:
         if not files[entry.id]:
@@ -61,8 +61,8 @@ def score(
 def score_image(project: Project, entry: ImageEntry, files: Sequence[Path]) -> ImageScore:
     """Score one image. Raises ImageError for its nuclei, TruthError for the truth."""
     nuclei, regions = _found(project, entry)
-    truth = read_truth(files, entry)
-    true, notes = truth.polygons, [truth.note] if truth.note else []
+    ground_truth = read_ground_truth(files, entry)
+    true, notes = ground_truth.polygons, [ground_truth.note] if ground_truth.note else []
     if regions:
         # A nucleus is where its centroid is, as in the run.
         centroids = shapely.STRtree(shapely.centroid(true))

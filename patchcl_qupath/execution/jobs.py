@@ -20,7 +20,7 @@ from typing import Any
 
 from patchcl_qupath.errors import ConfigError
 
-_LOOK_S = 10.0  # between looks at the jobs: schedulers of large clusters ask for patience
+_POLL_S = 10.0  # between looks at the jobs: schedulers of large clusters ask for patience
 _ANSWER_S = 20.0  # for the queue to say something
 _ATTEMPTS = 3  # at a job whose worker does not come, in a row
 
@@ -59,17 +59,17 @@ class _Slot:
 class Jobs:
     """``count`` jobs in the queue of a dask-jobqueue ``cluster``; each that ends has a successor.
 
-    ``kind`` is one of CLUSTERS. ``tell`` is told what is waited for while there is no worker.
+    ``kind`` is one of CLUSTERS. ``notify`` is told what is waited for while there is no worker.
     """
 
-    def __init__(self, kind: str, cluster: Any, count: int, tell: Callable[[str], None]) -> None:
+    def __init__(self, kind: str, cluster: Any, count: int, notify: Callable[[str], None]) -> None:
         self.kind = kind
         self.cluster = cluster
-        self.tell = tell
+        self.notify = notify
         self.slots = [_Slot() for _ in range(count)]
         self.submitted = 0
-        self.looked = 0.0
-        self.told = ""
+        self.polled = 0.0
+        self.notified = ""
         self.problem = ""  # the last
 
     def start(self) -> None:
@@ -78,17 +78,17 @@ class Jobs:
             self._submit(slot)
         if not any(slot.job for slot in self.slots):
             raise ConfigError(self.problem)
-        self.looked = time.monotonic()
+        self.polled = time.monotonic()
         while not self._workers():
-            self.look()
+            self.poll()
             time.sleep(0.1)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Replace jobs that ended, say what the others wait for; to be called again and again.
 
         Raises ConfigError where no job is left, and none can be had.
         """
-        if time.monotonic() < self.looked + _LOOK_S:
+        if time.monotonic() < self.polled + _POLL_S:
             return
         workers = self._workers()
         missing = []
@@ -98,7 +98,7 @@ class Jobs:
             else:
                 missing.append(slot)
         states = self._states() if missing else {}
-        self.looked = time.monotonic()
+        self.polled = time.monotonic()
         if states is None:
             return
         for slot in missing:
@@ -109,13 +109,13 @@ class Jobs:
         if not any(slot.job or slot.failures < _ATTEMPTS for slot in self.slots):
             raise ConfigError(self.problem)
         if not workers and any(slot.job for slot in missing):
-            self._tell_waiting([slot.job.job_id for slot in missing if slot.job], states)
+            self._notify_waiting([slot.job.job_id for slot in missing if slot.job], states)
 
     def cancel(self) -> None:
         """Cancel them, all with one command: after Ctrl-C there is a second for it."""
         jobs = [slot.job for slot in self.slots if slot.job]
         if jobs:
-            _said([*shlex.split(jobs[0].cancel_command), *(job.job_id for job in jobs)])
+            _output_of([*shlex.split(jobs[0].cancel_command), *(job.job_id for job in jobs)])
 
     def _workers(self) -> list[str]:
         """The names of the workers that are there."""
@@ -130,12 +130,12 @@ class Jobs:
             self.cluster.sync(job.start)
         except (OSError, RuntimeError, ValueError) as error:
             slot.failures += 1
-            said = str(error).partition("stdout:")[2].replace("stderr:", "") or str(error)
+            output = str(error).partition("stdout:")[2].replace("stderr:", "") or str(error)
             self.problem = (
-                f"{self.kind} takes no job: {' '.join(said.split()).rstrip('.')}. See that what "
+                f"{self.kind} takes no job: {' '.join(output.split()).rstrip('.')}. See that what "
                 "~/.config/dask/jobqueue.yaml asks for can be had there"
             )
-            self._tell("takes no job")
+            self._notify("takes no job")
         else:
             slot.job, slot.came = job, False
 
@@ -149,35 +149,35 @@ class Jobs:
             f"{_output(job)}. See that nodes have this program under the same path, and reach "
             "this machine, or say otherwise in ~/.config/dask/jobqueue.yaml"
         )
-        self._tell(f"job {job.job_id} ended before its worker came")
+        self._notify(f"job {job.job_id} ended before its worker came")
 
-    def _tell_waiting(self, ids: list[str], states: dict[str, str]) -> None:
+    def _notify_waiting(self, ids: list[str], states: dict[str, str]) -> None:
         counts = Counter(states.get(job, "submitted anew") for job in ids)
         why = _LISTINGS[self.kind].why
         more = [f"see {why} {job}" for job in ids if why and job in states][:1]
-        self._tell(", ".join([*(f"{n} {state}" for state, n in counts.items()), *more]))
+        self._notify(", ".join([*(f"{n} {state}" for state, n in counts.items()), *more]))
 
-    def _tell(self, what: str) -> None:
-        if what != self.told:
-            self.told = what
-            self.tell(f"{self.kind}: {what}")
+    def _notify(self, what: str) -> None:
+        if what != self.notified:
+            self.notified = what
+            self.notify(f"{self.kind}: {what}")
 
     def _states(self) -> dict[str, str] | None:
         """By number, all of the user's jobs that are not over; None where nobody answers."""
         listing = _LISTINGS[self.kind]
-        said = _said([*shlex.split(listing.command), getpass.getuser()])
-        if said is None:
-            self._tell(f"{listing.command.split()[0]} does not answer")
+        output = _output_of([*shlex.split(listing.command), getpass.getuser()])
+        if output is None:
+            self._notify(f"{listing.command.split()[0]} does not answer")
             return None
         states = {}
-        for line in said.splitlines():
+        for line in output.splitlines():
             if number := re.match(r"\s*(\d+)", line):
                 state = " ".join(line.split()[listing.state])
                 states[number[1]] = state.removesuffix(" (None)")
         return states
 
 
-def _said(command: list[str]) -> str | None:
+def _output_of(command: list[str]) -> str | None:
     """What a command of the queue prints; None if it fails."""
     try:
         done = subprocess.run(

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
-from patchcl_qupath.datatypes import Nuclei, Survey, Tile
+from patchcl_qupath.datatypes import Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import ATTEMPTS, Workers
@@ -23,7 +23,7 @@ from patchcl_qupath.storage.parquet import to_parquet
 from patchcl_qupath.timing import Seconds, timed
 
 Context = TypeVar("Context")
-TileTask = Callable[[Context, Tile], tuple[Nuclei, Survey, Seconds]]
+TileTask = Callable[[Context, Tile], tuple[Nuclei, UncertaintyGrid, Seconds]]
 
 _GONE = (
     "the Dask scheduler went away: start it and its workers again, then run again; finished tiles "
@@ -69,7 +69,7 @@ def map_tiles(
     try:
         submit_more(shared := client.submit(make, pure=False))
         while not running.is_empty():
-            workers.look()
+            workers.poll()
             if not running.has_ready():
                 with running.thread_condition:
                     running.thread_condition.wait(timeout=0.1)  # as dask does
@@ -102,9 +102,9 @@ def _unpack(context: bytes) -> Any:
 
 
 def _do(task: TileTask[Context], context: Context, tile: Tile) -> tuple[bytes, Seconds]:
-    nuclei, survey, seconds = task(context, tile)
+    nuclei, uncertainty, seconds = task(context, tile)
     with timed(seconds, "encode"):
-        return to_parquet(nuclei, survey), seconds
+        return to_parquet(nuclei, uncertainty), seconds
 
 
 def _of_tile(error: Exception, future: Any) -> Exception:

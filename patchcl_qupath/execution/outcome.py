@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.datatypes import Hole, ImageEntry, Tile
+from patchcl_qupath.datatypes import FailedTile, ImageEntry, Tile
 from patchcl_qupath.errors import ImageError, PatchCLError, SlideError
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
@@ -20,7 +20,7 @@ GIVE_UP = 10  # tiles of an image, if none of it succeeds
 class ImageResult:
     """What became of one image: ``problem`` is None unless it failed.
 
-    Where it has ``holes``, the nuclei of all other tiles are written.
+    Where it has ``failed_tiles``, the nuclei of all other tiles are written.
     """
 
     id: str
@@ -30,8 +30,8 @@ class ImageResult:
     tissue_mm2: float = 0.0
     nuclei: int = 0
     tiles: int = 0
-    tiles_taken_over: int = 0
-    holes: tuple[Hole, ...] = ()
+    tiles_resumed: int = 0
+    failed_tiles: tuple[FailedTile, ...] = ()
     results: str | None = None
     preview: str | None = None
     seconds: float = 0.0
@@ -41,7 +41,7 @@ class ImageResult:
 
 
 @dataclass
-class Tally:
+class TileProgress:
     """How many of an image's tiles are done, and where those are that failed.
 
     ``show`` is told of each, (done, of how many). ``reopen`` raises SlideError for a slide that was
@@ -53,7 +53,7 @@ class Tally:
     done: int
     show: Callable[[int, int], None]
     reopen: Callable[[], object]
-    holes: list[Hole] = field(default_factory=list)
+    failed_tiles: list[FailedTile] = field(default_factory=list)
 
     def begin(self) -> None:
         """Show what was done before."""
@@ -62,7 +62,7 @@ class Tally:
     def one_more(self) -> None:
         """A tile is done."""
         self.done += 1
-        self.show(self.done + len(self.holes), self.tiles)
+        self.show(self.done + len(self.failed_tiles), self.tiles)
 
     def one_failed(self, tile: Tile, error: Exception) -> None:
         """A tile was given up. Raises ImageError if there is no use in going on."""
@@ -74,16 +74,16 @@ class Tally:
                 f"{gone}. It could be read when the run began: once it can be again, run again; "
                 "finished tiles are kept"
             ) from gone
-        if not self.holes and not isinstance(error, PatchCLError):
+        if not self.failed_tiles and not isinstance(error, PatchCLError):
             traceback.print_exception(error)
-        self.holes.append(_hole(tile, self.image.slide, error))
-        if not self.done and len(self.holes) == min(GIVE_UP, self.tiles):
-            raise ImageError(f"{name}: no tile can be segmented: {self.holes[0].reason}")
-        self.show(self.done + len(self.holes), self.tiles)
+        self.failed_tiles.append(_failed_tile(tile, self.image.slide, error))
+        if not self.done and len(self.failed_tiles) == min(GIVE_UP, self.tiles):
+            raise ImageError(f"{name}: no tile can be segmented: {self.failed_tiles[0].reason}")
+        self.show(self.done + len(self.failed_tiles), self.tiles)
 
-    def in_order(self) -> tuple[Hole, ...]:
+    def in_order(self) -> tuple[FailedTile, ...]:
         """The holes, from top to bottom."""
-        return tuple(sorted(self.holes, key=lambda hole: (hole.y, hole.x)))
+        return tuple(sorted(self.failed_tiles, key=lambda failed: (failed.y, failed.x)))
 
 
 def note(
@@ -103,16 +103,16 @@ def note(
     return "; ".join(notes) or None
 
 
-def fault(error: Exception) -> str:
+def internal_error(error: Exception) -> str:
     """A fault of ours, in words."""
     return f"{type(error).__name__}: {error} (a fault of this program)"
 
 
-def _hole(tile: Tile, slide: Slide, error: Exception) -> Hole:
+def _failed_tile(tile: Tile, slide: Slide, error: Exception) -> FailedTile:
     """What a tile that failed leaves out of the image."""
     (x, y), box = slide.downsample, tile.write
     height, width = box.shape
-    reason = str(error) if isinstance(error, PatchCLError) else fault(error)
-    return Hole(
+    reason = str(error) if isinstance(error, PatchCLError) else internal_error(error)
+    return FailedTile(
         round(x * box.col0), round(y * box.row0), round(x * width), round(y * height), reason
     )

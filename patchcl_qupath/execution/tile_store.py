@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import Nuclei, Polygons, Survey, Tile
+from patchcl_qupath.datatypes import Nuclei, Polygons, Tile, UncertaintyGrid
 from patchcl_qupath.errors import StorageError
 from patchcl_qupath.storage.files import digest, read_json, write_bytes, write_json, writing
 from patchcl_qupath.storage.parquet import (
@@ -22,7 +22,7 @@ from patchcl_qupath.storage.parquet import (
     read_measurements,
     read_nuclei,
     read_polygons,
-    read_tile_survey,
+    read_tile_uncertainty,
 )
 
 Measured = dict[str, NDArray[np.float32]]  # by name: (N,)
@@ -74,9 +74,9 @@ class TileStore:
         """Some of their measurements alone."""
         return (read_measurements(self.path(tile), names) for tile in tiles)
 
-    def surveys(self, tiles: Sequence[Tile]) -> Iterator[Survey]:
+    def uncertainty_grids(self, tiles: Sequence[Tile]) -> Iterator[UncertaintyGrid]:
         """What was seen where, of each."""
-        return (read_tile_survey(self.path(tile)) for tile in tiles)
+        return (read_tile_uncertainty(self.path(tile)) for tile in tiles)
 
 
 def write_run(

@@ -28,10 +28,10 @@ _NO_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 @dataclass(frozen=True)
 class Workers:
-    """Who does tiles: a Dask client, and ``look``, which looks after them while one waits."""
+    """Who does tiles: a Dask client, and ``poll``, which looks after them while one waits."""
 
     client: Any
-    look: Callable[[], None] = lambda: None
+    poll: Callable[[], None] = lambda: None
 
 
 @contextmanager
@@ -39,13 +39,13 @@ def open_workers(
     count: int | None = None,
     scheduler: str | None = None,
     cluster: str | None = None,
-    tell: Callable[[str], None] = lambda _: None,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Workers]:
     """Those of the Dask cluster at ``scheduler``; or ``count`` jobs in the queue of a ``cluster``,
     one of CLUSTERS; else ``count`` threads, of this process or, where they are many, of others.
 
     ``count`` defaults to the number of cores, or to one job. Returns when there is a worker;
-    ``tell`` is told what jobs wait for. Raises ConfigError if the scheduler does not answer, or
+    ``notify`` is told what jobs wait for. Raises ConfigError if the scheduler does not answer, or
     where no jobs can be had.
     """
     import dask
@@ -71,10 +71,10 @@ def open_workers(
     with dask.config.set(settings):
         if cluster:
             with job_cluster(cluster) as queue, Client(queue) as client:
-                jobs = Jobs(cluster, queue, count or 1, tell)
+                jobs = Jobs(cluster, queue, count or 1, notify)
                 try:  # jobs that a killed run could not cancel end by themselves
                     jobs.start()
-                    yield Workers(client, jobs.look)
+                    yield Workers(client, jobs.poll)
                 finally:
                     jobs.cancel()
             return

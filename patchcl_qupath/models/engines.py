@@ -116,15 +116,15 @@ def _openvino(network: Network, precision: str) -> Engine:
     }
     with _STARTING:
         model = _graph(network)
-    mine = threading.local()
+    local = threading.local()
 
     def run(stains: NDArray[np.float32]) -> NDArray[np.float32]:
-        if not hasattr(mine, "request"):
+        if not hasattr(local, "request"):
             with _STARTING:
-                mine.request = _core().compile_model(model, "CPU", settings).create_infer_request()
-                mine.request.infer({0: np.zeros((1, 3, 8, 8), np.float32)})
+                local.request = _core().compile_model(model, "CPU", settings).create_infer_request()
+                local.request.infer({0: np.zeros((1, 3, 8, 8), np.float32)})
         x = np.ascontiguousarray(stains.transpose(2, 0, 1)[None])  # (1, 3, H, W)
-        return np.array(mine.request.infer({0: x})[0][0], np.float32)
+        return np.array(local.request.infer({0: x})[0][0], np.float32)
 
     return run
 

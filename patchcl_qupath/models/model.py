@@ -18,8 +18,8 @@ from patchcl_qupath.config import Config, from_dict, to_dict
 from patchcl_qupath.errors import ModelError
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
-from patchcl_qupath.slides.stains import StainScale
-from patchcl_qupath.storage.files import replacing, write_json
+from patchcl_qupath.slides.stains import StainNormaliser
+from patchcl_qupath.storage.files import atomic_write, write_json
 
 _FORMAT = "patchcl-qupath model 2"
 _BAND_PX = 2**20  # of an image, about, that a network is run on at once
@@ -55,14 +55,14 @@ class Model:
         return self.config.slide.mpp
 
     @property
-    def reach_px(self) -> int:
+    def receptive_radius_px(self) -> int:
         """How far beyond a pixel the confidence there looks, in working pixels."""
-        return self.network.reach_px
+        return self.network.receptive_radius_px
 
     @property
-    def align_px(self) -> int:
+    def divisor(self) -> int:
         """Tiles must begin at multiples of this on the working grid."""
-        return self.network.align_px
+        return self.network.divisor
 
     @property
     def input(self) -> str:
@@ -91,7 +91,7 @@ class Model:
         content = io.BytesIO()
         torch.save({"format": _FORMAT, **facts, "weights": weights}, content)
         write_json(path.with_suffix(".json"), facts)
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(content.getvalue())
         return path
 
@@ -134,24 +134,24 @@ def _untrained(kind: str, config: Config) -> ConfidenceNetwork | NucleusNetwork:
 
 
 def confidence(
-    model: Model, rgb: NDArray[np.uint8], scale: StainScale, engine: str = "torch"
+    model: Model, rgb: NDArray[np.uint8], normaliser: StainNormaliser, engine: str = "torch"
 ) -> Confidence:
     """How sure the model is of nuclei in an image (H, W, 3).
 
-    ``rgb`` is at ``model.mpp`` and begins at multiples of ``model.align_px``; ``scale`` is the
+    ``rgb`` is at ``model.mpp`` and begins at multiples of ``model.divisor``; ``normaliser`` is the
     stain range of its slide; ``engine`` one of those that ``engines.choose`` names. Pixels that lie
-    at least ``model.reach_px`` from the border of ``rgb`` have the value they have in the whole
-    slide.
+    at least ``model.receptive_radius_px`` from the border of ``rgb`` have the value they have in
+    the whole slide.
 
     Values are multiples of 1/255: how a convolution sums depends on the size of the tile, and two
     tiles would differ in the last bits of a pixel, which a threshold may turn into another nucleus.
     """
     height, width = rgb.shape[:2]
-    align = model.align_px
-    rgb = np.pad(rgb, ((0, -height % align), (0, -width % align), (0, 0)), mode="edge")
+    divisor = model.divisor
+    rgb = np.pad(rgb, ((0, -height % divisor), (0, -width % divisor), (0, 0)), mode="edge")
     run = engines.of(engine, model.network, model.digest)
-    seen = scale.network_input(rgb, model.input)
-    maps = _in_bands(run, seen, model.reach_px, align)[:, :height, :width]  # (C, H, W)
+    seen = normaliser.network_input(rgb, model.input)
+    maps = _in_bands(run, seen, model.receptive_radius_px, divisor)[:, :height, :width]  # (C, H, W)
     maps = np.asarray(np.rint(maps * 255) / 255, np.float32)
     if isinstance(model.network, NucleusNetwork):
         return Confidence(maps[0], maps[1])
@@ -160,7 +160,7 @@ def confidence(
 
 
 def _in_bands(
-    run: engines.Engine, seen: NDArray[np.float32], reach_px: int, align: int
+    run: engines.Engine, seen: NDArray[np.float32], receptive_radius_px: int, divisor: int
 ) -> NDArray[np.float32]:
     """What ``run`` makes of (H, W, 3): (C, H, W), band by band, each with the reach around it.
 
@@ -168,8 +168,8 @@ def _in_bands(
     """
     height, width = seen.shape[:2]
     bands = -(-height * width // _BAND_PX)
-    step = align * -(-height // (align * max(1, bands)))
-    halo = align * -(-reach_px // align)
+    step = divisor * -(-height // (divisor * max(1, bands)))
+    halo = divisor * -(-receptive_radius_px // divisor)
     parts = []
     for row in range(0, height, step):
         first = max(0, row - halo)

@@ -54,8 +54,10 @@ class ConfidenceNetwork(nn.Module):
             for dilation in dilations
         )
         self.last = nn.Conv2d(width, channels, 1)
-        self.reach_px = 1 + 2 * sum(dilations)  # the farthest row or column that has a say
-        self.align_px = 1  # any tile will do
+        self.receptive_radius_px = 1 + 2 * sum(
+            dilations
+        )  # the farthest row or column that has a say
+        self.divisor = 1  # any tile will do
 
     @classmethod
     def of(cls, config: PatchCLConfig) -> ConfidenceNetwork:
@@ -96,7 +98,7 @@ class NucleusNetwork(nn.Module):
     """A small U-Net: three stains in; how sure it is of a nucleus, and of the core of one, out.
 
     With the default widths it has 62,002 weights. Rows and columns must be multiples of
-    ``align_px``, and begin at multiples of it in the slide, or pooling would meet other pixels.
+    ``divisor``, and begin at multiples of it in the slide, or pooling would meet other pixels.
     """
 
     def __init__(self, widths: Sequence[int]) -> None:
@@ -109,10 +111,10 @@ class NucleusNetwork(nn.Module):
         self.up = _twice(middle + fine, fine)
         self.last = nn.Conv2d(fine, 2, 1)
         self.coarse_width = coarse
-        self.align_px = 4
+        self.divisor = 4
         # Two convolutions on each of the five stages, of 1, 2, 4, 2 and 1 px; and where in its
         # block of 4 a pixel lies.
-        self.reach_px = 2 * (1 + 2 + 4 + 2 + 1) + self.align_px - 1
+        self.receptive_radius_px = 2 * (1 + 2 + 4 + 2 + 1) + self.divisor - 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Scaled stains (B, 3, H, W) to logits (B, 2, H, W) of a nucleus, and of its core."""

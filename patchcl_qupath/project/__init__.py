@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import shapely
 
 from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.datatypes import Corrections, Field, ImageEntry, Nuclei, Shown
+from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.errors import ConfigError, ProjectError
 from patchcl_qupath.project.create import NewImage, init_project
 
@@ -41,13 +41,13 @@ class Project(Protocol):
         Raises ImageError where there is none, and says which classes there are.
         """
 
-    def stained(self, entry: ImageEntry) -> ImageEntry:
+    def with_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with its own ``stains``, where a person set some in QuPath, and a ``note``.
 
         Raises ImageError for stains that cannot be told apart.
         """
 
-    def labels(self, entry: ImageEntry, field_class: str) -> Corrections:
+    def labels(self, entry: ImageEntry, roi_class: str) -> Corrections:
         """The annotations of a class, and the nuclei in them that a person put right.
 
         Raises ImageError for what cannot be learnt from.
@@ -72,13 +72,13 @@ class Project(Protocol):
     def corrected(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
         """The fields of an image that a person said to be done, level 0, as far as is known."""
 
-    def suggest(self, entry: ImageEntry, fields: Sequence[Field]) -> str:
+    def suggest(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:
         """Mark fields to correct, in place of those of last time that nobody touched.
 
         Returns what was done, or what is left to do in QuPath. Raises ImageError.
         """
 
-    def shown(self, entry: ImageEntry) -> Shown:
+    def qupath_summary(self, entry: ImageEntry) -> QuPathSummary:
         """What QuPath has of an image, without asking it."""
 
     def remove(self, entry: ImageEntry) -> str:

@@ -87,16 +87,16 @@ def _triple(numbers: Sequence[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def read_labels(path: Path, image: str, field_class: str) -> Corrections:
+def read_labels(path: Path, image: str, roi_class: str) -> Corrections:
     """The fields of an image, and the nuclei in them, that groovy/export_labels.groovy exported.
 
     An image that was never exported has none. Raises ImageError for a file that is damaged, and
     for nuclei that lie on each other.
     """
     names, areas = _exported(path, image)
-    is_field = names == field_class
-    others = areas[~is_field & ~np.isin(names, (TO_CORRECT, CORRECTED))]
-    labels = Corrections(tuple(areas[is_field]), tuple(others[~holds_several(others)]))
+    is_roi = names == roi_class
+    others = areas[~is_roi & ~np.isin(names, (TO_CORRECT, CORRECTED))]
+    labels = Corrections(tuple(areas[is_roi]), tuple(others[~holds_several(others)]))
     check_labels(labels, image)
     return labels
 
@@ -125,10 +125,10 @@ def check_labels(labels: Corrections, image: str) -> None:
     """Raise ImageError for a field without nuclei, and for nuclei that lie on each other."""
     nuclei = np.array(labels.nuclei, dtype=object)
     tree = shapely.STRtree(nuclei)
-    for field in labels.fields:
-        if not len(tree.query(field, predicate="intersects")):
+    for roi in labels.rois:
+        if not len(tree.query(roi, predicate="intersects")):
             raise ImageError(
-                f"{image}: the field {_place(field)} has no nuclei: outline all of them, or delete "
+                f"{image}: the field {_place(roi)} has no nuclei: outline all of them, or delete "
                 "the field"
             )
     one, other = tree.query(nuclei, predicate="intersects")

@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 import shapely
 
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, ResultConfig
-from patchcl_qupath.datatypes import Corrections, Field, ImageEntry, Nuclei, Shown
+from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.errors import ProjectError
 from patchcl_qupath.slides.stains import H_DAB
 
@@ -105,7 +105,7 @@ class FilesProject:
         """An image's annotations, as QuPath exports them."""
         return self.output / "regions" / f"{entry.id}.geojson"
 
-    def stained(self, entry: ImageEntry) -> ImageEntry:
+    def with_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with the stains that groovy/export_regions.groovy exported.
 
         Else with QuPath's default, where a person said that it is stained with DAB.
@@ -135,11 +135,11 @@ class FilesProject:
             not data.exists() or file.stat().st_mtime_ns > data.stat().st_mtime_ns
         )
 
-    def labels(self, entry: ImageEntry, field_class: str) -> Corrections:
+    def labels(self, entry: ImageEntry, roi_class: str) -> Corrections:
         """The fields and nuclei that groovy/export_labels.groovy exported."""
         from patchcl_qupath.project.drawn import read_labels
 
-        return read_labels(self.labels_file(entry), entry.name, field_class)
+        return read_labels(self.labels_file(entry), entry.name, roi_class)
 
     def labels_file(self, entry: ImageEntry) -> Path:
         """An image's fields and their nuclei, as QuPath exports them."""
@@ -174,29 +174,29 @@ class FilesProject:
 
         return read_corrected(self.labels_file(entry), entry.name)
 
-    def suggest(self, entry: ImageEntry, fields: Sequence[Field]) -> str:
+    def suggest(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:
         """Leave word of fields to correct for groovy/import_nuclei.groovy."""
         from patchcl_qupath.storage.files import write_json
 
-        file = self.fields_file(entry)
-        if not fields and not file.exists():
+        file = self.rois_file(entry)
+        if not rois and not file.exists():
             return "no fields"
         made = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(file, {"made": made, "fields": [asdict(field) for field in fields]})
+        write_json(file, {"made": made, "fields": [asdict(roi) for roi in rois]})
         return "import_nuclei.groovy now marks the fields in QuPath"
 
-    def fields_file(self, entry: ImageEntry) -> Path:
+    def rois_file(self, entry: ImageEntry) -> Path:
         """The fields of an image that were suggested last."""
         return self.output / "fields" / f"{entry.id}.json"
 
-    def shown(self, entry: ImageEntry) -> Shown:
+    def qupath_summary(self, entry: ImageEntry) -> QuPathSummary:
         """What QuPath has of an image: from its summary, and from the times of files."""
         objects = self._summary(entry.id).get("hierarchy") or {}
         counts = objects.get("annotationClassificationCounts") or {}
-        ours = [self.results(entry) / "result.json", self.fields_file(entry)]
+        ours = [self.results(entry) / "result.json", self.rois_file(entry)]
         made, imported = max(map(_modified, ours)), _modified(self.receipt(entry))
         saved = _modified(self.data(entry))
-        return Shown(
+        return QuPathSummary(
             counts.get(TO_CORRECT, 0),
             counts.get(CORRECTED, 0),
             is_current=imported >= made > 0,
@@ -207,7 +207,7 @@ class FilesProject:
         """Remove an image's nuclei, and tell the import script to take them out of the image."""
         from patchcl_qupath.project.results import write_removed
 
-        self.fields_file(entry).unlink(missing_ok=True)
+        self.rois_file(entry).unlink(missing_ok=True)
         if not self.results(entry).exists() and not self.receipt(entry).exists():
             return "no nuclei"
         write_removed(self.results(entry))

@@ -51,12 +51,12 @@ class Image:
 class Write:
     """Put the nuclei of a results folder in place of those that are in the image.
 
-    So are the fields to correct of the file ``fields``, which need not exist.
+    So are the fields to correct of the file ``rois``, which need not exist.
     """
 
     image: Image
     results: Path
-    fields: Path
+    rois: Path
     class_name: str
     color: tuple[int, ...]
 
@@ -72,12 +72,12 @@ class Remove:
 class Export:
     """Write annotations to a file, as the Groovy scripts do that export.
 
-    Those that persons made; or, with ``fields``, those of this class and the nuclei in them.
+    Those that persons made; or, with ``rois``, those of this class and the nuclei in them.
     """
 
     image: Image
     file: Path
-    fields: str | None = None
+    rois: str | None = None
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ class _QuPath:
 
     def _write(self, question: Write) -> dict[str, int]:
         result = self._json(question.results / "result.json")
-        suggested = self._json(question.fields) if question.fields.exists() else None
+        suggested = self._json(question.rois) if question.rois.exists() else None
         nuclei = read_nuclei(question.results / "nuclei.parquet")
         self._lap("read nuclei")
         project, entry, image_data = self._open(question.image)
@@ -283,11 +283,11 @@ class _QuPath:
     def _export(self, question: Export) -> dict[str, int]:
         _, _, image_data = self._open(question.image)
         file = self._class("java.io.File")(str(question.file)).toPath()
-        if question.fields is None:
+        if question.rois is None:
             none = self._class("java.util.ArrayList")()
             counts = self._regions.exportRegions(image_data, none, file)
         else:
-            counts = self._labels.exportLabels(image_data.getHierarchy(), question.fields, file)
+            counts = self._labels.exportLabels(image_data.getHierarchy(), question.rois, file)
         image_data.getServer().close()
         return {str(name): int(count) for name, count in counts.items()}
 

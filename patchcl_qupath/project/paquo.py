@@ -21,7 +21,7 @@ from typing import Any
 import shapely
 
 from patchcl_qupath.config import CORRECTED, ResultConfig
-from patchcl_qupath.datatypes import Corrections, Field, ImageEntry, Nuclei, Shown
+from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.errors import ImageError, ProjectError
 from patchcl_qupath.project.drawn import SELECTED
 from patchcl_qupath.project.files import FilesProject
@@ -120,25 +120,25 @@ class PaquoProject:
             self.process.ask(Export(self._image(entry), file))
         return self.files.within(entry, classes)
 
-    def stained(self, entry: ImageEntry) -> ImageEntry:
+    def with_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with the stains that are saved, or were exported since then."""
         file = self.files.stains_file(entry)
         if self.files.data(entry).exists() and not self.files.is_current(file, entry):
             self._check(entry)
             self.process.ask(ExportStains(self._image(entry), file))
-        return self.files.stained(entry)
+        return self.files.with_stains(entry)
 
-    def labels(self, entry: ImageEntry, field_class: str) -> Corrections:
+    def labels(self, entry: ImageEntry, roi_class: str) -> Corrections:
         """The fields that are saved, and the nuclei in them; or those exported since then."""
         file = self.files.labels_file(entry)
         if self.files.is_current(file, entry):
-            found = self.files.labels(entry, field_class)
-            if found.fields:  # else it may be an export of another class
+            found = self.files.labels(entry, roi_class)
+            if found.rois:  # else it may be an export of another class
                 return found
         if self.files.data(entry).exists():
             self._check(entry)
-            self.process.ask(Export(self._image(entry), file, field_class))
-        return self.files.labels(entry, field_class)
+            self.process.ask(Export(self._image(entry), file, roi_class))
+        return self.files.labels(entry, roi_class)
 
     def results(self, entry: ImageEntry) -> Path:
         """The folder of an image's nuclei."""
@@ -164,26 +164,26 @@ class PaquoProject:
     def corrected(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
         """The fields marked as done that are saved, or were exported since then."""
         file = self.files.labels_file(entry)
-        if self.files.shown(entry).corrected and not self.files.is_current(file, entry):
+        if self.files.qupath_summary(entry).corrected and not self.files.is_current(file, entry):
             self._check(entry)
             self.process.ask(Export(self._image(entry), file, CORRECTED))
         return self.files.corrected(entry)
 
-    def suggest(self, entry: ImageEntry, fields: Sequence[Field]) -> str:
+    def suggest(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:
         """Mark fields in the image, in place of those of last time that nobody touched."""
         about = json.loads((self.results(entry) / "result.json").read_text(encoding="utf-8"))
-        said = self.files.suggest(entry, fields)
-        if not self.files.fields_file(entry).exists():
+        said = self.files.suggest(entry, rois)
+        if not self.files.rois_file(entry).exists():
             return said
-        shown = ResultConfig(**about["config"]["result"])
-        counts = self._import(entry, shown, about["run"])
+        qupath_summary = ResultConfig(**about["config"]["result"])
+        counts = self._import(entry, qupath_summary, about["run"])
         marked, kept = counts["fields"], counts["fields_kept"]
-        return f"{marked} of {len(fields)} new fields marked, {kept} of before kept"
+        return f"{marked} of {len(rois)} new fields marked, {kept} of before kept"
 
     def _import(self, entry: ImageEntry, config: ResultConfig, run: str) -> dict[str, int]:
         """Have QuPath show what is on disk, and leave a receipt. Raises ImageError."""
-        folder, fields = self.results(entry), self.files.fields_file(entry)
-        question = Write(self._image(entry), folder, fields, config.class_name, config.color)
+        folder, rois = self.results(entry), self.files.rois_file(entry)
+        question = Write(self._image(entry), folder, rois, config.class_name, config.color)
         counts = self._change(entry, question).counts
         receipt = {
             "image": entry.name,
@@ -194,14 +194,14 @@ class PaquoProject:
         write_json(self.files.receipt(entry), receipt)
         return counts
 
-    def shown(self, entry: ImageEntry) -> Shown:
+    def qupath_summary(self, entry: ImageEntry) -> QuPathSummary:
         """What QuPath has of an image."""
-        return self.files.shown(entry)
+        return self.files.qupath_summary(entry)
 
     def remove(self, entry: ImageEntry) -> str:
         """Take our nuclei out of the image, but for those that a person changed."""
         counts = self._change(entry, Remove(self._image(entry))).counts
-        self.files.fields_file(entry).unlink(missing_ok=True)
+        self.files.rois_file(entry).unlink(missing_ok=True)
         shutil.rmtree(self.results(entry), ignore_errors=True)
         self.files.receipt(entry).unlink(missing_ok=True)
         return f"{counts['removed']:,} nuclei removed, {counts['kept']:,} other objects kept"

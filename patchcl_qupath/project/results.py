@@ -23,7 +23,7 @@ import shapely
 
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import Nuclei, Polygons
-from patchcl_qupath.storage.files import replacing, write_json
+from patchcl_qupath.storage.files import atomic_write, write_json
 from patchcl_qupath.storage.parquet import to_table
 
 NUCLEI_PER_FILE = 50_000
@@ -39,7 +39,7 @@ def write_results(
     """
     object_type = config.kind(count)
     with (
-        replacing(folder) as new,
+        atomic_write(folder) as new,
         _Beside() as compressing,
         _Beside() as formatting,
         _Beside() as tabulating,
@@ -62,7 +62,7 @@ def write_results(
 def write_removed(folder: Path) -> None:
     """Leave in ``folder`` only word that its nuclei were removed, for the import script."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    with replacing(folder) as new:
+    with atomic_write(folder) as new:
         new.mkdir()
         write_json(new / "result.json", {"removed": now, "nuclei": 0, "files": []})
 

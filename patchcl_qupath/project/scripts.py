@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from patchcl_qupath.storage.files import replacing
+from patchcl_qupath.storage.files import atomic_write
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Installed, they are in the package (see pyproject.toml); in a checkout, beside it.
@@ -36,7 +36,7 @@ def copy_scripts(project: Path) -> list[str]:
                 done.append(f"{path} is up to date")
                 continue
             done.append(f"{path} was another version, now {_keep(path).name}")
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="\n")
         done.append(f"{path} written")
     return done

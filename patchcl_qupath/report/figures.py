@@ -23,21 +23,28 @@ import shapely
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from patchcl_qupath.datatypes import Box, Hole, Polygons, Survey, Tile, grid_to_level0
+from patchcl_qupath.datatypes import (
+    Box,
+    FailedTile,
+    Polygons,
+    Tile,
+    UncertaintyGrid,
+    grid_to_level0,
+)
 from patchcl_qupath.errors import SlideError
 from patchcl_qupath.execution.tile_store import TileStore
-from patchcl_qupath.report.thumbnails import beside, draw_holes, draw_outlines
-from patchcl_qupath.segmentation.uncertainty import CELL_STEPS, Fields, fields, step_px
+from patchcl_qupath.report.thumbnails import beside, draw_contours, draw_failed_tiles
+from patchcl_qupath.segmentation.uncertainty import BIN_STEPS, FieldsOfView, fields_of_view, step_px
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.storage.files import replacing, to_jpeg, write_json
+from patchcl_qupath.storage.files import atomic_write, to_jpeg, write_json
 
-PREVIEW_CELLS = (3, 4)  # rows and columns of the field that it shows: 192 x 256 um
+PREVIEW_BINS = (3, 4)  # rows and columns of the field that it shows: 192 x 256 um
 OVERVIEW_MPP = 16.0  # of the whole image beside it, where there are holes
 OVERVIEW_PX = 400  # longest side of the whole image, about
 DENSITY_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-OUTLINE_UNITS = 3  # outlines are in whole thirds of a working pixel
-_FIELD_CELLS = (2, 2)  # 128 um: small enough to show at full resolution
+CONTOUR_UNITS = 3  # outlines are in whole thirds of a working pixel
+_FOV_BINS = (2, 2)  # 128 um: small enough to show at full resolution
 _KINDS = ("densest", "most uncertain", "typical", "typical")  # of the fields that are shown
 _QUALITY = 62  # of JPEG
 _TISSUE = (0, 90, 200)
@@ -51,32 +58,32 @@ def write_preview(
     image: PreparedImage,
     store: TileStore,
     done: Sequence[Tile],
-    holes: Sequence[Hole],
-    survey: Survey | None,
+    failed_tiles: Sequence[FailedTile],
+    uncertainty: UncertaintyGrid | None,
 ) -> None:
     """Write a PNG of the field with the most nuclei, outlined; beside it where the holes are.
 
-    ``done`` are the image's finished tiles, ``survey`` what was seen in them, None if there are
-    none. An image without nuclei shows its middle.
+    ``done`` are the image's finished tiles, ``uncertainty`` what was seen in them, None if
+    there are none. An image without nuclei shows its middle.
     """
     slide = image.slide
-    box = _fullest(image, survey)
-    picture = draw_outlines(_pixels(box, image), _nuclei_near(box, image, store, done))
-    if holes:
-        whole = draw_holes(slide.thumbnail(OVERVIEW_MPP), holes, slide.size)
+    box = _fullest(image, uncertainty)
+    picture = draw_contours(_pixels(box, image), _nuclei_near(box, image, store, done))
+    if failed_tiles:
+        whole = draw_failed_tiles(slide.thumbnail(OVERVIEW_MPP), failed_tiles, slide.size)
         picture = beside(picture, whole)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         picture.save(temporary, format="PNG", compress_level=1)
 
 
-def _fullest(image: PreparedImage, survey: Survey | None) -> Box:
+def _fullest(image: PreparedImage, uncertainty: UncertaintyGrid | None) -> Box:
     """The field with the most nuclei, or in the middle."""
     slide = image.slide
-    if survey is not None and survey.nuclei.any():
-        found = fields(survey, PREVIEW_CELLS)
+    if uncertainty is not None and uncertainty.nuclei.any():
+        found = fields_of_view(uncertainty, PREVIEW_BINS)
         return _box(found, int(np.argmax(found.nuclei)), slide)
-    cell_px = CELL_STEPS * step_px(slide.mpp)
-    height, width = (min(n * cell_px, px) for n, px in zip(PREVIEW_CELLS, slide.shape, strict=True))
+    bin_px = BIN_STEPS * step_px(slide.mpp)
+    height, width = (min(n * bin_px, px) for n, px in zip(PREVIEW_BINS, slide.shape, strict=True))
     row, col = (slide.shape[0] - height) // 2, (slide.shape[1] - width) // 2
     return Box(row, col, row + height, col + width)
 
@@ -86,13 +93,13 @@ def write_gallery(
     image: PreparedImage,
     store: TileStore,
     done: Sequence[Tile],
-    holes: Sequence[Hole],
-    survey: Survey | None,
+    failed_tiles: Sequence[FailedTile],
+    uncertainty: UncertaintyGrid | None,
     about: dict[str, Any],
 ) -> None:
     """Write what the report shows of an image to ``folder``, in place of what was there.
 
-    ``done`` are its finished tiles, ``survey`` what was seen in them, None if there are none.
+    ``done`` are its finished tiles, ``uncertainty`` what was seen in them, None if there are none.
     ``about`` goes into ``figures.json`` as it is. Raises StorageError; what cannot be read is grey.
     """
     slide = image.slide
@@ -103,20 +110,20 @@ def write_gallery(
         overview = np.full((*(-(-n // px) for n in slide.shape), 3), _UNREADABLE, np.uint8)
     mm = [n * mpp / 1000 for n, mpp in zip(slide.size, slide.mpp_level0, strict=True)]
     figures = {**about, "mm": mm, **_measured(image, store, done)}
-    with replacing(folder) as new:
+    with atomic_write(folder) as new:
         new.mkdir()
-        picture = _marked(overview, image, px, holes)
+        picture = _marked(overview, image, px, failed_tiles)
         (new / "overview.jpg").write_bytes(to_jpeg(picture, _QUALITY))
-        if survey is not None and survey.points.any():
-            density = _Density.of(survey, slide.mpp_level0)
+        if uncertainty is not None and uncertainty.points.any():
+            density = _Density.of(uncertainty, slide.mpp_level0)
             density.picture(overview.shape[:2], px, slide.downsample).save(
                 new / "density.png", optimize=True
             )
             figures["highest_density"] = round(density.highest)
             figures["fields"] = []
-            found = fields(survey, _FIELD_CELLS)
+            found = fields_of_view(uncertainty, _FOV_BINS)
             for number, (kind, i) in enumerate(_worth_a_look(found)):
-                pixels, shown = _field(found, i, image, store, done)
+                pixels, shown = _fov(found, i, image, store, done)
                 name = f"field-{number}.jpg"
                 (new / name).write_bytes(to_jpeg(pixels, _QUALITY))
                 figures["fields"].append({"kind": kind, "picture": name, **shown})
@@ -168,27 +175,27 @@ def _measured(image: PreparedImage, store: TileStore, done: Sequence[Tile]) -> d
 class _Density:
     """Nuclei per mm2 of tissue, of cells: NaN where there is no tissue."""
 
-    cell: tuple[float, float]  # (width, height), level 0
+    bin_size: tuple[float, float]  # (width, height), level 0
     values: NDArray[np.float64]  # (rows, cols)
     highest: float  # that has a colour of its own
 
     @classmethod
-    def of(cls, survey: Survey, mpp: tuple[float, float]) -> _Density:
-        cell_mm2 = math.prod(survey.cell) * math.prod(mpp) / 1e6
+    def of(cls, uncertainty: UncertaintyGrid, mpp: tuple[float, float]) -> _Density:
+        bin_mm2 = math.prod(uncertainty.bin_size) * math.prod(mpp) / 1e6
         # The rim of tissue has cells with a few points of it, too few to divide by.
-        points = np.maximum(survey.points, CELL_STEPS**2 // 4)
-        values = np.full((survey.rows.max() + 1, survey.cols.max() + 1), np.nan)
-        density = survey.nuclei / points * CELL_STEPS**2 / cell_mm2
-        values[survey.rows, survey.cols] = density
-        return cls(survey.cell, values, max(1.0, float(np.percentile(density, 99))))
+        points = np.maximum(uncertainty.points, BIN_STEPS**2 // 4)
+        values = np.full((uncertainty.rows.max() + 1, uncertainty.cols.max() + 1), np.nan)
+        density = uncertainty.nuclei / points * BIN_STEPS**2 / bin_mm2
+        values[uncertainty.rows, uncertainty.cols] = density
+        return cls(uncertainty.bin_size, values, max(1.0, float(np.percentile(density, 99))))
 
     def picture(
         self, shape: tuple[int, int], px: int, downsample: tuple[float, float]
     ) -> Image.Image:
         """Of ``shape`` (rows, cols), ``px`` working pixels each; transparent where no tissue is."""
         rows, cols = (
-            ((np.arange(n) + 0.5) * px * scale // cell).astype(int)
-            for n, scale, cell in zip(shape, downsample[::-1], self.cell[::-1], strict=True)
+            ((np.arange(n) + 0.5) * px * scale // bin_size).astype(int)
+            for n, scale, bin_size in zip(shape, downsample[::-1], self.bin_size[::-1], strict=True)
         )
         outside = np.pad(self.values, ((0, 1), (0, 1)), constant_values=np.nan)
         values = outside[
@@ -205,7 +212,7 @@ class _Density:
 
 
 def _marked(
-    overview: NDArray[np.uint8], image: PreparedImage, px: int, holes: Sequence[Hole]
+    overview: NDArray[np.uint8], image: PreparedImage, px: int, failed_tiles: Sequence[FailedTile]
 ) -> NDArray[np.uint8]:
     """The whole image (h, w, 3) with its tissue outlined, its regions, and its holes in red."""
     slide = image.slide
@@ -217,7 +224,7 @@ def _marked(
         inner &= wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
     marked = overview.copy()
     marked[tissue & ~inner] = _TISSUE
-    picture = draw_holes(marked, holes, slide.size)
+    picture = draw_failed_tiles(marked, failed_tiles, slide.size)
     pen = ImageDraw.Draw(picture)
     for ring in _rings(image.region):
         pen.line([(x, y) for x, y in (ring / px).tolist()], fill=_REGION, width=2)
@@ -230,7 +237,7 @@ def _rings(region: shapely.Geometry | None) -> Iterator[NDArray[np.float64]]:
             yield shapely.get_coordinates(ring)
 
 
-def _worth_a_look(found: Fields) -> list[tuple[str, int]]:
+def _worth_a_look(found: FieldsOfView) -> list[tuple[str, int]]:
     """The densest field, the most uncertain one and typical ones: kind and index, each once.
 
     Fields that are half tissue at least, if there are any.
@@ -238,7 +245,7 @@ def _worth_a_look(found: Fields) -> list[tuple[str, int]]:
     full = np.flatnonzero(found.tissue >= min(0.5, found.tissue.max()))
     density = found.nuclei[full] / found.tissue[full]
     typical = np.abs(density - np.median(density))
-    ranks = {"densest": -density, "most uncertain": -found.doubt[full], "typical": typical}
+    ranks = {"densest": -density, "most uncertain": -found.entropy[full], "typical": typical}
     chosen: list[tuple[str, int]] = []
     left = np.ones(len(full), dtype=bool)
     for kind in _KINDS[: len(full)]:
@@ -248,8 +255,8 @@ def _worth_a_look(found: Fields) -> list[tuple[str, int]]:
     return chosen
 
 
-def _field(
-    found: Fields, i: int, image: PreparedImage, store: TileStore, done: Sequence[Tile]
+def _fov(
+    found: FieldsOfView, i: int, image: PreparedImage, store: TileStore, done: Sequence[Tile]
 ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
     """The pixels (H, W, 3) of a field, and what to say of it.
 
@@ -261,7 +268,7 @@ def _field(
     near = _nuclei_near(box, image, store, done)
     nuclei = shapely.contains(shapely.box(0, 0, width, height), shapely.centroid(near)).sum()
     outlines = [
-        np.rint(shapely.get_coordinates(polygon)[:-1] * OUTLINE_UNITS).astype(int).ravel().tolist()
+        np.rint(shapely.get_coordinates(polygon)[:-1] * CONTOUR_UNITS).astype(int).ravel().tolist()
         for polygon in shapely.simplify(near, 0.4)
     ]
     mm2 = found.tissue[i] * math.prod(found.size) * math.prod(slide.mpp_level0) / 1e6
@@ -273,12 +280,12 @@ def _field(
         "um": round(width * slide.mpp),
         "nuclei": int(nuclei),
         "density": round(found.nuclei[i] / mm2),
-        "doubt": round(float(found.doubt[i]), 3),
+        "doubt": round(float(found.entropy[i]), 3),
         "outlines": outlines,
     }
 
 
-def _box(found: Fields, i: int, slide: Slide) -> Box:
+def _box(found: FieldsOfView, i: int, slide: Slide) -> Box:
     """A field on the working grid; moved in at the image's rim, and as small as it."""
     x, y = slide.downsample
     height, width = (

@@ -77,9 +77,11 @@ def find_image(project: Project, entry: ImageEntry) -> FoundImage:
         return FoundImage(entry.id, entry.name, pictures, warnings=tuple(warnings))
     if outcome and outcome.get("problem"):
         warnings.append("what is shown is what an earlier run found")
-    if holes := result.get("holes"):
+    if failed_tiles := result.get("holes"):
         tiles = f" of {outcome['tiles']}" if outcome and outcome.get("tiles") else ""
-        warnings.append(f"{len(holes)}{tiles} tiles were left out: {holes[0]['reason']}")
+        warnings.append(
+            f"{len(failed_tiles)}{tiles} tiles were left out: {failed_tiles[0]['reason']}"
+        )
     if not figures or any(figures.get(key) != result[key] for key in ("run", "nuclei")):
         warnings.append("its pictures were not made: run again")
         figures = None

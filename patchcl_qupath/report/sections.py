@@ -11,7 +11,7 @@ from typing import Any
 
 from patchcl_qupath.project import Project
 from patchcl_qupath.report.charts import Charts
-from patchcl_qupath.report.figures import OUTLINE_UNITS
+from patchcl_qupath.report.figures import CONTOUR_UNITS
 from patchcl_qupath.report.found import Facts, FoundImage, FoundModel, FoundRun
 
 _OPEN = 3  # images at most that are shown at once, and not on demand
@@ -177,8 +177,8 @@ def _field(field: Facts, image: FoundImage) -> str:
     picture = _img(image.pictures / f"field-{number}.jpg", alt, size=(width, height))
     paths = "".join(_path(outline) for outline in field["outlines"])
     return _figure(
-        f'<div class="field">{picture}<svg viewBox="0 0 {width * OUTLINE_UNITS} '
-        f'{height * OUTLINE_UNITS}" aria-hidden="true"><path d="{paths}"/></svg></div>',
+        f'<div class="field">{picture}<svg viewBox="0 0 {width * CONTOUR_UNITS} '
+        f'{height * CONTOUR_UNITS}" aria-hidden="true"><path d="{paths}"/></svg></div>',
         f"<b>{kind.capitalize()}</b>: {nuclei}, {density} per mm&sup2;, mean entropy "
         f"{float(field['doubt']):.2f} bit<br>{int(field['um'])} µm wide, at {where}",
     )

@@ -9,13 +9,13 @@ import shapely
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from patchcl_qupath.datatypes import Hole, Polygons
+from patchcl_qupath.datatypes import FailedTile, Polygons
 
-_OUTLINE = (40, 240, 80)
-_HOLE = (230, 30, 30)
+_CONTOUR = (40, 240, 80)
+_FAILED_TILE = (230, 30, 30)
 
 
-def draw_outlines(rgb: NDArray[np.uint8], polygons: Polygons, zoom: int = 2) -> Image.Image:
+def draw_contours(rgb: NDArray[np.uint8], polygons: Polygons, zoom: int = 2) -> Image.Image:
     """Outlines drawn over an image.
 
     ``rgb`` (H, W, 3) is enlarged ``zoom`` times; ``polygons`` (N,) are in its pixels.
@@ -25,20 +25,24 @@ def draw_outlines(rgb: NDArray[np.uint8], polygons: Polygons, zoom: int = 2) -> 
     pen = ImageDraw.Draw(picture)
     for polygon in polygons:
         corners = shapely.get_coordinates(polygon) * zoom
-        pen.line([tuple(corner) for corner in corners.tolist()], fill=_OUTLINE, width=zoom)
+        pen.line([tuple(corner) for corner in corners.tolist()], fill=_CONTOUR, width=zoom)
     return picture
 
 
-def draw_holes(rgb: NDArray[np.uint8], holes: Sequence[Hole], size: tuple[int, int]) -> Image.Image:
+def draw_failed_tiles(
+    rgb: NDArray[np.uint8], failed_tiles: Sequence[FailedTile], size: tuple[int, int]
+) -> Image.Image:
     """Holes in red on a small picture (H, W, 3) of an image of ``size`` (width, height)."""
     height, width = rgb.shape[:2]
     x, y = width / size[0], height / size[1]
     picture = Image.fromarray(rgb)
     pen = ImageDraw.Draw(picture)
-    for hole in holes:
-        right, low = (hole.x + hole.width) * x - 1, (hole.y + hole.height) * y - 1
-        left, top = hole.x * x, hole.y * y
-        pen.rectangle([left, top, max(left, right), max(top, low)], fill=_HOLE)  # 1 px at least
+    for failed in failed_tiles:
+        right, low = (failed.x + failed.width) * x - 1, (failed.y + failed.height) * y - 1
+        left, top = failed.x * x, failed.y * y
+        pen.rectangle(
+            [left, top, max(left, right), max(top, low)], fill=_FAILED_TILE
+        )  # 1 px at least
     return picture
 
 

@@ -63,7 +63,7 @@ def _position_sums(
     return sums[0, 1:], sums[1, 1:], sums[2, 1:]
 
 
-def outlines(
+def trace_contours(
     labels: NDArray[np.int32],
     confidence: NDArray[np.float32] | None = None,
     threshold: float = 0.5,
@@ -112,7 +112,7 @@ def _to_threshold(
                 middle[edge, 1] += outwards * y
 
 
-def footprints(labels: Labels) -> Polygons:
+def pixel_polygons(labels: Labels) -> Polygons:
     """What each of N labels covers -> (N,) valid polygons or multipolygons, in the labels' order.
 
     They run along the edges of the pixels, so an area is a number of pixels; holes and separate
@@ -256,7 +256,7 @@ def _tidy(polygons: Polygons) -> Polygons:
 
 def nuclei_of_tile(
     labels: NDArray[np.int32],
-    mine: NDArray[np.bool_],
+    owned: NDArray[np.bool_],
     rgb: NDArray[np.uint8],
     confidence: NDArray[np.float32],
     tile: Tile,
@@ -264,15 +264,15 @@ def nuclei_of_tile(
     threshold: float = 0.5,
     stains: StainVectors = H_E,
 ) -> Nuclei:
-    """Those of labels 1..N that are ``mine`` (N,), outlined and measured, on the working grid.
+    """Those of labels 1..N that are ``owned`` (N,), outlined and measured, on the working grid.
 
     ``labels``, ``rgb`` and ``confidence`` cover the tile's read box; ``mpp`` is (x, y) in um per
     working pixel. Outlines run where confidence is ``threshold``; ``stains`` are measured. The
     order is that of the labels.
     """
-    renumbered = np.concatenate([[0], np.where(mine, np.cumsum(mine), 0)]).astype(np.int32)
+    renumbered = np.concatenate([[0], np.where(owned, np.cumsum(owned), 0)]).astype(np.int32)
     labels = take(renumbered, labels)
-    polygons = outlines(labels, confidence, threshold)
+    polygons = trace_contours(labels, confidence, threshold)
     polygons_um = grid_to_level0(polygons, mpp)  # um are pixels of 1 um
     measurements = measure(polygons_um, labels, rgb, confidence, stains)
     return Nuclei(tile_to_grid(polygons, tile), measurements)

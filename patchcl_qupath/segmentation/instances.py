@@ -19,7 +19,7 @@ from patchcl_qupath.config import SegmentConfig
 _CROSS = ndimage.generate_binary_structure(2, 1)  # pixels connect by edges, not by corners
 
 
-def context_um(config: SegmentConfig) -> float:
+def postprocessing_margin_um(config: SegmentConfig) -> float:
     """How far outside its tile's write box a nucleus that the tile owns can depend on pixels.
 
     A convex shape reaches at most two thirds of its diameter from its centroid; the height of
@@ -47,10 +47,10 @@ def instances(
     are no nuclei.
     """
     pieces = _pieces(confidence > threshold, mpp, config)
-    height = _height(pieces > 0, core, mpp, config)
+    elevation = _elevation(pieces > 0, core, mpp, config)
     near, far = _offsets(1.5), _offsets(config.marker_radius_um / mpp)
-    basins, peak = _climb(height, pieces, near, far)
-    into = _merge_shallow(basins, peak, height, np.float32(config.min_saddle_depth_um))
+    basins, peak = _steepest_ascent(elevation, pieces, near, far)
+    into = _merge_low_prominence(basins, peak, elevation, np.float32(config.min_prominence_um))
     return take(_number(basins, into, core, mpp, config), basins)
 
 
@@ -76,7 +76,7 @@ def _sizes(labels: NDArray[np.int32], count: int) -> NDArray[np.int64]:
     return sizes
 
 
-def _height(
+def _elevation(
     mask: NDArray[np.bool_], core: NDArray[np.float32] | None, mpp: float, config: SegmentConfig
 ) -> NDArray[np.float32]:
     """The landscape to climb: the depth inside the mask, in um, higher in cores; smoothed."""
@@ -159,8 +159,8 @@ def _distance(mask: NDArray[np.bool_], most: float) -> NDArray[np.float64]:
 
 
 @compiled
-def _climb(
-    height: NDArray[np.float32],
+def _steepest_ascent(
+    elevation: NDArray[np.float32],
     pieces: NDArray[np.int32],
     near: NDArray[np.int64],
     far: NDArray[np.int64],
@@ -174,38 +174,38 @@ def _climb(
     """
     rows, cols = pieces.shape
     parent = np.full(rows * cols, -1, np.int32)
-    summits = 0
+    maxima = 0
     for row in range(rows):
         for col in range(cols):
             if pieces[row, col]:
-                best = _highest(height, pieces, row, col, near)
+                best = _highest(elevation, pieces, row, col, near)
                 if best == row * cols + col:
-                    best = _highest(height, pieces, row, col, far)
+                    best = _highest(elevation, pieces, row, col, far)
                 parent[row * cols + col] = best
-                summits += best == row * cols + col
+                maxima += best == row * cols + col
     basins = np.zeros(rows * cols, np.int32)
-    peak = np.full(summits + 1, -np.inf, np.float32)
+    peak = np.full(maxima + 1, -np.inf, np.float32)
     number = 0
     for pixel in range(rows * cols):
         if parent[pixel] == pixel:
             number += 1
             basins[pixel] = number
-            peak[number] = height[pixel // cols, pixel % cols]
+            peak[number] = elevation[pixel // cols, pixel % cols]
     for pixel in range(rows * cols):
         if parent[pixel] >= 0:
-            summit = pixel
-            while not basins[summit]:
-                summit = parent[summit]
+            maximum = pixel
+            while not basins[maximum]:
+                maximum = parent[maximum]
             step = pixel
             while not basins[step]:  # whoever comes across this way again is there at once
-                basins[step] = basins[summit]
+                basins[step] = basins[maximum]
                 step = parent[step]
     return basins.reshape(rows, cols), peak
 
 
 @compiled
 def _highest(
-    height: NDArray[np.float32],
+    elevation: NDArray[np.float32],
     pieces: NDArray[np.int32],
     row: int,
     col: int,
@@ -213,28 +213,30 @@ def _highest(
 ) -> int:
     """The highest of a pixel and those at the offsets from it in its piece, as row * W + col."""
     rows, cols = pieces.shape
-    piece, best_height = pieces[row, col], height[row, col]
+    piece, best_elevation = pieces[row, col], elevation[row, col]
     best: int = row * cols + col
     for k in range(len(offsets)):
         r, c = row + offsets[k, 0], col + offsets[k, 1]
         if 0 <= r < rows and 0 <= c < cols and pieces[r, c] == piece:
             there = r * cols + c
-            if height[r, c] > best_height or (height[r, c] == best_height and there > best):
-                best, best_height = there, height[r, c]
+            if elevation[r, c] > best_elevation or (
+                elevation[r, c] == best_elevation and there > best
+            ):
+                best, best_elevation = there, elevation[r, c]
     return best
 
 
 @compiled
-def _merge_shallow(
+def _merge_low_prominence(
     basins: NDArray[np.int32],
     peak: NDArray[np.float32],
-    height: NDArray[np.float32],
-    min_depth_um: np.float32,
+    elevation: NDArray[np.float32],
+    min_prominence_um: np.float32,
 ) -> NDArray[np.int32]:
     """Which basin (N + 1,) each one becomes a part of, where hardly a saddle parts them.
 
     The saddle between two is the highest pass along their common border. A summit that rises less
-    than ``min_depth_um`` above its highest saddle is a bump on its neighbour's flank.
+    than ``min_prominence_um`` above its highest saddle is a bump on its neighbour's flank.
     """
     rows, cols = basins.shape
     into = np.arange(len(peak)).astype(np.int32)
@@ -249,8 +251,8 @@ def _merge_shallow(
                     continue
                 if peak[low] > peak[high] or (peak[low] == peak[high] and low > high):
                     low, high = high, low
-                over = min(height[row, col], height[r, c])
-                if peak[low] - over < min_depth_um and (
+                over = min(elevation[row, col], elevation[r, c])
+                if peak[low] - over < min_prominence_um and (
                     over > saddle[low] or (over == saddle[low] and high > into[low])
                 ):
                     saddle[low], into[low] = over, high

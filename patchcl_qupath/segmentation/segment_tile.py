@@ -10,21 +10,26 @@ import torch
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
-from patchcl_qupath.datatypes import Nuclei, Survey, Tile
+from patchcl_qupath.datatypes import Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.segmentation.contours import centroids, nuclei_of_tile, to_level0
-from patchcl_qupath.segmentation.instances import context_um, instances
+from patchcl_qupath.segmentation.instances import instances, postprocessing_margin_um
 from patchcl_qupath.segmentation.measurements import mean_hematoxylin
-from patchcl_qupath.segmentation.uncertainty import CELL_STEPS, entropy, merge, step_px
+from patchcl_qupath.segmentation.uncertainty import (
+    BIN_STEPS,
+    merge_grids,
+    predictive_entropy,
+    step_px,
+)
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import inside, inside_region
 from patchcl_qupath.timing import Seconds, timed
 
 
-def context_px(config: Config, slide: Slide) -> int:
+def postprocessing_margin_px(config: Config, slide: Slide) -> int:
     """How far from its write box a tile must know the confidence, in working px."""
-    return math.ceil(context_um(config.segment) / slide.mpp)
+    return math.ceil(postprocessing_margin_um(config.segment) / slide.mpp)
 
 
 @dataclass(frozen=True)
@@ -37,19 +42,19 @@ class TileContext:
     engine: str
 
 
-def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Survey, Seconds]:
+def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
     """One tile, from pixels to the nuclei that it owns, at level 0; and how sure it was of them."""
     image, slide, model = context.image, context.image.slide, context.model
-    assert image.scale is not None, "an image without tissue has no tiles"
+    assert image.normaliser is not None, "an image without tissue has no tiles"
     settings = context.config.segment
     seconds: Seconds = {}
     with timed(seconds, "read"):
         rgb = slide.read(tile.read)
     with timed(seconds, "network"):
         torch.set_num_threads(1)  # sums of several threads would differ by how many these are
-        probability, core = confidence(model, rgb, image.scale, context.engine)
+        probability, core = confidence(model, rgb, image.normaliser, context.engine)
     # The network's share of the halo is used up: what is left has the whole slide's confidence.
-    near = tile.write.grow(context_px(context.config, slide), slide.shape)
+    near = tile.write.grow(postprocessing_margin_px(context.config, slide), slide.shape)
     inner = near.within(tile.read)
     tile, rgb, probability = replace(tile, read=near), rgb[inner], probability[inner]
     core = None if core is None else core[inner]
@@ -57,27 +62,29 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, Survey, Seco
         labels = instances(probability, slide.mpp, settings, model.threshold, core)
     with timed(seconds, "measure"):
         rows, cols = centroids(labels, tile)
-        mine = tile.write.holds(rows, cols) & inside(image.tissue, image.tissue_px, rows, cols)
+        owned = tile.write.holds(rows, cols) & inside(image.tissue, image.tissue_px, rows, cols)
         if image.region is not None:
-            mine &= inside_region(image.region, tile.write, rows, cols)
-        mine &= mean_hematoxylin(labels, rgb) >= settings.min_hematoxylin
+            owned &= inside_region(image.region, tile.write, rows, cols)
+        owned &= mean_hematoxylin(labels, rgb) >= settings.min_hematoxylin
         nuclei = nuclei_of_tile(
-            *(labels, mine, rgb, probability, tile, slide.grid_mpp),
+            *(labels, owned, rgb, probability, tile, slide.grid_mpp),
             *(model.threshold, image.stains),
         )
         compact = nuclei.measurements["Solidity"] >= settings.min_solidity
         nuclei = to_level0(nuclei[compact], slide.downsample, image.id)
-        survey = _survey(image, tile, probability, rows[mine][compact], cols[mine][compact])
-    return nuclei, survey, seconds
+        uncertainty = _uncertainty_grid(
+            image, tile, probability, rows[owned][compact], cols[owned][compact]
+        )
+    return nuclei, uncertainty, seconds
 
 
-def _survey(
+def _uncertainty_grid(
     image: PreparedImage,
     tile: Tile,
     probability: NDArray[np.float32],
     nucleus_rows: NDArray[np.int64],
     nucleus_cols: NDArray[np.int64],
-) -> Survey:
+) -> UncertaintyGrid:
     """What is in doubt in a tile's write box, and where its nuclei are: (N,) rows and columns.
 
     ``probability`` covers the tile's read box.
@@ -94,16 +101,16 @@ def _survey(
     if image.region is not None:
         looked &= inside_region(image.region, box, rows, cols)
     rows, cols = rows[looked], cols[looked]
-    doubt = entropy(probability[rows - tile.read.row0, cols - tile.read.col0])
-    cell_px = CELL_STEPS * step
+    entropy = predictive_entropy(probability[rows - tile.read.row0, cols - tile.read.col0])
+    bin_px = BIN_STEPS * step
     x, y = image.slide.downsample
     one, none = np.ones_like(rows), np.zeros_like(nucleus_rows)
-    points = Survey(
-        (cell_px * x, cell_px * y),
-        np.concatenate([rows, nucleus_rows]) // cell_px,
-        np.concatenate([cols, nucleus_cols]) // cell_px,
+    points = UncertaintyGrid(
+        (bin_px * x, bin_px * y),
+        np.concatenate([rows, nucleus_rows]) // bin_px,
+        np.concatenate([cols, nucleus_cols]) // bin_px,
         np.concatenate([one, none]),
-        np.concatenate([doubt, none]),
+        np.concatenate([entropy, none]),
         np.concatenate([np.zeros_like(rows), np.ones_like(none)]),
     )
-    return merge([points])
+    return merge_grids([points])

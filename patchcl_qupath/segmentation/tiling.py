@@ -19,14 +19,14 @@ def plan(
     tile_px: int,
     halo_px: int,
     region: shapely.Geometry | None = None,
-    align_px: int = 1,
+    divisor: int = 1,
 ) -> list[Tile]:
     """The tiles with tissue, row by row, of a working grid of ``shape`` (rows, cols).
 
     Write boxes are cut evenly, ``tile_px`` or less to a side, so that no sliver is left over; then
     each is shrunk to its tissue, and left out where it has none. ``tissue`` has one px per
     ``tissue_px`` grid px. So with ``region``, polygons on the grid, where there is one. Read boxes
-    begin and end at multiples of ``align_px``, or at the end of the grid.
+    begin and end at multiples of ``divisor``, or at the end of the grid.
     """
     tiles = []
     for row, rows in enumerate(pairwise(_cuts(shape[0], tile_px))):
@@ -35,7 +35,7 @@ def plan(
             part = whole if region is None else bounds(region, whole)
             write = part and _shrunk(part, tissue, tissue_px)
             if write is not None:
-                read = write.grow(halo_px, shape).aligned(align_px, shape)
+                read = write.grow(halo_px, shape).aligned(divisor, shape)
                 tiles.append(Tile(row, col, read, write))
     return tiles
 

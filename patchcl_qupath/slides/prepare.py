@@ -15,17 +15,17 @@ from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import ImageEntry, StainVectors, level0_to_grid
 from patchcl_qupath.errors import ImageError, TrainingError
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.slides.stains import StainScale, to_measure
+from patchcl_qupath.slides.stains import StainNormaliser, to_measure
 from patchcl_qupath.slides.tissue import (
     check_brightfield,
     sample_boxes,
     tissue_area_px,
     tissue_mask,
 )
-from patchcl_qupath.storage.files import digest, file_facts
+from patchcl_qupath.storage.files import digest, file_signature
 
-_SCALE_CROPS = 24  # crops that the stain range is taken from
-_SCALE_CROP_PX = 256
+_NORMALISER_CROPS = 24  # crops that the stain range is taken from
+_NORMALISER_CROP_PX = 256
 _FORM = 2  # of what is kept of a finished tile
 
 
@@ -37,7 +37,9 @@ class PreparedImage:
     slide: Slide
     tissue: NDArray[np.bool_]  # (h, w); a pixel is tissue_px working pixels wide
     tissue_px: int
-    scale: StainScale | None  # of all tissue, in the region or not; None where there is none
+    normaliser: (
+        StainNormaliser | None
+    )  # of all tissue, in the region or not; None where there is none
     region: shapely.Geometry | None  # on the working grid; None: the whole image
     stains: StainVectors  # that are measured
 
@@ -62,7 +64,7 @@ class PreparedImage:
         return {
             **facts,
             "form": _FORM,
-            **file_facts(self.slide.path),
+            **file_signature(self.slide.path),
             "region": region,
             "stains": asdict(self.stains),
         }
@@ -82,7 +84,10 @@ def prepare(entry: ImageEntry, config: Config, mpp: float | None = None) -> Prep
     image = PreparedImage(entry.id, slide, tissue, px, None, _region(entry, slide), stains)
     if not tissue.any():
         return image
-    return replace(image, scale=StainScale.fit(image.crops(_SCALE_CROPS, _SCALE_CROP_PX, seed=0)))
+    return replace(
+        image,
+        normaliser=StainNormaliser.fit(image.crops(_NORMALISER_CROPS, _NORMALISER_CROP_PX, seed=0)),
+    )
 
 
 def _region(entry: ImageEntry, slide: Slide) -> shapely.Geometry | None:
@@ -109,7 +114,7 @@ def training_crops(
     config: Config,
     progress: Callable[[str, int, int], None],
     mpp: float | None = None,
-) -> tuple[list[NDArray[np.uint8]], list[StainScale]]:
+) -> tuple[list[NDArray[np.uint8]], list[StainNormaliser]]:
     """Random tissue crops of up to ``config.patchcl.slides`` images, and each one's stain range.
 
     Images that cannot be used are left out. Raises TrainingError if none is left, and says why.
@@ -118,7 +123,7 @@ def training_crops(
     wanted = min(len(entries), settings.slides)
     crops_each = math.ceil(settings.crops / max(1, wanted))
     images: list[NDArray[np.uint8]] = []
-    scales: list[StainScale] = []
+    normalisers: list[StainNormaliser] = []
     problems: list[str] = []
     used = 0
     for i in np.random.default_rng(settings.seed).permutation(len(entries)):
@@ -127,7 +132,7 @@ def training_crops(
         progress("reading crops to learn from", used, wanted)
         try:
             image = prepare(entries[i], config, mpp)
-            if image.scale is None:
+            if image.normaliser is None:
                 raise ImageError(f"{entries[i].name} shows no tissue")
             new = list(image.crops(crops_each, settings.source_px, settings.seed + 1))
         except ImageError as error:
@@ -135,8 +140,8 @@ def training_crops(
             continue
         used += 1
         images += new
-        scales += [image.scale] * len(new)
+        normalisers += [image.normaliser] * len(new)
     progress("reading crops to learn from", used, used)
     if not images:
         raise TrainingError("no image to learn from: " + "; ".join(problems[:5]))
-    return images, scales
+    return images, normalisers

@@ -151,7 +151,7 @@ _LEAST_RANGE = 0.15
 
 
 @dataclass(frozen=True)
-class StainScale:
+class StainNormaliser:
     """One slide's stain range: what the networks need to see slides of any stain alike.
 
     It belongs to the slide, never to a tile: neighbouring tiles must agree on their halo.
@@ -161,7 +161,7 @@ class StainScale:
     high: tuple[float, float, float]
 
     @classmethod
-    def fit(cls, crops: Iterable[NDArray[np.uint8]]) -> StainScale:
+    def fit(cls, crops: Iterable[NDArray[np.uint8]]) -> StainNormaliser:
         """From tissue crops (H, W, 3) of one slide: the 2nd and 99th percentile of each stain."""
         pixels = np.concatenate([unmix_hed(crop).reshape(-1, 3) for crop in crops])
         low, high = np.percentile(pixels, [2, 99], axis=0)

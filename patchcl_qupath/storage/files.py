@@ -43,7 +43,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path to write to; it becomes ``path`` when the block ends without an error.
 
     Works for a file and for a folder. A reader sees the old one or the new one, never a half; for
@@ -67,11 +67,11 @@ def replacing(path: Path) -> Iterator[Path]:
 def copy_once(path: Path, other: Path) -> None:
     """Copy a file, unless there is a copy already."""
     if not other.exists():
-        with replacing(other) as temporary:
+        with atomic_write(other) as temporary:
             shutil.copy2(path, temporary)
 
 
-def sweep(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Remove what writers that were killed left in a folder and those in it."""
     for leftover in [*folder.rglob(".*.partial*")]:
         _remove(leftover)
@@ -79,13 +79,13 @@ def sweep(folder: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise StorageError now rather than when there are results to lose."""
-    with replacing(folder / "writable") as temporary:
+    with atomic_write(folder / "writable") as temporary:
         temporary.touch()
     (folder / "writable").unlink()
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Hold a folder; raise StorageError where another process holds it.
 
     The operating system lets go of it when the process ends, however that is. What those before
@@ -103,7 +103,7 @@ def alone(folder: Path) -> Iterator[None]:
         except NotImplementedError:
             pass  # a file system without locks
     try:
-        sweep(folder)
+        remove_partial_files(folder)
         yield
     finally:
         lock.release()
@@ -126,12 +126,12 @@ def _remove(path: Path) -> None:
 
 def write_json(path: Path, content: Any, compact: bool = False) -> None:
     """Write JSON in one go, keys in the order given; ``compact`` is for programs only."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         text = json.dumps(content, indent=None if compact else 2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def file_facts(path: Path) -> dict[str, int]:
+def file_signature(path: Path) -> dict[str, int]:
     """What changes when a file does, but not when it is moved."""
     stat = path.stat()
     return {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
@@ -154,7 +154,7 @@ def digest(content: Any) -> str:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file in one go."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import Nuclei, Polygons, Survey
-from patchcl_qupath.storage.files import replacing
+from patchcl_qupath.datatypes import Nuclei, Polygons, UncertaintyGrid
+from patchcl_qupath.storage.files import atomic_write
 
 _GEO = {  # GeoParquet 1.1; coordinates are pixels, so there is no reference system
     "version": "1.1.0",
@@ -47,11 +47,11 @@ def _polygons(table: pa.Table) -> Polygons:
     return np.asarray(shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False)), object)
 
 
-def to_parquet(nuclei: Nuclei, survey: Survey) -> bytes:
+def to_parquet(nuclei: Nuclei, uncertainty: UncertaintyGrid) -> bytes:
     """A tile's nuclei as the content of a parquet file, with its survey in the header."""
     table = to_table(nuclei)
-    columns = {name: values.tolist() for name, values in _columns(survey).items()}
-    header = table.schema.metadata | {"survey": json.dumps([survey.cell, columns])}
+    columns = {name: values.tolist() for name, values in _columns(uncertainty).items()}
+    header = table.schema.metadata | {"survey": json.dumps([uncertainty.bin_size, columns])}
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(header), sink, compression="zstd")
     return bytes(sink.getvalue())
@@ -78,25 +78,29 @@ def count_nuclei(path: Path) -> int:
     return int(pq.read_metadata(path).num_rows)
 
 
-def _columns(survey: Survey) -> dict[str, NDArray[np.int64]]:
-    return {name: values for name, values in vars(survey).items() if name != "cell"}
+def _columns(uncertainty: UncertaintyGrid) -> dict[str, NDArray[np.int64]]:
+    return {name: values for name, values in vars(uncertainty).items() if name != "cell"}
 
 
-def read_tile_survey(path: Path) -> Survey:
+def read_tile_uncertainty(path: Path) -> UncertaintyGrid:
     """The survey in the header of a tile's file."""
-    cell, columns = json.loads(pq.read_schema(path).metadata[b"survey"])
-    return Survey(tuple(cell), **{name: np.array(v, np.int64) for name, v in columns.items()})
+    bin_size, columns = json.loads(pq.read_schema(path).metadata[b"survey"])
+    return UncertaintyGrid(
+        tuple(bin_size), **{name: np.array(v, np.int64) for name, v in columns.items()}
+    )
 
 
-def write_survey(path: Path, survey: Survey) -> None:
+def write_uncertainty_grid(path: Path, uncertainty: UncertaintyGrid) -> None:
     """Write an image's survey as a parquet file."""
-    table = pa.table(_columns(survey)).replace_schema_metadata({"cell": json.dumps(survey.cell)})
-    with replacing(path) as temporary:
+    table = pa.table(_columns(uncertainty)).replace_schema_metadata(
+        {"cell": json.dumps(uncertainty.bin_size)}
+    )
+    with atomic_write(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
-def read_survey(path: Path) -> Survey:
-    """The inverse of ``write_survey``."""
+def read_uncertainty_grid(path: Path) -> UncertaintyGrid:
+    """The inverse of ``write_uncertainty_grid``."""
     table = pq.read_table(path)
     columns = {name: table[name].to_numpy() for name in table.column_names}
-    return Survey(tuple(json.loads(table.schema.metadata[b"cell"])), **columns)
+    return UncertaintyGrid(tuple(json.loads(table.schema.metadata[b"cell"])), **columns)

@@ -28,12 +28,12 @@ from patchcl_qupath.config import CDCLConfig
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork, device
 from patchcl_qupath.training.supervision import (
-    Lesson,
-    draw_lesson,
-    follow,
-    teaching_loss,
+    TrainingSample,
+    augment_stains,
+    bce_dice_loss,
+    ema_update,
+    random_crop,
     to_batch,
-    varied,
 )
 
 Report = Callable[[str, int, int], None]
@@ -41,8 +41,8 @@ Report = Callable[[str, int, int], None]
 
 def refine(
     start: Model,
-    labelled: Sequence[Lesson],
-    unlabelled: Sequence[Lesson],
+    labelled: Sequence[TrainingSample],
+    unlabelled: Sequence[TrainingSample],
     report: Report,
     seed: int = 0,
 ) -> Model:
@@ -63,56 +63,66 @@ def refine(
         settings.learning_rate,
         weight_decay=settings.weight_decay,
     )
-    bank = Bank(settings)
+    bank = MemoryBank(settings)
     log: list[dict[str, float]] = []
     for step in range(settings.steps):
         done = step / settings.steps
         optimizer.param_groups[0]["lr"] = (
             settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
         )
-        known, known_target, _ = _batch(labelled, settings.labelled, settings, rng)
+        labelled_stains, labelled_target, _ = _batch(labelled, settings.labelled, settings, rng)
         strong, target, weak = _batch(unlabelled, settings.unlabelled, settings, rng)
-        logits, coarse = student.both(torch.cat([known, strong]))
-        n = len(known)
+        logits, coarse = student.both(torch.cat([labelled_stains, strong]))
+        n = len(labelled_stains)
         losses = {
-            "labelled": teaching_loss(logits[:n], known_target),
-            "pseudo": settings.pseudo_weight * teaching_loss(logits[n:], target),
+            "labelled": bce_dice_loss(logits[:n], labelled_target),
+            "pseudo": settings.pseudo_weight * bce_dice_loss(logits[n:], target),
         }
         with torch.no_grad():
-            said, taught = teacher.both(weak)
-            said = torch.sigmoid(said)  # (B, 2, H, W)
+            teacher_probability, teacher_features = teacher.both(weak)
+            teacher_probability = torch.sigmoid(teacher_probability)  # (B, 2, H, W)
         # The teacher is worth listening to once it followed the student for a while.
-        trust = math.exp(-5 * (1 - done) ** 2) if done >= settings.patience else 0.0
-        if trust:
-            losses["consistency"] = trust * consistency(logits[n:], said, settings)
-            losses["entropy"] = trust * settings.entropy_weight * entropy(logits[n:])
-            share = F.avg_pool2d((said[:, :1] > 0.5).float(), settings.patch_px)  # (B, 1, h, w)
+        consistency_weight = (
+            math.exp(-5 * (1 - done) ** 2) if done >= settings.teacher_warmup else 0.0
+        )
+        if consistency_weight:
+            losses["consistency"] = consistency_weight * consistency(
+                logits[n:], teacher_probability, settings
+            )
+            losses["entropy"] = consistency_weight * settings.entropy_weight * entropy(logits[n:])
+            foreground_fraction = F.avg_pool2d(
+                (teacher_probability[:, :1] > 0.5).float(), settings.patch_px
+            )  # (B, 1, h, w)
             losses["contrast"] = settings.contrast_weight * contrast(
                 patches(projection(coarse[n:]), settings),
-                patches(projection(taught), settings).detach(),
-                share.flatten(),
+                patches(projection(teacher_features), settings).detach(),
+                foreground_fraction.flatten(),
                 bank,
                 settings,
             )
         optimizer.zero_grad()
         torch.stack([*losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        follow(teacher, student, keep=min(0.99, 1 - 1 / (step + 10)))
+        ema_update(teacher, student, keep=min(0.99, 1 - 1 / (step + 10)))
         log.append({name: round(loss.item(), 4) for name, loss in losses.items()})
         report("learning from corrections", step + 1, settings.steps)
     training = {**start.training, "cdcl": log, "refined_from": start.digest}
     return Model(teacher.cpu().eval(), start.config, 0, False, start.threshold, training)
 
 
-def consistency(logits: Tensor, said: Tensor, settings: CDCLConfig) -> Tensor:
+def consistency(logits: Tensor, teacher_probability: Tensor, settings: CDCLConfig) -> Tensor:
     """Cross entropy of the student's logits with the teacher's hard answers (B, 2, H, W).
 
     Only where the teacher is confident, of whichever answer. (The code that the authors published
     leaves these pixels out and keeps the others, against the paper.)
     """
-    sure = (said > settings.confident) | (said < 1 - settings.confident)
-    wrong = F.binary_cross_entropy_with_logits(logits, (said > 0.5).float(), reduction="none")
-    return (wrong * sure).sum() / sure.sum().clamp_min(1)
+    confident = (teacher_probability > settings.confidence_threshold) | (
+        teacher_probability < 1 - settings.confidence_threshold
+    )
+    wrong = F.binary_cross_entropy_with_logits(
+        logits, (teacher_probability > 0.5).float(), reduction="none"
+    )
+    return (wrong * confident).sum() / confident.sum().clamp_min(1)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -127,7 +137,7 @@ def patches(coarse: Tensor, settings: CDCLConfig) -> Tensor:
     return F.normalize(pooled.permute(0, 2, 3, 1).flatten(0, 2), dim=-1)
 
 
-class Bank:
+class MemoryBank:
     """Patches of earlier steps, of nuclei and of none, to contrast with: from other images, too."""
 
     def __init__(self, settings: CDCLConfig) -> None:
@@ -148,39 +158,48 @@ class Bank:
 
 
 def contrast(
-    points: Tensor, taught: Tensor, share: Tensor, bank: Bank, settings: CDCLConfig
+    points: Tensor,
+    teacher_features: Tensor,
+    foreground_fraction: Tensor,
+    bank: MemoryBank,
+    settings: CDCLConfig,
 ) -> Tensor:
     """Cross-patch dense contrast of unit vectors (N, D) with the teacher's of the same places.
 
-    ``share`` (N,) is how much of each patch is nucleus. Anchors are patches that are nearly all or
-    nearly none. An anchor is to resemble what the teacher sees in its place, and to differ from
-    the patches of the opposite kind in the bank.
+    ``foreground_fraction`` (N,) is how much of each patch is nucleus. Anchors are patches that are
+    nearly all or nearly none. An anchor is to resemble what the teacher sees in its place, and to
+    differ from the patches of the opposite kind in the bank.
     """
     loss, count = points.sum() * 0, 0
-    kinds = {True: share >= 1 - settings.pure, False: share <= settings.pure}
+    kinds = {
+        True: foreground_fraction >= 1 - settings.purity,
+        False: foreground_fraction <= settings.purity,
+    }
     for is_nucleus, chosen in kinds.items():
         others = bank.points(not is_nucleus)
         if others is not None and bool(chosen.any()):
-            alike = (points[chosen] * taught[chosen]).sum(dim=1) / settings.temperature  # (A,)
+            alike = (points[chosen] * teacher_features[chosen]).sum(
+                dim=1
+            ) / settings.temperature  # (A,)
             unlike = points[chosen] @ others.T / settings.temperature  # (A, M)
             every = torch.cat([alike[:, None], unlike], dim=1)  # (A, 1 + M)
             loss = loss + (every.logsumexp(dim=1) - alike).sum()
             count += len(alike)
     for is_nucleus, chosen in kinds.items():
-        bank.add(taught[chosen], is_nucleus)
+        bank.add(teacher_features[chosen], is_nucleus)
     return loss / max(1, count)
 
 
 def _batch(
-    lessons: Sequence[Lesson], count: int, settings: CDCLConfig, rng: np.random.Generator
+    samples: Sequence[TrainingSample], count: int, settings: CDCLConfig, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Varied stains, targets, and stains as they are, (B, 3, S, S) each, of random crops."""
     strong: list[NDArray[np.float32]] = []
     target: list[NDArray[np.uint8]] = []
     weak: list[NDArray[np.float32]] = []
-    for k in rng.integers(len(lessons), size=count):
-        stains, wanted = draw_lesson(lessons[k], settings.crop_px, settings.varied_size, rng)
-        strong.append(varied(stains, rng))
+    for k in rng.integers(len(samples), size=count):
+        stains, wanted = random_crop(samples[k], settings.crop_px, settings.scale_jitter, rng)
+        strong.append(augment_stains(stains, rng))
         target.append(wanted)
         weak.append(stains)
     return to_batch(strong), to_batch(target), to_batch(weak)

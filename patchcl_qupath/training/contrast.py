@@ -53,8 +53,10 @@ def similarity_space(stains: Tensor, config: Config) -> Tensor:
     """
     settings, mpp = config.patchcl, config.slide.mpp
     hematoxylin = blur(stains[:, :1], settings.blur_um / mpp)  # (B, 1, H, W)
-    excess = hematoxylin - blur(hematoxylin, settings.around_um / mpp)  # (B, 1, H, W)
-    return torch.cat([hematoxylin, settings.excess_weight * excess], dim=1)
+    local_contrast = hematoxylin - blur(
+        hematoxylin, settings.background_radius_um / mpp
+    )  # (B, 1, H, W)
+    return torch.cat([hematoxylin, settings.local_contrast_weight * local_contrast], dim=1)
 
 
 def contrast_prototypes(

@@ -25,7 +25,7 @@ from patchcl_qupath.config import Config, PatchCLConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork, FeatureNetwork, device, folded
-from patchcl_qupath.slides.stains import StainScale
+from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.files import to_jpeg
 from patchcl_qupath.training.contrast import (
     MEASURES,
@@ -37,31 +37,34 @@ from patchcl_qupath.training.contrast import (
     similarity_space,
 )
 from patchcl_qupath.training.pseudo_labels import otsu
-from patchcl_qupath.training.supervision import draw
+from patchcl_qupath.training.supervision import random_window
 
 Images = Sequence[NDArray[np.uint8]]
 Report = Callable[[int, int], None]  # steps done, steps in all
 
 _SHOWN_PX = 192  # side of the crop that the report shows the channels of
-_JUDGES = 32  # crops on which the nucleus channel is chosen
+_VALIDATION_CROPS = 32  # crops on which the nucleus channel is chosen
 _TYPICAL_LOGIT = 1.5  # a confidence of 0.82
 
 
 def train(
-    images: Images, scales: Sequence[StainScale], config: Config, report: Report | None = None
+    images: Images,
+    normalisers: Sequence[StainNormaliser],
+    config: Config,
+    report: Report | None = None,
 ) -> Model:
     """Learn nuclei from RGB tissue crops (H, W, 3) at ``config.slide.mpp``, without labels.
 
-    ``scales`` has the stain range of each crop's slide. Crops may differ in size; those narrower
-    than a patch are left out. Equal crops, settings and numbers of threads give equal weights on
-    one machine. Raises TrainingError if there is nothing to learn from.
+    ``normalisers`` has the stain range of each crop's slide. Crops may differ in size; those
+    narrower than a patch are left out. Equal crops, settings and numbers of threads give equal
+    weights on one machine. Raises TrainingError if there is nothing to learn from.
     """
     settings = config.patchcl
     usable = [i for i, image in enumerate(images) if min(image.shape[:2]) >= settings.patch_px]
     if not usable:
         least_um = settings.patch_px * config.slide.mpp
         raise TrainingError(f"no image is {least_um:g} um wide: add larger ones to learn from")
-    images, scales = [images[i] for i in usable], [scales[i] for i in usable]
+    images, normalisers = [images[i] for i in usable], [normalisers[i] for i in usable]
 
     rng = np.random.default_rng(settings.seed)
     generator = torch.Generator(device()).manual_seed(settings.seed)
@@ -80,14 +83,14 @@ def train(
         fall = (1 + math.cos(math.pi * cooled)) / 2
         optimizer.param_groups[0]["lr"] = settings.learning_rate * fall
         step += 1
-        seen = _batch(images, scales, settings, rng).to(device())  # (B, 3, S, S)
-        opinion = network(seen)  # (B, C, S, S)
-        index = draw_patches(opinion.detach(), settings, generator)  # (B, C, n)
+        seen = _batch(images, normalisers, settings, rng).to(device())  # (B, 3, S, S)
+        prediction = network(seen)  # (B, C, S, S)
+        index = draw_patches(prediction.detach(), settings, generator)  # (B, C, n)
         if settings.similarity in MEASURES:
-            contrast = contrast_patches(opinion, seen, index, settings, features, generator)
+            contrast = contrast_patches(prediction, seen, index, settings, features, generator)
         else:
             space = similarity_space(seen, config)  # (B, 2, S, S)
-            contrast = contrast_prototypes(opinion, space, index, settings)
+            contrast = contrast_prototypes(prediction, space, index, settings)
         if contrast is not None:
             optimizer.zero_grad()
             contrast.loss.backward()  # type: ignore[no-untyped-call]
@@ -99,7 +102,7 @@ def train(
         if report:
             report(step, last)
 
-    correlation, logit = _judge(network, images, scales, config)
+    correlation, logit = _channel_scores(network, images, normalisers, config)
     if not np.isfinite(correlation).all():
         raise TrainingError("the images look blank: add some with stained tissue to learn from")
     channel = int(np.argmax(np.abs(correlation)))
@@ -119,12 +122,12 @@ def train(
     }
     inverted = bool(correlation[channel] < 0)
     model = Model(network.cpu().eval(), config, channel, inverted, 0.5, training)
-    judges = _judges(images)
-    opinions = [confidence(model, images[i], scales[i]).nucleus.ravel() for i in judges]
+    validation = _validation_crops(images)
+    predictions = [confidence(model, images[i], normalisers[i]).nucleus.ravel() for i in validation]
     training["channels"] = _channels(
-        model, [images[i] for i in judges], [scales[i] for i in judges]
+        model, [images[i] for i in validation], [normalisers[i] for i in validation]
     )
-    return replace(model, threshold=otsu(np.concatenate(opinions)))
+    return replace(model, threshold=otsu(np.concatenate(predictions)))
 
 
 def has_converged(log: Sequence[Contrast], patience: int) -> bool:
@@ -141,33 +144,39 @@ def has_converged(log: Sequence[Contrast], patience: int) -> bool:
 
 
 def _batch(
-    images: Images, scales: Sequence[StainScale], settings: PatchCLConfig, rng: np.random.Generator
+    images: Images,
+    normalisers: Sequence[StainNormaliser],
+    settings: PatchCLConfig,
+    rng: np.random.Generator,
 ) -> Tensor:
     """What the network sees, (B, 3, S, S), of random crops, turned and mirrored at random."""
     crops = []
     for i in rng.integers(len(images), size=settings.batch):
-        (crop,) = draw([images[i]], settings.crop_px, rng)  # (S, S, 3)
-        crops.append(scales[i].network_input(crop, settings.input))
+        (crop,) = random_window([images[i]], settings.crop_px, rng)  # (S, S, 3)
+        crops.append(normalisers[i].network_input(crop, settings.input))
     batch = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
     return batch.contiguous(memory_format=torch.channels_last)  # several times as fast
 
 
-def _judges(images: Images) -> list[int]:
+def _validation_crops(images: Images) -> list[int]:
     """Which crops decide on channel and threshold: some of each slide."""
-    return [int(i) for i in np.linspace(0, len(images) - 1, min(len(images), _JUDGES))]
+    return [int(i) for i in np.linspace(0, len(images) - 1, min(len(images), _VALIDATION_CROPS))]
 
 
-def _channels(model: Model, images: Images, scales: Sequence[StainScale]) -> dict[str, Any]:
+def _channels(
+    model: Model, images: Images, normalisers: Sequence[StainNormaliser]
+) -> dict[str, Any]:
     """What the channels say of one crop, for people to look at: JPEGs in base64.
 
     The crop has as much hematoxylin as half of the crops have.
     """
     amounts = [
-        scale.apply(image)[..., 0].mean() for image, scale in zip(images, scales, strict=True)
+        normaliser.apply(image)[..., 0].mean()
+        for image, normaliser in zip(images, normalisers, strict=True)
     ]
     i = int(np.argsort(amounts)[len(amounts) // 2])
     crop = images[i][:_SHOWN_PX, :_SHOWN_PX]
-    x = torch.from_numpy(scales[i].network_input(crop, model.input)).permute(2, 0, 1)[None]
+    x = torch.from_numpy(normalisers[i].network_input(crop, model.input)).permute(2, 0, 1)[None]
     with torch.inference_mode():
         maps = folded(model.network)(x)[0]  # (C, H, W)
     grey = (maps * 255).round().to(torch.uint8).numpy()
@@ -179,21 +188,26 @@ def _channels(model: Model, images: Images, scales: Sequence[StainScale]) -> dic
     }
 
 
-def _judge(
-    network: ConfidenceNetwork, images: Images, scales: Sequence[StainScale], config: Config
+def _channel_scores(
+    network: ConfidenceNetwork,
+    images: Images,
+    normalisers: Sequence[StainNormaliser],
+    config: Config,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Per channel: correlation of confidence with smoothed hematoxylin, and median |logit|."""
     engine = folded(network)
-    judged = []
-    for i in _judges(images):
-        seen = scales[i].network_input(images[i], config.patchcl.input)
+    scores = []
+    for i in _validation_crops(images):
+        seen = normalisers[i].network_input(images[i], config.patchcl.input)
         x = torch.from_numpy(seen).to(device()).permute(2, 0, 1)[None]  # (1, 3, H, W)
-        stains = torch.from_numpy(scales[i].apply(images[i])).to(device()).permute(2, 0, 1)[None]
+        stains = (
+            torch.from_numpy(normalisers[i].apply(images[i])).to(device()).permute(2, 0, 1)[None]
+        )
         with torch.inference_mode():
-            opinion = engine(x)[0].flatten(1)  # (C, H * W)
+            prediction = engine(x)[0].flatten(1)  # (C, H * W)
             hematoxylin = blur(stains[:, :1], config.patchcl.blur_um / config.slide.mpp)
-            rows = torch.cat([hematoxylin[0].flatten(1), opinion])  # (1 + C, H * W)
-            logits = torch.logit(opinion, eps=1e-6).abs()  # (C, H * W)
-            judged.append(torch.stack([rows.corrcoef()[0, 1:], logits.median(dim=1).values]))
-    correlation, logit = torch.stack(judged).nanmean(dim=0).cpu().numpy()  # (C,) each
+            rows = torch.cat([hematoxylin[0].flatten(1), prediction])  # (1 + C, H * W)
+            logits = torch.logit(prediction, eps=1e-6).abs()  # (C, H * W)
+            scores.append(torch.stack([rows.corrcoef()[0, 1:], logits.median(dim=1).values]))
+    correlation, logit = torch.stack(scores).nanmean(dim=0).cpu().numpy()  # (C,) each
     return correlation, logit

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from patchcl_qupath.config import SelfTrainConfig
-from patchcl_qupath.segmentation.contours import outlines
+from patchcl_qupath.segmentation.contours import trace_contours
 from patchcl_qupath.segmentation.measurements import means
 
 Stains = NDArray[np.float32]
@@ -47,19 +47,19 @@ def pseudo_labels(
     pixels = _all(densities)
     dark = otsu(pixels)
     steep = max(float(np.percentile(_all(slopes), 95)), 1e-6)
-    levels = np.linspace(config.lowest * dark, np.percentile(pixels, 99.5), config.levels)
+    levels = np.linspace(config.tree_threshold * dark, np.percentile(pixels, 99.5), config.levels)
     answers = []
     for d, slope, clear, confidence in zip(densities, slopes, glass, confidences, strict=True):
-        mean, deviation = _surroundings(d, config.around_um / mpp)
-        mask = (d > mean + config.excess * deviation) & (d > config.floor * dark)
+        mean, deviation = _surroundings(d, config.background_radius_um / mpp)
+        mask = (d > mean + config.local_contrast * deviation) & (d > config.mask_threshold * dark)
         for _ in range(2):
             mask = ndimage.binary_closing(ndimage.binary_opening(mask, _CROSS), _CROSS)
         background = ~mask & ((d < dark) | (d < mean))
         components = [_components(mask & (d > level), mpp, config) for level in levels]
         values = [_values(labels, slope / steep, mpp, config) for labels in components]
-        labels = _best(components, values)
-        strange = _strange(components[0], labels, clear, mpp, config)
-        labels, background = np.where(strange, 0, labels), background | strange
+        labels = _best_disjoint(components, values)
+        artefacts = _artefacts(components[0], labels, clear, mpp, config)
+        labels, background = np.where(artefacts, 0, labels), background | artefacts
         confident = means(labels, int(labels.max(initial=0)), confidence)
         sure = np.append(False, confident >= config.min_confidence)
         answers.append((_only(labels, sure), background & (labels == 0)))
@@ -112,7 +112,7 @@ def _only(labels: NDArray[np.int32], keep: NDArray[np.bool_]) -> NDArray[np.int3
     return np.where(keep, np.cumsum(keep), 0).astype(np.int32)[labels]
 
 
-def _strange(
+def _artefacts(
     clumps: NDArray[np.int32],
     labels: NDArray[np.int32],
     glass: NDArray[np.bool_],
@@ -139,9 +139,9 @@ def _strange(
     )
     strand &= (beside > config.min_glass) & (covered < config.min_covered_strand)
 
-    strange = large | strand
-    strange[0] = False
-    return np.asarray(strange[clumps])
+    artefacts = large | strand
+    artefacts[0] = False
+    return np.asarray(artefacts[clumps])
 
 
 def _without_fragments(answers: list[Answer], least: float) -> list[Answer]:
@@ -185,7 +185,7 @@ def _values(
     possible = (area >= config.min_area_um2) & (area <= config.max_area_um2)
     possible &= edge >= config.min_edge
     possible[0] = False
-    hulls = shapely.convex_hull(outlines(_only(labels, possible)))
+    hulls = shapely.convex_hull(trace_contours(_only(labels, possible)))
     solidity = area[possible] / (shapely.area(hulls) * mpp**2)  # a ring has little
     convex = np.clip((solidity - config.min_solidity) / 0.2, 0, 1)
     value = np.zeros(len(area))
@@ -193,7 +193,7 @@ def _values(
     return value
 
 
-def _best(
+def _best_disjoint(
     components: list[NDArray[np.int32]], values: list[NDArray[np.float64]]
 ) -> NDArray[np.int32]:
     """Labels of the disjoint components that are worth most together.

@@ -23,48 +23,50 @@ from patchcl_qupath.config import SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import NucleusNetwork, device
-from patchcl_qupath.slides.stains import StainScale
+from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
 from patchcl_qupath.training.supervision import (
-    Lesson,
-    draw_lesson,
-    follow,
+    TrainingSample,
+    augment_stains,
+    bce_dice_loss,
+    ema_update,
+    random_crop,
     targets,
-    teaching_loss,
     to_batch,
-    varied,
 )
 
 
 def train(
     images: Sequence[NDArray[np.uint8]],
-    scales: Sequence[StainScale],
+    normalisers: Sequence[StainNormaliser],
     teacher: Model,
     report: Callable[[str, int, int], None],
 ) -> Model:
     """Teach a network with what ``teacher``, of PatchCL, is sure of in RGB crops (H, W, 3).
 
-    ``scales`` has the stain range of each crop's slide. Equal crops, teachers and numbers of
+    ``normalisers`` has the stain range of each crop's slide. Equal crops, teachers and numbers of
     threads give equal weights on one machine. Raises TrainingError where there is no sure nucleus.
     """
     config, settings = teacher.config, teacher.config.selftrain
-    lessons = make_lessons(images, scales, teacher, partial(report, "choosing sure nuclei"))
-    if not any(target[..., 0].any() for _, target in lessons):
+    samples = pseudo_labelled_samples(
+        images, normalisers, teacher, partial(report, "choosing sure nuclei")
+    )
+    if not any(target[..., 0].any() for _, target in samples):
         raise TrainingError("no clear nucleus was found: add images of cellular tissue")
 
     step = partial(report, "learning to part nuclei")
-    network, log = teach(lessons, settings, config.patchcl.seed, step)
+    network, log = teach(samples, settings, config.patchcl.seed, step)
     training = {
         "patchcl": teacher.training,
-        "sure_nucleus": _share([target[..., 0] for _, target in lessons]),
-        "known": _share([target[..., 2] for _, target in lessons]),
+        "sure_nucleus": _share([target[..., 0] for _, target in samples]),
+        "known": _share([target[..., 2] for _, target in samples]),
         **log,
     }
     return Model(network, config, 0, False, 0.5, training)
 
 
 def teach(
-    lessons: Sequence[Lesson],
+    samples: Sequence[TrainingSample],
     settings: SelfTrainConfig,
     seed: int,
     report: Callable[[int, int], None],
@@ -84,13 +86,13 @@ def teach(
     for step in range(settings.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
         asked = time.perf_counter()
-        stains, target = _batch(lessons, settings, rng)
+        stains, target = _batch(samples, settings, rng)
         waited += time.perf_counter() - asked
-        loss = teaching_loss(network(stains), target)
+        loss = bce_dice_loss(network(stains), target)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        follow(average, network, keep=min(0.99, 1 - 1 / (step + 1)))
+        ema_update(average, network, keep=min(0.99, 1 - 1 / (step + 1)))
         losses.append(loss.detach())
         report(step + 1, settings.steps)
     log = {
@@ -101,25 +103,25 @@ def teach(
     return average.cpu().eval(), log
 
 
-def make_lessons(
+def pseudo_labelled_samples(
     images: Sequence[NDArray[np.uint8]],
-    scales: Sequence[StainScale],
+    normalisers: Sequence[StainNormaliser],
     teacher: Model,
     report: Callable[[int, int], None],
-) -> list[Lesson]:
+) -> list[TrainingSample]:
     """What can be learnt from RGB crops (H, W, 3). Crops of one slide have one stain range."""
     config = teacher.config
-    lessons: dict[int, Lesson] = {}
-    for scale in dict.fromkeys(scales):
-        ours = [i for i in range(len(images)) if scales[i] == scale]
-        stains = [scale.apply(images[i]) for i in ours]
-        opinions = [confidence(teacher, images[i], scale).nucleus for i in ours]
+    samples: dict[int, TrainingSample] = {}
+    for normaliser in dict.fromkeys(normalisers):
+        ours = [i for i in range(len(images)) if normalisers[i] == normaliser]
+        stains = [normaliser.apply(images[i]) for i in ours]
+        predictions = [confidence(teacher, images[i], normaliser).nucleus for i in ours]
         glass = [is_glass(images[i], config.slide.mpp, config.selftrain) for i in ours]
-        answers = pseudo_labels(stains, glass, opinions, config.slide.mpp, config.selftrain)
+        answers = pseudo_labels(stains, glass, predictions, config.slide.mpp, config.selftrain)
         for i, crop, answer in zip(ours, stains, answers, strict=True):
-            lessons[i] = crop, targets(*answer)
-        report(len(lessons), len(images))
-    return [lessons[i] for i in range(len(images))]
+            samples[i] = crop, targets(*answer)
+        report(len(samples), len(images))
+    return [samples[i] for i in range(len(images))]
 
 
 def learning_rate(step: int, settings: SelfTrainConfig) -> float:
@@ -129,13 +131,13 @@ def learning_rate(step: int, settings: SelfTrainConfig) -> float:
 
 
 def _batch(
-    lessons: Sequence[Lesson], settings: SelfTrainConfig, rng: np.random.Generator
+    samples: Sequence[TrainingSample], settings: SelfTrainConfig, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Stains and targets (B, 3, S, S) of random crops."""
     stains, target = [], []
-    for k in rng.integers(len(lessons), size=settings.batch):
-        crop, wanted = draw_lesson(lessons[k], settings.crop_px, settings.varied_size, rng)
-        stains.append(varied(crop, rng))
+    for k in rng.integers(len(samples), size=settings.batch):
+        crop, wanted = random_crop(samples[k], settings.crop_px, settings.scale_jitter, rng)
+        stains.append(augment_stains(crop, rng))
         target.append(wanted)
     return to_batch(stains), to_batch(target)
 

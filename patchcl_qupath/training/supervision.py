@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from patchcl_qupath.models.network import device
 
-Lesson = tuple[NDArray[np.float32], NDArray[np.uint8]]  # scaled stains, targets: (H, W, 3) each
+TrainingSample = tuple[
+    NDArray[np.float32], NDArray[np.uint8]
+]  # scaled stains, targets: (H, W, 3) each
 _CORE = 0.5  # of a nucleus's greatest depth: what is deeper is its core
 
 
@@ -38,26 +40,26 @@ def targets(labels: NDArray[np.int32], background: NDArray[np.bool_]) -> NDArray
     return np.stack([inside, core, inside | background], axis=-1).astype(np.uint8)
 
 
-def teaching_loss(logits: Tensor, target: Tensor) -> Tensor:
+def bce_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Cross entropy and soft Dice of logits (B, 2, H, W) against ``targets`` (B, 3, H, W)."""
-    answer, known = target[:, :2], target[:, 2:]
-    wrong = F.binary_cross_entropy_with_logits(logits, answer, reduction="none") * known
-    entropy = wrong.sum(dim=(0, 2, 3)) / known.sum().clamp_min(1)  # (2,)
-    said = torch.sigmoid(logits) * known
-    both = (said * answer).sum(dim=(0, 2, 3))  # (2,)
-    either = (said + answer * known).sum(dim=(0, 2, 3))  # (2,)
+    answer, valid = target[:, :2], target[:, 2:]
+    wrong = F.binary_cross_entropy_with_logits(logits, answer, reduction="none") * valid
+    entropy = wrong.sum(dim=(0, 2, 3)) / valid.sum().clamp_min(1)  # (2,)
+    probability = torch.sigmoid(logits) * valid
+    both = (probability * answer).sum(dim=(0, 2, 3))  # (2,)
+    either = (probability + answer * valid).sum(dim=(0, 2, 3))  # (2,)
     return (entropy + 1 - (2 * both + 1) / (either + 1)).sum()
 
 
-def draw_lesson(
-    lesson: Lesson, side_px: int, varied_size: float, rng: np.random.Generator
-) -> Lesson:
+def random_crop(
+    sample: TrainingSample, side_px: int, scale_jitter: float, rng: np.random.Generator
+) -> TrainingSample:
     """A random crop of a lesson, (side_px, side_px, 3) each: turned, mirrored, larger or smaller.
 
     The factor of its size is between 1 / varied_size and varied_size.
     """
-    factor = math.exp(rng.uniform(-1, 1) * math.log(varied_size))
-    stains, target = draw(lesson, round(side_px * factor), rng)
+    factor = math.exp(rng.uniform(-1, 1) * math.log(scale_jitter))
+    stains, target = random_window(sample, round(side_px * factor), rng)
     seen = torch.from_numpy(stains.copy()).permute(2, 0, 1)[None]  # (1, 3, S', S')
     seen = F.interpolate(seen, size=(side_px, side_px), mode="bilinear")  # (1, 3, S, S)
     wanted = torch.from_numpy(target.copy()).permute(2, 0, 1)[None]
@@ -65,7 +67,7 @@ def draw_lesson(
     return seen[0].permute(1, 2, 0).numpy(), wanted[0].permute(1, 2, 0).numpy()
 
 
-def varied(stains: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+def augment_stains(stains: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
     """Scaled stains (H, W, 3) as another stainer and scanner might have left them.
 
     Each stain is stronger or weaker and has another zero; a quarter is blurred, a quarter noisy.
@@ -83,7 +85,7 @@ def varied(stains: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.
 
 
 @torch.no_grad()
-def follow(average: nn.Module, network: nn.Module, keep: float) -> None:
+def ema_update(average: nn.Module, network: nn.Module, keep: float) -> None:
     """Move averaged weights towards those of ``network``, keeping so much of what they were."""
     pairs = zip(average.state_dict().values(), network.state_dict().values(), strict=True)
     for mean, now in pairs:
@@ -99,7 +101,7 @@ def to_batch(crops: Sequence[NDArray[np.generic]]) -> Tensor:
     return batch.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
-def draw(
+def random_window(
     layers: Sequence[NDArray[Any]], side_px: int, rng: np.random.Generator
 ) -> list[NDArray[Any]]:
     """A random crop (side_px, side_px, ...), turned and mirrored at random.
