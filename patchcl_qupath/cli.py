@@ -190,7 +190,7 @@ def run(
     with _reporting_errors(as_json):
         if scheduler and cluster:
             raise ConfigError("pass --scheduler or --cluster, not both")
-        project, entries, settings = _open(project_path, names, config, seed, backend, qupath)
+        project, entries, settings = _open(project_path, names, mpp, config, seed, backend, qupath)
         shown = replace(
             settings.result,
             object_type=object_type or settings.result.object_type,
@@ -212,13 +212,11 @@ def run(
             def notify(what: str) -> None:
                 progress(what, 0, 0)
 
-            model = _model(project, entries, settings, mpp, name, retrain, progress)
+            model = _model(project, entries, settings, name, retrain, progress)
             if scheduler or cluster:
                 notify(f"waiting for workers of {scheduler or cluster}")
             with open_workers(workers, scheduler, cluster, notify) as found:
-                this_run = pipeline.Run(
-                    project, model, settings, found, progress, mpp, within, name
-                )
+                this_run = pipeline.Run(project, model, settings, found, progress, within, name)
                 results = list(this_run.images(entries))
             report = _report(project)
         console.report_run(project, results, report, as_json)
@@ -241,9 +239,9 @@ def train(
 ) -> None:
     """Train a model on the slides of PROJECT, without labels."""
     with _reporting_errors(as_json):
-        project, entries, settings = _open(project_path, names, config, seed)
+        project, entries, settings = _open(project_path, names, mpp, config, seed)
         with _at_work(project), console.progress_bars() as progress:
-            model = _model(project, entries, settings, mpp, name, True, progress)
+            model = _model(project, entries, settings, name, True, progress)
         path = _model_path(project, name)
         if as_json:
             console.print_json(
@@ -279,7 +277,7 @@ def suggest(
     Those are where the model of the last run was in doubt, spread over slides and looks of tissue.
     """
     with _reporting_errors(as_json):
-        project, entries, _ = _open(project_path, names, config, None, backend, qupath)
+        project, entries, _ = _open(project_path, names, mpp, config, None, backend, qupath)
         click.echo(f"Fields are marked by {project.via}", err=True)
         from patchcl_qupath.correction.suggest import suggest as suggest_fields
 
@@ -321,7 +319,7 @@ def refine(
     with _reporting_errors(as_json):
         if new_name == name:
             raise ConfigError(f"give the refined model another name than {name}: --as NAME")
-        project, entries, settings = _open(project_path, names, config, None, backend, qupath)
+        project, entries, settings = _open(project_path, names, mpp, config, None, backend, qupath)
         from patchcl_qupath import pipeline
         from patchcl_qupath.models.model import Model
         from patchcl_qupath.storage.files import check_writable
@@ -331,7 +329,7 @@ def refine(
             path = _model_path(project, new_name)
             check_writable(path.parent)
             start = replace(start, config=replace(start.config, cdcl=settings.cdcl))
-            model = pipeline.refine(project, entries, start, labels_from, progress, mpp, seed)
+            model = pipeline.refine(project, entries, start, labels_from, progress, seed)
             model.save(path.parent, new_name)
         if as_json:
             console.print_json({"model": str(path), "digest": model.digest})
@@ -352,7 +350,8 @@ def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
 
         new = []
         for path in images:
-            slide = Slide.open(ImageEntry("", path.name, path.resolve()), fallback_mpp=mpp)
+            entry = ImageEntry("", path.name, path.resolve(), fallback_mpp=mpp)
+            slide = Slide.open(entry)
             known = None if slide.calibrated else slide.mpp_level0
             new.append(NewImage(slide.path, slide.levels, known))
         project = init_project(folder, new)
@@ -373,7 +372,7 @@ def status(
     Fields to correct are counted as the image was last saved in QuPath.
     """
     with _reporting_errors(as_json):
-        project, entries, _ = _open(project_path, names, config, None)
+        project, entries, _ = _open(project_path, names, mpp, config, None)
         from patchcl_qupath.status import image_status
 
         console.report_states(project, [image_status(project, entry) for entry in entries], as_json)
@@ -402,7 +401,7 @@ def score(
     The truth must have every nucleus of an image, or of the regions that the run kept to.
     """
     with _reporting_errors(as_json):
-        project, entries, _ = _open(project_path, names, config, None)
+        project, entries, _ = _open(project_path, names, mpp, config, None)
         from patchcl_qupath.evaluation.score import score as score_images
 
         scored, without = score_images(project, entries, truth)
@@ -424,7 +423,7 @@ def remove(
 ) -> None:
     """Take the nuclei of `run` out of PROJECT again, but for those that a person changed."""
     with _reporting_errors(as_json):
-        project, entries, _ = _open(project_path, names, config, None, backend, qupath)
+        project, entries, _ = _open(project_path, names, mpp, config, None, backend, qupath)
         click.echo(f"Nuclei are removed by {project.via}", err=True)
         rows: list[dict[str, Any]] = []
         with _at_work(project):
@@ -502,19 +501,23 @@ def _report(project: Project) -> Path | None:
 def _open(
     path: Path,
     names: Sequence[str],
+    mpp: float | None,
     config: Path | None,
     seed: int | None,
     backend: str = "files",
     qupath: Path | None = None,
 ) -> tuple[Project, list[ImageEntry], Config]:
-    """The project, the images asked for, and the settings."""
+    """The project, the images asked for, and the settings.
+
+    ``mpp`` is the pixel size, in µm, of images that have none in QuPath or in their file.
+    """
     from patchcl_qupath.project import open_project
 
     settings = load_config(config)
     if seed is not None:
         settings = replace(settings, patchcl=replace(settings.patchcl, seed=seed))
     project = open_project(path, backend, qupath)
-    entries = project.images()
+    entries = [replace(entry, fallback_mpp=mpp) for entry in project.images()]
     if not entries:
         raise ProjectError(f"{path} has no images: add some in QuPath first")
     if names:
@@ -534,7 +537,6 @@ def _model(
     project: Project,
     entries: Sequence[ImageEntry],
     settings: Config,
-    mpp: float | None,
     name: str,
     retrain: bool,
     progress: Progress,
@@ -554,7 +556,7 @@ def _model(
             )
         return model
     check_writable(path.parent)
-    model = pipeline.train(entries, settings, progress, mpp)
+    model = pipeline.train(entries, settings, progress)
     model.save(path.parent, name)
     return model
 

@@ -111,7 +111,8 @@ class ImageEntry:
     person may have corrected, comes before the file's own. ``size`` is (width, height) at level 0
     as QuPath saw it. ``problem`` says why the image cannot be segmented, and what to do; ``note``
     what a person should know of it. ``regions`` are where nuclei are looked for, one geometry for
-    each annotation; ``stains`` are those that a person set, where they are known.
+    each annotation; ``stains`` are those that a person set, where they are known. ``fallback_mpp``
+    is the µm/px of images whose pixel size neither QuPath nor the file knows, as given by --mpp.
     """
 
     id: str
@@ -124,6 +125,7 @@ class ImageEntry:
     note: str | None = None
     regions: tuple[shapely.Geometry, ...] = ()  # level 0, valid; empty: the whole image
     stains: StainVectors | None = None
+    fallback_mpp: float | None = None
 
 
 @dataclass(frozen=True)

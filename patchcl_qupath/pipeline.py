@@ -46,14 +46,12 @@ from patchcl_qupath.training import cdcl, patchcl, selftrain
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, out of how much
 
 
-def train(
-    entries: Sequence[ImageEntry], config: Config, progress: Progress, mpp: float | None = None
-) -> Model:
+def train(entries: Sequence[ImageEntry], config: Config, progress: Progress) -> Model:
     """Learn what nuclei look like from random tissue crops of the images themselves: no labels.
 
-    ``mpp`` is the pixel size, in um, of images that do not know their own. Raises TrainingError.
+    Raises TrainingError.
     """
-    images, normalisers = training_crops(entries, config, progress, mpp)
+    images, normalisers = training_crops(entries, config, progress)
     model = patchcl.train(images, normalisers, config, partial(progress, "learning nuclei"))
     if config.recipe != "selftrain":
         return model
@@ -66,7 +64,6 @@ def refine(
     start: Model,
     labels_from: str,
     progress: Progress,
-    mpp: float | None = None,
     seed: int = 0,
 ) -> Model:
     """Refine a model with fields in which a person put all nuclei right, by CDCL.
@@ -80,8 +77,8 @@ def refine(
             "a model of PatchCL alone cannot be refined: train one with "
             'recipe = "selftrain", the default'
         )
-    corrected = read_corrected_samples(project, entries, start.config, labels_from, progress, mpp)
-    images, normalisers = training_crops(entries, start.config, progress, mpp)
+    corrected = read_corrected_samples(project, entries, start.config, labels_from, progress)
+    images, normalisers = training_crops(entries, start.config, progress)
     sure = partial(progress, "choosing sure nuclei")
     unlabelled = selftrain.pseudo_labelled_samples(images, normalisers, start, sure)
     return cdcl.refine(start, corrected, unlabelled, progress, seed)
@@ -91,9 +88,8 @@ def refine(
 class Run:
     """One model and one set of settings, applied to images of a project.
 
-    ``workers`` do the tiles. ``mpp`` is the pixel size, in um, of images that do not know
-    their own. ``within`` are classes of annotations; nuclei outside of them are not looked for.
-    Equal models, settings and classes make the same run, so that a killed run goes on.
+    ``workers`` do the tiles. ``within`` are classes of annotations; nuclei outside of them are not
+    looked for. Equal models, settings and classes make the same run, so that a killed run goes on.
     ``model_name`` is for people.
     """
 
@@ -102,7 +98,6 @@ class Run:
     config: Config
     workers: Workers
     progress: Progress
-    mpp: float | None = None
     within: tuple[str, ...] = ()
     model_name: str | None = None
 
@@ -157,7 +152,7 @@ class Run:
         seconds: Seconds = {}
         self.progress(f"{entry.name}: finding tissue", 0, 0)
         with timed(seconds, "prepare"):
-            image = prepare(entry, self.config, self.mpp)
+            image = prepare(entry, self.config)
         slide = image.slide
         halo_px = self.model.receptive_radius_px + postprocessing_margin_px(self.config, slide)
         tiles = plan(
@@ -170,7 +165,7 @@ class Run:
         resumed = len(tiles) - len(missing)
         tile_progress = TileProgress(
             *(image, len(tiles), resumed, partial(self.progress, f"{entry.name}: segmenting")),
-            reopen=partial(Slide.open, entry, self.config.slide.mpp, self.mpp),
+            reopen=partial(Slide.open, entry, self.config.slide.mpp),
         )
         tile_progress.begin()
         context = TileContext(image, self.model, self.config, self.engine)

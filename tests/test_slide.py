@@ -220,7 +220,7 @@ def test_plain_images_are_read_with_the_pixel_size_that_is_given(
         write_tiff(path, pixels, tile_px=None)
     else:
         Image.fromarray(pixels).save(path, dpi=(72, 72), quality=98)
-    slide = Slide.open(entry(path), 0.5, fallback_mpp=0.25)
+    slide = Slide.open(entry(path, fallback_mpp=0.25), 0.5)
     assert not slide.calibrated
     assert np.abs(slide.read(whole(slide)) - shrunk(pixels, 2).astype(int)).mean() < 2
     with pytest.raises(SlideError, match=rf"crop{suffix} has no pixel size.*--mpp"):
@@ -246,11 +246,11 @@ def test_pixel_size_is_qupaths_then_the_files_then_the_users(tmp_path: Path) -> 
     pixels = scene(300, 200, (0.25, 0.25))
     path = write_tiff(tmp_path / "a.tif", pixels, (0.25, 0.25))
     dpi_72 = write_tiff(tmp_path / "b.tif", pixels, (352.8, 352.8))
-    corrected = entry(path, mpp=(0.3, 0.3))
-    assert Slide.open(corrected, fallback_mpp=0.4).mpp_level0 == (0.3, 0.3)
-    assert Slide.open(entry(path), fallback_mpp=0.4).mpp_level0 == pytest.approx((0.25, 0.25))
-    assert Slide.open(entry(dpi_72), fallback_mpp=0.4).mpp_level0 == (0.4, 0.4)
-    assert Slide.open(entry(path), fallback_mpp=0.4).calibrated
+    corrected = entry(path, mpp=(0.3, 0.3), fallback_mpp=0.4)
+    assert Slide.open(corrected).mpp_level0 == (0.3, 0.3)
+    assert Slide.open(entry(path, fallback_mpp=0.4)).mpp_level0 == pytest.approx((0.25, 0.25))
+    assert Slide.open(entry(dpi_72, fallback_mpp=0.4)).mpp_level0 == (0.4, 0.4)
+    assert Slide.open(entry(path, fallback_mpp=0.4)).calibrated
     with pytest.raises(SlideError, match=r"b\.tif has a pixel size of 352\.8 um.*--mpp"):
         Slide.open(entry(dpi_72))
 
@@ -333,7 +333,7 @@ def test_images_that_are_not_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     Image.new(mode, (64, 64)).save(path)
     with pytest.raises(SlideError, match="not RGB"):
-        Slide.open(entry(path), fallback_mpp=0.5)
+        Slide.open(entry(path, fallback_mpp=0.5))
 
 
 def test_images_that_are_cut_off(tmp_path: Path, sample_project: Path) -> None:
@@ -344,7 +344,7 @@ def test_images_that_are_cut_off(tmp_path: Path, sample_project: Path) -> None:
     png.write_bytes((tmp_path / "whole.png").read_bytes()[:9000])
     for path in (svs, png):
         with pytest.raises(SlideError, match=f"{path.name} cannot be read"):
-            Slide.open(entry(path), fallback_mpp=0.5)
+            Slide.open(entry(path, fallback_mpp=0.5))
 
 
 def test_a_codec_that_is_not_known_shows_when_the_slide_is_opened(tmp_path: Path) -> None:

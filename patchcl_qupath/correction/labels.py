@@ -31,7 +31,6 @@ def read_corrected_samples(
     config: Config,
     labels_from: str,
     progress: Callable[[str, int, int], None],
-    mpp: float | None = None,
 ) -> list[TrainingSample]:
     """One lesson for each annotation of class ``labels_from`` in a project.
 
@@ -49,7 +48,7 @@ def read_corrected_samples(
         progress("reading corrected fields", done, len(entries))
         corrections = project.labels(entry, labels_from)
         if corrections.rois:
-            labelled.append((prepare(entry, config, mpp), corrections))
+            labelled.append((prepare(entry, config), corrections))
     progress("reading corrected fields", len(entries), len(entries))
     if not labelled:
         raise TrainingError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -149,7 +149,7 @@ def _labels(path: Path, entry: ImageEntry) -> Labels:
 def _scale(path: Path, size: tuple[int, ...], entry: ImageEntry) -> float:
     """Level-0 px per px of a label image of ``size`` (width, height)."""
     # Of a slide whose size QuPath did not save, the size is needed, not the pixel size.
-    level0 = entry.size or Slide.open(entry, fallback_mpp=1.0).size
+    level0 = entry.size or Slide.open(replace(entry, fallback_mpp=1.0)).size
     coarser, finer = max(1, level0[0] // max(1, size[0])), max(1, size[0] // level0[0])
     if any(n * coarser != n0 * finer for n, n0 in zip(size, level0, strict=True)):
         raise GroundTruthError(

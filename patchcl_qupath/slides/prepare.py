@@ -70,12 +70,12 @@ class PreparedImage:
         }
 
 
-def prepare(entry: ImageEntry, config: Config, mpp: float | None = None) -> PreparedImage:
+def prepare(entry: ImageEntry, config: Config) -> PreparedImage:
     """Open an image, find its tissue, and take its stain range from random crops of it.
 
-    ``mpp`` is the pixel size, in um, of images that do not know their own. Raises ImageError.
+    Raises ImageError.
     """
-    slide = Slide.open(entry, config.slide.mpp, mpp)
+    slide = Slide.open(entry, config.slide.mpp)
     px = slide.thumbnail_px(config.slide.tissue_mpp)
     thumbnail = slide.thumbnail(config.slide.tissue_mpp)
     check_brightfield(thumbnail, entry.name)
@@ -113,7 +113,6 @@ def training_crops(
     entries: Sequence[ImageEntry],
     config: Config,
     progress: Callable[[str, int, int], None],
-    mpp: float | None = None,
 ) -> tuple[list[NDArray[np.uint8]], list[StainNormaliser]]:
     """Random tissue crops of up to ``config.patchcl.slides`` images, and each one's stain range.
 
@@ -131,7 +130,7 @@ def training_crops(
             break
         progress("reading crops to learn from", used, wanted)
         try:
-            image = prepare(entries[i], config, mpp)
+            image = prepare(entries[i], config)
             if image.normaliser is None:
                 raise ImageError(f"{entries[i].name} shows no tissue")
             new = list(image.crops(crops_each, settings.source_px, settings.seed + 1))

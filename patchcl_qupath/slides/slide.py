@@ -45,11 +45,10 @@ class Slide:
     calibrated: bool
 
     @classmethod
-    def open(cls, entry: ImageEntry, mpp: float = 0.5, fallback_mpp: float | None = None) -> Slide:
+    def open(cls, entry: ImageEntry, mpp: float = 0.5) -> Slide:
         """The slide of a project's image, on a grid of about ``mpp`` um/px.
 
-        The pixel size is QuPath's, else the file's, else ``fallback_mpp``: what a person says
-        about many images at once is for those of which nothing better is known. Where a whole
+        The pixel size is QuPath's, else the file's, else ``entry.fallback_mpp``. Where a whole
         number of level-0 pixels is within 10 % of ``mpp``, the grid is made of such blocks
         (resampling by 1.98 would blur in beats); elsewhere it is exactly ``mpp``.
 
@@ -69,7 +68,7 @@ class Slide:
         except Exception as error:
             raise _unreadable(entry.name, error) from error
         origin, size = _frame(entry, pyramid)
-        mpp_level0, calibrated = _pixel_size(entry, pyramid.mpp, fallback_mpp)
+        mpp_level0, calibrated = _pixel_size(entry, pyramid.mpp)
         downsample = _downsample(mpp, mpp_level0)
         levels = tuple(level.pixels.shape[1::-1] for level in pyramid.levels)
         return cls(entry.name, entry.path, size, mpp_level0, downsample, origin, levels, calibrated)
@@ -185,17 +184,16 @@ def _frame(entry: ImageEntry, pyramid: Pyramid) -> tuple[tuple[int, int], tuple[
     )
 
 
-def _pixel_size(
-    entry: ImageEntry, file_mpp: tuple[float, ...] | None, fallback_mpp: float | None
-) -> tuple[Pair, bool]:
+def _pixel_size(entry: ImageEntry, file_mpp: tuple[float, ...] | None) -> tuple[Pair, bool]:
     """(x, y) um/px at level 0, the first usable of QuPath's, the file's and the user's; and
     whether it was not the user's."""
     known = [mpp for mpp in (entry.mpp, file_mpp) if mpp is not None]
     for x, y in known:
         if _usable(x) and _usable(y):
             return (x, y), True
-    if fallback_mpp is not None and _usable(fallback_mpp):
-        return (fallback_mpp, fallback_mpp), False
+    fallback = entry.fallback_mpp
+    if fallback is not None and _usable(fallback):
+        return (fallback, fallback), False
     found = f"a pixel size of {known[0][0]:.4g} um, which cannot be" if known else "no pixel size"
     raise SlideError(
         f"{entry.name} has {found}: set it in QuPath (Image tab, double-click 'Pixel width'), "
