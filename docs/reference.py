@@ -2,17 +2,18 @@
 
     python docs/reference.py
 
-Commands are their --help; settings are the fields of config.py, their defaults and comments.
+Commands are their --help; settings are those of config.py, with their descriptions.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 from pathlib import Path
+from typing import get_args
 
 import click
+import msgspec
 
 from patchcl_qupath import cli, config
 
@@ -73,40 +74,35 @@ def commands_page() -> str:
 
 
 def settings_page() -> str:
-    """Each table of the settings, with what config.py says of it."""
-    comments = field_comments()
-    words = [f.name for f in dataclasses.fields(config.Config) if isinstance(f.default, str)]
-    parts = [SETTINGS, "## Above all tables\n", _table(config.Config, words, comments)]
-    for field in dataclasses.fields(config.Config):
-        if field.name not in words:
-            table = type(getattr(config.Config(), field.name))
-            names = [f.name for f in dataclasses.fields(table)]
-            parts.append(f"## [{field.name}]\n\n{inspect.getdoc(table)}\n")
-            parts.append(_table(table, names, comments))
+    """Each table of the settings, with the descriptions in config.py."""
+    parts = [SETTINGS, "## Above all tables\n", _table(config.Config)]
+    for name, table in config.TABLES.items():
+        parts.append(f"## [{name}]\n\n{inspect.getdoc(table)}\n")
+        parts.append(_table(table))
     return "\n".join(parts)
 
 
-def field_comments() -> dict[tuple[str, str], str]:
-    """(class, field) -> the comment behind each field in config.py."""
-    source = inspect.getsource(config)
-    lines = source.splitlines()
-    found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef):
-            for field in node.body:
-                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                    rest = lines[field.lineno - 1][field.end_col_offset or 0 :]
-                    found[node.name, field.target.id] = rest.partition("#")[2].strip()
-    return found
-
-
-def _table(table: type, names: list[str], comments: dict[tuple[str, str], str]) -> str:
-    defaults = table()
-    rows = ["| setting | default | meaning |", "|---|---|---|"]
-    for name in names:
-        comment = comments[table.__name__, name]
-        rows.append(f"| `{name}` | `{toml(getattr(defaults, name))}` | {comment} |")
+def _table(table: type[config.Settings]) -> str:
+    rows = ["| setting | default | unit | range | meaning |", "|---|---|---|---|---|"]
+    for setting in dataclasses.fields(table):
+        if setting.name in config.TABLES:
+            continue
+        meta = get_args(config.setting_types(table)[setting.name])[1]
+        default = toml(getattr(table(), setting.name))
+        unit = meta.extra["unit"]
+        rows.append(
+            f"| `{setting.name}` | `{default}` | {unit} | {_range(meta)} | {meta.description} |"
+        )
     return "\n".join(rows) + "\n"
+
+
+def _range(meta: msgspec.Meta) -> str:
+    """The limits of a value, as one writes them."""
+    low = (
+        f"≥ {meta.ge:g}" if meta.ge is not None else f"> {meta.gt:g}" if meta.gt is not None else ""
+    )
+    high = f"≤ {meta.le:g}" if meta.le is not None else ""
+    return ", ".join(filter(None, [low, high]))
 
 
 def toml(value: object) -> str:

@@ -1,6 +1,6 @@
-"""Every setting, with its unit, in frozen dataclasses: read from TOML, saved with every result.
+"""Every setting, with its unit, range and description: read from TOML, saved with every result.
 
-A TOML file has one table for each of the dataclasses below, named as the fields of ``Config``:
+A TOML file has one table for each of the classes below, named as the attributes of ``Config``:
 
     recipe = "selftrain"
     engine = "torch"
@@ -10,83 +10,216 @@ A TOML file has one table for each of the dataclasses below, named as the fields
 
     [segment]
     min_area_um2 = 8
+
+The guide's page of settings is made of the descriptions here (docs/reference.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import logging
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
+
+import msgspec
 
 from patchcl_qupath.errors import ConfigError
 
-STAINS = ("auto", "h-e", "h-dab")
+logger = logging.getLogger(__name__)
+
 CLUSTERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "sge": "qsub"}  # what takes jobs
-RECIPES = ("selftrain", "patchcl", "paper")
-INPUTS = ("stains", "rgb")
-ENGINES = ("auto", "torch", "openvino")
-# Classes of fields in QuPath; groovy/import_nuclei.groovy has them, too.
+# QuPath classes of correction ROIs; groovy/import_nuclei.groovy has them, too.
 TO_CORRECT = "PatchCL: correct here"  # suggested
 CORRECTED = "PatchCL: corrected"  # a person says that it is done
 
 
+class Recipe(StrEnum):
+    """How a model is trained."""
+
+    SELFTRAIN = "selftrain"  # PatchCL, then self-training of a U-Net on its pseudo-labels
+    PATCHCL = "patchcl"  # PatchCL alone
+    PAPER = "paper"  # PatchCL alone, with the settings of the paper
+
+
+class EngineChoice(StrEnum):
+    """What runs the network, as a person asks for it."""
+
+    AUTO = "auto"  # the fastest that is installed
+    TORCH = "torch"
+    OPENVINO = "openvino"
+
+
+class StainChoice(StrEnum):
+    """Which stains are measured, as a person asks for it."""
+
+    AUTO = "auto"  # those of the image in QuPath, else H&E
+    H_E = "h-e"
+    H_DAB = "h-dab"
+
+
+class NetworkInput(StrEnum):
+    """What a network sees of a pixel."""
+
+    STAINS = "stains"  # normalised hematoxylin, eosin, residual
+    RGB = "rgb"
+
+
+class Similarity(StrEnum):
+    """What PatchCL compares patches by."""
+
+    PROTOTYPES = "prototypes"
+    MSE = "mse"
+    CROSS_ENTROPY = "cross_entropy"
+    COSINE = "cosine"
+    MUTUAL_INFORMATION = "mutual_information"
+
+
+class ObjectType(StrEnum):
+    """What nuclei become in QuPath."""
+
+    AUTO = "auto"  # by their number
+    ANNOTATION = "annotation"
+    DETECTION = "detection"
+
+
+def setting(description: str, unit: str = "", **limits: Any) -> msgspec.Meta:
+    """What a setting is: its description, for the guide; its unit; the limits of its value."""
+    return msgspec.Meta(description=description, extra={"unit": unit}, **limits)
+
+
+def fraction(description: str) -> msgspec.Meta:
+    """What a setting between 0 and 1 is."""
+    return setting(description, ge=0, le=1)
+
+
+def setting_types(table: Any) -> dict[str, Any]:
+    """Setting -> its type, with what ``setting`` says of it."""
+    return get_type_hints(table, include_extras=True)
+
+
 @dataclass(frozen=True)
-class SlideConfig:
+class Settings:
+    """A table of settings: each value is checked against its type and limits (ConfigError)."""
+
+    table: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Settings):
+                continue
+            kind = setting_types(type(self))[entry.name]
+            try:
+                checked = msgspec.convert(value, kind)
+            except msgspec.ValidationError as error:
+                name = f"{self.table}.{entry.name}".lstrip(".")
+                raise ConfigError(f"{name} = {value!r}: {_expected(kind, error)}") from None
+            object.__setattr__(self, entry.name, checked)
+
+
+@dataclass(frozen=True)
+class SlideConfig(Settings):
     """How slides are read."""
 
-    mpp: float = 0.5  # um per working pixel
-    tile_px: int = 1024  # side of a tile's write box
-    tissue_mpp: float = 8.0  # um per pixel of the tissue mask
-    min_tissue_um2: float = 20_000.0  # smaller specks are dust
-    stain: str = "auto"  # what is measured: QuPath's stains of the image, else h-e; or h-e, h-dab
+    table: ClassVar[str] = "slide"
 
-    def __post_init__(self) -> None:
-        if self.stain not in STAINS:
-            raise ConfigError(f"slide.stain must be one of {', '.join(STAINS)}")
+    mpp: Annotated[
+        float,
+        setting(
+            "Working resolution, at which networks are trained and run", "µm/px", ge=0.05, le=4
+        ),
+    ] = 0.5
+    tile_px: Annotated[
+        int,
+        setting("Largest side of the part of a tile that owns nuclei (without halo)", "px", ge=16),
+    ] = 1024
+    tissue_mpp: Annotated[
+        float, setting("Resolution of the tissue mask", "µm/px", ge=0.5, le=64)
+    ] = 8.0
+    min_tissue_um2: Annotated[
+        float, setting("Smallest piece of tissue; smaller specks are taken for dust", "µm²", ge=0)
+    ] = 20_000.0
+    stain: Annotated[
+        StainChoice,
+        setting(
+            "Stains that are measured: `auto` takes those of the image in QuPath, else H&E; "
+            "`h-e`; `h-dab`"
+        ),
+    ] = StainChoice.AUTO
 
 
 @dataclass(frozen=True)
-class PatchCLConfig:
-    """The label-free training. Where a value differs from Boserup & Selvan 2023, theirs is said."""
+class PatchCLConfig(Settings):
+    """Label-free training by patch-based contrast. Where a default differs from the paper
+    (Boserup & Selvan 2023), the paper's value is given."""
 
-    input: str = "stains"  # what the network sees; paper: rgb
-    channels: int = 4  # classes that the network tells apart
-    width: int = 8  # feature maps of each layer
-    dilations: tuple[int, ...] = (1, 2, 3, 5, 10, 20)  # of its pairs of convolutions, in px
-    similarity: str = "prototypes"  # paper: mse, cross_entropy, cosine, mutual_information
-    temperature: float = 0.1  # of the contrast; paper: 1
-    inter_weight: float = 1.0  # of the contrast between channels
-    patch_px: int = 24  # side of a patch; paper: 50
-    stride_px: int = 8  # from patch to patch; paper: 20
-    patches: int = 10  # drawn per crop and channel
-    crop_px: int = 128  # side of a crop; paper: 300
-    batch: int = 10  # crops per step
-    blur_um: float = 0.4  # prototypes: detail below this size is no part of the comparison
-    background_radius_um: float = 6.0  # prototypes: what counts as the surroundings of a pixel
-    local_contrast_weight: float = (
-        12.0  # prototypes: excess over the surroundings against hematoxylin
-    )
-    learning_rate: float = 2e-3  # of Adam; paper: 2e-4
-    weight_decay: float = 1e-4  # of Adam
-    max_steps: int = 400  # training ends then at the latest
-    patience: int = 50  # steps; training ends when two such spans in a row look alike
-    cooldown_steps: int = 120  # steps after that, at a falling learning rate
-    slides: int = 32  # at most so many are learnt from
-    crops: int = 96  # read from them, together
-    source_px: int = 384  # side of each crop that is read
-    seed: int = 0  # of all that is random, self-training included
+    table: ClassVar[str] = "patchcl"
+
+    input: Annotated[
+        NetworkInput,
+        setting("What the network sees: normalised `stains`, or `rgb` (paper)"),
+    ] = NetworkInput.STAINS
+    channels: Annotated[int, setting("Confidence channels of the network", ge=1, le=64)] = 4
+    width: Annotated[int, setting("Feature maps of each layer", ge=1, le=512)] = 8
+    dilations: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=1)], ...],
+        setting("Dilations of the pairs of convolutions", "px", min_length=1),
+    ] = (1, 2, 3, 5, 10, 20)
+    similarity: Annotated[
+        Similarity,
+        setting(
+            "What patches are compared by: `prototypes`, or a measure of the paper (`mse`, "
+            "`cross_entropy`, `cosine`, `mutual_information`)"
+        ),
+    ] = Similarity.PROTOTYPES
+    temperature: Annotated[float, setting("Temperature of the contrast (paper: 1)", gt=0)] = 0.1
+    inter_weight: Annotated[
+        float, setting("Weight of the contrast between channels in the loss", ge=0)
+    ] = 1.0
+    patch_px: Annotated[int, setting("Side of a patch (paper: 50)", "px", ge=1)] = 24
+    stride_px: Annotated[int, setting("Stride between patches (paper: 20)", "px", ge=1)] = 8
+    patches: Annotated[int, setting("Patches sampled per crop and channel", ge=1)] = 10
+    crop_px: Annotated[int, setting("Side of a training crop (paper: 300)", "px", ge=1)] = 128
+    batch: Annotated[int, setting("Crops per step", ge=1)] = 10
+    blur_um: Annotated[
+        float, setting("`prototypes`: Gaussian sigma that suppresses finer detail", "µm", ge=0)
+    ] = 0.4
+    background_radius_um: Annotated[
+        float, setting("`prototypes`: Gaussian sigma of the local background", "µm", gt=0)
+    ] = 6.0
+    local_contrast_weight: Annotated[
+        float,
+        setting(
+            "`prototypes`: weight of the local contrast of hematoxylin beside its amount", ge=0
+        ),
+    ] = 12.0
+    learning_rate: Annotated[float, setting("Learning rate of Adam (paper: 2e-4)", gt=0)] = 2e-3
+    weight_decay: Annotated[float, setting("Weight decay of Adam", ge=0)] = 1e-4
+    max_steps: Annotated[int, setting("Largest number of training steps", ge=1)] = 400
+    patience: Annotated[
+        int,
+        setting(
+            "Training has converged when two successive spans of so many steps are alike", ge=1
+        ),
+    ] = 50
+    cooldown_steps: Annotated[
+        int, setting("Steps after convergence, at a falling learning rate", ge=0)
+    ] = 120
+    slides: Annotated[int, setting("Largest number of slides that crops are read from", ge=1)] = 32
+    crops: Annotated[int, setting("Crops that are read, from all slides together", ge=1)] = 96
+    source_px: Annotated[int, setting("Side of a crop that is read from a slide", "px", ge=1)] = 384
+    seed: Annotated[
+        int, setting("Seed of all random numbers of the training, self-training included", ge=0)
+    ] = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dilations", tuple(self.dilations))
-        known = ("prototypes", "mse", "cross_entropy", "cosine", "mutual_information")
-        if self.similarity not in known:
-            raise ConfigError(f"patchcl.similarity must be one of {', '.join(known)}")
-        if self.input not in INPUTS:
-            raise ConfigError(f"patchcl.input must be one of {', '.join(INPUTS)}")
-        if (self.similarity, self.input) == ("prototypes", "rgb"):
+        super().__post_init__()
+        if (self.similarity, self.input) == (Similarity.PROTOTYPES, NetworkInput.RGB):
             raise ConfigError('patchcl.similarity = "prototypes" needs patchcl.input = "stains"')
         if not 16 <= self.patch_px <= self.crop_px:
             raise ConfigError("patchcl.patch_px must be at least 16 and at most patchcl.crop_px")
@@ -95,8 +228,8 @@ class PatchCLConfig:
     def paper(cls, similarity: str = "mse", seed: int = 0) -> PatchCLConfig:
         """The settings of the paper, which learn slowly: 25 epochs of its data are 75 steps."""
         return cls(
-            input="rgb",
-            similarity=similarity,
+            input=NetworkInput.RGB,
+            similarity=Similarity(similarity),
             temperature=1.0,
             patch_px=50,
             stride_px=20,
@@ -107,125 +240,278 @@ class PatchCLConfig:
 
 
 @dataclass(frozen=True)
-class SelfTrainConfig:
-    """PatchCL's confident nuclei teach the network that parts nuclei: no labels either."""
+class SelfTrainConfig(Settings):
+    """Self-training: PatchCL's pseudo-labels train the network that separates nuclei, without
+    labels. Up to `scale_jitter` the settings are those of the training; the others are those of
+    the pseudo-labels."""
 
-    widths: tuple[int, ...] = (16, 24, 40)  # channels at 1, 2 and 4 px
-    steps: int = 1000  # of training
-    batch: int = 8  # crops per step
-    crop_px: int = 128  # side of a crop
-    learning_rate: float = 3e-3  # of AdamW: up to this in 20 steps, then down to 0
-    weight_decay: float = 1e-3  # of AdamW
-    scale_jitter: float = 1.35  # crops are shown up to so much larger or smaller
-    # What is beyond doubt:
-    residual: float = 0.2  # share of the residual stain that is taken off hematoxylin
-    blur_um: float = 0.5  # detail below this size is smoothed away
-    background_radius_um: float = 10.0  # what counts as the surroundings of a pixel
-    local_contrast: float = 0.15  # of a nucleus over their mean, in their standard deviations
-    mask_threshold: float = 0.85  # how dark nuclei are at least, of the slide's threshold
-    levels: int = 18  # at which the map is cut to find nuclei that stand out
-    tree_threshold: float = 0.8  # of these levels, of the slide's threshold
-    min_confidence: float = 0.3  # PatchCL's, on average
-    min_area_um2: float = 5.0  # smaller ones are specks
-    max_area_um2: float = 220.0  # larger ones are clumps
-    min_fragment: float = 0.2  # smaller ones, beside the slide's typical nucleus, are in doubt
-    min_solidity: float = 0.75  # worth nothing below that, and its full area at .2 more
-    min_clump_um2: float = 500.0  # a larger dark clump should fall into nuclei
-    min_covered: float = 0.2  # so much of it at least, or it is something else
-    max_circularity: float = 0.33  # a dark clump below that is a strand, ...
-    min_glass: float = 0.25  # ... one that lies on glass if so much of what is around it is, ...
-    min_covered_strand: float = 0.3  # ... and keratin, say, unless so much of it falls into nuclei
-    min_edge: float = 0.35  # slope along the rim, of the 95th percentile of the slope
+    table: ClassVar[str] = "selftrain"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(self.widths))
-        if len(self.widths) != 3 or min(self.widths) < 1:
-            raise ConfigError("selftrain.widths must be three numbers, such as [16, 24, 40]")
+    widths: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=1)], ...],
+        setting(
+            "Channels of the U-Net at strides of 1, 2 and 4 px",
+            min_length=3,
+            max_length=3,
+        ),
+    ] = (16, 24, 40)
+    steps: Annotated[int, setting("Training steps", ge=1)] = 1000
+    batch: Annotated[int, setting("Crops per step", ge=1)] = 8
+    crop_px: Annotated[int, setting("Side of a training crop, a multiple of 4", "px", ge=4)] = 128
+    learning_rate: Annotated[
+        float, setting("Peak learning rate of AdamW, after 20 steps; then a cosine to 0", gt=0)
+    ] = 3e-3
+    weight_decay: Annotated[float, setting("Weight decay of AdamW", ge=0)] = 1e-3
+    scale_jitter: Annotated[
+        float, setting("Training crops are scaled by a random factor of up to this, or down", ge=1)
+    ] = 1.35
+    residual: Annotated[
+        float, setting("Fraction of the residual stain that is subtracted from hematoxylin", ge=0)
+    ] = 0.2
+    blur_um: Annotated[
+        float, setting("Gaussian sigma that smooths the hematoxylin map", "µm", ge=0)
+    ] = 0.5
+    background_radius_um: Annotated[
+        float, setting("Gaussian sigma of the local background", "µm", gt=0)
+    ] = 10.0
+    local_contrast: Annotated[
+        float,
+        setting(
+            "Minimum contrast of a nucleus against its surroundings, in standard deviations", ge=0
+        ),
+    ] = 0.15
+    mask_threshold: Annotated[
+        float,
+        setting(
+            "Minimum hematoxylin of the nucleus mask, as a fraction of the slide's Otsu threshold",
+            ge=0,
+        ),
+    ] = 0.85
+    levels: Annotated[int, setting("Thresholds of the component tree", ge=1, le=256)] = 18
+    tree_threshold: Annotated[
+        float,
+        setting(
+            "Lowest threshold of the component tree, as a fraction of the slide's Otsu threshold",
+            ge=0,
+        ),
+    ] = 0.8
+    min_confidence: Annotated[
+        float, fraction("Minimum mean PatchCL confidence of a pseudo-labelled nucleus")
+    ] = 0.3
+    min_area_um2: Annotated[
+        float, setting("Minimum area of a pseudo-labelled nucleus", "µm²", ge=0)
+    ] = 5.0
+    max_area_um2: Annotated[
+        float, setting("Maximum area of a pseudo-labelled nucleus", "µm²", gt=0)
+    ] = 220.0
+    min_fragment: Annotated[
+        float,
+        fraction(
+            "Components below this fraction of the slide's typical nucleus area are ignored as "
+            "fragments"
+        ),
+    ] = 0.2
+    min_solidity: Annotated[
+        float,
+        fraction("Solidity at which a component scores 0; it scores its full area at 0.2 more"),
+    ] = 0.75
+    min_clump_um2: Annotated[
+        float,
+        setting(
+            "Area above which a dark clump must split into nuclei, or is an artefact", "µm²", ge=0
+        ),
+    ] = 500.0
+    min_covered: Annotated[
+        float, fraction("Fraction of a large clump that must lie in nuclei, or it is an artefact")
+    ] = 0.2
+    max_circularity: Annotated[
+        float, fraction("Circularity below which a dark clump is a strand or flake")
+    ] = 0.33
+    min_glass: Annotated[
+        float, fraction("Fraction of a strand's surroundings that must be glass (keratin on glass)")
+    ] = 0.25
+    min_covered_strand: Annotated[
+        float,
+        fraction("Fraction of a strand on glass that must lie in nuclei, or it is an artefact"),
+    ] = 0.3
+    min_edge: Annotated[
+        float,
+        setting(
+            "Minimum mean gradient along the contour, as a fraction of the slide's 95th percentile",
+            ge=0,
+        ),
+    ] = 0.35
 
 
 @dataclass(frozen=True)
-class CDCLConfig:
-    """How corrected fields refine a model. Where a value is not the paper's, theirs is said."""
+class CDCLConfig(Settings):
+    """Semi-supervised refinement with corrected ROIs. Where a default is not that of the paper
+    (Wu et al. 2022), the paper's value is given."""
 
-    steps: int = 300  # of training
-    labelled: int = 6  # crops per step from corrected fields
-    unlabelled: int = 6  # crops per step from all other tissue
-    crop_px: int = 128  # side of a crop
-    scale_jitter: float = 1.35  # crops are shown up to so much larger or smaller
-    learning_rate: float = 1e-3  # of AdamW, falling to 0
-    weight_decay: float = 1e-3  # of AdamW
-    pseudo_weight: float = 1.0  # of the pseudo-labels; paper: none
-    teacher_warmup: float = 0.2  # share of the steps before the teacher is listened to
-    confidence_threshold: float = 0.9  # where the teacher is above this or below 1 - this, it is
-    entropy_weight: float = 0.05  # of the student's own doubt
-    contrast_weight: float = 0.1  # of the contrast between patches
-    temperature: float = 0.1  # of that contrast
-    dimensions: int = 16  # of the space in which patches are compared
-    patch_px: int = 8  # side of a patch, a multiple of 4
-    purity: float = 0.05  # a patch with no more than this of the other kind is of one kind
-    bank_steps: int = 8  # of which patches are kept to contrast with
-    bank_patches: int = 512  # of each kind and step
+    table: ClassVar[str] = "cdcl"
 
-    def __post_init__(self) -> None:
-        if self.patch_px % 4 or not self.patch_px:
-            raise ConfigError("cdcl.patch_px must be a multiple of 4")
+    steps: Annotated[int, setting("Training steps", ge=1)] = 300
+    labelled: Annotated[int, setting("Crops per step from corrected ROIs", ge=1)] = 6
+    unlabelled: Annotated[int, setting("Crops per step from all other tissue", ge=1)] = 6
+    crop_px: Annotated[int, setting("Side of a training crop, a multiple of 4", "px", ge=4)] = 128
+    scale_jitter: Annotated[
+        float, setting("Training crops are scaled by a random factor of up to this, or down", ge=1)
+    ] = 1.35
+    learning_rate: Annotated[
+        float, setting("Initial learning rate of AdamW, which falls to 0 as a cosine", gt=0)
+    ] = 1e-3
+    weight_decay: Annotated[float, setting("Weight decay of AdamW", ge=0)] = 1e-3
+    pseudo_weight: Annotated[
+        float, setting("Weight of the loss on pseudo-labels (paper: none)", ge=0)
+    ] = 1.0
+    teacher_warmup: Annotated[
+        float, fraction("Fraction of the steps before the teacher's predictions are used")
+    ] = 0.2
+    confidence_threshold: Annotated[
+        float,
+        setting(
+            "The teacher is used where its probability is above this, or below 1 minus this",
+            ge=0.5,
+            le=1,
+        ),
+    ] = 0.9
+    entropy_weight: Annotated[
+        float, setting("Weight of the entropy of the student's predictions", ge=0)
+    ] = 0.05
+    contrast_weight: Annotated[float, setting("Weight of the cross-patch dense contrast", ge=0)] = (
+        0.1
+    )
+    temperature: Annotated[float, setting("Temperature of that contrast", gt=0)] = 0.1
+    dimensions: Annotated[
+        int, setting("Dimensions of the projection in which patches are compared", ge=1)
+    ] = 16
+    patch_px: Annotated[
+        int, setting("Side of a patch, a multiple of 4", "px", ge=4, multiple_of=4)
+    ] = 8
+    purity: Annotated[
+        float,
+        setting(
+            "Maximum fraction of the other class in a patch that is contrasted as nucleus or "
+            "background",
+            ge=0,
+            le=0.5,
+        ),
+    ] = 0.05
+    bank_steps: Annotated[int, setting("Steps of which the memory bank keeps patches", ge=1)] = 8
+    bank_patches: Annotated[
+        int, setting("Patches of each class that the memory bank keeps of a step", ge=1)
+    ] = 512
 
 
 @dataclass(frozen=True)
-class SegmentConfig:
-    """From confidence to nuclei."""
+class SegmentConfig(Settings):
+    """Post-processing: from probability maps to nuclei."""
 
-    min_area_um2: float = 5.0  # smaller pieces are no nuclei
-    max_area_um2: float = 400.0  # nor are larger blobs
-    max_diameter_um: float = 30.0  # larger blobs are no nuclei; also sets the halo
-    min_solidity: float = 0.7  # area over that of the convex hull; below it are strands and rims
-    min_hematoxylin: float = 0.05  # its mean optical density; gaps between red cells have less
-    max_hole_um2: float = 40.0  # larger gaps inside a nucleus stay gaps
-    open_radius_um: float = 0.0  # thinner hairs are cut
-    smooth_um: float = 0.6  # of the landscape that parts touching nuclei
-    max_depth_um: float = 8.0  # depth inside the mask counts up to here
-    marker_radius_um: float = 1.5  # two nuclei have their centres at least this far apart
-    min_prominence_um: float = 0.1  # shallower saddles part no nuclei
-    core_um: float = 3.0  # how much higher the landscape is where the network is sure of a core
-    min_core: float = 0.6  # a nucleus without a core as sure as this is none
+    table: ClassVar[str] = "segment"
+
+    min_area_um2: Annotated[float, setting("Minimum area of a nucleus", "µm²", ge=0)] = 5.0
+    max_area_um2: Annotated[float, setting("Maximum area of a nucleus", "µm²", gt=0)] = 400.0
+    max_diameter_um: Annotated[
+        float,
+        setting(
+            "Maximum height and width of a nucleus; it also sets the halo of tiles", "µm", gt=0
+        ),
+    ] = 30.0
+    min_solidity: Annotated[
+        float,
+        fraction(
+            "Minimum solidity (area over that of the convex hull); strands and rims have less"
+        ),
+    ] = 0.7
+    min_hematoxylin: Annotated[
+        float,
+        setting(
+            "Minimum mean optical density of hematoxylin; gaps between red cells have less", ge=0
+        ),
+    ] = 0.05
+    max_hole_um2: Annotated[
+        float, setting("Holes in a nucleus below this area are filled", "µm²", ge=0)
+    ] = 40.0
+    open_radius_um: Annotated[
+        float, setting("Radius of the morphological opening of the mask; 0 is none", "µm", ge=0)
+    ] = 0.0
+    smooth_um: Annotated[
+        float, setting("Gaussian sigma of the elevation map of the watershed", "µm", ge=0)
+    ] = 0.6
+    max_depth_um: Annotated[
+        float,
+        setting("Distance to the background at which the elevation map is capped", "µm", gt=0),
+    ] = 8.0
+    marker_radius_um: Annotated[
+        float, setting("Minimum distance between the markers of two nuclei", "µm", ge=0)
+    ] = 1.5
+    min_prominence_um: Annotated[
+        float,
+        setting("Minimum prominence of a marker: its height above the highest saddle", "µm", ge=0),
+    ] = 0.1
+    core_um: Annotated[
+        float, setting("Elevation that a core probability of 1 adds", "µm", ge=0)
+    ] = 3.0
+    min_core: Annotated[float, fraction("Minimum core probability within a nucleus")] = 0.6
 
 
 @dataclass(frozen=True)
-class ResultConfig:
+class ResultConfig(Settings):
     """How nuclei appear in QuPath."""
 
-    class_name: str = "Nucleus"  # class of the nuclei
-    color: tuple[int, ...] = (38, 70, 214)  # red, green, blue; a person's colour stays
-    object_type: str = "auto"  # annotation, detection, or by their number
-    max_annotations: int = 20_000  # in an image; QuPath becomes slow above: detections
+    table: ClassVar[str] = "result"
+
+    class_name: Annotated[str, setting("QuPath class of the nuclei")] = "Nucleus"
+    color: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=0, le=255)], ...],
+        setting(
+            "Colour of that class (red, green, blue), unless it has one in QuPath",
+            min_length=3,
+            max_length=3,
+        ),
+    ] = (38, 70, 214)
+    object_type: Annotated[
+        ObjectType,
+        setting("QuPath objects: `annotation`, `detection`, or `auto`, which is by their number"),
+    ] = ObjectType.AUTO
+    max_annotations: Annotated[
+        int,
+        setting(
+            "`auto`: an image with more nuclei gets detections, since QuPath slows down with more "
+            "annotations",
+            ge=0,
+        ),
+    ] = 20_000
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "color", tuple(self.color))
-        if self.object_type not in ("auto", "annotation", "detection"):
-            raise ConfigError("result.object_type must be auto, annotation or detection")
-        if len(self.color) != 3 or max(self.color) > 255:
-            raise ConfigError("result.color must be red, green and blue from 0 to 255")
+        super().__post_init__()
         if not self.class_name.strip() or not self.class_name.isprintable():
             raise ConfigError("result.class_name must be a name such as Nucleus")
 
-    def kind(self, count: int) -> str:
+    def kind(self, count: int) -> ObjectType:
         """What ``count`` nuclei of one image become: annotation or detection."""
-        if self.object_type != "auto":
+        if self.object_type != ObjectType.AUTO:
             return self.object_type
-        return "annotation" if count <= self.max_annotations else "detection"
+        return ObjectType.ANNOTATION if count <= self.max_annotations else ObjectType.DETECTION
 
 
 @dataclass(frozen=True)
-class Config:
-    """All settings of one run.
+class Config(Settings):
+    """All settings of one run."""
 
-    ``recipe`` is how a model is made: "selftrain", PatchCL and then a network that its confident
-    nuclei teach; "patchcl", PatchCL alone; "paper", PatchCL alone with the settings of the paper.
-    ``engine`` runs it: "torch", "openvino", or "auto", the faster one of those that are there.
-    """
+    table: ClassVar[str] = ""
 
-    recipe: str = "selftrain"  # how a model is made: selftrain, patchcl or paper
-    engine: str = "auto"  # what runs it: torch, openvino, or auto, the faster of those there
+    recipe: Annotated[
+        Recipe,
+        setting(
+            "How a model is trained: `selftrain`, PatchCL and then self-training on its "
+            "pseudo-labels; `patchcl`, PatchCL alone; `paper`, PatchCL with the paper's settings"
+        ),
+    ] = Recipe.SELFTRAIN
+    engine: Annotated[
+        EngineChoice,
+        setting("What runs the network: `torch`, `openvino`, or `auto`, the fastest installed"),
+    ] = EngineChoice.AUTO
     slide: SlideConfig = field(default_factory=SlideConfig)
     patchcl: PatchCLConfig = field(default_factory=PatchCLConfig)
     selftrain: SelfTrainConfig = field(default_factory=SelfTrainConfig)
@@ -233,39 +519,63 @@ class Config:
     segment: SegmentConfig = field(default_factory=SegmentConfig)
     result: ResultConfig = field(default_factory=ResultConfig)
 
-    def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}")
-        if self.engine not in ENGINES:
-            raise ConfigError(f"engine must be one of {', '.join(ENGINES)}")
 
+TABLES: dict[str, type[Settings]] = {
+    table.table: table
+    for table in (
+        SlideConfig,
+        PatchCLConfig,
+        SelfTrainConfig,
+        CDCLConfig,
+        SegmentConfig,
+        ResultConfig,
+    )
+}
 
-_WORDS = ("recipe", "engine")  # what is no table
+# Names of version 0.1, which models of that version and people's files still have.
+RENAMED: dict[str, dict[str, str]] = {
+    "patchcl": {
+        "around_um": "background_radius_um",
+        "excess_weight": "local_contrast_weight",
+    },
+    "selftrain": {
+        "varied_size": "scale_jitter",
+        "around_um": "background_radius_um",
+        "excess": "local_contrast",
+        "floor": "mask_threshold",
+        "lowest": "tree_threshold",
+    },
+    "cdcl": {
+        "varied_size": "scale_jitter",
+        "patience": "teacher_warmup",
+        "confident": "confidence_threshold",
+        "pure": "purity",
+    },
+    "segment": {"min_saddle_depth_um": "min_prominence_um"},
+}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionaries, for JSON."""
-    return dataclasses.asdict(config)
+    plain: dict[str, Any] = msgspec.to_builtins(config)
+    return plain
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """The inverse of ``to_dict``; what is left out keeps its default.
 
-    Raises ConfigError for an unknown table or key, and for a value of the wrong type or sign.
+    Names of version 0.1 are understood. Raises ConfigError for an unknown table or setting, and
+    for a value of the wrong type or out of its range.
     """
-    tables = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name not in _WORDS}
-    made: dict[str, Any] = {}
-    recipe = values.get("recipe", Config.recipe)
-    if recipe == "paper":
-        tables["patchcl"] = PatchCLConfig.paper
-        made["patchcl"] = PatchCLConfig.paper()
-    for table, settings in values.items():
-        if table in _WORDS:
-            made[table] = settings
-            continue
-        if table not in tables:
-            raise ConfigError(f"unknown table [{table}]: the tables are {', '.join(tables)}")
-        made[table] = _table(table, tables[table], settings)
+    made: dict[str, Any] = {name: values[name] for name in values if name not in TABLES}
+    for name in made:
+        if name not in ("recipe", "engine"):
+            raise ConfigError(f"unknown table [{name}]: the tables are {', '.join(TABLES)}")
+    is_paper = values.get("recipe") == Recipe.PAPER
+    defaults = {"patchcl": PatchCLConfig.paper()} if is_paper else {}
+    for name, table in TABLES.items():
+        start = defaults.get(name, table())
+        made[name] = _with_values(start, values[name]) if name in values else start
     return Config(**made)
 
 
@@ -274,35 +584,37 @@ def load_config(path: Path | None) -> Config:
     if path is None:
         return Config()
     try:
-        return from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        config = from_dict(values)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    for table, names in RENAMED.items():
+        for old in names.keys() & values.get(table, {}).keys():
+            logger.warning("%s: %s.%s is now called %s", path, table, old, names[old])
+    return config
 
 
-def _table(name: str, factory: Any, settings: Any) -> Any:
-    defaults = factory()
-    if not isinstance(settings, Mapping):
-        raise ConfigError(f"[{name}] must be a table")
-    known = {f.name for f in dataclasses.fields(defaults)}
-    for key, value in settings.items():
-        if key not in known:
-            raise ConfigError(f"unknown setting {name}.{key}: it has {', '.join(sorted(known))}")
-        _check(f"{name}.{key}", value, getattr(defaults, key))
-    return dataclasses.replace(defaults, **settings)
+def _expected(kind: Any, error: msgspec.ValidationError) -> str:
+    """What a setting of some type must be."""
+    choices = get_args(kind)[0]
+    if isinstance(choices, type) and issubclass(choices, StrEnum):
+        return f"it must be one of {', '.join(choices)}"
+    reason = str(error).partition(" - at ")[0].replace("`", "")
+    return f"{reason[0].lower()}{reason[1:]}"
 
 
-def _check(key: str, value: Any, default: Any) -> None:
-    """A value has its default's kind; numbers are not negative."""
-    if isinstance(default, tuple):
-        if not isinstance(value, list | tuple) or not value:
-            raise ConfigError(f"{key} must be a list such as {list(default)}")
-        for item in value:
-            _check(key, item, default[0])
-        return
-    kinds = (int, float) if isinstance(default, float) else (type(default),)
-    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-        raise ConfigError(f"{key} = {value!r} must be of type {type(default).__name__}")
-    if isinstance(value, int | float) and value < 0:
-        raise ConfigError(f"{key} = {value!r} must not be negative")
+def _with_values(table: Settings, values: Any) -> Settings:
+    """A table with some other values."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"[{table.table}] must be a table")
+    renamed = RENAMED.get(table.table, {})
+    known = [entry.name for entry in dataclasses.fields(table)]
+    new = {renamed.get(name, str(name)): value for name, value in values.items()}
+    for name in new:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"do you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown setting {table.table}.{name}: {hint}")
+    return dataclasses.replace(table, **new)
