@@ -36,7 +36,7 @@ from skimage.filters import threshold_otsu
 from skimage.segmentation import watershed
 
 from patchcl_qupath import cli, pipeline
-from patchcl_qupath.config import Config, PatchCLConfig
+from patchcl_qupath.config import Config, PatchCLConfig, Recipe
 from patchcl_qupath.correction.labels import training_samples
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Polygons, grid_to_level0
 from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
@@ -66,12 +66,12 @@ def with_(**settings: Any) -> Callable[[Config], Config]:
 def paper(config: Config) -> Config:
     """PatchCL with the settings of the paper."""
     settings = PatchCLConfig.paper(seed=config.patchcl.seed)
-    return replace(config, recipe="paper", patchcl=settings)
+    return replace(config, recipe=Recipe.PAPER, patchcl=settings)
 
 
 TRAINED: dict[str, Callable[[Config], Config]] = {
     "paper": paper,
-    "patchcl": lambda config: replace(config, recipe="patchcl"),
+    "patchcl": lambda config: replace(config, recipe=Recipe.PATCHCL),
     "selftrain": lambda config: config,
 }
 # Whole images, or fields of 250 px, that are labelled.
@@ -227,7 +227,13 @@ def scored(
     """Run the model on some images, or all, and score what it leaves."""
     entries = entries or project.images()
     with open_workers() as client:
-        run = pipeline.Run(project, model, model.config, client, progress)
+        run = pipeline.Run(
+            project=project,
+            model=model,
+            config=model.config,
+            workers=client,
+            progress=progress,
+        )
         for result in run.images(entries):
             assert result.problem is None, result.problem
     images, _ = score(project, entries, ground_truth)
@@ -243,7 +249,7 @@ def baseline(project: Project, ground_truth: Path) -> Scores:
         found = grid_to_level0(found, slide.downsample)
         overlaps = Overlaps.of_polygons(found, true_nuclei(entry, ground_truth))
         scores = {name: getattr(overlaps, name) for name in SCORES}
-        images.append(ImageScore(entry.id, entry.name, scores=scores))
+        images.append(ImageScore(id=entry.id, image=entry.name, scores=scores))
     return mean(images)
 
 

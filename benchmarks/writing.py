@@ -22,10 +22,13 @@ from typing import Any
 import numpy as np
 import shapely
 
-from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath import __version__
+from patchcl_qupath.config import Config, ResultConfig, to_dict
+from patchcl_qupath.datatypes import ImageEntry, Nuclei
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.paquo import PaquoProject
+from patchcl_qupath.slides.stains import H_E
+from patchcl_qupath.storage.records import ResultRecord, SlideProvenance, file_signature
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 COUNTS = (20_000, 100_000)
@@ -65,9 +68,9 @@ def measure(count: int, qupath: Path | None) -> list[dict[str, Any]]:
         with closing(project):
             for run in ("first", "second"):
                 found = nuclei(count, run)
-                about = {"run": run, "made": "now"}
+                result = record(entry, run, count)
                 began = time.perf_counter()
-                results = project.write(entry, [found], count, ResultConfig(), about)
+                results = project.write(entry, [found], ResultConfig(), result)
                 seconds = time.perf_counter() - began
                 steps = project.process.seconds
                 # Java starts while the files are written.
@@ -77,6 +80,28 @@ def measure(count: int, qupath: Path | None) -> list[dict[str, Any]]:
                     {"nuclei": count, "type": kind, "run": run, "seconds": seconds, "steps": steps}
                 )
     return rows
+
+
+def record(entry: ImageEntry, run: str, count: int) -> ResultRecord:
+    """What a run would say of the nuclei."""
+    assert entry.mpp is not None
+    return ResultRecord(
+        run=run,
+        image=entry.name,
+        made="now",
+        version=__version__,
+        model="",
+        engine="torch",
+        config=to_dict(Config()),
+        within=[],
+        tissue_mm2=1.0,
+        slide=SlideProvenance(file=file_signature(entry.path), mpp=entry.mpp),
+        stains=H_E,
+        failed_tiles=(),
+        nuclei=count,
+        object_type=ResultConfig().kind(count),
+        files=(),
+    )
 
 
 def nuclei(count: int, run: str) -> Nuclei:

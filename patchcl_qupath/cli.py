@@ -13,14 +13,22 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from patchcl_qupath import __version__, console
-from patchcl_qupath.config import CLUSTERS, CORRECTED, ENGINES, STAINS, Config, load_config
+from patchcl_qupath.config import (
+    CLUSTERS,
+    CORRECTED,
+    Config,
+    EngineChoice,
+    ObjectType,
+    StainChoice,
+    load_config,
+)
 from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
 
 if TYPE_CHECKING:
@@ -124,7 +132,7 @@ _progress = click.option(
 @_device
 @click.option(
     "--engine",
-    type=click.Choice(ENGINES),
+    type=click.Choice([*map(str, EngineChoice)]),
     help="What runs the network. Default: OpenVINO on CPUs, if it is installed, else torch.",
 )
 @click.option(
@@ -136,12 +144,12 @@ _progress = click.option(
 )
 @click.option(
     "--object-type",
-    type=click.Choice(["auto", "annotation", "detection"]),
+    type=click.Choice([*map(str, ObjectType)]),
     help="What nuclei become in QuPath. auto: annotations, or detections where they are many.",
 )
 @click.option(
     "--stain",
-    type=click.Choice(STAINS),
+    type=click.Choice([*map(str, StainChoice)]),
     help="The stains that are measured. auto, the default: those of the image in QuPath, else "
     "h-e. Nuclei are found in any.",
 )
@@ -193,20 +201,20 @@ def run(
         project, entries, settings = _open(project_path, names, mpp, config, seed, backend, qupath)
         shown = replace(
             settings.result,
-            object_type=object_type or settings.result.object_type,
+            object_type=ObjectType(object_type or settings.result.object_type),
             class_name=settings.result.class_name if class_name is None else class_name,
         )
-        slide = replace(settings.slide, stain=stain or settings.slide.stain)
-        engine = engine or settings.engine
-        if engine == "openvino" and click.get_current_context().meta[_DEVICE] == "cuda":
+        slide = replace(settings.slide, stain=StainChoice(stain or settings.slide.stain))
+        chosen = EngineChoice(engine or settings.engine)
+        if chosen == "openvino" and click.get_current_context().meta[_DEVICE] == "cuda":
             raise ConfigError(
                 "OpenVINO runs on CPUs: leave out --device cuda, or use --engine torch"
             )
-        settings = replace(settings, slide=slide, result=shown, engine=engine)
+        settings = replace(settings, slide=slide, result=shown, engine=chosen)
         from patchcl_qupath import pipeline
         from patchcl_qupath.execution.workers import open_workers
 
-        click.echo(f"Nuclei are written by {project.via}", err=True)
+        click.echo(f"Nuclei are written by {project.backend}", err=True)
         with _at_work(project), showing() as progress:
 
             def notify(what: str) -> None:
@@ -216,7 +224,15 @@ def run(
             if scheduler or cluster:
                 notify(f"waiting for workers of {scheduler or cluster}")
             with open_workers(workers, scheduler, cluster, notify) as found:
-                this_run = pipeline.Run(project, model, settings, found, progress, within, name)
+                this_run = pipeline.Run(
+                    project=project,
+                    model=model,
+                    config=settings,
+                    workers=found,
+                    progress=progress,
+                    region_classes=within,
+                    model_name=name,
+                )
                 results = list(this_run.images(entries))
             report = _report(project)
         console.report_run(project, results, report, as_json)
@@ -242,7 +258,7 @@ def train(
         project, entries, settings = _open(project_path, names, mpp, config, seed)
         with _at_work(project), console.progress_bars() as progress:
             model = _model(project, entries, settings, name, True, progress)
-        path = _model_path(project, name)
+        path = project.layout.model(name)
         if as_json:
             console.print_json(
                 {"model": str(path), "digest": model.digest, "training": model.training}
@@ -278,7 +294,7 @@ def suggest(
     """
     with _reporting_errors(as_json):
         project, entries, _ = _open(project_path, names, mpp, config, None, backend, qupath)
-        click.echo(f"Fields are marked by {project.via}", err=True)
+        click.echo(f"Fields are marked by {project.backend}", err=True)
         from patchcl_qupath.correction.suggest import suggest as suggest_fields
 
         with _at_work(project):
@@ -325,8 +341,8 @@ def refine(
         from patchcl_qupath.storage.files import check_writable
 
         with _at_work(project), showing() as progress:
-            start = Model.load(_model_path(project, name))
-            path = _model_path(project, new_name)
+            start = Model.load(project.layout.model(name))
+            path = project.layout.model(new_name)
             check_writable(path.parent)
             start = replace(start, config=replace(start.config, cdcl=settings.cdcl))
             model = pipeline.refine(project, entries, start, labels_from, progress, seed)
@@ -424,7 +440,7 @@ def remove(
     """Take the nuclei of `run` out of PROJECT again, but for those that a person changed."""
     with _reporting_errors(as_json):
         project, entries, _ = _open(project_path, names, mpp, config, None, backend, qupath)
-        click.echo(f"Nuclei are removed by {project.via}", err=True)
+        click.echo(f"Nuclei are removed by {project.backend}", err=True)
         rows: list[dict[str, Any]] = []
         with _at_work(project):
             for entry in entries:
@@ -479,7 +495,7 @@ def doctor(qupath: Path | None, as_json: bool) -> None:
 
     found = list(findings(qupath))
     if as_json:
-        console.print_json([asdict(finding) for finding in found])
+        console.print_json(found)
     else:
         rows = [[finding.part, finding.found or "none", finding.note] for finding in found]
         console.print_table(["part", "found", "note"], rows)
@@ -529,10 +545,6 @@ def _open(
     return project, entries, settings
 
 
-def _model_path(project: Project, name: str) -> Path:
-    return project.output / "models" / f"{name}.pt"
-
-
 def _model(
     project: Project,
     entries: Sequence[ImageEntry],
@@ -546,7 +558,7 @@ def _model(
     from patchcl_qupath.models.model import Model
     from patchcl_qupath.storage.files import check_writable
 
-    path = _model_path(project, name)
+    path = project.layout.model(name)
     if path.exists() and not retrain:
         model = Model.load(path)
         if model.mpp != settings.slide.mpp:
@@ -566,7 +578,7 @@ def _at_work(project: Project) -> Iterator[None]:
     """Nobody else works on the project meanwhile; what was started for it is ended."""
     from patchcl_qupath.storage.files import exclusive_lock
 
-    with exclusive_lock(project.output), closing(project):
+    with exclusive_lock(project.layout.root), closing(project):
         yield
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,10 @@ from patchcl_qupath.config import CORRECTED
 if TYPE_CHECKING:
     from patchcl_qupath.correction.suggest import Suggestion
     from patchcl_qupath.evaluation.score import ImageScore
-    from patchcl_qupath.execution.outcome import ImageResult
     from patchcl_qupath.pipeline import Progress
     from patchcl_qupath.project import Project
     from patchcl_qupath.status import ImageStatus
+    from patchcl_qupath.storage.records import ImageOutcome
 
 _BARS = 8  # progress bars on the screen at once
 
@@ -75,11 +74,11 @@ def progress_bars() -> Iterator[Progress]:
 
 
 def report_run(
-    project: Project, results: Sequence[ImageResult], report: Path | None, as_json: bool
+    project: Project, results: Sequence[ImageOutcome], report: Path | None, as_json: bool
 ) -> None:
     """What became of the images of a run, where its ``report`` is, and what to do next."""
     if as_json:
-        images = [asdict(result) for result in results]
+        images = results
         page = None if report is None else str(report)
         print_json({"project": str(project.path), "images": images, "report": page})
         return
@@ -102,11 +101,11 @@ def report_run(
         for result in done:
             if result.note:
                 click.echo(f"Note: {result.image}: {result.note}")
-        click.echo(f"Results: {project.output / 'results'}")
-        click.echo(f"Look at: {project.output / 'previews'}")
+        click.echo(f"Results: {project.layout.root / 'results'}")
+        click.echo(f"Look at: {project.layout.previews}")
         if report is not None:
             click.echo(f"Report:  {report}")
-        if project.via.startswith("paquo"):
+        if project.backend.writes_into_qupath:
             click.echo("Next:    open the project in QuPath: the nuclei are in its images")
         else:
             click.echo(
@@ -132,7 +131,7 @@ def report_states(project: Project, states: Sequence[ImageStatus], as_json: bool
         print_json(
             {
                 "project": str(project.path),
-                "images": [asdict(image_status) for image_status in states],
+                "images": states,
             }
         )
         return
@@ -141,7 +140,7 @@ def report_states(project: Project, states: Sequence[ImageStatus], as_json: bool
         [
             [
                 s.image,
-                s.image_status,
+                s.state,
                 None if s.nuclei is None else f"{s.nuclei:,}",
                 s.made and s.made[:16].replace("T", " "),
                 s.model,
@@ -156,7 +155,7 @@ def report_states(project: Project, states: Sequence[ImageStatus], as_json: bool
 def report_suggestion(project: Project, suggestion: Suggestion, count: int, as_json: bool) -> None:
     """The fields that were chosen, and what to do with them."""
     if as_json:
-        print_json({"project": str(project.path), **asdict(suggestion)})
+        print_json({"project": str(project.path), **_plain(suggestion)})
         return
     for line in suggestion.done:
         click.echo(line)
@@ -183,7 +182,7 @@ def report_suggestion(project: Project, suggestion: Suggestion, count: int, as_j
             f"set the class of each field that is done to '{CORRECTED}', and save",
             f"patchcl-qp refine {project.path}",
         ]
-        if not project.via.startswith("paquo"):
+        if not project.backend.writes_into_qupath:
             steps.insert(0, "in QuPath, run groovy/import_nuclei.groovy for the project")
             steps.insert(-1, "run groovy/export_labels.groovy, too")
         click.echo("Next:")
@@ -203,7 +202,7 @@ def report_scores(
 
     means = mean(scored)
     if as_json:
-        images = [asdict(image) for image in scored]
+        images = scored
         print_json(
             {"project": str(project.path), "images": images, "mean": means, "without": without}
         )
@@ -243,4 +242,10 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 def print_json(content: Any) -> None:
     """JSON on standard output."""
-    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(_plain(content), indent=2, ensure_ascii=False))
+
+
+def _plain(content: Any) -> Any:
+    from patchcl_qupath.storage.records import to_plain
+
+    return to_plain(content)

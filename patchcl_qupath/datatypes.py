@@ -49,6 +49,11 @@ class Box:
         rows = slice(self.row0 - outer.row0, self.row1 - outer.row0)
         return rows, slice(self.col0 - outer.col0, self.col1 - outer.col0)
 
+    def meets(self, other: Box) -> bool:
+        """Whether the boxes have a pixel in common."""
+        rows = self.row0 < other.row1 and other.row0 < self.row1
+        return rows and self.col0 < other.col1 and other.col0 < self.col1
+
     def grow(self, margin: int, within: tuple[int, int]) -> Box:
         """The box with ``margin`` px more on each side, clipped to an image of shape ``within``."""
         return Box(

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+import msgspec
 
 from patchcl_qupath import __version__
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
-from patchcl_qupath.storage.files import file_signature, read_json
+from patchcl_qupath.storage.records import (
+    ModelRecord,
+    Record,
+    RemovedRecord,
+    ResultRecord,
+    file_signature,
+    read_record,
+    read_result,
+)
 
 
-@dataclass(frozen=True)
-class ImageStatus:
-    """Where an image is: ``image_status`` says it in words, or what is in the way.
+class ImageStatus(
+    Record,
+    frozen=True,
+    kw_only=True,
+    rename={"rois": "fields", "rois_corrected": "fields_done"},
+):
+    """Where an image is: ``state`` in words, or what is in the way.
 
     ``nuclei`` were ``made`` then (UTC) by the model of that name; of the ``rois`` that a person
-    was asked to correct, ``rois_corrected`` are done. ``changed`` is what is no longer as it was.
+    was asked to correct, ``rois_corrected`` are done. ``changed`` is what changed since.
     """
 
     id: str
     image: str
-    image_status: str
+    state: str
     nuclei: int | None = None
     made: str | None = None
     model: str | None = None
@@ -32,65 +43,59 @@ class ImageStatus:
 
 def image_status(project: Project, entry: ImageEntry) -> ImageStatus:
     """Where an image is, from what is on disk."""
-    qupath_summary = project.qupath_summary(entry)
+    qupath = project.qupath_summary(entry)
     to_do = ImageStatus(
-        entry.id,
-        entry.name,
-        entry.problem or "to do",
-        rois=qupath_summary.to_correct + qupath_summary.corrected,
-        rois_corrected=qupath_summary.corrected,
+        id=entry.id,
+        image=entry.name,
+        state=entry.problem or "to do",
+        rois=qupath.to_correct + qupath.corrected,
+        rois_corrected=qupath.corrected,
     )
-    result = read_json(project.results(entry) / "result.json")
+    result = read_result(project.layout.result(entry.id))
     if result is None:
         return to_do
-    if "removed" in result:
-        return replace(to_do, image_status="removed")
-    failed_tiles = len(result.get("holes", ()))
-    done = f"done but for {failed_tiles} of its tiles" if failed_tiles else "done"
+    if isinstance(result, RemovedRecord):
+        return msgspec.structs.replace(to_do, state="removed")
+    failed = len(result.failed_tiles)
     models = _models(project)
     changed = _changed(entry, result, models)
-    if not qupath_summary.is_current:
+    if not qupath.is_current:
         changed.append("not in QuPath yet")
-    elif qupath_summary.saved_later:
+    elif qupath.saved_later:
         changed.append("saved in QuPath")
-    return replace(
+    return msgspec.structs.replace(
         to_do,
-        image_status=entry.problem or done,
-        nuclei=result["nuclei"],
-        made=result["made"],
-        model=_name(result, models),
+        state=entry.problem or (f"done but for {failed} of its tiles" if failed else "done"),
+        nuclei=result.nuclei,
+        made=result.made,
+        model=_model_name(result, models),
         changed=tuple(changed),
     )
 
 
-def _changed(entry: ImageEntry, result: dict[str, Any], models: dict[str, str]) -> list[str]:
-    """What is no longer as it was when the nuclei were found."""
+def _changed(entry: ImageEntry, result: ResultRecord, models: dict[str, str]) -> list[str]:
+    """What changed since the nuclei were found."""
     changed = []
-    slide = result.get("slide")
-    if slide and not entry.problem:
-        if slide["file"] != file_signature(entry.path):
+    if not entry.problem:
+        if result.slide.file != file_signature(entry.path):
             changed.append("slide file")
-        if entry.mpp and slide["mpp"] != [*entry.mpp]:
+        if entry.mpp and result.slide.mpp != entry.mpp:
             changed.append("pixel size")
-    if result["model"] not in models.values():
-        changed.append("model retrained" if result.get("model_name") in models else "model gone")
-    if result.get("version", __version__) != __version__:
-        changed.append(f"version, was {result['version']}")
+    if result.model not in models.values():
+        changed.append("model retrained" if result.model_name in models else "model gone")
+    if result.version != __version__:
+        changed.append(f"version, was {result.version}")
     return changed
 
 
 def _models(project: Project) -> dict[str, str]:
     """The project's models as they are now: name -> digest."""
-    found = {}
-    for path in sorted((project.output / "models").glob("*.json")):
-        facts = read_json(path)
-        if facts is not None and "digest" in facts:  # else of no model of ours
-            found[path.stem] = str(facts["digest"])
-    return found
+    records = {path.stem: read_record(path, ModelRecord) for path in project.layout.model_records()}
+    return {name: record.digest for name, record in records.items() if record is not None}
 
 
-def _name(result: dict[str, Any], models: dict[str, str]) -> str:
+def _model_name(result: ResultRecord, models: dict[str, str]) -> str:
     """The model that made an image's nuclei: what it is called now, or was."""
-    same = [name for name, digest in models.items() if digest == result["model"]]
-    name = result.get("model_name", f"no longer here ({result['model'][:12]})")
+    same = [name for name, digest in models.items() if digest == result.model]
+    name = result.model_name or f"no longer here ({result.model[:12]})"
     return name if name in same or not same else same[0]

@@ -17,9 +17,11 @@ import pytest
 import qupath
 import shapely
 from qupath import by_index, nuclei
+from results import result_of
 
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.project import open_project
+from patchcl_qupath.storage.records import RegionRecord
 
 pytestmark = pytest.mark.qupath
 
@@ -101,12 +103,12 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Any:
                         continue
                     found = nuclei(10, 21 + chapter, entry.name, run=1 + chapter)
                     written[chapter][entry.name] = found
-                    run = {"run": f"run {chapter + 1}", "made": "today", "tissue_mm2": 0.5}
-                    project.write(entry, [found], len(found), ResultConfig(), run)
+                    result = result_of(len(found), run=f"run {chapter + 1}", tissue_mm2=0.5)
+                    project.write(entry, [found], ResultConfig(), result)
                 if backend == "files":
                     qupath.run_script(path, ROOT / "groovy" / "import_nuclei.groovy")
                     project_file = path.read_bytes()
-                    shutil.rmtree(project.output / "results")
+                    shutil.rmtree(project.layout.root / "results")
         untouched.append(path.read_bytes() == project_file)
         seen.append(session.run(path, LOOK))
         if chapter == 0:
@@ -211,14 +213,13 @@ def test_each_region_has_an_annotation_of_its_own(tmp_path: Path, backend: str) 
         if regions:
             within = shapely.contains(shapely.union_all(regions), shapely.centroid(found.polygons))
             found = found[within]
-        about: dict[str, Any] = {"run": f"run {run}", "made": "today", "tissue_mm2": 2.0}
-        if regions:
-            about["regions"] = [
-                {"geometry": json.loads(shapely.to_geojson(region)), "tissue_mm2": 0.25 + k}
-                for k, region in enumerate(regions)
-            ]
+        records = tuple(
+            RegionRecord(geometry=json.loads(shapely.to_geojson(region)), tissue_mm2=0.25 + k)
+            for k, region in enumerate(regions)
+        )
+        result = result_of(len(found), run=f"run {run}", regions=records)
         with closing(open_project(path, backend)) as project:
-            project.write(project.images()[0], [found], len(found), ResultConfig(), about)
+            project.write(project.images()[0], [found], ResultConfig(), result)
         if backend == "files":
             log = qupath.run_script(path, ROOT / "groovy" / "import_nuclei.groovy")
             assert "ERROR" not in log, log

@@ -111,14 +111,14 @@ class Reader:
         if name == "run":
             project = open_project(given["project_path"], backend="files")
             for entry in project.images():
-                found = read_nuclei(project.results(entry) / "nuclei.parquet").polygons
+                found = read_nuclei(project.layout.results(entry.id) / "nuclei.parquet").polygons
                 assert len(found)
                 self.nuclei.setdefault(entry.name, found)
 
     def before(self, name: str, given: dict[str, Any]) -> None:
         """What a page takes for granted, and what it says is done in QuPath."""
         project = open_project(given["project_path"], backend="files")
-        models = project.output / "models"
+        models = project.layout.root / "models"
         if name == "run" and not (models / f"{given['name']}.pt").exists():
             self.model.save(models, given["name"])
         if given.get("config"):
@@ -129,12 +129,12 @@ class Reader:
         for entry in project.images():
             if name == "run":
                 fields = [(field, kind) for kind in given["within"]]
-                write_geojson(project.regions_file(entry), fields)
+                write_geojson(project.layout.regions(entry.id), fields)
             if name == "refine":
                 nuclei = self.nuclei[entry.name]
                 inside = [(nucleus, "Nucleus") for nucleus in nuclei if field.intersects(nucleus)]
                 drawn = [(field, given["labels_from"]), *inside[1:]]  # the first is deleted
-                write_geojson(project.labels_file(entry), drawn)
+                write_geojson(project.layout.labels(entry.id), drawn)
             if name == "score":
                 drawn = [(nucleus, "Nucleus") for nucleus in self.nuclei[entry.name]]
                 write_geojson(given["truth"] / f"{Path(entry.name).stem}.geojson", drawn)
@@ -142,7 +142,9 @@ class Reader:
 
 def result_of(project: Project, entry: ImageEntry) -> dict[str, Any]:
     """What is said of an image's nuclei."""
-    return json.loads((project.results(entry) / "result.json").read_text(encoding="utf-8"))
+    return json.loads(
+        (project.layout.results(entry.id) / "result.json").read_text(encoding="utf-8")
+    )
 
 
 def write_geojson(path: Path, drawn: list[tuple[shapely.Geometry, str]]) -> None:

@@ -76,7 +76,19 @@ def segment(
         failed[tile.col] = str(error)
 
     missing = store.missing(TILES)
-    return store, failed, map_tiles(client, task, context, missing, store, on_done, note)
+    return (
+        store,
+        failed,
+        map_tiles(
+            workers=client,
+            task=task,
+            context=context,
+            tiles=missing,
+            store=store,
+            on_done=on_done,
+            on_failed=note,
+        ),
+    )
 
 
 @contextmanager

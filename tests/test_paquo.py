@@ -24,6 +24,7 @@ import qupath
 import shapely
 from click.testing import CliRunner
 from qupath import nuclei
+from results import result_of
 from slides import write_tiff
 
 from patchcl_qupath.cli import main
@@ -115,7 +116,7 @@ def test_qupath_without_java_is_refused(tmp_path: Path) -> None:
 def test_auto_takes_files_where_there_is_no_paquo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "paquo._config", None)
     project = open_project(SAMPLE)
-    assert project.via == (
+    assert str(project.backend) == (
         "files, since paquo is not installed: pip install 'patchcl-qupath[qupath]'"
     )
     with pytest.raises(ProjectError, match="paquo is not installed"):
@@ -168,9 +169,9 @@ def test_remove_leaves_word_for_the_import(path: Path) -> None:
     assert said.stderr == "Nuclei are removed by files\n"
     files = open_project(path, "files")
     (entry,) = files.images()
-    files.write(entry, [FEW], len(FEW), ResultConfig(), {"run": "r", "made": "m", "model": "m"})
+    files.write(entry, [FEW], ResultConfig(), result_of(len(FEW)))
     assert "import_nuclei.groovy now takes" in CliRunner().invoke(main, remove).stdout
-    assert [file.name for file in files.results(entry).iterdir()] == ["result.json"]
+    assert [file.name for file in files.layout.results(entry.id).iterdir()] == ["result.json"]
     rows = json.loads(CliRunner().invoke(main, ["status", str(path), "--json"]).stdout)["images"]
     assert rows[0]["state"] == "removed"
 
@@ -194,7 +195,8 @@ def opened(path: Path, process: Process) -> tuple[PaquoProject, ImageEntry]:
 
 
 def write(project: PaquoProject, entry: ImageEntry, found: Nuclei, **settings: Any) -> None:
-    project.write(entry, [found], len(found), ResultConfig(**settings), {"run": "r", "made": "m"})
+    config = ResultConfig(**settings)
+    project.write(entry, [found], config, result_of(len(found), config))
 
 
 @pytest.fixture
@@ -239,7 +241,7 @@ def test_many_become_detections_and_none_is_fine(
     assert session.run(path, LOOK)["a.svs"]["detection"]
     write(project, entry, FEW[:0])  # the same run may write again: the change was its own
     assert session.run(path, LOOK)["a.svs"]["count"] == 1  # the region
-    receipt = json.loads((project.output / "imported" / "1.json").read_text("utf-8"))
+    receipt = json.loads((project.layout.root / "imported" / "1.json").read_text("utf-8"))
     assert (receipt["run"], receipt["added"], receipt["removed"]) == ("r", 0, len(FEW))
 
 
@@ -254,10 +256,10 @@ def test_image_that_qupath_changed_is_left_alone(
     with pytest.raises(ImageError, match=r"a\.svs: QuPath changed the image .* close it in QuPath"):
         write(project, entry, FEW)
     assert data.read_bytes() == before
-    assert (project.results(entry) / "nuclei.parquet").exists()
+    assert (project.layout.results(entry.id) / "nuclei.parquet").exists()
 
     write(*opened(path, process), FEW)
-    backup = project.output / "backups" / "1" / "data.qpdata"
+    backup = project.layout.root / "backups" / "1" / "data.qpdata"
     assert backup.read_bytes() == before
     write(*opened(path, process), FEW)
     assert backup.read_bytes() == before  # from before the first write
@@ -307,23 +309,23 @@ def test_regions_are_what_is_saved_or_was_exported_since(
     project, entry = opened(path, process)
     write(project, entry, FEW)
     with pytest.raises(ImageError, match=r"of class Tumor \(it has none with a class"):
-        project.within(entry, ["Tumor"])  # neither nuclei nor their region are a person's
+        project.with_regions(entry, ["Tumor"])  # neither nuclei nor their region are a person's
     session.run(path, draw.replace("WHERE", "100, 50"))
-    found = opened(path, process)[0].within(entry, ["Tumor", "Stroma"])
+    found = opened(path, process)[0].with_regions(entry, ["Tumor", "Stroma"])
     assert [region.bounds for region in found.regions] == [(100, 50, 400, 250)]
     assert found.note == "no annotation of class Stroma"
     session.run(path, draw.replace("WHERE", "500, 600"))
-    found = opened(path, process)[0].within(entry, ["Tumor"])
+    found = opened(path, process)[0].with_regions(entry, ["Tumor"])
     assert [region.bounds[:2] for region in found.regions] == [(100, 50), (500, 600)]
 
     # Exported later from an image that was not saved; a selection is in the export alone.
-    file = project.output / "regions" / "1.geojson"
+    file = project.layout.root / "regions" / "1.geojson"
     file.write_text(file.read_text("utf-8").replace("Tumor", "(selected)"), "utf-8")
-    assert len(opened(path, process)[0].within(entry, ["(selected)"]).regions) == 2
+    assert len(opened(path, process)[0].with_regions(entry, ["(selected)"]).regions) == 2
     os.utime(file, (0, 0))
-    found = opened(path, process)[0].within(entry, ["(selected)"])
+    found = opened(path, process)[0].with_regions(entry, ["(selected)"])
     assert "exported before it was last saved" in str(found.note)
-    assert len(opened(path, process)[0].within(entry, ["Tumor"]).regions) == 2
+    assert len(opened(path, process)[0].with_regions(entry, ["Tumor"]).regions) == 2
 
 
 DRAW_LABELS = """
@@ -350,26 +352,26 @@ def test_labels_are_the_nuclei_in_fields_whoever_made_them(
 ) -> None:
     """Read by QuPath's process, and exported by the script."""
     project, entry = opened(path, process)
-    assert project.labels(entry, CORRECTED) == Corrections()  # never saved
+    assert project.corrections(entry, CORRECTED) == Corrections()  # never saved
     write(project, entry, FEW)
     session.run(path, DRAW_LABELS)
     expected = shapely.box(20, 20, 220, 220)
     near = [p for p in FEW.polygons if p.intersects(expected)]
     assert len(near) == 10  # five in a row
     project, entry = opened(path, process)
-    found = project.labels(entry, CORRECTED)
+    found = project.corrections(entry, CORRECTED)
     assert [field.bounds for field in found.fields] == [expected.bounds]
     assert len(found.nuclei) == len(near) + 1
     for nucleus in found.nuclei:
         assert nucleus.area == 225 or any(nucleus.hausdorff_distance(p) < 0.02 for p in near)
 
-    project.files.labels_file(entry).unlink()
+    project.layout.labels(entry.id).unlink()
     script = SAMPLE.parent / "groovy" / "export_labels.groovy"
     log = qupath.run_script(path, script)
     assert "a.svs: 1 fields and 13 outlines in them exported to" in log, log
-    again = open_project(path, "files").labels(entry, CORRECTED)
+    again = open_project(path, "files").corrections(entry, CORRECTED)
     assert {n.wkt for n in again.nuclei} == {n.wkt for n in found.nuclei}
-    assert project.labels(entry, "Tumor").fields[0].area == 2000**2  # of another class
+    assert project.corrections(entry, "Tumor").fields[0].area == 2000**2  # of another class
 
 
 @pytest.mark.qupath
@@ -435,7 +437,7 @@ def test_lost_slide_is_refused_before_java_starts(tmp_path: Path) -> None:
     assert entry.problem is not None
     with pytest.raises(ImageError, match="put the file beside the project"):
         project.remove(entry)
-    assert not (project.output / "qupath.log").exists()
+    assert not (project.layout.root / "qupath.log").exists()
 
 
 @pytest.mark.qupath

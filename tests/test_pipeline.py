@@ -51,7 +51,9 @@ def segment(folder, model, client, progress=silent, engine="auto", **slide_setti
     """Segment a project's one image -> its result and its nuclei."""
     project = open_project(folder, "files")
     config = replace(QUICK, engine=engine, slide=replace(QUICK.slide, **slide_settings))
-    run = pipeline.Run(project, model, config, client, progress)
+    run = pipeline.Run(
+        project=project, model=model, config=config, workers=client, progress=progress
+    )
     (result,) = run.images(project.images())
     assert result.problem is None
     assert not result.failed_tiles
@@ -311,7 +313,9 @@ def test_other_scanners_and_stains_in_one_project_show_the_same_nuclei(model, cl
         picture.save(tmp_path / f"{number}.png")
         images.append(NewImage(tmp_path / f"{number}.png", [picture.size], (0.5 / zoom,) * 2))
     project = open_project(init_project(tmp_path / "p", images), "files")
-    results = pipeline.Run(project, model, QUICK, client, silent).images(project.images())
+    results = pipeline.Run(
+        project=project, model=model, config=QUICK, workers=client, progress=silent
+    ).images(project.images())
     as_it_was, pale, dark = (
         read_nuclei(Path(result.results) / "nuclei.parquet").polygons for result in results
     )
@@ -347,7 +351,7 @@ def test_tissue_without_nuclei_stays_nearly_empty(tissue, model, client, tmp_pat
     Image.fromarray(tissue(1200)).save(path)
     image = NewImage(path, [(1200, 1200)], (0.5, 0.5))
     project = open_project(init_project(tmp_path / "p", [image]), "files")
-    run = pipeline.Run(project, model, QUICK, client, silent)
+    run = pipeline.Run(project=project, model=model, config=QUICK, workers=client, progress=silent)
     (result,) = run.images(project.images())
     assert result.problem is None
     assert result.tissue_mm2 > 0.3

@@ -54,8 +54,8 @@ def test_the_sample_project_can_be_moved(tmp_path: Path, sample_project: Path) -
     assert (entry.id, entry.name) == ("1", "CMU-1-Small-Region.svs")
     assert entry.problem is None
     assert Slide.open(entry).mpp_level0 == (0.499, 0.499)
-    assert project.output == tmp_path / "elsewhere #1" / "patchcl"
-    assert project.results(entry).parent == project.output / "results"
+    assert project.layout.root == tmp_path / "elsewhere #1" / "patchcl"
+    assert project.layout.results(entry.id).parent == project.layout.root / "results"
 
 
 def test_version_0_3(shared_data: Path) -> None:

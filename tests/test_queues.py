@@ -135,7 +135,9 @@ def segment(
     """-> the ids of a project's nuclei."""
     project = open_project(folder, "files")
     config = replace(QUICK, slide=replace(QUICK.slide, tile_px=300))
-    (result,) = pipeline.Run(project, model, config, workers, progress).images(project.images())
+    (result,) = pipeline.Run(
+        project=project, model=model, config=config, workers=workers, progress=progress
+    ).images(project.images())
     assert (result.problem, result.failed_tiles) == (None, ())
     assert result.tiles > 30
     return [*read_nuclei(Path(result.results) / "nuclei.parquet").uuids]

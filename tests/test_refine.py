@@ -215,12 +215,12 @@ def export(folder, *features, image=1):
 def test_labels_are_read(folder):
     project = open_project(folder, "files")
     (entry,) = project.images()
-    assert project.labels(entry, "Done") == Corrections()
+    assert project.corrections(entry, "Done") == Corrections()
     cell = feature(shapely.Point(800, 900).buffer(30), "Tumor")
     cell["nucleusGeometry"] = json.loads(shapely.to_geojson(shapely.box(790, 890, 810, 910)))
     line = feature(shapely.LineString([(0, 0), (9, 9)]), "Nucleus")
     export(folder, feature(FIELD, "Done"), feature(INSIDE, "Nucleus"), cell, line)
-    found = project.labels(entry, "Done")
+    found = project.corrections(entry, "Done")
     assert [field.area for field in found.fields] == [FIELD.area]
     assert [round(nucleus.area) for nucleus in found.nuclei] == [round(INSIDE.area), 400]
 
@@ -245,7 +245,7 @@ def test_labels_that_cannot_be_learnt_from_are_refused(folder, features, says):
     export(folder, *features)
     project = open_project(folder, "files")
     with pytest.raises(ImageError, match=says):
-        project.labels(project.images()[0], "Done")
+        project.corrections(project.images()[0], "Done")
 
 
 def test_no_field_at_all_is_said(folder, model):

@@ -17,11 +17,11 @@ from conftest import QUICK
 from patchcl_qupath import pipeline
 from patchcl_qupath.datatypes import Box, grid_to_level0, level0_to_grid
 from patchcl_qupath.errors import ImageError
-from patchcl_qupath.execution.outcome import ImageResult
 from patchcl_qupath.project import open_project
 from patchcl_qupath.segmentation.tiling import plan
 from patchcl_qupath.slides.tissue import inside_region, tissue_area_px
 from patchcl_qupath.storage.parquet import read_nuclei
+from patchcl_qupath.storage.records import ImageOutcome
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample_project"
@@ -57,7 +57,7 @@ def export(project: Path, *features: dict[str, Any]) -> None:
 
 def read(folder: Path, *classes: str) -> shapely.Geometry:
     project = open_project(folder, backend="files")
-    return shapely.union_all(project.within(project.images()[0], classes).regions)
+    return shapely.union_all(project.with_regions(project.images()[0], classes).regions)
 
 
 def test_classes_are_read_by_name(folder: Path) -> None:
@@ -82,17 +82,17 @@ def test_annotations_are_regions_one_by_one(folder: Path) -> None:
     export(folder, feature(TUMOR, "Tumor"), feature(STROMA, "Stroma"), feature(SMALL, "Tumor"))
     project = open_project(folder, backend="files")
     (image,) = project.images()
-    found = project.within(image, ["Stroma", "Tumor"])
+    found = project.with_regions(image, ["Stroma", "Tumor"])
     assert found.note is None
     for region, drawn in zip(found.regions, [STROMA, TUMOR, SMALL], strict=True):
         assert region.equals(drawn)
-    assert project.within(image, ["Tumour", "Tumor"]).note == "no annotation of class Tumour"
+    assert project.with_regions(image, ["Tumour", "Tumor"]).note == "no annotation of class Tumour"
 
     data = folder / "data" / "1" / "data.qpdata"
     data.parent.mkdir(parents=True)
     data.touch()
     os.utime(data, ns=(2**62, 2**62))
-    assert "exported before it was last saved" in str(project.within(image, ["Tumor"]).note)
+    assert "exported before it was last saved" in str(project.with_regions(image, ["Tumor"]).note)
 
 
 @pytest.mark.parametrize(
@@ -163,20 +163,27 @@ def test_pixels_of_a_region() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.5, 20])
-def test_area_of_tissue_in_a_region(normaliser: float) -> None:
+def test_area_of_tissue_in_a_region(scale: float) -> None:
     tissue = np.zeros((300, 200), dtype=bool)
     tissue[:, :100] = True
-    region = shapely.Point(1600, 1000).buffer(30 * normaliser)  # half of it on tissue of 1600 px
+    region = shapely.Point(1600, 1000).buffer(30 * scale)  # half of it on tissue of 1600 px
     assert tissue_area_px(tissue, 16, region) == pytest.approx(region.area / 2, rel=0.02)
     assert tissue_area_px(tissue, 16, None) == 300 * 100 * 256
 
 
 def segment(
     folder: Path, model: pipeline.Model, client: Any, *within: str, tile_px: int = 10_000
-) -> tuple[ImageResult, Any]:
+) -> tuple[ImageOutcome, Any]:
     project = open_project(folder, backend="files")
     config = replace(QUICK, slide=replace(QUICK.slide, tile_px=tile_px))
-    run = pipeline.Run(project, model, config, client, lambda *_: None, within=within)
+    run = pipeline.Run(
+        project=project,
+        model=model,
+        config=config,
+        workers=client,
+        progress=lambda *_: None,
+        region_classes=within,
+    )
     (result,) = run.images(project.images())
     nuclei = None if result.problem else read_nuclei(Path(str(result.results)) / "nuclei.parquet")
     return result, nuclei

@@ -14,6 +14,7 @@ import shapely
 import tifffile
 from click.testing import CliRunner
 from PIL import Image
+from results import result_of
 
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import Config
@@ -73,12 +74,12 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
-def found(folder: Path, image: int, polygons: Any, **about: Any) -> Path:
+def found(folder: Path, image: int, polygons: Any, **changes: Any) -> Path:
     """Leave nuclei as a run does."""
     project = open_project(folder, backend="files")
     entry = project.images()[image]
     nuclei = Nuclei(polygons, {"Area µm^2": shapely.area(polygons).astype(np.float32)})
-    return project.write(entry, [nuclei], len(polygons), Config().result, about)
+    return project.write(entry, [nuclei], Config().result, result_of(len(polygons), **changes))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from patchcl_qupath.training import pseudo_labels as pseudo
 from patchcl_qupath.training import selftrain
 from patchcl_qupath.training import supervision as teaching
 from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
-from patchcl_qupath.training.supervision import bce_dice_loss, draw, targets
+from patchcl_qupath.training.supervision import bce_dice_loss, random_window, targets
 
 MPP = 0.5
 CONFIG = SelfTrainConfig()
@@ -196,7 +196,7 @@ def test_loss_knows_what_is_right_and_does_not_ask_where_nothing_is_known():
 
 def test_layers_are_cut_alike():
     first = np.arange(30 * 40, dtype=float).reshape(30, 40, 1)
-    a, b = draw([first, first[..., 0]], 50, np.random.default_rng(2))
+    a, b = random_window([first, first[..., 0]], 50, np.random.default_rng(2))
     assert a.shape == (50, 50, 1)
     np.testing.assert_array_equal(a[..., 0], b)
     assert set(np.unique(b)) == set(range(1200))

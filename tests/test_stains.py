@@ -136,7 +136,9 @@ def test_a_damaged_export_is_said(folder: Path, content: str) -> None:
 
 
 def segment(project: Any, model: pipeline.Model, client: Any, config: Config) -> tuple[Any, Any]:
-    run = pipeline.Run(project, model, config, client, lambda *_: None)
+    run = pipeline.Run(
+        project=project, model=model, config=config, workers=client, progress=lambda *_: None
+    )
     (result,) = run.images(project.images())
     if result.problem:
         return result, None
@@ -227,7 +229,7 @@ def test_stains_of_a_real_qupath_are_read_and_measured_as_it_does(
     project = replace(project, process=process)
     (entry,) = project.images()
     by_process = project.with_stains(entry).stains
-    project.files.stains_file(entry).unlink()
+    project.layout.stains(entry.id).unlink()
     log = qupath.run_script(path, ROOT / "groovy" / "export_regions.groovy")
     assert "ERROR" not in log, log
     for read in (by_process, open_project(path, "files").with_stains(entry).stains):
@@ -253,7 +255,7 @@ def test_qupath_s_defaults_are_those_that_are_measured_without_it(
         assert isinstance(project, PaquoProject)
         (entry,) = project.images()
         assert replace(project, process=process).with_stains(entry).stains == stains
-        project.files.stains_file(entry).unlink()
+        project.layout.stains(entry.id).unlink()
         only_type = open_project(path, "files").with_stains(entry).stains
         assert only_type == (H_DAB if kind == "H_DAB" else None)
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import shapely
 
-from patchcl_qupath.datatypes import Nuclei, UncertaintyGrid
+from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.errors import StorageError
+from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.storage.files import (
     atomic_write,
     exclusive_lock,
@@ -19,11 +20,8 @@ from patchcl_qupath.storage.files import (
     writing,
 )
 from patchcl_qupath.storage.parquet import (
-    count_nuclei,
     read_nuclei,
-    read_tile_uncertainty,
     read_uncertainty_grid,
-    to_parquet,
     write_uncertainty_grid,
 )
 
@@ -37,20 +35,36 @@ def some_nuclei(n):
 UNCERTAINTY = UncertaintyGrid((256.5, 255.25), *np.arange(15).reshape(5, 3))
 
 
-def write_nuclei(path, nuclei):
-    write_bytes(path, to_parquet(nuclei, UNCERTAINTY))
+TILE = Tile(0, 1, Box(0, 0, 9, 9), Box(0, 0, 9, 9))
+
+
+def encoded(n):
+    return TileStore.encode(some_nuclei(n), UNCERTAINTY)
+
+
+def stored(folder, nuclei):
+    """A store in which one tile is finished."""
+    store = TileStore.open(folder, {})
+    store.write(TILE, TileStore.encode(nuclei, UNCERTAINTY))
+    return store
 
 
 @pytest.mark.parametrize("n", [0, 7])
-def test_nuclei_survive_parquet(tmp_path, n):
+def test_nuclei_survive_the_tile_store(tmp_path, n):
     nuclei = some_nuclei(n)
-    write_nuclei(tmp_path / "a.parquet", nuclei)
-    back = read_nuclei(tmp_path / "a.parquet")
-    assert count_nuclei(tmp_path / "a.parquet") == n
+    store = stored(tmp_path / "store", nuclei)
+    (back,) = store.nuclei([TILE])
+    assert store.missing([TILE]) == []
+    assert store.count([TILE]) == n
     assert shapely.equals_exact(back.polygons, nuclei.polygons).all()
     assert list(back.measurements) == ["Area µm^2"]
     np.testing.assert_array_equal(back.measurements["Area µm^2"], np.arange(n))
     np.testing.assert_array_equal(back.uuids, nuclei.uuids)
+    (contours,) = store.contours([TILE])
+    assert shapely.equals_exact(contours, nuclei.polygons).all()
+    (measured,) = store.measurements([TILE], ["Area µm^2"])
+    np.testing.assert_array_equal(measured["Area µm^2"], np.arange(n))
+    assert len(read_nuclei(store.path(TILE))) == n  # GeoParquet, as any other
 
 
 def same(one, other):
@@ -59,9 +73,9 @@ def same(one, other):
     )
 
 
-def test_surveys_survive_parquet(tmp_path):
-    write_nuclei(tmp_path / "tile.parquet", some_nuclei(2))
-    assert same(read_tile_uncertainty(tmp_path / "tile.parquet"), UNCERTAINTY)
+def test_uncertainty_grids_survive_parquet(tmp_path):
+    (grid,) = stored(tmp_path / "store", some_nuclei(2)).uncertainty_grids([TILE])
+    assert same(grid, UNCERTAINTY)
     write_uncertainty_grid(tmp_path / "image.parquet", UNCERTAINTY)
     assert same(read_uncertainty_grid(tmp_path / "image.parquet"), UNCERTAINTY)
 
@@ -119,7 +133,7 @@ def test_what_the_system_refuses_is_explained(tmp_path, code, advice):
 def test_a_file_in_the_place_of_a_folder_is_explained(tmp_path):
     (tmp_path / "patchcl").write_text("a file")
     with pytest.raises(StorageError, match="patchcl"):
-        write_nuclei(tmp_path / "patchcl" / "a.parquet", some_nuclei(1))
+        write_bytes(tmp_path / "patchcl" / "a.parquet", encoded(1))
 
 
 @pytest.fixture
@@ -137,9 +151,9 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_leaves_no_half_file(small_disk):
-    write_nuclei(small_disk / "1.parquet", some_nuclei(20))
+    write_bytes(small_disk / "1.parquet", encoded(20))
     with pytest.raises(StorageError, match="disk is full"):
-        write_nuclei(small_disk / "2.parquet", some_nuclei(20_000))
+        write_bytes(small_disk / "2.parquet", encoded(20_000))
     assert [file.name for file in small_disk.iterdir()] == ["1.parquet"]
     assert len(read_nuclei(small_disk / "1.parquet")) == 20
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import qupath
@@ -19,18 +20,19 @@ from conftest import QUICK
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.cli import main
-from patchcl_qupath.config import CORRECTED, TO_CORRECT
+from patchcl_qupath.config import CORRECTED, TO_CORRECT, ObjectType
 from patchcl_qupath.correction.suggest import Candidates, choose, expected_entropy, suggest
 from patchcl_qupath.datatypes import ImageEntry, Nuclei
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.project.jvm import Process
 from patchcl_qupath.project.paquo import PaquoProject
-from patchcl_qupath.status import state
+from patchcl_qupath.status import image_status
 from patchcl_qupath.storage.parquet import (
     read_nuclei,
     read_uncertainty_grid,
     write_uncertainty_grid,
 )
+from patchcl_qupath.storage.records import ResultRecord, read_record
 
 ROOT = Path(__file__).parent.parent
 SLIDE = ROOT / "sample_project" / "CMU-1-Small-Region.svs"
@@ -172,9 +174,16 @@ def ran(
     folder.mkdir()
     path = qupath.make_project(folder / "p", SLIDE, ["a.svs"])
     model.save(path.parent / "patchcl" / "models", "patchcl")
-    config = replace(QUICK, result=replace(QUICK.result, object_type="detection"))
+    config = replace(QUICK, result=replace(QUICK.result, object_type=ObjectType.DETECTION))
     project = open_project(path, "files")
-    run = pipeline.Run(project, model, config, client, lambda *_: None, model_name="patchcl")
+    run = pipeline.Run(
+        project=project,
+        model=model,
+        config=config,
+        workers=client,
+        progress=lambda *_: None,
+        model_name="patchcl",
+    )
     (result,) = run.images(project.images())
     assert result.problem is None
     return path, read_nuclei(Path(str(result.results)) / "nuclei.parquet")
@@ -365,24 +374,26 @@ class Told:
         session.run(path, EDIT)
         self.seen.append(self.look(shown=True))
         project, (entry,) = self.opened()
-        self.state = state(project, entry)
-        about = json.loads((project.results(entry) / "result.json").read_text("utf-8"))
-        config = replace(QUICK.result, object_type="detection")
-        project.write(entry, [new], len(new), config, about)
+        self.status = image_status(project, entry)
+        result = read_record(project.layout.result(entry.id), ResultRecord)
+        assert result is not None
+        config = replace(QUICK.result, object_type=ObjectType.DETECTION)
+        result = msgspec.structs.replace(result, nuclei=len(new), object_type="detection")
+        project.write(entry, [new], config, result)
         self.seen.append(self.look())
         if by == "files":
             qupath.run_script(path, GROOVY / "export_labels.groovy")
             settings = path.with_name("settings.toml")
             settings.write_text("[cdcl]\nsteps = 4\n[patchcl]\ncrops = 4\n", "utf-8")
             call("refine", path, "--config", settings)
-        self.labels = self.opened()[0].labels(entry, CORRECTED)
+        self.labels = self.opened()[0].corrections(entry, CORRECTED)
         self.said.append(suggest(*self.opened(), 3))
         self.seen.append(self.look())
         new_fields = {one.field.id for one in self.said[1].fields}
         self.deleted = next(o for o in self.seen[3] if o["id"] in new_fields)
         session.run(path, DELETE.replace("FIELD", self.deleted["id"]))
         project, (entry,) = self.opened()
-        project.write(entry, [new], len(new), config, about)
+        project.write(entry, [new], config, result)
         self.seen.append(self.look())
         self.opened()[0].remove(entry)
         self.seen.append(self.look())

@@ -46,7 +46,7 @@ def read_corrected_samples(
     labelled = []
     for done, entry in enumerate(entries):
         progress("reading corrected fields", done, len(entries))
-        corrections = project.labels(entry, labels_from)
+        corrections = project.corrections(entry, labels_from)
         if corrections.rois:
             labelled.append((prepare(entry, config), corrections))
     progress("reading corrected fields", len(entries), len(entries))

@@ -22,8 +22,8 @@ from patchcl_qupath.datatypes import CorrectionRoi, ImageEntry, Nuclei, Polygons
 from patchcl_qupath.errors import ImageError, PatchCLError, ProjectError
 from patchcl_qupath.project import Project
 from patchcl_qupath.segmentation.uncertainty import fields_of_view
-from patchcl_qupath.storage.files import read_json
 from patchcl_qupath.storage.parquet import read_nuclei, read_uncertainty_grid
+from patchcl_qupath.storage.records import Record, ResultRecord, read_result
 
 FULL = 0.75  # of a field that is tissue
 MIN_TISSUE = 0.5  # where no fuller field is left on a slide; the rest is glass
@@ -61,9 +61,16 @@ class Candidates:
         return (self.tissue >= MIN_TISSUE) & (self.nuclei >= MIN_NUCLEI)
 
 
-@dataclass(frozen=True)
-class Suggested:
-    """A field that was marked: its place, and why. ``expected`` is the doubt of fields as dense."""
+class SuggestedRoi(
+    Record,
+    frozen=True,
+    kw_only=True,
+    rename={"roi": "field", "entropy": "doubt", "expected": "usual"},
+):
+    """A ROI that was marked, and why: ``expected`` is the mean entropy of fields of view as dense.
+
+    ``tissue`` is a fraction; ``entropy`` the mean predictive entropy, in bits.
+    """
 
     id: str
     image: str
@@ -74,14 +81,13 @@ class Suggested:
     nuclei: int
 
 
-@dataclass(frozen=True)
-class Suggestion:
-    """What became of a project: its new fields, what was done with them, and what failed.
+class Suggestion(Record, frozen=True, kw_only=True, rename={"rois": "fields"}):
+    """What became of a project: its new ROIs, what was done with them, and what failed.
 
     ``without`` are the images that have no nuclei yet.
     """
 
-    rois: list[Suggested]
+    rois: list[SuggestedRoi]
     done: list[str]
     problems: list[str]
     without: list[str]
@@ -104,7 +110,7 @@ def suggest(project: Project, entries: Sequence[ImageEntry], count: int) -> Sugg
             continue
         try:
             found = _candidates(project, entry, slides[entry.path])
-            corrected_rois = project.corrected(entry)
+            corrected_rois = project.corrected_rois(entry)
         except PatchCLError as error:
             problems.append(str(error))
             continue
@@ -122,7 +128,7 @@ def suggest(project: Project, entries: Sequence[ImageEntry], count: int) -> Sugg
 
     expected = expected_entropy(everything)
     owner = np.repeat(np.arange(len(looked)), [len(found.entropy) for _, found in looked])
-    suggested: list[Suggested] = []
+    suggested: list[SuggestedRoi] = []
     done: list[str] = []
     for k, (entry, _) in enumerate(looked):
         here = [
@@ -131,14 +137,14 @@ def suggest(project: Project, entries: Sequence[ImageEntry], count: int) -> Sugg
             if owner[i] == k
         ]
         try:
-            said = project.suggest(entry, [one.roi for one in here])
+            said = project.mark_rois(entry, [one.roi for one in here])
         except PatchCLError as error:
             problems.append(str(error))
             continue
         suggested += here
         if here:
             done.append(f"{entry.name}: {said}")
-    return Suggestion(suggested, done, problems, without)
+    return Suggestion(rois=suggested, done=done, problems=problems, without=without)
 
 
 def choose(
@@ -204,17 +210,16 @@ def _features(candidates: Candidates) -> Floats:
 
 
 def _has_nuclei(project: Project, entry: ImageEntry) -> bool:
-    result = read_json(project.results(entry) / "result.json")
-    return result is not None and "removed" not in result
+    return isinstance(read_result(project.layout.result(entry.id)), ResultRecord)
 
 
 def _candidates(project: Project, entry: ImageEntry, slide: int) -> Candidates:
     """The fields of one image. Raises ImageError where its survey is not that of its nuclei."""
     if entry.problem:
         raise ImageError(entry.problem)
-    file = project.output / "surveys" / f"{entry.id}.parquet"
+    file = project.layout.uncertainty(entry.id)
     try:
-        nuclei = read_nuclei(project.results(entry) / "nuclei.parquet")
+        nuclei = read_nuclei(project.layout.nuclei(entry.id))
         uncertainty = read_uncertainty_grid(file) if len(nuclei) else None
     except Exception as error:  # readers of damaged files raise anything
         raise ImageError(
@@ -271,7 +276,7 @@ def _concatenate(parts: Sequence[Candidates]) -> Candidates:
 
 def _suggested(
     entry: ImageEntry, candidates: Candidates, row: int, expected: float, name: str
-) -> Suggested:
+) -> SuggestedRoi:
     x0, y0, x1, y1 = (round(value, 2) for value in candidates.boxes[row].bounds)
     entropy, nuclei = float(candidates.entropy[row]), int(candidates.nuclei[row])
     roi = CorrectionRoi(
@@ -281,6 +286,12 @@ def _suggested(
         f"reaches into the field, then set the field's class to '{CORRECTED}'.",
         *(x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)),
     )
-    return Suggested(
-        *(entry.id, entry.name, roi, float(candidates.tissue[row]), entropy, expected, nuclei)
+    return SuggestedRoi(
+        id=entry.id,
+        image=entry.name,
+        roi=roi,
+        tissue=float(candidates.tissue[row]),
+        entropy=entropy,
+        expected=expected,
+        nuclei=nuclei,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +16,15 @@ from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.project import Project
 from patchcl_qupath.storage.geojson import made_valid
 from patchcl_qupath.storage.parquet import read_nuclei
+from patchcl_qupath.storage.records import Record, RemovedRecord, read_result
 
 SCORES = {"dice": "Dice", "aji": "AJI", "pq": "PQ", "f1": "F1 at IoU 0.5"}
 
 
-@dataclass(frozen=True)
-class ImageScore:
-    """How well one image's nuclei agree with the truth: ``problem`` is None unless it failed.
+class ImageScore(Record, frozen=True, kw_only=True):
+    """How well one image's nuclei agree with the ground truth.
 
-    ``scores`` have the names of SCORES, and are between 0 and 1.
+    ``problem`` is None unless it failed; ``scores``, between 0 and 1, have the names of SCORES.
     """
 
     id: str
@@ -34,7 +33,7 @@ class ImageScore:
     note: str | None = None
     nuclei: int | None = None
     true_nuclei: int | None = None
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = {}  # noqa: RUF012  # msgspec copies it
 
 
 def score(
@@ -54,7 +53,7 @@ def score(
         try:
             scored.append(score_image(project, entry, files[entry.id]))
         except PatchCLError as error:
-            scored.append(ImageScore(entry.id, entry.name, problem=str(error)))
+            scored.append(ImageScore(id=entry.id, image=entry.name, problem=str(error)))
     return scored, without
 
 
@@ -70,8 +69,8 @@ def score_image(project: Project, entry: ImageEntry, files: Sequence[Path]) -> I
         notes.append("only inside the regions that the run kept to")
     overlaps = Overlaps.of_polygons(nuclei, true)
     return ImageScore(
-        entry.id,
-        entry.name,
+        id=entry.id,
+        image=entry.name,
         note="; ".join(notes) or None,
         nuclei=len(nuclei),
         true_nuclei=len(true),
@@ -86,20 +85,19 @@ def mean(scored: Sequence[ImageScore]) -> dict[str, float]:
 
 
 def _found(project: Project, entry: ImageEntry) -> tuple[Polygons, list[shapely.Geometry]]:
-    """The nuclei that the last run left, level 0; and the regions that it kept to, if it did."""
-    folder = project.results(entry)
-    try:
-        about = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        regions = [
-            shapely.from_geojson(json.dumps(region["geometry"]))
-            for region in about.get("regions", ())
-        ]
-        # Outlines are rounded to 0.01 px, which may have folded one.
-        nuclei = made_valid(read_nuclei(folder / "nuclei.parquet").polygons)
-    except FileNotFoundError:
+    """The nuclei of the last run, level 0; and the regions that it was limited to, if any."""
+    folder = project.layout.results(entry.id)
+    result = read_result(project.layout.result(entry.id))
+    if isinstance(result, RemovedRecord) or not folder.exists():
         raise ImageError(
             f"{entry.name} has no nuclei to score: find them with `patchcl-qp run` first"
-        ) from None
+        )
+    try:
+        if result is None:
+            raise ValueError("result.json is damaged")
+        regions = [shapely.from_geojson(json.dumps(region.geometry)) for region in result.regions]
+        # Contours are rounded to 0.01 px, which may have folded one.
+        nuclei = made_valid(read_nuclei(project.layout.nuclei(entry.id)).polygons)
     except Exception as error:  # readers of damaged files raise anything
         raise ImageError(
             f"{entry.name}: its nuclei in {folder} cannot be read: do `patchcl-qp run` again"

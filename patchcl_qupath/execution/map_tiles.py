@@ -19,7 +19,6 @@ from patchcl_qupath.datatypes import Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import ATTEMPTS, Workers
-from patchcl_qupath.storage.parquet import to_parquet
 from patchcl_qupath.timing import Seconds, timed
 
 Context = TypeVar("Context")
@@ -104,7 +103,7 @@ def _unpack(context: bytes) -> Any:
 def _do(task: TileTask[Context], context: Context, tile: Tile) -> tuple[bytes, Seconds]:
     nuclei, uncertainty, seconds = task(context, tile)
     with timed(seconds, "encode"):
-        return to_parquet(nuclei, uncertainty), seconds
+        return TileStore.encode(nuclei, uncertainty), seconds
 
 
 def _of_tile(error: Exception, future: Any) -> Exception:

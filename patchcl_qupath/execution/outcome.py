@@ -1,68 +1,60 @@
-"""What became of an image: its tiles one by one, those that failed, and what to say of it."""
+"""What became of an image: its tiles one by one, those that failed, and what to tell a person."""
 
 from __future__ import annotations
 
+import platform
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
 
-from patchcl_qupath.config import ResultConfig
+from patchcl_qupath.config import ObjectType, ResultConfig
 from patchcl_qupath.datatypes import FailedTile, ImageEntry, Tile
-from patchcl_qupath.errors import ImageError, PatchCLError, SlideError
+from patchcl_qupath.errors import ImageError, PatchCLError, SlideError, StorageError
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.timing import Seconds
+from patchcl_qupath.storage.layout import Layout
+from patchcl_qupath.storage.records import ImageOutcome, Provenance, RunRecord, write_record
 
 GIVE_UP = 10  # tiles of an image, if none of it succeeds
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "numba",
+    "scipy",
+    "shapely",
+    "tiffslide",
+    "tifffile",
+    "zarr",
+    "dask",
+)
 
 
-@dataclass(frozen=True)
-class ImageResult:
-    """What became of one image: ``problem`` is None unless it failed.
-
-    Where it has ``failed_tiles``, the nuclei of all other tiles are written.
-    """
-
-    id: str
-    image: str
-    problem: str | None = None
-    note: str | None = None
-    tissue_mm2: float = 0.0
-    nuclei: int = 0
-    tiles: int = 0
-    tiles_resumed: int = 0
-    failed_tiles: tuple[FailedTile, ...] = ()
-    results: str | None = None
-    preview: str | None = None
-    seconds: float = 0.0
-    main_seconds: Seconds = field(default_factory=dict)  # of the run itself, by stage
-    worker_seconds: Seconds = field(default_factory=dict)  # of all workers together
-    network_px: int = 0  # working pixels that the network saw
-
-
-@dataclass
+@dataclass(kw_only=True)
 class TileProgress:
-    """How many of an image's tiles are done, and where those are that failed.
+    """How many of an image's tiles are done, and which failed.
 
-    ``show`` is told of each, (done, of how many). ``reopen`` raises SlideError for a slide that was
-    there when the run began, and is not any more.
+    ``show`` is called with (done, total) after each; ``reopen`` raises SlideError for a slide that
+    was there when the run began, and is not any more.
     """
 
     image: PreparedImage
-    tiles: int
+    total: int
     done: int
     show: Callable[[int, int], None]
     reopen: Callable[[], object]
-    failed_tiles: list[FailedTile] = field(default_factory=list)
+    failed: list[FailedTile] = field(default_factory=list)
 
     def begin(self) -> None:
         """Show what was done before."""
-        self.show(self.done, self.tiles)
+        self.show(self.done, self.total)
 
     def one_more(self) -> None:
         """A tile is done."""
         self.done += 1
-        self.show(self.done + len(self.failed_tiles), self.tiles)
+        self.show(self.done + len(self.failed), self.total)
 
     def one_failed(self, tile: Tile, error: Exception) -> None:
         """A tile was given up. Raises ImageError if there is no use in going on."""
@@ -74,16 +66,16 @@ class TileProgress:
                 f"{gone}. It could be read when the run began: once it can be again, run again; "
                 "finished tiles are kept"
             ) from gone
-        if not self.failed_tiles and not isinstance(error, PatchCLError):
+        if not self.failed and not isinstance(error, PatchCLError):
             traceback.print_exception(error)
-        self.failed_tiles.append(_failed_tile(tile, self.image.slide, error))
-        if not self.done and len(self.failed_tiles) == min(GIVE_UP, self.tiles):
-            raise ImageError(f"{name}: no tile can be segmented: {self.failed_tiles[0].reason}")
-        self.show(self.done + len(self.failed_tiles), self.tiles)
+        self.failed.append(_failed_tile(tile, self.image.slide, error))
+        if not self.done and len(self.failed) == min(GIVE_UP, self.total):
+            raise ImageError(f"{name}: no tile can be segmented: {self.failed[0].reason}")
+        self.show(self.done + len(self.failed), self.total)
 
     def in_order(self) -> tuple[FailedTile, ...]:
-        """The holes, from top to bottom."""
-        return tuple(sorted(self.failed_tiles, key=lambda failed: (failed.y, failed.x)))
+        """The failed tiles, from top to bottom."""
+        return tuple(sorted(self.failed, key=lambda tile: (tile.y, tile.x)))
 
 
 def note(
@@ -98,21 +90,58 @@ def note(
         )
     if not has_tissue:
         notes.append("no tissue in its regions" if entry.regions else "no tissue found, only glass")
-    if settings.kind(count) == "detection" and settings.object_type == "auto":
+    is_auto = settings.object_type is ObjectType.AUTO
+    if is_auto and settings.kind(count) is ObjectType.DETECTION:
         notes.append(f"more than {settings.max_annotations:,} nuclei: written as detections")
     return "; ".join(notes) or None
 
 
 def internal_error(error: Exception) -> str:
-    """A fault of ours, in words."""
-    return f"{type(error).__name__}: {error} (a fault of this program)"
+    """An error of this program, in words."""
+    return f"{type(error).__name__}: {error} (an internal error)"
+
+
+def failed_image(entry: ImageEntry, error: Exception) -> ImageOutcome:
+    """The outcome of an image that could not be segmented."""
+    problem = str(error)
+    if not isinstance(error, PatchCLError):
+        traceback.print_exception(error)
+        problem = f"{entry.name}: {internal_error(error)}"
+    return ImageOutcome(id=entry.id, image=entry.name, problem=problem)
+
+
+def write_outcomes(
+    layout: Layout,
+    run: str,
+    provenance: Provenance,
+    training: dict[str, Any],
+    outcomes: Sequence[ImageOutcome],
+) -> None:
+    """Record a run, with what became of its images so far; and that of the last image by itself."""
+    versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    record = RunRecord(
+        version=provenance.version,
+        model=provenance.model,
+        engine=provenance.engine,
+        config=provenance.config,
+        within=provenance.within,
+        versions=versions,
+        training=training,
+        images=list(outcomes),
+    )
+    with suppress(StorageError):  # an image on a full disk has said so already
+        write_record(layout.outcome(outcomes[-1].id), outcomes[-1])
+        write_record(layout.run_record(run), record)
 
 
 def _failed_tile(tile: Tile, slide: Slide, error: Exception) -> FailedTile:
     """What a tile that failed leaves out of the image."""
     (x, y), box = slide.downsample, tile.write
     height, width = box.shape
-    reason = str(error) if isinstance(error, PatchCLError) else internal_error(error)
     return FailedTile(
-        round(x * box.col0), round(y * box.row0), round(x * width), round(y * height), reason
+        x=round(x * box.col0),
+        y=round(y * box.row0),
+        width=round(x * width),
+        height=round(y * height),
+        reason=str(error) if isinstance(error, PatchCLError) else internal_error(error),
     )

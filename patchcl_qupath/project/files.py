@@ -13,7 +13,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
@@ -25,7 +25,10 @@ import shapely
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, ResultConfig
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.project.protocol import Backend, BackendKind
 from patchcl_qupath.slides.stains import H_DAB
+from patchcl_qupath.storage.layout import Layout
+from patchcl_qupath.storage.records import ResultRecord, RoisRecord, write_record
 
 SEARCH_DEPTH = 4  # folders, the project's included, in which QuPath looks for a lost image
 BIO_FORMATS = "BioFormatsServerBuilder"
@@ -51,12 +54,12 @@ VIEWS = {
 class FilesProject:
     """A project whose files are read and written directly.
 
-    ``path`` of the .qpproj file; ``content`` is what stands in it; ``via`` says why files.
+    ``path`` of the .qpproj file; ``content`` is what it holds.
     """
 
     path: Path
     content: dict[str, Any]
-    via: str = "files"
+    backend: Backend = field(default_factory=lambda: Backend(kind=BackendKind.FILES))
 
     @classmethod
     def open(cls, path: Path) -> FilesProject:
@@ -78,19 +81,19 @@ class FilesProject:
         return cls(path, content)
 
     @property
-    def output(self) -> Path:
-        """Where everything of ours goes, beside QuPath's own files."""
-        return self.path.parent / "patchcl"
+    def layout(self) -> Layout:
+        """Where our own files lie, beside QuPath's."""
+        return Layout(self.path.parent / "patchcl")
 
     def images(self) -> list[ImageEntry]:
         """The project's images, in its order."""
         return [self._image(entry) for entry in self.content["images"]]
 
-    def within(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
+    def with_regions(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
         """The image, cut to annotations that groovy/export_regions.groovy exported."""
         from patchcl_qupath.project.drawn import read_regions
 
-        file = self.regions_file(entry)
+        file = self.layout.regions(entry.id)
         found = read_regions(file, entry.name, classes)
         notes = [f"no annotation of class {name}" for name in classes if name not in found]
         if not self.is_current(file, entry):
@@ -101,10 +104,6 @@ class FilesProject:
         regions = itertools.chain.from_iterable(found.values())
         return replace(entry, regions=tuple(regions), note="; ".join(notes) or None)
 
-    def regions_file(self, entry: ImageEntry) -> Path:
-        """An image's annotations, as QuPath exports them."""
-        return self.output / "regions" / f"{entry.id}.geojson"
-
     def with_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with the stains that groovy/export_regions.groovy exported.
 
@@ -112,7 +111,7 @@ class FilesProject:
         """
         from patchcl_qupath.project.drawn import read_stains
 
-        file = self.stains_file(entry)
+        file = self.layout.stains(entry.id)
         stains = read_stains(file, entry.name)
         if stains is None and self._image_type(entry.id) == "BRIGHTFIELD_H_DAB":
             return replace(entry, stains=H_DAB)
@@ -124,10 +123,6 @@ class FilesProject:
         )
         return replace(entry, stains=stains, note="; ".join(filter(None, [entry.note, note])))
 
-    def stains_file(self, entry: ImageEntry) -> Path:
-        """An image's stains, as groovy/export_regions.groovy exports them."""
-        return self.output / "stains" / f"{entry.id}.json"
-
     def is_current(self, file: Path, entry: ImageEntry) -> bool:
         """Whether a file that QuPath exported is there, and of the image as it was last saved."""
         data = self.data(entry)
@@ -135,70 +130,55 @@ class FilesProject:
             not data.exists() or file.stat().st_mtime_ns > data.stat().st_mtime_ns
         )
 
-    def labels(self, entry: ImageEntry, roi_class: str) -> Corrections:
-        """The fields and nuclei that groovy/export_labels.groovy exported."""
+    def corrections(self, entry: ImageEntry, roi_class: str) -> Corrections:
+        """The ROIs and nuclei that groovy/export_labels.groovy exported."""
         from patchcl_qupath.project.drawn import read_labels
 
-        return read_labels(self.labels_file(entry), entry.name, roi_class)
-
-    def labels_file(self, entry: ImageEntry) -> Path:
-        """An image's fields and their nuclei, as QuPath exports them."""
-        return self.output / "labels" / f"{entry.id}.geojson"
+        return read_labels(self.layout.labels(entry.id), entry.name, roi_class)
 
     def data(self, entry: ImageEntry) -> Path:
         """Where QuPath keeps an image's objects; there is none for an image never saved."""
         return self.path.parent / "data" / entry.id / "data.qpdata"
 
-    def results(self, entry: ImageEntry) -> Path:
-        """The folder of an image's nuclei."""
-        return self.output / "results" / entry.id
-
     def write(
         self,
         entry: ImageEntry,
         parts: Iterable[Nuclei],
-        count: int,
         config: ResultConfig,
-        about: dict[str, Any],
+        result: ResultRecord,
     ) -> Path:
         """Replace an image's nuclei; see ``write_results``."""
         from patchcl_qupath.project.results import write_results
 
-        folder = self.results(entry)
-        write_results(folder, parts, count, config, about)
+        folder = self.layout.results(entry.id)
+        write_results(folder, parts, config, result)
         return folder
 
-    def corrected(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
-        """The fields marked as done that groovy/export_labels.groovy exported."""
+    def corrected_rois(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
+        """The ROIs marked as corrected that groovy/export_labels.groovy exported."""
         from patchcl_qupath.project.drawn import read_corrected
 
-        return read_corrected(self.labels_file(entry), entry.name)
+        return read_corrected(self.layout.labels(entry.id), entry.name)
 
-    def suggest(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:
-        """Leave word of fields to correct for groovy/import_nuclei.groovy."""
-        from patchcl_qupath.storage.files import write_json
-
-        file = self.rois_file(entry)
+    def mark_rois(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:
+        """Write the ROIs to correct to a file, for groovy/import_nuclei.groovy."""
+        file = self.layout.rois(entry.id)
         if not rois and not file.exists():
-            return "no fields"
+            return "no ROIs"
         made = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(file, {"made": made, "fields": [asdict(roi) for roi in rois]})
-        return "import_nuclei.groovy now marks the fields in QuPath"
-
-    def rois_file(self, entry: ImageEntry) -> Path:
-        """The fields of an image that were suggested last."""
-        return self.output / "fields" / f"{entry.id}.json"
+        write_record(file, RoisRecord(made=made, rois=tuple(rois)))
+        return "import_nuclei.groovy now marks the ROIs in QuPath"
 
     def qupath_summary(self, entry: ImageEntry) -> QuPathSummary:
         """What QuPath has of an image: from its summary, and from the times of files."""
         objects = self._summary(entry.id).get("hierarchy") or {}
         counts = objects.get("annotationClassificationCounts") or {}
-        ours = [self.results(entry) / "result.json", self.rois_file(entry)]
-        made, imported = max(map(_modified, ours)), _modified(self.receipt(entry))
+        ours = [self.layout.result(entry.id), self.layout.rois(entry.id)]
+        made, imported = max(map(_modified, ours)), _modified(self.layout.receipt(entry.id))
         saved = _modified(self.data(entry))
         return QuPathSummary(
-            counts.get(TO_CORRECT, 0),
-            counts.get(CORRECTED, 0),
+            to_correct=counts.get(TO_CORRECT, 0),
+            corrected=counts.get(CORRECTED, 0),
             is_current=imported >= made > 0,
             saved_later=saved > imported + SAVING_S,
         )
@@ -207,15 +187,12 @@ class FilesProject:
         """Remove an image's nuclei, and tell the import script to take them out of the image."""
         from patchcl_qupath.project.results import write_removed
 
-        self.rois_file(entry).unlink(missing_ok=True)
-        if not self.results(entry).exists() and not self.receipt(entry).exists():
+        results = self.layout.results(entry.id)
+        self.layout.rois(entry.id).unlink(missing_ok=True)
+        if not results.exists() and not self.layout.receipt(entry.id).exists():
             return "no nuclei"
-        write_removed(self.results(entry))
+        write_removed(results)
         return "files removed: import_nuclei.groovy now takes the nuclei out of the image in QuPath"
-
-    def receipt(self, entry: ImageEntry) -> Path:
-        """What an import into QuPath says that it did."""
-        return self.output / "imported" / f"{entry.id}.json"
 
     def close(self) -> None:
         """Nothing is open."""

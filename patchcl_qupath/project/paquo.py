@@ -7,7 +7,6 @@ that changed since the project was opened is left alone.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,11 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import shapely
 
-from patchcl_qupath.config import CORRECTED, ResultConfig
+from patchcl_qupath.config import CORRECTED, ResultConfig, from_dict
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.errors import ImageError, ProjectError
 from patchcl_qupath.project.drawn import SELECTED
@@ -35,7 +33,10 @@ from patchcl_qupath.project.jvm import (
     Write,
     damaged,
 )
+from patchcl_qupath.project.protocol import Backend, BackendKind
 from patchcl_qupath.storage.files import copy_once, write_json, writing
+from patchcl_qupath.storage.layout import Layout
+from patchcl_qupath.storage.records import ResultRecord, read_record
 
 OLDEST = (0, 4)  # the first QuPath whose objects have ids
 State = tuple[tuple[int, int] | None, ...]  # mtime in ns and size of files, None for a missing one
@@ -85,14 +86,14 @@ class PaquoProject:
 
     files: FilesProject
     process: Process
-    via: str
+    backend: Backend
     seen: dict[str, State] = field(default_factory=dict)
 
     @classmethod
     def open(cls, files: FilesProject, qupath: Path | None = None) -> PaquoProject:
         """The project, if there is a QuPath; raises ProjectError."""
-        via = f"paquo, with QuPath {find_qupath(qupath)}"
-        project = cls(files, Process(qupath, files.output / "qupath.log"), via)
+        backend = Backend(kind=BackendKind.PAQUO, reason=f"with QuPath {find_qupath(qupath)}")
+        project = cls(files, Process(qupath, files.layout.qupath_log), backend)
         for entry in files.images():
             project.seen[entry.id] = project._state(entry)
         return project
@@ -103,86 +104,82 @@ class PaquoProject:
         return self.files.path
 
     @property
-    def output(self) -> Path:
-        """Where everything of ours goes, but for the nuclei in QuPath's own files."""
-        return self.files.output
+    def layout(self) -> Layout:
+        """Where our own files lie; the nuclei are in QuPath's own files, too."""
+        return self.files.layout
 
     def images(self) -> list[ImageEntry]:
         """The project's images, in its order."""
         return self.files.images()
 
-    def within(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
+    def with_regions(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
         """The image, cut to annotations: those saved, or those exported since then."""
-        file = self.files.regions_file(entry)
+        file = self.layout.regions(entry.id)
         is_current = self.files.is_current(file, entry)
         if not is_current and SELECTED not in classes:  # a selection is not saved
             self._check(entry)
             self.process.ask(Export(self._image(entry), file))
-        return self.files.within(entry, classes)
+        return self.files.with_regions(entry, classes)
 
     def with_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with the stains that are saved, or were exported since then."""
-        file = self.files.stains_file(entry)
+        file = self.layout.stains(entry.id)
         if self.files.data(entry).exists() and not self.files.is_current(file, entry):
             self._check(entry)
             self.process.ask(ExportStains(self._image(entry), file))
         return self.files.with_stains(entry)
 
-    def labels(self, entry: ImageEntry, roi_class: str) -> Corrections:
-        """The fields that are saved, and the nuclei in them; or those exported since then."""
-        file = self.files.labels_file(entry)
+    def corrections(self, entry: ImageEntry, roi_class: str) -> Corrections:
+        """The ROIs that are saved, and the nuclei in them; or those exported since then."""
+        file = self.layout.labels(entry.id)
         if self.files.is_current(file, entry):
-            found = self.files.labels(entry, roi_class)
+            found = self.files.corrections(entry, roi_class)
             if found.rois:  # else it may be an export of another class
                 return found
         if self.files.data(entry).exists():
             self._check(entry)
             self.process.ask(Export(self._image(entry), file, roi_class))
-        return self.files.labels(entry, roi_class)
-
-    def results(self, entry: ImageEntry) -> Path:
-        """The folder of an image's nuclei."""
-        return self.files.results(entry)
+        return self.files.corrections(entry, roi_class)
 
     def write(
         self,
         entry: ImageEntry,
         parts: Iterable[Nuclei],
-        count: int,
         config: ResultConfig,
-        about: dict[str, Any],
+        result: ResultRecord,
     ) -> Path:
         """Replace an image's nuclei: on disk, and in QuPath those that nobody touched."""
         self.process.start()  # takes some seconds, and so do the files
-        folder = self.files.write(entry, parts, count, config, about)
+        folder = self.files.write(entry, parts, config, result)
         try:
-            self._import(entry, config, str(about.get("run", "?")))
+            self._import(entry, config, result.run)
         except ImageError as error:
             raise ImageError(f"{error}. Meanwhile its nuclei are in {folder}") from error
         return folder
 
-    def corrected(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
-        """The fields marked as done that are saved, or were exported since then."""
-        file = self.files.labels_file(entry)
+    def corrected_rois(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
+        """The ROIs marked as corrected that are saved, or were exported since then."""
+        file = self.layout.labels(entry.id)
         if self.files.qupath_summary(entry).corrected and not self.files.is_current(file, entry):
             self._check(entry)
             self.process.ask(Export(self._image(entry), file, CORRECTED))
-        return self.files.corrected(entry)
+        return self.files.corrected_rois(entry)
 
-    def suggest(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:
-        """Mark fields in the image, in place of those of last time that nobody touched."""
-        about = json.loads((self.results(entry) / "result.json").read_text(encoding="utf-8"))
-        said = self.files.suggest(entry, rois)
-        if not self.files.rois_file(entry).exists():
-            return said
-        qupath_summary = ResultConfig(**about["config"]["result"])
-        counts = self._import(entry, qupath_summary, about["run"])
+    def mark_rois(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:
+        """Mark ROIs in the image, in place of those of last time that nobody touched."""
+        result = read_record(self.layout.result(entry.id), ResultRecord)
+        if result is None:
+            raise ImageError(f"{entry.name} has no nuclei: do `patchcl-qp run` first")
+        done = self.files.mark_rois(entry, rois)
+        if not self.layout.rois(entry.id).exists():
+            return done
+        counts = self._import(entry, from_dict(result.config).result, result.run)
         marked, kept = counts["fields"], counts["fields_kept"]
-        return f"{marked} of {len(rois)} new fields marked, {kept} of before kept"
+        return f"{marked} of {len(rois)} new ROIs marked, {kept} of before kept"
 
     def _import(self, entry: ImageEntry, config: ResultConfig, run: str) -> dict[str, int]:
         """Have QuPath show what is on disk, and leave a receipt. Raises ImageError."""
-        folder, rois = self.results(entry), self.files.rois_file(entry)
+        folder, rois = self.layout.results(entry.id), self.layout.rois(entry.id)
         question = Write(self._image(entry), folder, rois, config.class_name, config.color)
         counts = self._change(entry, question).counts
         receipt = {
@@ -191,7 +188,7 @@ class PaquoProject:
             "imported": datetime.now(UTC).isoformat(timespec="seconds"),
             **counts,
         }
-        write_json(self.files.receipt(entry), receipt)
+        write_json(self.layout.receipt(entry.id), receipt)
         return counts
 
     def qupath_summary(self, entry: ImageEntry) -> QuPathSummary:
@@ -201,9 +198,9 @@ class PaquoProject:
     def remove(self, entry: ImageEntry) -> str:
         """Take our nuclei out of the image, but for those that a person changed."""
         counts = self._change(entry, Remove(self._image(entry))).counts
-        self.files.rois_file(entry).unlink(missing_ok=True)
-        shutil.rmtree(self.results(entry), ignore_errors=True)
-        self.files.receipt(entry).unlink(missing_ok=True)
+        self.layout.rois(entry.id).unlink(missing_ok=True)
+        shutil.rmtree(self.layout.results(entry.id), ignore_errors=True)
+        self.layout.receipt(entry.id).unlink(missing_ok=True)
         return f"{counts['removed']:,} nuclei removed, {counts['kept']:,} other objects kept"
 
     def close(self) -> None:
@@ -211,7 +208,9 @@ class PaquoProject:
         self.process.close()
 
     def _image(self, entry: ImageEntry) -> Image:
-        return Image(self.path, entry.id, entry.name, entry.path.resolve(), self._backups(entry))
+        return Image(
+            self.path, entry.id, entry.name, entry.path.resolve(), self.layout.backups(entry.id)
+        )
 
     def _state(self, entry: ImageEntry) -> State:
         """What changes when QuPath saves: the project, the image, and the image's last version."""
@@ -243,10 +242,7 @@ class PaquoProject:
                 "in QuPath, save it, close it, and run again"
             )
         if data.exists() and not _is_whole(data):
-            raise ImageError(f"{entry.name}: {damaged(data, self._backups(entry))}")
-
-    def _backups(self, entry: ImageEntry) -> Path:
-        return self.output / "backups" / entry.id
+            raise ImageError(f"{entry.name}: {damaged(data, self.layout.backups(entry.id))}")
 
     @contextmanager
     def _kept_safe(self, entry: ImageEntry, data: Path) -> Iterator[None]:
@@ -254,7 +250,7 @@ class PaquoProject:
         before = data.with_name(data.name + ".patchcl-before")
         existed = data.exists()
         if existed:
-            copy_once(data, self._backups(entry) / data.name)
+            copy_once(data, self.layout.backups(entry.id) / data.name)
             with writing(before):
                 _link(data, before)
         try:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,21 +24,22 @@ import shapely
 
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import Nuclei, Polygons
-from patchcl_qupath.storage.files import atomic_write, write_json
+from patchcl_qupath.storage.files import atomic_write
+from patchcl_qupath.storage.layout import NUCLEI, RESULT
 from patchcl_qupath.storage.parquet import to_table
+from patchcl_qupath.storage.records import RemovedRecord, ResultRecord, write_record
 
 NUCLEI_PER_FILE = 50_000
 
 
 def write_results(
-    folder: Path, parts: Iterable[Nuclei], count: int, config: ResultConfig, about: dict[str, Any]
+    folder: Path, parts: Iterable[Nuclei], config: ResultConfig, result: ResultRecord
 ) -> None:
     """Write one image's nuclei, level 0, to ``folder``, in place of what was there.
 
-    ``parts`` are taken one at a time and not kept, so memory does not grow with the slide;
-    ``count`` is their total. ``about`` goes into ``result.json`` as it is.
+    ``parts`` are taken one at a time and not kept, so memory does not grow with the slide. The
+    files that are written are added to ``result``, which becomes ``result.json``.
     """
-    object_type = config.kind(count)
     with (
         atomic_write(folder) as new,
         _Beside() as compressing,
@@ -45,18 +47,16 @@ def write_results(
         _Beside() as tabulating,
     ):
         new.mkdir()
-        chunks = _Chunks(new, object_type, config, compressing)
-        table = _Table(new / "nuclei.parquet", tabulating)
+        chunks = _Chunks(new, result.object_type, config, compressing)
+        table = _Table(new / NUCLEI, tabulating)
         for part in parts:
             table.add(part)
             formatting.do(chunks.add, part)
         formatting.wait()
         table.close()
         chunks.close()
-        write_json(
-            new / "result.json",
-            {**about, "nuclei": count, "object_type": object_type, "files": chunks.names},
-        )
+        written = msgspec.structs.replace(result, files=tuple(chunks.names))
+        write_record(new / RESULT, written)
 
 
 def write_removed(folder: Path) -> None:
@@ -64,7 +64,7 @@ def write_removed(folder: Path) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with atomic_write(folder) as new:
         new.mkdir()
-        write_json(new / "result.json", {"removed": now, "nuclei": 0, "files": []})
+        write_record(new / RESULT, RemovedRecord(removed=now))
 
 
 class _Beside(ThreadPoolExecutor):

@@ -13,11 +13,11 @@ Which fields are worth a look says the survey.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 import shapely
 from numpy.typing import NDArray
@@ -25,19 +25,21 @@ from PIL import Image, ImageDraw
 
 from patchcl_qupath.datatypes import (
     Box,
-    FailedTile,
-    Polygons,
-    Tile,
     UncertaintyGrid,
-    grid_to_level0,
 )
-from patchcl_qupath.errors import SlideError
-from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.report.thumbnails import beside, draw_contours, draw_failed_tiles
+from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.segmentation.uncertainty import BIN_STEPS, FieldsOfView, fields_of_view, step_px
-from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.storage.files import atomic_write, to_jpeg, write_json
+from patchcl_qupath.storage.files import atomic_write, to_jpeg
+from patchcl_qupath.storage.layout import FIGURES
+from patchcl_qupath.storage.records import (
+    FieldOfViewRecord,
+    FiguresRecord,
+    Histogram,
+    StainHistogram,
+    write_record,
+)
 
 PREVIEW_BINS = (3, 4)  # rows and columns of the field that it shows: 192 x 256 um
 OVERVIEW_MPP = 16.0  # of the whole image beside it, where there are holes
@@ -49,36 +51,27 @@ _KINDS = ("densest", "most uncertain", "typical", "typical")  # of the fields th
 _QUALITY = 62  # of JPEG
 _TISSUE = (0, 90, 200)
 _REGION = (0, 0, 0)
-_UNREADABLE = 128  # grey
-_NEAR_UM = 50.0  # no part of a nucleus is farther from its centroid
 
 
-def write_preview(
-    path: Path,
-    image: PreparedImage,
-    store: TileStore,
-    done: Sequence[Tile],
-    failed_tiles: Sequence[FailedTile],
-    uncertainty: UncertaintyGrid | None,
-) -> None:
-    """Write a PNG of the field with the most nuclei, outlined; beside it where the holes are.
+def write_preview(path: Path, segmented: SegmentedImage) -> None:
+    """Write a PNG of the field of view with the most nuclei, with their contours.
 
-    ``done`` are the image's finished tiles, ``uncertainty`` what was seen in them, None if
-    there are none. An image without nuclei shows its middle.
+    Beside it, where tiles failed, is the whole image with these tiles in red. An image without
+    nuclei shows its middle. Raises StorageError.
     """
-    slide = image.slide
-    box = _fullest(image, uncertainty)
-    picture = draw_contours(_pixels(box, image), _nuclei_near(box, image, store, done))
-    if failed_tiles:
-        whole = draw_failed_tiles(slide.thumbnail(OVERVIEW_MPP), failed_tiles, slide.size)
-        picture = beside(picture, whole)
+    box = _fullest(segmented)
+    picture = draw_contours(segmented.pixels(box), segmented.contours_in(box))
+    if segmented.failed_tiles:
+        slide = segmented.image.slide
+        overview = segmented.thumbnail(slide.thumbnail_px(OVERVIEW_MPP))
+        picture = beside(picture, draw_failed_tiles(overview, segmented.failed_tiles, slide.size))
     with atomic_write(path) as temporary:
         picture.save(temporary, format="PNG", compress_level=1)
 
 
-def _fullest(image: PreparedImage, uncertainty: UncertaintyGrid | None) -> Box:
-    """The field with the most nuclei, or in the middle."""
-    slide = image.slide
+def _fullest(segmented: SegmentedImage) -> Box:
+    """The field of view with the most nuclei, or in the middle."""
+    slide, uncertainty = segmented.image.slide, segmented.uncertainty
     if uncertainty is not None and uncertainty.nuclei.any():
         found = fields_of_view(uncertainty, PREVIEW_BINS)
         return _box(found, int(np.argmax(found.nuclei)), slide)
@@ -88,46 +81,54 @@ def _fullest(image: PreparedImage, uncertainty: UncertaintyGrid | None) -> Box:
     return Box(row, col, row + height, col + width)
 
 
-def write_gallery(
-    folder: Path,
-    image: PreparedImage,
-    store: TileStore,
-    done: Sequence[Tile],
-    failed_tiles: Sequence[FailedTile],
-    uncertainty: UncertaintyGrid | None,
-    about: dict[str, Any],
-) -> None:
+def write_figures(folder: Path, segmented: SegmentedImage, run: str) -> None:
     """Write what the report shows of an image to ``folder``, in place of what was there.
 
-    ``done`` are its finished tiles, ``uncertainty`` what was seen in them, None if there are none.
-    ``about`` goes into ``figures.json`` as it is. Raises StorageError; what cannot be read is grey.
+    ``run`` is the run that segmented it. Raises StorageError.
     """
-    slide = image.slide
+    slide = segmented.image.slide
     px = max(1, math.ceil(max(slide.shape) / OVERVIEW_PX))  # working px per overview px
-    try:
-        overview = slide.thumbnail(px * slide.mpp)
-    except SlideError:
-        overview = np.full((*(-(-n // px) for n in slide.shape), 3), _UNREADABLE, np.uint8)
-    mm = [n * mpp / 1000 for n, mpp in zip(slide.size, slide.mpp_level0, strict=True)]
-    figures = {**about, "mm": mm, **_measured(image, store, done)}
+    overview = segmented.thumbnail(px)
     with atomic_write(folder) as new:
         new.mkdir()
-        picture = _marked(overview, image, px, failed_tiles)
+        picture = _marked(overview, px, segmented)
         (new / "overview.jpg").write_bytes(to_jpeg(picture, _QUALITY))
-        if uncertainty is not None and uncertainty.points.any():
-            density = _Density.of(uncertainty, slide.mpp_level0)
-            density.picture(overview.shape[:2], px, slide.downsample).save(
-                new / "density.png", optimize=True
+        width_mm, height_mm = (
+            n * mpp / 1000 for n, mpp in zip(slide.size, slide.mpp_level0, strict=True)
+        )
+        area, stain, probability = _measured(segmented)
+        figures = FiguresRecord(
+            run=run,
+            nuclei=segmented.count,
+            mm=(width_mm, height_mm),
+            area=area,
+            stain=stain,
+            probability=probability,
+        )
+        if segmented.uncertainty is not None and segmented.uncertainty.points.any():
+            density = _Density.of(segmented.uncertainty, slide.mpp_level0)
+            picture_of_density = density.picture(overview.shape[:2], px, slide.downsample)
+            picture_of_density.save(new / "density.png", optimize=True)
+            figures = msgspec.structs.replace(
+                figures,
+                highest_density=round(density.highest),
+                fields_of_view=_write_fields_of_view(new, segmented, segmented.uncertainty),
             )
-            figures["highest_density"] = round(density.highest)
-            figures["fields"] = []
-            found = fields_of_view(uncertainty, _FOV_BINS)
-            for number, (kind, i) in enumerate(_worth_a_look(found)):
-                pixels, shown = _fov(found, i, image, store, done)
-                name = f"field-{number}.jpg"
-                (new / name).write_bytes(to_jpeg(pixels, _QUALITY))
-                figures["fields"].append({"kind": kind, "picture": name, **shown})
-        write_json(new / "figures.json", figures, compact=True)
+        write_record(new / FIGURES, figures, compact=True)
+
+
+def _write_fields_of_view(
+    folder: Path, segmented: SegmentedImage, uncertainty: UncertaintyGrid
+) -> tuple[FieldOfViewRecord, ...]:
+    """Write a picture of each field of view that is shown; returns what there is to say of it."""
+    found = fields_of_view(uncertainty, _FOV_BINS)
+    records = []
+    for number, (kind, i) in enumerate(_chosen(found)):
+        picture = f"field-{number}.jpg"
+        box = _box(found, i, segmented.image.slide)
+        (folder / picture).write_bytes(to_jpeg(segmented.pixels(box), _QUALITY))
+        records.append(_field_of_view(segmented, found, i, kind=kind, picture=picture))
+    return tuple(records)
 
 
 class _Histogram:
@@ -141,7 +142,7 @@ class _Histogram:
         inside = np.clip(values, 0, self._highest)
         self._counts += np.histogram(inside, len(self._counts), (0, self._highest))[0]
 
-    def figures(self) -> dict[str, Any]:
+    def record(self) -> Histogram:
         """The median, to a fine step; and the counts of ``bars`` coarse ones."""
         below, half = np.cumsum(self._counts), self._counts.sum() / 2
         median = None
@@ -150,25 +151,22 @@ class _Histogram:
             within = (half - (below[i] - self._counts[i])) / self._counts[i]
             median = float((i + within) * self._highest / len(self._counts))
         bars = self._counts.reshape(self._bars, -1).sum(axis=1)
-        return {"median": median, "highest": self._highest, "counts": bars.tolist()}
+        return Histogram(median=median, highest=self._highest, counts=bars.tolist())
 
 
-def _measured(image: PreparedImage, store: TileStore, done: Sequence[Tile]) -> dict[str, Any]:
+def _measured(segmented: SegmentedImage) -> tuple[Histogram, StainHistogram, float | None]:
     """Histograms of area and of the first stain, and the mean probability, of all nuclei."""
-    stain = image.stains.names[0]  # hematoxylin, in H&E and with DAB
+    stain = segmented.image.stains.names[0]  # hematoxylin, in H&E and with DAB
     names = ("Area µm^2", f"{stain}: Mean", "Detection probability")
     area, density = _Histogram(300, 30, 400), _Histogram(1.5, 30, 50)
-    count, certain = 0, 0.0
-    for measured in store.measurements(done, names):
+    count, total = 0, 0.0
+    for measured in segmented.measurements(names):
         area.add(measured[names[0]])
         density.add(measured[names[1]])
         count += len(measured[names[2]])
-        certain += float(measured[names[2]].sum(dtype=np.float64))
-    return {
-        "area": area.figures(),
-        "stain": {"name": stain, **density.figures()},
-        "probability": certain / count if count else None,
-    }
+        total += float(measured[names[2]].sum(dtype=np.float64))
+    of_stain = StainHistogram(name=stain, **msgspec.structs.asdict(density.record()))
+    return area.record(), of_stain, total / count if count else None
 
 
 @dataclass(frozen=True)
@@ -211,11 +209,9 @@ class _Density:
         return picture
 
 
-def _marked(
-    overview: NDArray[np.uint8], image: PreparedImage, px: int, failed_tiles: Sequence[FailedTile]
-) -> NDArray[np.uint8]:
-    """The whole image (h, w, 3) with its tissue outlined, its regions, and its holes in red."""
-    slide = image.slide
+def _marked(overview: NDArray[np.uint8], px: int, segmented: SegmentedImage) -> NDArray[np.uint8]:
+    """The whole image (h, w, 3) with its tissue outlined, its regions, and failed tiles in red."""
+    image = segmented.image
     rows, cols = (np.arange(n) * px // image.tissue_px for n in overview.shape[:2])
     tissue = image.tissue[np.ix_(rows, cols)]  # (h, w)
     inner = tissue.copy()  # two pixels from what is no tissue: a line that shows
@@ -224,7 +220,7 @@ def _marked(
         inner &= wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
     marked = overview.copy()
     marked[tissue & ~inner] = _TISSUE
-    picture = draw_failed_tiles(marked, failed_tiles, slide.size)
+    picture = draw_failed_tiles(marked, segmented.failed_tiles, image.slide.size)
     pen = ImageDraw.Draw(picture)
     for ring in _rings(image.region):
         pen.line([(x, y) for x, y in (ring / px).tolist()], fill=_REGION, width=2)
@@ -237,7 +233,7 @@ def _rings(region: shapely.Geometry | None) -> Iterator[NDArray[np.float64]]:
             yield shapely.get_coordinates(ring)
 
 
-def _worth_a_look(found: FieldsOfView) -> list[tuple[str, int]]:
+def _chosen(found: FieldsOfView) -> list[tuple[str, int]]:
     """The densest field, the most uncertain one and typical ones: kind and index, each once.
 
     Fields that are half tissue at least, if there are any.
@@ -255,34 +251,36 @@ def _worth_a_look(found: FieldsOfView) -> list[tuple[str, int]]:
     return chosen
 
 
-def _fov(
-    found: FieldsOfView, i: int, image: PreparedImage, store: TileStore, done: Sequence[Tile]
-) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-    """The pixels (H, W, 3) of a field, and what to say of it.
-
-    ``outlines`` are in units of a working pixel from its corner, [x, y, x, y, ...].
-    """
-    slide, (x, y) = image.slide, image.slide.downsample
+def _field_of_view(
+    segmented: SegmentedImage, found: FieldsOfView, i: int, *, kind: str, picture: str
+) -> FieldOfViewRecord:
+    """What there is to say of a field of view."""
+    slide = segmented.image.slide
     box = _box(found, i, slide)
     height, width = box.shape
-    near = _nuclei_near(box, image, store, done)
-    nuclei = shapely.contains(shapely.box(0, 0, width, height), shapely.centroid(near)).sum()
-    outlines = [
-        np.rint(shapely.get_coordinates(polygon)[:-1] * CONTOUR_UNITS).astype(int).ravel().tolist()
-        for polygon in shapely.simplify(near, 0.4)
-    ]
+    contours = segmented.contours_in(box)
+    frame = shapely.box(0, 0, width, height)
     mm2 = found.tissue[i] * math.prod(found.size) * math.prod(slide.mpp_level0) / 1e6
-    return _pixels(box, image), {
-        "x": round(box.col0 * x),
-        "y": round(box.row0 * y),
-        "width": width,
-        "height": height,
-        "um": round(width * slide.mpp),
-        "nuclei": int(nuclei),
-        "density": round(found.nuclei[i] / mm2),
-        "doubt": round(float(found.entropy[i]), 3),
-        "outlines": outlines,
-    }
+    (x, y) = slide.downsample
+    return FieldOfViewRecord(
+        kind=kind,
+        picture=picture,
+        x=round(box.col0 * x),
+        y=round(box.row0 * y),
+        width=width,
+        height=height,
+        um=round(width * slide.mpp),
+        nuclei=int(shapely.contains(frame, shapely.centroid(contours)).sum()),
+        density=round(found.nuclei[i] / mm2),
+        entropy=round(float(found.entropy[i]), 3),
+        contours=[
+            np.rint(shapely.get_coordinates(contour)[:-1] * CONTOUR_UNITS)
+            .astype(int)
+            .ravel()
+            .tolist()
+            for contour in shapely.simplify(contours, 0.4)
+        ],
+    )
 
 
 def _box(found: FieldsOfView, i: int, slide: Slide) -> Box:
@@ -295,35 +293,3 @@ def _box(found: FieldsOfView, i: int, slide: Slide) -> Box:
     row = min(round(found.y[i] / y), slide.shape[0] - height)
     col = min(round(found.x[i] / x), slide.shape[1] - width)
     return Box(row, col, row + height, col + width)
-
-
-def _pixels(box: Box, image: PreparedImage) -> NDArray[np.uint8]:
-    """Of a box of the working grid, (H, W, 3); what cannot be read is grey."""
-    try:
-        return image.slide.read(box)
-    except SlideError:
-        return np.full((*box.shape, 3), _UNREADABLE, np.uint8)
-
-
-def _nuclei_near(
-    box: Box, image: PreparedImage, store: TileStore, done: Sequence[Tile]
-) -> Polygons:
-    """Outlines of the nuclei that show in a box of the working grid, in its pixels."""
-    slide, (x, y) = image.slide, image.slide.downsample
-    around = box.grow(math.ceil(_NEAR_UM / slide.mpp), slide.shape)
-    frame = shapely.box(box.col0, box.row0, box.col1, box.row1)
-    shown = [np.empty(0, dtype=object)]
-    for part in store.polygons([tile for tile in done if _meet(tile.write, around)]):
-        polygons = grid_to_level0(part, (1 / x, 1 / y))
-        shown.append(polygons[shapely.intersects(polygons, frame)])
-    moved = shapely.transform(np.concatenate(shown), lambda xy: xy - (box.col0, box.row0))
-    return np.asarray(moved)
-
-
-def _meet(one: Box, other: Box) -> bool:
-    return (
-        one.row0 < other.row1
-        and other.row0 < one.row1
-        and one.col0 < other.col1
-        and other.col0 < one.col1
-    )

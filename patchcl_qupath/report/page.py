@@ -30,7 +30,8 @@ def write_report(project: Project) -> Path:
     Equal files make an equal page. Raises StorageError; ProjectError where nothing was run yet.
     """
     images = [find_image(project, entry) for entry in project.images()]
-    if not (project.output / "results").exists() and not (project.output / "report").exists():
+    layout = project.layout
+    if not (layout.root / "results").exists() and not layout.report.exists():
         raise ProjectError(
             f"{project.path} has no results to report: patchcl-qp run {project.path}"
         )
@@ -54,7 +55,7 @@ def write_report(project: Project) -> Path:
         script=script,
         script_hash=_hash(script),
     )
-    path = project.output / "report" / "index.html"
+    path = layout.report_page
     write_bytes(path, page.encode())
     return path
 

@@ -12,7 +12,8 @@ from typing import Any
 from patchcl_qupath.project import Project
 from patchcl_qupath.report.charts import Charts
 from patchcl_qupath.report.figures import CONTOUR_UNITS
-from patchcl_qupath.report.found import Facts, FoundImage, FoundModel, FoundRun
+from patchcl_qupath.report.found import FoundImage, FoundModel, FoundRun
+from patchcl_qupath.storage.records import FieldOfViewRecord
 
 _OPEN = 3  # images at most that are shown at once, and not on demand
 
@@ -123,17 +124,17 @@ def _pictures(image: FoundImage, charts: Charts) -> str:
     assert image.result is not None
     figures, name = image.figures, escape(image.name)
     keys = '<span class="key tissue"></span> tissue that was looked at'
-    if image.result.get("regions"):
+    if image.result.regions:
         keys += ', within <span class="key region"></span> its regions'
-    if image.result.get("holes"):
+    if image.result.failed_tiles:
         keys += '; <span class="key hole"></span> tiles that were left out'
-    width, height = (float(mm) for mm in figures["mm"])
+    width, height = figures.mm
     maps = _figure(
         _img(image.pictures / "overview.jpg", f"{name}: the whole image, its tissue outlined"),
         f"{width:.2g} &times; {height:.2g} mm; {keys}",
     )
-    if "fields" in figures:
-        highest = f"{int(figures['highest_density']):,}"
+    if figures.fields_of_view is not None:
+        highest = f"{figures.highest_density:,}"
         density = _img(
             image.pictures / "density.png",
             f"{name}: density of nuclei, in colours from 0 to {highest} per mm2 of tissue",
@@ -141,46 +142,44 @@ def _pictures(image: FoundImage, charts: Charts) -> str:
         )
         scale = f'<div class="scale">0 <span></span> {highest} and more nuclei per mm&sup2;</div>'
         maps += _figure(density, scale)
-    stain = figures["stain"]
+    stain = figures.stain
     shape = charts.histogram(
         f"Areas of nuclei in {image.name}",
         "µm²",
-        *_bars(figures["area"]),
-        figures["area"]["median"],
+        figures.area.counts,
+        figures.area.highest,
+        figures.area.median,
     )
     colour = charts.histogram(
-        f"{stain['name']} of nuclei in {image.name}",
+        f"{stain.name} of nuclei in {image.name}",
         "optical density",
-        *_bars(stain),
-        stain["median"],
+        stain.counts,
+        stain.highest,
+        stain.median,
     )
     told = f'<div class="maps">{maps}</div>'
-    if fields := [_field(field, image) for field in figures.get("fields", [])]:
+    if fields := [_field(field, image) for field in figures.fields_of_view or ()]:
         told += f'<h4>Fields worth a look</h4><div class="fields">{"".join(fields)}</div>'
     return (
         f'{told}<div class="charts"><figure><h4>Area of nuclei</h4>{shape}</figure>'
-        f"<figure><h4>{escape(stain['name'])}, mean of each nucleus</h4>{colour}</figure></div>"
+        f"<figure><h4>{escape(stain.name)}, mean of each nucleus</h4>{colour}</figure></div>"
     )
 
 
-def _bars(histogram: Facts) -> tuple[list[int], float]:
-    return [int(n) for n in histogram["counts"]], float(histogram["highest"])
-
-
-def _field(field: Facts, image: FoundImage) -> str:
-    density, kind = f"{int(field['density']):,}", escape(str(field["kind"]))
-    where = f"x {int(field['x']):,}, y {int(field['y']):,} px"
-    nuclei = f"{int(field['nuclei'])} nuclei"
-    width, height = int(field["width"]), int(field["height"])
+def _field(field: FieldOfViewRecord, image: FoundImage) -> str:
+    density, kind = f"{field.density:,}", escape(field.kind)
+    where = f"x {field.x:,}, y {field.y:,} px"
+    nuclei = f"{field.nuclei} nuclei"
+    width, height = field.width, field.height
     alt = f"{kind} field of {escape(image.name)}: {nuclei}, at {where}"
-    number = int(str(field["picture"]).removeprefix("field-").removesuffix(".jpg"))
+    number = int(field.picture.removeprefix("field-").removesuffix(".jpg"))
     picture = _img(image.pictures / f"field-{number}.jpg", alt, size=(width, height))
-    paths = "".join(_path(outline) for outline in field["outlines"])
+    paths = "".join(_path(outline) for outline in field.contours)
     return _figure(
         f'<div class="field">{picture}<svg viewBox="0 0 {width * CONTOUR_UNITS} '
         f'{height * CONTOUR_UNITS}" aria-hidden="true"><path d="{paths}"/></svg></div>',
         f"<b>{kind.capitalize()}</b>: {nuclei}, {density} per mm&sup2;, mean entropy "
-        f"{float(field['doubt']):.2f} bit<br>{int(field['um'])} µm wide, at {where}",
+        f"{field.entropy:.2f} bit<br>{field.um} µm wide, at {where}",
     )
 
 
@@ -207,7 +206,7 @@ def models(found: Sequence[FoundModel], charts: Charts) -> str:
 
 
 def _learning(model: FoundModel, charts: Charts) -> str:
-    training = model.facts["training"]
+    training = model.record.training
     first = training.get("patchcl", training)
     told = _patch_contrast(model.name, first, charts)
     if first is not training and "loss" in training:
@@ -221,7 +220,7 @@ def _learning(model: FoundModel, charts: Charts) -> str:
             "Loss", charts.curves(f"{model.name}: loss of self-training", "step", _lines(training))
         )
     if "cdcl" in training:
-        steps: list[Facts] = training["cdcl"]
+        steps: list[dict[str, Any]] = training["cdcl"]
         names = dict.fromkeys(name for step in steps for name in step)
         series = {str(n): [float(step.get(n, 0)) for step in steps] for n in names}
         told += (
@@ -233,7 +232,7 @@ def _learning(model: FoundModel, charts: Charts) -> str:
     return told
 
 
-def _lines(training: Facts) -> dict[str, list[float]]:
+def _lines(training: dict[str, Any]) -> dict[str, list[float]]:
     return {"loss": [float(value) for value in training["loss"]]}
 
 
@@ -241,7 +240,7 @@ def _chart(name: str, chart: str) -> str:
     return f'<div class="charts"><figure><h4>{name}</h4>{chart}</figure></div>'
 
 
-def _patch_contrast(name: str, log: Facts, charts: Charts) -> str:
+def _patch_contrast(name: str, log: dict[str, Any], charts: Charts) -> str:
     """PatchCL: its curves, why it stopped, its channels."""
     told = "<h4>PatchCL: contrast of patches, without labels</h4>"
     if "loss" not in log:
@@ -278,7 +277,7 @@ def _patch_contrast(name: str, log: Facts, charts: Charts) -> str:
     return told
 
 
-def _channels(channels: Facts, correlation: Sequence[Any]) -> str:
+def _channels(channels: dict[str, Any], correlation: Sequence[Any]) -> str:
     chosen = int(channels["chosen"])
     low = " (it is low on nuclei, and was turned round)" if channels["inverted"] else ""
     shown = [_figure(_embedded(channels["crop"], "A crop that was learnt from"), "the crop")]
@@ -309,21 +308,21 @@ def made(runs: Sequence[FoundRun]) -> str:
 
 
 def _facts(run: FoundRun) -> str:
-    facts = run.facts
+    result = run.result
     rows = {
         "images": ", ".join(run.images) if len(run.images) <= 10 else str(len(run.images)),
-        "patchcl-qupath": facts["version"],
-        "model": facts["model"],
-        "engine": facts["engine"],
-        "only within": ", ".join(map(str, facts["within"])),
-        "packages": ", ".join(f"{k} {v}" for k, v in facts.get("versions", {}).items()),
+        "patchcl-qupath": result.version,
+        "model": result.model,
+        "engine": result.engine,
+        "only within": ", ".join(result.within),
+        "packages": ", ".join(f"{k} {v}" for k, v in run.versions.items()),
     }
     listed = "".join(
         f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>"
         for key, value in rows.items()
         if value
     )
-    config = escape(json.dumps(facts["config"], indent=2, ensure_ascii=False))
+    config = escape(json.dumps(result.config, indent=2, ensure_ascii=False))
     return (
         f"<dl>{listed}</dl><details><summary>Settings</summary>"
         f'<pre tabindex="0">{config}</pre></details>'

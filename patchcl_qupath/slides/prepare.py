@@ -22,7 +22,8 @@ from patchcl_qupath.slides.tissue import (
     tissue_area_px,
     tissue_mask,
 )
-from patchcl_qupath.storage.files import digest, file_signature
+from patchcl_qupath.storage.files import digest
+from patchcl_qupath.storage.records import file_signature, to_plain
 
 _NORMALISER_CROPS = 24  # crops that the stain range is taken from
 _NORMALISER_CROP_PX = 256
@@ -64,7 +65,7 @@ class PreparedImage:
         return {
             **facts,
             "form": _FORM,
-            **file_signature(self.slide.path),
+            **to_plain(file_signature(self.slide.path)),
             "region": region,
             "stains": asdict(self.stains),
         }

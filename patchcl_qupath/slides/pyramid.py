@@ -20,6 +20,8 @@ import numpy as np
 from PIL import Image
 from tiffslide import TiffSlide
 
+from patchcl_qupath.errors import SlideError
+
 PILLOW_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp"}
 MAX_IN_MEMORY_PX = 178_000_000  # of a level that cannot be read in parts: 0.5 GB, Pillow's limit
 
@@ -40,6 +42,15 @@ class Pyramid:
     levels: list[Level]
     mpp: tuple[float, ...] | None = None  # x, y
     bounds: tuple[float, ...] | None = None  # x, y, width, height
+
+    def level_for(self, downsample: tuple[float, float]) -> Level:
+        """The coarsest level that is fine enough for ``downsample`` (x, y) level-0 px per px."""
+        fine_enough = [
+            level
+            for level in self.levels[1:]
+            if all(s <= d * 1.01 for s, d in zip(level.scale, downsample, strict=True))
+        ]
+        return [self.levels[0], *fine_enough][-1]
 
 
 # With fewer, as tifffile has it below six cores, the chunks of all workers are decoded in the one
@@ -63,6 +74,15 @@ def forget_pyramids() -> None:
     """Open files anew when they are next read: after an error of the network, say."""
     with _opening:
         _open.cache_clear()
+
+
+def unreadable(name: str, error: Exception) -> SlideError:
+    """What to tell a person of a file that cannot be opened or decoded."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return SlideError(
+        f"{name} cannot be read ({reason}): if QuPath shows it, export it as OME-TIFF (rendered "
+        "RGB) and add that; if not, copy the file again"
+    )
 
 
 @lru_cache(maxsize=4)

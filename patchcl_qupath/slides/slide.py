@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import ImageError, SlideError
-from patchcl_qupath.slides.pyramid import Level, Pyramid, forget_pyramids, open_pyramid
-from patchcl_qupath.slides.resample import Axis, mean, sums
+from patchcl_qupath.slides.level_grid import LevelGrid
+from patchcl_qupath.slides.pyramid import Pyramid, open_pyramid, unreadable
 
 MPP_RANGE = (0.05, 4.0)  # beyond it a pixel size is an export's dpi, not a microscope's
 SNAP = 0.1  # how far from the requested mpp a whole number of level-0 pixels may be
-BLOCK_PX = 2048  # thumbnails are averaged from blocks of about this side
 
 Pair = tuple[float, float]  # (x, y)
 
@@ -66,7 +65,7 @@ class Slide:
             # An unknown codec or a damaged file shows up here, not an hour into the run.
             np.asarray(pyramid.levels[-1].pixels[:1, :1])
         except Exception as error:
-            raise _unreadable(entry.name, error) from error
+            raise unreadable(entry.name, error) from error
         origin, size = _frame(entry, pyramid)
         mpp_level0, calibrated = _pixel_size(entry, pyramid.mpp)
         downsample = _downsample(mpp, mpp_level0)
@@ -97,11 +96,7 @@ class Slide:
         Raises SlideError for damaged pixels.
         """
         assert box == box.grow(0, self.shape), (box, self.shape)
-        level, y, x = self._grid(self.downsample)
-        rows, cols = (box.row0, box.row1), (box.col0, box.col1)
-        source = y.source(*rows), x.source(*cols)
-        total = sums(self._pixels(level, *source), (y, x), (rows, cols), source)
-        return mean(total, y.lengths(*rows), x.lengths(*cols))
+        return self._grid(self.shape, self.downsample).read(box)
 
     def thumbnail_px(self, mpp: float) -> int:
         """Working px per thumbnail px: the whole number nearest to ``mpp`` um."""
@@ -111,56 +106,28 @@ class Slide:
         """The whole image (h, w, 3) at about ``mpp`` um/px, area-averaged.
 
         A thumbnail px is ``thumbnail_px(mpp)`` working px wide and high, so (h, w) is ``shape``
-        over that, rounded up. Memory does not grow with the slide, nor is a chunk decoded twice:
-        blocks of whole chunks are summed one by one. Raises SlideError for damaged pixels.
+        over that, rounded up. Memory does not grow with the slide, nor is a chunk decoded twice.
+        Raises SlideError for damaged pixels.
         """
         px = self.thumbnail_px(mpp)
-        h, w = (-(-n // px) for n in self.shape)
-        level, y, x = self._grid((self.downsample[0] * px, self.downsample[1] * px))
-        total = np.zeros((h, w, 3), dtype=np.int64)
-        for source_rows in _blocks(*y.source(0, h), level.chunk[0]):
-            for source_cols in _blocks(*x.source(0, w), level.chunk[1]):
-                rows, cols = y.touched(*source_rows, h), x.touched(*source_cols, w)
-                source = source_rows, source_cols
-                part = sums(self._pixels(level, *source), (y, x), (rows, cols), source)
-                total[slice(*rows), slice(*cols)] += part
-        return mean(total, y.lengths(0, h), x.lengths(0, w))
+        rows, cols = self.shape
+        x, y = self.downsample
+        return self._grid((-(-rows // px), -(-cols // px)), (x * px, y * px)).read_whole()
 
-    def _grid(self, downsample: Pair) -> tuple[Level, Axis, Axis]:
-        """The coarsest level that is fine enough, and where a grid's px lie on its y and x."""
+    def _grid(self, shape: tuple[int, int], downsample: Pair) -> LevelGrid:
+        """A grid over the image, on the coarsest level that is fine enough."""
         try:
-            level, *others = open_pyramid(self.path).levels
+            level = open_pyramid(self.path).level_for(downsample)
         except FileNotFoundError as error:
             raise SlideError(
                 f"{self.name} is not at {self.path}, as seen from {platform.node()}: bring it "
                 "back, or share its folder with that machine, and run again"
             ) from error
         except Exception as error:
-            raise _unreadable(self.name, error) from error
-        for other in others:  # finest first
-            if all(s <= d * 1.01 for s, d in zip(other.scale, downsample, strict=True)):
-                level = other
-        rows, cols = level.pixels.shape[:2]
-        scale, origin = level.scale, self.origin
-        x = Axis(downsample[0] / scale[0], origin[0] / scale[0], cols)
-        y = Axis(downsample[1] / scale[1], origin[1] / scale[1], rows)
-        return level, y, x
-
-    def _pixels(
-        self, level: Level, rows: tuple[int, int], cols: tuple[int, int]
-    ) -> NDArray[np.uint8]:
-        try:  # decoders raise anything
-            return np.asarray(level.pixels[slice(*rows), slice(*cols)])[..., :3]
-        except Exception as error:
-            forget_pyramids()
-            raise _unreadable(self.name, error) from error
-
-
-def _blocks(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
-    """[start, stop) in pieces of whole chunks, of about BLOCK_PX each."""
-    step = chunk * max(1, BLOCK_PX // chunk)
-    firsts = range(start // step * step, stop, step)
-    return [(max(start, first), min(stop, first + step)) for first in firsts]
+            raise unreadable(self.name, error) from error
+        return LevelGrid.of(
+            self.name, level=level, shape=shape, downsample=downsample, origin=self.origin
+        )
 
 
 def _frame(entry: ImageEntry, pyramid: Pyramid) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -216,11 +183,3 @@ def _downsample(mpp: float, mpp_level0: Pair) -> Pair:
 def _factor(mpp: float, mpp_level0: float) -> float:
     whole = max(1, round(mpp / mpp_level0))
     return float(whole) if abs(whole * mpp_level0 - mpp) <= SNAP * mpp else mpp / mpp_level0
-
-
-def _unreadable(name: str, error: Exception) -> SlideError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return SlideError(
-        f"{name} cannot be read ({reason}): if QuPath shows it, export it as OME-TIFF (rendered "
-        "RGB) and add that; if not, copy the file again"
-    )

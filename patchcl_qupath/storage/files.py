@@ -131,12 +131,6 @@ def write_json(path: Path, content: Any, compact: bool = False) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def file_signature(path: Path) -> dict[str, int]:
-    """What changes when a file does, but not when it is moved."""
-    stat = path.stat()
-    return {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
-
-
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object of a file; None where there is no such file, or none that holds one."""
     try:
