@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Nuclei, Polygons, UncertaintyGrid
 from patchcl_qupath.storage.files import atomic_write
+
+Table: TypeAlias = pa.Table
 
 _GEO = {  # GeoParquet 1.1; coordinates are pixels, so there is no reference system
     "version": "1.1.0",
@@ -52,6 +54,14 @@ def polygons_of(table: pa.Table) -> Polygons:
 def read_nuclei(path: Path) -> Nuclei:
     """The nuclei of a parquet file."""
     return from_table(pq.read_table(path))
+
+
+def read_geoarrow(path: Path) -> Table:
+    """The table of a GeoParquet file, with its geometry marked as GeoArrow's type for WKB."""
+    table = pq.read_table(path)
+    column = table.schema.get_field_index("geometry")
+    marked = table.schema.field(column).with_metadata({"ARROW:extension:name": "geoarrow.wkb"})
+    return table.cast(table.schema.set(column, marked))
 
 
 def grid_columns(grid: UncertaintyGrid) -> dict[str, NDArray[np.int64]]:

@@ -1,0 +1,237 @@
+"""The library: what a notebook or a script does with a project, in ten functions.
+
+``import patchcl_qupath as pq`` offers them. The examples run on a copy of the sample project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from patchcl_qupath import pipeline
+from patchcl_qupath.config import Config, from_dict
+from patchcl_qupath.correction import suggest as suggestions
+from patchcl_qupath.correction.suggest import Suggestion
+from patchcl_qupath.datatypes import ImageEntry
+from patchcl_qupath.errors import ImageError, ProjectError
+from patchcl_qupath.evaluation.score import ImageScore
+from patchcl_qupath.evaluation.score import score as score_images
+from patchcl_qupath.execution.workers import open_workers
+from patchcl_qupath.models.model import Model
+from patchcl_qupath.project import NewImage, Project, init_project
+from patchcl_qupath.project import open_project as open_backend
+from patchcl_qupath.report.page import write_report as write_page
+from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.status import ImageStatus, image_status
+from patchcl_qupath.storage.files import check_writable, exclusive_lock
+from patchcl_qupath.storage.parquet import Table, read_geoarrow
+from patchcl_qupath.storage.records import ImageOutcome
+
+Settings = Config | Mapping[str, Any] | None  # None: the defaults
+Show = Callable[[str, int, int], None]  # what is done, how much of it, out of how much
+
+
+def open_project(path: str | Path, backend: str = "files", qupath: Path | None = None) -> Project:
+    """Open a QuPath project: its .qpproj file, or the folder that holds one.
+
+    ``backend`` "files" leaves nuclei beside the project; "paquo" has an installed QuPath (in the
+    folder ``qupath``, or in a usual place) write them into the images; "auto" takes what is there.
+    Raises ProjectError.
+
+    >>> project = pq.open_project("sample_project")
+    >>> [image.name for image in project.images()]
+    ['CMU-1-Small-Region.svs']
+    """
+    return open_backend(Path(path), backend, qupath)
+
+
+def create_project(
+    folder: str | Path, images: Sequence[str | Path], mpp: float | None = None
+) -> Project:
+    """Create a QuPath project of image files, which stay where they are.
+
+    ``mpp`` is the pixel size, in µm, of images whose file has none. Raises ProjectError where there
+    is a project already, SlideError for an image that cannot be read.
+
+    >>> project = pq.create_project("new_project", ["sample_project/CMU-1-Small-Region.svs"])
+    >>> project.path.name
+    'project.qpproj'
+    """
+    new = []
+    for image in map(Path, images):
+        slide = Slide.open(ImageEntry("", image.name, image.resolve(), fallback_mpp=mpp))
+        known = None if slide.calibrated else slide.mpp_level0
+        new.append(NewImage(slide.path, slide.levels, known))
+    return open_project(init_project(Path(folder), new))
+
+
+def train(
+    project: Project,
+    name: str = "patchcl",
+    images: Sequence[str] = (),
+    settings: Settings = None,
+    show: Show | None = None,
+) -> Model:
+    """Train a model on a project's own slides, without labels, and save it as ``name``.
+
+    ``images`` are names or ids; all where there are none. ``settings`` are those of the guide, as a
+    ``Config`` or as nested dictionaries. ``show`` is called with (stage, done, total). Takes about
+    three minutes on two cores with the default settings. Raises TrainingError.
+
+    >>> quick = {"patchcl": {"max_steps": 60, "crops": 16}, "selftrain": {"steps": 60}}
+    >>> model = pq.train(project, settings=quick)
+    >>> model.mpp
+    0.5
+    """
+    folder = project.layout.models
+    check_writable(folder)
+    with exclusive_lock(project.layout.root):
+        model = pipeline.train(_entries(project, images), _config(settings), show or _silent)
+        model.save(folder, name)
+    return model
+
+
+def load_model(project: Project, name: str = "patchcl") -> Model:
+    """Load a model that was trained for a project. Raises ModelError.
+
+    >>> pq.load_model(project).digest == model.digest
+    True
+    """
+    return Model.load(project.layout.model(name))
+
+
+def segment(
+    project: Project,
+    model: Model,
+    images: Sequence[str] = (),
+    regions: Sequence[str] = (),
+    settings: Settings = None,
+    workers: int | None = None,
+    show: Show | None = None,
+) -> list[ImageOutcome]:
+    """Segment the nuclei of a project's images, and write them into the project.
+
+    ``regions`` are classes of annotations to keep to; ``settings`` those of the model where there
+    are none; ``workers`` the number of threads, all cores where it is None. One image that fails
+    does not stop the others: its outcome has a ``problem``. Resumes what was stopped.
+
+    >>> outcome, = pq.segment(project, model)
+    >>> outcome.problem is None, outcome.nuclei > 1000
+    (True, True)
+    """
+    config = model.config if settings is None else _config(settings)
+    with exclusive_lock(project.layout.root), open_workers(workers) as found:
+        run = pipeline.Run(
+            project=project,
+            model=model,
+            config=config,
+            workers=found,
+            progress=show or _silent,
+            region_classes=tuple(regions),
+        )
+        return list(run.images(_entries(project, images)))
+
+
+def read_nuclei(project: Project, image: str) -> Table:
+    """The nuclei of an image: id, geometry, and measurements under QuPath's names.
+
+    Geometry is WKB, polygons in px at level 0, as a GeoArrow extension type: geopandas takes the
+    table by ``GeoDataFrame.from_arrow``, pandas by ``to_pandas``. Raises ImageError.
+
+    >>> nuclei = pq.read_nuclei(project, "CMU-1-Small-Region.svs")
+    >>> nuclei.num_rows == outcome.nuclei
+    True
+    >>> nuclei.column_names[:4]
+    ['id', 'geometry', 'Area µm^2', 'Length µm']
+    """
+    (entry,) = _entries(project, [image])
+    path = project.layout.nuclei(entry.id)
+    if not path.exists():
+        raise ImageError(f"{entry.name} has no nuclei: segment it first")
+    return read_geoarrow(path)
+
+
+def score(project: Project, ground_truth: str | Path) -> list[ImageScore]:
+    """Compare nuclei with those that people outlined: Dice, AJI, PQ, F1 at IoU 0.5.
+
+    ``ground_truth`` is a folder of files named as the images (GeoJSON, or instance labels as PNG,
+    TIFF or NPY), or the file of one image. Raises GroundTruthError.
+
+    >>> scored, = pq.score(project, "ground_truth")
+    >>> sorted(scored.scores)
+    ['aji', 'dice', 'f1', 'pq']
+    """
+    scored, _ = score_images(project, project.images(), Path(ground_truth))
+    return scored
+
+
+def suggest(project: Project, count: int = 6) -> Suggestion:
+    """Mark the ROIs of a project that are most worth a correction. Raises ProjectError.
+
+    >>> suggestion = pq.suggest(project, count=2)
+    >>> len(suggestion.rois)
+    2
+    """
+    with exclusive_lock(project.layout.root):
+        return suggestions.suggest(project, project.images(), count)
+
+
+def refine(
+    project: Project,
+    model: Model,
+    name: str = "refined",
+    labels_from: str = "PatchCL: corrected",
+    show: Show | None = None,
+) -> Model:
+    """Refine a model by CDCL with the ROIs of a class that a person corrected; save it as ``name``.
+
+    Raises TrainingError where there is no such ROI, ImageError for labels that cannot be trained
+    on.
+
+    >>> pq.refine(project, model)
+    Traceback (most recent call last):
+    ...
+    patchcl_qupath.errors.TrainingError: no image has an annotation of class PatchCL: corrected: ...
+    """
+    with exclusive_lock(project.layout.root):
+        refined = pipeline.refine(project, project.images(), model, labels_from, show or _silent)
+        refined.save(project.layout.models, name)
+    return refined
+
+
+def project_status(project: Project) -> list[ImageStatus]:
+    """What is done of each image, by which model, and what changed since.
+
+    >>> [(image.state, image.nuclei == outcome.nuclei) for image in pq.project_status(project)]
+    [('done', True)]
+    """
+    return [image_status(project, entry) for entry in project.images()]
+
+
+def write_report(project: Project) -> Path:
+    """Write the report of a project, one HTML page, and return its path. Raises ProjectError.
+
+    >>> pq.write_report(project).name
+    'index.html'
+    """
+    return write_page(project)
+
+
+def _entries(project: Project, images: Sequence[str]) -> list[ImageEntry]:
+    """The images of these names or ids; all where there are none."""
+    entries = project.images()
+    known = {key for entry in entries for key in (entry.id, entry.name)}
+    if unknown := sorted(set(images) - known):
+        raise ProjectError(f"no image {', '.join(unknown)} in {project.path}")
+    return [e for e in entries if not images or {e.id, e.name} & set(images)]
+
+
+def _config(settings: Settings) -> Config:
+    if settings is None or isinstance(settings, Config):
+        return settings or Config()
+    return from_dict(settings)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Show nothing."""
