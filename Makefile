@@ -4,16 +4,16 @@
 # make docs      set up, then build the guide into site/, with warnings as errors
 # make wheel     build the wheel, and try it in a clean environment
 # make install   set up only: a virtual environment in .venv
-PYTHON ?= python3.11
-BIN := .venv/bin
+# PYTHON=... names the Python to set up with; else .ci/python finds one.
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
 .PHONY: install demo test check docs wheel bench clean
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	python=$$(.ci/python) && "$$python" -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: install
@@ -26,13 +26,14 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	.ci/groovy
 
 docs: install
 	$(BIN)/mkdocs build --strict --quiet
 
 wheel:
-	PYTHON=$(PYTHON) .ci/wheel
+	.ci/wheel
 
 bench: install
 	$(BIN)/python benchmarks/speed.py
