@@ -2,7 +2,6 @@
 
 import doctest
 
-import numpy as np
 import pytest
 import shapely
 from conftest import copy_sample
@@ -30,10 +29,8 @@ def test_examples_run(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     truth = tmp_path / "ground_truth"
     truth.mkdir()
-    outlined = shapely.geometrycollections(
-        shapely.box([100, 300], [100, 300], [120, 320], [120, 320])
-    )
-    (truth / "CMU-1-Small-Region.geojson").write_text(shapely.to_geojson(outlined))
+    nucleus = shapely.box(100, 100, 120, 120)
+    (truth / "CMU-1-Small-Region.geojson").write_text(shapely.to_geojson(nucleus))
     names = {"pq": patchcl_qupath}
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     runner = doctest.DocTestRunner(optionflags=flags)
