@@ -1,4 +1,5 @@
-"""Writes the pages that say what the program itself says: docs/commands.md, docs/settings.md.
+"""Writes the pages that say what the program itself says: docs/commands.md, docs/library.md,
+docs/settings.md.
 
     python docs/reference.py
 
@@ -9,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 from typing import get_args
 
 import click
 import msgspec
 
-from patchcl_qupath import cli, config
+import patchcl_qupath
+from patchcl_qupath import cli, config, library
 
 DOCS = Path(__file__).parent
 
@@ -59,6 +62,43 @@ A model keeps the settings of `patchcl` and `selftrain` that it was trained with
 give `--retrain`, or another name with `--model`. Settings of `slide` and `segment` hold for the
 run.
 """
+
+
+LIBRARY = """\
+# Library
+
+What `patchcl-qp` does, from a notebook or a script:
+
+```python
+import patchcl_qupath as pq
+
+project = pq.open_project("my_project")
+model = pq.train(project)
+for outcome in pq.segment(project, model):
+    print(outcome.image, outcome.nuclei, outcome.problem)
+nuclei = pq.read_nuclei(project, "slide.svs")
+```
+
+In a script, put the calls below `if __name__ == "__main__":`, since more than four workers are
+processes that import the script. All errors are `patchcl_qupath.errors.PatchCLError`.
+
+[A notebook](nuclei.ipynb) opens the sample's nuclei in geopandas, SpatialData and LazySlide.
+"""
+
+
+def library_page() -> str:
+    """Each function of the library, in the order of its module."""
+    functions = [getattr(library, name) for name in patchcl_qupath.__all__ if name != "Config"]
+    parts = [LIBRARY]
+    for function in sorted(functions, key=lambda each: int(each.__code__.co_firstlineno)):
+        text = inspect.getdoc(function) or ""
+        words, _, example = text.partition("\n\n>>>")
+        signature = re.sub(r"(: |-> )'([^']+)'", r"\1\2", str(inspect.signature(function)))
+        signature = re.sub(r", (?=\w+: )", ",\n    ", signature)
+        parts.append(f"## {function.__name__}\n\n```text\n{function.__name__}{signature}\n```\n")
+        parts.append(re.sub("``([^`]+)``", r"`\1`", words) + "\n")
+        parts.append(f"```text\n>>>{example}\n```\n")
+    return "\n".join(parts)
 
 
 def commands_page() -> str:
@@ -112,7 +152,11 @@ def toml(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else f"{value!r}"
 
 
-PAGES = {"commands.md": commands_page, "settings.md": settings_page}
+PAGES = {
+    "commands.md": commands_page,
+    "library.md": library_page,
+    "settings.md": settings_page,
+}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
