@@ -184,9 +184,9 @@ def beginning(project: Project, ground_truth: Path) -> Beginning:
 
 def samples_of(project: Project, model: Model) -> list[TrainingSample]:
     """What can be learnt from crops of the images without a label."""
-    images, normalisers = training_crops(project.images(), model.config, progress)
+    crops = training_crops(project.images(), model.config, progress)
     return selftrain.pseudo_labelled_samples(
-        images, normalisers, model, partial(progress, "lessons")
+        crops.images, crops.normalisers, model, partial(progress, "lessons")
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +65,11 @@ def main() -> None:
     config = Config()
     entries = open_project(SAMPLE, backend="files").images()
     image = prepare(entries[0], config)
-    crops, normalisers = training_crops(entries, config, _say)
-    alone = patchcl.train(crops, normalisers, config, lambda *step: _say("learning nuclei", *step))
-    model = selftrain.train(crops, normalisers, alone, _say)
-    draw(Learnt(image, crops, alone, model))
+    crops = training_crops(entries, config, _say)
+    report = partial(_say, "learning nuclei")
+    alone = patchcl.train(crops.images, crops.normalisers, config, report)
+    model = selftrain.train(crops.images, crops.normalisers, alone, _say)
+    draw(Learnt(image, crops.images, alone, model))
 
 
 def draw(learnt: Learnt) -> None:

@@ -59,7 +59,8 @@ def train(entries: Sequence[ImageEntry], config: Config, progress: Progress) -> 
 
     Raises TrainingError where nothing can be learnt from the images.
     """
-    images, normalisers = training_crops(entries, config, progress)
+    crops = training_crops(entries, config, progress)
+    images, normalisers = crops.images, crops.normalisers
     model = patchcl.train(images, normalisers, config, partial(progress, "training PatchCL"))
     if config.recipe is not Recipe.SELFTRAIN:
         return model
@@ -86,9 +87,9 @@ def refine(
             'recipe = "selftrain", the default'
         )
     corrected = read_corrected_samples(project, entries, start.config, labels_from, progress)
-    images, normalisers = training_crops(entries, start.config, progress)
+    crops = training_crops(entries, start.config, progress)
     choosing = partial(progress, "choosing pseudo-labels")
-    unlabelled = selftrain.pseudo_labelled_samples(images, normalisers, start, choosing)
+    unlabelled = selftrain.pseudo_labelled_samples(crops.images, crops.normalisers, start, choosing)
     return cdcl.refine(start, corrected, unlabelled, progress, seed)
 
 

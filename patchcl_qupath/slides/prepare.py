@@ -110,20 +110,35 @@ def on_grid(geometry: shapely.Geometry, slide: Slide) -> shapely.Geometry:
     return level0_to_grid(geometry, slide.downsample) & shapely.box(0, 0, cols, rows)
 
 
+@dataclass(frozen=True)
+class TrainingCrops:
+    """Random tissue crops of several slides; the three tuples have one item for each crop.
+
+    ``images`` are RGB (H, W, 3); ``normalisers`` those of each crop's slide; ``slides`` the id of
+    its image in the project, by which crops of one slide are known.
+    """
+
+    images: tuple[NDArray[np.uint8], ...]
+    normalisers: tuple[StainNormaliser, ...]
+    slides: tuple[str, ...]
+
+
 def training_crops(
     entries: Sequence[ImageEntry],
     config: Config,
     progress: Callable[[str, int, int], None],
-) -> tuple[list[NDArray[np.uint8]], list[StainNormaliser]]:
-    """Random tissue crops of up to ``config.patchcl.slides`` images, and each one's stain range.
+) -> TrainingCrops:
+    """Random tissue crops of up to ``config.patchcl.slides`` images.
 
-    Images that cannot be used are left out. Raises TrainingError if none is left, and says why.
+    Images that cannot be used are left out. Raises TrainingError, with the reasons, if none is
+    left.
     """
     settings = config.patchcl
     wanted = min(len(entries), settings.slides)
     crops_each = math.ceil(settings.crops / max(1, wanted))
     images: list[NDArray[np.uint8]] = []
     normalisers: list[StainNormaliser] = []
+    slides: list[str] = []
     problems: list[str] = []
     used = 0
     for i in np.random.default_rng(settings.seed).permutation(len(entries)):
@@ -141,7 +156,8 @@ def training_crops(
         used += 1
         images += new
         normalisers += [image.normaliser] * len(new)
+        slides += [image.id] * len(new)
     progress("reading crops to learn from", used, used)
     if not images:
         raise TrainingError("no image to learn from: " + "; ".join(problems[:5]))
-    return images, normalisers
+    return TrainingCrops(tuple(images), tuple(normalisers), tuple(slides))
