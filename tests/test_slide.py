@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -290,6 +293,23 @@ def test_goes_to_workers_as_metadata_and_reads_the_same_there(sample_project: Pa
     with ThreadPoolExecutor(8) as threads:
         for got, pixels in zip(threads.map(copy.read, boxes), expected, strict=True):
             np.testing.assert_array_equal(got, pixels)
+
+
+def test_a_process_that_only_opens_slides_decodes_in_two_threads(tmp_path: Path) -> None:
+    """And importing what opens them leaves the environment alone."""
+    path = write_tiff(tmp_path / "a.tif", scene(300, 200, (0.5, 0.5)), factors=(1, 2))
+    program = """if True:
+        import os, pathlib, sys
+        before = dict(os.environ)
+        from patchcl_qupath.slides import pyramid
+        assert dict(os.environ) == before
+        level = pyramid.open_pyramid(pathlib.Path(sys.argv[1])).levels[0]
+        print(level.pixels.store._maxworkers)
+    """
+    without = {k: v for k, v in os.environ.items() if k != "TIFFSLIDE_NUM_DECODE_THREADS"}
+    command = [sys.executable, "-c", program, path]
+    done = subprocess.run(command, env=without, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("2\n", "")
 
 
 def test_many_slides_one_after_another(tmp_path: Path) -> None:

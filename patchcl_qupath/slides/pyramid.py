@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 from PIL import Image
 from tiffslide import TiffSlide
 
@@ -52,10 +53,6 @@ class Pyramid:
         ]
         return [self.levels[0], *fine_enough][-1]
 
-
-# With fewer, as tifffile has it below six cores, the chunks of all workers are decoded in the one
-# thread of zarr's event loop, and workers wait for each other.
-os.environ.setdefault("TIFFSLIDE_NUM_DECODE_THREADS", "2")
 
 _opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
@@ -96,9 +93,10 @@ def _open(path: Path, version: tuple[int, ...]) -> Pyramid:
             properties = slide.properties
         if slide.ts_tifffile.is_scn or slide.ts_tifffile.is_bif:
             raise ValueError("Leica SCN and Ventana BIF hold several overlapping parts")
-        arrays = [slide.zarr_group[str(level)] for level in range(slide.level_count)]
+        group = _zarr_group(slide)
+        arrays = [group[str(level)] for level in range(slide.level_count)]
         # Threads may still read when the cache lets go of a file: the last reader closes it.
-        weakref.finalize(slide.zarr_group.store, slide.ts_tifffile.close)
+        weakref.finalize(group.store, slide.ts_tifffile.close)
         axes = properties["tiffslide.series-axes"]
         return Pyramid(
             [_level(array, axes, arrays[0]) for array in arrays],
@@ -108,6 +106,15 @@ def _open(path: Path, version: tuple[int, ...]) -> Pyramid:
     except BaseException:
         slide.close()
         raise
+
+
+def _zarr_group(slide: TiffSlide) -> zarr.Group:
+    """The levels of an open file as arrays that decode what is read of them."""
+    # With fewer threads, as tifffile has it below six cores, the chunks of all workers are decoded
+    # in the one thread of zarr's event loop, and workers wait for each other. tiffslide reads the
+    # variable here, once for each file.
+    os.environ.setdefault("TIFFSLIDE_NUM_DECODE_THREADS", "2")
+    return slide.zarr_group
 
 
 def _open_with_pillow(path: Path) -> Pyramid:
