@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import qupath
 
@@ -25,6 +26,11 @@ QUICK = replace(
     patchcl=replace(Config().patchcl, max_steps=160, cooldown_steps=60, crops=32),
     selftrain=replace(Config().selftrain, steps=120),
 )
+# The same examples each time: a failure is one of the change that shows it.
+hypothesis.settings.register_profile(
+    "same", derandomize=True, deadline=None, max_examples=80, database=None
+)
+hypothesis.settings.load_profile("same")
 os.environ["PATCHCL_QP_BACKEND"] = "files"  # tests of QuPath ask for paquo: it starts slowly
 
 
