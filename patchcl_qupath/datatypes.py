@@ -1,4 +1,4 @@
-"""The nouns of the package, and the one place where coordinates change frame.
+"""The data types of the package, and the only functions that convert coordinates.
 
 Arrays are ``(row, col[, channel])``; geometry is ``(x, y)``. Pixel ``i`` covers ``[i, i + 1)``
 in both. There are three frames:
@@ -7,13 +7,14 @@ tile-local     pixels of one tile's ``read`` box; the origin is its top left cor
 working grid   pixels of the whole image at the working resolution (``Slide.mpp``)
 level 0        pixels of the image as QuPath shows it (its bounds already subtracted)
 
-Only ``tile_to_grid``, ``grid_to_level0`` and ``level0_to_grid`` convert.
+Only ``tile_to_grid``, ``grid_to_level0`` and ``level0_to_grid`` convert geometry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,12 @@ class Box:
         return self.row1 - self.row0, self.col1 - self.col0
 
     def holds(self, rows: NDArray[np.int64], cols: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(N,) whether pixels lie in the box."""
+        """Whether pixels (N,) lie in the box: (N,) bool."""
         in_rows = (self.row0 <= rows) & (rows < self.row1)
         return in_rows & (self.col0 <= cols) & (cols < self.col1)
 
     def within(self, outer: Box) -> tuple[slice, slice]:
-        """Where the box lies in an array of the pixels of ``outer``, which holds it."""
+        """The slices (rows, columns) of the box in an array of the pixels of ``outer``."""
         rows = slice(self.row0 - outer.row0, self.row1 - outer.row0)
         return rows, slice(self.col0 - outer.col0, self.col1 - outer.col0)
 
@@ -55,7 +56,7 @@ class Box:
         return rows and self.col0 < other.col1 and other.col0 < self.col1
 
     def grow(self, margin: int, within: tuple[int, int]) -> Box:
-        """The box with ``margin`` px more on each side, clipped to an image of shape ``within``."""
+        """The box grown by ``margin`` px on each side, clipped to an image of shape ``within``."""
         return Box(
             max(0, self.row0 - margin),
             max(0, self.col0 - margin),
@@ -64,7 +65,7 @@ class Box:
         )
 
     def aligned(self, multiple: int, within: tuple[int, int]) -> Box:
-        """The box grown to multiples of some px, clipped to an image of shape ``within``."""
+        """The box grown to whole multiples of px, clipped to an image of shape ``within``."""
         return Box(
             self.row0 // multiple * multiple,
             self.col0 // multiple * multiple,
@@ -73,11 +74,11 @@ class Box:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tile:
     """One unit of work on the working grid.
 
-    The ``write`` boxes of an image's tiles do not overlap, and cover all its tissue; ``read`` is
+    The ``write`` boxes of an image's tiles do not overlap and cover all its tissue. ``read`` is
     ``write`` plus the halo, clipped to the image. A tile owns the nuclei whose centroid lies in its
     ``write`` box. ``row`` and ``col`` count tiles, not pixels.
     """
@@ -89,20 +90,27 @@ class Tile:
 
     @property
     def name(self) -> str:
-        """Sorts as the tiles do: row by row."""
+        """A file name that sorts row by row."""
         return f"{self.row:05d}-{self.col:05d}"
 
 
-@dataclass(frozen=True)
-class StainVectors:
-    """The stains of an image, as QuPath has them: what parts its optical density.
+class StainKind(StrEnum):
+    """The type of a brightfield image in QuPath."""
 
-    ``names`` of two or three; ``vectors`` are the optical densities (R, G, B) of each, of any
-    length; ``background`` (R, G, B) is the level of what no stain darkens. ``kind`` is "h-e",
-    "h-dab" or "other".
+    H_E = "h-e"
+    H_DAB = "h-dab"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StainVectors:
+    """The stain vectors of an image in QuPath, for colour deconvolution.
+
+    ``names`` are those of two or three stains; ``vectors`` the optical densities (R, G, B) of each,
+    of any length; ``background`` (R, G, B) the intensity where there is no stain.
     """
 
-    kind: str
+    kind: StainKind
     names: tuple[str, ...]
     vectors: tuple[tuple[float, float, float], ...]
     background: tuple[float, float, float] = (255.0, 255.0, 255.0)
@@ -110,27 +118,29 @@ class StainVectors:
 
 @dataclass(frozen=True)
 class ImageEntry:
-    """One image of a project, as the project sees it.
+    """One image of a project, as the project describes it.
 
-    ``mpp`` is (x, y) in um/px at level 0 where the project knows it: QuPath's value, which a
-    person may have corrected, comes before the file's own. ``size`` is (width, height) at level 0
-    as QuPath saw it. ``problem`` says why the image cannot be segmented, and what to do; ``note``
-    what a person should know of it. ``regions`` are where nuclei are looked for, one geometry for
-    each annotation; ``stains`` are those that a person set, where they are known. ``fallback_mpp``
-    is the µm/px of images whose pixel size neither QuPath nor the file knows, as given by --mpp.
+    ``mpp`` is (x, y) in µm/px at level 0 where the project has it: QuPath's value, which a person
+    may have corrected, takes precedence over the file's own. ``fallback_mpp`` is the µm/px of
+    images whose pixel size is neither in QuPath nor in the file, as given by --mpp. ``size`` is
+    (width, height) at level 0 as QuPath saved it. ``use_bounds`` is false where QuPath ignores the
+    bounds of the scanned area. ``problem`` is the reason why the image cannot be segmented, with
+    advice; ``note`` a remark for people. ``regions`` are the analysis regions, one geometry for
+    each annotation. ``stains`` are the stain vectors that are set in QuPath, where they are known.
     """
 
     id: str
     name: str
     path: Path
+    _: KW_ONLY
     mpp: tuple[float, float] | None = None
+    fallback_mpp: float | None = None
     size: tuple[int, int] | None = None
     use_bounds: bool = True
     problem: str | None = None
     note: str | None = None
     regions: tuple[shapely.Geometry, ...] = ()  # level 0, valid; empty: the whole image
     stains: StainVectors | None = None
-    fallback_mpp: float | None = None
 
 
 @dataclass(frozen=True)
@@ -246,18 +256,18 @@ class UncertaintyGrid:
 
 
 def tile_to_grid(polygons: Polygons, tile: Tile) -> Polygons:
-    """Tile-local polygons, on the working grid."""
+    """Polygons from tile-local coordinates to the working grid."""
     origin = np.array([tile.read.col0, tile.read.row0], dtype=np.float64)
     return np.asarray(shapely.transform(polygons, lambda xy: xy + origin))
 
 
 def grid_to_level0(polygons: Polygons, downsample: tuple[float, float]) -> Polygons:
-    """Working-grid polygons, at level 0. ``downsample`` is (x, y) level-0 px per grid px."""
+    """Polygons from the working grid to level 0; ``downsample`` is level-0 px per px."""
     factor = np.asarray(downsample, dtype=np.float64)
     return np.asarray(shapely.transform(polygons, lambda xy: xy * factor))
 
 
 def level0_to_grid(geometry: shapely.Geometry, downsample: tuple[float, float]) -> shapely.Geometry:
-    """The inverse of ``grid_to_level0``, of one geometry."""
+    """One geometry from level 0 to the working grid: the inverse of ``grid_to_level0``."""
     factor = np.asarray(downsample, dtype=np.float64)
     return shapely.transform(geometry, lambda xy: xy / factor)

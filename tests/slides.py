@@ -1,4 +1,4 @@
-"""Generated slides: ramps that differ in x and y, so that a swapped axis shows, and dark blue
+"""Generated slides: ramps that differ in x and y, so that a swapped axis fails, and dark blue
 discs in known places."""
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-# (x, y, radius) in um, from the top left corner; no symmetry maps them onto each other.
+# (x, y, radius) in µm, from the top left corner; no symmetry maps them onto each other.
 DISCS_UM = ((30.0, 20.0, 4.0), (80.0, 25.0, 5.0), (45.0, 70.0, 6.0), (110.0, 60.0, 3.0))
 BLUE = (60, 40, 120)
 
 
 def scene(width: int, height: int, mpp: tuple[float, float]) -> NDArray[np.uint8]:
-    """Pixels (height, width, 3) of ``mpp`` (x, y) um: red grows with x, green falls with y."""
-    x = (np.arange(width) + 0.5)[None, :] * mpp[0]  # (1, width) um
-    y = (np.arange(height) + 0.5)[:, None] * mpp[1]  # (height, 1) um
+    """Pixels (height, width, 3) of ``mpp`` (x, y) µm: red grows with x, green falls with y."""
+    x = (np.arange(width) + 0.5)[None, :] * mpp[0]  # (1, width) µm
+    y = (np.arange(height) + 0.5)[:, None] * mpp[1]  # (height, 1) µm
     pixels = np.empty((height, width, 3))
     pixels[..., 0] = 150 + 90 * x / x.max()
     pixels[..., 1] = 220 - 70 * y / y.max()

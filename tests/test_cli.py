@@ -211,7 +211,7 @@ def test_glass_has_no_nuclei(tmp_path, crop, quick):
 def test_nothing_to_learn_from(tmp_path, crop):
     result = call("run", write_project(tmp_path / "project", [crop]))
     assert result.exit_code == 1
-    assert "no image to learn from: crop.png has no pixel size" in result.output
+    assert "no image to train on: crop.png has no pixel size" in result.output
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_labels_with_gaps_are_refused():
 
 def test_no_labels_no_outlines():
     empty = np.zeros((20, 30), dtype=np.int32)
-    tile = Tile(0, 0, Box(0, 0, 20, 30), Box(0, 0, 20, 30))
+    tile = Tile(row=0, col=0, read=Box(0, 0, 20, 30), write=Box(0, 0, 20, 30))
     rgb = np.zeros((20, 30, 3), dtype=np.uint8)
     assert len(trace_contours(empty)) == 0
     nobody = np.zeros(0, dtype=bool)
@@ -127,8 +127,8 @@ def test_each_nucleus_has_one_owner_also_on_the_border_of_two_write_boxes():
     image = np.zeros((20, 100), dtype=np.int32)
     image[5:10, 45:55] = 1  # centroid 49.5: pixel 49
     image[12:17, 46:55] = 2  # centroid 50: pixel 50
-    left = Tile(0, 0, Box(0, 0, 20, 70), Box(0, 0, 20, 50))
-    right = Tile(0, 1, Box(0, 30, 20, 100), Box(0, 50, 20, 100))
+    left = Tile(row=0, col=0, read=Box(0, 0, 20, 70), write=Box(0, 0, 20, 50))
+    right = Tile(row=0, col=1, read=Box(0, 30, 20, 100), write=Box(0, 50, 20, 100))
     in_left, in_right = centroids(image[:, :70], left), centroids(image[:, 30:], right)
     np.testing.assert_array_equal(in_left, in_right)
     np.testing.assert_array_equal(in_left, [[7, 14], [49, 50]])

@@ -30,7 +30,10 @@ from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import job_cluster, open_workers
 from patchcl_qupath.timing import Seconds
 
-TILES = [Tile(0, col, Box(0, col, 9, col + 1), Box(0, col, 9, col + 1)) for col in range(12)]
+TILES = [
+    Tile(row=0, col=col, read=Box(0, col, 9, col + 1), write=Box(0, col, 9, col + 1))
+    for col in range(12)
+]
 UNCERTAINTY = UncertaintyGrid((128.0, 128.0), *np.zeros((5, 1), dtype=np.int64))
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 

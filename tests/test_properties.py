@@ -1,4 +1,4 @@
-"""Boxes, tiles, resampling and frames: what must hold for any numbers, tried with many."""
+"""Properties of boxes, tiles, resampling, frames and tissue masks, for random examples."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_write_boxes_partition_the_tissue_and_read_boxes_hold_the_halo(
 
 
 @given(st.data(), axes())
-def test_edges_are_in_order_and_the_same_from_wherever_they_are_asked(
+def test_edges_are_monotone_and_the_same_in_any_span(
     data: st.DataObject, drawn: tuple[Axis, int]
 ) -> None:
     axis, count = drawn
@@ -220,14 +220,14 @@ def test_source_and_touched_are_of_overlapping_pixels(
 
 
 @given(st.data(), axes(), seeds)
-def test_sums_of_any_parts_are_those_of_the_whole(
+def test_sums_of_parts_equal_those_of_the_whole(
     data: st.DataObject, drawn: tuple[Axis, int], seed: int
 ) -> None:
     axis, count = drawn
     pixels = random_pixels((axis.size, 2), seed)
     source = axis.source(0, count)
     whole = axis.sums(pixels[slice(*source)], (0, count), source)
-    level_edges = np.arange(axis.size + 1) * axis.quanta  # and by another way: integrals
+    level_edges = np.arange(axis.size + 1) * axis.quanta  # expected: differences of integrals
     integral = np.insert(np.cumsum(pixels.astype(np.int64), axis=0), 0, 0, axis=0) * axis.quanta
     edges = axis.edges(0, count)
     low = np.minimum(edges // axis.quanta, axis.size - 1)
@@ -309,7 +309,7 @@ def test_a_tile_s_pixels_are_where_they_are_on_the_grid(data: st.DataObject, sha
     read = data.draw(boxes_in(shape))
     pixel = data.draw(boxes_in(read.shape))
     local = shapely.box(pixel.col0, pixel.row0, pixel.col1, pixel.row1)
-    (polygon,) = tile_to_grid(np.array([local]), Tile(0, 0, read, read))
+    (polygon,) = tile_to_grid(np.array([local]), Tile(row=0, col=0, read=read, write=read))
     col0, row0, col1, row1 = map(int, polygon.bounds)
     np.testing.assert_array_equal(
         filled(shape, Box(row0, col0, row1, col1))[read.within(Box(0, 0, *shape))],

@@ -317,7 +317,7 @@ def test_the_same_slide_twice_with_other_nuclei_is_refused(folder, model):
         (1.0, (), "has 1 um/px, too coarse for fields of labels: the model reads 0.5 um/px"),
         (None, ("--mpp", "0.8"), "has 0.8 um/px, too coarse"),
         (None, (), "has no pixel size: set it in QuPath"),
-        (352.8, (), "has a pixel size of 352.8 um, which cannot be: set it in QuPath"),
+        (352.8, (), "has a pixel size of 352.8 µm, which cannot be: set it in QuPath"),
     ],
 )
 def test_fields_that_cannot_be_read_at_the_model_s_pixel_size(tmp_path, model, mpp, option, says):

@@ -1,4 +1,4 @@
-"""Slides: what is read is what lies there, at the right size, wherever it is read from."""
+"""Slides: pixels are the area averages of the file, from any level and in any box."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def whole(slide: Slide) -> Box:
 
 
 def area_mean(pixels: NDArray[np.uint8], shape: tuple[int, int], factor: float) -> NDArray:
-    """The area average by another way: differences of the interpolated integral image."""
+    """The area average by another method: differences of the interpolated integral image."""
     for axis in (0, 1):
         integral = np.insert(np.cumsum(pixels, axis=axis, dtype=float), 0, 0, axis=axis)
         edges = np.minimum(np.arange(shape[axis] + 1) * factor, pixels.shape[axis])
@@ -87,7 +87,9 @@ def test_grid_is_whole_blocks_where_they_are_near_the_mpp(
 
 @pytest.mark.parametrize("factors", LAYOUTS)
 @pytest.mark.parametrize("mpp", [0.25, 0.5, 0.8, 1.0, 2.3, 4.0])
-def test_every_level_shows_the_same(tmp_path: Path, factors: tuple[int, ...], mpp: float) -> None:
+def test_all_levels_have_the_same_content(
+    tmp_path: Path, factors: tuple[int, ...], mpp: float
+) -> None:
     pixels = scene(803, 611, (0.25, 0.25))  # no level is a whole fraction of it
     slide = Slide.open(entry(write_tiff(tmp_path / "a.tif", pixels, (0.25, 0.25), factors)), mpp)
     expected = area_mean(pixels, slide.shape, slide.downsample[0])
@@ -214,9 +216,7 @@ def test_hamamatsu(shared_data: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
-def test_plain_images_are_read_with_the_pixel_size_that_is_given(
-    tmp_path: Path, suffix: str
-) -> None:
+def test_plain_images_are_read_with_the_fallback_pixel_size(tmp_path: Path, suffix: str) -> None:
     pixels = scene(600, 400, (0.25, 0.25))
     path = tmp_path / f"crop{suffix}"
     if suffix == ".tif":
@@ -245,7 +245,7 @@ def test_halves_are_rounded_up(tmp_path: Path) -> None:
     assert (slide.read(whole(slide)) == 255).all()
 
 
-def test_pixel_size_is_qupaths_then_the_files_then_the_users(tmp_path: Path) -> None:
+def test_pixel_size_is_qupaths_then_the_files_then_the_fallback(tmp_path: Path) -> None:
     pixels = scene(300, 200, (0.25, 0.25))
     path = write_tiff(tmp_path / "a.tif", pixels, (0.25, 0.25))
     dpi_72 = write_tiff(tmp_path / "b.tif", pixels, (352.8, 352.8))
@@ -254,7 +254,7 @@ def test_pixel_size_is_qupaths_then_the_files_then_the_users(tmp_path: Path) -> 
     assert Slide.open(entry(path, fallback_mpp=0.4)).mpp_level0 == pytest.approx((0.25, 0.25))
     assert Slide.open(entry(dpi_72, fallback_mpp=0.4)).mpp_level0 == (0.4, 0.4)
     assert Slide.open(entry(path, fallback_mpp=0.4)).calibrated
-    with pytest.raises(SlideError, match=r"b\.tif has a pixel size of 352\.8 um.*--mpp"):
+    with pytest.raises(SlideError, match=r"b\.tif has a pixel size of 352\.8 µm.*--mpp"):
         Slide.open(entry(dpi_72))
 
 
@@ -283,7 +283,7 @@ def test_another_image_than_qupath_saved(sample_project: Path) -> None:
         Slide.open(entry(path, size=(1000, 2967)))
 
 
-def test_goes_to_workers_as_metadata_and_reads_the_same_there(sample_project: Path) -> None:
+def test_a_pickled_slide_is_small_and_reads_the_same(sample_project: Path) -> None:
     slide = Slide.open(entry(sample_project / "CMU-1-Small-Region.svs"))
     boxes = [Box(r, c, r + 300, c + 300) for r in range(0, 2600, 400) for c in range(0, 1900, 400)]
     expected = [slide.read(box) for box in boxes]
@@ -296,7 +296,7 @@ def test_goes_to_workers_as_metadata_and_reads_the_same_there(sample_project: Pa
 
 
 def test_a_process_that_only_opens_slides_decodes_in_two_threads(tmp_path: Path) -> None:
-    """And importing what opens them leaves the environment alone."""
+    """And importing the module that opens them does not change the environment."""
     path = write_tiff(tmp_path / "a.tif", scene(300, 200, (0.5, 0.5)), factors=(1, 2))
     program = """if True:
         import os, pathlib, sys
@@ -338,11 +338,13 @@ def test_a_file_is_closed_after_its_last_reader(tmp_path: Path) -> None:
         ("unopenable.tiff", "cannot be read"),
         ("cells.ome.tif", "cannot be read.*SYX.*OME-TIFF"),
         ("kidney-48-5.tif", "no pixel size.*QuPath.*--mpp"),
-        ("boxes.tiff", "352.8 um.*QuPath.*--mpp"),
+        ("boxes.tiff", "352.8 µm.*QuPath.*--mpp"),
         ("not-there.svs", "is not at .*QuPath"),
     ],
 )
-def test_bad_files_say_what_to_do(shared_data: Path, name: str, reason: str) -> None:
+def test_errors_of_unusable_files_have_a_reason_and_advice(
+    shared_data: Path, name: str, reason: str
+) -> None:
     with pytest.raises(SlideError, match=f"(?s)^{re.escape(name)} .*{reason}") as error:
         Slide.open(entry(shared_data / "slides" / name))
     assert "\n" not in str(error.value)
@@ -367,7 +369,7 @@ def test_images_that_are_cut_off(tmp_path: Path, sample_project: Path) -> None:
             Slide.open(entry(path, fallback_mpp=0.5))
 
 
-def test_a_codec_that_is_not_known_shows_when_the_slide_is_opened(tmp_path: Path) -> None:
+def test_an_unknown_codec_is_an_error_when_the_slide_is_opened(tmp_path: Path) -> None:
     path = write_tiff(tmp_path / "a.tif", scene(300, 200, (0.5, 0.5)), (0.5, 0.5))
     with TiffFile(path, mode="r+b") as tiff:
         tiff.pages[0].tags["Compression"].overwrite(52479)

@@ -1,4 +1,4 @@
-"""Stains as a person set them in QuPath: read, checked, and measured as QuPath does."""
+"""Stain vectors that are set in QuPath: read, checked, and measured as QuPath does."""
 
 from __future__ import annotations
 
@@ -14,29 +14,46 @@ import qupath
 from conftest import QUICK
 
 from patchcl_qupath import pipeline
-from patchcl_qupath.config import Config
-from patchcl_qupath.datatypes import StainVectors
+from patchcl_qupath.config import Config, StainChoice
+from patchcl_qupath.datatypes import StainKind, StainVectors
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.jvm import Process
 from patchcl_qupath.project.paquo import PaquoProject
-from patchcl_qupath.slides.stains import H_DAB, H_E, densities, to_measure
+from patchcl_qupath.slides.stains import H_DAB, H_E, densities, stains_to_measure
 from patchcl_qupath.storage.parquet import read_nuclei
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample_project"
 SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
 OWN = StainVectors(
-    "h-e", ("Haemalum", "Eosin Y"), ((0.7, 0.65, 0.3), (0.1, 0.9, 0.4)), (243.0, 240.0, 235.0)
+    kind=StainKind.H_E,
+    names=("Haemalum", "Eosin Y"),
+    vectors=((0.7, 0.65, 0.3), (0.1, 0.9, 0.4)),
+    background=(243.0, 240.0, 235.0),
 )
 THREE = StainVectors(
-    "other", ("A", "B", "C"), ((0.8, 0.6, 0.0), (0.0, 0.6, 0.8), (0.6, 0.0, 0.8)), (250.0,) * 3
+    kind=StainKind.OTHER,
+    names=("A", "B", "C"),
+    vectors=((0.8, 0.6, 0.0), (0.0, 0.6, 0.8), (0.6, 0.0, 0.8)),
+    background=(250.0,) * 3,
 )
+
+IMAGE_TYPES = {
+    StainKind.H_E: "BRIGHTFIELD_H_E",
+    StainKind.H_DAB: "BRIGHTFIELD_H_DAB",
+    StainKind.OTHER: "BRIGHTFIELD_OTHER",
+}
 
 
 def test_densities_of_a_pixel_worked_by_hand() -> None:
     """Of red, and of green and blue together, each from a background of its own."""
-    stains = StainVectors("other", ("Red", "Teal"), ((2, 0, 0), (0, 3, 4)), (200, 100, 250))
+    stains = StainVectors(
+        kind=StainKind.OTHER,
+        names=("Red", "Teal"),
+        vectors=((2, 0, 0), (0, 3, 4)),
+        background=(200, 100, 250),
+    )
     # Red: log10(200 / 20) = 1. Green, blue: log10(100 / 25) = 0.602, log10(250 / 25) = 1; along
     # (0, 0.6, 0.8), which is as long as 1, that is 0.6 * 0.602 + 0.8 * 1.
     found = densities(np.uint8([[20, 25, 25], [255, 255, 255], [0, 0, 250]]), stains)
@@ -47,21 +64,21 @@ def test_densities_of_a_pixel_worked_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "asked", "measured"),
+    ("own", "choice", "measured"),
     [
-        (None, "auto", H_E),
-        (None, "h-dab", H_DAB),
-        (OWN, "auto", OWN),
-        (OWN, "h-e", OWN),
-        (OWN, "h-dab", H_DAB),
-        (THREE, "auto", THREE),
-        (THREE, "h-e", H_E),
+        (None, StainChoice.AUTO, H_E),
+        (None, StainChoice.H_DAB, H_DAB),
+        (OWN, StainChoice.AUTO, OWN),
+        (OWN, StainChoice.H_E, OWN),
+        (OWN, StainChoice.H_DAB, H_DAB),
+        (THREE, StainChoice.AUTO, THREE),
+        (THREE, StainChoice.H_E, H_E),
     ],
 )
-def test_an_image_s_own_stains_are_measured_unless_others_are_asked_for(
-    own: StainVectors | None, asked: str, measured: StainVectors
+def test_an_image_s_own_stains_are_measured_unless_others_are_chosen(
+    own: StainVectors | None, choice: StainChoice, measured: StainVectors
 ) -> None:
-    assert to_measure(own, asked) == measured
+    assert stains_to_measure(own, choice) == measured
 
 
 # ---------------------------------------------------------------- files
@@ -69,9 +86,8 @@ def test_an_image_s_own_stains_are_measured_unless_others_are_asked_for(
 
 def export(folder: Path, stains: StainVectors | None) -> Path:
     """What groovy/export_regions.groovy leaves of the first image."""
-    kinds = {"h-e": "BRIGHTFIELD_H_E", "h-dab": "BRIGHTFIELD_H_DAB", "other": "BRIGHTFIELD_OTHER"}
     content = stains and {
-        "type": kinds[stains.kind],
+        "type": IMAGE_TYPES[stains.kind],
         "background": stains.background,
         "stains": [
             {"name": name, "vector": vector}
@@ -109,7 +125,7 @@ def test_stains_may_be_older_than_the_image_and_its_type_alone_known(folder: Pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "problem"),
     [
         ({"vectors": ((0.6, 0.8, 0), (1.2, 1.61, 0))}, "its stain vectors are parallel, or nearly"),
         ({"vectors": ((0.6, 0.8, 0), (0, 0, 0))}, "a stain vector is zero"),
@@ -120,16 +136,18 @@ def test_stains_may_be_older_than_the_image_and_its_type_alone_known(folder: Pat
         ({"names": ("A",), "vectors": ((0.6, 0.8, 0),)}, "it has not two or three stains"),
     ],
 )
-def test_stains_that_cannot_be_told_apart_are_refused(
-    folder: Path, changes: dict[str, Any], says: str
+def test_stains_that_cannot_be_separated_are_refused(
+    folder: Path, changes: dict[str, Any], problem: str
 ) -> None:
     export(folder, replace(OWN, **changes))
-    with pytest.raises(ImageError, match=rf"svs: {says}.*: double-click a stain in QuPath's Image"):
+    with pytest.raises(
+        ImageError, match=rf"svs: {problem}.*: double-click a stain in QuPath's Image"
+    ):
         with_stains(folder)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"stains": []}', '{"type": "", "stains": [1]}'])
-def test_a_damaged_export_is_said(folder: Path, content: str) -> None:
+def test_a_damaged_export_is_an_error(folder: Path, content: str) -> None:
     export(folder, OWN).write_text(content)
     with pytest.raises(ImageError, match=r"1\.json is damaged: run groovy/export_regions"):
         with_stains(folder)
@@ -148,7 +166,7 @@ def segment(project: Any, model: pipeline.Model, client: Any, config: Config) ->
 def test_a_run_measures_exported_stains_and_no_old_tiles(
     folder: Path, model: pipeline.Model, client: Any
 ) -> None:
-    def measured(stain: str = "auto") -> tuple[Any, Any]:
+    def measured(stain: StainChoice = StainChoice.AUTO) -> tuple[Any, Any]:
         config = replace(QUICK, slide=replace(QUICK.slide, stain=stain))
         return segment(open_project(folder, "files"), model, client, config)
 
@@ -169,8 +187,8 @@ def test_a_run_measures_exported_stains_and_no_old_tiles(
     assert result.tiles_resumed == 0
     assert (brighter.measurements["Haemalum: Mean"] > own.measurements["Haemalum: Mean"]).all()
 
-    result, asked = measured("h-dab")
-    assert "DAB: Mean" in asked.measurements
+    result, chosen = measured(StainChoice.H_DAB)
+    assert "DAB: Mean" in chosen.measurements
     assert result.note.startswith("measured Hematoxylin and DAB as asked for, with QuPath's")
     assert result.note.endswith("its own stains in QuPath are Haemalum and Eosin Y")
 
@@ -203,13 +221,12 @@ def set_in_qupath(
     session: qupath.Session, path: Path, stains: StainVectors, pixels: np.ndarray
 ) -> Any:
     """Save stains with the image; the densities (3, N) that QuPath itself has for pixels (N, 3)."""
-    types = {"h-e": "BRIGHTFIELD_H_E", "other": "BRIGHTFIELD_OTHER"}
     packed = (pixels.astype(int) @ [1 << 16, 1 << 8, 1]).tolist()
     made = [
         f"stain('{name}', {[float(v) for v in vector]})"
         for name, vector in zip(stains.names, stains.vectors, strict=True)
     ]
-    script = SET.replace("TYPE", types[stains.kind], 1).replace("STAINS", ", ".join(made))
+    script = SET.replace("TYPE", IMAGE_TYPES[stains.kind], 1).replace("STAINS", ", ".join(made))
     levels = ", ".join(f"{level} as double" for level in stains.background)
     script = script.replace("BACKGROUND", levels)
     return session.run(path, script.replace("PIXELS", str(packed)))["a.svs"]

@@ -35,7 +35,7 @@ def some_nuclei(n):
 UNCERTAINTY = UncertaintyGrid((256.5, 255.25), *np.arange(15).reshape(5, 3))
 
 
-TILE = Tile(0, 1, Box(0, 0, 9, 9), Box(0, 0, 9, 9))
+TILE = Tile(row=0, col=1, read=Box(0, 0, 9, 9), write=Box(0, 0, 9, 9))
 
 
 def encoded(n):

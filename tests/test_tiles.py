@@ -1,4 +1,4 @@
-"""Tissue and tiles."""
+"""Tissue masks and tiles."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_scanner_voids_and_padding_are_no_tissue() -> None:
 def test_tissue_is_found_whole_and_specks_are_not() -> None:
     thumbnail = glass()
     thumbnail[50:120, 40:100] = PINK
-    thumbnail[70:84, 60:74] = 243  # a hole of 12,500 um2
-    thumbnail[20:30, 200:210] = (90, 60, 120)  # 6,400 um2 of dirt
+    thumbnail[70:84, 60:74] = 243  # a hole of 12,500 µm²
+    thumbnail[20:30, 200:210] = (90, 60, 120)  # 6,400 µm² of dirt
     mask = tissue_mask(thumbnail, 8.0, min_tissue_um2=20_000)
     assert mask[50:120, 40:100].all()
     grown = np.zeros_like(mask)
@@ -58,7 +58,7 @@ def test_a_crop_without_glass_is_all_tissue() -> None:
     assert tissue_mask((np.array(PINK) + noise).astype(np.uint8), 8.0).all()
 
 
-def test_a_crop_smaller_than_a_speck_is_judged_as_any_other() -> None:
+def test_a_crop_smaller_than_a_speck_is_masked_as_any_other() -> None:
     assert tissue_mask(np.full((3, 3, 3), PINK, np.uint8), 8.0).all()
     assert not tissue_mask(glass()[:3, :3], 8.0).any()
 
@@ -144,7 +144,7 @@ def test_sample_boxes_of_a_small_image_and_of_glass() -> None:
     assert sample_boxes(np.zeros((2, 3), bool), 16, (30, 45), 256, 5, rng) == []
 
 
-def test_inside_looks_pixels_up() -> None:
+def test_inside_finds_pixels_in_the_mask() -> None:
     tissue = np.array([[True, False, False], [False, False, True]])
     rows = np.array([0, 15, 16, 31, 16])
     cols = np.array([15, 16, 40, 10, 47])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from patchcl_qupath.config import Config, from_dict, to_dict
+from patchcl_qupath.config import Config, NetworkInput, from_dict, to_dict
 from patchcl_qupath.errors import ModelError
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
@@ -65,9 +65,11 @@ class Model:
         return self.network.divisor
 
     @property
-    def input(self) -> str:
-        """What the network sees of a pixel: its "stains", or "rgb"."""
-        return "stains" if isinstance(self.network, NucleusNetwork) else self.config.patchcl.input
+    def input(self) -> NetworkInput:
+        """What the network sees of a pixel."""
+        if isinstance(self.network, NucleusNetwork):
+            return NetworkInput.STAINS
+        return self.config.patchcl.input
 
     @cached_property
     def digest(self) -> str:

@@ -11,12 +11,15 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import CORRECTED, TO_CORRECT
-from patchcl_qupath.datatypes import Corrections, Polygons, StainVectors
+from patchcl_qupath.datatypes import Corrections, Polygons, StainKind, StainVectors
 from patchcl_qupath.errors import ImageError
-from patchcl_qupath.slides.stains import flaw, known
+from patchcl_qupath.slides.stains import flaw, without_rounding
 from patchcl_qupath.storage.geojson import holds_several, read_areas
 
-_KINDS = {"BRIGHTFIELD_H_E": "h-e", "BRIGHTFIELD_H_DAB": "h-dab"}  # by QuPath's image type
+_KINDS = {  # by QuPath's image type
+    "BRIGHTFIELD_H_E": StainKind.H_E,
+    "BRIGHTFIELD_H_DAB": StainKind.H_DAB,
+}
 SELECTED = "(selected)"  # what the script exports annotations as that a person has selected
 MAX_SHARED = 0.2  # of the smaller of two nuclei that touch; with more, one of them is too many
 
@@ -61,10 +64,12 @@ def read_stains(path: Path, image: str) -> StainVectors | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content is None:
             return None
-        kind = _KINDS.get(content["type"], "other")
-        names = tuple(str(stain["name"]) for stain in content["stains"])
-        vectors = tuple(_triple(stain["vector"]) for stain in content["stains"])
-        stains = StainVectors(kind, names, vectors, _triple(content["background"]))
+        stains = StainVectors(
+            kind=_KINDS.get(content["type"], StainKind.OTHER),
+            names=tuple(str(stain["name"]) for stain in content["stains"]),
+            vectors=tuple(_triple(stain["vector"]) for stain in content["stains"]),
+            background=_triple(content["background"]),
+        )
         problem = flaw(stains)
     except FileNotFoundError:
         return None
@@ -79,7 +84,7 @@ def read_stains(path: Path, image: str) -> StainVectors | None:
             "set the image type again for the default stains; save (without a QuPath here, run "
             "groovy/export_regions.groovy there), and run again"
         )
-    return known(stains)
+    return without_rounding(stains)
 
 
 def _triple(numbers: Sequence[float]) -> tuple[float, float, float]:

@@ -23,25 +23,26 @@ def plan(
 ) -> list[Tile]:
     """The tiles with tissue, row by row, of a working grid of ``shape`` (rows, cols).
 
-    Write boxes are cut evenly, ``tile_px`` or less to a side, so that no sliver is left over; then
-    each is shrunk to its tissue, and left out where it has none. ``tissue`` has one px per
-    ``tissue_px`` grid px. So with ``region``, polygons on the grid, where there is one. Read boxes
-    begin and end at multiples of ``divisor``, or at the end of the grid.
+    The grid is divided evenly into write boxes of at most ``tile_px`` a side, so that no sliver is
+    left over. Each is cropped to its part of ``region`` (polygons on the grid), if there is one,
+    and to its tissue; those without are left out. A px of ``tissue`` is ``tissue_px`` grid px
+    wide. Read boxes are write boxes grown by ``halo_px``, and begin and end at multiples of
+    ``divisor``, or at the end of the grid.
     """
     tiles = []
     for row, rows in enumerate(pairwise(_cuts(shape[0], tile_px))):
         for col, cols in enumerate(pairwise(_cuts(shape[1], tile_px))):
             whole = Box(rows[0], cols[0], rows[1], cols[1])
             part = whole if region is None else bounds(region, whole)
-            write = part and _shrunk(part, tissue, tissue_px)
+            write = part and _cropped(part, tissue, tissue_px)
             if write is not None:
                 read = write.grow(halo_px, shape).aligned(divisor, shape)
-                tiles.append(Tile(row, col, read, write))
+                tiles.append(Tile(row=row, col=col, read=read, write=write))
     return tiles
 
 
-def _shrunk(box: Box, tissue: NDArray[np.bool_], tissue_px: int) -> Box | None:
-    """The part of a box that holds all its tissue; None where there is none."""
+def _cropped(box: Box, tissue: NDArray[np.bool_], tissue_px: int) -> Box | None:
+    """The smallest part of a box with all its tissue; None where there is none."""
     row, col = box.row0 // tissue_px, box.col0 // tissue_px
     within = tissue[row : -(-box.row1 // tissue_px), col : -(-box.col1 // tissue_px)]
     rows, cols = np.flatnonzero(within.any(axis=1)), np.flatnonzero(within.any(axis=0))
@@ -56,7 +57,7 @@ def _shrunk(box: Box, tissue: NDArray[np.bool_], tissue_px: int) -> Box | None:
 
 
 def bounds(region: shapely.Geometry, box: Box) -> Box | None:
-    """The part of a box that holds all that is of a region in it; None where nothing is."""
+    """The smallest part of a box with all its part of a region; None where there is none."""
     part = shapely.clip_by_rect(region, box.col0, box.row0, box.col1, box.row1)
     if not part.area:
         return None
@@ -65,5 +66,6 @@ def bounds(region: shapely.Geometry, box: Box) -> Box | None:
 
 
 def _cuts(length: int, tile_px: int) -> list[int]:
+    """The edges of equal parts of [0, length), of at most ``tile_px`` each."""
     count = -(-length // tile_px)
     return [i * length // count for i in range(count + 1)]

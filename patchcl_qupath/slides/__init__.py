@@ -1,1 +1,1 @@
-"""Slides: opened, read at the working resolution, their tissue and stains found."""
+"""Slides: reading at the working resolution, tissue masks, stain vectors and normalisers."""

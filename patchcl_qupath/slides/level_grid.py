@@ -11,14 +11,15 @@ from patchcl_qupath.datatypes import Box
 from patchcl_qupath.slides.pyramid import Level, forget_pyramids, unreadable
 from patchcl_qupath.slides.resample import Axis, Span, mean, sums
 
-BLOCK_PX = 2048  # a whole grid is averaged from blocks of about this side of the level
+BLOCK_PX = 2048  # side, about, of the blocks of a level that a whole grid is averaged from
 
 
 @dataclass(frozen=True, kw_only=True)
 class LevelGrid:
-    """A grid of ``shape`` (rows, cols) whose pixels lie on a level as two axes say.
+    """A grid of ``shape`` (rows, cols) over a pyramid level.
 
-    ``name`` is that of the slide, for error messages.
+    ``rows`` and ``cols`` are the positions of its pixels on the level's axes. ``name`` is that of
+    the slide, for error messages.
     """
 
     name: str
@@ -49,7 +50,7 @@ class LevelGrid:
         )
 
     def read(self, box: Box) -> NDArray[np.uint8]:
-        """The pixels (rows, cols, 3) of a box, from one slice of the level.
+        """The pixels (rows, cols, 3) uint8 of a box, from one slice of the level.
 
         Raises SlideError for damaged pixels.
         """
@@ -58,10 +59,10 @@ class LevelGrid:
         return self._mean(self._sums(rows, cols, source), rows, cols)
 
     def read_whole(self) -> NDArray[np.uint8]:
-        """All pixels (rows, cols, 3), with memory that does not grow with the level.
+        """All pixels (rows, cols, 3) uint8, with memory for one block of the level at a time.
 
-        Blocks of whole chunks are summed one by one, so that no chunk is decoded twice. Raises
-        SlideError for damaged pixels.
+        Blocks are of whole chunks, so that no chunk is decoded twice. Raises SlideError for damaged
+        pixels.
         """
         height, width = self.shape
         total = np.zeros((height, width, 3), dtype=np.int64)
@@ -75,7 +76,7 @@ class LevelGrid:
         return self._mean(total, (0, height), (0, width))
 
     def _sums(self, rows: Span, cols: Span, source: tuple[Span, Span]) -> NDArray[np.integer]:
-        """Level px of ``source`` (rows, cols) summed into grid px (h, w, 3)."""
+        """The sums (h, w, 3) over grid px ``rows`` and ``cols`` of level px ``source``."""
         try:  # decoders raise anything
             pixels = np.asarray(self.level.pixels[slice(*source[0]), slice(*source[1])])[..., :3]
         except Exception as error:
@@ -88,7 +89,7 @@ class LevelGrid:
 
 
 def _blocks(span: Span, chunk: int) -> list[Span]:
-    """A span of the level in pieces of whole chunks, of about BLOCK_PX each."""
+    """A span of level px cut at chunk borders into blocks of about BLOCK_PX."""
     start, stop = span
     step = chunk * max(1, BLOCK_PX // chunk)
     firsts = range(start // step * step, stop, step)

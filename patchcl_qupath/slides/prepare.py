@@ -1,4 +1,4 @@
-"""Images made ready: opened, their tissue found, their stain range known; crops to learn from."""
+"""Prepared images, with tissue mask and stain normaliser; random tissue crops for training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import ImageEntry, StainVectors, level0_to_grid
 from patchcl_qupath.errors import ImageError, TrainingError
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.slides.stains import StainNormaliser, to_measure
+from patchcl_qupath.slides.stains import StainNormaliser, stains_to_measure
 from patchcl_qupath.slides.tissue import (
     check_brightfield,
     sample_boxes,
@@ -25,32 +25,35 @@ from patchcl_qupath.slides.tissue import (
 from patchcl_qupath.storage.files import digest
 from patchcl_qupath.storage.records import file_signature, to_plain
 
-_NORMALISER_CROPS = 24  # crops that the stain range is taken from
+_NORMALISER_CROPS = 24  # crops that the normaliser is fitted to
 _NORMALISER_CROP_PX = 256
-_FORM = 2  # of what is kept of a finished tile
+_TILE_FORMAT = 2  # version of the content of a finished tile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreparedImage:
-    """An image that is ready to be learnt from or segmented."""
+    """An image that is ready to be trained on or segmented.
+
+    ``tissue`` (h, w) is its mask, whose px are ``tissue_px`` working px wide. ``normaliser`` is
+    fitted to all tissue, in the analysis region or not; None where there is no tissue. ``region``
+    is the analysis region on the working grid; None for the whole image. ``stains`` are measured.
+    """
 
     id: str
     slide: Slide
-    tissue: NDArray[np.bool_]  # (h, w); a pixel is tissue_px working pixels wide
+    tissue: NDArray[np.bool_]
     tissue_px: int
-    normaliser: (
-        StainNormaliser | None
-    )  # of all tissue, in the region or not; None where there is none
-    region: shapely.Geometry | None  # on the working grid; None: the whole image
-    stains: StainVectors  # that are measured
+    normaliser: StainNormaliser | None
+    region: shapely.Geometry | None
+    stains: StainVectors
 
     def tissue_mm2(self, region: shapely.Geometry | None = None) -> float:
-        """Area of the tissue in a region (level 0), or in all that is to be segmented."""
+        """Area of the tissue in a region (level 0), or in the analysis region, in mm²."""
         part = self.region if region is None else on_grid(region, self.slide)
         return tissue_area_px(self.tissue, self.tissue_px, part) * self.slide.mpp**2 / 1e6
 
     def crops(self, n: int, side_px: int, seed: int) -> Iterator[NDArray[np.uint8]]:
-        """``n`` random tissue crops (side_px, side_px, 3), or as small as the image is."""
+        """``n`` random tissue crops (side_px, side_px, 3), smaller where the image is."""
         rng, shape = np.random.default_rng(seed), self.slide.shape
         for box in sample_boxes(self.tissue, self.tissue_px, shape, side_px, n, rng):
             yield self.slide.read(box)
@@ -58,13 +61,14 @@ class PreparedImage:
     def fingerprint(self) -> dict[str, Any]:
         """What the nuclei of a tile depend on, beside model and settings: pixels and their frame.
 
-        Not the path: a project that was moved keeps its finished tiles.
+        The path is not part of it: a project that was moved keeps its finished tiles.
         """
-        facts = asdict(self.slide) | {"path": None, "name": None}
         region = None if self.region is None else digest(shapely.to_wkb(self.region, hex=True))
         return {
-            **facts,
-            "form": _FORM,
+            **asdict(self.slide),
+            "path": None,
+            "name": None,
+            "form": _TILE_FORMAT,
             **to_plain(file_signature(self.slide.path)),
             "region": region,
             "stains": asdict(self.stains),
@@ -72,27 +76,32 @@ class PreparedImage:
 
 
 def prepare(entry: ImageEntry, config: Config) -> PreparedImage:
-    """Open an image, find its tissue, and take its stain range from random crops of it.
+    """Open an image, find its tissue, and fit its stain normaliser to random crops of it.
 
-    Raises ImageError.
+    Raises ImageError for an image that cannot be used.
     """
     slide = Slide.open(entry, config.slide.mpp)
     px = slide.thumbnail_px(config.slide.tissue_mpp)
     thumbnail = slide.thumbnail(config.slide.tissue_mpp)
     check_brightfield(thumbnail, entry.name)
     tissue = tissue_mask(thumbnail, px * slide.mpp, config.slide.min_tissue_um2)
-    stains = to_measure(entry.stains, config.slide.stain)
-    image = PreparedImage(entry.id, slide, tissue, px, None, _region(entry, slide), stains)
+    image = PreparedImage(
+        id=entry.id,
+        slide=slide,
+        tissue=tissue,
+        tissue_px=px,
+        normaliser=None,
+        region=_region(entry, slide),
+        stains=stains_to_measure(entry.stains, config.slide.stain),
+    )
     if not tissue.any():
         return image
-    return replace(
-        image,
-        normaliser=StainNormaliser.fit(image.crops(_NORMALISER_CROPS, _NORMALISER_CROP_PX, seed=0)),
-    )
+    crops = image.crops(_NORMALISER_CROPS, _NORMALISER_CROP_PX, seed=0)
+    return replace(image, normaliser=StainNormaliser.fit(crops))
 
 
 def _region(entry: ImageEntry, slide: Slide) -> shapely.Geometry | None:
-    """An image's regions as one geometry on the working grid, clipped to it."""
+    """An image's analysis regions as one geometry on the working grid, clipped to it."""
     if not entry.regions:
         return None
     region = on_grid(shapely.union_all(entry.regions), slide)
@@ -105,7 +114,7 @@ def _region(entry: ImageEntry, slide: Slide) -> shapely.Geometry | None:
 
 
 def on_grid(geometry: shapely.Geometry, slide: Slide) -> shapely.Geometry:
-    """Level 0 to the working grid, clipped to it."""
+    """A geometry from level 0 to the working grid, clipped to it."""
     rows, cols = slide.shape
     return level0_to_grid(geometry, slide.downsample) & shapely.box(0, 0, cols, rows)
 
@@ -114,8 +123,8 @@ def on_grid(geometry: shapely.Geometry, slide: Slide) -> shapely.Geometry:
 class TrainingCrops:
     """Random tissue crops of several slides; the three tuples have one item for each crop.
 
-    ``images`` are RGB (H, W, 3); ``normalisers`` those of each crop's slide; ``slides`` the id of
-    its image in the project, by which crops of one slide are known.
+    ``images`` are RGB (H, W, 3); ``normalisers`` those of each crop's slide; ``slides`` the ids of
+    these in the project: equal for crops of one slide, and for these alone.
     """
 
     images: tuple[NDArray[np.uint8], ...]
@@ -144,7 +153,7 @@ def training_crops(
     for i in np.random.default_rng(settings.seed).permutation(len(entries)):
         if used == wanted:
             break
-        progress("reading crops to learn from", used, wanted)
+        progress("reading training crops", used, wanted)
         try:
             image = prepare(entries[i], config)
             if image.normaliser is None:
@@ -157,7 +166,7 @@ def training_crops(
         images += new
         normalisers += [image.normaliser] * len(new)
         slides += [image.id] * len(new)
-    progress("reading crops to learn from", used, used)
+    progress("reading training crops", used, used)
     if not images:
-        raise TrainingError("no image to learn from: " + "; ".join(problems[:5]))
+        raise TrainingError("no image to train on: " + "; ".join(problems[:5]))
     return TrainingCrops(tuple(images), tuple(normalisers), tuple(slides))

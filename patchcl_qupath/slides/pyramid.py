@@ -38,7 +38,7 @@ class Level:
 
 @dataclass(frozen=True, eq=False)
 class Pyramid:
-    """An open image: its levels, finest first, and what its metadata say in level-0 px."""
+    """An open image: its levels, finest first; pixel size in µm and bounds in level-0 px."""
 
     levels: list[Level]
     mpp: tuple[float, ...] | None = None  # x, y
@@ -58,9 +58,10 @@ _opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
 
 def open_pyramid(path: Path) -> Pyramid:
-    """The open file of a path: one per process, which its threads share. May raise anything.
+    """The open file of a path: one per process, shared by its threads. May raise any exception.
 
-    A file that was replaced is opened anew, and one that is gone raises: workers live for long.
+    A file that was replaced is opened again, and one that was removed raises: workers are
+    long-lived.
     """
     stat = path.stat()
     with _opening:
@@ -68,13 +69,13 @@ def open_pyramid(path: Path) -> Pyramid:
 
 
 def forget_pyramids() -> None:
-    """Open files anew when they are next read: after an error of the network, say."""
+    """Open files again when they are next read, as after a network error."""
     with _opening:
         _open.cache_clear()
 
 
 def unreadable(name: str, error: Exception) -> SlideError:
-    """What to tell a person of a file that cannot be opened or decoded."""
+    """The error, with advice, for a file that cannot be opened or decoded."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return SlideError(
         f"{name} cannot be read ({reason}): if QuPath shows it, export it as OME-TIFF (rendered "
@@ -95,7 +96,7 @@ def _open(path: Path, version: tuple[int, ...]) -> Pyramid:
             raise ValueError("Leica SCN and Ventana BIF hold several overlapping parts")
         group = _zarr_group(slide)
         arrays = [group[str(level)] for level in range(slide.level_count)]
-        # Threads may still read when the cache lets go of a file: the last reader closes it.
+        # Threads may still read when a file is dropped from the cache: the last reader closes it.
         weakref.finalize(group.store, slide.ts_tifffile.close)
         axes = properties["tiffslide.series-axes"]
         return Pyramid(
@@ -109,7 +110,7 @@ def _open(path: Path, version: tuple[int, ...]) -> Pyramid:
 
 
 def _zarr_group(slide: TiffSlide) -> zarr.Group:
-    """The levels of an open file as arrays that decode what is read of them."""
+    """The levels of an open file, as arrays that are decoded as they are read."""
     # With fewer threads, as tifffile has it below six cores, the chunks of all workers are decoded
     # in the one thread of zarr's event loop, and workers wait for each other. tiffslide reads the
     # variable here, once for each file.
@@ -129,14 +130,14 @@ def _open_with_pillow(path: Path) -> Pyramid:
 
 
 def _level(array: Any, axes: str, level0: Any) -> Level:
-    """One level of a TIFF, decoded at once where it is all one chunk."""
+    """One level of a TIFF; decoded at once where it is a single chunk."""
     if axes != "YXS" or array.dtype != np.uint8 or array.shape[2] not in (3, 4):
         raise ValueError(f"not 8-bit RGB: axes {axes}, {array.dtype}")
     shape, chunk = array.shape[:2], array.chunks[:2]
     if chunk[0] >= shape[0] and chunk[1] >= shape[1]:
         _check_memory(math.prod(shape))
         array, chunk = np.asarray(array[:]), (1, 1)
-    # A level of 62 px under one of 250 is a quarter that was cut, not 1 / 4.03: QuPath, too,
+    # A level of 62 px below one of 250 is a truncated quarter, not 1 / 4.03 of it: QuPath, too,
     # takes the whole number wherever less than one px is missing.
     y, x = (
         whole if abs(n0 / (whole := max(1, round(n0 / n))) - n) < 1 else n0 / n

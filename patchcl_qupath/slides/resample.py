@@ -1,7 +1,7 @@
-"""Area averages of pixels, the same to the last bit wherever they are computed.
+"""Area averages of pixels, the same to the last bit in whichever box they are computed.
 
 Sums are exact integers, over areas whose edges depend on the whole grid alone and never on the
-part of it that is asked for: that is why neighbouring tiles agree on their halo.
+box that is read: that is why neighbouring tiles agree in their halo.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ QUANTA = 256  # a grid edge between two pixels is placed to 1/256 px
 
 @dataclass(frozen=True)
 class Axis:
-    """Where the pixels of a grid lie on one axis of a pyramid level."""
+    """The positions of the pixels of a grid on one axis of a pyramid level."""
 
     scale: float  # level px per grid px
     offset: float  # level px before grid px 0
@@ -35,36 +35,36 @@ class Axis:
         return 1 if self.scale.is_integer() and self.offset.is_integer() else QUANTA
 
     def edges(self, start: int, stop: int) -> NDArray[np.int64]:
-        """(stop - start + 1,) edges of grid px, in quanta: the same from wherever it is asked."""
+        """(stop - start + 1,) edges of grid px, in quanta; an edge is the same in any span."""
         at = self.offset + self.scale * np.arange(start, stop + 1)
         quanta = np.rint(at * self.quanta).astype(np.int64)
         clipped: NDArray[np.int64] = quanta.clip(0, self.size * self.quanta)
         return clipped
 
     def lengths(self, start: int, stop: int) -> NDArray[np.int64]:
-        """(stop - start,) how much of the level each grid px covers, in quanta."""
+        """(stop - start,) lengths of grid px on the level, in quanta."""
         return np.diff(self.edges(start, stop))
 
     def source(self, start: int, stop: int) -> tuple[int, int]:
-        """The level px that grid px [start, stop) touch."""
+        """The span of level px that overlap grid px [start, stop)."""
         edges = self.edges(start, stop)
         return int(edges[0]) // self.quanta, -(-int(edges[-1]) // self.quanta)
 
     def touched(self, start: int, stop: int, count: int) -> tuple[int, int]:
-        """The grid px, of ``count``, that touch level px [start, stop)."""
+        """The span of grid px, of ``count``, that overlap level px [start, stop)."""
         edges = self.edges(0, count) / self.quanta
         first, last = np.searchsorted(edges, start, "right"), np.searchsorted(edges, stop, "left")
         return max(0, int(first) - 1), min(count, int(last))
 
     def begins_whole(self, grid: Span, source: Span) -> bool:
-        """Whether grid px are whole runs of level px, and ``source`` begins with the first."""
+        """Whether grid px are of whole level px, of which ``source`` begins with the first."""
         return self.quanta == 1 and int(self.edges(*grid)[0]) == source[0]
 
     def sums(self, pixels: NDArray[Any], grid: Span, source: Span) -> NDArray[Any]:
-        """Level px ``source`` (m, ...) summed into the px of ``grid`` (n, ...), times quanta."""
+        """Sums (n, ...) over grid px of level px ``source`` (m, ...), weighted by quanta."""
         edges = self.edges(*grid)
         low, high = edges[:-1, None], edges[1:, None]  # (n, 1)
-        px = low // self.quanta + np.arange(math.ceil(self.scale) + 1)  # (n, k) that may overlap
+        px = low // self.quanta + np.arange(math.ceil(self.scale) + 1)  # (n, k) that can overlap
         overlap = np.minimum(high, (px + 1) * self.quanta) - np.maximum(low, px * self.quanta)
         overlap[(overlap < 0) | (px < source[0]) | (px >= source[1])] = 0
         weights = scipy.sparse.csr_array(
@@ -85,16 +85,16 @@ def sums(
     grid: tuple[Span, Span],
     source: tuple[Span, Span],
 ) -> NDArray[Any]:
-    """Level px of ``source`` (m, n, 3) summed into the px of ``grid`` (h, w, 3), times both quanta.
+    """Sums (h, w, 3) over grid px of level px ``source`` (m, n, 3), weighted by quanta.
 
-    ``axes`` are those of rows and columns, and so are the spans.
+    ``axes``, ``grid`` and ``source`` are each of rows and columns.
     """
     if all(map(Axis.begins_whole, axes, grid, source)):
         sides = int(axes[0].scale), int(axes[1].scale)
         if sides == (1, 1):
             return pixels
         shape = grid[0][1] - grid[0][0], grid[1][1] - grid[1][0], pixels.shape[-1]
-        fits = math.prod(sides) <= 256  # sums of as many px, and a half more
+        fits = math.prod(sides) <= 256  # sums of so many px, and half an area to round by
         blocks = np.zeros(shape, np.uint16 if fits else np.int64)
         _add_blocks(np.ascontiguousarray(pixels), *sides, blocks)
         return blocks
@@ -105,15 +105,15 @@ def sums(
 
 @compiled
 def _add_blocks(pixels: NDArray[np.uint8], height: int, width: int, sums: NDArray[Any]) -> None:
-    """Add pixels (m, n, C) to the sums (h, w, C) of blocks; the last blocks may be cut short."""
+    """Add pixels (m, n, C) to the sums (h, w, C) of blocks; the last blocks may be incomplete."""
     rows, cols, colours = pixels.shape
     lines = pixels.reshape(rows, -1)
-    line = np.empty((cols, colours), sums.dtype)  # what a row of blocks has in each column
+    line = np.empty((cols, colours), sums.dtype)  # sums over the rows of a row of blocks
     flat = line.reshape(-1)
     for i in range(len(sums)):
         flat[:] = 0
         for row in range(i * height, min((i + 1) * height, rows)):
-            for k in range(len(flat)):  # one after the other in memory: eight at once
+            for k in range(len(flat)):  # contiguous, so that it is vectorised
                 flat[k] += lines[row, k]
         for first in range(width):
             part = line[first::width]

@@ -1,4 +1,4 @@
-"""Slides: any region, at the working resolution, in one read.
+"""Slides: any box of the working grid in one read.
 
 ``Slide`` holds metadata only, so it is cheap to pickle; each process opens the file when it
 first reads from it.
@@ -19,19 +19,20 @@ from patchcl_qupath.errors import ImageError, SlideError
 from patchcl_qupath.slides.level_grid import LevelGrid
 from patchcl_qupath.slides.pyramid import Pyramid, open_pyramid, unreadable
 
-MPP_RANGE = (0.05, 4.0)  # beyond it a pixel size is an export's dpi, not a microscope's
-SNAP = 0.1  # how far from the requested mpp a whole number of level-0 pixels may be
+MPP_RANGE = (0.05, 4.0)  # µm/px; others are the dpi of an export, not of a microscope
+MPP_TOLERANCE = 0.1  # relative, within which the working grid is made of whole level-0 pixels
 
 Pair = tuple[float, float]  # (x, y)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slide:
     """One image: its size, its pixel size, and reads on its working grid.
 
-    ``size`` (width, height) of level 0, after bounds; ``mpp_level0`` (x, y) um/px there, which
-    ``calibrated`` is QuPath's or the file's, else a user's word; ``downsample`` (x, y) level-0 px
-    per working px. Of the file: ``origin`` (x, y) of the bounds, and ``levels`` (width, height).
+    ``size`` is (width, height) of level 0, without what lies outside of the bounds; ``mpp_level0``
+    (x, y) µm/px there, which is QuPath's or the file's if ``calibrated``, else the fallback;
+    ``downsample`` (x, y) level-0 px per working px. Of the file: ``origin`` (x, y) of the bounds in
+    px, and the size (width, height) of each of its pyramid ``levels``.
     """
 
     name: str
@@ -45,14 +46,14 @@ class Slide:
 
     @classmethod
     def open(cls, entry: ImageEntry, mpp: float = 0.5) -> Slide:
-        """The slide of a project's image, on a grid of about ``mpp`` um/px.
+        """Open an image of a project, with a working grid of about ``mpp`` µm/px.
 
         The pixel size is QuPath's, else the file's, else ``entry.fallback_mpp``. Where a whole
-        number of level-0 pixels is within 10 % of ``mpp``, the grid is made of such blocks
-        (resampling by 1.98 would blur in beats); elsewhere it is exactly ``mpp``.
+        number of level-0 pixels is within 10 % of ``mpp``, working pixels are such blocks
+        (resampling by 1.98 would blur periodically); elsewhere they are of exactly ``mpp``.
 
         Raises ImageError with ``entry.problem``; SlideError for a file that is missing, damaged,
-        not 8-bit RGB, not the one QuPath saved, or without a usable pixel size.
+        not 8-bit RGB, another one than QuPath saved, or without a usable pixel size.
         """
         if entry.problem:
             raise ImageError(entry.problem)
@@ -62,51 +63,60 @@ class Slide:
             )
         try:
             pyramid = open_pyramid(entry.path)
-            # An unknown codec or a damaged file shows up here, not an hour into the run.
+            # An unknown codec or a damaged file raises here, not an hour into the run.
             np.asarray(pyramid.levels[-1].pixels[:1, :1])
         except Exception as error:
             raise unreadable(entry.name, error) from error
         origin, size = _frame(entry, pyramid)
         mpp_level0, calibrated = _pixel_size(entry, pyramid.mpp)
-        downsample = _downsample(mpp, mpp_level0)
-        levels = tuple(level.pixels.shape[1::-1] for level in pyramid.levels)
-        return cls(entry.name, entry.path, size, mpp_level0, downsample, origin, levels, calibrated)
+        return cls(
+            name=entry.name,
+            path=entry.path,
+            size=size,
+            mpp_level0=mpp_level0,
+            downsample=_downsample(mpp, mpp_level0),
+            origin=origin,
+            levels=tuple(level.pixels.shape[1::-1] for level in pyramid.levels),
+            calibrated=calibrated,
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, cols) of the working grid; a part of a pixel at the far edges is left out."""
+        """(rows, cols) of the working grid; partial pixels at the far edges are left out."""
         (width, height), (x, y) = self.size, self.downsample
         return max(1, math.floor(height / y)), max(1, math.floor(width / x))
 
     @property
     def mpp(self) -> float:
-        """um per working px; its square is the area of a working px in um^2."""
+        """µm per working px; its square is the area of a working px in µm²."""
         return math.sqrt(math.prod(self.grid_mpp))
 
     @property
     def grid_mpp(self) -> Pair:
-        """um per working px, (x, y)."""
+        """µm per working px, (x, y)."""
         (x, y), (down_x, down_y) = self.mpp_level0, self.downsample
         return x * down_x, y * down_y
 
     def read(self, box: Box) -> NDArray[np.uint8]:
-        """The pixels (rows, cols, 3) of a box of the working grid, area-averaged.
+        """The area-averaged pixels (rows, cols, 3) uint8 of a box of the working grid.
 
-        One slice of the coarsest pyramid level that is fine enough, so no chunk is decoded twice.
+        Reads one slice of the coarsest pyramid level that is fine enough: no chunk is decoded
+        twice.
         Raises SlideError for damaged pixels.
         """
         assert box == box.grow(0, self.shape), (box, self.shape)
         return self._grid(self.shape, self.downsample).read(box)
 
     def thumbnail_px(self, mpp: float) -> int:
-        """Working px per thumbnail px: the whole number nearest to ``mpp`` um."""
+        """Working px per thumbnail px: the whole number nearest to ``mpp`` µm."""
         return max(1, round(mpp / self.mpp))
 
     def thumbnail(self, mpp: float) -> NDArray[np.uint8]:
-        """The whole image (h, w, 3) at about ``mpp`` um/px, area-averaged.
+        """The area-averaged pixels (h, w, 3) uint8 of the whole image at about ``mpp`` µm/px.
 
         A thumbnail px is ``thumbnail_px(mpp)`` working px wide and high, so (h, w) is ``shape``
-        over that, rounded up. Memory does not grow with the slide, nor is a chunk decoded twice.
+        divided by that and rounded up. Memory use is independent of the size of the slide, and no
+        chunk is decoded twice.
         Raises SlideError for damaged pixels.
         """
         px = self.thumbnail_px(mpp)
@@ -133,7 +143,7 @@ class Slide:
 def _frame(entry: ImageEntry, pyramid: Pyramid) -> tuple[tuple[int, int], tuple[int, int]]:
     """Origin (x, y) in the file, and size (width, height), of the image as QuPath shows it.
 
-    QuPath crops what OpenSlide reads to the slide's bounds, and saved the size that resulted.
+    QuPath crops images that OpenSlide reads to the slide's bounds, and saves the resulting size.
     """
     rows, cols = pyramid.levels[0].pixels.shape[:2]
     frames = [((0, 0), (cols, rows))]
@@ -152,8 +162,10 @@ def _frame(entry: ImageEntry, pyramid: Pyramid) -> tuple[tuple[int, int], tuple[
 
 
 def _pixel_size(entry: ImageEntry, file_mpp: tuple[float, ...] | None) -> tuple[Pair, bool]:
-    """(x, y) um/px at level 0, the first usable of QuPath's, the file's and the user's; and
-    whether it was not the user's."""
+    """(x, y) µm/px at level 0, and whether it is calibrated: QuPath's or the file's.
+
+    The first usable one of QuPath's, the file's and the fallback.
+    """
     known = [mpp for mpp in (entry.mpp, file_mpp) if mpp is not None]
     for x, y in known:
         if _usable(x) and _usable(y):
@@ -161,7 +173,7 @@ def _pixel_size(entry: ImageEntry, file_mpp: tuple[float, ...] | None) -> tuple[
     fallback = entry.fallback_mpp
     if fallback is not None and _usable(fallback):
         return (fallback, fallback), False
-    found = f"a pixel size of {known[0][0]:.4g} um, which cannot be" if known else "no pixel size"
+    found = f"a pixel size of {known[0][0]:.4g} µm, which cannot be" if known else "no pixel size"
     raise SlideError(
         f"{entry.name} has {found}: set it in QuPath (Image tab, double-click 'Pixel width'), "
         "or pass --mpp 0.25"
@@ -175,11 +187,14 @@ def _usable(mpp: float) -> bool:
 def _downsample(mpp: float, mpp_level0: Pair) -> Pair:
     """(x, y) level-0 px per working px."""
     x, y = mpp_level0
-    if abs(x - y) < 0.02 * x:  # square but for calibration: blocks stay square
+    if abs(x - y) < 0.02 * x:  # square but for the error of calibration: blocks stay square
         x = y = math.sqrt(x * y)
     return _factor(mpp, x), _factor(mpp, y)
 
 
 def _factor(mpp: float, mpp_level0: float) -> float:
+    """Level-0 px per working px on one axis."""
     whole = max(1, round(mpp / mpp_level0))
-    return float(whole) if abs(whole * mpp_level0 - mpp) <= SNAP * mpp else mpp / mpp_level0
+    if abs(whole * mpp_level0 - mpp) <= MPP_TOLERANCE * mpp:
+        return float(whole)
+    return mpp / mpp_level0

@@ -1,7 +1,7 @@
-"""From RGB to stains: optical density, colour deconvolution, and one scale per slide.
+"""From RGB to stains: optical density, colour deconvolution, and a normaliser for each slide.
 
-Everything here works pixel by pixel through a 256-entry table and plain sums, so that a pixel
-has the same value, to the last bit, in whichever tile it is read.
+All functions work pixel by pixel, by a table of 256 entries and plain sums, so that a pixel has
+the same value, to the last bit, in whichever tile it is read.
 
 A. C. Ruifrok, D. A. Johnston, Quantification of histochemical staining by color deconvolution,
 Anal Quant Cytol Histol 23 (2001).
@@ -17,27 +17,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchcl_qupath.compiled import compiled
-from patchcl_qupath.datatypes import StainVectors
+from patchcl_qupath.config import NetworkInput, StainChoice
+from patchcl_qupath.datatypes import StainKind, StainVectors
 
-# QuPath's defaults, which are measured where an image has no stains of its own.
+# QuPath's defaults, which are measured where an image has no stain vectors of its own.
 _HEMATOXYLIN, _EOSIN, _DAB = (
     (0.65111, 0.70119, 0.29049),
     (0.2159, 0.8012, 0.5581),
     (0.26917, 0.56824, 0.77759),
 )
-H_E = StainVectors("h-e", ("Hematoxylin", "Eosin"), (_HEMATOXYLIN, _EOSIN))
-H_DAB = StainVectors("h-dab", ("Hematoxylin", "DAB"), (_HEMATOXYLIN, _DAB))
-# Ruifrok & Johnston's hematoxylin, eosin and DAB: what the networks see. Rows are stains.
+H_E = StainVectors(
+    kind=StainKind.H_E,
+    names=("Hematoxylin", "Eosin"),
+    vectors=(_HEMATOXYLIN, _EOSIN),
+)
+H_DAB = StainVectors(
+    kind=StainKind.H_DAB,
+    names=("Hematoxylin", "DAB"),
+    vectors=(_HEMATOXYLIN, _DAB),
+)
+# Hematoxylin, eosin and DAB of Ruifrok & Johnston, for the input of networks. Rows are stains.
 RUIFROK_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 _LEVELS = np.arange(256, dtype=np.float64)
-_OD_NETWORK = np.maximum(0, -np.log(np.maximum(_LEVELS, 1) / 245))  # glass is seldom whiter
+_OD_NETWORK = np.maximum(0, -np.log(np.maximum(_LEVELS, 1) / 245))  # glass is seldom brighter
 
 
 def _unmixing(stains: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(3, 3) matrix that turns a row of optical densities into a row of stain amounts.
+    """The (3, 3) matrix from a row of optical densities to a row of stain amounts.
 
-    ``stains`` (2 or 3, 3); beside two the third is QuPath's residual, their cross product.
+    ``stains`` is (2 or 3, 3); to two, QuPath's residual is added, their cross product.
     """
     rows = stains / np.linalg.norm(stains, axis=1, keepdims=True)
     if len(rows) == 2:
@@ -47,9 +56,9 @@ def _unmixing(stains: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _tables(stains: NDArray[np.float64], density: NDArray[np.float64]) -> NDArray[np.float32]:
-    """(3 colours, 256 levels, 3 stains): what each colour level adds to each stain.
+    """(3 colours, 256 levels, 3 stains): the contribution of each level to each stain.
 
-    ``density`` (256,), or (3, 256) where colours differ, is the optical density of the levels.
+    ``density`` is the optical density of the levels: (256,), or (3, 256) where colours differ.
     """
     return (density[..., None] * _unmixing(stains)[:, None, :]).astype(np.float32)
 
@@ -57,7 +66,7 @@ def _tables(stains: NDArray[np.float64], density: NDArray[np.float64]) -> NDArra
 @cache
 def _measured(stains: StainVectors) -> NDArray[np.float32]:
     background = np.array(stains.background)[:, None]
-    # As in QuPath: what is brighter than the background has no density.
+    # As in QuPath, pixels brighter than the background have no density.
     density = np.maximum(0, -np.log10(np.maximum(_LEVELS, 1) / background))  # (3, 256)
     return _tables(np.array(stains.vectors), density)
 
@@ -67,7 +76,7 @@ _HED_TABLES = _tables(RUIFROK_HED, _OD_NETWORK)
 
 @compiled
 def _unmix(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.float32]:
-    """RGB (N, 3) to the stains of the tables, (S, N)."""
+    """From RGB (N, 3) to the stains of the tables, (S, N)."""
     planes = np.empty((tables.shape[-1], len(rgb)), np.float32)
     for stain in range(len(planes)):
         for pixel in range(len(rgb)):
@@ -77,36 +86,35 @@ def _unmix(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.fl
 
 
 def _planes(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.float32]:
-    """RGB (..., 3) to the stains of the tables, (S, ...)."""
+    """From RGB (..., 3) to the stains of the tables, (S, ...)."""
     return _unmix(rgb.reshape(-1, 3), tables).reshape(-1, *rgb.shape[:-1])
 
 
 def densities(rgb: NDArray[np.uint8], stains: StainVectors = H_E) -> dict[str, NDArray[np.float32]]:
-    """RGB (..., 3) to the optical density (...) of each stain, by QuPath's name of it."""
+    """From RGB (..., 3) to the optical density (...) of each stain, by its name in QuPath."""
     planes = _planes(rgb, _measured(stains)[..., : len(stains.names)])
     return dict(zip(stains.names, planes, strict=True))
 
 
 def hematoxylin(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """RGB (..., 3) to the optical density (...) of hematoxylin, by QuPath's default vector."""
+    """From RGB (..., 3) to the optical density (...) of hematoxylin, QuPath's default vector."""
     return np.asarray(_planes(rgb, _measured(H_E)[..., :1])[0])
 
 
-def to_measure(own: StainVectors | None, asked: str) -> StainVectors:
-    """The stains to measure: an image's own, unless others were asked for.
+def stains_to_measure(own: StainVectors | None, choice: StainChoice) -> StainVectors:
+    """The stains to measure: an image's own, unless the settings choose others.
 
-    ``asked`` is "auto", "h-e" or "h-dab". The last two are an image's own if these are of that
-    kind, else QuPath's defaults.
+    Those of the kind of the image's own are its own, too; else they are QuPath's defaults.
     """
-    if own is not None and asked in ("auto", own.kind):
+    if own is not None and (choice is StainChoice.AUTO or StainKind(choice) is own.kind):
         return own
-    return H_DAB if asked == "h-dab" else H_E
+    return H_DAB if choice is StainChoice.H_DAB else H_E
 
 
-def known(stains: StainVectors) -> StainVectors:
-    """Stains; QuPath's defaults as they are here, which QuPath itself rounds a little otherwise.
+def without_rounding(stains: StainVectors) -> StainVectors:
+    """Stains; QuPath's defaults, which it rounds when it saves them, become ours to the last bit.
 
-    So an image has the same measurements, and keeps its finished tiles, once its type is set.
+    So an image keeps its measurements and its finished tiles when its type is set in QuPath.
     """
     for default in (H_E, H_DAB):
         if (stains.names, stains.background) == (default.names, default.background) and (
@@ -117,7 +125,7 @@ def known(stains: StainVectors) -> StainVectors:
 
 
 def flaw(stains: StainVectors) -> str | None:
-    """Why stains cannot be told apart; None if they can."""
+    """Why colour deconvolution with these stain vectors is impossible; None if it is not."""
     vectors, length = np.array(stains.vectors), np.linalg.norm(stains.vectors, axis=1)
     if len(stains.names) not in (2, 3):
         return "it has not two or three stains"
@@ -133,7 +141,7 @@ def flaw(stains: StainVectors) -> str | None:
 
 
 def unmix_hed(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """RGB (..., 3) to hematoxylin, eosin, residual (..., 3): unscaled input of the networks.
+    """From RGB (..., 3) to hematoxylin, eosin, residual (..., 3), not normalised.
 
     Each stain is contiguous in memory.
     """
@@ -142,9 +150,9 @@ def unmix_hed(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 _LEAST_APART = 0.02  # smallest singular value of unit vectors: 1.6 degrees between two
 
-# A slide without nuclei has no hematoxylin to speak of: its noise must not be scaled up until it
-# looks like some. In 31 real H&E images hematoxylin ranges from -0.26 to 0.07 at its lowest to 0.74
-# and more at its highest; red cells alone can pull the lowest down.
+# A slide without nuclei has hardly any hematoxylin: its noise must not be scaled up to the range of
+# a stain. In 31 H&E images the 2nd percentile of hematoxylin is between -0.26 and 0.07, the 99th is
+# 0.74 or more; red blood cells alone can lower the former.
 _LEAST_LOW = np.array([-0.25, -np.inf, -np.inf])
 _LEAST_HIGH = np.array([0.6, -np.inf, -np.inf])
 _LEAST_RANGE = 0.15
@@ -152,9 +160,9 @@ _LEAST_RANGE = 0.15
 
 @dataclass(frozen=True)
 class StainNormaliser:
-    """One slide's stain range: what the networks need to see slides of any stain alike.
+    """The percentile stain normaliser of one slide: the range of each stain, scaled to [0, 1].
 
-    It belongs to the slide, never to a tile: neighbouring tiles must agree on their halo.
+    It is fitted to a slide, never to a tile: neighbouring tiles must agree in their halo.
     """
 
     low: tuple[float, float, float]
@@ -162,7 +170,7 @@ class StainNormaliser:
 
     @classmethod
     def fit(cls, crops: Iterable[NDArray[np.uint8]]) -> StainNormaliser:
-        """From tissue crops (H, W, 3) of one slide: the 2nd and 99th percentile of each stain."""
+        """Fit to tissue crops (H, W, 3) of one slide: the 2nd and 99th percentile of each stain."""
         pixels = np.concatenate([unmix_hed(crop).reshape(-1, 3) for crop in crops])
         low, high = np.percentile(pixels, [2, 99], axis=0)
         low, high = np.maximum(low, _LEAST_LOW), np.maximum(high, _LEAST_HIGH)
@@ -170,7 +178,7 @@ class StainNormaliser:
         return cls(tuple(low.tolist()), tuple(high.tolist()))
 
     def apply(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """RGB (..., 3) to scaled hematoxylin, eosin, residual (..., 3) in [-0.2, 1.3]."""
+        """From RGB (..., 3) to normalised hematoxylin, eosin, residual (..., 3) in [-0.2, 1.3]."""
         low = np.asarray(self.low, dtype=np.float32)
         span = np.asarray(self.high, dtype=np.float32) - low
         stains = unmix_hed(rgb)
@@ -178,6 +186,8 @@ class StainNormaliser:
         stains /= span
         return np.clip(stains, -0.2, 1.3, out=stains)
 
-    def network_input(self, rgb: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
-        """RGB (..., 3) as a network takes it: its scaled "stains", or "rgb" in [0, 1]."""
-        return self.apply(rgb) if kind == "stains" else np.asarray(rgb / 255, np.float32)
+    def network_input(self, rgb: NDArray[np.uint8], kind: NetworkInput) -> NDArray[np.float32]:
+        """RGB (..., 3) as the input of a network: normalised stains, or RGB in [0, 1]."""
+        if kind == NetworkInput.STAINS:
+            return self.apply(rgb)
+        return np.asarray(rgb / 255, np.float32)

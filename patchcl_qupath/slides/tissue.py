@@ -1,4 +1,4 @@
-"""Where there is tissue, and the tiles that cover it."""
+"""Tissue masks: which pixels of a thumbnail show tissue, and random boxes around them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from skimage.morphology import remove_small_holes, remove_small_objects
 from patchcl_qupath.datatypes import Box
 from patchcl_qupath.errors import ImageError
 
-# Fixed thresholds on optical density, not Otsu's: Otsu finds tissue on blank glass, too.
-MIN_COLOUR = 0.03  # stain: the densest channel over the clearest; grey dirt and shade have none
-MIN_DENSITY = 0.12  # mean of the channels; dark without a colour is tissue, too (folds, pigment)
-MIN_WHITE = 230  # glass is at least this bright: the palest stroma of a crop is not its glass
-MAX_VOID = 10  # darker in all channels: the scanner wrote nothing here
-MIN_LIGHT = 15  # of the dimmest channel: H&E lets all colours through, fluorescence is black
-CLOSE_UM = 24.0  # gaps in fat and loose stroma
-GROW_UM = 16.0  # nuclei on the border stay whole
-AREA_SAMPLES = 250_000  # points, about, that the area of tissue in a region is measured with
+# Fixed thresholds on optical density, not Otsu's: Otsu's finds tissue on blank glass, too.
+MIN_COLOUR = 0.03  # densest minus clearest channel, of stain; grey dirt and shade have no colour
+MIN_DENSITY = 0.12  # mean of the channels, of tissue without a colour (folds, pigment)
+MIN_WHITE = 230  # intensity of glass at least: the palest stroma of a crop is not its glass
+MAX_VOID = 10  # intensity in all channels where the scanner wrote nothing
+MIN_LIGHT = 15  # intensity of the darkest channel of H&E at least; fluorescence is black
+CLOSE_UM = 24.0  # radius that closes gaps in fat and loose stroma
+GROW_UM = 16.0  # radius that keeps nuclei on the border whole
+AREA_SAMPLES = 250_000  # points, about, at which the area of tissue in a region is sampled
 
 
 def check_brightfield(thumbnail: NDArray[np.uint8], name: str) -> None:
-    """Raise ImageError for a thumbnail (h, w, 3) that light did not shine through."""
+    """Raise ImageError for a thumbnail (h, w, 3) that is not of brightfield microscopy."""
     lit = thumbnail[thumbnail.max(axis=2) > 0]
     if lit.size == 0 or np.median(lit.min(axis=1)) < MIN_LIGHT:
         raise ImageError(
@@ -37,10 +37,11 @@ def check_brightfield(thumbnail: NDArray[np.uint8], name: str) -> None:
 def tissue_mask(
     thumbnail: NDArray[np.uint8], mpp: float, min_tissue_um2: float = 20_000.0
 ) -> NDArray[np.bool_]:
-    """True (h, w) where a thumbnail (h, w, 3) of ``mpp`` um/px shows tissue, not glass.
+    """The tissue mask (h, w) of a thumbnail (h, w, 3) of ``mpp`` µm/px.
 
-    Specks below ``min_tissue_um2`` (of an image smaller than that: below a twentieth of it) are
-    dropped and holes below it filled; what remains is grown a little. Scanner voids are glass.
+    Gaps of up to 48 µm are closed. Specks smaller than ``min_tissue_um2``, or than a twentieth of
+    the image if that is less, are dropped, and holes smaller than that filled. The rest is dilated
+    by 16 µm. Voids of the scanner are no tissue.
     """
     void = thumbnail.max(axis=2) <= MAX_VOID  # (h, w)
     if void.all():
@@ -51,7 +52,7 @@ def tissue_mask(
     tissue = ((colour > MIN_COLOUR) | (density.mean(axis=2) > MIN_DENSITY)) & ~void
     tissue = ~_dilated(~_dilated(tissue, CLOSE_UM / mpp), CLOSE_UM / mpp)
     smallest_px = min(min_tissue_um2 / mpp**2, tissue.size / 20)
-    speck_px = max(0, math.ceil(smallest_px) - 1)  # the largest that is dropped
+    speck_px = max(0, math.ceil(smallest_px) - 1)  # size of the largest that is dropped
     tissue = remove_small_objects(tissue, max_size=speck_px)
     tissue = remove_small_holes(tissue, max_size=speck_px)
     return np.asarray(_dilated(tissue, GROW_UM / mpp) & ~void)
@@ -59,8 +60,9 @@ def tissue_mask(
 
 def _dilated(mask: NDArray[np.bool_], radius_px: float) -> NDArray[np.bool_]:
     """The mask dilated by a disc."""
-    # skimage's isotropic_dilation and isotropic_closing invent a pixel beyond the corner of a mask
-    # that has none, such as the glass of a crop that is all tissue.
+    # isotropic_dilation and isotropic_closing of scikit-image do not check this: the distances to
+    # an empty mask, as that of the glass of a crop that is all tissue, are to a pixel beyond a
+    # corner.
     if not mask.any():
         return mask
     return np.asarray(ndimage.distance_transform_edt(~mask) <= radius_px)
@@ -76,8 +78,8 @@ def sample_boxes(
 ) -> list[Box]:
     """``count`` boxes of ``size_px`` a side around random tissue; none where there is no tissue.
 
-    Boxes lie inside the grid of ``shape`` (rows, cols): moved in at its edges, and as small as it
-    where it is smaller.
+    A px of ``tissue`` is ``tissue_px`` working px wide. Boxes lie inside the working grid of
+    ``shape`` (rows, cols): at its edges they are shifted, and where it is smaller, cropped to it.
     """
     pixels = np.argwhere(tissue)  # (n, 2) row, col
     if len(pixels) == 0:
@@ -92,16 +94,16 @@ def sample_boxes(
 def inside(
     tissue: NDArray[np.bool_], tissue_px: int, rows: NDArray[np.int64], cols: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """(n,) whether pixels of the working grid lie on tissue."""
+    """Whether pixels (n,) of the working grid lie on tissue: (n,) bool."""
     return np.asarray(tissue[rows // tissue_px, cols // tissue_px])
 
 
 def inside_region(
     region: shapely.Geometry, box: Box, rows: NDArray[np.int64], cols: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """(n,) whether pixels of a box of the working grid have their middle in a region."""
-    # Points are looked up in an index that GEOS builds in the geometry, which threads share. So
-    # each tile has a geometry of its own, small as well.
+    """Whether the centres of pixels (n,) of a box of the grid lie in a region: (n,) bool."""
+    # GEOS builds an index of points in the geometry, which is not thread-safe. So each tile has a
+    # geometry of its own, which is smaller, too.
     part = shapely.intersection(region, shapely.box(box.col0, box.row0, box.col1, box.row1))
     return np.asarray(shapely.contains_xy(part, cols + 0.5, rows + 0.5))
 
@@ -109,7 +111,7 @@ def inside_region(
 def tissue_area_px(
     tissue: NDArray[np.bool_], tissue_px: int, region: shapely.Geometry | None
 ) -> float:
-    """Working pixels on tissue; with a region, those in it."""
+    """The area of tissue, in a region of the working grid if there is one, in working px."""
     if region is None:
         return float(tissue.sum()) * tissue_px**2
     if not region.area:
@@ -117,7 +119,7 @@ def tissue_area_px(
     x0, y0, x1, y1 = (bound / tissue_px for bound in region.bounds)
     row, col = math.floor(y0), math.floor(x0)
     around = tissue[row : math.ceil(y1), col : math.ceil(x1)]
-    # Sampled at points, many to a pixel of the mask where the region is small.
+    # Sampled at points: many for each px of the mask where the region is small.
     n = int(np.clip(math.sqrt(AREA_SAMPLES / max(1, around.size)), 1, 64))
     rows, cols = np.nonzero(np.kron(around, np.ones((n, n), dtype=bool)))
     x, y = ((cols + 0.5) / n + col) * tissue_px, ((rows + 0.5) / n + row) * tissue_px
