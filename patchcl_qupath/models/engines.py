@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
@@ -16,14 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.models.network import (
     ConfidenceNetwork,
-    ConvBlock,
     NucleusNetwork,
     device,
     folded,
@@ -115,7 +114,7 @@ def _openvino(network: Network, precision: str) -> Engine:
         "ENABLE_CPU_PINNING": False,
     }
     with _STARTING:
-        model = _graph(network)
+        model = _converted(network)
     local = threading.local()
 
     def run(stains: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -129,47 +128,39 @@ def _openvino(network: Network, precision: str) -> Engine:
     return run
 
 
-def _graph(network: Network) -> Any:
-    """A network as OpenVINO sees it, for any height and width."""
-    import openvino
-    from openvino import opset11 as ops
+class _Probabilities(nn.Module):
+    """A network whose output is probabilities."""
 
-    x = stains = ops.parameter([1, 3, -1, -1], np.float32)
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
 
-    def conv(x: Any, layer: nn.Conv2d) -> Any:
-        assert isinstance(layer.padding, tuple)
-        weight = ops.constant(layer.weight.detach().numpy())
-        pads = list(layer.padding)
-        y = ops.convolution(x, weight, list(layer.stride), pads, pads, list(layer.dilation))
-        if layer.bias is None:
-            return y
-        return ops.add(y, ops.constant(layer.bias.detach().numpy().reshape(1, -1, 1, 1)))
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.network(x)
+        return torch.sigmoid(y) if isinstance(self.network, NucleusNetwork) else y
 
-    def block(x: Any, layers: nn.Module) -> Any:
-        for layer in layers.modules():
-            if isinstance(layer, ConvBlock):
-                y = conv(x, layer.conv)
-                x = ops.elu(y, 1.0) if layer.activation is F.elu else ops.relu(y)
-        return x
 
-    def half(x: Any) -> Any:
-        return ops.max_pool(x, [2, 2], [1, 1], [0, 0], [0, 0], [2, 2]).output(0)
+def _converted(network: Network) -> Any:
+    """A network as an OpenVINO model, for one image of any height and width.
 
-    def twice(x: Any) -> Any:
-        scales = ops.constant(np.array([2, 2], np.float32))
-        axes = ops.constant(np.array([2, 3], np.int64))
-        how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-        return ops.interpolate(x, scales, "nearest", "scales", axes=axes, **how)
+    This calls OpenVINO's torch frontend directly. ``openvino.convert_model`` calls it, too, but
+    also reports each conversion to a web service unless the user has opted out, and takes a second.
+    """
+    from openvino import PartialShape, Type
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    if isinstance(network, NucleusNetwork):
-        fine = block(x, network.down)
-        middle = block(half(fine), network.down_middle)
-        coarse = block(half(middle), network.coarse)
-        middle = block(ops.concat([twice(coarse), middle], 1), network.up_middle)
-        y = conv(block(ops.concat([twice(middle), fine], 1), network.up), network.last)
-    else:
-        y = block(x, network.first)
-        for pair in network.blocks:
-            y = ops.add(y, block(y, pair))
-        y = conv(y, network.last)
-    return openvino.Model([ops.sigmoid(y)], [stains], type(network).__name__)
+    example = torch.zeros(1, 3, 8, 8)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the frontend still needs a trace
+        # Checking the trace imports torch.distributed: 0.6 s.
+        traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+            _Probabilities(network), example, check_trace=False
+        )
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    decoder = TorchScriptPythonDecoder(traced, shared_memory=False)  # in use until the end
+    loaded = frontend.load(decoder)
+    (stains,) = loaded.get_inputs()
+    loaded.set_partial_shape(stains, PartialShape([1, 3, -1, -1]))
+    loaded.set_element_type(stains, Type.f32)
+    return frontend.convert(loaded)
