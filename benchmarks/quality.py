@@ -157,14 +157,14 @@ def few_labels(
                 image, corrected(entries[i], image, ground_truth, side, rng)
             )
         alone = replace(start.config.selftrain, steps=start.config.cdcl.steps)
-        network, _ = selftrain.teach(labelled, alone, draw, partial(progress, "labels alone"))
+        trained = selftrain.train_on(labelled, alone, draw, partial(progress, "labels alone"))
         refined = cdcl.refine(start, labelled, unlabelled, progress, draw)
         held_out = [entry for i, entry in enumerate(entries) if i not in chosen]
         ids = {entry.id for entry in held_out}
         images = {
             "label-free": [image for image in without_labels if image.id in ids],
             "labels alone": scored(
-                project, replace(start, network=network), ground_truth, held_out
+                project, replace(start, network=trained.network), ground_truth, held_out
             ),
             "CDCL": scored(project, refined, ground_truth, held_out),
         }

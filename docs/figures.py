@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box, level0_to_grid
 from patchcl_qupath.models import engines
+from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.project import open_project
 from patchcl_qupath.report.thumbnails import draw_contours
@@ -66,7 +67,7 @@ def main() -> None:
     entries = open_project(SAMPLE, backend="files").images()
     image = prepare(entries[0], config)
     crops = training_crops(entries, config, _say)
-    report = partial(_say, "learning nuclei")
+    report = partial(_say, "training PatchCL")
     alone = patchcl.train(crops.images, crops.normalisers, config, report)
     model = selftrain.train(crops.images, crops.normalisers, alone, _say)
     draw(Learnt(image, crops.images, alone, model))
@@ -93,7 +94,7 @@ def channels(learnt: Learnt) -> Image.Image:
     """The four confidences of PatchCL's network; the frame is around the one that is kept."""
     normaliser = learnt.image.normaliser
     assert normaliser is not None
-    run = engines.of("torch", learnt.alone.network, learnt.alone.digest)
+    run = engines.of(EngineKind.TORCH, learnt.alone.network, learnt.alone.digest)
     maps = run(normaliser.network_input(learnt.rgb, learnt.alone.input))  # (C, H, W)
     shown = [_grey(channel) for channel in maps]
     kept = shown[learnt.alone.channel]
@@ -159,7 +160,7 @@ def tiles(learnt: Learnt) -> Image.Image:
     strip = Box(row0, border - wide // 2, row0 + high, border + wide // 2)
     near = Image.fromarray(slide.read(strip)).resize((strip.shape[1] * ZOOM, high * ZOOM))
     pen = ImageDraw.Draw(near)
-    context = TileContext(image, learnt.model, config, "torch")
+    context = TileContext(image, learnt.model, config, EngineKind.TORCH)
     for tile, colour in ((left, NUCLEUS), (right, NONE)):
         found, _, _ = segment_tile(context, tile)
         for polygon in level0_to_grid(found.polygons, slide.downsample):

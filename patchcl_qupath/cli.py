@@ -261,7 +261,7 @@ def train(
         path = project.layout.model(name)
         if as_json:
             console.print_json(
-                {"model": str(path), "digest": model.digest, "training": model.training}
+                {"model": str(path), "digest": model.digest, "training": model.record.training}
             )
         else:
             click.echo(f"Model: {path}\nNext:  patchcl-qp run {project_path} --model {name}")

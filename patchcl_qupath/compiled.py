@@ -1,4 +1,4 @@
-"""Loops over pixels, as fast as they would be in C, and in as many threads as there are workers."""
+"""Compiled loops over pixels (numba), which run in as many threads as there are workers."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ Loop = TypeVar("Loop", bound=Callable[..., object])
 
 
 def compiled(loop: Loop) -> Loop:
-    """A function of arrays and numbers, compiled when it is first called, and kept on disk.
+    """Compile a function of arrays and numbers when it is first called; cached on disk.
 
-    It does not hold Python's lock. Floating point is that of the source, operation by operation, so
-    that every machine and every tile has the same results. A loop calls no other file's: what is
-    kept of it is made anew when its own file changes, and then only.
+    It releases Python's global lock. Floating point is that of the source, operation by operation,
+    so that every machine and every tile has the same results. A loop must not call a loop of
+    another file: its cache is renewed when its own file changes, and only then.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
         fast: Loop = numba.njit(loop, cache=True, **options)
-    except RuntimeError:  # there is no folder that may be written into
+    except RuntimeError:  # there is no folder for the cache that may be written to
         fast = numba.njit(loop, **options)
     return fast
 
 
 @compiled
 def take(values: NDArray[Any], labels: NDArray[np.int32]) -> NDArray[Any]:
-    """The value (N + 1,) of each pixel's label (H, W): ``values[labels]``, in half the time."""
+    """``values[labels]``, in half the time: values (N + 1,) of the labels (H, W) of pixels."""
     taken = np.empty(labels.shape, values.dtype)
     for row in range(labels.shape[0]):
         for col in range(labels.shape[1]):

@@ -57,7 +57,7 @@ def _qupath(folder: Path | None) -> Finding:
 def _engine() -> Finding:
     kind = engines.choose("auto")
     found = f"{kind}, torch {version('torch')}"
-    if kind.startswith("openvino"):
+    if kind.is_openvino:
         return Finding("engine", f"{found}, OpenVINO {version('openvino')}")
     if device().type != "cpu":
         return Finding("engine", found)

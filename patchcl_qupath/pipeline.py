@@ -24,8 +24,8 @@ from patchcl_qupath.execution.outcome import TileProgress, failed_image, note, w
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import Workers
 from patchcl_qupath.models import engines
+from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model
-from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.project import Project
 from patchcl_qupath.report.figures import write_figures, write_preview
 from patchcl_qupath.segmentation.segment_tile import (
@@ -81,7 +81,7 @@ def refine(
     model's own pseudo-labels. Raises ImageError for labels that cannot be trained on, TrainingError
     where there are none, ConfigError for a model of PatchCL alone.
     """
-    if not isinstance(start.network, NucleusNetwork):
+    if not start.network.can_be_refined:
         raise ConfigError(
             "a model of PatchCL alone cannot be refined: train one with "
             'recipe = "selftrain", the default'
@@ -122,7 +122,7 @@ class Run:
             outcome = msgspec.structs.replace(outcome, seconds=time.perf_counter() - began)
             outcomes.append(outcome)
             write_outcomes(
-                self.project.layout, self.id, self.provenance, self.model.training, outcomes
+                self.project.layout, self.id, self.provenance, self.model.record.training, outcomes
             )
             yield outcome
 
@@ -207,7 +207,7 @@ class Run:
         write_figures(layout.figures(id_), segmented, run=result.run)
 
     @cached_property
-    def engine(self) -> str:
+    def engine(self) -> EngineKind:
         """What runs the network: the fastest there is, unless the settings name one."""
         return engines.choose(self.config.engine)
 

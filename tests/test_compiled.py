@@ -1,4 +1,4 @@
-"""Compiled loops: on disk where they can be, and the same numbers as plain Python."""
+"""Compiled loops: cached where that is possible, and equal to plain Python."""
 
 import numpy as np
 from numba.core import caching
@@ -13,14 +13,14 @@ def total(values):
     return result
 
 
-def test_where_no_folder_can_be_written_loops_are_compiled_all_the_same(monkeypatch):
+def test_loops_are_compiled_where_no_cache_can_be_written(monkeypatch):
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     assert compiled(total)(np.array([1.0, 2.5])) == 3.5
 
 
 def test_floating_point_is_that_of_the_source():
     values = np.random.default_rng(0).standard_normal(1000)
-    assert compiled(total)(values) == total(values)  # to the bit: sums are in their order
+    assert compiled(total)(values) == total(values)  # to the bit: sums are in the same order
 
 
 def test_take_is_indexing():

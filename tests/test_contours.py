@@ -1,4 +1,4 @@
-"""Outlines, ownership and measurements, against shapes whose values are known."""
+"""Contours, ownership and measurements, of shapes whose values are known."""
 
 import hashlib
 import uuid
@@ -28,7 +28,7 @@ def disc_labels(shape, centres, radius):
     return labels
 
 
-def test_outlines_have_the_area_and_place_of_their_pixels():
+def test_contours_have_the_area_and_place_of_their_pixels():
     centres = [(20.2, 31.7), (55.5, 90.1), (80, 20)]
     labels = disc_labels((100, 120), centres, 9)
     polygons = trace_contours(labels)
@@ -39,7 +39,7 @@ def test_outlines_have_the_area_and_place_of_their_pixels():
         assert shapely.distance(polygon.centroid, shapely.Point(col, row)) < 0.1
 
 
-def test_outlines_touch_the_image_border_without_leaving_it():
+def test_contours_touch_the_image_border_without_leaving_it():
     labels = np.zeros((30, 40), dtype=np.int32)
     labels[:10, :12] = 1
     labels[20:, 25:] = 2
@@ -49,7 +49,7 @@ def test_outlines_touch_the_image_border_without_leaving_it():
     assert second.bounds[2:] == pytest.approx((40, 30), abs=0.15)
 
 
-def test_neighbours_outlines_do_not_overlap():
+def test_contours_of_neighbours_do_not_overlap():
     labels = np.zeros((40, 40), dtype=np.int32)
     labels[10:30, 10:20] = 1
     labels[10:30, 20:30] = 2
@@ -70,7 +70,7 @@ def test_holes_are_left_out_and_the_largest_piece_is_taken():
 
 
 @pytest.mark.parametrize("block_px", [4, 64])
-def test_footprints_have_every_pixel(monkeypatch, block_px):
+def test_pixel_polygons_have_every_pixel(monkeypatch, block_px):
     monkeypatch.setattr(contours, "_BLOCK_PX", block_px)
     labels = np.zeros((20, 30), dtype=np.uint16)
     labels[2:12, 3:13] = 900
@@ -88,7 +88,7 @@ def test_footprints_have_every_pixel(monkeypatch, block_px):
 
 
 @pytest.mark.parametrize("block_px", [7, 512])
-def test_footprints_of_noise_are_valid_and_exact(monkeypatch, block_px):
+def test_pixel_polygons_of_noise_are_valid_and_exact(monkeypatch, block_px):
     monkeypatch.setattr(contours, "_BLOCK_PX", block_px)
     labels = np.random.default_rng(0).integers(0, 9, (40, 50)) ** 2
     areas = pixel_polygons(labels)
@@ -98,7 +98,7 @@ def test_footprints_of_noise_are_valid_and_exact(monkeypatch, block_px):
     assert not len(pixel_polygons(np.zeros_like(labels)))
 
 
-def test_random_shapes_have_valid_outlines():
+def test_random_shapes_have_valid_contours():
     labels = np.random.default_rng(0).integers(0, 4, (200, 200)).astype(np.int32)
     polygons = trace_contours(labels)
     assert len(polygons) == 3
@@ -111,13 +111,13 @@ def test_labels_with_gaps_are_refused():
         trace_contours(np.full((5, 5), 2, dtype=np.int32))
 
 
-def test_no_labels_no_outlines():
+def test_no_labels_no_contours():
     empty = np.zeros((20, 30), dtype=np.int32)
     tile = Tile(row=0, col=0, read=Box(0, 0, 20, 30), write=Box(0, 0, 20, 30))
     rgb = np.zeros((20, 30, 3), dtype=np.uint8)
     assert len(trace_contours(empty)) == 0
-    nobody = np.zeros(0, dtype=bool)
-    nuclei = nuclei_of_tile(empty, nobody, rgb, np.zeros((20, 30), np.float32), tile, (0.5, 0.5))
+    none = np.zeros(0, dtype=bool)
+    nuclei = nuclei_of_tile(empty, none, rgb, np.zeros((20, 30), np.float32), tile, (0.5, 0.5))
     assert len(nuclei) == 0
     assert len(to_level0(nuclei, (2, 2), "1")) == 0
 
@@ -214,8 +214,8 @@ def test_level0_coordinates_and_uuids():
     assert set(moved.uuids).isdisjoint(to_level0(nuclei, (2, 4), "8").uuids)
 
 
-def test_outline_runs_where_confidence_falls_to_the_threshold():
-    """Discs whose rims lie anywhere between pixels are met to a fraction of one."""
+def test_contours_run_where_confidence_falls_to_the_threshold():
+    """The contours of discs with rims between pixels are exact to a fraction of a pixel."""
     rows, cols = np.mgrid[:60, :60] + 0.5
     for radius in (9.1, 9.35, 9.6, 9.85):
         distance = np.hypot(rows - 30.2, cols - 29.7)
@@ -232,7 +232,7 @@ def test_outline_runs_where_confidence_falls_to_the_threshold():
         assert polygon.is_valid
 
 
-def test_outline_of_touching_nuclei_and_of_the_border_stays_between_pixels():
+def test_contours_at_touching_nuclei_and_at_the_border_stay_between_pixels():
     labels = np.zeros((20, 30), np.int32)
     labels[:, :15], labels[:, 15:] = 1, 2
     confidence = np.where(labels == 1, 0.9, 0.6).astype(np.float32)
@@ -255,6 +255,6 @@ def test_ids_are_uuids_of_version_5():
     found = to_level0(Nuclei(polygons), (1.0, 1.0), "7").uuids
     seed = hashlib.sha256(b"7").digest()
     rounded = shapely.transform(polygons, lambda xy: np.round(xy, 2))
-    for outline, name in zip(shapely.to_wkb(rounded), found, strict=True):
-        digest = hashlib.blake2b(outline, digest_size=16, key=seed).digest()
+    for contour, name in zip(shapely.to_wkb(rounded), found, strict=True):
+        digest = hashlib.blake2b(contour, digest_size=16, key=seed).digest()
         assert name == str(uuid.UUID(bytes=digest, version=5))

@@ -1,3 +1,4 @@
+import json
 import sys
 
 import numpy as np
@@ -7,16 +8,16 @@ from test_network import NORMALISER, random_model, random_network, random_rgb
 
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.models import engines
+from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import confidence
 
-FLOAT32 = "openvino float32"
-BFLOAT16 = "openvino bfloat16"
+TORCH, FLOAT32, BFLOAT16 = EngineKind
 
 
-@pytest.fixture(params=["torch", FLOAT32, BFLOAT16])
+@pytest.fixture(params=EngineKind)
 def engine(request):
     """Each engine that this machine has."""
-    if request.param != "torch":
+    if request.param.is_openvino:
         pytest.importorskip("openvino")
     if request.param == BFLOAT16 and engines.choose("openvino") != BFLOAT16:
         pytest.skip("this CPU does not multiply bfloat16")
@@ -27,7 +28,7 @@ def engine(request):
 def test_openvino_computes_what_torch_does(kind):
     pytest.importorskip("openvino")
     stains = NORMALISER.apply(random_rgb(64, 48))
-    expected = engines.start("torch", random_network(kind))(stains)
+    expected = engines.start(TORCH, random_network(kind))(stains)
     found = engines.start(FLOAT32, random_network(kind))(stains)
     assert found.shape == (4 if kind == "patchcl" else 2, 64, 48)
     assert expected.std() > 0.1
@@ -36,33 +37,33 @@ def test_openvino_computes_what_torch_does(kind):
 
 @pytest.mark.parametrize("kind", ["patchcl", "nucleus"])
 def test_a_tile_has_the_same_confidence_as_the_whole_to_the_bit(kind, engine):
-    if (kind, engine) == ("patchcl", "torch"):
+    if (kind, engine) == ("patchcl", TORCH):
         pytest.skip("may round the other way: test_network.py says how seldom")
     model = random_model(kind)
     whole = random_rgb(300, 258)
     everything = confidence(model, whole, NORMALISER, engine).nucleus
-    reach = model.receptive_radius_px
+    radius = model.receptive_radius_px
     for rows, cols in ((slice(0, 280), slice(8, 220)), (slice(100, 300), slice(40, 258))):
         tile = confidence(model, whole[rows, cols], NORMALISER, engine).nucleus
         inner = np.s_[
-            rows.start and reach : -reach if rows.stop < 300 else None,
-            cols.start and reach : -reach if cols.stop < 258 else None,
+            rows.start and radius : -radius if rows.stop < 300 else None,
+            cols.start and radius : -radius if cols.stop < 258 else None,
         ]
         np.testing.assert_array_equal(tile[inner], everything[rows, cols][inner])
 
 
 @pytest.mark.parametrize("kind", ["patchcl", "nucleus"])
 def test_bands_have_the_same_confidence_as_the_whole_to_the_bit(kind, engine, monkeypatch):
-    if (kind, engine) == ("patchcl", "torch"):
+    if (kind, engine) == ("patchcl", TORCH):
         pytest.skip("may round the other way: test_network.py says how seldom")
     model, whole = random_model(kind), random_rgb(301, 90)
     at_once = confidence(model, whole, NORMALISER, engine)
     heights = []
     started = engines.of(engine, model.network, model.digest)
 
-    def run(seen):
-        heights.append(len(seen))
-        return started(seen)
+    def run(pixels):
+        heights.append(len(pixels))
+        return started(pixels)
 
     monkeypatch.setattr(engines, "of", lambda *_: run)
     monkeypatch.setattr("patchcl_qupath.models.model._BAND_PX", 7000)
@@ -76,14 +77,21 @@ def test_bands_have_the_same_confidence_as_the_whole_to_the_bit(kind, engine, mo
 
 def test_an_engine_is_chosen_by_what_there_is(monkeypatch):
     pytest.importorskip("openvino")
-    assert engines.choose("torch") == "torch"
+    assert engines.choose("torch") is TORCH
     assert engines.choose("openvino") in (FLOAT32, BFLOAT16)
     monkeypatch.setitem(sys.modules, "openvino", None)  # as if it were not installed
-    assert engines.choose("auto") == "torch"
+    assert engines.choose("auto") is TORCH
     with pytest.raises(ConfigError, match="pip install openvino"):
         engines.choose("openvino")
     with pytest.raises(ConfigError, match="install it on all workers"):
         engines.start(FLOAT32, random_network())
+
+
+def test_kinds_of_engine_are_named_as_in_version_0_1():
+    """A run that was stopped resumes only if its engine has the name that it had then."""
+    names = ["torch", "openvino float32", "openvino bfloat16"]
+    assert [str(kind) for kind in EngineKind] == names
+    assert json.loads(json.dumps([*EngineKind])) == names
 
 
 def test_an_engine_is_kept_for_its_model_alone(engine):

@@ -31,7 +31,7 @@ def test_a_disc_is_one_nucleus_with_all_its_pixels():
     assert mismatch.mean() < 0.002
 
 
-def test_touching_discs_are_parted_along_their_waist():
+def test_touching_discs_are_separated_along_their_waist():
     labels = instances(discs((60, 80), [(30, 30, 8), (30, 44, 8)]), MPP, CONFIG)
     assert labels.max() == 2
     assert labels[30, 30] != labels[30, 44]
@@ -53,7 +53,7 @@ def test_labels_have_no_gaps_and_are_4_connected():
     assert np.array_equal(np.unique(labels), np.arange(labels.max() + 1))
 
 
-def test_a_bump_that_is_merged_leaves_no_gap_in_the_labels():
+def test_merged_maxima_leave_no_gap_in_the_labels():
     """Also where no nucleus is too small."""
     rng = np.random.default_rng(1)
     confidence = discs((300, 300), rng.uniform([10, 10, 4], [290, 290, 9], (120, 3)))
@@ -63,8 +63,8 @@ def test_a_bump_that_is_merged_leaves_no_gap_in_the_labels():
     assert np.array_equal(np.unique(labels), np.arange(labels.max() + 1))
 
 
-def test_cores_part_what_depth_does_not():
-    """A bar, and two nuclei in it that only the network tells apart."""
+def test_cores_separate_what_depth_does_not():
+    """A bar, and two nuclei in it that only their cores separate."""
     confidence = np.full((60, 90), 0.1, np.float32)
     confidence[24:36, 20:70] = 0.9
     core = discs(confidence.shape, [(30, 32, 5), (30, 58, 5)])
@@ -75,7 +75,7 @@ def test_cores_part_what_depth_does_not():
     assert ((labels > 0) == (confidence > 0.5)).mean() > 0.998
 
 
-def test_what_has_no_core_is_no_nucleus():
+def test_an_object_without_a_core_is_no_nucleus():
     confidence = discs((60, 120), [(30, 30, 8), (30, 80, 8)])
     labels = instances(confidence, MPP, CONFIG, core=discs(confidence.shape, [(30, 80, 4)]))
     assert labels.max() == 1
@@ -84,7 +84,7 @@ def test_what_has_no_core_is_no_nucleus():
 
 @pytest.mark.parametrize(
     ("radius_px", "is_nucleus"),
-    [(2, False), (4, True), (20, True), (25, False)],  # 3, 13, 314 and 491 um2
+    [(2, False), (4, True), (20, True), (25, False)],  # 3, 13, 314 and 491 µm²
 )
 def test_size_limits(radius_px, is_nucleus):
     labels = instances(discs((120, 120), [(60, 60, radius_px)]), MPP, CONFIG)
@@ -93,8 +93,8 @@ def test_size_limits(radius_px, is_nucleus):
 
 def test_small_holes_are_filled_and_large_ones_stay():
     confidence = discs((120, 60), [(30, 30, 12), (90, 30, 15)])
-    confidence[28:32, 28:32] = 0.1  # 4 um2
-    confidence[84:97, 24:37] = 0.1  # 42 um2
+    confidence[28:32, 28:32] = 0.1  # 4 µm²
+    confidence[84:97, 24:37] = 0.1  # 42 µm²
     labels = instances(confidence, MPP, CONFIG)
     assert labels[30, 30] > 0
     assert labels[90, 30] == 0
@@ -126,7 +126,7 @@ def test_a_nucleus_has_the_same_pixels_wherever_it_lies_in_the_image():
 
 @pytest.mark.parametrize("most", [0.4, 3.0, 7.5, 150.0])
 @pytest.mark.parametrize("shape", [(60, 90), (1, 50), (50, 2)])
-def test_distances_are_exact_as_far_as_they_count(shape, most):
+def test_distances_are_exact_up_to_the_maximum(shape, most):
     mask = np.random.default_rng(3).random(shape) < 0.9
     mask[:, : shape[1] // 2] |= np.arange(shape[1] // 2) > 3  # a large inside
     mask[0, 0] = False
@@ -134,5 +134,5 @@ def test_distances_are_exact_as_far_as_they_count(shape, most):
     np.testing.assert_array_equal(np.minimum(_distance(mask, most), most), np.minimum(exact, most))
 
 
-def test_where_all_is_inside_all_is_far():
+def test_a_mask_without_background_has_no_small_distance():
     assert (_distance(np.ones((40, 50), dtype=bool), 6.0) >= 6).all()

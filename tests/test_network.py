@@ -11,6 +11,7 @@ from patchcl_qupath.errors import ModelError, StorageError
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork, FeatureNetwork, NucleusNetwork, folded
 from patchcl_qupath.slides.stains import StainNormaliser
+from patchcl_qupath.storage.records import CDCLLog, to_plain, training_log
 
 DEFAULT = PatchCLConfig()
 NORMALISER = StainNormaliser((0.0, 0.0, 0.0), (2.0, 1.0, 1.0))
@@ -39,8 +40,38 @@ def random_network(kind="patchcl", config=DEFAULT):
 
 
 def random_model(kind="patchcl", **changes):
-    model = Model(random_network(kind), Config(), 2, inverted=False, threshold=0.5)
+    model = Model(
+        network=random_network(kind), config=Config(), channel=2 if kind == "patchcl" else 0
+    )
     return replace(model, **changes)
+
+
+def patchcl_log(**changes):
+    """The log of a training of one step."""
+    plain = {
+        "steps": 1,
+        "skipped_steps": 0,
+        "converged_at": None,
+        "hematoxylin_correlation": [0.5],
+        "loss": [1.0],
+        "positive_positive": [0.1],
+        "positive_negative": [0.2],
+        "channels": {"crop": "", "confidences": [""], "chosen": 0, "inverted": False},
+    }
+    return training_log(plain | changes)
+
+
+def selftraining_log(**changes):
+    """The log of a training of one step after PatchCL's."""
+    plain = {
+        "patchcl": to_plain(patchcl_log()),
+        "sure_nucleus": 0.1,
+        "known": 0.8,
+        "loss": [1.0],
+        "seconds": 1.5,
+        "seconds_for_batches": 0.5,
+    }
+    return training_log(plain | changes)
 
 
 def random_rgb(height, width):
@@ -69,8 +100,8 @@ def test_network_sees_83_px_and_no_farther():
     assert np.abs(rows - centre).max() == np.abs(cols - centre).max() == 83
 
 
-def test_nucleus_network_has_its_size_and_reach():
-    """Wherever in its block of 4 a pixel lies, nothing farther away than the reach has a say."""
+def test_nucleus_network_has_its_size_and_receptive_radius():
+    """Wherever in its block of 4 a pixel lies, only pixels within the radius influence it."""
     network = random_network("nucleus").double()
     assert count(network) == 62_002
     farthest = 0
@@ -92,7 +123,7 @@ def test_folded_network_computes_the_same(kind):
         torch.testing.assert_close(folded(network)(x), network(x))
 
 
-def test_nucleus_network_tells_nuclei_and_cores_of_any_size_of_image():
+def test_nucleus_network_finds_nuclei_and_cores_in_images_of_any_size():
     model = random_model("nucleus")
     for shape in ((50, 41), (1, 3), (64, 64)):
         found = confidence(model, random_rgb(*shape), NORMALISER)
@@ -126,10 +157,10 @@ def test_confidence_of_a_tile_is_that_of_the_whole(kind):
     everything = confidence(model, whole, NORMALISER)
     for rows, cols in ((slice(20, 280), slice(8, 220)), (slice(100, 300), slice(40, 258))):
         tile = confidence(model, whole[rows, cols], NORMALISER)
-        reach = model.receptive_radius_px
+        radius = model.receptive_radius_px
         inner = np.s_[
-            reach : None if rows.stop == 300 else -reach,
-            reach : None if cols.stop == 258 else -reach,
+            radius : None if rows.stop == 300 else -radius,
+            radius : None if cols.stop == 258 else -radius,
         ]
         for found, expected in zip(tile, everything, strict=True):
             if found is None:
@@ -154,20 +185,54 @@ def test_saved_nucleus_network_is_loaded_whole(tmp_path):
 def test_saved_model_is_loaded_whole(tmp_path):
     config = replace(Config(), patchcl=PatchCLConfig(channels=2, dilations=(1, 4)))
     model = Model(
-        random_network(config=config.patchcl), config, 1, True, 0.25, {"loss": [1.0, 0.5]}
+        network=random_network(config=config.patchcl),
+        config=config,
+        channel=1,
+        inverted=True,
+        threshold=0.25,
+        training=patchcl_log(loss=[1.0, 0.5]),
     )
     path = model.save(tmp_path / "models", "mine")
     loaded = Model.load(path)
     assert path == tmp_path / "models" / "mine.pt"
     assert loaded.config == config
     assert (loaded.channel, loaded.inverted, loaded.threshold) == (1, True, 0.25)
-    assert loaded.training == {"loss": [1.0, 0.5]}
+    assert loaded.training == model.training
     assert (loaded.mpp, loaded.receptive_radius_px, loaded.digest) == (0.5, 11, model.digest)
-    assert json.loads(path.with_suffix(".json").read_text())["digest"] == model.digest
+    written = json.loads(path.with_suffix(".json").read_text())
+    assert written["digest"] == model.digest
+    assert written["training"]["loss"] == [1.0, 0.5]
     rgb = random_rgb(30, 30)
     np.testing.assert_array_equal(
         confidence(loaded, rgb, NORMALISER).nucleus, confidence(model, rgb, NORMALISER).nucleus
     )
+
+
+def test_training_logs_are_kept_under_their_names_of_version_0_1(tmp_path):
+    log = selftraining_log(cdcl=[{"labelled": 1.0}], refined_from="abc")
+    assert isinstance(log, CDCLLog)
+    model = random_model("nucleus", training=log)
+    path = model.save(tmp_path, "mine")
+    assert Model.load(path).training == log
+    names = list(json.loads(path.with_suffix(".json").read_text())["training"])
+    assert names == [
+        *("patchcl", "sure_nucleus", "known", "loss", "seconds", "seconds_for_batches"),
+        *("cdcl", "refined_from"),
+    ]
+    assert Model.load(random_model().save(tmp_path, "without")).training is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "digest"),
+    [
+        ("patchcl", "2bb8a61b5eda909bf5a7e2b1dfc5f6d4ebfebcd147c3a422ade02a9d601d89c6"),
+        ("nucleus", "84ccc1916473e0597b76aab741efa1433664ebb26d331863ac3607c749e379e9"),
+    ],
+)
+def test_digests_are_those_of_version_0_1(kind, digest):
+    """A run that was stopped resumes only if the model has the digest that it had then."""
+    model = random_model(kind, threshold=0.25, inverted=True, channel=1)
+    assert model.digest == digest
 
 
 def test_pickled_model_is_the_same_model():

@@ -1,4 +1,4 @@
-"""On made-up tissue: dark blue discs, the nuclei, on pink and on purple ground."""
+"""PatchCL on synthetic tissue: dark blue discs, the nuclei, on a pink and purple background."""
 
 import ast
 from dataclasses import replace
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+import patchcl_qupath
 from patchcl_qupath.config import Config, PatchCLConfig
 from patchcl_qupath.errors import ConfigError, TrainingError
 from patchcl_qupath.models.model import confidence
@@ -24,6 +25,7 @@ from patchcl_qupath.training.contrast import (
     draw_patches,
 )
 
+PACKAGE = Path(patchcl_qupath.__file__).parent
 PINK, PURPLE, NUCLEUS = (235, 170, 205), (165, 120, 185), (90, 60, 140)
 SETTINGS = PatchCLConfig(crop_px=64, batch=4, max_steps=4, dilations=(1, 2))
 
@@ -46,7 +48,7 @@ def config(**changes):
     return replace(Config(), patchcl=replace(SETTINGS, **changes))
 
 
-def learn(settings, images=None, report=None):
+def trained(settings, images=None, report=None):
     images = [tissue(seed)[0] for seed in range(3)] if images is None else images
     return patchcl.train(images, [StainNormaliser.fit(images)] * len(images), settings, report)
 
@@ -62,7 +64,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def model():
-    return learn(config(max_steps=150, dilations=(1, 2, 3)))
+    return trained(config(max_steps=150, dilations=(1, 2, 3)))
 
 
 def test_nuclei_are_found_without_labels(model):
@@ -73,21 +75,18 @@ def test_nuclei_are_found_without_labels(model):
         assert 2 * both / (found[half].sum() + nuclei[half].sum()) > 0.9
 
 
-def test_log_tells_what_happened(model):
+def test_the_training_is_logged(model):
     log = model.training
-    assert log["steps"] == 150
-    assert log["converged_at"] is None or log["converged_at"] <= 150
-    assert len(log["channels"]["confidences"]) == 4
-    assert (log["channels"]["chosen"], log["channels"]["inverted"]) == (
-        model.channel,
-        model.inverted,
-    )
-    assert log["skipped_steps"] == 0
-    assert len(log["loss"]) == len(log["positive_positive"]) == len(log["positive_negative"]) == 150
-    assert log["positive_negative"][-1] > 3 * log["positive_positive"][-1]
-    assert len(log["hematoxylin_correlation"]) == 4
-    chosen = log["hematoxylin_correlation"][model.channel]
-    assert abs(chosen) == max(map(abs, log["hematoxylin_correlation"]))
+    assert log.steps == 150
+    assert log.converged_at is None or log.converged_at <= 150
+    assert len(log.channels.confidences) == 4
+    assert (log.channels.chosen, log.channels.inverted) == (model.channel, model.inverted)
+    assert log.skipped_steps == 0
+    assert len(log.loss) == len(log.positive_positive) == len(log.positive_negative) == 150
+    assert log.positive_negative[-1] > 3 * log.positive_positive[-1]
+    assert len(log.hematoxylin_correlation) == 4
+    chosen = log.hematoxylin_correlation[model.channel]
+    assert abs(chosen) == max(map(abs, log.hematoxylin_correlation))
     assert model.inverted == (chosen < 0)
 
 
@@ -101,17 +100,17 @@ def test_a_seed_repeats_a_training_and_leaves_other_random_numbers_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first = learn(config(seed=7))
+    first = trained(config(seed=7))
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
-    assert first.digest == learn(config(seed=7)).digest
-    assert first.digest != learn(config(seed=8)).digest
+    assert first.digest == trained(config(seed=7)).digest
+    assert first.digest != trained(config(seed=8)).digest
 
 
 @pytest.mark.parametrize("similarity", MEASURES)
 def test_each_measure_of_the_paper_trains(similarity):
-    model = learn(config(similarity=similarity, patches=20, max_steps=3))
-    assert model.training["skipped_steps"] + len(model.training["loss"]) == 3
-    assert np.isfinite(model.training["loss"]).all()
+    model = trained(config(similarity=similarity, patches=20, max_steps=3))
+    assert model.training.skipped_steps + len(model.training.loss) == 3
+    assert np.isfinite(model.training.loss).all()
 
 
 def test_paper_settings():
@@ -130,15 +129,17 @@ def test_settings_that_cannot_work_are_refused(wrong):
 
 def test_progress_is_reported_up_to_the_end():
     seen = []
-    learn(config(), report=lambda step, last: seen.append((step, last)))
+    trained(config(), report=lambda step, last: seen.append((step, last)))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_training_ends_once_converged(monkeypatch):
     monkeypatch.setattr(patchcl, "has_converged", lambda log, patience: len(log) >= 2)
     seen = []
-    model = learn(config(max_steps=50, cooldown_steps=3), report=lambda *steps: seen.append(steps))
-    assert (model.training["converged_at"], model.training["steps"]) == (2, 5)
+    model = trained(
+        config(max_steps=50, cooldown_steps=3), report=lambda *steps: seen.append(steps)
+    )
+    assert (model.training.converged_at, model.training.steps) == (2, 5)
     assert seen[-1] == (5, 5)
 
 
@@ -154,30 +155,32 @@ def test_convergence_is_a_gap_that_no_longer_widens():
 
 def test_small_images_are_mirrored_and_tiny_ones_left_out():
     images = [tissue(1, side=40)[0], tissue(2)[0][:30], tissue(3)[0][:16, :16]]
-    assert learn(config(), images).training["steps"] == 4
+    assert trained(config(), images).training.steps == 4
 
 
 def test_nothing_but_tiny_images_is_an_error():
-    with pytest.raises(TrainingError, match="no image is 12 um wide"):
-        learn(config(), [tissue(3)[0][:16, :16]])
+    with pytest.raises(TrainingError, match="no image is 12 µm wide"):
+        trained(config(), [tissue(3)[0][:16, :16]])
 
 
 def test_blank_images_are_an_error():
     with pytest.raises(TrainingError, match="blank"):
-        learn(config(), [np.full((100, 100, 3), 240, dtype=np.uint8)])
+        trained(config(), [np.full((100, 100, 3), 240, dtype=np.uint8)])
 
 
-def test_sampler_prefers_patches_the_network_is_sure_of():
-    unsure = torch.full((1, 2, 64, 64), 0.5)
-    unsure[..., :24, :24] = 0.01  # exactly the first patch of the grid
-    index = draw_patches(unsure, replace(SETTINGS, patches=2000), torch.Generator().manual_seed(0))
+def test_sampler_prefers_patches_of_low_entropy():
+    uncertain = torch.full((1, 2, 64, 64), 0.5)
+    uncertain[..., :24, :24] = 0.01  # exactly the first patch of the grid
+    index = draw_patches(
+        uncertain, replace(SETTINGS, patches=2000), torch.Generator().manual_seed(0)
+    )
     assert index.shape == (1, 2, 2000)
-    share = np.bincount(index[0, 1], minlength=36) / 2000
-    expected = torch.stack([*map(_sureness, unsure[0, 1].unfold(0, 24, 8).unfold(1, 24, 8))])
-    np.testing.assert_allclose(share, expected.flatten() / expected.sum(), atol=0.03)
+    frequency = np.bincount(index[0, 1], minlength=36) / 2000
+    expected = torch.stack([*map(_certainty, uncertain[0, 1].unfold(0, 24, 8).unfold(1, 24, 8))])
+    np.testing.assert_allclose(frequency, expected.flatten() / expected.sum(), atol=0.03)
 
 
-def _sureness(row_of_patches):
+def _certainty(row_of_patches):
     a = row_of_patches  # (6, 24, 24)
     entropy = -(a * a.log2() + (1 - a) * (1 - a).log2())
     return (1 - entropy.mean((1, 2))).clamp_min(1e-3)
@@ -223,7 +226,7 @@ def test_prototype_contrast_is_the_formula_term_by_term():
     torch.testing.assert_close(found.loss, torch.stack(terms).mean(), rtol=1e-3, atol=1e-6)
 
 
-def test_published_contrast_is_small_where_positives_are_alike():
+def test_published_contrast_is_small_where_positives_are_similar():
     _, stains, index, generator = maps()
     settings = replace(SETTINGS, similarity="mse", inter_weight=0.0)
     nuclei = torch.zeros(2, 2, 64, 64)
@@ -244,8 +247,10 @@ def test_published_contrast_is_small_where_positives_are_alike():
 def test_nothing_to_contrast_without_a_negative_patch():
     uncertain, stains, index, generator = maps()
     settings = replace(SETTINGS, similarity="mse")
-    sure = torch.ones_like(uncertain)
-    assert contrast_patches(sure, stains, index, settings, FeatureNetwork(24), generator) is None
+    positive = torch.ones_like(uncertain)
+    assert (
+        contrast_patches(positive, stains, index, settings, FeatureNetwork(24), generator) is None
+    )
 
 
 @pytest.mark.parametrize("similarity", MEASURES)
@@ -259,7 +264,41 @@ def test_a_patch_is_most_similar_to_itself(similarity):
     assert similarity_of.argmax(dim=1).tolist() == [0, 1, 2]
 
 
-def test_no_label_can_reach_training():
-    tree = ast.parse(Path(patchcl.__file__).read_text(encoding="utf-8"))
-    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert not {m for m in modules if "evaluate" in m or "segment" in m}
+def reachable(module):
+    """All modules of the package that a module imports, itself or by others, wherever in a file."""
+    found, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        path = PACKAGE.parent.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name in found or not path.is_file():  # a name in a module is not a module
+            continue
+        found.add(name)
+        waiting.append(name.rpartition(".")[0])  # a package is imported before its modules
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, "imports are absolute"
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def read_labels(modules):
+    """Those of the modules that read labels that people made, or ground truth."""
+    folders = ("project", "correction", "evaluation")
+    return {name for name in modules if name.split(".")[1:2] and name.split(".")[1] in folders}
+
+
+@pytest.mark.parametrize("module", ["patchcl", "contrast", "pseudo_labels", "selftrain"])
+def test_no_label_can_reach_label_free_training(module):
+    modules = reachable(f"patchcl_qupath.training.{module}")
+    assert "patchcl_qupath.models.network" in modules
+    assert not read_labels(modules)
+
+
+def test_labels_that_reach_training_would_be_found():
+    modules = reachable("patchcl_qupath.pipeline")  # which refines models
+    assert {"patchcl_qupath.correction.labels", "patchcl_qupath.project.drawn"} <= read_labels(
+        modules
+    )

@@ -11,6 +11,7 @@ import shapely
 import torch
 from click.testing import CliRunner
 from slides import scene, write_tiff
+from test_network import selftraining_log
 from test_selftrain import nuclei_images
 
 from patchcl_qupath import cli, pipeline
@@ -26,7 +27,7 @@ from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.prepare import prepare
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.training import cdcl, selftrain
-from patchcl_qupath.training.supervision import targets
+from patchcl_qupath.training.supervision import TrainingSample, targets
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
@@ -36,12 +37,12 @@ CONFIG = CDCLConfig()
 # ---------------------------------------------------------------- losses
 
 
-def test_consistency_asks_only_where_the_teacher_is_sure():
-    said = torch.tensor([0.95, 0.02, 0.6, 0.4]).view(1, 1, 1, 4)
+def test_consistency_counts_only_where_the_teacher_is_confident():
+    probability = torch.tensor([0.95, 0.02, 0.6, 0.4]).view(1, 1, 1, 4)
     logits = torch.tensor([2.0, -1.0, -9.0, 9.0]).view(1, 1, 1, 4)
     expected = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))) / 2
-    assert cdcl.consistency(logits, said, CONFIG).item() == pytest.approx(expected)
-    assert cdcl.consistency(logits, 0 * said + 0.5, CONFIG).item() == 0
+    assert cdcl.consistency(logits, probability, CONFIG).item() == pytest.approx(expected)
+    assert cdcl.consistency(logits, 0 * probability + 0.5, CONFIG).item() == 0
 
 
 def test_entropy_is_that_of_a_coin():
@@ -50,21 +51,21 @@ def test_entropy_is_that_of_a_coin():
 
 
 def test_contrast_of_a_case_worked_by_hand():
-    """One patch of nucleus, one of none, one of both, which is no anchor; a bank of one each."""
+    """A patch of nucleus, one of background, and an impure one; a bank of one of each kind."""
     points = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [0, 1], [1, 1]]), dim=1)
-    taught = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1], [0.2, 1], [1, 1]]), dim=1)
-    share = torch.tensor([1.0, 0.0, 0.5])
+    teacher = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1], [0.2, 1], [1, 1]]), dim=1)
+    fraction = torch.tensor([1.0, 0.0, 0.5])
     bank = cdcl.MemoryBank(CONFIG)
-    assert cdcl.contrast(points, taught, share, bank, CONFIG).item() == 0  # nothing to differ from
-    torch.testing.assert_close(bank.points(True), taught[:1])
-    torch.testing.assert_close(bank.points(False), taught[1:2])
+    assert cdcl.contrast(points, teacher, fraction, bank, CONFIG).item() == 0  # no negatives yet
+    torch.testing.assert_close(bank.points(True), teacher[:1])
+    torch.testing.assert_close(bank.points(False), teacher[1:2])
 
-    loss = cdcl.contrast(points, taught, share, bank, CONFIG)
+    loss = cdcl.contrast(points, teacher, fraction, bank, CONFIG)
     terms = []
     for own, other in ((0, 1), (1, 0)):
-        alike = float(points[own] @ taught[own]) / 0.1
-        unlike = float(points[own] @ taught[other]) / 0.1
-        terms.append(math.log(1 + math.exp(unlike - alike)))
+        positive = float(points[own] @ teacher[own]) / 0.1
+        negative = float(points[own] @ teacher[other]) / 0.1
+        terms.append(math.log(1 + math.exp(negative - positive)))
     assert loss.item() == pytest.approx(sum(terms) / 2, rel=1e-2)
     assert bank.points(True).shape == (2, 2)
 
@@ -78,7 +79,7 @@ def test_bank_forgets_the_oldest():
     assert bank.points(False) is None
 
 
-def test_patches_are_unit_vectors_in_the_order_of_their_shares():
+def test_patches_are_unit_vectors_in_the_order_of_their_fractions():
     coarse = torch.zeros(2, 3, 4, 6)
     coarse[0, 0], coarse[1, 1] = 5, 7
     coarse[1, :, :2, 4:] = torch.tensor([0.0, 0, 3]).view(3, 1, 1)
@@ -89,11 +90,11 @@ def test_patches_are_unit_vectors_in_the_order_of_their_shares():
     torch.testing.assert_close(found.norm(dim=1), torch.ones(12))
 
 
-# ---------------------------------------------------------------- what is learnt
+# ---------------------------------------------------------------- refinement
 
 
-def test_corrections_teach_what_pseudo_labels_do_not_know():
-    """In truth nuclei are the large discs alone; the model that it begins with takes small ones."""
+def test_corrections_improve_a_model_beyond_its_pseudo_labels():
+    """Nuclei are the large discs alone; the model that refinement begins with finds small ones."""
     images, ground_truths = nuclei_images(6)
     normaliser = StainNormaliser.fit(images)
     large = []
@@ -108,17 +109,18 @@ def test_corrections_teach_what_pseudo_labels_do_not_know():
         cdcl=replace(CONFIG, steps=80, learning_rate=3e-3, pseudo_weight=0.0),
     )
     training_samples = [
-        (normaliser.apply(i), targets(t, t == 0))
+        TrainingSample(normaliser.apply(i), targets(t, t == 0))
         for i, t in zip(images, ground_truths, strict=True)
     ]
-    network, _ = selftrain.teach(training_samples[:4], config.selftrain, 0, lambda *_: None)
-    start = Model(network, config, 0, False, 0.5, {"loss": [1.0]})
-    corrected = [(normaliser.apply(images[0]), targets(large[0], large[0] == 0))]
-    said = []
-    refined = cdcl.refine(start, corrected, training_samples[1:4], lambda *step: said.append(step))
-    assert said[-1] == ("learning from corrections", 80, 80)
-    assert refined.training["refined_from"] == start.digest != refined.digest
-    last = refined.training["cdcl"][-1]
+    trained = selftrain.train_on(training_samples[:4], config.selftrain, 0, lambda *_: None)
+    start = Model(network=trained.network, config=config, training=selftraining_log())
+    corrected = [TrainingSample(normaliser.apply(images[0]), targets(large[0], large[0] == 0))]
+    steps = []
+    refined = cdcl.refine(start, corrected, training_samples[1:4], lambda *step: steps.append(step))
+    assert steps[-1] == ("refining the segmentation network", 80, 80)
+    assert refined.training.refined_from == start.digest != refined.digest
+    assert refined.training.patchcl == start.training.patchcl
+    last = refined.training.cdcl[-1]
     assert set(last) == {"labelled", "pseudo", "consistency", "entropy", "contrast"}
     assert all(math.isfinite(value) for value in last.values())
 

@@ -211,17 +211,17 @@ def test_a_page_that_cannot_be_written_costs_no_results(copy):
 
 
 def test_the_model_tells_how_it_learnt(project, model):
-    log = model.training["patchcl"]
-    channels = log["channels"]
-    assert len(channels["confidences"]) == len(log["hematoxylin_correlation"]) == 4
+    log = model.training.patchcl
+    channels = log.channels
+    assert len(channels.confidences) == len(log.hematoxylin_correlation) == 4
     pictures = [
         Image.open(io.BytesIO(base64.b64decode(text)))
-        for text in (channels["crop"], *channels["confidences"])
+        for text in (channels.crop, *channels.confidences)
     ]
     assert {picture.size for picture in pictures} == {(192, 192)}
     page = index(project[0]).read_text("utf-8")
-    assert f"ended at step {log['steps']}" in page
-    assert f"Channel {channels['chosen'] + 1} was chosen" in page
+    assert f"ended at step {log.steps}" in page
+    assert f"Channel {channels.chosen + 1} was chosen" in page
     assert "Separation of positive and negative patches" in page
 
 

@@ -1,13 +1,12 @@
-"""Pseudo-labels on shapes whose truth is known, and what a network learns from them."""
+"""Pseudo-labels of shapes whose ground truth is known, and networks trained on them."""
 
-import ast
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from test_network import patchcl_log
 
 from patchcl_qupath.config import Config, SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
@@ -16,11 +15,15 @@ from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.stains import StainNormaliser
-from patchcl_qupath.training import pseudo_labels as pseudo
 from patchcl_qupath.training import selftrain
-from patchcl_qupath.training import supervision as teaching
 from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
-from patchcl_qupath.training.supervision import bce_dice_loss, random_window, targets
+from patchcl_qupath.training.supervision import (
+    TrainingSample,
+    bce_dice_loss,
+    ema_model,
+    random_window,
+    targets,
+)
 
 MPP = 0.5
 CONFIG = SelfTrainConfig()
@@ -36,7 +39,7 @@ def discs(shape, centres_radii):
 
 
 def tissue(labels, depth=1.0):
-    """Scaled stains of nuclei that are darker in their middle, and PatchCL's opinion of them."""
+    """Normalised stains of nuclei that are darker in their middle, and PatchCL's confidence."""
     inside = ndimage.distance_transform_edt(labels > 0)
     hematoxylin = 0.2 + depth * np.where(labels > 0, 0.5 + 0.05 * np.minimum(inside, 6), 0)
     hematoxylin = ndimage.gaussian_filter(hematoxylin, 0.7)
@@ -46,7 +49,7 @@ def tissue(labels, depth=1.0):
 
 
 def find(stains, prediction, config=CONFIG, glass=None):
-    """Pseudo-labels of a slide of one crop, all tissue unless ``glass`` says otherwise."""
+    """Pseudo-labels of a slide of one crop, all tissue but for ``glass``."""
     glass = np.zeros(prediction.shape, bool) if glass is None else glass
     ((labels, background),) = pseudo_labels([stains], [glass], [prediction], MPP, config)
     return labels, background
@@ -60,7 +63,7 @@ def test_clear_nuclei_are_labelled_and_the_rest_is_background():
     assert background[ground_truth == 0].mean() > 0.9
 
 
-def test_a_clump_falls_into_its_nuclei_and_a_strand_is_left_in_doubt():
+def test_a_clump_is_split_into_its_nuclei_and_a_strand_is_unlabelled():
     places = [(30, 30), (30, 47), (47, 47), (64, 47)]
     ground_truth = discs((100, 160), [(row, col, 8) for row, col in places])
     strand = np.zeros(ground_truth.shape, bool)
@@ -73,7 +76,7 @@ def test_a_clump_falls_into_its_nuclei_and_a_strand_is_left_in_doubt():
     assert not background[ndimage.binary_erosion(strand)].any()
 
 
-def test_a_dark_clump_that_falls_into_no_nuclei_is_shown_as_none():
+def test_a_dark_clump_that_does_not_split_into_nuclei_is_background():
     """Keratin, ink, a fold: an evenly dark band, with a nucleus beside it."""
     ground_truth = discs((120, 200), [(20, 40, 8), (100, 150, 8)])
     band = np.zeros(ground_truth.shape, bool)
@@ -88,7 +91,7 @@ def test_a_dark_clump_that_falls_into_no_nuclei_is_shown_as_none():
     assert not background[ndimage.binary_erosion(band, iterations=2)].any()
 
 
-def test_a_strand_on_glass_is_shown_as_none():
+def test_a_strand_on_glass_is_background():
     """Keratin: a dark strand with knots that look like nuclei, beside nuclei in tissue."""
     ground_truth = discs((140, 220), [(20, 40, 9), (120, 150, 9), (25, 170, 8)])
     rows, cols = np.mgrid[:140, :220]
@@ -108,7 +111,7 @@ def test_a_strand_on_glass_is_shown_as_none():
 
 
 def test_nuclei_on_glass_stay_nuclei():
-    """A strand of cells, as in a smear: it falls into nuclei."""
+    """A strand of cells, as in a smear: it splits into nuclei."""
     places = [(60 + 6 * (i % 2), 15 + 17 * i, 8) for i in range(11)]
     ground_truth = discs((120, 210), places)
     stains, prediction = tissue(ground_truth)
@@ -125,15 +128,14 @@ def test_glass_is_where_light_passes():
     assert not glass[:, 32:].any()
 
 
-def test_what_patchcl_does_not_see_is_no_pseudo_label():
+def test_a_nucleus_without_confidence_is_no_pseudo_label():
     ground_truth = discs((100, 100), [(50, 50, 9)])
     stains, prediction = tissue(ground_truth)
     labels, background = find(stains, 0 * prediction)
     assert labels.max() == 0
     assert background[ground_truth == 0].mean() > 0.9
-    assert not background[
-        ndimage.binary_erosion(ground_truth > 0)
-    ].any()  # hematoxylin says otherwise: left in doubt
+    inside = ndimage.binary_erosion(ground_truth > 0)
+    assert not background[inside].any()  # it has hematoxylin: unlabelled
 
 
 def test_a_crop_without_nuclei_finds_none_beside_those_with():
@@ -141,15 +143,15 @@ def test_a_crop_without_nuclei_finds_none_beside_those_with():
     ground_truth = discs((120, 160), [(30, 30, 8), (60, 100, 10), (95, 50, 6), (25, 120, 9)])
     stains, prediction = tissue(ground_truth)
     spots = stains * 0.3  # pale spots of the same shape: of stroma, say
-    sure = np.ones(ground_truth.shape, np.float32)
+    confident = np.ones(ground_truth.shape, np.float32)
     no_glass = np.zeros(ground_truth.shape, bool)
-    both = pseudo_labels([stains, spots], [no_glass] * 2, [prediction, sure], MPP, CONFIG)
-    assert both[0][0].max() == 4
-    assert both[1][0].max() == 0
-    assert both[1][1].mean() > 0.95
+    both = pseudo_labels([stains, spots], [no_glass] * 2, [prediction, confident], MPP, CONFIG)
+    assert both[0].nuclei.max() == 4
+    assert both[1].nuclei.max() == 0
+    assert both[1].background.mean() > 0.95
 
 
-def test_fragments_are_left_in_doubt():
+def test_fragments_are_unlabelled():
     ground_truth = discs((120, 160), [(30, 30, 12), (60, 100, 12), (95, 50, 12), (25, 120, 3)])
     labels, background = find(*tissue(ground_truth))
     assert labels.max() == 3
@@ -166,30 +168,31 @@ def test_blank_crops_have_none(shape):
         assert labels.max() == 0
 
 
-def test_targets_part_touching_nuclei():
+def test_targets_separate_touching_nuclei():
     labels = np.zeros((20, 40), np.int32)
     labels[5:15, 5:15] = 1
     labels[5:15, 15:25] = 2
     background = np.zeros(labels.shape, bool)
     background[:, 30:] = True
-    nucleus, core, known = np.moveaxis(targets(labels, background), -1, 0)
+    sample = TrainingSample(np.zeros((20, 40, 3), np.float32), targets(labels, background))
+    nucleus, core = sample.nucleus, sample.core
     assert (nucleus > 0).sum() == 200
     pieces, count = ndimage.label(core)
     assert count == 2
     assert pieces[10, 10] != pieces[10, 20]
     assert core[5, 5] == core[10, 14] == core[10, 15] == 0
-    np.testing.assert_array_equal(known > 0, (labels > 0) | background)
+    np.testing.assert_array_equal(sample.valid > 0, (labels > 0) | background)
 
 
-def test_loss_knows_what_is_right_and_does_not_ask_where_nothing_is_known():
+def test_loss_ignores_unlabelled_pixels():
     target = torch.zeros(2, 3, 8, 8)
     target[:, :2, 2:6, 2:6] = 1
     target[:, 2, :, :4] = 1
     right = (target[:, :2] * 2 - 1) * 20
-    wrong_where_unknown = right.clone()
-    wrong_where_unknown[..., 4:] *= -1
+    wrong_where_unlabelled = right.clone()
+    wrong_where_unlabelled[..., 4:] *= -1
     assert bce_dice_loss(right, target) < 0.1
-    assert bce_dice_loss(wrong_where_unknown, target) == bce_dice_loss(right, target)
+    assert bce_dice_loss(wrong_where_unlabelled, target) == bce_dice_loss(right, target)
     assert bce_dice_loss(-right, target) > 10
     assert bce_dice_loss(right, 0 * target).isfinite()
 
@@ -203,7 +206,7 @@ def test_layers_are_cut_alike():
 
 
 class Prediction(ConfidenceNetwork):
-    """PatchCL as it might be: sure wherever there is some hematoxylin."""
+    """PatchCL as it might be: confident wherever there is some hematoxylin."""
 
     def __init__(self):
         super().__init__(1, 1, (1,))
@@ -213,7 +216,7 @@ class Prediction(ConfidenceNetwork):
 
 
 def nuclei_images(n):
-    """RGB images of purple discs on pink, and their truths."""
+    """RGB images of purple discs on pink, and their ground truths."""
     rng = np.random.default_rng(5)
     images, ground_truths = [], []
     for _ in range(n):
@@ -227,17 +230,20 @@ def nuclei_images(n):
     return images, ground_truths
 
 
-def test_a_network_learns_from_what_patchcl_is_sure_of():
+def test_a_network_is_trained_on_the_pseudo_labels_of_patchcl():
     images, ground_truths = nuclei_images(5)
     normalisers = [StainNormaliser.fit(images)] * 5
     quick = replace(CONFIG, steps=150, widths=(8, 12, 16))
-    teacher = Model(Prediction(), replace(Config(), selftrain=quick), 0, False, 0.5, {"steps": 1})
-    said = []
-    model = selftrain.train(images[:4], normalisers[:4], teacher, lambda *step: said.append(step))
-    assert said[-1] == ("learning to part nuclei", 150, 150)
-    assert model.training["patchcl"] == {"steps": 1}
-    assert len(model.training["loss"]) == 150
-    assert model.training["loss"][-1] < model.training["loss"][0]
+    config = replace(Config(), selftrain=quick)
+    teacher = Model(network=Prediction(), config=config, training=patchcl_log())
+    steps = []
+    model = selftrain.train(images[:4], normalisers[:4], teacher, lambda *step: steps.append(step))
+    assert steps[-1] == ("training the segmentation network", 150, 150)
+    log = model.training
+    assert log.patchcl == patchcl_log()
+    assert 0 < log.nucleus_fraction < log.labelled_fraction < 1
+    assert len(log.loss) == 150
+    assert log.loss[-1] < log.loss[0]
     found = confidence(model, images[4], normalisers[4])  # never seen
     labels = instances(found.nucleus, MPP, Config().segment, 0.5, found.core)
     assert f1(labels, ground_truths[4]) > 0.7
@@ -246,16 +252,36 @@ def test_a_network_learns_from_what_patchcl_is_sure_of():
     assert again.digest == model.digest
 
 
-def test_nothing_to_learn_from_is_said():
+def test_the_average_of_weights_keeps_more_with_each_step_and_at_most_99_percent():
+    network = torch.nn.BatchNorm1d(1)
+    average = ema_model(network, warmup_steps=2)
+    mean = 0.0
+    for step in range(200):
+        with torch.no_grad():
+            network.weight.fill_(step)
+            network.running_mean.fill_(step)
+            network.num_batches_tracked.fill_(step)
+        average.update_parameters(network)
+        decay = min(0.99, 1 - 1 / (step + 2)) if step else 0  # the first is a copy
+        mean = decay * mean + (1 - decay) * step
+        found = average.module
+        assert found.weight.item() == pytest.approx(mean, rel=1e-4)
+        assert found.running_mean.item() == pytest.approx(mean, rel=1e-4)
+        assert found.num_batches_tracked.item() == step
+
+
+def test_the_learning_rate_warms_up_and_falls_to_0():
+    settings = SelfTrainConfig(steps=100, learning_rate=1.0)
+    rates = [selftrain.learning_rate(step, settings) for step in range(101)]
+    assert rates[0] == pytest.approx(1 / 20)
+    assert max(rates) == pytest.approx(max(rates[17:21]))
+    assert rates[50] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0)
+
+
+def test_no_nucleus_to_train_on_is_an_error():
     blank = np.full((200, 200, 3), 240, np.uint8)
     normaliser = StainNormaliser.fit(nuclei_images(1)[0])
-    teacher = Model(Prediction(), Config(), 0, False, 0.5)
+    teacher = Model(network=Prediction(), config=Config())
     with pytest.raises(TrainingError, match="no clear nucleus was found"):
         selftrain.train([blank], [normaliser], teacher, lambda *step: None)
-
-
-@pytest.mark.parametrize("module", [selftrain, pseudo, teaching])
-def test_no_label_can_reach_training(module):
-    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert not {m for m in modules if "evaluate" in m or "project" in m}

@@ -141,7 +141,8 @@ def training_samples(image: PreparedImage, labels: Corrections) -> list[Training
             painted[_pixels(nucleus, box) & (painted == 0)] = number
         painted[~known] = 0
         rgb = slide.read(box)
-        made.append((image.normaliser.apply(rgb), targets(painted, known & (painted == 0))))
+        target = targets(painted, known & (painted == 0))
+        made.append(TrainingSample(image.normaliser.apply(rgb), target))
     return made
 
 

@@ -1,61 +1,75 @@
-"""What runs a network on pixels: torch, on any device, or OpenVINO, on CPUs and much faster.
+"""What runs a network: torch, on any device, or OpenVINO, on CPUs and about twice as fast.
 
-An engine turns what the network sees of pixels, its scaled stains say, (H, W, 3) in float32, into
-confidences (C, H, W); H and W are multiples of what the network asks for. Threads may share it.
+An engine turns network input, normalised stains for one, (H, W, 3) in float32, into probabilities
+(C, H, W); H and W are multiples of the network's divisor. Threads may share an engine.
 """
 
 from __future__ import annotations
 
 import platform
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from enum import StrEnum
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from patchcl_qupath.config import EngineChoice
 from patchcl_qupath.errors import ConfigError
-from patchcl_qupath.models.network import (
-    ConfidenceNetwork,
-    ConvBlock,
-    NucleusNetwork,
-    device,
-    folded,
-)
+from patchcl_qupath.models.network import SegmentationNetwork, device, folded
 
 Engine = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-Network = ConfidenceNetwork | NucleusNetwork
 
-# The first array that OpenVINO's Python side is given sets it up, and two threads that do so at the
-# same moment wait for each other for ever.
+
+class EngineKind(StrEnum):
+    """A backend with its precision, which changes the last digits of a probability.
+
+    Its text is part of the provenance of nuclei, and of the name of a run.
+    """
+
+    TORCH = "torch"
+    OPENVINO_FLOAT32 = "openvino float32"
+    OPENVINO_BFLOAT16 = "openvino bfloat16"
+
+    @property
+    def is_openvino(self) -> bool:
+        """Whether OpenVINO is the backend."""
+        return self is not EngineKind.TORCH
+
+
+_PRECISION_HINTS = {EngineKind.OPENVINO_FLOAT32: "f32", EngineKind.OPENVINO_BFLOAT16: "bf16"}
+
+# OpenVINO's Python side sets itself up when it is given its first array; two threads that do so at
+# the same moment deadlock.
 _STARTING = threading.RLock()
 
 _KEPT = 4
-_kept: dict[tuple[str, str], Engine] = {}  # by kind and digest
+_kept: dict[tuple[EngineKind, str], Engine] = {}  # by kind and the model's digest
 
 
-def choose(wanted: str) -> str:
-    """The engine for "auto", "torch" or "openvino", with its precision, which changes last digits.
+def choose(wanted: EngineChoice | str) -> EngineKind:
+    """The engine for "auto", "torch" or "openvino" on this machine.
 
-    "auto" is OpenVINO where it is installed and no GPU is there. Raises ConfigError.
+    "auto" is OpenVINO where it is installed and there is no GPU. Raises ConfigError.
     """
-    if wanted == "openvino" and not find_spec("openvino"):
+    if wanted == EngineChoice.OPENVINO and not find_spec("openvino"):
         raise ConfigError("there is no OpenVINO here: pip install openvino, or use --engine torch")
-    if wanted == "torch" or not find_spec("openvino"):
-        return "torch"
-    if wanted == "auto" and device().type != "cpu":
-        return "torch"
-    return "openvino bfloat16" if _has_bfloat16() else "openvino float32"
+    if wanted == EngineChoice.TORCH or not find_spec("openvino"):
+        return EngineKind.TORCH
+    if wanted == EngineChoice.AUTO and device().type != "cpu":
+        return EngineKind.TORCH
+    return EngineKind.OPENVINO_BFLOAT16 if _has_bfloat16() else EngineKind.OPENVINO_FLOAT32
 
 
-def of(kind: str, network: Network, digest: str) -> Engine:
-    """The engine for a network of a model's ``digest``: kept, as workers meet it image by image."""
+def of(kind: EngineKind, network: SegmentationNetwork, digest: str) -> Engine:
+    """The engine for the network of the model with ``digest``; kept for the next image."""
     with _STARTING:
         if (kind, digest) not in _kept:
             if len(_kept) == _KEPT:
@@ -64,32 +78,31 @@ def of(kind: str, network: Network, digest: str) -> Engine:
         return _kept[kind, digest]
 
 
-def start(kind: str, network: Network) -> Engine:
-    """An engine, of those that ``choose`` names, for a network.
+def start(kind: EngineKind, network: SegmentationNetwork) -> Engine:
+    """A new engine for a network.
 
-    Raises ConfigError on a machine that has not what the one had that chose.
+    Raises ConfigError on a machine without OpenVINO, where another machine chose it.
     """
-    if kind == "torch":
+    if not kind.is_openvino:
         return _torch(folded(network))
     if not find_spec("openvino"):
         raise ConfigError(
             f"{platform.node()} has no OpenVINO: install it on all workers, or use --engine torch"
         )
-    return _openvino(folded(network), precision=kind.removeprefix("openvino "))
+    return _openvino(folded(network), _PRECISION_HINTS[kind])
 
 
-def _torch(network: Network) -> Engine:
+def _torch(network: SegmentationNetwork) -> Engine:
     network = network.to(device())
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.7 x as fast
     # A GPU has memory for a few tiles, and is busy with one; there may be dozens of threads.
     turn = threading.Lock() if device().type != "cpu" else nullcontext()
 
-    def run(stains: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         with turn, torch.inference_mode():
-            x = torch.from_numpy(stains).to(device()).permute(2, 0, 1)[None]  # (1, 3, H, W)
+            x = torch.from_numpy(pixels).to(device()).permute(2, 0, 1)[None]  # (1, 3, H, W)
             x = x.contiguous(memory_format=torch.channels_last)
-            y = network(x)[0]  # (C, H, W)
-            y = torch.sigmoid(y) if isinstance(network, NucleusNetwork) else y
+            y = network.probabilities(x)[0]  # (C, H, W)
             return np.asarray(y.cpu(), np.float32)
 
     return run
@@ -107,69 +120,60 @@ def _has_bfloat16() -> bool:
     return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def _openvino(network: Network, precision: str) -> Engine:
+def _openvino(network: SegmentationNetwork, precision_hint: str) -> Engine:
     settings = {
-        "INFERENCE_PRECISION_HINT": {"bfloat16": "bf16", "float32": "f32"}[precision],
+        "INFERENCE_PRECISION_HINT": precision_hint,
         "INFERENCE_NUM_THREADS": 1,  # for each tile: workers are the threads
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,
     }
     with _STARTING:
-        model = _graph(network)
+        model = _converted(network)
     local = threading.local()
 
-    def run(stains: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         if not hasattr(local, "request"):
             with _STARTING:
                 local.request = _core().compile_model(model, "CPU", settings).create_infer_request()
                 local.request.infer({0: np.zeros((1, 3, 8, 8), np.float32)})
-        x = np.ascontiguousarray(stains.transpose(2, 0, 1)[None])  # (1, 3, H, W)
+        x = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])  # (1, 3, H, W)
         return np.array(local.request.infer({0: x})[0][0], np.float32)
 
     return run
 
 
-def _graph(network: Network) -> Any:
-    """A network as OpenVINO sees it, for any height and width."""
-    import openvino
-    from openvino import opset11 as ops
+class _Probabilities(nn.Module):
+    """A network whose forward pass yields probabilities, as the frontend traces that alone."""
 
-    x = stains = ops.parameter([1, 3, -1, -1], np.float32)
+    def __init__(self, network: SegmentationNetwork) -> None:
+        super().__init__()
+        self.network = network
 
-    def conv(x: Any, layer: nn.Conv2d) -> Any:
-        assert isinstance(layer.padding, tuple)
-        weight = ops.constant(layer.weight.detach().numpy())
-        pads = list(layer.padding)
-        y = ops.convolution(x, weight, list(layer.stride), pads, pads, list(layer.dilation))
-        if layer.bias is None:
-            return y
-        return ops.add(y, ops.constant(layer.bias.detach().numpy().reshape(1, -1, 1, 1)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network.probabilities(x)
 
-    def block(x: Any, layers: nn.Module) -> Any:
-        for layer in layers.modules():
-            if isinstance(layer, ConvBlock):
-                y = conv(x, layer.conv)
-                x = ops.elu(y, 1.0) if layer.activation is F.elu else ops.relu(y)
-        return x
 
-    def half(x: Any) -> Any:
-        return ops.max_pool(x, [2, 2], [1, 1], [0, 0], [0, 0], [2, 2]).output(0)
+def _converted(network: SegmentationNetwork) -> Any:
+    """A network as an OpenVINO model, for one image of any height and width.
 
-    def twice(x: Any) -> Any:
-        scales = ops.constant(np.array([2, 2], np.float32))
-        axes = ops.constant(np.array([2, 3], np.int64))
-        how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-        return ops.interpolate(x, scales, "nearest", "scales", axes=axes, **how)
+    This calls OpenVINO's torch frontend directly. ``openvino.convert_model`` calls it, too, but
+    also reports each conversion to a web service unless the user has opted out, and takes a second.
+    """
+    from openvino import PartialShape, Type
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    if isinstance(network, NucleusNetwork):
-        fine = block(x, network.down)
-        middle = block(half(fine), network.down_middle)
-        coarse = block(half(middle), network.coarse)
-        middle = block(ops.concat([twice(coarse), middle], 1), network.up_middle)
-        y = conv(block(ops.concat([twice(middle), fine], 1), network.up), network.last)
-    else:
-        y = block(x, network.first)
-        for pair in network.blocks:
-            y = ops.add(y, block(y, pair))
-        y = conv(y, network.last)
-    return openvino.Model([ops.sigmoid(y)], [stains], type(network).__name__)
+    example = torch.zeros(1, 3, 8, 8)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the frontend still needs a trace
+        # Checking the trace imports torch.distributed: 0.6 s.
+        traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+            _Probabilities(network), example, check_trace=False
+        )
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    decoder = TorchScriptPythonDecoder(traced, shared_memory=False)  # in use until the end
+    loaded = frontend.load(decoder)
+    (pixels,) = loaded.get_inputs()
+    loaded.set_partial_shape(pixels, PartialShape([1, 3, -1, -1]))
+    loaded.set_element_type(pixels, Type.f32)
+    return frontend.convert(loaded)

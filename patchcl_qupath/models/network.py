@@ -1,4 +1,4 @@
-"""The networks: the two of PatchCL, and the one that parts nuclei.
+"""The networks: PatchCL's confidence and feature networks, and the U-Net that separates nuclei.
 
 N. Boserup, R. Selvan, Efficient Self-Supervision using Patch-based Contrastive Learning for
 Histopathology Image Segmentation, NLDL 2023 (arXiv 2208.10779).
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from patchcl_qupath.config import PatchCLConfig
+from patchcl_qupath.config import NetworkInput, PatchCLConfig
 
 
 class ConvBlock(nn.Module):
@@ -34,19 +34,56 @@ class ConvBlock(nn.Module):
         return self.activation(self.norm(self.conv(x)), inplace=True)  # (B, outputs, H, W)
 
     def fold(self) -> None:
-        """Make the batch norm part of the convolution: same values, a third less work."""
+        """Fold the batch norm into the convolution: same values, a third less work."""
         assert isinstance(self.norm, nn.BatchNorm2d)
         self.conv = fuse_conv_bn_eval(self.conv, self.norm)
         self.norm = nn.Identity()
 
 
-class ConfidenceNetwork(nn.Module):
+class SegmentationNetwork(nn.Module):
+    """A network from pixels to probability maps, and what must be known of it to run it.
+
+    ``input`` is what it sees of a pixel. Rows and columns must be multiples of ``divisor``, and
+    begin at multiples of it in the slide, or pooling would combine other pixels. Pixels farther
+    than ``receptive_radius_px`` rows or columns away do not influence a probability.
+    ``core_channel`` is the map of nucleus cores; None where the network has none.
+    ``feature_channels`` is the number of maps of ``logits_and_features``; None where there are no
+    such maps, so that the network cannot be refined.
+    """
+
+    input: NetworkInput = NetworkInput.STAINS
+    divisor: int = 1
+    receptive_radius_px: int
+    core_channel: int | None = None
+    feature_channels: int | None = None
+
+    @property
+    def can_be_refined(self) -> bool:
+        """Whether CDCL can refine the network."""
+        return self.feature_channels is not None
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Network input (B, 3, H, W) to probabilities (B, C, H, W) in [0, 1]."""
+        raise NotImplementedError
+
+    def logits_and_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C, H, W), and the feature maps (B, feature_channels, h, w) behind them."""
+        raise NotImplementedError
+
+
+class ConfidenceNetwork(SegmentationNetwork):
     """The fully convolutional network of PatchCL: three stains in, ``channels`` confidences out.
 
     With the paper's 4 channels, width 8 and dilations 1, 2, 3, 5, 10, 20 it has 7,372 weights.
     """
 
-    def __init__(self, channels: int, width: int, dilations: Sequence[int]) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        dilations: Sequence[int],
+        network_input: NetworkInput = NetworkInput.STAINS,
+    ) -> None:
         super().__init__()
         self.first = ConvBlock(3, width)
         self.blocks = nn.ModuleList(
@@ -54,29 +91,32 @@ class ConfidenceNetwork(nn.Module):
             for dilation in dilations
         )
         self.last = nn.Conv2d(width, channels, 1)
-        self.receptive_radius_px = 1 + 2 * sum(
-            dilations
-        )  # the farthest row or column that has a say
-        self.divisor = 1  # any tile will do
+        self.input = network_input
+        self.receptive_radius_px = 1 + 2 * sum(dilations)
 
     @classmethod
     def of(cls, config: PatchCLConfig) -> ConfidenceNetwork:
         """The untrained network that the settings describe."""
-        return cls(config.channels, config.width, config.dilations)
+        return cls(config.channels, config.width, config.dilations, config.input)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scaled stains (B, 3, H, W) to confidences (B, channels, H, W) in (0, 1)."""
+        """Network input (B, 3, H, W) to confidences (B, channels, H, W) in (0, 1)."""
         x = self.first(x)  # (B, width, H, W)
         for block in self.blocks:
             y = block(x)  # (B, width, H, W)
             x = x + y if torch.is_grad_enabled() else x.add_(y)  # in place: a map less to move
         return torch.sigmoid(self.last(x))  # (B, channels, H, W)
 
+    def probabilities(self, x: Tensor) -> Tensor:
+        """The confidences."""
+        return self(x)  # type: ignore[no-any-return]
+
 
 class FeatureNetwork(nn.Module):
-    """The feature network of PatchCL, which the cosine similarity compares patches with.
+    """The feature network of PatchCL, by whose features the cosine similarity compares patches.
 
-    It sees patches in grey. For 50 px it has 3,386 weights: with the 7,372, the paper's 10.8k.
+    It sees patches in grey. For 50 px it has 3,386 weights; with the 7,372 of the confidence
+    network these are the paper's 10.8k.
     """
 
     def __init__(self, patch_px: int = 50) -> None:
@@ -94,12 +134,17 @@ class FeatureNetwork(nn.Module):
         return torch.as_tensor(self.layers(patches))
 
 
-class NucleusNetwork(nn.Module):
-    """A small U-Net: three stains in; how sure it is of a nucleus, and of the core of one, out.
+class NucleusNetwork(SegmentationNetwork):
+    """A small U-Net: three stains in; logits of a nucleus, and of the core of a nucleus, out.
 
-    With the default widths it has 62,002 weights. Rows and columns must be multiples of
-    ``divisor``, and begin at multiples of it in the slide, or pooling would meet other pixels.
+    With the default widths it has 62,002 weights.
     """
+
+    divisor = 4
+    core_channel = 1
+    # Two convolutions on each of the five stages, of 1, 2, 4, 2 and 1 px; and where in its block
+    # of 4 a pixel lies.
+    receptive_radius_px = 2 * (1 + 2 + 4 + 2 + 1) + divisor - 1
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -110,18 +155,18 @@ class NucleusNetwork(nn.Module):
         self.up_middle = _twice(coarse + middle, middle)
         self.up = _twice(middle + fine, fine)
         self.last = nn.Conv2d(fine, 2, 1)
-        self.coarse_width = coarse
-        self.divisor = 4
-        # Two convolutions on each of the five stages, of 1, 2, 4, 2 and 1 px; and where in its
-        # block of 4 a pixel lies.
-        self.receptive_radius_px = 2 * (1 + 2 + 4 + 2 + 1) + self.divisor - 1
+        self.feature_channels = coarse
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scaled stains (B, 3, H, W) to logits (B, 2, H, W) of a nucleus, and of its core."""
-        return self.both(x)[0]
+        """Normalised stains (B, 3, H, W) to logits (B, 2, H, W) of a nucleus, and of its core."""
+        return self.logits_and_features(x)[0]
 
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits, and the coarse features (B, coarse, H / 4, W / 4) that they come from."""
+    def probabilities(self, x: Tensor) -> Tensor:
+        """The sigmoid of the logits."""
+        return torch.sigmoid(self(x))
+
+    def logits_and_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, 2, H, W), and the coarse features (B, coarse, H / 4, W / 4) behind them."""
         fine = self.down(x)  # (B, fine, H, W)
         middle = self.down_middle(F.max_pool2d(fine, 2))  # (B, middle, H / 2, W / 2)
         coarse = self.coarse(F.max_pool2d(middle, 2))  # (B, coarse, H / 4, W / 4)
@@ -142,7 +187,7 @@ def _twice(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def folded(network: Network) -> Network:
-    """A copy for inference, in which each batch norm is part of the convolution before it."""
+    """A copy for inference, with each batch norm folded into the convolution before it."""
     network = deepcopy(network).eval()
     for module in network.modules():
         if isinstance(module, ConvBlock):

@@ -1,4 +1,4 @@
-"""From instance labels to nuclei: outlines, one owner each, and measurements.
+"""From instance labels to nuclei: contours, ownership by tiles, and ids.
 
 All nuclei of a tile are handled at once, in flat arrays; loops are compiled.
 """
@@ -25,22 +25,22 @@ from patchcl_qupath.datatypes import (
 from patchcl_qupath.segmentation.measurements import measure
 from patchcl_qupath.slides.stains import H_E
 
-# Walking clockwise round a region, as seen on the screen, the region is on the right. The four ways
-# to walk along a pixel's edge are: east along its top, south along its right, west along its bottom
-# and north along its left.
+# A contour is traced clockwise, as seen on the screen: the label is on its right. The four
+# directions along a pixel's edge are: east along its top, south along its right, west along its
+# bottom and north along its left.
 _EAST = np.array([1, 0, -1, 0])
 _SOUTH = np.array([0, 1, 0, -1])
 
-_SIMPLIFY_PX = 0.2  # an outline may move by this much when points are left out
+_SIMPLIFY_PX = 0.2  # a contour may move by this much when points are left out
 _BLOCK_PX = 2048  # images are traced in blocks, since that takes up to 50 bytes a pixel
 
 
 def centroids(labels: NDArray[np.int32], tile: Tile) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The pixels (rows, cols), each (N,), of the working grid with the centroids of labels 1..N.
 
-    ``labels`` cover the tile's read box. Whoever asks which tile owns a nucleus, or whether it lies
-    on tissue, asks for this pixel: a nucleus has the same pixels in each tile that sees it whole,
-    and sums of whole numbers do not round, so no two tiles can disagree.
+    ``labels`` cover the tile's read box. This pixel decides which tile owns a nucleus, and whether
+    it lies on tissue: a nucleus has the same pixels in each tile that contains it, and sums of
+    integers do not round, so no two tiles can disagree.
     """
     count, row_sum, col_sum = _position_sums(labels, int(labels.max(initial=0)))
     count = np.maximum(count, 1)
@@ -51,7 +51,7 @@ def centroids(labels: NDArray[np.int32], tile: Tile) -> tuple[NDArray[np.int64],
 def _position_sums(
     labels: NDArray[np.int32], n: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Of labels 1..n, (n,): how many pixels, and the sums of their rows and of their columns."""
+    """Of labels 1..n, (n,): the number of pixels, and the sums of their rows and columns."""
     sums = np.zeros((3, n + 1), np.int64)
     for row in range(labels.shape[0]):
         for col in range(labels.shape[1]):
@@ -68,10 +68,10 @@ def trace_contours(
     confidence: NDArray[np.float32] | None = None,
     threshold: float = 0.5,
 ) -> Polygons:
-    """Outer outlines of labels 1..N -> (N,) valid polygons, tile-local, without holes.
+    """Outer contours of labels 1..N -> (N,) valid polygons, tile-local, without holes.
 
-    The outline crosses each pixel edge between inside and outside, halfway between the two pixels'
-    middles; with ``confidence`` (H, W), where it falls to ``threshold`` between them. It is
+    The contour crosses each pixel edge between inside and outside, halfway between the centres of
+    the two pixels; with ``confidence`` (H, W), where it falls to ``threshold`` between them. It is
     smoothed without shrinking, and simplified by at most 0.2 px. Of a label in several pieces the
     largest piece is taken. A label without pixels raises ValueError.
     """
@@ -94,9 +94,9 @@ def _to_threshold(
 ) -> None:
     """Move the middle of each edge (E, 2) outwards or inwards to where confidence is ``threshold``.
 
-    By up to half a px, in quarters: two tiles may differ by a hair in their confidence. An edge
-    where the label ends for another reason, at another nucleus or at the border, stays where it is.
-    Which labels other nuclei have must not matter: a tile knows its own alone.
+    By up to half a px, in quarters: two tiles may differ in the last bits of their confidence. An
+    edge where the label ends for another reason, at another nucleus or at the border, stays where
+    it is. The result must not depend on the labels of other nuclei, which differ between tiles.
     """
     rows, cols = confidence.shape
     for edge in range(len(middle)):
@@ -106,17 +106,17 @@ def _to_threshold(
         if 0 <= row + y < rows and 0 <= col + x < cols:
             high, low = confidence[row, col], confidence[row + y, col + x]
             if high > threshold and low < threshold:
-                share = (high - threshold) / (high - low)
-                outwards = np.rint(4 * share) / 4 - 0.5
+                fraction = (high - threshold) / (high - low)
+                outwards = np.rint(4 * fraction) / 4 - 0.5
                 middle[edge, 0] += outwards * x
                 middle[edge, 1] += outwards * y
 
 
 def pixel_polygons(labels: Labels) -> Polygons:
-    """What each of N labels covers -> (N,) valid polygons or multipolygons, in the labels' order.
+    """Pixel polygons of N labels -> (N,) valid polygons or multipolygons, in the labels' order.
 
-    They run along the edges of the pixels, so an area is a number of pixels; holes and separate
-    pieces are kept. Labels may be any numbers; 0 is background.
+    They follow the edges of the pixels, so an area is a number of pixels; holes and separate pieces
+    are kept. Labels may be any integers; 0 is background.
     """
     rings, owners = [np.empty(0, dtype=object)], [np.empty(0, dtype=labels.dtype)]
     for row in range(0, labels.shape[0], _BLOCK_PX):
@@ -134,9 +134,9 @@ def pixel_polygons(labels: Labels) -> Polygons:
 
 
 def _even_odd(parts: Polygons, owner: Labels) -> Polygons:
-    """What an odd number of the parts of each owner covers; parts are sorted by their owners.
+    """Polygons by the even-odd rule from the parts of each owner; parts are sorted by their owners.
 
-    That takes holes out, keeps what lies in them, and joins parts that share an edge.
+    That removes holes, keeps what lies in them, and joins parts that share an edge.
     """
     while True:
         place = np.arange(len(owner)) - np.searchsorted(owner, owner)
@@ -151,14 +151,14 @@ def _even_odd(parts: Polygons, owner: Labels) -> Polygons:
 def _trace(
     labels: Labels,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], Labels]:
-    """Walk round all labels, along the edges of their pixels.
+    """Trace the borders of all labels along the edges of their pixels.
 
     Returns of each edge its first corner (E, 2) and the step to the next one (E, 2), in (x, y),
     and its ring (E,), ascending; of each ring its label (R,). Holes have rings of their own.
     """
     rows, cols = labels.shape
     width = cols + 2
-    flat = np.zeros((rows + 2) * width, labels.dtype)  # with a border: whatever is across exists
+    flat = np.zeros((rows + 2) * width, labels.dtype)  # with a border: every pixel has neighbours
     for row in range(rows):
         flat[(row + 1) * width + 1 : (row + 1) * width + 1 + cols] = labels[row]
     across = np.array([-width, 1, width, -1])
@@ -170,24 +170,24 @@ def _trace(
     corner, step = np.empty((edges, 2), np.int64), np.empty((edges, 2), np.int64)
     ring, owner = np.empty(edges, np.int64), np.empty(edges, labels.dtype)
 
-    walked = np.zeros(len(flat), np.bool_)  # along this pixel's top; every ring has such an edge
+    traced = np.zeros(len(flat), np.bool_)  # along this pixel's top; every ring has such an edge
     edge = rings = 0
     for start in np.flatnonzero(flat):
         label = flat[start]
-        if walked[start] or flat[start + across[0]] == label:
+        if traced[start] or flat[start + across[0]] == label:
             continue
         pixel, way = start, 0
         x, y = start % width - 1, start // width - 1
         while True:
             if way == 0:
-                walked[pixel] = True
+                traced[pixel] = True
             corner[edge, 0], corner[edge, 1] = x, y
             step[edge, 0], step[edge, 1] = _EAST[way], _SOUTH[way]
             ring[edge] = rings
             x, y, edge = x + _EAST[way], y + _SOUTH[way], edge + 1
             front = pixel + ahead[way]
             front_left = front + across[way]
-            # Right where the pixel ahead is outside, so that regions connect by edges, not corners.
+            # Right where the pixel ahead is outside: pixels connect by edges, not by corners.
             if flat[front] != label:
                 way = (way + 1) % 4
             elif flat[front_left] != label:
@@ -207,8 +207,8 @@ def _smooth(xy: NDArray[np.float64], ring: NDArray[np.int64]) -> NDArray[np.floa
 
     ``xy`` (E, 2) are points, ``ring`` (E,), ascending, the ring of each.
 
-    One average of 1 : 2 : 1 pulls a circle inwards; what a second one would pull is given back
-    (G. Taubin, A signal processing approach to fair surface design, SIGGRAPH 1995).
+    One average of 1 : 2 : 1 shrinks a circle; the shrinkage of a second one is added back (G.
+    Taubin, A signal processing approach to fair surface design, SIGGRAPH 1995).
     """
     n = len(ring)
     once, twice = np.empty_like(xy), np.empty_like(xy)
@@ -223,7 +223,7 @@ def _smooth(xy: NDArray[np.float64], ring: NDArray[np.int64]) -> NDArray[np.floa
 
 @compiled
 def _average(xy: NDArray[np.float64], first: int, last: int, averaged: NDArray[np.float64]) -> None:
-    """Fill in the ring ``first`` to ``last``: each point 1 : 2 : 1 with its two neighbours."""
+    """Average points ``first`` to ``last``, a ring, 1 : 2 : 1 with their two neighbours."""
     before = last
     for k in range(first, last + 1):
         after = k + 1 if k < last else first
@@ -242,13 +242,13 @@ def _largest(area: NDArray[np.float64], owner: Labels, n: int) -> NDArray[np.int
 
 
 def _tidy(polygons: Polygons) -> Polygons:
-    """Fewer points; the largest valid part of the few outlines that touch themselves."""
+    """Simplified contours; the largest valid part of the few that touch themselves."""
     simple = shapely.simplify(polygons, _SIMPLIFY_PX, preserve_topology=False)  # 9 x as fast
     whole = shapely.get_type_id(simple) == shapely.GeometryType.POLYGON
     whole &= shapely.is_valid(simple) & (shapely.area(simple) > 0)
-    odd = np.flatnonzero(~whole)  # a handful in a thousand
+    others = np.flatnonzero(~whole)  # a handful in a thousand
     polygons = np.where(whole, simple, polygons)
-    for i in odd[~shapely.is_valid(polygons[odd])]:
+    for i in others[~shapely.is_valid(polygons[others])]:
         parts = shapely.get_parts(shapely.buffer(polygons[i], 0))
         polygons[i] = shapely.Polygon(parts[np.argmax(shapely.area(parts))].exterior)
     return polygons
@@ -264,16 +264,16 @@ def nuclei_of_tile(
     threshold: float = 0.5,
     stains: StainVectors = H_E,
 ) -> Nuclei:
-    """Those of labels 1..N that are ``owned`` (N,), outlined and measured, on the working grid.
+    """Contours and measurements of those of labels 1..N that are ``owned`` (N,), in their order.
 
-    ``labels``, ``rgb`` and ``confidence`` cover the tile's read box; ``mpp`` is (x, y) in um per
-    working pixel. Outlines run where confidence is ``threshold``; ``stains`` are measured. The
-    order is that of the labels.
+    Contours are on the working grid, where confidence is ``threshold``. ``labels``, ``rgb`` and
+    ``confidence`` cover the tile's read box; ``mpp`` is (x, y) in µm per working pixel; ``stains``
+    are measured.
     """
     renumbered = np.concatenate([[0], np.where(owned, np.cumsum(owned), 0)]).astype(np.int32)
     labels = take(renumbered, labels)
     polygons = trace_contours(labels, confidence, threshold)
-    polygons_um = grid_to_level0(polygons, mpp)  # um are pixels of 1 um
+    polygons_um = grid_to_level0(polygons, mpp)  # µm are pixels of 1 µm
     measurements = measure(polygons_um, labels, rgb, confidence, stains)
     return Nuclei(tile_to_grid(polygons, tile), measurements)
 
@@ -281,7 +281,7 @@ def nuclei_of_tile(
 def to_level0(nuclei: Nuclei, downsample: tuple[float, float], image_id: str) -> Nuclei:
     """Nuclei of the working grid, at level 0 to 0.01 px, each with its UUID.
 
-    A UUID is made of the image's id and the outline: the same nucleus has it in every run.
+    A UUID is made of the image's id and the contour: the same nucleus has it in every run.
     """
     at_level0 = grid_to_level0(nuclei.polygons, downsample)
     polygons = cast(Polygons, shapely.transform(at_level0, lambda xy: np.round(xy, 2)))
@@ -290,11 +290,11 @@ def to_level0(nuclei: Nuclei, downsample: tuple[float, float], image_id: str) ->
 
 def _uuids(polygons: Polygons, image_id: str) -> NDArray[np.str_]:
     seed = hashlib.sha256(image_id.encode()).digest()
-    return np.array([_uuid(outline, seed) for outline in shapely.to_wkb(polygons)], dtype="U36")
+    return np.array([_uuid(contour, seed) for contour in shapely.to_wkb(polygons)], dtype="U36")
 
 
-def _uuid(outline: bytes, seed: bytes) -> str:
+def _uuid(contour: bytes, seed: bytes) -> str:
     """``str(uuid.UUID(bytes=digest, version=5))``, five times as fast."""
-    digest = hashlib.blake2b(outline, digest_size=16, key=seed).hexdigest()
+    digest = hashlib.blake2b(contour, digest_size=16, key=seed).hexdigest()
     variant = "89ab"[int(digest[16], 16) & 3]
     return f"{digest[:8]}-{digest[8:12]}-5{digest[13:16]}-{variant}{digest[17:20]}-{digest[20:]}"

@@ -1,10 +1,13 @@
-"""From a confidence map to instance labels: one label for each nucleus.
+"""Instance separation: from a confidence map to one label for each nucleus.
 
-Touching nuclei are separated by hill climbing. Each pixel of the mask steps to its highest
-neighbour on a map of the distance to the background, again and again, until it reaches a summit;
-pixels that share a summit share a nucleus. It is the watershed of that map, but unlike flooding
-from a queue it depends on nothing farther away than the nucleus itself, so that a nucleus gets
-the same pixels in each tile that sees it whole. No step here looks at the tile as a whole.
+Touching nuclei are separated by a steepest-ascent watershed of an elevation map, the distance to
+the background, raised in the cores of nuclei. Each pixel of the mask steps to its highest
+neighbour until it reaches a maximum; the pixels of one maximum (marker) are one nucleus. Maxima of
+low prominence are merged. Unlike a watershed that floods from a queue, this one depends on no pixel
+farther away than the nucleus, so that a nucleus has the same pixels in each tile that contains it.
+No step here depends on the tile as a whole.
+
+F. Meyer, Topographic distance and watershed lines, Signal Processing 38 (1994).
 """
 
 from __future__ import annotations
@@ -20,14 +23,15 @@ _CROSS = ndimage.generate_binary_structure(2, 1)  # pixels connect by edges, not
 
 
 def postprocessing_margin_um(config: SegmentConfig) -> float:
-    """How far outside its tile's write box a nucleus that the tile owns can depend on pixels.
+    """The post-processing margin: how far beyond its tile's write box an owned nucleus depends on
+    pixels, in µm.
 
-    A convex shape reaches at most two thirds of its diameter from its centroid; the height of
+    A convex shape extends at most two thirds of its diameter from its centroid; the elevation of
     its outermost pixels depends on the mask up to ``max_depth_um`` farther, and smoothing and the
-    search for a higher summit look a little beyond that.
+    search for a higher maximum extend a little beyond that.
     """
-    look = 4 * config.smooth_um + config.marker_radius_um + 2 * config.open_radius_um
-    return 2 / 3 * config.max_diameter_um + config.max_depth_um + look
+    beyond = 4 * config.smooth_um + config.marker_radius_um + 2 * config.open_radius_um
+    return 2 / 3 * config.max_diameter_um + config.max_depth_um + beyond
 
 
 def instances(
@@ -39,12 +43,12 @@ def instances(
 ) -> NDArray[np.int32]:
     """Nuclei of a confidence map (H, W) in [0, 1], as labels (H, W): 0 is background, 1..N nuclei.
 
-    ``core`` (H, W) in [0, 1], where the network tells it, is high in the middle of each nucleus:
-    it parts nuclei that touch, and blobs without a core are no nuclei.
+    ``core`` (H, W) in [0, 1], where the network has cores, is high in the middle of each nucleus:
+    it separates touching nuclei, and objects without a core are left out.
 
-    ``mpp`` is in um per pixel. Labels are numbered by the position of the nucleus's summit, row by
-    row. Pieces below ``min_area_um2``, and blobs above ``max_area_um2`` or ``max_diameter_um``,
-    are no nuclei.
+    ``mpp`` is in µm per pixel. Labels are numbered by the position of the nucleus's maximum, row by
+    row. Objects below ``min_area_um2``, and above ``max_area_um2`` or ``max_diameter_um``, are left
+    out.
     """
     pieces = _pieces(confidence > threshold, mpp, config)
     elevation = _elevation(pieces > 0, core, mpp, config)
@@ -55,12 +59,15 @@ def instances(
 
 
 def _pieces(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDArray[np.int32]:
-    """The connected pieces (H, W) of what is above, without hairs, specks and small holes."""
+    """The connected pieces (H, W) of a mask, opened, without specks and small holes.
+
+    As scikit-image's ``remove_small_holes`` and ``remove_small_objects``, in half the time.
+    """
     radius = config.open_radius_um / mpp
     mask = np.asarray(ndimage.binary_opening(above, _disc(radius))) if radius >= 1 else above
     holes, count = ndimage.label(~mask, _CROSS)
     stay = _sizes(holes, count) * mpp**2 >= config.max_hole_um2
-    stay[0] = False  # what is not a hole is mask already
+    stay[0] = False  # the mask itself
     pieces, count = ndimage.label(take(~stay, holes), _CROSS)
     large = _sizes(pieces, count) * mpp**2 >= config.min_area_um2
     large[0] = False
@@ -69,7 +76,7 @@ def _pieces(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDAr
 
 @compiled
 def _sizes(labels: NDArray[np.int32], count: int) -> NDArray[np.int64]:
-    """How many pixels have each label 0..N: (N + 1,)."""
+    """The number of pixels of each label 0..N: (N + 1,)."""
     sizes = np.zeros(count + 1, np.int64)
     for label in labels.flat:
         sizes[label] += 1
@@ -79,7 +86,7 @@ def _sizes(labels: NDArray[np.int32], count: int) -> NDArray[np.int64]:
 def _elevation(
     mask: NDArray[np.bool_], core: NDArray[np.float32] | None, mpp: float, config: SegmentConfig
 ) -> NDArray[np.float32]:
-    """The landscape to climb: the depth inside the mask, in um, higher in cores; smoothed."""
+    """The elevation map (H, W): the depth inside the mask, in µm, raised in cores; smoothed."""
     depth = np.minimum(_distance(mask, config.max_depth_um / mpp) * mpp, config.max_depth_um)
     if core is not None:
         depth += config.core_um * core
@@ -95,10 +102,10 @@ def _elevation(
 def _smooth(
     values: NDArray[np.float64], mask: NDArray[np.bool_], taps: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """Values (H, W) blurred with a kernel of ``taps`` from its middle on; 0 outside of the mask.
+    """Values (H, W) smoothed with a symmetric kernel, half of it in ``taps``; 0 outside the mask.
 
     Mirrored at the border. Down the columns first, for a whole row at once; then along the row, but
-    where the mask is only, a fifth of a slide.
+    only inside the mask, a fifth of a slide.
     """
     rows, cols = values.shape
     blurred = np.zeros((rows, cols), np.float32)
@@ -120,7 +127,7 @@ def _smooth(
 
 @compiled
 def _mirrored(at: int, length: int) -> int:
-    """An index as far inside as ``at`` is outside."""
+    """An index mirrored at the borders 0 and ``length``."""
     while not 0 <= at < length:
         at = -1 - at if at < 0 else 2 * length - 1 - at
     return at
@@ -128,9 +135,11 @@ def _mirrored(at: int, length: int) -> int:
 
 @compiled
 def _distance(mask: NDArray[np.bool_], most: float) -> NDArray[np.float64]:
-    """Distance (H, W) to the nearest pixel outside the mask; exact up to ``most``, and no less.
+    """Distance (H, W) to the nearest pixel outside the mask; exact up to ``most``, and at least
+    that beyond.
 
-    By columns, then by rows (as A. Meijster et al., 2000), but no farther than needed.
+    By columns, then by rows, no farther than needed (as A. Meijster, J. Roerdink, W. Hesselink, A
+    General Algorithm for Computing Distance Transforms in Linear Time, 2000).
     """
     rows, cols = mask.shape
     reach = int(np.ceil(most))
@@ -165,10 +174,11 @@ def _steepest_ascent(
     near: NDArray[np.int64],
     far: NDArray[np.int64],
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Each pixel's basin (H, W): 1..N, in the order of their summits; and these's heights (N + 1,).
+    """The basin of each pixel (H, W), 1..N, in the order of their maxima; and the elevation of
+    these (N + 1,).
 
     Every pixel of a piece steps to the highest of the pixels ``near``, (K, 2) offsets in (row,
-    col), that are of the same piece. A summit is one with no higher one ``far`` off either. Of
+    col), that are of the same piece. A maximum is one with no higher one ``far`` off either. Of
     equally high pixels the one with the larger (row, col) counts as higher: so every step goes up,
     there are no cycles, and nothing depends on where the tile begins.
     """
@@ -197,7 +207,7 @@ def _steepest_ascent(
             while not basins[maximum]:
                 maximum = parent[maximum]
             step = pixel
-            while not basins[step]:  # whoever comes across this way again is there at once
+            while not basins[step]:  # the next pixel on this path is there at once
                 basins[step] = basins[maximum]
                 step = parent[step]
     return basins.reshape(rows, cols), peak
@@ -211,7 +221,7 @@ def _highest(
     col: int,
     offsets: NDArray[np.int64],
 ) -> int:
-    """The highest of a pixel and those at the offsets from it in its piece, as row * W + col."""
+    """The highest of a pixel and those of its piece at the offsets from it, as row * W + col."""
     rows, cols = pieces.shape
     piece, best_elevation = pieces[row, col], elevation[row, col]
     best: int = row * cols + col
@@ -233,10 +243,10 @@ def _merge_low_prominence(
     elevation: NDArray[np.float32],
     min_prominence_um: np.float32,
 ) -> NDArray[np.int32]:
-    """Which basin (N + 1,) each one becomes a part of, where hardly a saddle parts them.
+    """The basin (N + 1,) that each basin is merged into; itself, unless its prominence is low.
 
-    The saddle between two is the highest pass along their common border. A summit that rises less
-    than ``min_prominence_um`` above its highest saddle is a bump on its neighbour's flank.
+    The saddle between two basins is the highest pass along their common border. The prominence of a
+    maximum is its elevation above its highest saddle to a higher one.
     """
     rows, cols = basins.shape
     into = np.arange(len(peak)).astype(np.int32)
@@ -251,11 +261,11 @@ def _merge_low_prominence(
                     continue
                 if peak[low] > peak[high] or (peak[low] == peak[high] and low > high):
                     low, high = high, low
-                over = min(elevation[row, col], elevation[r, c])
-                if peak[low] - over < min_prominence_um and (
-                    over > saddle[low] or (over == saddle[low] and high > into[low])
+                height = min(elevation[row, col], elevation[r, c])
+                if peak[low] - height < min_prominence_um and (
+                    height > saddle[low] or (height == saddle[low] and high > into[low])
                 ):
-                    saddle[low], into[low] = over, high
+                    saddle[low], into[low] = height, high
     for basin in range(len(into)):
         while into[into[basin]] != into[basin]:
             into[basin] = into[into[basin]]
@@ -270,12 +280,12 @@ def _number(
     config: SegmentConfig,
 ) -> NDArray[np.int32]:
     """The label (N + 1,) of each basin, 1..M: 0 for those of the wrong size, or without a core."""
-    count, tall, wide, surest = _extents(basins, into, core)
+    count, tall, wide, max_core = _extents(basins, into, core)
     area = count * mpp**2
     keep = (count > 0) & (area >= config.min_area_um2) & (area <= config.max_area_um2)
     keep &= np.maximum(tall, wide) * mpp <= config.max_diameter_um
     if core is not None:
-        keep &= surest >= config.min_core
+        keep &= max_core >= config.min_core
     return np.asarray(np.where(keep, np.cumsum(keep), 0)[into], np.int32)
 
 
@@ -283,8 +293,8 @@ def _number(
 def _extents(
     basins: NDArray[np.int32], into: NDArray[np.int32], values: NDArray[np.float32] | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Of each basin with those that became a part of it, (N + 1,): its pixels, its height and width
-    in px, and the largest of the values (H, W) in it."""
+    """Of each basin with those merged into it, (N + 1,): the number of its pixels, its height and
+    width in px, and the largest of the values (H, W) in it."""
     n = len(into)
     count, most = np.zeros(n, np.int64), np.full(n, -np.inf, np.float32)
     top, bottom = np.full(n, basins.size), np.full(n, -1)
@@ -302,6 +312,7 @@ def _extents(
 
 
 def _disc(radius: float) -> NDArray[np.bool_]:
+    """A disc of any radius; scikit-image's ``disk`` has no pixel in its middle for half ones."""
     reach = int(radius)
     rows, cols = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     return np.asarray(rows**2 + cols**2 <= radius**2)

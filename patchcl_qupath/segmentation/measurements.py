@@ -7,10 +7,7 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.compiled import compiled
-from patchcl_qupath.datatypes import (
-    Polygons,
-    StainVectors,
-)
+from patchcl_qupath.datatypes import Polygons, StainVectors
 from patchcl_qupath.slides.stains import H_E, densities, hematoxylin
 
 
@@ -23,7 +20,7 @@ def measure(
 ) -> dict[str, NDArray[np.float32]]:
     """Measurements of labels 1..N under QuPath's own names -> name: (N,) float32.
 
-    ``polygons_um`` (N,) are their outlines in um; ``labels`` (H, W), ``rgb`` (H, W, 3) and
+    ``polygons_um`` (N,) are their contours in µm; ``labels`` (H, W), ``rgb`` (H, W, 3) and
     ``confidence`` (H, W) belong to the same tile. Shapes are defined as in QuPath's
     ``ObjectMeasurements`` (0.3 and later); optical densities are those of ``stains``, at the
     working resolution, over the pixels of the nucleus.
@@ -42,14 +39,15 @@ def measure(
 def mean_hematoxylin(labels: NDArray[np.int32], rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Mean optical density of hematoxylin in labels 1..N (H, W), (N,).
 
-    By QuPath's default vector, whatever stains are measured: what has none is no nucleus.
+    By QuPath's default vector, whatever stains are measured: an object without hematoxylin is no
+    nucleus.
     """
     return means(labels, int(labels.max(initial=0)), hematoxylin(rgb))
 
 
 @compiled
 def means(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Mean of the values (H, W) in labels 1..n (H, W): (n,); 0 for one without pixels."""
+    """Mean (n,) of the values (H, W) in labels 1..n (H, W); 0 for a label without pixels."""
     count, total = np.zeros(n + 1), np.zeros(n + 1)
     for row in range(labels.shape[0]):
         for col in range(labels.shape[1]):
@@ -64,7 +62,7 @@ def means(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> NDA
 def _statistics(
     labels: NDArray[np.int32], n: int, values: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """Mean, standard deviation, minimum and maximum of the values (H, W) in labels 1..n: (4, n)."""
+    """Mean, standard deviation, minimum and maximum (4, n) of the values (H, W) in labels 1..n."""
     statistics = np.zeros((4, n))
     mean, deviation, least, most = statistics
     mean[:], least[:], most[:] = means(labels, n, values), np.inf, -np.inf
@@ -82,7 +80,7 @@ def _statistics(
 
 
 def shape_measurements(polygons_um: Polygons) -> dict[str, NDArray[np.float64]]:
-    """Size and shape of polygons in um, named and defined as in QuPath."""
+    """Size and shape of polygons in µm, named and defined as in QuPath."""
     area, length = shapely.area(polygons_um), shapely.length(polygons_um)
     hulls = shapely.convex_hull(polygons_um)
     xy, hull = shapely.get_coordinates(hulls, return_index=True)  # closed: first point = last
@@ -99,10 +97,10 @@ def shape_measurements(polygons_um: Polygons) -> dict[str, NDArray[np.float64]]:
 
 @compiled
 def _bounding_radii(xy: NDArray[np.float64], first: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Radius (N,) of the smallest circle round the points ``xy[first[i] : first[i + 1]]``.
+    """Radius (N,) of the smallest enclosing circle of the points ``xy[first[i] : first[i + 1]]``.
 
-    By adding one point after the other: one that is outside of the circle so far is on the new one
-    (E. Welzl, Smallest enclosing disks, 1991). QuPath's maximum diameter is twice that.
+    Points are added one by one: one that is outside the circle so far lies on the new one (E.
+    Welzl, Smallest enclosing disks, 1991). QuPath's maximum diameter is twice that radius.
     """
     radii = np.empty(len(first) - 1)
     for i in range(len(radii)):
@@ -125,13 +123,13 @@ def _bounding_radii(xy: NDArray[np.float64], first: NDArray[np.int64]) -> NDArra
 
 @compiled
 def _inside(point: NDArray[np.float64], x: float, y: float, square: float) -> bool:
-    """Whether a point (2,) is in the circle round (x, y), but for rounding."""
+    """Whether a point (2,) is in the circle around (x, y), up to rounding."""
     return bool((point[0] - x) ** 2 + (point[1] - y) ** 2 <= square * (1 + 1e-12))
 
 
 @compiled
 def _through_two(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Middle (x, y) and squared radius of the smallest circle through two points (2,)."""
+    """Centre (x, y) and squared radius of the smallest circle through two points (2,)."""
     x, y = (a[0] + b[0]) / 2, (a[1] + b[1]) / 2
     return x, y, (a[0] - x) ** 2 + (a[1] - y) ** 2
 
@@ -140,7 +138,7 @@ def _through_two(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float,
 def _through_three(
     a: NDArray[np.float64], b: NDArray[np.float64], c: NDArray[np.float64]
 ) -> tuple[float, float, float]:
-    """Middle (x, y) and squared radius of the circle through three points (2,)."""
+    """Centre (x, y) and squared radius of the circle through three points (2,)."""
     bx, by, cx, cy = b[0] - a[0], b[1] - a[1], c[0] - a[0], c[1] - a[1]
     twice = 2 * (bx * cy - by * cx)
     if twice == 0:  # on a line, where two of them are enough
@@ -152,10 +150,10 @@ def _through_three(
 
 @compiled
 def _min_widths(xy: NDArray[np.float64], first: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Least width (N,) of the closed convex rings ``xy[first[i] : first[i + 1]]``.
+    """Minimum width (N,) of the closed convex rings ``xy[first[i] : first[i + 1]]``.
 
-    Over the edges, that to the point farthest off: as JTS's ``MinimumDiameter``, which QuPath calls
-    the minimum diameter.
+    The minimum over the edges of the distance to the farthest point: as JTS's ``MinimumDiameter``,
+    which QuPath calls the minimum diameter.
     """
     width = np.full(len(first) - 1, np.inf)
     for hull in range(len(width)):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Nuclei, Tile, UncertaintyGrid
+from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.segmentation.contours import centroids, nuclei_of_tile, to_level0
 from patchcl_qupath.segmentation.instances import instances, postprocessing_margin_um
@@ -39,7 +40,7 @@ class TileContext:
     image: PreparedImage
     model: Model
     config: Config
-    engine: str
+    engine: EngineKind
 
 
 def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:

@@ -1,14 +1,14 @@
-"""CDCL: a few corrected fields make a better model, without forgetting what was learnt unlabelled.
+"""CDCL: a model is refined with a few corrected ROIs, and does not forget its other training.
 
 H. Wu, Z. Wang, Y. Song, L. Yang, J. Qin, Cross-patch Dense Contrastive Learning for
 Semi-supervised Segmentation of Cellular Nuclei in Histopathologic Images, CVPR 2022.
 
-A student learns from labelled crops, and from unlabelled ones what its teacher, the moving average
-of itself, is confident of on a less disturbed view (consistency); it is to be sure of its answers
-(entropy), and patches of nuclei are to look like each other, and unlike patches of none, wherever
-they come from (cross-patch dense contrast). Beyond the paper: both begin as the label-free model,
-and keep to its pseudo-labels on unlabelled crops, or one labelled field would make them forget the
-rest.
+A student is trained on labelled crops, and on unlabelled ones by what its teacher, the moving
+average of its weights, predicts with confidence on a less augmented view (consistency). Its own
+predictions become certain (entropy minimisation), and features of patches of nuclei alike, and
+unlike those of background, from whichever image (cross-patch dense contrast). Beyond the paper:
+student and teacher begin as the label-free model, and its pseudo-labels stay in the loss on
+unlabelled crops, or the student would forget whatever one labelled ROI does not show.
 """
 
 from __future__ import annotations
@@ -17,26 +17,38 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from patchcl_qupath.config import CDCLConfig
 from patchcl_qupath.models.model import Model
-from patchcl_qupath.models.network import NucleusNetwork, device
+from patchcl_qupath.models.network import SegmentationNetwork, device
+from patchcl_qupath.storage.records import CDCLLog, SelfTrainingLog
 from patchcl_qupath.training.supervision import (
     TrainingSample,
     augment_stains,
     bce_dice_loss,
-    ema_update,
+    ema_model,
     random_crop,
     to_batch,
 )
 
 Report = Callable[[str, int, int], None]
+
+
+class Batch(NamedTuple):
+    """Random crops, (B, 3, S, S) each: augmented stains, targets, and stains as they are."""
+
+    strong: Tensor
+    target: Tensor
+    weak: Tensor
 
 
 def refine(
@@ -46,99 +58,143 @@ def refine(
     report: Report,
     seed: int = 0,
 ) -> Model:
-    """Refine a model with labelled fields, and with unlabelled crops and their pseudo-labels.
+    """Refine a model with samples of labelled ROIs, and with pseudo-labelled samples.
 
-    Equal lessons, seeds and numbers of threads give equal weights on one machine.
+    Equal samples, seeds and numbers of threads give equal weights on one machine.
     """
-    assert isinstance(start.network, NucleusNetwork)
+    assert start.network.feature_channels is not None, "this network cannot be refined"
+    assert isinstance(start.training, SelfTrainingLog), "CDCL begins with self-training"
     settings = start.config.cdcl
     rng = np.random.default_rng(seed)
     student = deepcopy(start.network).to(device()).train()
-    teacher = deepcopy(student).eval()
+    average = ema_model(student, warmup_steps=9)
+    average.update_parameters(student)  # a copy: the model itself is the first in the mean
+    teacher = average.module.eval()
+    assert isinstance(teacher, SegmentationNetwork)
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
-        projection = nn.Conv2d(student.coarse_width, settings.dimensions, 1).to(device())
+        projection = nn.Conv2d(start.network.feature_channels, settings.dimensions, 1)
+        projection.to(device())
     optimizer = torch.optim.AdamW(
         [*student.parameters(), *projection.parameters()],
         settings.learning_rate,
         weight_decay=settings.weight_decay,
     )
+    scheduler = LambdaLR(optimizer, partial(_annealing, settings=settings))
     bank = MemoryBank(settings)
     log: list[dict[str, float]] = []
     for step in range(settings.steps):
-        done = step / settings.steps
-        optimizer.param_groups[0]["lr"] = (
-            settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
+        losses = _losses(
+            student=student,
+            teacher=teacher,
+            projection=projection,
+            labelled=_batch(labelled, settings.labelled, settings, rng),
+            unlabelled=_batch(unlabelled, settings.unlabelled, settings, rng),
+            weight=consistency_weight(step, settings),
+            bank=bank,
+            settings=settings,
         )
-        labelled_stains, labelled_target, _ = _batch(labelled, settings.labelled, settings, rng)
-        strong, target, weak = _batch(unlabelled, settings.unlabelled, settings, rng)
-        logits, coarse = student.both(torch.cat([labelled_stains, strong]))
-        n = len(labelled_stains)
-        losses = {
-            "labelled": bce_dice_loss(logits[:n], labelled_target),
-            "pseudo": settings.pseudo_weight * bce_dice_loss(logits[n:], target),
-        }
-        with torch.no_grad():
-            teacher_probability, teacher_features = teacher.both(weak)
-            teacher_probability = torch.sigmoid(teacher_probability)  # (B, 2, H, W)
-        # The teacher is worth listening to once it followed the student for a while.
-        consistency_weight = (
-            math.exp(-5 * (1 - done) ** 2) if done >= settings.teacher_warmup else 0.0
-        )
-        if consistency_weight:
-            losses["consistency"] = consistency_weight * consistency(
-                logits[n:], teacher_probability, settings
-            )
-            losses["entropy"] = consistency_weight * settings.entropy_weight * entropy(logits[n:])
-            foreground_fraction = F.avg_pool2d(
-                (teacher_probability[:, :1] > 0.5).float(), settings.patch_px
-            )  # (B, 1, h, w)
-            losses["contrast"] = settings.contrast_weight * contrast(
-                patches(projection(coarse[n:]), settings),
-                patches(projection(teacher_features), settings).detach(),
-                foreground_fraction.flatten(),
-                bank,
-                settings,
-            )
         optimizer.zero_grad()
         torch.stack([*losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        ema_update(teacher, student, keep=min(0.99, 1 - 1 / (step + 10)))
+        scheduler.step()
+        average.update_parameters(student)
         log.append({name: round(loss.item(), 4) for name, loss in losses.items()})
-        report("learning from corrections", step + 1, settings.steps)
-    training = {**start.training, "cdcl": log, "refined_from": start.digest}
-    return Model(teacher.cpu().eval(), start.config, 0, False, start.threshold, training)
+        report("refining the segmentation network", step + 1, settings.steps)
+    return Model(
+        network=teacher.cpu().eval(),
+        config=start.config,
+        threshold=start.threshold,
+        training=CDCLLog(
+            **{name: getattr(start.training, name) for name in SelfTrainingLog.__struct_fields__},
+            cdcl=log,
+            refined_from=start.digest,
+        ),
+    )
+
+
+def consistency_weight(step: int, settings: CDCLConfig) -> float:
+    """The weight of the teacher's predictions: 0 during its warm-up, then rising to 1."""
+    done = step / settings.steps
+    return math.exp(-5 * (1 - done) ** 2) if done >= settings.teacher_warmup else 0.0
+
+
+def _annealing(step: int, settings: CDCLConfig) -> float:
+    """The fraction of the learning rate at a step: a cosine to 0."""
+    return (1 + math.cos(math.pi * (step / settings.steps))) / 2
+
+
+def _losses(
+    *,
+    student: SegmentationNetwork,
+    teacher: SegmentationNetwork,
+    projection: nn.Module,
+    labelled: Batch,
+    unlabelled: Batch,
+    weight: float,
+    bank: MemoryBank,
+    settings: CDCLConfig,
+) -> dict[str, Tensor]:
+    """The losses of a step by name; those that need the teacher where ``weight`` is not 0."""
+    logits, features = student.logits_and_features(torch.cat([labelled.strong, unlabelled.strong]))
+    n = len(labelled.strong)
+    losses = {
+        "labelled": bce_dice_loss(logits[:n], labelled.target),
+        "pseudo": settings.pseudo_weight * bce_dice_loss(logits[n:], unlabelled.target),
+    }
+    if not weight:
+        return losses
+    logits = logits[n:]
+    with torch.no_grad():
+        teacher_logits, teacher_features = teacher.logits_and_features(unlabelled.weak)
+        probability = torch.sigmoid(teacher_logits)  # (B, 2, H, W)
+        teacher_points = patches(projection(teacher_features), settings)  # (N, D)
+    foreground = (probability[:, :1] > 0.5).float()  # (B, 1, H, W)
+    fraction = F.avg_pool2d(foreground, settings.patch_px).flatten()  # (N,)
+    distance = contrast(
+        points=patches(projection(features[n:]), settings),
+        teacher_points=teacher_points,
+        foreground_fraction=fraction,
+        bank=bank,
+        settings=settings,
+    )
+    return losses | {
+        "consistency": weight * consistency(logits, probability, settings),
+        "entropy": weight * settings.entropy_weight * entropy(logits),
+        "contrast": settings.contrast_weight * distance,
+    }
 
 
 def consistency(logits: Tensor, teacher_probability: Tensor, settings: CDCLConfig) -> Tensor:
-    """Cross entropy of the student's logits with the teacher's hard answers (B, 2, H, W).
+    """Cross entropy of the student's logits with the teacher's hard predictions (B, 2, H, W).
 
-    Only where the teacher is confident, of whichever answer. (The code that the authors published
-    leaves these pixels out and keeps the others, against the paper.)
+    Only pixels count where the teacher is confident, of foreground or background. (The code that
+    the authors published leaves these pixels out and keeps the others, against the paper.)
     """
-    confident = (teacher_probability > settings.confidence_threshold) | (
-        teacher_probability < 1 - settings.confidence_threshold
-    )
-    wrong = F.binary_cross_entropy_with_logits(
-        logits, (teacher_probability > 0.5).float(), reduction="none"
-    )
-    return (wrong * confident).sum() / confident.sum().clamp_min(1)
+    threshold = settings.confidence_threshold
+    confident = (teacher_probability > threshold) | (teacher_probability < 1 - threshold)
+    answer = (teacher_probability > 0.5).float()
+    bce = F.binary_cross_entropy_with_logits(logits, answer, reduction="none")
+    return (bce * confident).sum() / confident.sum().clamp_min(1)
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Mean entropy, in nats, of what logits say."""
+    """Mean predictive entropy of logits, in nats."""
     p = torch.sigmoid(logits)
     return -(p * F.logsigmoid(logits) + (1 - p) * F.logsigmoid(-logits)).mean()
 
 
-def patches(coarse: Tensor, settings: CDCLConfig) -> Tensor:
-    """Coarse maps (B, D, H / 4, W / 4) as one unit vector for each patch, (B * h * w, D)."""
-    pooled = F.avg_pool2d(coarse, settings.patch_px // 4)  # (B, D, h, w)
+def patches(features: Tensor, settings: CDCLConfig) -> Tensor:
+    """Feature maps (B, D, H / 4, W / 4) as one unit vector for each patch, (B * h * w, D)."""
+    pooled = F.avg_pool2d(features, settings.patch_px // 4)  # (B, D, h, w)
     return F.normalize(pooled.permute(0, 2, 3, 1).flatten(0, 2), dim=-1)
 
 
 class MemoryBank:
-    """Patches of earlier steps, of nuclei and of none, to contrast with: from other images, too."""
+    """Teacher features of patches of earlier steps, of nuclei and of background, to contrast with.
+
+    They come from other images, too.
+    """
 
     def __init__(self, settings: CDCLConfig) -> None:
         self._settings = settings
@@ -152,54 +208,53 @@ class MemoryBank:
             self._kept[is_nucleus].append(points[: self._settings.bank_patches])
 
     def points(self, is_nucleus: bool) -> Tensor | None:
-        """(M, D), or None as long as there are none."""
+        """Unit vectors (M, D), or None as long as there are none."""
         kept = self._kept[is_nucleus]
         return torch.cat([*kept]) if kept else None
 
 
 def contrast(
     points: Tensor,
-    teacher_features: Tensor,
+    teacher_points: Tensor,
     foreground_fraction: Tensor,
     bank: MemoryBank,
     settings: CDCLConfig,
 ) -> Tensor:
-    """Cross-patch dense contrast of unit vectors (N, D) with the teacher's of the same places.
+    """Cross-patch dense contrast of unit vectors (N, D) with the teacher's of the same patches.
 
-    ``foreground_fraction`` (N,) is how much of each patch is nucleus. Anchors are patches that are
-    nearly all or nearly none. An anchor is to resemble what the teacher sees in its place, and to
-    differ from the patches of the opposite kind in the bank.
+    ``foreground_fraction`` (N,) is the fraction of each patch that is nucleus. Anchors are pure
+    patches: nearly all foreground, or nearly all background. An anchor attracts the teacher's
+    vector of the same patch, and repels those of the opposite kind in the memory bank (InfoNCE).
     """
     loss, count = points.sum() * 0, 0
-    kinds = {
+    anchors = {
         True: foreground_fraction >= 1 - settings.purity,
         False: foreground_fraction <= settings.purity,
     }
-    for is_nucleus, chosen in kinds.items():
-        others = bank.points(not is_nucleus)
-        if others is not None and bool(chosen.any()):
-            alike = (points[chosen] * teacher_features[chosen]).sum(
-                dim=1
-            ) / settings.temperature  # (A,)
-            unlike = points[chosen] @ others.T / settings.temperature  # (A, M)
-            every = torch.cat([alike[:, None], unlike], dim=1)  # (A, 1 + M)
-            loss = loss + (every.logsumexp(dim=1) - alike).sum()
-            count += len(alike)
-    for is_nucleus, chosen in kinds.items():
-        bank.add(teacher_features[chosen], is_nucleus)
+    for is_nucleus, chosen in anchors.items():
+        negatives = bank.points(not is_nucleus)
+        if negatives is not None and bool(chosen.any()):
+            positive = (points[chosen] * teacher_points[chosen]).sum(dim=1)
+            positive = positive / settings.temperature  # (A,)
+            negative = points[chosen] @ negatives.T / settings.temperature  # (A, M)
+            both = torch.cat([positive[:, None], negative], dim=1)  # (A, 1 + M)
+            loss = loss + (both.logsumexp(dim=1) - positive).sum()
+            count += len(positive)
+    for is_nucleus, chosen in anchors.items():
+        bank.add(teacher_points[chosen], is_nucleus)
     return loss / max(1, count)
 
 
 def _batch(
     samples: Sequence[TrainingSample], count: int, settings: CDCLConfig, rng: np.random.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Varied stains, targets, and stains as they are, (B, 3, S, S) each, of random crops."""
+) -> Batch:
+    """``count`` random crops of random samples."""
     strong: list[NDArray[np.float32]] = []
     target: list[NDArray[np.uint8]] = []
     weak: list[NDArray[np.float32]] = []
     for k in rng.integers(len(samples), size=count):
-        stains, wanted = random_crop(samples[k], settings.crop_px, settings.scale_jitter, rng)
-        strong.append(augment_stains(stains, rng))
-        target.append(wanted)
-        weak.append(stains)
-    return to_batch(strong), to_batch(target), to_batch(weak)
+        crop = random_crop(samples[k], settings.crop_px, settings.scale_jitter, rng)
+        strong.append(augment_stains(crop.stains, rng))
+        target.append(crop.target)
+        weak.append(crop.stains)
+    return Batch(to_batch(strong), to_batch(target), to_batch(weak))

@@ -1,11 +1,11 @@
-"""What PatchCL contrasts: patches drawn where the network is sure, and how alike they are.
+"""The contrastive loss of PatchCL: patches sampled by entropy, and their similarity.
 
 N. Boserup, R. Selvan, Efficient Self-Supervision using Patch-based Contrastive Learning for
 Histopathology Image Segmentation, NLDL 2023 (arXiv 2208.10779).
 
-What it means to be alike is said by ``PatchCLConfig.similarity``: "prototypes" compares the mean
-stain where a patch is confident, and where it is not; the paper's own measures (``MEASURES``)
-compare patches that are positive or negative as a whole.
+``PatchCLConfig.similarity`` is what patches are compared by: "prototypes" compares the mean stain
+where a patch is confident, and where it is not; the paper's own measures (``MEASURES``) compare
+patches that are positive or negative as a whole.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _ANCHORS = 10  # positives per channel that the paper compares with all others
 
 
 class Contrast(NamedTuple):
-    """A loss to descend, and the two distances by which the paper judges convergence."""
+    """A loss, and the two mean distances of patches by which the paper defines convergence."""
 
     loss: Tensor
-    positive_positive: float  # small once what is confident looks alike
-    positive_negative: float  # large once it looks unlike the rest
+    positive_positive: float  # small once confident regions are alike
+    positive_negative: float  # large once they are unlike the rest
 
 
 def draw_patches(confidence: Tensor, settings: PatchCLConfig, generator: torch.Generator) -> Tensor:
-    """The entropy sampler: patches are drawn where the network is sure, of whichever answer.
+    """The entropy sampler: patches are drawn where the network is certain, of either answer.
 
     From confidences (B, C, H, W): positions (B, C, n) in the grid of patches, drawn with
-    replacement, with a chance proportional to 1 - the patch's mean entropy in bits.
+    replacement, with a probability proportional to 1 - the patch's mean entropy in bits.
     """
     a = confidence.clamp(1e-6, 1 - 1e-6)
     entropy = -(a * a.log2() + (1 - a) * (1 - a).log2())  # (B, C, H, W)
@@ -46,16 +46,15 @@ def draw_patches(confidence: Tensor, settings: PatchCLConfig, generator: torch.G
 
 
 def similarity_space(stains: Tensor, config: Config) -> Tensor:
-    """What prototypes are made of: hematoxylin, and its excess over the surroundings.
+    """The space of prototypes: hematoxylin, and its local contrast against the background.
 
-    From scaled stains (B, 3, H, W) to (B, 2, H, W). By the excess, a nucleus in purple tissue
-    differs from that tissue, which may hold more hematoxylin than nuclei do elsewhere.
+    From normalised stains (B, 3, H, W) to (B, 2, H, W). By local contrast, a nucleus in purple
+    tissue differs from that tissue, which may have more hematoxylin than nuclei elsewhere.
     """
     settings, mpp = config.patchcl, config.slide.mpp
     hematoxylin = blur(stains[:, :1], settings.blur_um / mpp)  # (B, 1, H, W)
-    local_contrast = hematoxylin - blur(
-        hematoxylin, settings.background_radius_um / mpp
-    )  # (B, 1, H, W)
+    background = blur(hematoxylin, settings.background_radius_um / mpp)  # (B, 1, H, W)
+    local_contrast = hematoxylin - background
     return torch.cat([hematoxylin, settings.local_contrast_weight * local_contrast], dim=1)
 
 
@@ -66,8 +65,8 @@ def contrast_prototypes(
 
     ``confidence`` (B, C, H, W), ``space`` (B, S, H, W), ``index`` (B, C, n) of ``draw_patches``.
     The foreground f of a patch is its mean of ``space`` weighted with confidence, its background g
-    that weighted with 1 - confidence; both always exist, so no step is lost. A patch of mean
-    confidence m counts by 4 m (1 - m), or the foreground would shrink to the darkest spots.
+    that weighted with 1 - confidence; both always exist, so no step is skipped. A patch of mean
+    confidence m has weight 4 m (1 - m), or the foreground would shrink to the darkest spots.
     """
     channels, tau = confidence.shape[1], settings.temperature
     attended = (confidence[:, :, None] * space[:, None]).flatten(1, 2)  # (B, C * S, H, W)
@@ -100,23 +99,23 @@ def contrast_patches(
     features: FeatureNetwork,
     generator: torch.Generator,
 ) -> Contrast | None:
-    """The contrast of the paper as published: a coin decides whether a patch is positive.
+    """The contrast of the paper as published, with hard parity: a patch is positive or negative.
 
     ``confidence`` (B, C, H, W), ``stains`` (B, 3, H, W), ``index`` (B, C, n) of ``draw_patches``.
-    The coin shows positive with the patch's mean confidence. None where a channel has no positive
+    It is positive with a probability of its mean confidence. None where a channel has no positive
     or no negative patch: then there is nothing to contrast.
     """
     channels, side, tau = confidence.shape[1], settings.patch_px, settings.temperature
-    chance = _pick(_patch_means(confidence.detach(), settings)[:, :, None], index)[..., 0]
-    positive = torch.bernoulli(chance, generator=generator).bool()  # (C, N), N = B * n patches
+    mean = _pick(_patch_means(confidence.detach(), settings)[:, :, None], index)[..., 0]
+    positive = torch.bernoulli(mean, generator=generator).bool()  # (C, N), N = B * n patches
     if not (positive.any(dim=1) & ~positive.all(dim=1)).all():
         return None
 
     cut = {"kernel_size": side, "stride": settings.stride_px}
     pixels = F.unfold(stains.clamp(0, 1), **cut)[:, None].expand(-1, channels, -1, -1)
-    certain = F.unfold(confidence.flatten(0, 1)[:, None], **cut)  # (B * C, p * p, P)
-    certain = _pick(certain.view(len(index), channels, *certain.shape[1:]), index)  # (C, N, p * p)
-    patches = _pick(pixels, index).view(*positive.shape, 3, -1) * certain[:, :, None]
+    weights = F.unfold(confidence.flatten(0, 1)[:, None], **cut)  # (B * C, p * p, P)
+    weights = _pick(weights.view(len(index), channels, *weights.shape[1:]), index)  # (C, N, p * p)
+    patches = _pick(pixels, index).view(*positive.shape, 3, -1) * weights[:, :, None]
     represent, compare = MEASURES[settings.similarity]
     points = represent(patches.view(-1, 3, side, side), features)  # (C * N, ...)
     chosen = torch.multinomial(positive.float(), _ANCHORS, True, generator=generator)  # (C, A)
@@ -134,7 +133,7 @@ def contrast_patches(
 
 
 def _grey_levels(patches: Tensor) -> Tensor:
-    """How far each pixel is of each of 25 grey levels, smoothly: (N, 25, p * p)."""
+    """The soft membership of each pixel in each of 25 grey levels: (N, 25, p * p)."""
     levels = torch.linspace(0, 1, 25, device=patches.device)[:, None]  # (25, 1)
     grey = patches.mean(dim=1).flatten(1)[:, None]  # (N, 1, p * p)
     return torch.softmax(-0.5 * ((grey - levels) / levels[1]) ** 2, dim=1)
@@ -152,7 +151,7 @@ def _mutual_information(x: Tensor, y: Tensor) -> Tensor:
 
 
 Measure = tuple[Callable[[Tensor, FeatureNetwork], Tensor], Callable[[Tensor, Tensor], Tensor]]
-# The paper's: how patches (N, 3, p, p) are represented, and how similar two sets of these are.
+# The paper's: a representation of patches (N, 3, p, p), and the similarity of two sets of these.
 MEASURES: dict[str, Measure] = {
     "mse": (lambda patches, _: patches.flatten(1), lambda x, y: -_distances(x, y)),
     "cross_entropy": (lambda patches, _: patches.flatten(1), _cross_entropy),
@@ -162,7 +161,7 @@ MEASURES: dict[str, Measure] = {
 
 
 def _own(channels: int, patches: int) -> Tensor:
-    """(C, 1, C * N): whether a patch, of all channels' patches, is of the channel itself."""
+    """Which of all channels' patches are of the channel itself: (C, 1, C * N)."""
     return torch.eye(channels, device=device()).bool().repeat_interleave(patches, dim=1)[:, None]
 
 

@@ -1,8 +1,11 @@
-"""Self-training: PatchCL's confident nuclei teach the network that parts nuclei. No labels.
+"""Self-training: PatchCL's pseudo-labels train the network that separates nuclei, without labels.
 
-What PatchCL is sure of are seeds of a better answer: nuclei that stand out by colour and have the
-shape of one (``pseudo_labels``), and what is surely none. A network that sees texture, too, learns
-from these to outline the others, and where one nucleus ends and the next begins.
+PatchCL's confidence and the shape of a nucleus choose pseudo-labels (``pseudo_labels``): confident
+foreground and confident background. A U-Net, which sees texture, too, learns from these to find
+the other nuclei, and where one ends and the next begins.
+
+D.-H. Lee, Pseudo-Label: The Simple and Efficient Semi-Supervised Learning Method for Deep Neural
+Networks, ICML 2013 workshop.
 """
 
 from __future__ import annotations
@@ -10,30 +13,42 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from patchcl_qupath.config import SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import NucleusNetwork, device
 from patchcl_qupath.slides.stains import StainNormaliser
+from patchcl_qupath.storage.records import PatchCLLog, SelfTrainingLog
 from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
 from patchcl_qupath.training.supervision import (
     TrainingSample,
     augment_stains,
     bce_dice_loss,
-    ema_update,
+    ema_model,
     random_crop,
     targets,
     to_batch,
 )
+
+_WARMUP_STEPS = 20  # in which the learning rate rises
+
+
+class Trained(NamedTuple):
+    """A network that was trained on samples; the loss of each step; and how long it took."""
+
+    network: NucleusNetwork
+    loss: list[float]
+    seconds: float
+    seconds_for_batches: float  # in which the network waited
 
 
 def train(
@@ -42,49 +57,50 @@ def train(
     teacher: Model,
     report: Callable[[str, int, int], None],
 ) -> Model:
-    """Teach a network with what ``teacher``, of PatchCL, is sure of in RGB crops (H, W, 3).
+    """Train a network on the pseudo-labels of ``teacher``, of PatchCL, in RGB crops (H, W, 3).
 
-    ``normalisers`` has the stain range of each crop's slide. Equal crops, teachers and numbers of
-    threads give equal weights on one machine. Raises TrainingError where there is no sure nucleus.
+    ``normalisers`` has that of each crop's slide. Equal crops, teachers and numbers of threads give
+    equal weights on one machine. Raises TrainingError where no nucleus is pseudo-labelled.
     """
-    config, settings = teacher.config, teacher.config.selftrain
-    samples = pseudo_labelled_samples(
-        images, normalisers, teacher, partial(report, "choosing sure nuclei")
-    )
-    if not any(target[..., 0].any() for _, target in samples):
+    config = teacher.config
+    choosing = partial(report, "choosing pseudo-labels")
+    samples = pseudo_labelled_samples(images, normalisers, teacher, choosing)
+    if not any(sample.nucleus.any() for sample in samples):
         raise TrainingError("no clear nucleus was found: add images of cellular tissue")
 
-    step = partial(report, "learning to part nuclei")
-    network, log = teach(samples, settings, config.patchcl.seed, step)
-    training = {
-        "patchcl": teacher.training,
-        "sure_nucleus": _share([target[..., 0] for _, target in samples]),
-        "known": _share([target[..., 2] for _, target in samples]),
-        **log,
-    }
-    return Model(network, config, 0, False, 0.5, training)
+    assert isinstance(teacher.training, PatchCLLog), "self-training begins with PatchCL"
+    step = partial(report, "training the segmentation network")
+    trained = train_on(samples, config.selftrain, config.patchcl.seed, step)
+    log = SelfTrainingLog(
+        patchcl=teacher.training,
+        nucleus_fraction=_fraction([sample.nucleus for sample in samples]),
+        labelled_fraction=_fraction([sample.valid for sample in samples]),
+        loss=trained.loss,
+        seconds=trained.seconds,
+        seconds_for_batches=trained.seconds_for_batches,
+    )
+    return Model(network=trained.network, config=config, training=log)
 
 
-def teach(
+def train_on(
     samples: Sequence[TrainingSample],
     settings: SelfTrainConfig,
     seed: int,
     report: Callable[[int, int], None],
-) -> tuple[NucleusNetwork, dict[str, Any]]:
-    """A network that learnt from lessons alone, averaged over its last steps; and a log of it."""
+) -> Trained:
+    """Train a network on samples alone; its weights are averaged over the last steps."""
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
         network = NucleusNetwork(settings.widths).to(device())
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = deepcopy(network)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    average = ema_model(network, warmup_steps=1)
+    # The scheduler multiplies the optimizer's rate with what its function returns.
+    optimizer = torch.optim.AdamW(network.parameters(), 1.0, weight_decay=settings.weight_decay)
+    scheduler = LambdaLR(optimizer, partial(learning_rate, settings=settings))
     losses: list[Tensor] = []
     began, waited = time.perf_counter(), 0.0
     for step in range(settings.steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
         asked = time.perf_counter()
         stains, target = _batch(samples, settings, rng)
         waited += time.perf_counter() - asked
@@ -92,15 +108,18 @@ def teach(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        ema_update(average, network, keep=min(0.99, 1 - 1 / (step + 1)))
+        scheduler.step()
+        average.update_parameters(network)
         losses.append(loss.detach())
         report(step + 1, settings.steps)
-    log = {
-        "loss": [round(loss.item(), 4) for loss in losses],
-        "seconds": round(time.perf_counter() - began, 1),
-        "seconds_for_batches": round(waited, 1),  # in which the network waited
-    }
-    return average.cpu().eval(), log
+    averaged = average.module
+    assert isinstance(averaged, NucleusNetwork)
+    return Trained(
+        network=averaged.cpu().eval(),
+        loss=[round(loss.item(), 4) for loss in losses],
+        seconds=round(time.perf_counter() - began, 1),
+        seconds_for_batches=round(waited, 1),
+    )
 
 
 def pseudo_labelled_samples(
@@ -109,38 +128,48 @@ def pseudo_labelled_samples(
     teacher: Model,
     report: Callable[[int, int], None],
 ) -> list[TrainingSample]:
-    """What can be learnt from RGB crops (H, W, 3). Crops of one slide have one stain range."""
+    """A training sample of each RGB crop (H, W, 3), in their order.
+
+    Crops of one slide have one stain normaliser.
+    """
     config = teacher.config
     samples: dict[int, TrainingSample] = {}
     for normaliser in dict.fromkeys(normalisers):
-        ours = [i for i in range(len(images)) if normalisers[i] == normaliser]
-        stains = [normaliser.apply(images[i]) for i in ours]
-        predictions = [confidence(teacher, images[i], normaliser).nucleus for i in ours]
-        glass = [is_glass(images[i], config.slide.mpp, config.selftrain) for i in ours]
-        answers = pseudo_labels(stains, glass, predictions, config.slide.mpp, config.selftrain)
-        for i, crop, answer in zip(ours, stains, answers, strict=True):
-            samples[i] = crop, targets(*answer)
+        of_slide = [i for i in range(len(images)) if normalisers[i] == normaliser]
+        stains = [normaliser.apply(images[i]) for i in of_slide]
+        confidences = [confidence(teacher, images[i], normaliser).nucleus for i in of_slide]
+        glass = [is_glass(images[i], config.slide.mpp, config.selftrain) for i in of_slide]
+        found = pseudo_labels(
+            crops=stains,
+            glass=glass,
+            confidences=confidences,
+            mpp=config.slide.mpp,
+            config=config.selftrain,
+        )
+        for i, crop, labels in zip(of_slide, stains, found, strict=True):
+            samples[i] = TrainingSample(crop, targets(labels.nuclei, labels.background))
         report(len(samples), len(images))
     return [samples[i] for i in range(len(images))]
 
 
 def learning_rate(step: int, settings: SelfTrainConfig) -> float:
-    """Up to its height in a few steps, then down to 0 as a cosine."""
-    warm = min(1.0, (step + 1) / 20)
-    return settings.learning_rate * warm * (1 + math.cos(math.pi * step / settings.steps)) / 2
+    """A linear warm-up to the peak, times a cosine to 0."""
+    warmup = min(1.0, (step + 1) / _WARMUP_STEPS)
+    return settings.learning_rate * warmup * (1 + math.cos(math.pi * step / settings.steps)) / 2
 
 
 def _batch(
     samples: Sequence[TrainingSample], settings: SelfTrainConfig, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Stains and targets (B, 3, S, S) of random crops."""
+    """Augmented stains and targets (B, 3, S, S) of random crops."""
     stains, target = [], []
     for k in rng.integers(len(samples), size=settings.batch):
-        crop, wanted = random_crop(samples[k], settings.crop_px, settings.scale_jitter, rng)
-        stains.append(augment_stains(crop, rng))
-        target.append(wanted)
+        crop = random_crop(samples[k], settings.crop_px, settings.scale_jitter, rng)
+        stains.append(augment_stains(crop.stains, rng))
+        target.append(crop.target)
     return to_batch(stains), to_batch(target)
 
 
-def _share(masks: Sequence[NDArray[np.uint8]]) -> float:
+def _fraction(masks: Sequence[NDArray[np.uint8]]) -> float:
+    """Mean over crops of the fraction of pixels that is in the mask."""
     return round(float(np.mean([mask.mean() for mask in masks])), 4)
