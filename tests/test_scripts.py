@@ -17,9 +17,10 @@ from conftest import copy_sample
 from patchcl_qupath import pipeline
 from patchcl_qupath.cli import main
 from patchcl_qupath.project import scripts
-from patchcl_qupath.project.scripts import FOLDER, NAMES, copy_scripts
+from patchcl_qupath.project.scripts import NAMES, copy_scripts, read_script
 
-SAMPLE = Path(__file__).parent.parent / "sample_project"
+ROOT = Path(__file__).parent.parent
+SAMPLE = ROOT / "sample_project"
 SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
 
 
@@ -42,7 +43,15 @@ def test_scripts_are_copied_and_know_the_command(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("patchcl-qp")
     assert f"String command = '{command}'" in text
     copied = (tmp_path / "scripts" / "import_nuclei.groovy").read_bytes()
-    assert copied == (FOLDER / "import_nuclei.groovy").read_bytes()
+    assert copied == (ROOT / "groovy" / "import_nuclei.groovy").read_bytes()
+
+
+def test_the_package_has_the_scripts_of_this_source_tree() -> None:
+    """An editable install of another source tree fails here: `pip install -e .` in this one."""
+    paths = sorted((ROOT / "groovy").glob("*.groovy"))
+    assert {path.name for path in paths} == {*NAMES, "columns.groovy"}
+    for path in paths:
+        assert read_script(path.name) == path.read_text("utf-8")
 
 
 def test_a_changed_script_is_kept(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.errors import ImageError
-from patchcl_qupath.project.scripts import FOLDER as SCRIPTS
+from patchcl_qupath.project.scripts import read_script
 from patchcl_qupath.storage.files import copy_once
 from patchcl_qupath.storage.parquet import read_nuclei
 
@@ -239,10 +239,14 @@ class _QuPath:
         self._project = QuPathProject
         self._class = JClass
         loader = JClass("groovy.lang.GroovyClassLoader")()
-        file = JClass("java.io.File")
         self._rules, self._regions, self._labels, self._columns = (
-            JClass(loader.parseClass(file(str(SCRIPTS / f"{name}.groovy"))))
-            for name in ("import_nuclei", "export_regions", "export_labels", "columns")
+            JClass(loader.parseClass(read_script(name), name))
+            for name in (
+                "import_nuclei.groovy",
+                "export_regions.groovy",
+                "export_labels.groovy",
+                "columns.groovy",
+            )
         )
         self._lap("compile scripts")
 
