@@ -219,7 +219,7 @@ def test_a_failed_run_says_why(project: Path) -> None:
         options="[run: ['--mpp', '0.25 µm']]",
     )
     log = qupath.run_script(project, script)
-    assert log.count("patchcl-qp failed. Its last words:\n\n") >= 2
+    assert log.count("patchcl-qp failed. The end of its output:\n\n") >= 2
     assert "run_patchcl - künstlich: 2 of 2" in log
     said = (project.parent / "patchcl" / "run.log").read_text("utf-8").splitlines()
     arguments, utf8 = json.loads(said[0])

@@ -274,7 +274,7 @@ class _QuPath:
         objects = self._objects(nuclei, path_class, annotations)
         self._lap("make objects")
         if suggested is not None:
-            self._list(project, *self._rules.fieldClasses())
+            self._list(project, *self._rules.roiClasses())
         return self._replace(entry, image_data, objects, result, suggested)
 
     def _remove(self, question: Remove) -> dict[str, int]:
