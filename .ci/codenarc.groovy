@@ -1,4 +1,4 @@
-// What a Groovy script must not have; style is for people to read.
+// Rules against errors; style is left to review.
 ruleset {
     ruleset('rulesets/basic.xml') {
         EmptyMethod { doNotApplyToClassNames = 'ProgressLogger' }   // for a subclass to fill

@@ -174,8 +174,8 @@ def test_fields_are_marked_and_learnt_from(project: Path, model: pipeline.Model)
     assert "ERROR" not in log, log
     ran = receipt(project)
     assert (ran["status"], ran["command"][1]) == ("done", "refine")
-    assert log.count("export_labels - one.svs: 1 fields") == 1
-    assert log.count("export_labels - zwei ö.svs: 1 fields") == 1
+    assert log.count("export_labels - one.svs: 1 ROIs") == 1
+    assert log.count("export_labels - zwei ö.svs: 1 ROIs") == 1
     assert log.count("learning from corrections: 4 of 4") == 1
     assert (output / "models" / "refined.pt").exists()
 
