@@ -33,7 +33,7 @@ def settings(script: Path, **values: str) -> None:
     script.write_text(text, "utf-8")
 
 
-def test_scripts_are_copied_and_know_the_command(tmp_path: Path) -> None:
+def test_scripts_are_copied_with_the_path_of_the_command(tmp_path: Path) -> None:
     shutil.copy(SAMPLE / "project.qpproj", tmp_path)
     result = CliRunner().invoke(main, ["scripts", str(tmp_path)])
     assert result.exit_code == 0, result.output
@@ -124,12 +124,12 @@ def test_qupath_runs_patchcl_once_and_shows_all_images(
         assert (project.parent / "data" / number / "data.qpdata").stat().st_size > 10_000
 
 
-# What a person does in the fields of an image; WHERE says in which image.
+# What a person does in the ROIs of the image named WHERE.
 CORRECT = """
 def corrected = qupath.lib.objects.classes.PathClass.fromString('PatchCL: corrected')
 if (qupath.lib.scripting.QP.getProjectEntry().getImageName() == 'WHERE')
     for (drawn in qupath.lib.scripting.QP.getAnnotationObjects())
-        if (drawn.getName()?.startsWith('Field '))
+        if (drawn.getPathClass()?.toString() == 'PatchCL: correct here')
             drawn.setPathClass(corrected)
 """
 SAVE = """
@@ -139,12 +139,12 @@ entry.saveImageData(qupath.lib.scripting.QP.getCurrentImageData())
 
 
 @pytest.mark.qupath
-def test_fields_are_marked_and_learnt_from(project: Path, model: pipeline.Model) -> None:
+def test_rois_are_suggested_and_refine_the_model(project: Path, model: pipeline.Model) -> None:
     """Also from corrections that are not saved yet, in the image that the script runs for."""
     output = project.parent / "patchcl"
     model.save(output / "models", "patchcl")
     content = json.loads(project.read_text("utf-8"))
-    copy = Path(shutil.copy(SLIDE, project.with_name("zwei.svs")))  # another slide has fields, too
+    copy = Path(shutil.copy(SLIDE, project.with_name("zwei.svs")))  # another slide has ROIs, too
     content["images"][1]["serverBuilder"]["uri"] = copy.as_uri()
     project.write_text(json.dumps(content), "utf-8")
     quick = project.parent / "quick.toml"
@@ -162,8 +162,8 @@ def test_fields_are_marked_and_learnt_from(project: Path, model: pipeline.Model)
     assert log.count("Fields are marked by files") == 1
     for number in ("1", "2"):
         imported = json.loads((output / "imported" / f"{number}.json").read_text("utf-8"))
-        fields = json.loads((output / "fields" / f"{number}.json").read_text("utf-8"))["fields"]
-        assert imported["fields"] == len(fields) == 1
+        rois = json.loads((output / "fields" / f"{number}.json").read_text("utf-8"))["fields"]
+        assert imported["fields"] == len(rois) == 1
 
     by_hand = project.parent / "by_hand.groovy"
     by_hand.write_text(CORRECT.replace("WHERE", "zwei ö.svs") + SAVE, "utf-8")
@@ -180,7 +180,7 @@ def test_fields_are_marked_and_learnt_from(project: Path, model: pipeline.Model)
     assert (output / "models" / "refined.pt").exists()
 
 
-# Says what it was given, and fails.
+# Prints its arguments and one of its environment variables, and fails.
 COMMAND = f"""#!{sys.executable}
 import json, os, sys
 print(json.dumps([sys.argv[1:], os.environ["PYTHONUTF8"]]))
@@ -202,7 +202,7 @@ QP.getCurrentHierarchy().addObject(drawn)
 
 
 @pytest.mark.qupath
-def test_a_failed_run_says_why(project: Path) -> None:
+def test_a_failed_run_is_reported(project: Path) -> None:
     command = project.parent / "ein Befehl, ü"
     command.write_text(COMMAND, "utf-8")
     command.chmod(0o755)
@@ -221,14 +221,14 @@ def test_a_failed_run_says_why(project: Path) -> None:
     log = qupath.run_script(project, script)
     assert log.count("patchcl-qp failed. The end of its output:\n\n") >= 2
     assert "run_patchcl - künstlich: 2 of 2" in log
-    said = (project.parent / "patchcl" / "run.log").read_text("utf-8").splitlines()
-    arguments, utf8 = json.loads(said[0])
+    output = (project.parent / "patchcl" / "run.log").read_text("utf-8").splitlines()
+    arguments, utf8 = json.loads(output[0])
     assert arguments == [
         *("run", str(project), "--backend", "files", "--progress", "json", "--image", "2"),
         *("--within", "Größe, 1", "--within", "Other", "--model", "refined", "--mpp", "0.25 µm"),
     ]
     assert utf8 == "1"
-    assert said[1:] == ["zu spät"]
+    assert output[1:] == ["zu spät"]
     ran = receipt(project)
     assert (ran["status"], ran["exit_status"], ran["last_lines"][-1]) == ("failed", 1, "zu spät")
     assert not (project.parent / "patchcl" / "imported").exists()
