@@ -1,4 +1,4 @@
-// Parses Groovy files: as far as the compiler comes without QuPath's classes.
+// Parses Groovy files: the compiler's phases that need no classes of QuPath.
 import org.codehaus.groovy.control.CompilationUnit
 import org.codehaus.groovy.control.Phases
 

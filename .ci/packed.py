@@ -1,4 +1,4 @@
-"""Says what a wheel lacks of the source tree: python .ci/packed.py WHEEL."""
+"""Compares the files of a wheel with those of the source tree: python .ci/packed.py WHEEL."""
 
 import subprocess
 import sys

@@ -1,5 +1,5 @@
 /**
- * Columns of numbers to QuPath's objects, in bulk: one call from Python instead of millions.
+ * Makes QuPath's objects from arrays, in bulk: one call from Python instead of millions.
  *
  * Compiled by patchcl_qupath/project/jvm.py in QuPath's own JVM; not a script to run in QuPath.
  */
@@ -18,9 +18,9 @@ import qupath.lib.roi.interfaces.ROI
 class Columns {
 
     /**
-     * N polygons as annotations or detections. x and y are the corners of all polygons one after the
-     * other, ends[k] is where polygon k ends; ids are 2 N halves of UUIDs; values are N rows of one
-     * number for each name.
+     * N polygons as annotations or detections. x and y are the vertices of all polygons, one polygon after the other;
+     * ends[k] is the index after the last vertex of polygon k; ids are the N UUIDs as 2 N halves; values are N rows
+     * with one number for each name.
      */
     static List<PathObject> toObjects(double[] x, double[] y, int[] ends, long[] ids, String[] names, float[] values,
                                       PathClass pathClass, boolean annotations) {

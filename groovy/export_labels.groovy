@@ -1,13 +1,13 @@
 /**
- * Exports fields in which a person corrected all nuclei, for `patchcl-qp refine --labels-from CLASS`, of all images
+ * Exports the ROIs in which a person corrected all nuclei, for `patchcl-qp refine --labels-from CLASS`, of all images
  * of the project: of the open one as it is now, of the others as they were saved. Without a window:
  *
  *     QuPath script -p project.qpproj export_labels.groovy
  *
- * A field is an annotation of the class below: one that `patchcl-qp suggest` chose and that you marked as done, or
- * one that you drew (squares of about 250 um will do). In each of them put every nucleus right: reshape it, delete
- * what is none, draw what is missing. What is in a field then counts as a nucleus, the rest of it as none. Nothing
- * in the image changes.
+ * An ROI is an annotation of the class below: one that `patchcl-qp suggest` chose and that you marked as done, or one
+ * that you drew (squares of about 250 µm are large enough). Correct every nucleus in it: reshape contours, delete
+ * false nuclei, draw missing ones. The nuclei in an ROI then are the ground truth, the rest of it is background. The
+ * image is not changed.
  *
  * Writes patchcl/labels/<image id>.geojson.
  *
@@ -28,8 +28,8 @@ import qupath.lib.scripting.QP
 import qupath.lib.scripting.ScriptAttributes
 
 // ---------------------------------------------------------------- settings
-String fieldClass = 'PatchCL: corrected'   // class of the annotations that are fields
-String folderName = 'patchcl'   // where patchcl-qp looks for labels, beside project.qpproj
+String roiClass = 'PatchCL: corrected'   // class of the annotations that are corrected ROIs
+String folderName = 'patchcl'   // folder in which patchcl-qp reads labels, beside project.qpproj
 // -------------------------------------------------------------------------
 
 def logger = LoggerFactory.getLogger('export_labels')
@@ -43,36 +43,36 @@ int batchIndex = (getBinding().getVariables()[ScriptAttributes.BATCH_INDEX] ?: 0
 for (other in batchIndex > 0 ? [entry] : QP.getProject().getImageList()) {   // the first of a batch does all
     Path file = Paths.get(QP.buildPathInProject(folderName, 'labels', other.getID() + '.geojson'))
     def hierarchy = other.getID() == entry.getID() ? imageData.getHierarchy() : other.readHierarchy()
-    Map<String, Integer> counts = exportLabels(hierarchy, fieldClass, file)
-    logger.info("${other.getImageName()}: ${counts.fields} fields and ${counts.nuclei} outlines in them " +
+    Map<String, Integer> counts = exportLabels(hierarchy, roiClass, file)
+    logger.info("${other.getImageName()}: ${counts.rois} ROIs with ${counts.nuclei} contours " +
             "exported to ${file}.")
 }
 
 
 /**
- * Writes a file with the fields of an image, and with the nuclei that lie in them, in part or whole; says how many
- * there are. patchcl-qp calls this, too, when it reads by itself.
+ * Writes a file with the corrected ROIs of an image, and with the nuclei that lie in them, in part or whole; returns
+ * the numbers of both. patchcl-qp calls this, too, when it reads by itself.
  */
-static Map<String, Integer> exportLabels(PathObjectHierarchy hierarchy, String fieldClass, Path file) {
-    List<PathObject> fields = hierarchy.getAnnotationObjects().toList().findAll {
-        it.getROI()?.isArea() && it.getPathClass()?.toString() == fieldClass
+static Map<String, Integer> exportLabels(PathObjectHierarchy hierarchy, String roiClass, Path file) {
+    List<PathObject> rois = hierarchy.getAnnotationObjects().toList().findAll {
+        it.getROI()?.isArea() && it.getPathClass()?.toString() == roiClass
     }
     List<PathObject> nuclei = hierarchy.getAllObjects(false).toList().findAll { PathObject pathObject ->
         ROI roi = PathObjectTools.getROI(pathObject, true)
-        (pathObject.isAnnotation() || pathObject.isDetection()) && roi?.isArea() && !fields.contains(pathObject) &&
-                fields.any { PathObject field -> meet(roi, field.getROI()) }
+        (pathObject.isAnnotation() || pathObject.isDetection()) && roi?.isArea() && !rois.contains(pathObject) &&
+                rois.any { PathObject other -> intersect(roi, other.getROI()) }
     }
     Files.createDirectories(file.getParent())
     Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')
     Files.newOutputStream(temporary).withCloseable {
-        PathIO.exportObjectsAsGeoJSON(it, fields + nuclei, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
+        PathIO.exportObjectsAsGeoJSON(it, rois + nuclei, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
     }
     Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
-    return [fields: fields.size(), nuclei: nuclei.size()]
+    return [rois: rois.size(), nuclei: nuclei.size()]
 }
 
-/** Whether two outlines overlap; their boxes say it of most, and cheaply. */
-static boolean meet(ROI one, ROI other) {
+/** Whether two contours overlap or touch; most pairs are excluded cheaply, by their bounding boxes. */
+static boolean intersect(ROI one, ROI other) {
     boolean near = one.getBoundsX() < other.getBoundsX() + other.getBoundsWidth() &&
             other.getBoundsX() < one.getBoundsX() + one.getBoundsWidth() &&
             one.getBoundsY() < other.getBoundsY() + other.getBoundsHeight() &&

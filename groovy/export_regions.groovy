@@ -1,13 +1,13 @@
 /**
- * Exports the annotations of the open image, for `patchcl-qp run --within CLASS`, and its stains, which
- * are measured then; or, with 'Run > Run for project', of every image chosen there. Without a window:
+ * Exports the annotations of the open image as analysis regions, for `patchcl-qp run --within CLASS`, and its stain
+ * vectors, for the measurements; with 'Run > Run for project', of every image chosen there. Without a window:
  *
  *     QuPath script -p project.qpproj export_regions.groovy
  *
- * Run it again after each change to the annotations or stains; where patchcl-qp itself finds a QuPath, it reads them
- * without this script once they are saved. Annotations that are selected are exported under the
- * class '(selected)', too: `patchcl-qp run --within '(selected)'`. Lines and points are left out, and so
- * are the nuclei of earlier runs. Nothing in the image changes.
+ * Run it again after each change to the annotations or stains. If patchcl-qp finds a QuPath, it reads them without
+ * this script once they are saved. Selected annotations are exported a second time, with class '(selected)', for
+ * `patchcl-qp run --within '(selected)'`. Lines, points and the nuclei of earlier runs are left out. The image is not
+ * changed.
  *
  * Writes patchcl/regions/<image id>.geojson and patchcl/stains/<image id>.json.
  *
@@ -28,8 +28,8 @@ import qupath.lib.objects.classes.PathClass
 import qupath.lib.scripting.QP
 
 // ---------------------------------------------------------------- settings
-String folderName = 'patchcl'   // where patchcl-qp looks for regions, beside project.qpproj
-String selectedClass = '(selected)'   // what annotations that are selected are exported as, too
+String folderName = 'patchcl'   // folder in which patchcl-qp reads regions, beside project.qpproj
+String selectedClass = '(selected)'   // the class with which selected annotations are exported, too
 // -------------------------------------------------------------------------
 
 def logger = LoggerFactory.getLogger('export_regions')
@@ -51,11 +51,11 @@ logger.info("${entry.getImageName()}: annotations exported to ${file} (" +
 
 
 /**
- * Writes a file with the annotations that a person made, and with some more; says how many there are
- * of each class. patchcl-qp calls this, too, when it reads by itself.
+ * Writes a file with the annotations that a person made, and with 'more'; returns the number of annotations of each
+ * class. patchcl-qp calls this, too, when it reads by itself.
  */
 static Map<String, Integer> exportRegions(ImageData<?> imageData, List<PathObject> more, Path file) {
-    // import_nuclei.groovy notes what it added in this property: a line for each object, its id first.
+    // import_nuclei.groovy lists the objects that it added in this property: a line for each, its id first.
     String imported = imageData.getProperty('patchcl.imported') ?: ''
     Set<String> ours = imported.readLines().collect { it.tokenize(' ').first() } as Set
     List<PathObject> regions = imageData.getHierarchy().getAnnotationObjects().toList().findAll {
@@ -68,8 +68,8 @@ static Map<String, Integer> exportRegions(ImageData<?> imageData, List<PathObjec
 }
 
 /**
- * Writes a file with the stains that QuPath parts the image's colours into, null where it has none: an
- * image whose type is not set, say. patchcl-qp calls this, too.
+ * Writes a file with the stain vectors and the background of the image, null if it has none: an image whose type is
+ * not set, for example. patchcl-qp calls this, too.
  */
 static void exportStains(ImageData<?> imageData, Path file) {
     def stains = imageData.getColorDeconvolutionStains()
@@ -85,7 +85,7 @@ static void exportStains(ImageData<?> imageData, Path file) {
     }
 }
 
-/** Has a file written whole, or not at all. */
+/** Writes a file atomically. */
 static void write(Path file, Closure<?> content) {
     Files.createDirectories(file.getParent())
     Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')

@@ -1,24 +1,23 @@
 /**
- * Shows the nuclei that `patchcl-qp run` found, in the open image; or, with 'Run > Run for project',
- * in every image chosen there. Without a window, the images are saved at once:
+ * Shows the nuclei that `patchcl-qp run` found in the open image; with 'Run > Run for project', in every image chosen
+ * there. Without a window, the images are saved at once:
  *
  *     QuPath script -p project.qpproj import_nuclei.groovy
  *
- * It may be run as often as one likes. What an earlier import added is taken out first. What a person
- * drew or changed stays as it is, nuclei that a person deleted stay deleted, and new nuclei in either
- * place are left out. To have deleted ones back, delete all the nuclei, then run this again.
+ * The script can be run repeatedly. Objects of an earlier import are replaced. Objects that a person drew or changed
+ * stay as they are, nuclei that a person deleted stay deleted, and new nuclei in either place are left out. To restore
+ * deleted nuclei, delete all nuclei, then run this script again.
  *
- * The nuclei lie in a locked annotation, 'PatchCL', that carries their number and density; in one for
- * each region where a run kept to regions (`--within`). The image shows what the last run found: one
- * that kept to regions replaces one of the whole image. After `patchcl-qp remove`, this script takes
- * out what it added, but for what a person changed.
+ * The nuclei lie in a locked annotation, 'PatchCL', with their number and density; after a run within regions
+ * (`--within`), in one for each region. The image shows the last run: a run within regions replaces one of the whole
+ * image. After `patchcl-qp remove`, this script removes what it added, except objects that a person changed.
  *
- * After `patchcl-qp suggest` it also marks the fields that are worth correcting: locked annotations of class
- * 'PatchCL: correct here', in which all nuclei are annotations, to be put right. Whoever is done with one sets
- * its class to 'PatchCL: corrected'. Nothing that reaches into a field is added or taken out any more, but for
- * fields in which nobody changed anything: those go when others are suggested.
+ * After `patchcl-qp suggest`, it also adds the suggested ROIs: locked annotations of class 'PatchCL: correct here', in
+ * which all nuclei are annotations, to be corrected. Set the class of a finished ROI to 'PatchCL: corrected'. From
+ * then on, no nucleus that overlaps an ROI is added or removed. An ROI in which nobody changed anything is removed when
+ * others are suggested.
  *
- * Each image gets a receipt, patchcl/imported/<image id>.json, which names the run that it shows.
+ * Writes a receipt for each image, patchcl/imported/<image id>.json, with the run that the image shows.
  *
  * Needs QuPath 0.4 or later.
  */
@@ -60,7 +59,7 @@ import qupath.lib.scripting.ScriptAttributes
 
 // ---------------------------------------------------------------- settings
 double maxOverlap = 0.5   // a new nucleus is left out if its IoU with a kept object is above this
-String folderName = 'patchcl'   // where patchcl-qp leaves its results, beside project.qpproj
+String folderName = 'patchcl'   // folder of patchcl-qp's results, beside project.qpproj
 // -------------------------------------------------------------------------
 
 def logger = LoggerFactory.getLogger('import_nuclei')
@@ -72,34 +71,17 @@ if (imageData == null || entry == null) {
 }
 String name = entry.getImageName()
 Path folder = Paths.get(QP.buildPathInProject(folderName))
-Path results = folder.resolve('results').resolve(entry.getID())
-Path resultFile = results.resolve('result.json')
+Path resultFile = folder.resolve('results').resolve(entry.getID()).resolve('result.json')
 if (!Files.exists(resultFile)) {
     logger.warn("No nuclei for ${name}: run 'patchcl-qp run' on this project first (looked for ${resultFile}).")
     return
 }
 
 // Read everything before anything is changed: a damaged file must not cost the nuclei shown now.
-JsonObject result
-JsonObject suggested = null
-List<PathObject> nuclei = []
-Path fieldsFile = folder.resolve('fields').resolve(entry.getID() + '.json')
-try {
-    result = JsonParser.parseString(Files.readString(resultFile)).getAsJsonObject()
-    for (file in result.getAsJsonArray('files'))
-        nuclei.addAll(PathIO.readObjects(results.resolve(file.getAsString())))
-    if (nuclei.size() != result.get('nuclei').getAsInt())
-        throw new IOException("${nuclei.size()} of ${result.get('nuclei')} nuclei")
-    if (Files.exists(fieldsFile))
-        suggested = JsonParser.parseString(Files.readString(fieldsFile)).getAsJsonObject()
-} catch (Exception e) {
-    // Without its cause: QuPath would show that one's message in place of this.
-    throw new IOException("The results of ${name} are damaged (${e.message}): run 'patchcl-qp run' again (${results}).")
-}
-
-def done = replaceNuclei(imageData, entry, nuclei, result, suggested, maxOverlap)
-if (suggested != null)
-    offer(QP.getProject(), fieldClasses())
+ImageResults results = readResults(name, resultFile, folder.resolve('fields').resolve(entry.getID() + '.json'))
+def counts = replaceNuclei(imageData, entry, results.nuclei, results.result, results.suggested, maxOverlap)
+if (results.suggested != null)
+    offerClasses(QP.getProject(), roiClasses())
 
 // QuPath saves after 'Run for project' and 'QuPath script --save', a person saves the open image.
 boolean savedByQuPath = getBinding().getVariables()[ScriptAttributes.BATCH_SAVE]
@@ -108,180 +90,289 @@ if (!savedByQuPath && !inWindow)
     entry.saveImageData(imageData)
 writeReceipt(folder.resolve('imported').resolve(entry.getID() + '.json'), [
     image   : name,
-    run     : text(result, 'run'),
+    run     : text(results.result, 'run'),
     imported: OffsetDateTime.now().toString(),
-] + done)
-logger.info("${name}: ${done.added} nuclei added, ${done.left_out} left out where a person decided otherwise, " +
-        "${done.removed} of an earlier import removed, ${done.kept} other objects kept." +
-        (suggested == null ? '' : " Fields to correct: ${done.fields} new, ${done.fields_kept} of before.") +
+] + counts)
+logger.info("${name}: ${counts.added} nuclei added, ${counts.left_out} left out where a person decided otherwise, " +
+        "${counts.removed} of an earlier import removed, ${counts.kept} other objects kept." +
+        (results.suggested == null ? '' : " ROIs to correct: ${counts.fields} new, ${counts.fields_kept} kept.") +
         (inWindow && !savedByQuPath ? ' Save the image to keep them.' : ''))
 
 
+/** What patchcl-qp wrote for an image. */
+class ImageResults {
+
+    JsonObject result   // of result.json
+    JsonObject suggested   // the ROIs to correct; null without any
+    List<PathObject> nuclei = []
+}
+
+
+/** What earlier imports added: by object id, the digest and centroid of each, with a suffix for regions and ROIs. */
+@CompileStatic
+class Marks {
+
+    final Map<String, String> nuclei = [:]
+    final Map<String, String> regions = [:]
+    final Map<String, String> rois = [:]
+
+    boolean contains(String id) {
+        return nuclei.containsKey(id) || regions.containsKey(id) || rois.containsKey(id)
+    }
+}
+
+
+/** The objects of an image before an import. Unchanged objects are imported ones that nobody touched. */
+@CompileStatic
+class ExistingObjects {
+
+    final List<PathObject> unchangedRois = []   // without those that are suggested again
+    final Set<PathObject> unchangedRegions = new LinkedHashSet<>()
+    final Set<PathObject> unchangedNuclei = new LinkedHashSet<>()
+    final List<PathObject> keptRois = []
+    final List<PathObject> kept = []   // all others
+    final Set<String> keptIds = new HashSet<>()   // of those others
+}
+
+
+/** The objects that an import adds to an image. */
+@CompileStatic
+class NewObjects {
+
+    List<PathObject> nuclei = []
+    List<PathObject> rois = []
+    List<PathObject> regions = []
+}
+
+
+static ImageResults readResults(String image, Path resultFile, Path roisFile) {
+    Path folder = resultFile.getParent()
+    ImageResults results = new ImageResults()
+    try {
+        results.result = JsonParser.parseString(Files.readString(resultFile)).getAsJsonObject()
+        for (file in results.result.getAsJsonArray('files'))
+            results.nuclei.addAll(PathIO.readObjects(folder.resolve(file.getAsString())))
+        if (results.nuclei.size() != results.result.get('nuclei').getAsInt())
+            throw new IOException("${results.nuclei.size()} of ${results.result.get('nuclei')} nuclei")
+        if (Files.exists(roisFile))
+            results.suggested = JsonParser.parseString(Files.readString(roisFile)).getAsJsonObject()
+    } catch (Exception e) {
+        // Without its cause: QuPath would show the message of the cause in place of this one.
+        throw new IOException("The results of ${image} are damaged (${e.message}): run 'patchcl-qp run' again " +
+                "(${folder}).")
+    }
+    return results
+}
+
 /**
- * Puts nuclei in the place of those of earlier imports, and says how many were added, left out, removed
- * and kept. 'result' is what result.json says; 'suggested' are the fields to correct, null without any.
- * patchcl-qp calls this, too, when it writes by itself.
+ * Replaces the nuclei of earlier imports; returns how many were added, left out, removed and kept. 'result' is the
+ * content of result.json, 'suggested' that of the file of ROIs to correct, null without any. patchcl-qp calls this,
+ * too, when it writes by itself.
  */
 @CompileStatic
 static Map<String, Integer> replaceNuclei(ImageData<?> imageData, ProjectImageEntry<?> entry, List<PathObject> nuclei,
                                           JsonObject result, JsonObject suggested, double maxOverlap) {
-    PathObjectHierarchy hierarchy = imageData.getHierarchy()
-    Map<String, String> imported = readImported(imageData)
-    Set<String> regionIds = imported.findAll { id, mark -> mark.endsWith(' region') }.keySet()
-    Map<String, String> fieldMarks = imported.findAll { id, mark -> mark.contains(' field ') }
-    boolean forget = result.has('removed')   // by patchcl-qp remove
+    boolean removing = result.has('removed')   // by patchcl-qp remove
+    Marks marks = readMarks(imageData)
+    List<PathObject> suggestions = removing || suggested == null ? [] as List<PathObject> :
+            suggestedRois(imageData, suggested)
+    ExistingObjects existing = sortObjects(imageData.getHierarchy().getAllObjects(false), marks, suggestions)
+    Marks decided = decidedByPerson(existing, marks, removing)
 
-    // A field goes if it is suggested no longer, and nobody touched it or what is in it.
-    List<PathObject> suggestions = forget || suggested == null ? [] as List<PathObject> :
-            newFields(imageData, suggested)
-    Collection<PathObject> all = hierarchy.getAllObjects(false)
-    List<PathObject> oldFields = []
-    List<PathObject> keptFields = []
-    for (PathObject field : all) {
-        String id = field.getID().toString()
-        String mark = fieldMarks[id]
-        if (mark == null && !isField(field))
-            continue
-        boolean touched = mark == null || !mark.startsWith(digest(field)) || !mark.endsWith(contents(field, all))
-        if (touched || suggestions.any { PathObject suggestion -> suggestion.getID() == field.getID() })
-            keptFields << field
-        else
-            oldFields << field
+    NewObjects added = new NewObjects()
+    added.rois = newRois(suggestions, existing, decided)
+    added.nuclei = newNuclei(nuclei, existing, decided, maxOverlap).collect { PathObject nucleus ->
+        added.rois.any { PathObject roi -> liesIn(nucleus, roi) } ? toAnnotation(nucleus) : nucleus
     }
-    Set<PathObject> fields = new HashSet<>(oldFields)
-    fields.addAll(keptFields)
+    if (!removing)
+        added.regions = newRegions(imageData, entry, result).findAll { PathObject region ->
+            !existing.keptIds.contains(region.getID().toString())   // a person changed it
+        }
+    Map<String, String> newMarks = marksAfter(existing, added, decided, suggestions)
+    exchange(imageData, existing, added)
+    writeMarks(imageData, newMarks)
+    return [added : added.nuclei.size(), left_out: nuclei.size() - added.nuclei.size(),
+            removed: existing.unchangedNuclei.size(), kept: existing.kept.size(),
+            fields: added.rois.size(), fields_kept: existing.keptRois.size()]
+}
 
-    // Untouched is what we imported and still looks so, with nothing within that we did not import;
-    // a region may have anything within. What reaches into a field is a person's now.
-    Set<PathObject> oldRegions = new LinkedHashSet<>()
-    Set<PathObject> untouched = new LinkedHashSet<>()
-    List<PathObject> kept = []
-    Set<String> keptIds = new HashSet<>()
+/** Sorts the objects of an image by what a person did with them. */
+@CompileStatic
+static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, List<PathObject> suggestions) {
+    ExistingObjects existing = new ExistingObjects()
+    sortRois(existing, all, marks, suggestions)
+    Set<PathObject> rois = new HashSet<>(existing.unchangedRois)
+    rois.addAll(existing.keptRois)
     for (PathObject pathObject : all) {
-        if (fields.contains(pathObject))
+        if (rois.contains(pathObject))
             continue
         String id = pathObject.getID().toString()
-        boolean isRegion = regionIds.contains(id)
-        boolean drawnWithin = !isRegion &&
-                pathObject.getChildObjects().any { PathObject child -> !imported.containsKey(child.getID().toString()) }
-        boolean inField = !isRegion && keptFields.any { PathObject field -> reaches(pathObject, field) }
-        if (drawnWithin || inField || !imported[id]?.startsWith(digest(pathObject))) {
-            kept << pathObject
-            keptIds << id
+        boolean isRegion = marks.regions.containsKey(id)
+        String mark = isRegion ? marks.regions[id] : marks.nuclei[id]
+        // A person may draw within a region. A nucleus with a drawing within, or in an ROI, is a person's now.
+        boolean unchanged = mark != null && mark.startsWith(digest(pathObject)) && (isRegion ||
+                pathObject.getChildObjects().every { PathObject child -> marks.contains(child.getID().toString()) } &&
+                !existing.keptRois.any { PathObject roi -> liesIn(pathObject, roi) })
+        if (!unchanged) {
+            existing.kept << pathObject
+            existing.keptIds << id
         } else if (isRegion)
-            oldRegions << pathObject
+            existing.unchangedRegions << pathObject
         else
-            untouched << pathObject
+            existing.unchangedNuclei << pathObject
     }
+    return existing
+}
 
-    // The rest of what we imported, a person changed or deleted, or has in a field: there the person's word counts.
-    Map<String, String> decided = new LinkedHashMap<>(imported)
-    decided.keySet().removeAll(regionIds)
-    decided.keySet().removeAll(fieldMarks.keySet())
-    for (PathObject pathObject : untouched)
-        decided.remove(pathObject.getID().toString())
-    if (forget || untouched.isEmpty() && Collections.disjoint(decided.keySet(), keptIds)) {
-        decided.clear()   // all of it deleted: start afresh
-        if (forget || keptFields.isEmpty())
-            fieldMarks.clear()
+/** Sorts the ROIs to correct: one is unchanged if nobody touched it or the nuclei in it. */
+@CompileStatic
+static void sortRois(ExistingObjects existing, Collection<PathObject> all, Marks marks, List<PathObject> suggestions) {
+    for (PathObject roi : all) {
+        String mark = marks.rois[roi.getID().toString()]
+        if (mark == null && !isCorrectionRoi(roi))
+            continue
+        boolean unchanged = mark != null && mark.startsWith(digest(roi)) && mark.endsWith(contentDigest(roi, all))
+        if (unchanged && !suggestions.any { PathObject suggestion -> suggestion.getID() == roi.getID() })
+            existing.unchangedRois << roi
+        else
+            existing.keptRois << roi
     }
+}
 
-    STRtree keptOutlines = new STRtree()
-    for (PathObject pathObject : kept) {
+/**
+ * Marks of imported nuclei that a person changed or deleted, or that lie in a kept ROI: no nucleus is added there.
+ * And marks of the ROIs of earlier imports, which are not added again.
+ */
+@CompileStatic
+static Marks decidedByPerson(ExistingObjects existing, Marks marks, boolean removing) {
+    Marks decided = new Marks()
+    decided.nuclei.putAll(marks.nuclei)
+    decided.rois.putAll(marks.rois)
+    for (PathObject nucleus : existing.unchangedNuclei)
+        decided.nuclei.remove(nucleus.getID().toString())
+    boolean allDeleted = existing.unchangedNuclei.isEmpty() &&
+            Collections.disjoint(decided.nuclei.keySet(), existing.keptIds)
+    if (removing || allDeleted)
+        decided.nuclei.clear()
+    if (removing || allDeleted && existing.keptRois.isEmpty())
+        decided.rois.clear()
+    return decided
+}
+
+/** The suggested ROIs to add: one that has a mark is in the image, or a person deleted it. */
+@CompileStatic
+static List<PathObject> newRois(List<PathObject> suggestions, ExistingObjects existing, Marks decided) {
+    return suggestions.findAll { PathObject roi ->
+        !decided.rois.containsKey(roi.getID().toString()) &&
+                !existing.keptRois.any { PathObject other -> intersect(roi.getROI(), other.getROI()) }
+    }
+}
+
+/** The nuclei to add: those where neither a kept object nor a decision of a person is in the way. */
+@CompileStatic
+static List<PathObject> newNuclei(List<PathObject> nuclei, ExistingObjects existing, Marks decided,
+                                  double maxOverlap) {
+    STRtree keptContours = new STRtree()
+    for (PathObject pathObject : existing.kept) {
         ROI roi = PathObjectTools.getROI(pathObject, true)
         if (roi?.isArea())
-            keptOutlines.insert(envelope(roi), roi)
+            keptContours.insert(envelope(roi), roi)
     }
     STRtree decidedPlaces = new STRtree()
-    for (String mark : decided.values()) {
+    for (String mark : decided.nuclei.values()) {
         Coordinate place = centroid(mark)
         decidedPlaces.insert(new Envelope(place), place)
     }
-    List<PathObject> added = nuclei.findAll { PathObject nucleus ->
-        !decided.containsKey(nucleus.getID().toString()) &&
+    return nuclei.findAll { PathObject nucleus ->
+        !decided.nuclei.containsKey(nucleus.getID().toString()) &&
                 !coversAny(nucleus.getROI(), decidedPlaces) &&
-                !overlapsAny(nucleus.getROI(), keptOutlines, maxOverlap) &&
-                !keptFields.any { PathObject field -> reaches(nucleus, field) }
+                !overlapsAny(nucleus.getROI(), keptContours, maxOverlap) &&
+                !existing.keptRois.any { PathObject roi -> liesIn(nucleus, roi) }
     }
-    // One that has a mark is there, or a person deleted it.
-    List<PathObject> addedFields = suggestions.findAll { PathObject field ->
-        !fieldMarks.containsKey(field.getID().toString()) &&
-                !keptFields.any { PathObject other -> meet(field.getROI(), other.getROI()) }
-    }
-    added = added.collect { PathObject nucleus ->
-        addedFields.any { PathObject field -> reaches(nucleus, field) } ? toAnnotation(nucleus) : nucleus
-    }
-
-    Map<String, String> now = decided
-    for (PathObject nucleus : added)
-        now[nucleus.getID().toString()] = digestAndCentroid(nucleus)
-    for (PathObject field : keptFields + suggestions) {
-        String id = field.getID().toString()
-        if (fieldMarks.containsKey(id))
-            now[id] = fieldMarks[id]
-    }
-    for (PathObject field : addedFields)
-        now[field.getID().toString()] = digestAndCentroid(field) + ' field ' + contents(field, kept + added)
-
-    hierarchy.getSelectionModel().deselectObjects(oldFields)
-    hierarchy.removeObjects(oldFields, true)   // first: one may lie within a region, and hold others
-    // What a person drew within an old region goes to where the nuclei go.
-    List<PathObject> members = []
-    for (PathObject region : oldRegions)
-        members.addAll(region.getChildObjects().findAll { PathObject child -> !untouched.contains(child) })
-    members.addAll(added)
-    Set<PathObject> old = new LinkedHashSet<>(untouched)
-    old.addAll(oldRegions)
-    hierarchy.getSelectionModel().deselectObjects(old)
-    hierarchy.removeObjects(old, true)
-    List<PathObject> regions = forget ? [] as List<PathObject> : newRegions(imageData, entry, result)
-    regions.removeAll { PathObject region -> keptIds.contains(region.getID().toString()) }   // a person changed it
-    // Filled before they are in the hierarchy: there, QuPath takes long over many annotations.
-    List<PathObject> elsewhere = share(members, regions)
-    for (PathObject region : regions) {
-        measure(region, imageData)
-        now[region.getID().toString()] = digestAndCentroid(region) + ' region'
-    }
-    hierarchy.addObjects(elsewhere.findAll { PathObject pathObject -> pathObject.getParent() == null })   // new ones
-    hierarchy.addObjects(regions)
-    hierarchy.addObjects(addedFields)
-    writeImported(imageData, now)
-    return [added : added.size(), left_out: nuclei.size() - added.size(), removed: untouched.size(), kept: kept.size(),
-            fields: addedFields.size(), fields_kept: keptFields.size()]
 }
 
-/** Classes of fields: of those to correct, and of those that are corrected. */
+/** The marks to keep with the image after an import. */
 @CompileStatic
-static List<PathClass> fieldClasses() {
+static Map<String, String> marksAfter(ExistingObjects existing, NewObjects added, Marks decided,
+                                      List<PathObject> suggestions) {
+    Map<String, String> marks = new LinkedHashMap<>(decided.nuclei)
+    for (PathObject nucleus : added.nuclei)
+        marks[nucleus.getID().toString()] = digestAndCentroid(nucleus)
+    for (PathObject roi : existing.keptRois + suggestions) {
+        String id = roi.getID().toString()
+        if (decided.rois.containsKey(id))
+            marks[id] = decided.rois[id]
+    }
+    for (PathObject roi : added.rois)
+        marks[roi.getID().toString()] = digestAndCentroid(roi) + ' field ' +
+                contentDigest(roi, existing.kept + added.nuclei)
+    for (PathObject region : added.regions)
+        marks[region.getID().toString()] = digestAndCentroid(region) + ' region'
+    return marks
+}
+
+/** Removes the unchanged objects from the image, and adds the new ones. */
+@CompileStatic
+static void exchange(ImageData<?> imageData, ExistingObjects existing, NewObjects added) {
+    PathObjectHierarchy hierarchy = imageData.getHierarchy()
+    remove(hierarchy, existing.unchangedRois)   // first: one may lie within a region, and hold others
+    // Objects that a person drew within an old region are assigned to regions as the nuclei are.
+    List<PathObject> members = []
+    for (PathObject region : existing.unchangedRegions)
+        members.addAll(region.getChildObjects().findAll { PathObject child ->
+            !existing.unchangedNuclei.contains(child)
+        })
+    members.addAll(added.nuclei)
+    Set<PathObject> unchanged = new LinkedHashSet<>(existing.unchangedNuclei)
+    unchanged.addAll(existing.unchangedRegions)
+    remove(hierarchy, unchanged)
+    // Filled before they are in the hierarchy: there, QuPath takes long over many annotations.
+    List<PathObject> elsewhere = assignToRegions(members, added.regions)
+    for (PathObject region : added.regions)
+        measure(region, imageData)
+    hierarchy.addObjects(elsewhere.findAll { PathObject pathObject -> pathObject.getParent() == null })   // new ones
+    hierarchy.addObjects(added.regions)
+    hierarchy.addObjects(added.rois)
+}
+
+@CompileStatic
+static void remove(PathObjectHierarchy hierarchy, Collection<PathObject> objects) {
+    hierarchy.getSelectionModel().deselectObjects(objects)
+    hierarchy.removeObjects(objects, true)
+}
+
+/** Classes of ROIs: of those to correct, and of those that are corrected. */
+@CompileStatic
+static List<PathClass> roiClasses() {
     return [PathClass.fromString('PatchCL: correct here', ColorTools.packRGB(255, 140, 0)),
             PathClass.fromString('PatchCL: corrected', ColorTools.packRGB(0, 160, 80))]
 }
 
 @CompileStatic
-static boolean isField(PathObject pathObject) {
+static boolean isCorrectionRoi(PathObject pathObject) {
     return pathObject.isAnnotation() && pathObject.getROI()?.isArea() &&
-            fieldClasses().contains(pathObject.getPathClass())
+            roiClasses().contains(pathObject.getPathClass())
 }
 
-/** The fields that patchcl-qp suggested; what is beyond the image is cut off. */
-static List<PathObject> newFields(ImageData<?> imageData, JsonObject suggested) {
+/** The ROIs that patchcl-qp suggested, cropped to the image. */
+static List<PathObject> suggestedRois(ImageData<?> imageData, JsonObject suggested) {
     def server = imageData.getServer()
     return suggested.getAsJsonArray('fields').collect {
         JsonObject part = it.getAsJsonObject()
         def (x, y, width, height) = ['x', 'y', 'width', 'height'].collect { key -> part.get(key).getAsDouble() }
-        ROI roi = ROIs.createRectangleROI(x, y, Math.min(width, server.getWidth() - x),
+        ROI square = ROIs.createRectangleROI(x, y, Math.min(width, server.getWidth() - x),
                 Math.min(height, server.getHeight() - y), ImagePlane.getDefaultPlane())
-        PathObject field = PathObjects.createAnnotationObject(roi, fieldClasses().first())
-        field.setID(UUID.fromString(text(part, 'id')))
-        field.setName(text(part, 'name'))
-        field.setDescription(text(part, 'description'))
-        field.setLocked(true)
-        field
+        PathObject roi = PathObjects.createAnnotationObject(square, roiClasses().first())
+        roi.setID(UUID.fromString(text(part, 'id')))
+        roi.setName(text(part, 'name'))
+        roi.setDescription(text(part, 'description'))
+        roi.setLocked(true)
+        roi
     }
 }
 
-/** Has QuPath list classes where a person chooses one. */
-static void offer(Project<?> project, List<PathClass> classes) {
+/** Adds classes to the list from which a person chooses in QuPath. */
+static void offerClasses(Project<?> project, List<PathClass> classes) {
     def gui = QuPathGUI.getInstance()
     if (gui != null) {
         def listed = gui.getAvailablePathClasses()   // the window keeps the project's list the same
@@ -296,7 +387,7 @@ static void offer(Project<?> project, List<PathClass> classes) {
     project.setPathClasses(listed + classes.findAll { !listed.contains(it) })
 }
 
-/** The same nucleus, for a person to reshape: QuPath lets nobody reshape a detection. */
+/** The same nucleus as an annotation: a person cannot reshape a detection in QuPath. */
 @CompileStatic
 static PathObject toAnnotation(PathObject nucleus) {
     if (nucleus.isAnnotation())
@@ -307,30 +398,31 @@ static PathObject toAnnotation(PathObject nucleus) {
     return annotation
 }
 
-/** Whether an object is in a field, in part or whole; what is not much smaller is no nucleus. */
+/** Whether an object lies in an ROI, in part or whole. An object that is not much smaller is no nucleus. */
 @CompileStatic
-static boolean reaches(PathObject pathObject, PathObject field) {
-    ROI roi = PathObjectTools.getROI(pathObject, true)
-    return roi?.isArea() && meet(roi, field.getROI()) && roi.getArea() < field.getROI().getArea() / 2
+static boolean liesIn(PathObject pathObject, PathObject correctionRoi) {
+    ROI contour = PathObjectTools.getROI(pathObject, true)
+    ROI roi = correctionRoi.getROI()
+    return contour?.isArea() && intersect(contour, roi) && contour.getArea() < roi.getArea() / 2
 }
 
-/** Whether two outlines overlap or touch; their boxes say it of most, and cheaply. */
+/** Whether two contours overlap or touch; most pairs are excluded cheaply, by their bounding boxes. */
 @CompileStatic
-static boolean meet(ROI one, ROI other) {
+static boolean intersect(ROI one, ROI other) {
     return envelope(one).intersects(envelope(other)) && one.getGeometry().intersects(other.getGeometry())
 }
 
-/** What a person can change of all that reaches into a field. */
+/** A digest of what a person can change of the objects in an ROI. */
 @CompileStatic
-static String contents(PathObject field, Collection<PathObject> objects) {
+static String contentDigest(PathObject roi, Collection<PathObject> objects) {
     List<String> within = []
     for (PathObject pathObject : objects)
-        if (reaches(pathObject, field))
+        if (liesIn(pathObject, roi))
             within << pathObject.getID().toString() + digest(pathObject)
     return sha(within.sort().toString().getBytes(StandardCharsets.UTF_8))
 }
 
-/** What holds the nuclei: an annotation for each region that was analysed, or for the whole image. */
+/** The annotations that hold the nuclei: one for each analysis region, or one for the whole image. */
 static List<PathObject> newRegions(ImageData<?> imageData, ProjectImageEntry<?> entry, JsonObject result) {
     String image = "PatchCL region of image ${entry.getID()}"
     if (!result.has('regions')) {
@@ -345,7 +437,7 @@ static List<PathObject> newRegions(ImageData<?> imageData, ProjectImageEntry<?> 
     }
 }
 
-/** Its id is the same always for one place of one image. */
+/** An annotation that holds nuclei. Equal places of one image have equal ids. */
 static PathObject newRegion(String place, ROI roi, JsonObject part, JsonObject result) {
     PathObject region = PathObjects.createAnnotationObject(roi)
     region.setID(UUID.nameUUIDFromBytes(place.getBytes(StandardCharsets.UTF_8)))
@@ -357,9 +449,9 @@ static PathObject newRegion(String place, ROI roi, JsonObject part, JsonObject r
     return region
 }
 
-/** Puts objects into the regions that hold their centroids; returns those that lie in none. */
+/** Adds objects to the regions that hold their centroids; returns the objects outside all regions. */
 @CompileStatic
-static List<PathObject> share(List<PathObject> objects, List<PathObject> regions) {
+static List<PathObject> assignToRegions(List<PathObject> objects, List<PathObject> regions) {
     STRtree places = new STRtree()
     for (PathObject region : regions)
         places.insert(envelope(region.getROI()), region)
@@ -372,7 +464,7 @@ static List<PathObject> share(List<PathObject> objects, List<PathObject> regions
         PathObject region = (PathObject) places.query(new Envelope(new Coordinate(x, y))).find {
             ((PathObject) it).getROI().contains(x, y)
         }
-        // A run decides by pixels, so the outline of a nucleus on the border can have its centroid outside.
+        // A run decides by pixels: the contour of a nucleus on the border can have its centroid outside.
         region = region ?: (PathObject) places.query(envelope(roi)).find {
             ((PathObject) it).getROI().getGeometry().intersects(roi.getGeometry())
         }
@@ -385,10 +477,10 @@ static List<PathObject> share(List<PathObject> objects, List<PathObject> regions
     return elsewhere
 }
 
-/** Counts the nuclei of a region, also what QuPath put into a field; by its tissue, where that is known. */
+/** Measures number and density of the nuclei of a region, also in ROIs; per area of tissue, where that is known. */
 static void measure(PathObject region, ImageData<?> imageData) {
     def pixels = imageData.getServer().getPixelCalibration()
-    int count = region.getChildObjects().sum(0) { isField(it) ? it.nChildObjects() : 1 }
+    int count = region.getChildObjects().sum(0) { isCorrectionRoi(it) ? it.nChildObjects() : 1 }
     def measured = region.getMeasurementList()
     double area = measured.get('PatchCL: Tissue mm^2')   // NaN where there is none
     if (Double.isNaN(area) && pixels.hasPixelSizeMicrons()) {
@@ -404,18 +496,21 @@ static String text(JsonObject result, String key) {
     return result.has(key) ? result.get(key).getAsString() : '?'
 }
 
-/**
- * What earlier imports added: id -> digest and centroid, and a word for what is a region. Kept among
- * the image's own properties, so that QuPath saves, discards and duplicates it together with the
- * objects themselves.
- */
-static Map<String, String> readImported(ImageData<?> imageData) {
+/** Reads the marks from a property of the image, which QuPath saves, discards and duplicates with the objects. */
+static Marks readMarks(ImageData<?> imageData) {
+    Marks marks = new Marks()
     String lines = imageData.getProperty('patchcl.imported') ?: ''
-    return lines.readLines().collectEntries { [it.substring(0, 36), it.substring(37)] }
+    lines.readLines().each {
+        String mark = it.substring(37)
+        Map<String, String> kind = mark.endsWith(' region') ? marks.regions :
+                mark.contains(' field ') ? marks.rois : marks.nuclei
+        kind[it.substring(0, 36)] = mark
+    }
+    return marks
 }
 
-static void writeImported(ImageData<?> imageData, Map<String, String> imported) {
-    imageData.setProperty('patchcl.imported', imported.collect { id, mark -> id + ' ' + mark }.join('\n'))
+static void writeMarks(ImageData<?> imageData, Map<String, String> marks) {
+    imageData.setProperty('patchcl.imported', marks.collect { id, mark -> id + ' ' + mark }.join('\n'))
 }
 
 static void writeReceipt(Path file, Map receipt) {
@@ -437,8 +532,8 @@ static Coordinate centroid(String digestAndCentroid) {
 }
 
 /**
- * What a person can change of an object: kind, outline, class, name, colour, lock, description.
- * Coordinates as float: that is how QuPath saves them, so the digest survives saving.
+ * A digest of what a person can change of an object: kind, contour, class, name, colour, lock, description.
+ * Coordinates are float, as QuPath saves them: the digest is the same after saving.
  */
 @CompileStatic
 static String digest(PathObject pathObject) {
@@ -469,20 +564,20 @@ static Envelope envelope(ROI roi) {
             roi.getBoundsY(), roi.getBoundsY() + roi.getBoundsHeight())
 }
 
-/** Whether one of the places lies inside the outline. */
+/** Whether one of the places lies inside the contour. */
 @CompileStatic
 static boolean coversAny(ROI roi, STRtree places) {
     return places.query(envelope(roi)).any { roi.contains(((Coordinate) it).x, ((Coordinate) it).y) }
 }
 
-/** Whether the intersection with one of the outlines is more than maxOverlap of the union. */
+/** Whether the intersection with one of the contours is more than maxOverlap of the union. */
 @CompileStatic
-static boolean overlapsAny(ROI roi, STRtree outlines, double maxOverlap) {
+static boolean overlapsAny(ROI roi, STRtree contours, double maxOverlap) {
     double area = roi.getArea()
-    return outlines.query(envelope(roi)).any {
+    return contours.query(envelope(roi)).any {
         ROI other = (ROI) it
         double otherArea = other.getArea()
-        // Cheap first: the areas alone say that a nucleus is no match for a large annotation.
+        // Cheap first: the areas alone exclude a match of a nucleus with a large annotation.
         if (Math.min(area, otherArea) <= maxOverlap * Math.max(area, otherArea))
             return false
         double shared = roi.getGeometry().intersection(other.getGeometry()).getArea()

@@ -1,16 +1,16 @@
 /**
- * Finds nuclei, marks fields that are worth correcting, or learns from those that were corrected: starts
- * `patchcl-qp run`, `suggest` or `refine` for the open project, follows it in a window with a Cancel button, and
- * shows in the open image what came of it. QuPath can be used meanwhile. Without a window:
+ * Finds nuclei, suggests ROIs to correct, or refines the model with the corrected ROIs: starts `patchcl-qp run`,
+ * `suggest` or `refine` for the open project, shows its progress in a window with a Cancel button, and imports the
+ * result into the open image. QuPath can be used meanwhile. Without a window:
  *
  *     QuPath script -p project.qpproj run_patchcl.groovy
  *
- * To have it under Automate > Project scripts: `patchcl-qp scripts PROJECT`. The other scripts must lie
+ * `patchcl-qp scripts PROJECT` copies it to where Automate > Project scripts lists it. The other scripts must lie
  * beside this one.
  *
- * A run that was cancelled goes on where it was when it is started again. All that patchcl-qp says is in
- * patchcl/run.log, the outcome in patchcl/ran.json. The images are shown, not saved: save the open one as
- * usual; for others run import_nuclei.groovy. Without a window, all are saved.
+ * A cancelled run is resumed when it is started again. The output of patchcl-qp is in patchcl/run.log, the outcome in
+ * patchcl/ran.json. Images are not saved: save the open one as usual; for others run import_nuclei.groovy. Without a
+ * window, all are saved.
  *
  * Needs QuPath 0.4 or later.
  */
@@ -47,125 +47,41 @@ import qupath.lib.scripting.QP
 import qupath.lib.scripting.ScriptAttributes
 
 // ---------------------------------------------------------------- settings
-String command = ''   // path of patchcl-qp; empty, or gone: it is looked for on PATH and in usual places
+String command = ''   // path of patchcl-qp; if empty or missing, it is searched for on PATH and in usual places
 String what = 'ask'   // 'image': find nuclei in this image, 'project': in all, 'annotations': in some of this one's,
-                      // 'suggest': mark fields that are worth correcting, 'refine': learn from the corrected ones;
+                      // 'suggest': suggest ROIs to correct, 'refine': refine the model with the corrected ROIs;
                       // 'ask': with a window choose there, without: 'project'
-List<String> within = []   // for 'annotations': classes, such as ['Tumor', 'Stroma']; empty: what is selected
-Map options = [run: [], suggest: ['--fields', '6'], refine: []]   // more for these, such as run: ['--mpp', '0.25']
-String folderName = 'patchcl'   // where patchcl-qp leaves its results, beside project.qpproj
+List<String> within = []   // for 'annotations': classes, such as ['Tumor', 'Stroma']; empty: the selected ones
+Map options = [run: [], suggest: ['--fields', '6'], refine: []]   // more options, such as run: ['--mpp', '0.25']
+String folderName = 'patchcl'   // folder of patchcl-qp's results, beside project.qpproj
 // -------------------------------------------------------------------------
 
-Logger logger = LoggerFactory.getLogger('run_patchcl')
 QuPathGUI gui = QuPathGUI.getInstance()
 if (gui != null && Platform.isFxApplicationThread()) {
-    logger.warn('Run this from the script editor: here it would freeze the window.')
+    LoggerFactory.getLogger('run_patchcl').warn('Run this from the script editor: here it would freeze the window.')
     return
 }
-int batchIndex = (getBinding().getVariables()[ScriptAttributes.BATCH_INDEX] ?: 0) as int
 def imageData = QP.getCurrentImageData()
 boolean watched = gui != null && gui.getImageData() === imageData   // else it is one of many, or there is no window
 
 reporting(watched) {
-    def project = QP.getProject()
-    def entry = QP.getProjectEntry()
-    if (project == null || entry == null)
+    if (QP.getProject() == null || QP.getProjectEntry() == null)
         throw new IllegalStateException('Open an image of a project first.')
-    if (what == 'ask')
-        what = watched ? ask(within) : 'project'
-    if (what == null)
+    String chosen = what != 'ask' ? what : watched ? ask(within) : 'project'
+    if (chosen == null)
         return   // the person closed the question
-    if (!(what in ['image', 'project', 'annotations', 'suggest', 'refine']))
-        throw new IllegalArgumentException("what = '${what}': it must be 'ask', 'image', 'project', 'annotations', " +
-                "'suggest' or 'refine'.")
-    if (what == 'annotations' && within.isEmpty() && !QP.getSelectedObjects().any { it.isAnnotation() })
-        throw new IllegalStateException('Select annotations first, or name classes after \'within\' at the top of ' +
-                'this script.')
-
-    String task = what in ['suggest', 'refine'] ? what : 'run'
-    boolean oneImage = what in ['image', 'annotations']
-    Path folder = Paths.get(QP.buildPathInProject(folderName))
-    Path receipt = folder.resolve('ran.json')
-    Path log = folder.resolve('run.log')
+    Task task = new Task(what: chosen, within: within, project: QP.getProject(), entry: QP.getProjectEntry(),
+            imageData: imageData, folder: Paths.get(QP.buildPathInProject(folderName)))
+    check(task)
+    // For the whole project it is started once: for the first image of this batch.
+    TaskOutcome outcome = !task.oneImage && isLaterInBatch() ? outcomeOfBatch(task) : null
     Instant began = Instant.now()
-    List<String> arguments = []   // none where it is done already
-    if (!oneImage && batchIndex > 0) {
-        // Once for all images of the project: for the first image of this batch.
-        def ran = Files.exists(receipt) ? JsonParser.parseString(Files.readString(receipt)).getAsJsonObject() : null
-        if (ran?.get('qupath_pid')?.getAsLong() != ProcessHandle.current().pid())
-            throw new IllegalStateException('patchcl-qp did not start: see the error of the first image.')
-        began = Instant.parse(ran.get('began').getAsString())
-    } else {
-        arguments.addAll([findCommand(command, folder), task, project.getPath().toString()])
-        arguments.addAll(['--backend', 'files'])   // QuPath has the images open: it imports
-        if (task != 'suggest')
-            arguments.addAll(['--progress', 'json'])
-        if (oneImage)
-            arguments.addAll(['--image', entry.getID()])
-        if (what == 'annotations')
-            for (name in within ?: ['(selected)'])
-                arguments.addAll(['--within', name])
-        // What a person taught counts, unless the settings name a model.
-        if (task == 'run' && Files.exists(folder.resolve('models/refined.pt')) &&
-                Collections.disjoint(options.run, ['--model', '--retrain']))
-            arguments.addAll(['--model', 'refined'])
-        arguments.addAll(options[task])
-        // What patchcl-qp reads of the images, saved or not.
-        if (oneImage)
-            runBeside('export_regions.groovy')
-        if (task != 'run')
-            runBeside('export_labels.groovy')
+    List<String> arguments = []
+    if (outcome == null) {
+        arguments = commandLine(task, findCommand(command, task.folder), options)
+        exportDrawings(task)
     }
-
-    Closure<?> work = {
-        String status = 'done'
-        List<String> lastLines = []
-        if (arguments) {
-            logger.info(arguments.join(' '))
-            Files.createDirectories(folder)
-            String title = "PatchCL: ${oneImage ? entry.getImageName() : project.getName()}"
-            Follower follower = gui != null ? new WindowFollower(title) : new Follower(logger)
-            int exitStatus
-            try {
-                exitStatus = runCommand(arguments, log, follower)
-            } finally {
-                follower.close()
-            }
-            status = follower.cancelled ? 'cancelled' : exitStatus == 0 ? 'done' : 'failed'
-            lastLines = follower.lastLines
-            writeReceipt(receipt, [
-                status     : status,
-                exit_status: exitStatus,
-                began      : began.toString(),
-                ended      : Instant.now().toString(),
-                qupath_pid : ProcessHandle.current().pid(),
-                command    : arguments,
-                last_lines : status == 'done' ? [] : lastLines,
-            ])
-        }
-
-        // Also where it failed: it fails for one image, the others are done. Some disks round times to 2 s.
-        Path result = task == 'suggest' ? folder.resolve('fields').resolve(entry.getID() + '.json') :
-                folder.resolve('results').resolve(entry.getID()).resolve('result.json')
-        boolean found = task != 'refine' && Files.exists(result) &&
-                !Files.getLastModifiedTime(result).toInstant().isBefore(began.minusSeconds(2))
-        boolean shown = true
-        if (found && watched)
-            shown = showInWindow(project, imageData)
-        else if (found)
-            runBeside('import_nuclei.groovy')
-        if (status == 'cancelled') {
-            logger.info('Cancelled. Start it again, and it goes on where it was.')
-            return
-        }
-        if (status == 'failed')
-            throw new IOException("patchcl-qp failed. Its last words:\n\n${lastLines.join('\n')}\n\n" +
-                    "All that it said is in ${log}.")
-        if (task == 'run' && !found)
-            throw new IOException("No nuclei for ${entry.getImageName()}: see why in ${log}.")
-        if (watched)
-            Dialogs.showMessageDialog('PatchCL', nextStep(task, oneImage, shown, project, entry, folder))
-    }
+    Closure<?> work = { showResult(task, outcome ?: runTask(task, arguments, began), watched) }
     if (watched)
         Thread.startDaemon('run_patchcl') { reporting(true, work) }   // while a script runs, QuPath's window is locked
     else
@@ -173,7 +89,151 @@ reporting(watched) {
 }
 
 
-/** Does something, and shows to a person what went wrong; else QuPath logs it, and goes on with the next image. */
+/** What patchcl-qp is to do, for which image of which project. */
+class Task {
+
+    String what   // as in the settings, but 'ask'
+    List<String> within
+    Project<?> project
+    ProjectImageEntry<?> entry
+    ImageData<?> imageData
+    Path folder   // of the results
+
+    /** The subcommand of patchcl-qp. */
+    String getSubcommand() {
+        return what in ['suggest', 'refine'] ? what : 'run'
+    }
+
+    boolean isOneImage() {
+        return what in ['image', 'annotations']
+    }
+
+    Path getReceipt() {
+        return folder.resolve('ran.json')
+    }
+
+    Path getLog() {
+        return folder.resolve('run.log')
+    }
+
+    /** The file that tells whether there is a result for the image. */
+    Path getResult() {
+        return what == 'suggest' ? folder.resolve('fields').resolve(entry.getID() + '.json') :
+                folder.resolve('results').resolve(entry.getID()).resolve('result.json')
+    }
+}
+
+
+/** How patchcl-qp ended. */
+class TaskOutcome {
+
+    String status   // 'done', 'failed' or 'cancelled'
+    Instant began
+    List<String> lastLines = []   // of its output
+}
+
+
+/** Raises an exception for settings that cannot be followed. */
+static void check(Task task) {
+    if (!(task.what in ['image', 'project', 'annotations', 'suggest', 'refine']))
+        throw new IllegalArgumentException("what = '${task.what}': it must be 'ask', 'image', 'project', " +
+                "'annotations', 'suggest' or 'refine'.")
+    if (task.what == 'annotations' && task.within.isEmpty() && !QP.getSelectedObjects().any { it.isAnnotation() })
+        throw new IllegalStateException('Select annotations first, or name classes after \'within\' at the top of ' +
+                'this script.')
+}
+
+/** Whether the script runs for an image of a batch that is not the first. */
+boolean isLaterInBatch() {
+    return ((getBinding().getVariables()[ScriptAttributes.BATCH_INDEX] ?: 0) as int) > 0
+}
+
+/** The outcome for the whole project, of the run that the first image of this batch started. */
+static TaskOutcome outcomeOfBatch(Task task) {
+    def ran = Files.exists(task.receipt) ?
+            JsonParser.parseString(Files.readString(task.receipt)).getAsJsonObject() : null
+    if (ran?.get('qupath_pid')?.getAsLong() != ProcessHandle.current().pid())
+        throw new IllegalStateException('patchcl-qp did not start: see the error of the first image.')
+    return new TaskOutcome(status: 'done', began: Instant.parse(ran.get('began').getAsString()))
+}
+
+static List<String> commandLine(Task task, String command, Map options) {
+    List<String> arguments = [command, task.subcommand, task.project.getPath().toString()]
+    arguments.addAll(['--backend', 'files'])   // QuPath has the images open: it imports
+    if (task.what != 'suggest')
+        arguments.addAll(['--progress', 'json'])
+    if (task.oneImage)
+        arguments.addAll(['--image', task.entry.getID()])
+    if (task.what == 'annotations')
+        for (name in task.within ?: ['(selected)'])
+            arguments.addAll(['--within', name])
+    // A refined model is used, unless the settings name a model.
+    if (task.subcommand == 'run' && Files.exists(task.folder.resolve('models/refined.pt')) &&
+            Collections.disjoint(options.run, ['--model', '--retrain']))
+        arguments.addAll(['--model', 'refined'])
+    arguments.addAll(options[task.subcommand])
+    return arguments
+}
+
+/** Exports what patchcl-qp reads of the images, saved or not. */
+void exportDrawings(Task task) {
+    if (task.oneImage)
+        runBeside('export_regions.groovy')
+    if (task.subcommand != 'run')
+        runBeside('export_labels.groovy')
+}
+
+/** Runs patchcl-qp with its progress in a window, where there is one, and writes a receipt. */
+static TaskOutcome runTask(Task task, List<String> arguments, Instant began) {
+    Logger logger = LoggerFactory.getLogger('run_patchcl')
+    logger.info(arguments.join(' '))
+    Files.createDirectories(task.folder)
+    String title = "PatchCL: ${task.oneImage ? task.entry.getImageName() : task.project.getName()}"
+    ProgressLogger progress = QuPathGUI.getInstance() != null ? new ProgressWindow(title) : new ProgressLogger(logger)
+    int exitStatus
+    try {
+        exitStatus = runCommand(arguments, task.log, progress)
+    } finally {
+        progress.close()
+    }
+    TaskOutcome outcome = new TaskOutcome(began: began, lastLines: progress.lastLines)
+    outcome.status = progress.cancelled ? 'cancelled' : exitStatus == 0 ? 'done' : 'failed'
+    writeReceipt(task.receipt, [
+        status     : outcome.status,
+        exit_status: exitStatus,
+        began      : began.toString(),
+        ended      : Instant.now().toString(),
+        qupath_pid : ProcessHandle.current().pid(),
+        command    : arguments,
+        last_lines : outcome.status == 'done' ? [] : outcome.lastLines,
+    ])
+    return outcome
+}
+
+/** Imports the result into the image, and reports the outcome. */
+void showResult(Task task, TaskOutcome outcome, boolean watched) {
+    // Also after a failure: one image fails, the others are done. Some disks round times to 2 s.
+    boolean found = task.what != 'refine' && Files.exists(task.result) &&
+            !Files.getLastModifiedTime(task.result).toInstant().isBefore(outcome.began.minusSeconds(2))
+    boolean shown = true
+    if (found && watched)
+        shown = importInWindow(task)
+    else if (found)
+        runBeside('import_nuclei.groovy')
+    if (outcome.status == 'cancelled') {
+        LoggerFactory.getLogger('run_patchcl').info('Cancelled. Start it again to resume.')
+        return
+    }
+    if (outcome.status == 'failed')
+        throw new IOException("patchcl-qp failed. The end of its output:\n\n${outcome.lastLines.join('\n')}\n\n" +
+                "All of its output is in ${task.log}.")
+    if (task.subcommand == 'run' && !found)
+        throw new IOException("No nuclei for ${task.entry.getImageName()}: see why in ${task.log}.")
+    if (watched)
+        Dialogs.showMessageDialog('PatchCL', nextStep(task, shown))
+}
+
+/** Does something, and shows errors to a person; else QuPath logs them, and goes on with the next image. */
 static void reporting(boolean watched, Closure<?> work) {
     try {
         work()
@@ -185,27 +245,17 @@ static void reporting(boolean watched, Closure<?> work) {
 }
 
 /**
- * Shows what was found in an image, unless it was closed meanwhile: there it would be lost. Says which. Nobody can
- * change the image while this is at work.
+ * Imports the result into the open image, and returns true; false, without import, if the image was closed meanwhile:
+ * changes of it would be lost. Nobody can change the image during the import.
  */
-boolean showInWindow(Project<?> project, ImageData<?> imageData) {
+boolean importInWindow(Task task) {
     Stage stage = null
-    def opened = new FutureTask<?>({
-        stage = new Stage()
-        stage.initOwner(QuPathGUI.getInstance().getStage())
-        stage.initModality(Modality.APPLICATION_MODAL)
-        stage.setTitle('PatchCL')
-        VBox box = new VBox(8, new Label('Showing what was found'), new ProgressBar(-1))
-        box.setPadding(new Insets(12))
-        stage.setScene(new Scene(box))
-        stage.setOnCloseRequest { event -> event.consume() }
-        stage.show()
-    }, null)
+    def opened = new FutureTask<?>({ stage = openWaitingWindow() }, null)
     Platform.runLater(opened)
     opened.get()
-    QP.setBatchProjectAndImage(project, imageData)
+    QP.setBatchProjectAndImage(task.project, task.imageData)
     try {
-        boolean open = QuPathGUI.getInstance().getImageData() === imageData
+        boolean open = QuPathGUI.getInstance().getImageData() === task.imageData
         if (open)
             runBeside('import_nuclei.groovy')
         return open
@@ -215,39 +265,57 @@ boolean showInWindow(Project<?> project, ImageData<?> imageData) {
     }
 }
 
-/** What a person does next. */
-static String nextStep(String task, boolean oneImage, boolean shown, Project<?> project, ProjectImageEntry<?> entry,
-                       Path folder) {
-    if (task == 'refine')
-        return 'The model has learnt from the corrected fields.\n\nRun this script again to find nuclei with it.'
-    if (task == 'run')
-        return "The nuclei of ${entry.getImageName()} are " + (shown ? 'in the image: save it to keep them.' :
-                'ready: open the image, and run the script import nuclei.') +
-                (oneImage ? '' : '\n\nFor others, open the script import nuclei, and choose Run > Run for project.')
-    Map<String, Integer> fields = project.getImageList().collectEntries {
-        Path file = folder.resolve('fields').resolve(it.getID() + '.json')
+/** Opens a window that locks the others until it is closed by the script. */
+static Stage openWaitingWindow() {
+    Stage stage = new Stage()
+    stage.initOwner(QuPathGUI.getInstance().getStage())
+    stage.initModality(Modality.APPLICATION_MODAL)
+    stage.setTitle('PatchCL')
+    VBox box = new VBox(8, new Label('Importing the result'), new ProgressBar(-1))
+    box.setPadding(new Insets(12))
+    stage.setScene(new Scene(box))
+    stage.setOnCloseRequest { event -> event.consume() }
+    stage.show()
+    return stage
+}
+
+/** The text that tells a person what to do next. */
+static String nextStep(Task task, boolean shown) {
+    if (task.what == 'refine')
+        return 'The model was refined with the corrected ROIs.\n\nRun this script again to find nuclei with it.'
+    if (task.what == 'suggest')
+        return correctionSteps(task, shown)
+    return "The nuclei of ${task.entry.getImageName()} are " + (shown ? 'in the image: save it to keep them.' :
+            'ready: open the image, and run the script import nuclei.') +
+            (task.oneImage ? '' : '\n\nFor others, open the script import nuclei, and choose Run > Run for project.')
+}
+
+/** Which ROIs were suggested, and how to correct them. */
+static String correctionSteps(Task task, boolean shown) {
+    Map<String, Integer> rois = task.project.getImageList().collectEntries {
+        Path file = task.folder.resolve('fields').resolve(it.getID() + '.json')
         int count = !Files.exists(file) ? 0 :
                 JsonParser.parseString(Files.readString(file)).getAsJsonObject().getAsJsonArray('fields').size()
         [it.getImageName(), count]
     }.findAll { name, count -> count > 0 }
-    boolean elsewhere = !shown || !(fields.keySet() - entry.getImageName()).isEmpty()
-    return "These fields, of class 'PatchCL: correct here', are worth correcting:\n\n" +
-            fields.collect { name, count -> "${name}: ${count}" }.join('\n') +
+    boolean elsewhere = !shown || !(rois.keySet() - task.entry.getImageName()).isEmpty()
+    return "Suggested ROIs, of class 'PatchCL: correct here':\n\n" +
+            rois.collect { name, count -> "${name}: ${count}" }.join('\n') +
             (elsewhere ? '\n\nIn other images, the script import nuclei shows them.' : '') +
-            '\n\n1. In each field, put right every nucleus, also on its border.' +
-            "\n2. Set the class of a field that is done to 'PatchCL: corrected', and save the image." +
-            '\n3. Run this script again, and have it learn from the corrected fields.'
+            '\n\n1. In each ROI, correct every nucleus, also on its border.' +
+            "\n2. Set the class of a finished ROI to 'PatchCL: corrected', and save the image." +
+            '\n3. Run this script again, and refine the model with the corrected ROIs.'
 }
 
-/** What a person chooses; null for nothing. */
+/** The choice of a person, as in the settings; null if the dialog was closed. */
 static String ask(List<String> within) {
     Map<String, String> choices = [
         'Find nuclei in the open image'                : 'image',
         'Find nuclei in all images of the project'     : 'project',
         ("Find nuclei in ${within ? 'annotations of class ' + within.join(' or ') : 'the selected annotations'}"
                 .toString())                           : 'annotations',
-        'Mark fields that are worth correcting'        : 'suggest',
-        'Learn from the corrected fields'              : 'refine',
+        'Suggest ROIs to correct'                      : 'suggest',
+        'Refine the model with the corrected ROIs'     : 'refine',
     ]
     List<String> names = choices.keySet() as List
     return choices[Dialogs.showChoiceDialog('PatchCL', '', names, names.first())]
@@ -262,7 +330,7 @@ static String findCommand(String command, Path folder) {
     String bin = windows ? 'Scripts' : 'bin'
     Path home = Paths.get(System.getProperty('user.home'))
     List<Path> places = (System.getenv('PATH') ?: '').tokenize(File.pathSeparator).collect { Paths.get(it) }
-    // A QuPath that was not started from a terminal does not know a terminal's PATH.
+    // A QuPath that was not started from a terminal does not have the PATH of a terminal.
     for (parent in [folder.getParent(), home, home.resolve('patchcl-qupath'), Paths.get('/opt/patchcl-qupath')])
         for (environment in ['.venv', 'venv'])
             places << parent.resolve(environment).resolve(bin)
@@ -274,7 +342,7 @@ static String findCommand(String command, Path folder) {
     return found.toString()
 }
 
-/** Runs another of our scripts for the same image. */
+/** Runs another of these scripts for the same image. */
 void runBeside(String name) {
     String own = getBinding().getVariables()[ScriptAttributes.FILE_PATH]
     List<Path> places = [Paths.get(QP.buildPathInProject('scripts', name))]
@@ -287,18 +355,18 @@ void runBeside(String name) {
 }
 
 /** Runs a command to its end, or until it is cancelled or QuPath is closed; returns its exit status. */
-static int runCommand(List<String> arguments, Path log, Follower follower) {
+static int runCommand(List<String> arguments, Path log, ProgressLogger progress) {
     def builder = new ProcessBuilder(arguments).redirectErrorStream(true)
     builder.environment().putAll([PYTHONUTF8: '1', PYTHONUNBUFFERED: '1', NO_COLOR: '1', COLUMNS: '100'])
     Process process = builder.start()
     process.getOutputStream().close()
     Thread atExit = new Thread({ stop(process) })
     Runtime.getRuntime().addShutdownHook(atExit)
-    follower.onCancel = { stop(process) }
+    progress.onCancel = { stop(process) }
     try {
         Files.newBufferedWriter(log, StandardCharsets.UTF_8).withCloseable { writer ->
             new InputStreamReader(process.getInputStream(), StandardCharsets.UTF_8).eachLine { line ->
-                follower.line(line)
+                progress.line(line)
                 if (!line.startsWith('{"stage"')) {
                     writer.writeLine(line)
                     writer.flush()
@@ -307,9 +375,9 @@ static int runCommand(List<String> arguments, Path log, Follower follower) {
         }
         return process.waitFor()
     } catch (InterruptedException | IOException e) {
-        follower.cancelled = follower.cancelled || e instanceof InterruptedException
+        progress.cancelled = progress.cancelled || e instanceof InterruptedException
         stop(process)
-        if (!follower.cancelled)
+        if (!progress.cancelled)
             throw e
         return process.waitFor()
     } finally {
@@ -317,7 +385,7 @@ static int runCommand(List<String> arguments, Path log, Follower follower) {
     }
 }
 
-/** Ends a process and all that it started: on Windows, patchcl-qp.exe is not Python itself. */
+/** Ends a process and its descendants: on Windows, patchcl-qp.exe starts Python as another process. */
 static void stop(Process process) {
     List<ProcessHandle> all = process.descendants().toList() + process.toHandle()
     all.each { it.destroy() }
@@ -332,15 +400,15 @@ static void writeReceipt(Path file, Map receipt) {
 }
 
 
-/** Takes what patchcl-qp says line by line, and logs it. */
-class Follower {
+/** Logs the output of patchcl-qp, line by line. */
+class ProgressLogger {
 
     Logger logger
-    List<String> lastLines = []   // without progress
+    List<String> lastLines = []   // of the output, without progress
     volatile boolean cancelled = false
     Closure onCancel = { }
 
-    Follower(Logger logger) {
+    ProgressLogger(Logger logger) {
         this.logger = logger
     }
 
@@ -357,7 +425,7 @@ class Follower {
     }
 
     void progress(String stage, int done, int total) {
-        if (done == total)   // also what cannot be counted: 0 of 0
+        if (done == total)   // also of stages that cannot be counted: 0 of 0
             logger.info(total > 0 ? "${stage}: ${done} of ${total}" : stage)
     }
 
@@ -374,15 +442,15 @@ class Follower {
 }
 
 
-/** Shows it in a window, which belongs to another thread than the script. */
-class WindowFollower extends Follower {
+/** Shows the output in a window, too, which belongs to another thread than the script. */
+class ProgressWindow extends ProgressLogger {
 
     Stage stage
     Label label = new Label('Starting')
     ProgressBar bar = new ProgressBar(-1)
     TextArea area = new TextArea()
 
-    WindowFollower(String title) {
+    ProgressWindow(String title) {
         super(LoggerFactory.getLogger('run_patchcl'))
         area.setEditable(false)
         area.setStyle('-fx-font-family: monospace')
@@ -410,7 +478,7 @@ class WindowFollower extends Follower {
     private void cancelInBackground(Button button) {
         button.setDisable(true)
         label.setText('Cancelling')
-        Thread.start { cancel() }   // waits for the process: not here
+        Thread.start { cancel() }   // waits for the process: not in the thread of the window
     }
 
     @Override

@@ -90,7 +90,7 @@ def make_project(folder: Path, slide: Path, images: list[str]) -> Path:
 
 
 class Session:
-    """One QuPath for many looks, in a process of its own, apart from all that is tested."""
+    """One QuPath for many scripts, in a process of its own, apart from the code under test."""
 
     def __init__(self) -> None:
         launcher()  # skips
@@ -142,9 +142,9 @@ def _serve(pipe: Any) -> None:
 
 
 def nuclei(columns: int, rows: int, image: str, *, run: int = 1) -> Nuclei:
-    """Blobs of 20 corners, and one rectangle, on a grid of 40 px; level 0.
+    """Blobs of 20 vertices, and one rectangle, on a grid of 40 px; level 0.
 
-    As in real runs, outlines, and with them ids, differ a little from run to run.
+    As in real runs, contours, and with them ids, differ a little from run to run.
     """
     corner = np.linspace(0, 2 * np.pi, 20, endpoint=False)
     radius = 8 + 2 * np.cos(3 * corner) + 0.1 * run

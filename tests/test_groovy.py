@@ -1,7 +1,7 @@
-"""groovy/import_nuclei.groovy, run by a real QuPath without a window; each image has its story.
+"""groovy/import_nuclei.groovy, run by a real QuPath without a window; each image is another case.
 
-QuPath starts slowly, so the stories share its starts: import, look, edit; import other results,
-look; import the same once more, look. The edits go through QuPath's own API and are saved by it.
+QuPath starts slowly, so the cases share its starts: import, list, edit; import other results,
+list; import the same once more, list. The edits go through QuPath's own API and are saved by it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 import qupath
 import shapely
 from qupath import by_index, nuclei
+from results import result_of
 
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import Nuclei
@@ -102,7 +103,7 @@ entry.saveImageData(imageData)
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """All that happened, see the module's docstring."""
+    """The results, logs, objects and receipts of each step of the module's docstring."""
     folder = tmp_path_factory.mktemp("groovy") / "a project"
     qupath.launcher()  # skips
     project = qupath.make_project(folder, SLIDE, IMAGES)
@@ -122,8 +123,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             if name == NONE:
                 parts = parts[:0]
             written[-1][name] = parts
-            result = patchcl / "results" / str(number)
-            write_results(result, [parts], len(parts), config, {"run": f"run {run}"})
+            record = result_of(len(parts), config, run=f"run {run}")
+            write_results(patchcl / "results" / str(number), [parts], config, record)
 
     def looked(script: str) -> dict[str, list[dict[str, Any]]]:
         look.write_text(script, encoding="utf-8")
@@ -159,7 +160,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.mark.parametrize("image", [DETECTIONS, EDITED, DISCARDED])
 def test_what_was_written_is_what_qupath_shows(story: SimpleNamespace, image: str) -> None:
-    """Ids, kind, class and colour, measurements and outlines survive import, saving, reopening."""
+    """Ids, kind, class and colour, measurements and contours survive import, saving, reopening."""
     written, seen = story.written[0][image], by_index(story.seen[0][image])
     (region,) = (o for o in story.seen[0][image] if o.get("name") == "PatchCL")
     assert len(seen) == len(story.seen[0][image]) - 1 == len(written)
@@ -261,7 +262,7 @@ def test_each_image_has_a_receipt(story: SimpleNamespace) -> None:
 
 
 def test_images_are_saved_once(story: SimpleNamespace) -> None:
-    """By QuPath where it was told to with --save, by the script where not."""
+    """By QuPath with --save, by the script without."""
     shown = len(IMAGES) - 2  # neither EMPTY nor, the second and third time, DAMAGED
     assert story.logs[0].count("Image data written") == shown + 1
     assert story.logs[1].count("Image data written") == shown + 1  # --save saves EMPTY too

@@ -33,7 +33,7 @@ from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Nuclei
 from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.project import paquo as backend
-from patchcl_qupath.project.jvm import Process, halves, java_options, outlines
+from patchcl_qupath.project.jvm import Process, contour_vertices, java_options, uuid_halves
 from patchcl_qupath.project.paquo import PaquoProject, find_qupath
 from patchcl_qupath.slides.slide import Slide
 
@@ -142,14 +142,14 @@ def test_nuclei_become_arrays() -> None:
     polygons = [shapely.box(1, 2, 4, 5), shapely.Polygon([(0, 0), (2, 0), (1, 3)])]
     ids = [uuid.UUID(int=(3 << 64) + 5), uuid.UUID(int=2**128 - 1)]
     few = Nuclei(np.array(polygons), {}, np.array([str(id_) for id_ in ids]))
-    x, y, ends = outlines(few)
+    x, y, ends = contour_vertices(few)
     assert list(zip(x, y, strict=True)) == [
         *polygons[0].exterior.coords[:-1],
         *polygons[1].exterior.coords[:-1],
     ]
     assert ends.tolist() == [4, 7]
-    assert halves(few.uuids).tolist() == [3, 5, -1, -1]
-    assert [array.size for array in outlines(few[:0])] == [0, 0, 0]
+    assert uuid_halves(few.uuids).tolist() == [3, 5, -1, -1]
+    assert [array.size for array in contour_vertices(few[:0])] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_labels_are_the_nuclei_in_fields_whoever_made_them(
     project.layout.labels(entry.id).unlink()
     script = SAMPLE.parent / "groovy" / "export_labels.groovy"
     log = qupath.run_script(path, script)
-    assert "a.svs: 1 fields and 13 outlines in them exported to" in log, log
+    assert "a.svs: 1 ROIs with 13 contours exported to" in log, log
     again = open_project(path, "files").corrections(entry, CORRECTED)
     assert {n.wkt for n in again.nuclei} == {n.wkt for n in found.nuclei}
     assert project.corrections(entry, "Tumor").fields[0].area == 2000**2  # of another class

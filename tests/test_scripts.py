@@ -17,9 +17,10 @@ from conftest import copy_sample
 from patchcl_qupath import pipeline
 from patchcl_qupath.cli import main
 from patchcl_qupath.project import scripts
-from patchcl_qupath.project.scripts import FOLDER, NAMES, copy_scripts
+from patchcl_qupath.project.scripts import NAMES, copy_scripts, read_script
 
-SAMPLE = Path(__file__).parent.parent / "sample_project"
+ROOT = Path(__file__).parent.parent
+SAMPLE = ROOT / "sample_project"
 SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
 
 
@@ -32,7 +33,7 @@ def settings(script: Path, **values: str) -> None:
     script.write_text(text, "utf-8")
 
 
-def test_scripts_are_copied_and_know_the_command(tmp_path: Path) -> None:
+def test_scripts_are_copied_with_the_path_of_the_command(tmp_path: Path) -> None:
     shutil.copy(SAMPLE / "project.qpproj", tmp_path)
     result = CliRunner().invoke(main, ["scripts", str(tmp_path)])
     assert result.exit_code == 0, result.output
@@ -42,7 +43,15 @@ def test_scripts_are_copied_and_know_the_command(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("patchcl-qp")
     assert f"String command = '{command}'" in text
     copied = (tmp_path / "scripts" / "import_nuclei.groovy").read_bytes()
-    assert copied == (FOLDER / "import_nuclei.groovy").read_bytes()
+    assert copied == (ROOT / "groovy" / "import_nuclei.groovy").read_bytes()
+
+
+def test_the_package_has_the_scripts_of_this_source_tree() -> None:
+    """An editable install of another source tree fails here: `pip install -e .` in this one."""
+    paths = sorted((ROOT / "groovy").glob("*.groovy"))
+    assert {path.name for path in paths} == {*NAMES, "columns.groovy"}
+    for path in paths:
+        assert read_script(path.name) == path.read_text("utf-8")
 
 
 def test_a_changed_script_is_kept(tmp_path: Path) -> None:
@@ -115,12 +124,12 @@ def test_qupath_runs_patchcl_once_and_shows_all_images(
         assert (project.parent / "data" / number / "data.qpdata").stat().st_size > 10_000
 
 
-# What a person does in the fields of an image; WHERE says in which image.
+# What a person does in the ROIs of the image named WHERE.
 CORRECT = """
 def corrected = qupath.lib.objects.classes.PathClass.fromString('PatchCL: corrected')
 if (qupath.lib.scripting.QP.getProjectEntry().getImageName() == 'WHERE')
     for (drawn in qupath.lib.scripting.QP.getAnnotationObjects())
-        if (drawn.getName()?.startsWith('Field '))
+        if (drawn.getPathClass()?.toString() == 'PatchCL: correct here')
             drawn.setPathClass(corrected)
 """
 SAVE = """
@@ -130,12 +139,12 @@ entry.saveImageData(qupath.lib.scripting.QP.getCurrentImageData())
 
 
 @pytest.mark.qupath
-def test_fields_are_marked_and_learnt_from(project: Path, model: pipeline.Model) -> None:
+def test_rois_are_suggested_and_refine_the_model(project: Path, model: pipeline.Model) -> None:
     """Also from corrections that are not saved yet, in the image that the script runs for."""
     output = project.parent / "patchcl"
     model.save(output / "models", "patchcl")
     content = json.loads(project.read_text("utf-8"))
-    copy = Path(shutil.copy(SLIDE, project.with_name("zwei.svs")))  # another slide has fields, too
+    copy = Path(shutil.copy(SLIDE, project.with_name("zwei.svs")))  # another slide has ROIs, too
     content["images"][1]["serverBuilder"]["uri"] = copy.as_uri()
     project.write_text(json.dumps(content), "utf-8")
     quick = project.parent / "quick.toml"
@@ -153,8 +162,8 @@ def test_fields_are_marked_and_learnt_from(project: Path, model: pipeline.Model)
     assert log.count("Fields are marked by files") == 1
     for number in ("1", "2"):
         imported = json.loads((output / "imported" / f"{number}.json").read_text("utf-8"))
-        fields = json.loads((output / "fields" / f"{number}.json").read_text("utf-8"))["fields"]
-        assert imported["fields"] == len(fields) == 1
+        rois = json.loads((output / "fields" / f"{number}.json").read_text("utf-8"))["fields"]
+        assert imported["fields"] == len(rois) == 1
 
     by_hand = project.parent / "by_hand.groovy"
     by_hand.write_text(CORRECT.replace("WHERE", "zwei ö.svs") + SAVE, "utf-8")
@@ -165,13 +174,13 @@ def test_fields_are_marked_and_learnt_from(project: Path, model: pipeline.Model)
     assert "ERROR" not in log, log
     ran = receipt(project)
     assert (ran["status"], ran["command"][1]) == ("done", "refine")
-    assert log.count("export_labels - one.svs: 1 fields") == 1
-    assert log.count("export_labels - zwei ö.svs: 1 fields") == 1
+    assert log.count("export_labels - one.svs: 1 ROIs") == 1
+    assert log.count("export_labels - zwei ö.svs: 1 ROIs") == 1
     assert log.count("refining the segmentation network: 4 of 4") == 1
     assert (output / "models" / "refined.pt").exists()
 
 
-# Says what it was given, and fails.
+# Prints its arguments and one of its environment variables, and fails.
 COMMAND = f"""#!{sys.executable}
 import json, os, sys
 print(json.dumps([sys.argv[1:], os.environ["PYTHONUTF8"]]))
@@ -193,7 +202,7 @@ QP.getCurrentHierarchy().addObject(drawn)
 
 
 @pytest.mark.qupath
-def test_a_failed_run_says_why(project: Path) -> None:
+def test_a_failed_run_is_reported(project: Path) -> None:
     command = project.parent / "ein Befehl, ü"
     command.write_text(COMMAND, "utf-8")
     command.chmod(0o755)
@@ -210,16 +219,16 @@ def test_a_failed_run_says_why(project: Path) -> None:
         options="[run: ['--mpp', '0.25 µm']]",
     )
     log = qupath.run_script(project, script)
-    assert log.count("patchcl-qp failed. Its last words:\n\n") >= 2
+    assert log.count("patchcl-qp failed. The end of its output:\n\n") >= 2
     assert "run_patchcl - künstlich: 2 of 2" in log
-    said = (project.parent / "patchcl" / "run.log").read_text("utf-8").splitlines()
-    arguments, utf8 = json.loads(said[0])
+    output = (project.parent / "patchcl" / "run.log").read_text("utf-8").splitlines()
+    arguments, utf8 = json.loads(output[0])
     assert arguments == [
         *("run", str(project), "--backend", "files", "--progress", "json", "--image", "2"),
         *("--within", "Größe, 1", "--within", "Other", "--model", "refined", "--mpp", "0.25 µm"),
     ]
     assert utf8 == "1"
-    assert said[1:] == ["zu spät"]
+    assert output[1:] == ["zu spät"]
     ran = receipt(project)
     assert (ran["status"], ran["exit_status"], ran["last_lines"][-1]) == ("failed", 1, "zu spät")
     assert not (project.parent / "patchcl" / "imported").exists()

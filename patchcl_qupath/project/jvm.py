@@ -1,10 +1,10 @@
 """QuPath's Java in a process of its own: started when first needed, asked through a pipe.
 
-A process can start one JVM and never another, must not fork after that, and dies with it. So it is
-spawned, and what goes to and fro are the frozen dataclasses below. Nuclei do not: the process
-reads them from the parquet file that is on disk anyway, and hands them to Java as arrays.
+A process can start one JVM and never another, must not fork after that, and dies with it. So the
+process is spawned, and the frozen dataclasses below are sent through the pipe. Nuclei are not: the
+process reads them from the parquet file of the results, and passes them to Java as arrays.
 
-Whoever adds a question writes a dataclass, and a method of ``_QuPath`` that answers it.
+To add a question, write a dataclass, and a method of ``_QuPath`` that answers it.
 """
 
 from __future__ import annotations
@@ -25,19 +25,30 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.errors import ImageError
-from patchcl_qupath.project.scripts import FOLDER as SCRIPTS
+from patchcl_qupath.project.scripts import read_script
 from patchcl_qupath.storage.files import copy_once
 from patchcl_qupath.storage.parquet import read_nuclei
 
 MAX_OVERLAP = 0.5  # IoU with a kept object above which a new nucleus is left out
 MAX_MEMORY = 4 << 30  # bytes of Java's heap: enough for some 500,000 nuclei
+_USUAL_CLASSES = (  # of QuPath's StandardPathClasses
+    "TUMOR",
+    "STROMA",
+    "IMMUNE_CELLS",
+    "NECROSIS",
+    "OTHER",
+    "REGION",
+    "IGNORE",
+    "POSITIVE",
+    "NEGATIVE",
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Image:
-    """An image of a project, and where its slide is now; its project may have moved.
+    """An image of a project, and the present path of its slide: the project may have moved.
 
-    ``backups`` is a folder for what must not get lost.
+    ``backups`` is the folder for copies of the image's data.
     """
 
     project: Path
@@ -47,11 +58,12 @@ class Image:
     backups: Path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Write:
-    """Put the nuclei of a results folder in place of those that are in the image.
+    """Replace the nuclei of the image by those of a results folder.
 
-    So are the fields to correct of the file ``rois``, which need not exist.
+    Likewise the ROIs to correct, by those of the file ``rois``, which need not exist. ``color`` is
+    (red, green, blue), 0 to 255.
     """
 
     image: Image
@@ -63,26 +75,27 @@ class Write:
 
 @dataclass(frozen=True)
 class Remove:
-    """Take nuclei that nobody touched out of the image, and forget that they were there."""
+    """Remove the nuclei that nobody touched from the image, and all marks of earlier imports."""
 
     image: Image
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write annotations to a file, as the Groovy scripts do that export.
+    """Write annotations to a file, as groovy/export_regions.groovy does.
 
-    Those that persons made; or, with ``rois``, those of this class and the nuclei in them.
+    With ``roi_class``, write the ROIs of this class and the nuclei in them, as
+    groovy/export_labels.groovy does.
     """
 
     image: Image
     file: Path
-    rois: str | None = None
+    roi_class: str | None = None
 
 
 @dataclass(frozen=True)
 class ExportStains:
-    """Write the image's stains to a file, as groovy/export_regions.groovy does."""
+    """Write the stain vectors of the image to a file, as groovy/export_regions.groovy does."""
 
     image: Image
     file: Path
@@ -93,9 +106,9 @@ Question = Write | Remove | Export | ExportStains
 
 @dataclass(frozen=True)
 class Done:
-    """How many objects were added, left_out, removed and kept; the seconds of each step.
+    """The numbers of objects that were added, left_out, removed and kept; seconds of each step.
 
-    Of an ``Export``: how many there are of each class, or of fields and nuclei.
+    Of an ``Export``: the number of annotations of each class, or of ROIs and nuclei.
     """
 
     counts: dict[str, int]
@@ -104,15 +117,15 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """What was wrong with the image; nothing was saved."""
+    """The problem with the image; nothing was saved."""
 
     problem: str
 
 
 class Process:
-    """The parent's side. ``qupath`` is its folder, None where paquo's settings say it.
+    """The parent's side. ``qupath`` is the folder of QuPath, None for that of paquo's settings.
 
-    ``log`` is the file for all that QuPath prints.
+    ``log`` is the file for the output of QuPath.
     """
 
     def __init__(self, qupath: Path | None, log: Path) -> None:
@@ -170,7 +183,7 @@ class Process:
 
 
 def java_options(given: list[str]) -> list[str]:
-    """Options of the JVM: those given, and how much memory it may take if they do not say."""
+    """Options of the JVM: those given, and by default the quick compiler and a limit of memory."""
     if not any(option.startswith("-XX:TieredStopAtLevel") for option in given):
         # Java's quick compiler alone: the thorough one costs a short run more than it gives back.
         given = [*given, "-XX:TieredStopAtLevel=1"]
@@ -184,7 +197,7 @@ def java_options(given: list[str]) -> list[str]:
 
 
 def _serve(pipe: Connection, qupath: Path | None, log: Path) -> None:
-    """The life of the process: answer questions until the pipe ends."""
+    """The main loop of the process: answer questions until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C must not stop it while it saves
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(output, 1)
@@ -208,7 +221,7 @@ def _serve(pipe: Connection, qupath: Path | None, log: Path) -> None:
             answer = Failed(str(error))
         except Exception as error:  # of Java, too: its exceptions cannot be pickled
             traceback.print_exc()
-            answer = Failed(f"QuPath says {type(error).__name__}: {error}; see {log}")
+            answer = Failed(f"QuPath raised {type(error).__name__}: {error}; see {log}")
         try:
             pipe.send(answer)
         except OSError:  # whoever asked was stopped
@@ -239,10 +252,14 @@ class _QuPath:
         self._project = QuPathProject
         self._class = JClass
         loader = JClass("groovy.lang.GroovyClassLoader")()
-        file = JClass("java.io.File")
-        self._rules, self._regions, self._labels, self._columns = (
-            JClass(loader.parseClass(file(str(SCRIPTS / f"{name}.groovy"))))
-            for name in ("import_nuclei", "export_regions", "export_labels", "columns")
+        self._import, self._regions, self._labels, self._columns = (
+            JClass(loader.parseClass(read_script(name), name))
+            for name in (
+                "import_nuclei.groovy",
+                "export_regions.groovy",
+                "export_labels.groovy",
+                "columns.groovy",
+            )
         )
         self._lap("compile scripts")
 
@@ -270,7 +287,7 @@ class _QuPath:
         objects = self._objects(nuclei, path_class, annotations)
         self._lap("make objects")
         if suggested is not None:
-            self._list(project, *self._rules.fieldClasses())
+            self._list(project, *self._import.roiClasses())
         return self._replace(entry, image_data, objects, result, suggested)
 
     def _remove(self, question: Remove) -> dict[str, int]:
@@ -283,11 +300,11 @@ class _QuPath:
     def _export(self, question: Export) -> dict[str, int]:
         _, _, image_data = self._open(question.image)
         file = self._class("java.io.File")(str(question.file)).toPath()
-        if question.rois is None:
+        if question.roi_class is None:
             none = self._class("java.util.ArrayList")()
             counts = self._regions.exportRegions(image_data, none, file)
         else:
-            counts = self._labels.exportLabels(image_data.getHierarchy(), question.rois, file)
+            counts = self._labels.exportLabels(image_data.getHierarchy(), question.roi_class, file)
         image_data.getServer().close()
         return {str(name): int(count) for name, count in counts.items()}
 
@@ -299,10 +316,10 @@ class _QuPath:
         return {}
 
     def _open(self, image: Image) -> tuple[Any, Any, Any]:
-        """The project, the entry, and what QuPath knows of the image: Java's objects.
+        """The project, the entry, and the ImageData: Java's objects.
 
-        Slides are opened where they are now. project.qpproj, which may say otherwise, is never
-        written: that is for QuPath's own window, which asks its user.
+        Slides are opened at their present path. project.qpproj, which may have another one, is
+        never written: that is for QuPath's own window, which asks its user.
         """
         project = self._project(image.project, mode="r+")
         entry = next(e for e in project.images if e.entry_id == image.entry_id).java_object
@@ -324,7 +341,7 @@ class _QuPath:
         return project, entry, image_data
 
     def _path_class(self, project: Any, name: str, color: tuple[int, ...]) -> Any:
-        """The class, which the project lists from now on. A colour that a person gave it stays."""
+        """The class, added to the project's list. A colour that a person gave it stays."""
         red, green, blue = color
         PathClass = self._class("qupath.lib.objects.classes.PathClass")
         packed = self._class("java.lang.Integer")(
@@ -335,16 +352,15 @@ class _QuPath:
         return path_class
 
     def _list(self, project: Any, *path_classes: Any) -> None:
-        """Have the project list classes, for a person to choose from."""
+        """Add classes to the project's list, for a person to choose from."""
         from paquo.classes import QuPathPathClass
 
         listed = list(project.path_classes)
-        known = {str(path_class.java_object) for path_class in listed}
-        new = [QuPathPathClass.from_java(c) for c in path_classes if str(c) not in known]
+        names = {str(path_class.java_object) for path_class in listed}
+        new = [QuPathPathClass.from_java(c) for c in path_classes if str(c) not in names]
         if new and not listed:  # QuPath offers its usual classes where a project lists none
             usual = self._class("qupath.lib.objects.classes.PathClass").StandardPathClasses
-            names = "TUMOR STROMA IMMUNE_CELLS NECROSIS OTHER REGION IGNORE POSITIVE NEGATIVE"
-            listed = [QuPathPathClass.from_java(getattr(usual, n)) for n in names.split()]
+            listed = [QuPathPathClass.from_java(getattr(usual, name)) for name in _USUAL_CLASSES]
         if new:
             project.path_classes = [*listed, *new]
 
@@ -355,7 +371,7 @@ class _QuPath:
     def _objects(self, nuclei: Nuclei, path_class: Any, annotations: bool) -> Any:
         from jpype import JArray, JString
 
-        x, y, ends = outlines(nuclei)
+        x, y, ends = contour_vertices(nuclei)
         names = list(nuclei.measurements)
         values = np.zeros((len(nuclei), len(names)), dtype=np.float32)
         for column, name in enumerate(names):
@@ -364,7 +380,7 @@ class _QuPath:
             JArray.of(x),
             JArray.of(y),
             JArray.of(ends),
-            JArray.of(halves(nuclei.uuids)),
+            JArray.of(uuid_halves(nuclei.uuids)),
             JArray(JString)(names),
             JArray.of(values.ravel()),
             path_class,
@@ -374,7 +390,7 @@ class _QuPath:
     def _replace(
         self, entry: Any, image_data: Any, objects: Any, result: Any, suggested: Any
     ) -> dict[str, int]:
-        counts = self._rules.replaceNuclei(
+        counts = self._import.replaceNuclei(
             image_data, entry, objects, result, suggested, MAX_OVERLAP
         )
         self._lap("replace")
@@ -390,7 +406,7 @@ class _QuPath:
 
 
 def damaged(data: Path, backups: Path) -> str:
-    """What to say of a data.qpdata that QuPath cannot read; a copy of it is kept."""
+    """The error message for a data.qpdata that QuPath cannot read; keeps a copy of the file."""
     copy = backups / f"{data.name}.{data.stat().st_mtime_ns}.damaged"
     copy_once(data, copy)  # QuPath's window may write over it
     return (
@@ -399,12 +415,12 @@ def damaged(data: Path, backups: Path) -> str:
     )
 
 
-def outlines(
+def contour_vertices(
     nuclei: Nuclei,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int32]]:
-    """x and y of all corners, polygon after polygon, and where each polygon ends."""
+    """x and y (V,) of all vertices, polygon after polygon, and the end (N,) of each polygon."""
     rings = shapely.get_exterior_ring(nuclei.polygons)
-    xy = shapely.get_coordinates(rings)  # (corners, 2), each ring's first corner again at its end
+    xy = shapely.get_coordinates(rings)  # each ring's first vertex again at its end
     ends = np.cumsum(shapely.get_num_points(rings))
     keep = np.ones(len(xy), dtype=bool)
     keep[ends - 1] = False
@@ -412,7 +428,7 @@ def outlines(
     return x, y, (ends - np.arange(1, len(ends) + 1)).astype(np.int32)
 
 
-def halves(uuids: NDArray[np.str_]) -> NDArray[np.int64]:
-    """(2 N,) the most and the least significant half of each UUID, as Java takes them."""
+def uuid_halves(uuids: NDArray[np.str_]) -> NDArray[np.int64]:
+    """(2 N,) the most and the least significant 64 bits of each UUID, as Java takes them."""
     digits = "".join(uuids.tolist()).replace("-", "")
     return np.frombuffer(bytes.fromhex(digits), dtype=">i8").astype(np.int64)

@@ -180,7 +180,13 @@ class PaquoProject:
     def _import(self, entry: ImageEntry, config: ResultConfig, run: str) -> dict[str, int]:
         """Have QuPath show what is on disk, and leave a receipt. Raises ImageError."""
         folder, rois = self.layout.results(entry.id), self.layout.rois(entry.id)
-        question = Write(self._image(entry), folder, rois, config.class_name, config.color)
+        question = Write(
+            image=self._image(entry),
+            results=folder,
+            rois=rois,
+            class_name=config.class_name,
+            color=config.color,
+        )
         counts = self._change(entry, question).counts
         receipt = {
             "image": entry.name,
@@ -209,7 +215,11 @@ class PaquoProject:
 
     def _image(self, entry: ImageEntry) -> Image:
         return Image(
-            self.path, entry.id, entry.name, entry.path.resolve(), self.layout.backups(entry.id)
+            project=self.path,
+            entry_id=entry.id,
+            name=entry.name,
+            slide=entry.path.resolve(),
+            backups=self.layout.backups(entry.id),
         )
 
     def _state(self, entry: ImageEntry) -> State:

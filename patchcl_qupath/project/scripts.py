@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 from patchcl_qupath.storage.files import atomic_write
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-# Installed, they are in the package (see pyproject.toml); in a checkout, beside it.
-FOLDER = next(f for f in (_PACKAGE / "groovy", _PACKAGE.parent / "groovy") if f.is_dir())
+# pyproject.toml maps the folder groovy/ to this package, in wheels and in editable installs.
+PACKAGE = "patchcl_qupath.groovy"
 NAMES = (
     "run_patchcl.groovy",
     "import_nuclei.groovy",
@@ -20,16 +20,21 @@ NAMES = (
 _COMMAND = "String command = ''"  # in the settings of run_patchcl.groovy
 
 
+def read_script(name: str) -> str:
+    """The text of a Groovy script, such as ``import_nuclei.groovy``."""
+    return (files(PACKAGE) / name).read_text(encoding="utf-8")
+
+
 def copy_scripts(project: Path) -> list[str]:
     """Copy the scripts to the ``scripts`` folder beside a .qpproj; -> what was done, line by line.
 
-    ``run_patchcl.groovy`` learns where this very patchcl-qp is. A script there that differs is
-    kept beside the new one as ``NAME.groovy.bak``: a person may have changed it.
+    In the copy of ``run_patchcl.groovy``, ``command`` is the path of the running patchcl-qp. A
+    script there that differs is kept beside the new one as ``NAME.groovy.bak``: a person may have
+    changed it.
     """
     done = []
     for name in NAMES:
-        text = (FOLDER / name).read_text(encoding="utf-8")
-        text = text.replace(_COMMAND, _COMMAND[:-1] + _escaped(_this_command()) + "'")
+        text = read_script(name).replace(_COMMAND, _COMMAND[:-1] + _escaped(_this_command()) + "'")
         path = project.parent / "scripts" / name
         if path.exists():
             if path.read_text(encoding="utf-8", errors="replace") == text:
