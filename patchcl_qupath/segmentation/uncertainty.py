@@ -34,7 +34,7 @@ def merge_grids(uncertainty_grids: Iterable[UncertaintyGrid]) -> UncertaintyGrid
     parts = list(uncertainty_grids)
     rows, cols, *sums = (
         np.concatenate([getattr(part, name) for part in parts])
-        for name in ("rows", "cols", "points", "doubt", "nuclei")
+        for name in ("rows", "cols", "points", "entropy", "nuclei")
     )
     bins, which = np.unique(rows << 32 | cols, return_inverse=True)
     totals = np.zeros((len(sums), len(bins)), dtype=np.int64)
