@@ -160,9 +160,10 @@ def test_a_full_disk_leaves_no_half_file(small_disk):
 
 def test_two_cannot_work_on_one_folder(tmp_path):
     hold = (
-        "import sys; from pathlib import Path; from patchcl_qupath.storage.files import alone;"
-        "held = alone(Path(sys.argv[1]) / 'new'); held.__enter__(); print('held', flush=True);"
-        "sys.stdin.read()"
+        "import sys; from pathlib import Path;"
+        "from patchcl_qupath.storage.files import exclusive_lock;"
+        "held = exclusive_lock(Path(sys.argv[1]) / 'new'); held.__enter__();"
+        "print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", hold, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
