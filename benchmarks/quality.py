@@ -118,7 +118,13 @@ def main() -> None:
         start = functools.cache(partial(train_label_free, project, ground_truth))
         for row in options.rows:
             if row in LABELLED:
-                table |= few_labels(row, project, ground_truth, options.seeds, start())
+                table |= few_labels(
+                    row=row,
+                    project=project,
+                    ground_truth=ground_truth,
+                    draws=options.seeds,
+                    start=start(),
+                )
             elif row == "otsu":
                 table[row] = [baseline(project, ground_truth)]
                 show(row, table[row])
@@ -145,7 +151,7 @@ def label_free(row: str, project: Project, ground_truth: Path, seeds: int) -> li
 
 
 def few_labels(
-    row: str, project: Project, ground_truth: Path, draws: int, start: LabelFree
+    *, row: str, project: Project, ground_truth: Path, draws: int, start: LabelFree
 ) -> dict[str, list[Scores]]:
     """CDCL compared with the label-free model that it refines, and with training on labels alone.
 
@@ -161,7 +167,9 @@ def few_labels(
         labelled = []
         for i in chosen:
             image = prepare(entries[i], start.model.config)
-            corrections = corrected(entries[i], image, ground_truth, side, rng)
+            corrections = corrected(
+                entry=entries[i], image=image, ground_truth=ground_truth, side=side, rng=rng
+            )
             labelled += training_samples(image, corrections)
         config = start.model.config
         alone = replace(config.selftrain, steps=config.cdcl.steps)
@@ -203,6 +211,7 @@ def pseudo_labelled(project: Project, model: Model) -> list[TrainingSample]:
 
 
 def corrected(
+    *,
     entry: ImageEntry,
     image: PreparedImage,
     ground_truth: Path,

@@ -122,7 +122,7 @@ class FilesProject:
         from patchcl_qupath.project.results import write_results  # loads pyarrow
 
         folder = self.layout.results(entry.id)
-        write_results(folder, batches, config, result)
+        write_results(folder=folder, batches=batches, config=config, result=result)
         return folder
 
     def mark_rois(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:

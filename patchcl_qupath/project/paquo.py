@@ -170,7 +170,7 @@ class PaquoProject:
     ) -> Path:
         """Replace an image's nuclei: on disk, and in QuPath those that nobody touched."""
         self.process.start()  # takes some seconds, as does writing the files
-        folder = self.files.write(entry, batches, config, result)
+        folder = self.files.write(entry, batches=batches, config=config, result=result)
         try:
             self._import(entry, config, result.run)
         except ImageError as error:

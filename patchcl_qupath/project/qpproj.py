@@ -160,7 +160,9 @@ def _image(entry: dict[str, Any]) -> StoredImage:
         mpp=_pixel_size(metadata),
         size=_size(metadata),
         use_bounds=openslide and "--no-crop" not in args,
-        problem=_problem(name, str(builder.get("builderType")), args, metadata),
+        problem=_problem(
+            name=name, kind=str(builder.get("builderType")), args=args, metadata=metadata
+        ),
     )
 
 
@@ -183,7 +185,7 @@ def _size(metadata: dict[str, Any]) -> tuple[int, int] | None:
     return (int(width), int(height)) if width and height else None
 
 
-def _problem(name: str, kind: str, args: list[str], metadata: dict[str, Any]) -> str | None:
+def _problem(*, name: str, kind: str, args: list[str], metadata: dict[str, Any]) -> str | None:
     """Why an image with a builder of that kind cannot be used, and what to do; None if it can."""
     if kind != "uri":
         view = VIEWS.get(kind, f"a view of an unknown kind ({kind})")

@@ -47,7 +47,12 @@ def write_results(
         _Background() as tabulating,
     ):
         new.mkdir()
-        chunks = _Chunks(new, result.object_type, config, compressing)
+        chunks = _Chunks(
+            folder=new,
+            object_type=result.object_type,
+            config=config,
+            background=compressing,
+        )
         table = _Table(new / NUCLEI, tabulating)
         for batch in batches:
             table.add(batch)
