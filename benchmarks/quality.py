@@ -1,14 +1,14 @@
-"""How well nuclei are found and parted, on images whose nuclei were outlined.
+"""Scores of detection and separation of nuclei, on images with ground truth.
 
     python benchmarks/quality.py [--data DIR] [--mpp UM] [--rows NAME ...] [--images N] [--seeds N]
                                  [--json]
 
-DIR has a folder of images and one of labels, which `patchcl-qp score` takes as the truth (instance
-labels or GeoJSON, named as the images); by default it is the MoNuSeg training set. All images are
-one project; each row trains on it as `patchcl-qp run` does, and its nuclei are scored as
-`patchcl-qp score` does. Labels judge and never train, but for the few fields that the rows of CDCL
-name. The baseline is what one writes in ten lines: Otsu's threshold on hematoxylin, then a
-watershed of the distance.
+DIR has the folders images and labels; labels are ground truth for `patchcl-qp score` (instance
+labels or GeoJSON, named as the images). The default is the MoNuSeg training set. All images are in
+one project; each row trains a model on it as `patchcl-qp run` does, and its nuclei are scored as
+`patchcl-qp score` does. Labels are only used for scores, except by the rows of CDCL, which train
+with a few labelled ROIs. The baseline is Otsu's threshold on hematoxylin, then a watershed of the
+distance transform.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,15 @@ KINDS = ("label-free", "labels alone", "CDCL")
 assert cli, "imported before torch is: it says how torch's threads wait"
 
 Scores = dict[str, float]
-Beginning = tuple[Model, list[ImageScore], list[TrainingSample]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelFree:
+    """A model trained without labels, its scores, and samples with its pseudo-labels."""
+
+    model: Model
+    scores: list[ImageScore]
+    samples: list[TrainingSample]
 
 
 def with_(**settings: Any) -> Callable[[Config], Config]:
@@ -74,7 +82,7 @@ TRAINED: dict[str, Callable[[Config], Config]] = {
     "patchcl": lambda config: replace(config, recipe=Recipe.PATCHCL),
     "selftrain": lambda config: config,
 }
-# Whole images, or fields of 250 px, that are labelled.
+# Numbers of labelled whole images, or of labelled ROIs of 250 px.
 LABELLED = {
     **{f"{k}-images": (k, None) for k in (1, 2, 4)},
     **{f"{k}-fields": (k, 250) for k in (2, 4, 8)},
@@ -84,7 +92,7 @@ ABLATED: dict[str, Callable[[Config], Config]] = {
     "strict-gate": with_(min_confidence=0.8),
     "one-size": with_(scale_jitter=1.0),
     "fragments": with_(min_fragment=0.0),
-    "contrast": lambda config: config,  # then CDCL, its patch contrast too, without any label
+    "contrast": lambda config: config,  # then CDCL with pseudo-labels in place of labels
 }
 
 
@@ -93,10 +101,10 @@ def main() -> None:
     rows = ["otsu", *TRAINED, *ABLATED, *LABELLED]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA, help="folder of images and labels")
-    parser.add_argument("--mpp", type=float, default=0.25, help="um per pixel of the images")
+    parser.add_argument("--mpp", type=float, default=0.25, help="µm per pixel of the images")
     parser.add_argument("--rows", nargs="+", choices=rows, default=["otsu", *TRAINED])
-    parser.add_argument("--images", type=int, help="use the first so many only")
-    parser.add_argument("--seeds", type=int, default=1, help="train so often, with other seeds")
+    parser.add_argument("--images", type=int, help="use only the first N")
+    parser.add_argument("--seeds", type=int, default=1, help="number of trainings, by seed")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
     ground_truth = options.data / "labels"
@@ -106,11 +114,17 @@ def main() -> None:
 
     print(f"{f'{len(paths)} images, means':<34}" + "".join(f"{name:>16}" for name in SCORES))
     table: dict[str, list[Scores]] = {}
-    with a_project(paths, options.mpp) as project:
-        begin = functools.cache(partial(beginning, project, ground_truth))
+    with temporary_project(paths, options.mpp) as project:
+        start = functools.cache(partial(train_label_free, project, ground_truth))
         for row in options.rows:
             if row in LABELLED:
-                table |= few_labels(row, project, ground_truth, options.seeds, begin())
+                table |= few_labels(
+                    row=row,
+                    project=project,
+                    ground_truth=ground_truth,
+                    draws=options.seeds,
+                    start=start(),
+                )
             elif row == "otsu":
                 table[row] = [baseline(project, ground_truth)]
                 show(row, table[row])
@@ -121,14 +135,14 @@ def main() -> None:
 
 
 def label_free(row: str, project: Project, ground_truth: Path, seeds: int) -> list[Scores]:
-    """The scores of models that learnt without labels, one for each seed."""
+    """The scores of models trained without labels, one for each seed."""
     table = []
     for seed in range(seeds):
         config = {**TRAINED, **ABLATED}[row](Config(patchcl=PatchCLConfig(seed=seed)))
         model = pipeline.train(project.images(), config, progress)
         if row == "contrast":
-            sure = samples_of(project, model)
-            model = cdcl.refine(model, sure, sure, progress, seed)
+            samples = pseudo_labelled(project, model)
+            model = cdcl.refine(model, samples, samples, progress, seed)
         table.append(mean(scored(project, model, ground_truth)))
         show(f"{row}, seed {seed}", table[-1:])
     if seeds > 1:
@@ -137,34 +151,36 @@ def label_free(row: str, project: Project, ground_truth: Path, seeds: int) -> li
 
 
 def few_labels(
-    row: str, project: Project, ground_truth: Path, draws: int, begin: Beginning
+    *, row: str, project: Project, ground_truth: Path, draws: int, start: LabelFree
 ) -> dict[str, list[Scores]]:
-    """CDCL against the label-free model that it begins with, and against the labels alone.
+    """CDCL compared with the label-free model that it refines, and with training on labels alone.
 
-    Scores are those of the images without labels.
+    Labelled images, or ROIs in images, are drawn ``draws`` times. Scores are those of the images
+    without labels.
     """
     count, side = LABELLED[row]
     table: dict[str, list[Scores]] = {f"{row}, {name}": [] for name in KINDS}
     entries = project.images()
-    start, without_labels, unlabelled = begin
     for draw in range(draws):
         rng = np.random.default_rng(draw)
         chosen = rng.choice(len(entries), size=min(count, len(entries) - 1), replace=False)
         labelled = []
         for i in chosen:
-            image = prepare(entries[i], start.config)
-            labelled += training_samples(
-                image, corrected(entries[i], image, ground_truth, side, rng)
+            image = prepare(entries[i], start.model.config)
+            corrections = corrected(
+                entry=entries[i], image=image, ground_truth=ground_truth, side=side, rng=rng
             )
-        alone = replace(start.config.selftrain, steps=start.config.cdcl.steps)
+            labelled += training_samples(image, corrections)
+        config = start.model.config
+        alone = replace(config.selftrain, steps=config.cdcl.steps)
         trained = selftrain.train_on(labelled, alone, draw, partial(progress, "labels alone"))
-        refined = cdcl.refine(start, labelled, unlabelled, progress, draw)
+        refined = cdcl.refine(start.model, labelled, start.samples, progress, draw)
         held_out = [entry for i, entry in enumerate(entries) if i not in chosen]
         ids = {entry.id for entry in held_out}
         images = {
-            "label-free": [image for image in without_labels if image.id in ids],
+            "label-free": [image for image in start.scores if image.id in ids],
             "labels alone": scored(
-                project, replace(start, network=trained.network), ground_truth, held_out
+                project, replace(start.model, network=trained.network), ground_truth, held_out
             ),
             "CDCL": scored(project, refined, ground_truth, held_out),
         }
@@ -176,46 +192,51 @@ def few_labels(
     return table
 
 
-def beginning(project: Project, ground_truth: Path) -> Beginning:
-    """The label-free model of the default recipe, how well it does, and what it is sure of."""
+def train_label_free(project: Project, ground_truth: Path) -> LabelFree:
+    """Train the model of the default recipe, and score it."""
     model = pipeline.train(project.images(), Config(), progress)
-    return model, scored(project, model, ground_truth), samples_of(project, model)
+    return LabelFree(
+        model=model,
+        scores=scored(project, model, ground_truth),
+        samples=pseudo_labelled(project, model),
+    )
 
 
-def samples_of(project: Project, model: Model) -> list[TrainingSample]:
-    """What can be learnt from crops of the images without a label."""
+def pseudo_labelled(project: Project, model: Model) -> list[TrainingSample]:
+    """Training samples with the model's pseudo-labels, from crops of the images."""
     crops = training_crops(project.images(), model.config, progress)
     return selftrain.pseudo_labelled_samples(
-        crops.images, crops.normalisers, model, partial(progress, "lessons")
+        crops.images, crops.normalisers, model, partial(progress, "pseudo-labels")
     )
 
 
 def corrected(
+    *,
     entry: ImageEntry,
     image: PreparedImage,
     ground_truth: Path,
     side: int | None,
     rng: np.random.Generator,
 ) -> Corrections:
-    """A whole image as a field, or a random square of ``side`` px that has a nucleus."""
+    """A whole image as a ROI, or a random square of ``side`` px that has a nucleus."""
     nuclei = true_nuclei(entry, ground_truth)
     width, height = image.slide.size
     while side:
         x, y = rng.integers(width - side), rng.integers(height - side)
-        field = shapely.box(x, y, x + side, y + side)
-        if shapely.intersects(nuclei, field).any():
-            return Corrections((field,), tuple(nuclei))
-    return Corrections((shapely.box(0, 0, width, height),), tuple(nuclei))
+        roi = shapely.box(x, y, x + side, y + side)
+        if shapely.intersects(nuclei, roi).any():
+            return Corrections(rois=(roi,), nuclei=tuple(nuclei))
+    return Corrections(rois=(shapely.box(0, 0, width, height),), nuclei=tuple(nuclei))
 
 
 def true_nuclei(entry: ImageEntry, ground_truth: Path) -> Polygons:
-    """What the labels say, at level 0."""
+    """The ground truth of an image, at level 0."""
     return read_ground_truth(ground_truth_files(ground_truth, [entry])[entry.id], entry).polygons
 
 
 @contextmanager
-def a_project(paths: Sequence[Path], mpp: float) -> Iterator[Project]:
-    """A project of the images, for as long as it is needed."""
+def temporary_project(paths: Sequence[Path], mpp: float) -> Iterator[Project]:
+    """A project of the images, deleted at the end of the block."""
     with tempfile.TemporaryDirectory() as folder:
         images = [NewImage(path.resolve(), [Image.open(path).size], (mpp, mpp)) for path in paths]
         yield open_project(init_project(Path(folder), images), backend="files")
@@ -224,7 +245,7 @@ def a_project(paths: Sequence[Path], mpp: float) -> Iterator[Project]:
 def scored(
     project: Project, model: Model, ground_truth: Path, entries: Sequence[ImageEntry] | None = None
 ) -> list[ImageScore]:
-    """Run the model on some images, or all, and score what it leaves."""
+    """Run the model on some images, or all, and score its nuclei."""
     entries = entries or project.images()
     with open_workers() as client:
         run = pipeline.Run(
@@ -241,7 +262,7 @@ def scored(
 
 
 def baseline(project: Project, ground_truth: Path) -> Scores:
-    """The scores of Otsu's threshold, at the pixel size that the networks see."""
+    """The scores of the baseline, at the working resolution of the networks."""
     images = []
     for entry in project.images():
         slide = prepare(entry, Config()).slide
@@ -254,7 +275,7 @@ def baseline(project: Project, ground_truth: Path) -> Scores:
 
 
 def otsu(rgb: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """The baseline; its nuclei have their centres at least 2.5 um apart, and 8 um2 each."""
+    """The baseline's labels; nuclei have centres at least 2.5 µm apart, and at least 8 µm²."""
     hematoxylin = ndimage.gaussian_filter(rgb2hed(rgb)[..., 0], 1)
     threshold = threshold_otsu(hematoxylin)  # type: ignore[no-untyped-call]
     mask = ndimage.binary_opening(hematoxylin > threshold)
@@ -268,7 +289,7 @@ def otsu(rgb: NDArray[np.uint8]) -> NDArray[np.int32]:
 
 
 def show(name: str, scores: Sequence[Scores]) -> None:
-    """Print a row of the table: means, and the spread of several seeds."""
+    """Print a row of the table: means, and half the range of several seeds."""
     cells = []
     for key in SCORES:
         values = [s[key] for s in scores]
@@ -278,7 +299,7 @@ def show(name: str, scores: Sequence[Scores]) -> None:
 
 
 def progress(stage: str, done: int, total: int) -> None:
-    """Count where a person watches."""
+    """Show progress on a terminal."""
     if sys.stderr.isatty():
         print(f"\r{stage}: {done} of {total} ", end="\r", file=sys.stderr)
 

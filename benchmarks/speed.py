@@ -1,12 +1,12 @@
-"""How fast slides are segmented, where the time goes, and what grows with the slide.
+"""Speed of segmentation by stage, and its growth with the size of the slide.
 
     python benchmarks/speed.py [--areas MM2 ...] [--json]
 
 Trains on the sample project, as `patchcl-qp run` does; then segments the sample and generated
-slides at 0.25 um/px with that model: mosaics of real tissue in tiled JPEG pyramids, by default of
-6, 25 and 100 mm2 (40,000 x 40,000 px). Each run is a process of its own, from .qpproj to written
-nuclei. Machines differ: the network's pace is also given as a share of what a product of float32
-matrices does here.
+slides at 0.25 µm/px with that model: mosaics of real tissue in tiled JPEG pyramids, by default of
+6, 25 and 100 mm² (40,000 x 40,000 px). Each run is a process of its own, from .qpproj to written
+nuclei. For comparison across machines, the network's speed is also given as a fraction of the
+speed of a product of float32 matrices.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CORES = os.cpu_count() or 1
 def main() -> None:
     """Print the figures, and with --json those of the largest slide as one line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--areas", nargs="+", type=float, default=[6.25, 25, 100], help="mm2")
+    parser.add_argument("--areas", nargs="+", type=float, default=[6.25, 25, 100], help="mm²")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
     gemm = matrix_product()
@@ -74,7 +74,7 @@ def main() -> None:
             project = Path(folder) / f"{area:g}"
             subprocess.run([*COMMAND, "init", project, slide], check=True, capture_output=True)
             shutil.copytree(sample / "patchcl" / "models", project / "patchcl" / "models")
-            figures.append(measure(f"{area:g} mm2", project, gemm))
+            figures.append(measure(f"{area:g} mm²", project, gemm))
             for other in (("--workers", "1"), ("--engine", "torch")) if slide == first else ():
                 shutil.rmtree(project / "patchcl" / "runs")
                 _, outcome, _ = timed("run", project, "--backend", "files", *other)
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def measure(name: str, project: Path, gemm: float) -> dict[str, float]:
-    """Segment the one slide of a project, print what it took, and return the figures."""
+    """Segment the slide of a project, print its times, and return the figures."""
     seconds, outcome, peak_gb = timed("run", project, "--backend", "files")
     (image,) = outcome["images"]
     area, worker, main = image["tissue_mm2"], image["worker_seconds"], image["main_seconds"]
@@ -106,9 +106,9 @@ def measure(name: str, project: Path, gemm: float) -> dict[str, float]:
         "nuclei_per_s_written": image["nuclei"] / main["write"],
     }
     print(
-        f"{name}: {area:.2f} mm2, {image['nuclei']:,} nuclei, {image['tiles']} tiles, "
+        f"{name}: {area:.2f} mm², {image['nuclei']:,} nuclei, {image['tiles']} tiles, "
         f"{image['seconds']:.0f} s and {seconds - image['seconds']:.0f} s to start, "
-        f"{figures['s_per_mm2']:.2f} s/mm2, {peak_gb:.2f} GB",
+        f"{figures['s_per_mm2']:.2f} s/mm², {peak_gb:.2f} GB",
         flush=True,
     )
     print("  workers: " + shares(worker, CORES * image["seconds"]))
@@ -122,7 +122,7 @@ def measure(name: str, project: Path, gemm: float) -> dict[str, float]:
 
 
 def shares(seconds: dict[str, float], total: float) -> str:
-    """Each stage's share of a time."""
+    """Each stage's fraction of a time, as text."""
     return ", ".join(f"{stage} {part / total:.0%}" for stage, part in seconds.items())
 
 
@@ -143,7 +143,7 @@ def timed(command: str, project: Path, *options: str) -> tuple[float, dict[str, 
 
 
 def matrix_product() -> float:
-    """FLOP/s of all cores in float32 matrix products: the median of some."""
+    """FLOP/s of all cores in float32 matrix products: the median of nine."""
     a = torch.rand(2048, 2048)
     took = []
     for _ in range(9):
@@ -154,7 +154,7 @@ def matrix_product() -> float:
 
 
 def network_flop() -> float:
-    """FLOP of the network for each working pixel."""
+    """FLOP of the network per working pixel."""
     network, side, flop = NucleusNetwork(Config().selftrain.widths).eval(), 64, 0
 
     def count(layer: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
@@ -171,7 +171,7 @@ def network_flop() -> float:
 
 
 def stamp() -> NDArray[np.uint8]:
-    """Tissue at 0.25 um/px, a whole number of 4 x 4 tiles: real images where there are some."""
+    """Tissue at 0.25 µm/px, whole multiples of 4 x 4 tiles: of real images, if available."""
     side = 4 * TILE
     if REAL.is_dir():
         paths = sorted(REAL.glob("*.png"))[:20]
@@ -191,8 +191,10 @@ def stamp() -> NDArray[np.uint8]:
 
 
 def write_mosaic(path: Path, side: int) -> None:
-    """A slide of ``side`` x ``side`` px, all tissue: a tiled JPEG pyramid of the stamp, again and
-    again. A tile is encoded once, however often it stands in the slide."""
+    """A slide of ``side`` x ``side`` px, all tissue: a tiled JPEG pyramid that repeats the stamp.
+
+    Each different tile is encoded only once.
+    """
     tissue = stamp()
     reduced = tissue.reshape(len(tissue) // 4, 4, tissue.shape[1] // 4, 4, 3).mean(axis=(1, 3))
     with tifffile.TiffWriter(path, bigtiff=True) as tiff:

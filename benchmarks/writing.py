@@ -1,9 +1,9 @@
-"""How long nuclei take into a QuPath project, and which step takes it.
+"""Time of writing nuclei into a QuPath project, by step.
 
-    python benchmarks/writing.py [--json] [--qupath DIR]
+    python benchmarks/writing.py [--counts N ...] [--json] [--qupath DIR]
 
 Needs a QuPath. Writes made-up nuclei of 24 corners and 15 measurements into a copy of the sample
-project, each time anew, and then once more over the first: that is what a second run costs.
+project, and then other nuclei in their place, as a second run does.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from patchcl_qupath.storage.records import ResultRecord, SlideProvenance, file_s
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 COUNTS = (20_000, 100_000)
 CORNERS, MEASUREMENTS = 24, 15
-START = ("start Java", "compile scripts")  # once for all the images of a run
+START = ("start Java", "compile scripts")  # once for all images of a run
 
 
 def main() -> None:
     """Print a table, or with --json one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--counts", nargs="+", type=int, default=COUNTS, help="numbers of nuclei")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--qupath", type=Path, help="folder of QuPath")
     arguments = parser.parse_args()
-    figures = [row for count in COUNTS for row in measure(count, arguments.qupath)]
+    figures = [row for count in arguments.counts for row in measure(count, arguments.qupath)]
     if arguments.json:
         print(json.dumps(figures))
         return
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def measure(count: int, qupath: Path | None) -> list[dict[str, Any]]:
-    """Two runs that write ``count`` nuclei each, the second in place of the first."""
+    """Two runs that write ``count`` nuclei each; the second replaces those of the first."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in ("project.qpproj", "CMU-1-Small-Region.svs"):
@@ -70,20 +71,25 @@ def measure(count: int, qupath: Path | None) -> list[dict[str, Any]]:
                 found = nuclei(count, run)
                 result = record(entry, run, count)
                 began = time.perf_counter()
-                results = project.write(entry, [found], ResultConfig(), result)
+                project.write(entry, [found], ResultConfig(), result)
                 seconds = time.perf_counter() - began
                 steps = project.process.seconds
-                # Java starts while the files are written.
+                # Java starts while files are written.
                 steps["files (beyond the start of Java)"] = seconds - sum(steps.values())
-                kind = json.loads((results / "result.json").read_text("utf-8"))["object_type"]
                 rows.append(
-                    {"nuclei": count, "type": kind, "run": run, "seconds": seconds, "steps": steps}
+                    {
+                        "nuclei": count,
+                        "type": result.object_type,
+                        "run": run,
+                        "seconds": seconds,
+                        "steps": steps,
+                    }
                 )
     return rows
 
 
 def record(entry: ImageEntry, run: str, count: int) -> ResultRecord:
-    """What a run would say of the nuclei."""
+    """The record of a run with ``count`` nuclei."""
     assert entry.mpp is not None
     return ResultRecord(
         run=run,
@@ -105,14 +111,14 @@ def record(entry: ImageEntry, run: str, count: int) -> ResultRecord:
 
 
 def nuclei(count: int, run: str) -> Nuclei:
-    """Blobs side by side all over the sample slide, level 0."""
+    """Blobs side by side over the whole sample slide, level 0."""
     columns = math.ceil(math.sqrt(count))
     k = np.arange(count)
     x, y = 10 + 2200 * (k % columns) / columns, 10 + 2940 * (k // columns) / columns  # (N,)
     corner = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
     radius = 2 + 0.5 * np.cos(3 * corner) + 0.1 * (run == "second")  # (CORNERS,)
-    outline = np.stack([radius * np.cos(corner), radius * np.sin(corner)], axis=1)
-    corners = np.stack([x, y], axis=1)[:, None] + outline  # (N, CORNERS, 2)
+    contour = np.stack([radius * np.cos(corner), radius * np.sin(corner)], axis=1)
+    corners = np.stack([x, y], axis=1)[:, None] + contour  # (N, CORNERS, 2)
     return Nuclei(
         shapely.polygons(corners.round(2)),
         {f"Measurement {i}": (k * 1.5 + i).astype(np.float32) for i in range(MEASUREMENTS)},

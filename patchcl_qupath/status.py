@@ -1,4 +1,4 @@
-"""What is done of an image, by what, and what changed since."""
+"""The state of an image: its nuclei, their model, and changes since the run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ class ImageStatus(
     kw_only=True,
     rename={"rois": "fields", "rois_corrected": "fields_done"},
 ):
-    """Where an image is: ``state`` in words, or what is in the way.
+    """The state of an image: ``state`` is its progress in words, or its problem.
 
-    ``nuclei`` were ``made`` then (UTC) by the model of that name; of the ``rois`` that a person
-    was asked to correct, ``rois_corrected`` are done. ``changed`` is what changed since.
+    ``nuclei`` is their number, ``made`` the time of their run (UTC in ISO 8601), ``model`` the name
+    of its model. Of ``rois`` to correct, ``rois_corrected`` are done. ``changed`` lists changes
+    since the run.
     """
 
     id: str
@@ -42,7 +43,7 @@ class ImageStatus(
 
 
 def image_status(project: Project, entry: ImageEntry) -> ImageStatus:
-    """Where an image is, from what is on disk."""
+    """The state of an image, from the files on disk."""
     qupath = project.qupath_summary(entry)
     to_do = ImageStatus(
         id=entry.id,
@@ -74,7 +75,7 @@ def image_status(project: Project, entry: ImageEntry) -> ImageStatus:
 
 
 def _changed(entry: ImageEntry, result: ResultRecord, models: dict[str, str]) -> list[str]:
-    """What changed since the nuclei were found."""
+    """What changed since the nuclei were segmented."""
     changed = []
     if not entry.problem:
         if result.slide.file != file_signature(entry.path):
@@ -89,13 +90,13 @@ def _changed(entry: ImageEntry, result: ResultRecord, models: dict[str, str]) ->
 
 
 def _models(project: Project) -> dict[str, str]:
-    """The project's models as they are now: name -> digest."""
+    """The project's present models: name -> digest."""
     records = {path.stem: read_record(path, ModelRecord) for path in project.layout.model_records()}
     return {name: record.digest for name, record in records.items() if record is not None}
 
 
 def _model_name(result: ResultRecord, models: dict[str, str]) -> str:
-    """The model that made an image's nuclei: what it is called now, or was."""
+    """The name of the model of an image's nuclei: its present name, or that of the run."""
     same = [name for name, digest in models.items() if digest == result.model]
     name = result.model_name or f"no longer here ({result.model[:12]})"
     return name if name in same or not same else same[0]

@@ -31,7 +31,7 @@ RESULT = ResultRecord(
 
 
 def result_of(count: int, config: ResultConfig | None = None, **changes: Any) -> ResultRecord:
-    """What a run says of ``count`` nuclei."""
+    """The record of a run with ``count`` nuclei."""
     config = config or ResultConfig()
     kind = config.kind(count)
     return msgspec.structs.replace(RESULT, nuclei=count, object_type=kind, **changes)

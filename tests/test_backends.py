@@ -1,7 +1,7 @@
-"""One story, told by both backends and by the two in turn; all must end alike in QuPath.
+"""One story with each backend, and with both in turn: the objects in QuPath must be the same.
 
-In a first run nuclei are written; a person works on them; a second run finds other outlines; then
-ours are removed. The files backend writes, and groovy/import_nuclei.groovy imports.
+A first run writes nuclei; a person edits them; a second run writes other contours; then ours are
+removed. With the files backend, groovy/import_nuclei.groovy imports them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.qupath
 ROOT = Path(__file__).parent.parent
 SLIDE = ROOT / "sample_project" / "CMU-1-Small-Region.svs"
 
-# An image for each way to tell the story: who writes, who writes again, who removes.
+# An image for each story: the backends that write, write again, and remove.
 STORIES = {
     "paquo.svs": ("paquo", "paquo", "paquo"),
     "files.svs": ("files", "files", "files"),
@@ -84,26 +84,28 @@ entry.saveImageData(imageData)
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What QuPath shows of each image after each chapter, and what was written."""
+    """The objects in QuPath of each image after each step, and the nuclei that were written."""
     session = qupath.Session()
     path = qupath.make_project(
         tmp_path_factory.mktemp("backends") / "ein Projekt ü", SLIDE, [*STORIES]
     )
     written: list[dict[str, Any]] = [{}, {}]
     seen, untouched = [], []
-    for chapter in range(3):
-        # Files first, and imported; their results are no others' to import.
+    for step in range(3):
+        # Files first: the script would import the results of the other backend, too.
         for backend in ("files", "paquo"):
             with closing(open_project(path, backend)) as project:
                 for entry in project.images():
-                    if STORIES[entry.name][chapter] != backend:
+                    if STORIES[entry.name][step] != backend:
                         continue
-                    if chapter == 2:
+                    if step == 2:
                         project.remove(entry)
                         continue
-                    found = nuclei(10, 21 + chapter, entry.name, run=1 + chapter)
-                    written[chapter][entry.name] = found
-                    result = result_of(len(found), run=f"run {chapter + 1}", tissue_mm2=0.5)
+                    found = nuclei(10, 21 + step, entry.name, run=1 + step)
+                    written[step][entry.name] = found
+                    result = result_of(
+                        len(found), run=f"run {step + 1}", made="today", tissue_mm2=0.5
+                    )
                     project.write(entry, [found], ResultConfig(), result)
                 if backend == "files":
                     qupath.run_script(path, ROOT / "groovy" / "import_nuclei.groovy")
@@ -111,7 +113,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Any:
                     shutil.rmtree(project.layout.root / "results")
         untouched.append(path.read_bytes() == project_file)
         seen.append(session.run(path, LOOK))
-        if chapter == 0:
+        if step == 0:
             session.run(path, EDIT)
     session.close()
     classes = json.loads((path.parent / "classifiers" / "classes.json").read_text("utf-8"))
@@ -124,7 +126,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("image", STORIES)
-def test_what_was_written_is_what_qupath_shows(story: Any, image: str) -> None:
+def test_qupath_shows_what_was_written(story: Any, image: str) -> None:
     written, shown = story.written[0][image], by_index(story.seen[0][image]["objects"])
     assert sorted(shown) == list(range(len(written)))
     region = region_of(story.seen[0][image])
@@ -142,7 +144,7 @@ def test_what_was_written_is_what_qupath_shows(story: Any, image: str) -> None:
 
 @pytest.mark.parametrize("image", STORIES)
 @pytest.mark.parametrize("run", [1, 2])
-def test_region_says_what_run_found(story: Any, image: str, run: int) -> None:
+def test_region_has_the_measurements_of_its_run(story: Any, image: str, run: int) -> None:
     region = region_of(story.seen[run - 1][image])
     assert region["locked"]
     assert "class_name" not in region
@@ -158,11 +160,11 @@ def test_region_says_what_run_found(story: Any, image: str, run: int) -> None:
 
 
 @pytest.mark.parametrize("image", STORIES)
-@pytest.mark.parametrize("chapter", [1, 2])
-def test_the_work_of_a_person_is_kept(story: Any, image: str, chapter: int) -> None:
+@pytest.mark.parametrize("step", [1, 2])
+def test_edits_of_a_person_are_kept(story: Any, image: str, step: int) -> None:
     """After another run, and after ours were removed."""
     old = story.written[0][image].uuids.tolist()
-    seen = story.seen[chapter][image]
+    seen = story.seen[step][image]
     shown = {o["id"]: o for o in seen["objects"]}
     assert shown[old[0]]["area"] == 16
     assert old[1] not in shown
@@ -173,18 +175,16 @@ def test_the_work_of_a_person_is_kept(story: Any, image: str, chapter: int) -> N
 
 
 @pytest.mark.parametrize("image", STORIES)
-def test_all_others_are_the_new_run_s(story: Any, image: str) -> None:
-    """But for those where the person reshaped, deleted, reclassified, locked or drew."""
+def test_all_other_nuclei_are_those_of_the_new_run(story: Any, image: str) -> None:
+    """Except where the person reshaped, deleted, reclassified, locked or drew."""
     old, new = (written[image].uuids.tolist() for written in story.written)
     shown = {o["id"] for o in story.seen[1][image]["objects"] if "name" not in o}
-    decided = {0, 1, 2, 3, 200}
-    assert shown == {old[0], old[2], old[3]} | {
-        id_ for k, id_ in enumerate(new) if k not in decided
-    }
+    edited = {0, 1, 2, 3, 200}
+    assert shown == {old[0], old[2], old[3]} | {id_ for k, id_ in enumerate(new) if k not in edited}
 
 
 @pytest.mark.parametrize("image", STORIES)
-def test_remove_takes_ours_and_forgets(story: Any, image: str) -> None:
+def test_remove_deletes_ours_and_the_marks_of_the_import(story: Any, image: str) -> None:
     old = story.written[0][image].uuids.tolist()
     seen = story.seen[2][image]
     assert {o["id"] for o in seen["objects"] if "name" not in o} == {old[0], old[2], old[3]}
@@ -192,8 +192,8 @@ def test_remove_takes_ours_and_forgets(story: Any, image: str) -> None:
     assert seen["imported"] == ""
 
 
-def test_project_keeps_what_it_has(story: Any) -> None:
-    """QuPath's usual classes, to which ours is added; paquo leaves its file as it is."""
+def test_project_keeps_its_classes_and_its_file(story: Any) -> None:
+    """Our class is added to QuPath's usual ones; paquo does not change the project's file."""
     assert story.classes[0] == "Tumor"
     assert story.classes[-1] == "Nucleus"
     assert story.project_is_untouched
@@ -255,7 +255,7 @@ def test_each_region_has_an_annotation_of_its_own(tmp_path: Path, backend: str) 
     assert drawn["id"] in third
     reshaped = next(o for o in first.values() if o["measurements"].get("index") == 0)
     assert second[reshaped["id"]]["area"] == third[reshaped["id"]]["area"] == 16
-    # Nothing but what a person made is left of a run when the next has other regions.
+    # Of a run with other regions, only the edits of a person are left.
     old = {o["id"] for o in first.values() if o["measurements"].get("index", 0) > 3}
     assert not old & set(third)
 

@@ -1,4 +1,4 @@
-"""Scores: worked by hand, on labels and on polygons; and as a published implementation has them."""
+"""Scores: worked by hand, of label images and of polygons; and as in published software."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from patchcl_qupath.segmentation.contours import pixel_polygons
 
 NOTHING = np.zeros((4, 6), dtype=np.int32)
 
-# Nucleus 1 is found but for a column; 2 is cut in two equal parts; 7 is missed.
+# Nucleus 1 is found except a column; 2 is split into equal halves; 7 is missed.
 GROUND_TRUTH = np.array(
     [
         [1, 1, 1, 0, 7, 7],
@@ -18,7 +18,7 @@ GROUND_TRUTH = np.array(
         [2, 2, 2, 2, 0, 0],
     ]
 )
-# 5 is nowhere near a nucleus.
+# 5 is far from any nucleus.
 PREDICTION = np.array(
     [
         [3, 3, 0, 0, 0, 0],
@@ -51,8 +51,8 @@ def test_dice_of_a_case_worked_by_hand(compared):
 
 
 def test_aji_of_a_case_worked_by_hand(compared):
-    # 1 takes 3: 4 of 6. 2 takes 1, the first of two equals: 2 of 4. 7 takes none: 2.
-    # Not taken: 9 (2 px) and 5 (3 px).
+    # 1 matches 3: 4 of 6. 2 matches 1, the first of two equals: 2 of 4. 7 matches none: 2.
+    # Unmatched: 9 (2 px) and 5 (3 px).
     assert compared(PREDICTION, GROUND_TRUTH).aji == pytest.approx((4 + 2) / (6 + 4 + 2 + 2 + 3))
 
 
@@ -62,14 +62,14 @@ def test_f1_and_pq_of_a_case_worked_by_hand(compared):
     assert compared(PREDICTION, GROUND_TRUTH).pq == pytest.approx(2 * 1 / (4 + 3) * 4 / 6)
 
 
-def test_aji_lets_two_nuclei_take_the_same_prediction(compared):
+def test_aji_matches_two_nuclei_to_the_same_prediction(compared):
     ground_truth = np.array([[1, 1, 2, 2]])
     merged = np.array([[1, 1, 1, 1]])
     assert compared(merged, ground_truth).aji == pytest.approx((2 + 2) / (4 + 4))  # as published
 
 
 @pytest.mark.parametrize("score", ["dice", "aji", "f1", "pq"])
-def test_scores_are_one_for_the_truth_however_it_is_numbered(compared, score):
+def test_scores_are_one_for_the_ground_truth_however_it_is_numbered(compared, score):
     renumbered = np.array([0, 40, 3, 0, 0, 0, 0, 12])[GROUND_TRUTH].astype(np.uint16)
     assert getattr(compared(renumbered, GROUND_TRUTH), score) == 1
     assert getattr(compared(NOTHING, NOTHING), score) == 1
@@ -101,7 +101,7 @@ def test_f1_and_pq_are_as_published(seed):
     assert pq(prediction, ground_truth) == pytest.approx(quality["pq"])
 
 
-def test_dice_counts_what_nuclei_of_one_side_share_once():
+def test_dice_counts_overlaps_within_one_side_once():
     prediction = shapely.box([0, 3, 20], [0, 0, 0], [5, 8, 22], [4, 4, 1])  # 32 + 2
     ground_truth = shapely.box([0, 1], [0, 0], [6, 6], [4, 2])  # 24
     assert Overlaps.of_polygons(prediction, ground_truth).dice == pytest.approx(2 * 24 / (34 + 24))

@@ -1,4 +1,4 @@
-"""The paquo backend: what it finds, refuses and survives. test_backends.py: what it writes."""
+"""The paquo backend: errors, and recovery from them. test_backends.py tests what it writes."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_qupath_is_found_without_starting_java(tmp_path: Path) -> None:
         "from patchcl_qupath.project.paquo import find_qupath;"
         "print(find_qupath(Path(sys.argv[1]))); import jpype; print(jpype.isJVMStarted())"
     )
-    said = subprocess.check_output([sys.executable, "-c", code, folder], text=True)
-    assert said == f"0.6.0-rc3 in {folder / 'lib' / 'app'}\nFalse\n"
+    printed = subprocess.check_output([sys.executable, "-c", code, folder], text=True)
+    assert printed == f"0.6.0-rc3 in {folder / 'lib' / 'app'}\nFalse\n"
 
 
 @LINUX
@@ -113,7 +113,7 @@ def test_qupath_without_java_is_refused(tmp_path: Path) -> None:
         find_qupath(folder)
 
 
-def test_auto_takes_files_where_there_is_no_paquo(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_files_without_paquo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "paquo._config", None)
     project = open_project(SAMPLE)
     assert str(project.backend) == (
@@ -123,7 +123,7 @@ def test_auto_takes_files_where_there_is_no_paquo(monkeypatch: pytest.MonkeyPatc
         open_project(SAMPLE, "paquo")
 
 
-def test_a_qupath_that_was_named_must_be_one(tmp_path: Path) -> None:
+def test_a_qupath_that_was_given_must_be_one(tmp_path: Path) -> None:
     pytest.importorskip("paquo")
     with pytest.raises(ProjectError, match="holds no complete QuPath"):
         open_project(SAMPLE, "auto", tmp_path)
@@ -131,7 +131,7 @@ def test_a_qupath_that_was_named_must_be_one(tmp_path: Path) -> None:
         open_project(SAMPLE, "java")
 
 
-def test_memory_is_limited_unless_the_user_says_how() -> None:
+def test_memory_is_limited_unless_the_user_sets_it() -> None:
     _, limit = java_options([])
     assert limit.startswith("-Xmx")
     assert int(limit.removeprefix("-Xmx").removesuffix("m")) <= 4096
@@ -161,12 +161,12 @@ def test_settings_that_qupath_cannot_show_are_refused(settings: dict[str, Any]) 
         ResultConfig(**settings)
 
 
-def test_remove_leaves_word_for_the_import(path: Path) -> None:
+def test_remove_leaves_a_record_for_the_import(path: Path) -> None:
     """The command line, with the files backend."""
     remove = ["remove", str(path), "--backend", "files"]
-    said = CliRunner().invoke(main, remove)
-    assert (said.exit_code, said.stdout) == (0, "a.svs: no nuclei\n")
-    assert said.stderr == "Nuclei are removed by files\n"
+    shown = CliRunner().invoke(main, remove)
+    assert (shown.exit_code, shown.stdout) == (0, "a.svs: no nuclei\n")
+    assert shown.stderr == "Nuclei are removed by files\n"
     files = open_project(path, "files")
     (entry,) = files.images()
     files.write(entry, [FEW], ResultConfig(), result_of(len(FEW)))
@@ -208,7 +208,7 @@ FEW = nuclei(10, 2, "few")
 
 
 @pytest.mark.qupath
-def test_moved_project_class_and_kind(
+def test_moved_project_class_and_object_type(
     tmp_path: Path, process: Process, session: qupath.Session, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The sample, which names a slide elsewhere; nothing of QuPath's log on our output."""
@@ -246,7 +246,7 @@ def test_many_become_detections_and_none_is_fine(
 
 
 @pytest.mark.qupath
-def test_image_that_qupath_changed_is_left_alone(
+def test_image_that_qupath_changed_is_not_written_to(
     path: Path, process: Process, session: qupath.Session
 ) -> None:
     project, entry = opened(path, process)
@@ -270,8 +270,8 @@ def test_image_that_qupath_changed_is_left_alone(
 
 
 @pytest.mark.qupath
-@pytest.mark.parametrize("harm", ["text", "half", "hole"])
-def test_damaged_image_data_are_left_as_they_are(path: Path, process: Process, harm: str) -> None:
+@pytest.mark.parametrize("harm", ["text", "half", "zeros"])
+def test_damaged_image_data_are_not_changed(path: Path, process: Process, harm: str) -> None:
     write(*opened(path, process), FEW)
     data = path.parent / "data" / "1" / "data.qpdata"
     whole = data.read_bytes()
@@ -280,7 +280,7 @@ def test_damaged_image_data_are_left_as_they_are(path: Path, process: Process, h
         {
             "text": b"not QuPath's",
             "half": whole[:middle],
-            "hole": whole[:middle] + bytes(200) + whole[middle + 200 :],
+            "zeros": whole[:middle] + bytes(200) + whole[middle + 200 :],
         }[harm]
     )
     before = data.read_bytes()
@@ -293,7 +293,7 @@ def test_damaged_image_data_are_left_as_they_are(path: Path, process: Process, h
 
 
 @pytest.mark.qupath
-def test_regions_are_what_is_saved_or_was_exported_since(
+def test_regions_are_those_saved_or_exported_since(
     path: Path, process: Process, session: qupath.Session
 ) -> None:
     draw = """
@@ -339,15 +339,15 @@ DRAW_LABELS = """
         hierarchy.addObject(PathObjects.createAnnotationObject(roi, pathClass))
     }
     draw(20, 20, 200, 'PatchCL: corrected')
-    draw(0, 0, 2000, 'Tumor')   // holds the field: no nucleus
-    draw(190, 100, 15, null)   // a nucleus that nobody found
+    draw(0, 0, 2000, 'Tumor')   // contains the ROI: no nucleus
+    draw(190, 100, 15, null)   // a nucleus that was missed
     entry.saveImageData(imageData)
     '1'
     """
 
 
 @pytest.mark.qupath
-def test_labels_are_the_nuclei_in_fields_whoever_made_them(
+def test_labels_are_all_nuclei_in_rois(
     path: Path, process: Process, session: qupath.Session
 ) -> None:
     """Read by QuPath's process, and exported by the script."""
@@ -360,7 +360,7 @@ def test_labels_are_the_nuclei_in_fields_whoever_made_them(
     assert len(near) == 10  # five in a row
     project, entry = opened(path, process)
     found = project.corrections(entry, CORRECTED)
-    assert [field.bounds for field in found.fields] == [expected.bounds]
+    assert [roi.bounds for roi in found.rois] == [expected.bounds]
     assert len(found.nuclei) == len(near) + 1
     for nucleus in found.nuclei:
         assert nucleus.area == 225 or any(nucleus.hausdorff_distance(p) < 0.02 for p in near)
@@ -371,11 +371,11 @@ def test_labels_are_the_nuclei_in_fields_whoever_made_them(
     assert "a.svs: 1 ROIs with 13 contours exported to" in log, log
     again = open_project(path, "files").corrections(entry, CORRECTED)
     assert {n.wkt for n in again.nuclei} == {n.wkt for n in found.nuclei}
-    assert project.corrections(entry, "Tumor").fields[0].area == 2000**2  # of another class
+    assert project.corrections(entry, "Tumor").rois[0].area == 2000**2  # of another class
 
 
 @pytest.mark.qupath
-def test_killed_process_costs_one_image_and_no_data(
+def test_killed_process_fails_one_image_and_loses_no_data(
     path: Path, process: Process, session: qupath.Session
 ) -> None:
     project, entry = opened(path, process)
@@ -407,7 +407,7 @@ def killing(process: Process, sign: Path) -> Iterator[None]:
     thread.join(timeout=10)
 
 
-def test_failed_save_gives_back_what_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_restores_the_data(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As QuPath leaves it when the disk is full: half a file, and the old one beside it."""
     monkeypatch.setattr(backend, "find_qupath", lambda _: "no version")
     data = path.parent / "data" / "1" / "data.qpdata"
@@ -442,7 +442,7 @@ def test_lost_slide_is_refused_before_java_starts(tmp_path: Path) -> None:
 
 @pytest.mark.qupath
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process")
-def test_run_that_is_stopped_while_qupath_writes_goes_on(
+def test_run_that_is_stopped_while_qupath_writes_is_resumed(
     tmp_path: Path, session: qupath.Session
 ) -> None:
     """By kill -9, which leaves QuPath's process to end by itself, and by Ctrl-C."""

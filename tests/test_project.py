@@ -1,4 +1,4 @@
-"""QuPath projects, read as files."""
+"""QuPath projects, read as files: the .qpproj file, and the images that it lists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from patchcl_qupath.errors import ProjectError, StorageError
 from patchcl_qupath.project import NewImage, init_project, open_project
-from patchcl_qupath.project.files import path_of_uri
+from patchcl_qupath.project.qpproj import path_of_uri
 from patchcl_qupath.slides.slide import Slide
 
 OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
@@ -120,7 +120,7 @@ def test_images_that_moved_with_their_project(tmp_path: Path, project: str, imag
     assert open_project(path).images()[0].path == moved
 
 
-def test_an_image_that_is_where_it_was_stays(tmp_path: Path) -> None:
+def test_an_image_that_was_not_moved_is_found_first(tmp_path: Path) -> None:
     there = touch(tmp_path / "old" / "slides" / "a.svs")
     touch(tmp_path / "new" / "slides" / "a.svs")
     was = (tmp_path / "old" / "qupath" / "project.qpproj").as_uri()
@@ -143,7 +143,7 @@ def test_lost_images_are_searched_for_four_folders_deep(tmp_path: Path) -> None:
         assert "is not at I:\\gone" in str(lost.problem)
 
 
-def test_images_that_are_no_files(tmp_path: Path) -> None:
+def test_images_that_are_not_files_are_refused(tmp_path: Path) -> None:
     path = write_project(tmp_path, "", builder("https://omero.example.org/?show=image-1"))
     assert "image 1 is not a file (https://omero" in str(open_project(path).images()[0].problem)
 
@@ -212,7 +212,7 @@ def test_no_crop_and_further_series(tmp_path: Path) -> None:
     assert "export it as OME-TIFF" in str(entries[3].problem)
 
 
-def test_fluorescence_that_a_person_set(tmp_path: Path) -> None:
+def test_fluorescence_set_by_a_person_is_refused(tmp_path: Path) -> None:
     uri = touch(tmp_path / "a.svs").as_uri()
     path = write_project(tmp_path, "", *[builder(uri)] * 3, builder(uri, metadata={"isRGB": False}))
     for number, kind in ((1, "FLUORESCENCE"), (2, "BRIGHTFIELD_H_E")):
@@ -224,7 +224,7 @@ def test_fluorescence_that_a_person_set(tmp_path: Path) -> None:
     assert "image 4 is a fluorescence or multichannel image" in str(four.problem)
 
 
-def test_what_is_not_a_project(tmp_path: Path, sample_project: Path) -> None:
+def test_paths_that_are_not_projects_are_refused(tmp_path: Path, sample_project: Path) -> None:
     slide = sample_project / "CMU-1-Small-Region.svs"
     with pytest.raises(ProjectError, match=r"not a QuPath project: .*init DIR CMU-1-Small-Region"):
         open_project(slide)
@@ -247,7 +247,7 @@ def test_what_is_not_a_project(tmp_path: Path, sample_project: Path) -> None:
         open_project(tmp_path)
 
 
-def test_init_makes_a_project_that_says_the_same(tmp_path: Path) -> None:
+def test_init_makes_a_project_that_reads_the_same(tmp_path: Path) -> None:
     slide, crop = touch(tmp_path / "ä #1.svs"), touch(tmp_path / "50%.png")
     twin = touch(tmp_path / "sub" / "50%.png")
     new = [

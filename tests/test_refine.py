@@ -1,4 +1,4 @@
-"""CDCL's losses worked by hand; corrected fields as lessons; and what a model learns from them."""
+"""CDCL's losses worked by hand; corrected ROIs as training samples; and refinement with them."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from test_selftrain import nuclei_images
 
 from patchcl_qupath import cli, pipeline
 from patchcl_qupath.config import CDCLConfig, Config
-from patchcl_qupath.correction import labels as fields
+from patchcl_qupath.correction import labels
 from patchcl_qupath.datatypes import Corrections, ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
 from patchcl_qupath.evaluation.metrics import aji
@@ -126,20 +126,20 @@ def test_corrections_improve_a_model_beyond_its_pseudo_labels():
 
     def score(model):
         found = confidence(model, images[5], normaliser)
-        labels = instances(found.nucleus, 0.5, config.segment, 0.5, found.core)
-        return aji(labels, large[5])
+        predicted = instances(found.nucleus, 0.5, config.segment, 0.5, found.core)
+        return aji(predicted, large[5])
 
     assert score(refined) > score(start)
     again = cdcl.refine(start, corrected, training_samples[1:4], lambda *step: None)
     assert again.digest == refined.digest
 
 
-# ---------------------------------------------------------------- fields
+# ---------------------------------------------------------------- ROIs
 
 
-FIELD = shapely.box(400, 500, 900, 1000)
+ROI = shapely.box(400, 500, 900, 1000)
 INSIDE = shapely.Point(600, 700).buffer(15)
-ACROSS = shapely.Point(900, 800).buffer(20)  # half of it in the field
+ACROSS = shapely.Point(900, 800).buffer(20)  # half of it in the ROI
 OUTSIDE = shapely.Point(1200, 800).buffer(20)
 
 
@@ -147,14 +147,14 @@ def prepared():
     return prepare(ImageEntry("1", SLIDE.name, SLIDE), Config())
 
 
-def test_a_field_knows_all_its_pixels_and_no_other():
+def test_a_roi_labels_all_its_pixels_and_no_others():
     triangle = shapely.Polygon([(1000, 1000), (1600, 1000), (1000, 1600)])
-    corrections = Corrections((FIELD, triangle), (INSIDE, ACROSS, OUTSIDE))
-    (stains, target), (_, other) = fields.training_samples(prepared(), corrections)
-    nucleus, core, known = np.moveaxis(target, -1, 0)
+    corrections = Corrections((ROI, triangle), (INSIDE, ACROSS, OUTSIDE))
+    (stains, target), (_, other) = labels.training_samples(prepared(), corrections)
+    nucleus, core, valid = np.moveaxis(target, -1, 0)
     assert stains.shape == target.shape == (500, 500, 3)  # 0.499 um/px is read as it is
-    assert known.all()
-    expected = INSIDE.area + (ACROSS & FIELD).area
+    assert valid.all()
+    expected = INSIDE.area + (ACROSS & ROI).area
     assert nucleus.sum() == pytest.approx(expected, rel=0.01)
     assert nucleus[200, 200] == core[200, 200] == 1
     assert nucleus[200, 218] == 0
@@ -164,39 +164,39 @@ def test_a_field_knows_all_its_pixels_and_no_other():
     assert not other[..., 0].any()
 
 
-@pytest.mark.parametrize("field", [shapely.box(400, 500, 420, 900), shapely.box(-90, 0, -10, 90)])
-def test_a_field_that_is_too_small_or_outside_is_refused(field):
-    with pytest.raises(ImageError, match="less than 16 um wide, or outside the image"):
-        fields.training_samples(prepared(), Corrections((field,), (INSIDE,)))
+@pytest.mark.parametrize("roi", [shapely.box(400, 500, 420, 900), shapely.box(-90, 0, -10, 90)])
+def test_a_roi_that_is_too_small_or_outside_is_refused(roi):
+    with pytest.raises(ImageError, match="less than 16 µm wide, or outside the image"):
+        labels.training_samples(prepared(), Corrections((roi,), (INSIDE,)))
 
 
 @pytest.mark.parametrize(
     ("nuclei", "agree"),
     [
         ((INSIDE, ACROSS), True),
-        ((INSIDE.buffer(2), OUTSIDE), True),  # drawn by another hand; ACROSS is not in its field
+        ((INSIDE.buffer(2), OUTSIDE), True),  # drawn by another hand; ACROSS is not in its ROI
         ((INSIDE.buffer(-8),), False),
         ((INSIDE, shapely.Point(520, 720).buffer(9)), False),
         ((shapely.Point(780, 700).buffer(15),), False),
     ],
 )
-def test_fields_of_two_images_of_one_slide_must_agree(nuclei, agree):
+def test_rois_of_two_images_of_one_slide_must_agree(nuclei, agree):
     one = prepared()
     # The second is cropped, and counts its pixels from there.
     two = replace(one, id="2", slide=replace(one.slide, origin=(100, 50)))
     moved = [shapely.transform(n, lambda xy: xy - (100, 50)) for n in nuclei]
-    field = shapely.box(400, 600, 790, 850)
-    labels = Corrections((FIELD,), (INSIDE, ACROSS))
-    images = [(one, labels), (two, Corrections((field,), tuple(moved)))]
+    roi = shapely.box(400, 600, 790, 850)
+    corrections = Corrections((ROI,), (INSIDE, ACROSS))
+    images = [(one, corrections), (two, Corrections((roi,), tuple(moved)))]
     for pair in (images, images[::-1]):
         if agree:
-            fields.check_agreement(pair)
+            labels.check_agreement(pair)
             continue
-        said = rf"\(id {pair[0][0].id}\) and .*different nuclei at x"
-        with pytest.raises(ImageError, match=said):
-            fields.check_agreement(pair)
+        message = rf"\(id {pair[0][0].id}\) and .*different nuclei at x"
+        with pytest.raises(ImageError, match=message):
+            labels.check_agreement(pair)
     aside = Corrections((shapely.box(900, 950, 1200, 1100),), (shapely.Point(1e3, 1e3).buffer(9),))
-    fields.check_agreement([(one, labels), (two, aside)])
+    labels.check_agreement([(one, corrections), (two, aside)])
 
 
 def feature(geometry, name, **more):
@@ -221,36 +221,36 @@ def test_labels_are_read(folder):
     cell = feature(shapely.Point(800, 900).buffer(30), "Tumor")
     cell["nucleusGeometry"] = json.loads(shapely.to_geojson(shapely.box(790, 890, 810, 910)))
     line = feature(shapely.LineString([(0, 0), (9, 9)]), "Nucleus")
-    export(folder, feature(FIELD, "Done"), feature(INSIDE, "Nucleus"), cell, line)
+    export(folder, feature(ROI, "Done"), feature(INSIDE, "Nucleus"), cell, line)
     found = project.corrections(entry, "Done")
-    assert [field.area for field in found.fields] == [FIELD.area]
+    assert [roi.area for roi in found.rois] == [ROI.area]
     assert [round(nucleus.area) for nucleus in found.nuclei] == [round(INSIDE.area), 400]
 
 
 @pytest.mark.parametrize(
-    ("features", "says"),
+    ("features", "message"),
     [
-        ([feature(FIELD, "Done")], "the field at x 650, y 750 px has no nuclei"),
-        ([feature(FIELD, "Done"), feature(OUTSIDE, "Nucleus")], "has no nuclei"),
+        ([feature(ROI, "Done")], "the ROI at x 650, y 750 px has no nuclei"),
+        ([feature(ROI, "Done"), feature(OUTSIDE, "Nucleus")], "has no nuclei"),
         (
             [
-                feature(FIELD, "Done"),
+                feature(ROI, "Done"),
                 feature(INSIDE, "Nucleus"),
                 feature(shapely.Point(605, 700).buffer(12), None),
             ],
-            r"two nuclei lie on each other at x 60\d, y 700 px \(1 such pairs\)",
+            r"two nuclei overlap at x 60\d, y 700 px \(1 such pairs\)",
         ),
         ([{"geometry": 1}], "is damaged: run groovy/export_labels.groovy"),
     ],
 )
-def test_labels_that_cannot_be_learnt_from_are_refused(folder, features, says):
+def test_labels_that_cannot_be_trained_on_are_refused(folder, features, message):
     export(folder, *features)
     project = open_project(folder, "files")
-    with pytest.raises(ImageError, match=says):
+    with pytest.raises(ImageError, match=message):
         project.corrections(project.images()[0], "Done")
 
 
-def test_no_field_at_all_is_said(folder, model):
+def test_a_project_without_rois_is_refused(folder, model):
     project = open_project(folder, "files")
     with pytest.raises(TrainingError, match="no image has an annotation of class Done"):
         pipeline.refine(project, project.images(), model, "Done", lambda *_: None)
@@ -266,7 +266,7 @@ def test_a_model_of_patchcl_alone_is_refused(folder, model):
 def test_refine_run_and_status_from_the_command_line(folder, model):
     """A model is refined beside the first, and either can be run."""
     model.save(folder / "patchcl" / "models", "patchcl")
-    export(folder, feature(FIELD, "Done"), feature(INSIDE, "Nucleus"), feature(ACROSS, "Nucleus"))
+    export(folder, feature(ROI, "Done"), feature(INSIDE, "Nucleus"), feature(ACROSS, "Nucleus"))
     settings = folder / "settings.toml"
     settings.write_text("[cdcl]\nsteps = 6\n[patchcl]\ncrops = 4\n", "utf-8")
 
@@ -276,8 +276,8 @@ def test_refine_run_and_status_from_the_command_line(folder, model):
         return result
 
     before = (folder / "patchcl" / "models" / "patchcl.pt").read_bytes()
-    said = call("refine", folder, "--labels-from", "Done", "--config", settings)
-    assert "--model refined" in said.stdout
+    shown = call("refine", folder, "--labels-from", "Done", "--config", settings)
+    assert "--model refined" in shown.stdout
     assert (folder / "patchcl" / "models" / "patchcl.pt").read_bytes() == before
     call("run", folder, "--model", "refined")
     (row,) = json.loads(call("status", folder, "--json").stdout)["images"]
@@ -291,7 +291,7 @@ def test_refine_run_and_status_from_the_command_line(folder, model):
 
 
 def refused(folder, *options):
-    """What `refine` says that it cannot do."""
+    """The error message of `refine`."""
     command = ["refine", str(folder), "--labels-from", "Done", *options]
     result = CliRunner().invoke(cli.main, command)
     assert result.exit_code == 1, result.output
@@ -305,25 +305,25 @@ def test_the_same_slide_twice_with_other_nuclei_is_refused(folder, model):
     content = json.loads(path.read_text("utf-8"))
     content["images"].append({**content["images"][0], "entryID": 2, "imageName": "again.svs"})
     path.write_text(json.dumps(content), "utf-8")
-    export(folder, feature(FIELD, "Done"), feature(INSIDE, "Nucleus"))
-    export(folder, feature(FIELD, "Done"), feature(ACROSS, "Nucleus"), image=2)
-    said = refused(folder)
-    assert f"Error: {SLIDE.name} (id 1) and again.svs (id 2) show the same slide" in said
-    assert "have different nuclei at x 600, y 700 px" in said
-    assert "delete the field in one of the two, or leave one out" in said
+    export(folder, feature(ROI, "Done"), feature(INSIDE, "Nucleus"))
+    export(folder, feature(ROI, "Done"), feature(ACROSS, "Nucleus"), image=2)
+    message = refused(folder)
+    assert f"Error: {SLIDE.name} (id 1) and again.svs (id 2) show the same slide" in message
+    assert "have different nuclei at x 600, y 700 px" in message
+    assert "delete the ROI in one of the two, or leave one out" in message
 
 
 @pytest.mark.parametrize(
-    ("mpp", "option", "says"),
+    ("mpp", "option", "message"),
     [
-        (1.0, (), "has 1 um/px, too coarse for fields of labels: the model reads 0.5 um/px"),
-        (None, ("--mpp", "0.8"), "has 0.8 um/px, too coarse"),
+        (1.0, (), "has 1 µm/px, too coarse for labelled ROIs: the model reads 0.5 µm/px"),
+        (None, ("--mpp", "0.8"), "has 0.8 µm/px, too coarse"),
         (None, (), "has no pixel size: set it in QuPath"),
         (352.8, (), "has a pixel size of 352.8 µm, which cannot be: set it in QuPath"),
     ],
 )
-def test_fields_that_cannot_be_read_at_the_model_s_pixel_size(tmp_path, model, mpp, option, says):
-    """Pixels are not made up: a coarse slide would teach blur."""
+def test_rois_of_a_coarser_slide_are_refused(tmp_path, model, mpp, option, message):
+    """Interpolated pixels would train the model on blur."""
     size = mpp and (mpp, mpp)
     slide = write_tiff(tmp_path / "coarse.tif", scene(640, 480, (1.0, 1.0)), size)
     folder = tmp_path / "project"
@@ -336,6 +336,6 @@ def test_fields_that_cannot_be_read_at_the_model_s_pixel_size(tmp_path, model, m
     model.save(folder / "patchcl" / "models", "patchcl")
     nucleus = shapely.Point(80, 25).buffer(5)
     export(folder, feature(shapely.box(0, 0, 200, 200), "Done"), feature(nucleus, "Nucleus"))
-    assert says in refused(folder, *option)
+    assert message in refused(folder, *option)
     slide.unlink()
     assert "put the file beside the project" in refused(folder)

@@ -1,4 +1,4 @@
-"""Regions that a person drew: read, cut to, and exported by a real QuPath."""
+"""Analysis regions: read from exports, applied to runs, and exported by a real QuPath."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAMPLE = ROOT / "sample_project"
 SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
 
 # Level 0 of the sample slide, 2220 x 2967 px. Two parts, one of them with a hole; neither is
-# like its mirror images.
+# symmetric.
 HOLED = shapely.Polygon(
     [(300, 400), (1500, 300), (1400, 1500), (500, 1700)],
     [[(700, 700), (1100, 650), (1000, 1100), (750, 1200)]],
@@ -49,7 +49,7 @@ def feature(geometry: shapely.Geometry, name: str | None) -> dict[str, Any]:
 
 
 def export(project: Path, *features: dict[str, Any]) -> None:
-    """What groovy/export_regions.groovy leaves of the first image."""
+    """Write the file that groovy/export_regions.groovy exports of the first image."""
     file = project / "patchcl" / "regions" / "1.geojson"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"type": "FeatureCollection", "features": features}), "utf-8")
@@ -96,7 +96,7 @@ def test_annotations_are_regions_one_by_one(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (None, "its annotations were not exported"),
         ("{", "is damaged"),
@@ -116,7 +116,9 @@ def test_annotations_are_regions_one_by_one(folder: Path) -> None:
         (json.dumps({"features": []}), "it has none with a class"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(folder: Path, content: str | None, says: str) -> None:
+def test_exports_that_cannot_be_used_raise_one_line(
+    folder: Path, content: str | None, message: str
+) -> None:
     export(folder)
     file = folder / "patchcl" / "regions" / "1.geojson"
     if content is None:
@@ -125,11 +127,11 @@ def test_what_cannot_be_used_is_one_line(folder: Path, content: str | None, says
         file.write_text(content, "utf-8")
     with pytest.raises(ImageError) as error:
         read(folder, "Tumor")
-    message = str(error.value)
-    assert message.startswith("CMU-1-Small-Region.svs")
-    assert says in message
-    assert "export_regions.groovy" in message
-    assert "\n" not in message
+    raised = str(error.value)
+    assert raised.startswith("CMU-1-Small-Region.svs")
+    assert message in raised
+    assert "export_regions.groovy" in raised
+    assert "\n" not in raised
 
 
 def test_level0_and_back() -> None:
@@ -139,7 +141,7 @@ def test_level0_and_back() -> None:
     assert back.equals(TUMOR)
 
 
-def test_plan_keeps_to_the_region() -> None:
+def test_plan_is_limited_to_the_region() -> None:
     tissue = np.ones((100, 80), dtype=bool)
     tissue[:5] = False
     region = shapely.Polygon([(10.5, 20), (300.2, 30), (290, 410), (11, 44)])
@@ -192,7 +194,7 @@ def segment(
 def test_nuclei_of_a_region_are_those_of_the_whole_image(
     folder: Path, model: pipeline.Model, client: Any
 ) -> None:
-    """Tiled or not, the same nuclei, all those within and none else; finished tiles are its own."""
+    """Tiled or not, the same nuclei, all inside the regions; finished tiles are not shared."""
     whole, everything = segment(folder, model, client)
     export(folder, feature(TUMOR, "Tumor"), feature(STROMA, "Stroma"))
     results = []
@@ -204,13 +206,15 @@ def test_nuclei_of_a_region_are_those_of_the_whole_image(
     assert len(results[0]) > 200
     assert set(results[0].uuids) == set(results[1].uuids)
     region = TUMOR | STROMA
-    edge = region.boundary.buffer(4)  # a centroid of pixels is not quite that of the outline
+    edge = region.boundary.buffer(
+        4
+    )  # the centroid of pixels differs a little from that of the contour
     centroid = shapely.centroid(everything.polygons)
-    sure = shapely.contains(region - edge, centroid)
-    never = shapely.disjoint(region | edge, centroid)
+    inside = shapely.contains(region - edge, centroid)
+    outside = shapely.disjoint(region | edge, centroid)
     found = np.isin(everything.uuids, results[0].uuids)
-    assert found[sure].all()
-    assert not found[never].any()
+    assert found[inside].all()
+    assert not found[outside].any()
     assert 0 < found.sum() < len(everything) == whole.nuclei
 
     again, _ = segment(folder, model, client, "Tumor", "Stroma", tile_px=300)
@@ -263,7 +267,7 @@ QP.getCurrentHierarchy().getSelectionModel().setSelectedObject(chosen)
 
 
 @pytest.mark.qupath
-def test_what_qupath_exports_is_what_was_drawn(tmp_path: Path) -> None:
+def test_qupath_exports_the_regions_that_were_drawn(tmp_path: Path) -> None:
     folder = tmp_path / "ein Projekt, ü"
     qupath.launcher()
     project = qupath.make_project(folder, SLIDE, ["one.svs", "zwei ö.svs"])
@@ -276,7 +280,7 @@ def test_what_qupath_exports_is_what_was_drawn(tmp_path: Path) -> None:
     assert "ERROR" not in log, log
     assert "zwei ö.svs: annotations exported to" in log, log
     for entry in open_project(project, backend="files").images():
-        within = open_project(project, backend="files").within
+        within = open_project(project, backend="files").with_regions
 
         def region(*classes: str, entry: Any = entry, within: Any = within) -> Any:
             return shapely.union_all(within(entry, classes).regions)

@@ -1,4 +1,4 @@
-"""`patchcl-qp score`: truth of every kind is read, and what cannot be used says what to do."""
+"""`patchcl-qp score`: ground truth of every kind is read, and errors give advice."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import ImageEntry, Nuclei
 from patchcl_qupath.evaluation.ground_truth import read_ground_truth
 from patchcl_qupath.project import open_project
+from patchcl_qupath.storage.records import RegionRecord
 
 WIDTH, HEIGHT = 60, 40
 # Level 0; the second is in two pieces, the third has a hole.
@@ -60,7 +61,7 @@ def write_geojson(path: Path, polygons: Any = NUCLEI) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project of two images, of which a run has found the first one's nuclei."""
+    """A project of two images; the first has the nuclei of a run."""
     folder = tmp_path / "project"
     folder.mkdir()
     entries = []
@@ -70,12 +71,12 @@ def project(tmp_path: Path) -> Path:
         builder = {"builderType": "uri", "uri": uri, "args": [], "metadata": metadata}
         entries.append({"serverBuilder": builder, "entryID": number, "imageName": name})
     (folder / "project.qpproj").write_text(json.dumps({"version": "0.5.1", "images": entries}))
-    found(folder, 0, NUCLEI)
+    write_nuclei(folder, 0, NUCLEI)
     return folder
 
 
-def found(folder: Path, image: int, polygons: Any, **changes: Any) -> Path:
-    """Leave nuclei as a run does."""
+def write_nuclei(folder: Path, image: int, polygons: Any, **changes: Any) -> Path:
+    """Write nuclei as a run does."""
     project = open_project(folder, backend="files")
     entry = project.images()[image]
     nuclei = Nuclei(polygons, {"Area µm^2": shapely.area(polygons).astype(np.float32)})
@@ -105,7 +106,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_truth_of_every_kind_is_read(project: Path, ground_truth: Path, name: str) -> None:
+def test_ground_truth_of_every_kind_is_read(project: Path, ground_truth: Path, name: str) -> None:
     WRITERS[name](ground_truth / name)
     result = call("score", project, "--truth", ground_truth, "--json")
     assert result.exit_code == 0, result.output
@@ -117,17 +118,17 @@ def test_truth_of_every_kind_is_read(project: Path, ground_truth: Path, name: st
     assert outcome["without"] == ["b.svs"]
 
 
-def test_one_geojson_is_the_truth_of_one_image(project: Path, tmp_path: Path) -> None:
+def test_one_geojson_is_the_ground_truth_of_one_image(project: Path, tmp_path: Path) -> None:
     (results,) = (project / "patchcl" / "results").glob("1/nuclei-*.geojson.gz")  # our own
     refused = call("score", project, "--truth", results)
     assert refused.exit_code == 1
-    assert "truth of one image: say which one with --image" in refused.output
+    assert "ground truth of one image: say which one with --image" in refused.output
     result = call("score", project, "--truth", results, "--image", "a.svs", "--json")
     assert json.loads(result.stdout)["mean"] == pytest.approx(PERFECT)
 
 
 def test_the_table_has_images_and_their_mean(project: Path, ground_truth: Path) -> None:
-    found(project, 1, NUCLEI[:1])
+    write_nuclei(project, 1, NUCLEI[:1])
     write_geojson(ground_truth / "a.geojson")
     write_geojson(ground_truth / "b.geojson")
     result = call("score", project, "--truth", ground_truth)
@@ -145,7 +146,7 @@ def test_images_that_fail_do_not_stop_the_others(project: Path, ground_truth: Pa
     write_geojson(ground_truth / "b.geojson")
     result = call("score", project, "--truth", ground_truth)
     assert result.exit_code == 1
-    assert "Failed: b.svs has no nuclei to score: find them with `patchcl-qp run`" in result.output
+    assert "Failed: b.svs has no nuclei to score: do `patchcl-qp run` first" in result.output
     assert "1.000" in result.output
     call("remove", project, "--backend", "files")
     removed = call("score", project, "--truth", ground_truth)
@@ -153,7 +154,7 @@ def test_images_that_fail_do_not_stop_the_others(project: Path, ground_truth: Pa
     assert "mean" not in removed.output
 
 
-def test_damaged_results_say_so(project: Path, ground_truth: Path) -> None:
+def test_damaged_results_are_reported(project: Path, ground_truth: Path) -> None:
     write_geojson(ground_truth / "a.geojson")
     (project / "patchcl" / "results" / "1" / "nuclei.parquet").write_bytes(b"PAR1")
     result = call("score", project, "--truth", ground_truth)
@@ -187,7 +188,7 @@ def wrong(name: str, pixels: Any) -> tuple[str, Callable[[Path], object]]:
         ("a.jpg", write_geojson, "name files as the images"),
     ],
 )
-def test_truth_that_cannot_be_used(
+def test_ground_truth_that_cannot_be_used_is_refused(
     project: Path, ground_truth: Path, name: str, write: Callable[[Path], object], words: str
 ) -> None:
     write(ground_truth / name)
@@ -198,21 +199,21 @@ def test_truth_that_cannot_be_used(
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_truth_that_is_not_there(project: Path, tmp_path: Path) -> None:
+def test_ground_truth_that_does_not_exist_is_refused(project: Path, tmp_path: Path) -> None:
     assert "--truth" in call("score", project).output
     missing = call("score", project, "--truth", tmp_path / "none")
     assert missing.exit_code == 1
     assert "none does not exist: give a file that ends in .geojson" in missing.output
     other = call("score", project, "--truth", project / "project.qpproj")
-    assert "project.qpproj cannot be the truth: give a file that ends in" in other.output
+    assert "project.qpproj cannot be the ground truth: give a file that ends in" in other.output
 
 
-def test_two_truths_of_one_image_are_refused(project: Path, ground_truth: Path) -> None:
+def test_two_ground_truth_files_of_one_image_are_refused(project: Path, ground_truth: Path) -> None:
     write_geojson(ground_truth / "a.geojson")
     np.save(ground_truth / "a.npy", LABELS)
     result = call("score", project, "--truth", ground_truth)
-    assert "a.svs has several files of truth (a.geojson, a.npy): leave one" in result.output
-    np.save(ground_truth / "a.svs.npy", LABELS)  # the whole name goes before the stem
+    assert "a.svs has several ground-truth files (a.geojson, a.npy): leave one" in result.output
+    np.save(ground_truth / "a.svs.npy", LABELS)  # the whole name precedes the stem
     assert call("score", project, "--truth", ground_truth).exit_code == 0
 
 
@@ -238,35 +239,33 @@ def test_a_cell_is_its_nucleus_and_areas_are_made_valid(ground_truth: Path) -> N
     assert not len(read_ground_truth([path], ENTRY).polygons)
 
 
-def test_regions_in_the_truth_are_no_nuclei(project: Path, ground_truth: Path) -> None:
+def test_regions_in_ground_truth_are_no_nuclei(project: Path, ground_truth: Path) -> None:
     write_geojson(ground_truth / "a.geojson", [shapely.box(0, 0, 60, 40), *NUCLEI])
     (image,) = json.loads(call("score", project, "--truth", ground_truth, "--json").stdout)[
         "images"
     ]
     assert image["scores"] == pytest.approx(PERFECT)
-    assert image["note"].endswith("hold several others, as regions do: 1")
+    assert image["note"].endswith("contain several others, as regions do: 1")
 
 
-def test_a_run_within_regions_is_scored_within_them(project: Path, ground_truth: Path) -> None:
+def test_a_run_limited_to_regions_is_scored_inside_them(project: Path, ground_truth: Path) -> None:
     left = json.loads(shapely.to_geojson(shapely.box(0, 0, 30, 40)))
-    found(project, 0, NUCLEI[:2], regions=[{"geometry": left, "tissue_mm2": 0.1}])
+    write_nuclei(project, 0, NUCLEI[:2], regions=(RegionRecord(geometry=left, tissue_mm2=0.1),))
     write_geojson(ground_truth / "a.geojson")
     result = call("score", project, "--truth", ground_truth, "--json")
     (image,) = json.loads(result.stdout)["images"]
     assert (image["true_nuclei"], image["scores"]) == (2, pytest.approx(PERFECT))
-    assert image["note"] == "only inside the regions that the run kept to"
+    assert image["note"] == "only inside the analysis regions of the run"
 
 
 def test_what_qupath_exported_is_read(shared_data: Path) -> None:
     cells = shared_data / "geojson" / "CosciaLab__demo_Qupath_project_Single_cells.geojson"
     ground_truth = read_ground_truth([cells], ENTRY)
-    assert (
-        len(ground_truth.polygons) == 121 + 7 - 1
-    )  # cells and annotations, but for the one round all
+    # Cells and annotations, except the one that contains all others.
+    assert len(ground_truth.polygons) == 121 + 7 - 1
     assert ground_truth.note is not None
-    (region,) = read_ground_truth(
-        [shared_data / "geojson" / "qupath__polygon.geojson"], ENTRY
-    ).polygons
+    polygon = shared_data / "geojson" / "qupath__polygon.geojson"
+    (region,) = read_ground_truth([polygon], ENTRY).polygons
     assert region.geom_type == "MultiPolygon"
 
 

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; a failed write says what to do."""
+"""Atomic writes and exclusive locks; errors of failed writes give advice."""
 
 import errno
 import os
@@ -105,13 +105,13 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["1"]
 
 
-def test_leftovers_of_killed_writers_are_swept(tmp_path):
-    killed = atomic_write(tmp_path / "file")  # it never gets to its end
+def test_partial_files_of_killed_writers_are_removed(tmp_path):
+    killed = atomic_write(tmp_path / "file")  # it never ends
     killed.__enter__().write_text("half")
-    (tmp_path / "mine").write_text("whole")
+    (tmp_path / "complete").write_text("whole")
     assert len([*tmp_path.iterdir()]) == 2
     remove_partial_files(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+    assert [file.name for file in tmp_path.iterdir()] == ["complete"]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_leftovers_of_killed_writers_are_swept(tmp_path):
         (errno.EACCES, "no permission"),
     ],
 )
-def test_what_the_system_refuses_is_explained(tmp_path, code, advice):
+def test_errors_of_the_operating_system_are_explained(tmp_path, code, advice):
     with (
         pytest.raises(StorageError, match=rf"cannot write .*wanted.*{advice}"),
         writing(tmp_path / "wanted"),
@@ -130,7 +130,7 @@ def test_what_the_system_refuses_is_explained(tmp_path, code, advice):
         raise OSError(code, os.strerror(code))
 
 
-def test_a_file_in_the_place_of_a_folder_is_explained(tmp_path):
+def test_a_file_in_place_of_a_folder_is_explained(tmp_path):
     (tmp_path / "patchcl").write_text("a file")
     with pytest.raises(StorageError, match="patchcl"):
         write_bytes(tmp_path / "patchcl" / "a.parquet", encoded(1))
@@ -150,7 +150,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_a_full_disk_leaves_no_half_file(small_disk):
+def test_a_full_disk_leaves_no_partial_file(small_disk):
     write_bytes(small_disk / "1.parquet", encoded(20))
     with pytest.raises(StorageError, match="disk is full"):
         write_bytes(small_disk / "2.parquet", encoded(20_000))
@@ -158,11 +158,12 @@ def test_a_full_disk_leaves_no_half_file(small_disk):
     assert len(read_nuclei(small_disk / "1.parquet")) == 20
 
 
-def test_two_cannot_work_on_one_folder(tmp_path):
+def test_two_processes_cannot_lock_one_folder(tmp_path):
     hold = (
-        "import sys; from pathlib import Path; from patchcl_qupath.storage.files import alone;"
-        "held = alone(Path(sys.argv[1]) / 'new'); held.__enter__(); print('held', flush=True);"
-        "sys.stdin.read()"
+        "import sys; from pathlib import Path;"
+        "from patchcl_qupath.storage.files import exclusive_lock;"
+        "held = exclusive_lock(Path(sys.argv[1]) / 'new'); held.__enter__();"
+        "print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", hold, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -1,4 +1,4 @@
-"""Which fields are worth correcting: by what was surveyed, and on the real slide with QuPath."""
+"""Which ROIs are worth correcting: from made-up candidates, and on the real slide with QuPath."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SIDE = 512.0
 
 
 def grid(rows: int, cols: int, slide: int = 0, seed: int = 0, **columns: float) -> Candidates:
-    """The fields of one slide, row by row: full of tissue, of all looks."""
+    """Candidates of one slide, row by row: full of tissue, with diverse features."""
     rng = np.random.default_rng(seed)
     y, x = (axis.ravel() * SIDE for axis in np.mgrid[:rows, :cols])
     count = rows * cols
@@ -52,7 +52,7 @@ def grid(rows: int, cols: int, slide: int = 0, seed: int = 0, **columns: float) 
         "slides": np.full(count, slide),
         "boxes": shapely.box(x, y, x + SIDE, y + SIDE),
         "tissue": np.ones(count),
-        "doubt": 0.1 + nuclei / 1000 + rng.normal(0, 0.02, count),
+        "entropy": 0.1 + nuclei / 1000 + rng.normal(0, 0.02, count),
         "nuclei": nuclei,
         "hematoxylin": rng.uniform(0.2, 0.6, count),
         "area": rng.uniform(20, 60, count),
@@ -60,104 +60,99 @@ def grid(rows: int, cols: int, slide: int = 0, seed: int = 0, **columns: float) 
     return Candidates(**values | {name: np.full(count, v) for name, v in columns.items()})
 
 
-def together(*parts: Candidates) -> Candidates:
-    return Candidates(
-        *(np.concatenate([getattr(p, n) for p in parts]) for n in Candidates.__dataclass_fields__)
-    )
-
-
-def test_a_field_is_never_on_glass_and_has_nuclei() -> None:
-    """Even where that is what the network doubts most."""
-    fields = grid(6, 6)
-    fields.tissue[::2], fields.entropy[::2] = 0.3, 1.0
-    fields.nuclei[1::4], fields.entropy[1::4] = 3, 1.0
-    chosen = choose(fields, 36)
+def test_a_roi_has_tissue_and_nuclei() -> None:
+    """Even if the network is most uncertain elsewhere."""
+    candidates = grid(6, 6)
+    candidates.tissue[::2], candidates.entropy[::2] = 0.3, 1.0
+    candidates.nuclei[1::4], candidates.entropy[1::4] = 3, 1.0
+    chosen = choose(candidates, 36)
     assert chosen
-    assert (fields.tissue[chosen] >= 0.5).all()
-    assert (fields.nuclei[chosen] >= 10).all()
+    assert (candidates.tissue[chosen] >= 0.5).all()
+    assert (candidates.nuclei[chosen] >= 10).all()
     assert choose(grid(3, 3, tissue=0.49), 3) == []
     assert choose(grid(0, 0), 3) == []
 
 
-def test_full_fields_come_first_and_fuller_ones_where_there_is_none() -> None:
-    fields = grid(9, 9)
-    fields.tissue[:] = 0.6
-    fields.tissue[[0, 40, 80]] = 0.8
-    chosen = choose(fields, 5)
+def test_rois_full_of_tissue_are_preferred_on_each_slide() -> None:
+    candidates = grid(9, 9)
+    candidates.tissue[:] = 0.6
+    candidates.tissue[[0, 40, 80]] = 0.8
+    chosen = choose(candidates, 5)
     assert sorted(chosen[:3]) == [0, 40, 80]
     assert len(chosen) == 5
     biopsy = grid(2, 2, slide=1, tissue=0.55)
-    assert 1 in together(fields, biopsy).slides[choose(together(fields, biopsy), 2)]
+    both = Candidates.concatenate([candidates, biopsy])
+    assert 1 in both.slides[choose(both, 2)]
 
 
-def test_fields_never_overlap_or_touch_and_there_may_be_fewer() -> None:
-    fields = grid(5, 5)
-    chosen = choose(fields, 100)
-    assert len(set(chosen)) == len(chosen) <= 9  # every other one at most
-    boxes = fields.boxes[chosen]
+def test_rois_never_overlap_or_touch_and_may_be_fewer() -> None:
+    candidates = grid(5, 5)
+    chosen = choose(candidates, 100)
+    assert len(set(chosen)) == len(chosen) <= 9  # at most every second one
+    boxes = candidates.boxes[chosen]
     near = shapely.distance(boxes[:, None], boxes[None])[~np.eye(len(boxes), dtype=bool)]
     assert near.min() >= 1
 
 
-def test_slides_have_as_many_each() -> None:
-    """Though one of them is in more doubt than all others."""
+def test_slides_have_equal_numbers_of_rois() -> None:
+    """Though one of them is more uncertain than all others."""
     slides = [grid(4, 4, slide=k, seed=k) for k in range(5)]
     slides[3].entropy[:] += 0.4
-    fields = together(*slides)
+    candidates = Candidates.concatenate(slides)
     for count in (1, 4, 5, 8, 10):
-        on = np.bincount(fields.slides[choose(fields, count)], minlength=5)
+        on = np.bincount(candidates.slides[choose(candidates, count)], minlength=5)
         assert on.sum() == count
         assert on.max() - on.min() <= 1
-    assert fields.slides[choose(fields, 1)] == [3]
+    assert candidates.slides[choose(candidates, 1)] == [3]
 
 
-def test_a_small_slide_does_not_hold_up_the_others() -> None:
-    fields = together(grid(1, 1, slide=0), grid(6, 6, slide=1, seed=1))
-    on = np.bincount(fields.slides[choose(fields, 5)])
+def test_a_small_slide_does_not_limit_the_others() -> None:
+    candidates = Candidates.concatenate([grid(1, 1, slide=0), grid(6, 6, slide=1, seed=1)])
+    on = np.bincount(candidates.slides[choose(candidates, 5)])
     assert on.tolist() == [1, 4]
 
 
-def test_doubt_counts_beyond_what_is_usual_for_so_many_nuclei() -> None:
-    """Crowded fields have the most, by the rims of nuclei; a sparse one has more than it should."""
-    fields = grid(8, 8)
-    sparse = int(np.argmin(fields.nuclei))
-    fields.entropy[sparse] += 0.15
-    assert fields.entropy[sparse] < fields.entropy.max() - 0.1
-    assert choose(fields, 1) == [sparse]
-    beyond = fields.entropy - expected_entropy(fields)
-    assert beyond[np.arange(64) != sparse] == pytest.approx(0, abs=0.08)
-    assert beyond[sparse] > 0.1
+def test_the_excess_over_the_expected_entropy_counts() -> None:
+    """Dense ROIs have the highest entropy, by their contours; a sparse one has the most excess."""
+    candidates = grid(8, 8)
+    sparse = int(np.argmin(candidates.nuclei))
+    candidates.entropy[sparse] += 0.15
+    assert candidates.entropy[sparse] < candidates.entropy.max() - 0.1
+    assert choose(candidates, 1) == [sparse]
+    excess = candidates.entropy - expected_entropy(candidates)
+    assert excess[np.arange(64) != sparse] == pytest.approx(0, abs=0.08)
+    assert excess[sparse] > 0.1
 
 
-def test_looks_are_spread() -> None:
-    """Two kinds of tissue, one of them rare: both are seen, whatever is in more doubt."""
-    fields = grid(10, 10, nuclei=200, entropy=0.4, area=30.0, hematoxylin=0.3)
-    fields.entropy[:] += np.random.default_rng(0).normal(0, 0.001, 100)
+def test_rois_are_diverse() -> None:
+    """Two kinds of tissue, one of them rare: both are chosen, whichever is more uncertain."""
+    candidates = grid(10, 10, nuclei=200, entropy=0.4, area=30.0, hematoxylin=0.3)
+    candidates.entropy[:] += np.random.default_rng(0).normal(0, 0.001, 100)
     rare = [77, 79, 97]
-    fields.area[rare], fields.hematoxylin[rare] = 80, 0.6
-    fields.entropy[rare] = 0.4
-    chosen = choose(fields, 3)
+    candidates.area[rare], candidates.hematoxylin[rare] = 80, 0.6
+    candidates.entropy[rare] = 0.4
+    chosen = choose(candidates, 3)
     assert len(set(rare) & set(chosen[:2])) == 1
     assert len(set(rare) & set(chosen)) < 3
 
 
-def test_what_is_corrected_is_left_and_counts() -> None:
-    fields = together(*(grid(4, 4, slide=k, seed=k) for k in range(2)))
-    first = choose(fields, 2)
-    done = [(int(fields.slides[i]), fields.boxes[i]) for i in first[:1]]
-    (slide, area), more = done[0], choose(fields, 3, done)
-    assert fields.slides[more[0]] != slide  # it has one
+def test_corrected_rois_are_avoided_and_counted() -> None:
+    candidates = Candidates.concatenate([grid(4, 4, slide=k, seed=k) for k in range(2)])
+    first = choose(candidates, 2)
+    done = [(int(candidates.slides[i]), candidates.boxes[i]) for i in first[:1]]
+    (slide, area), more = done[0], choose(candidates, 3, done)
+    assert candidates.slides[more[0]] != slide  # it has one
     for i in more:
-        assert fields.slides[i] != slide or fields.boxes[i].distance(area) >= 1
+        assert candidates.slides[i] != slide or candidates.boxes[i].distance(area) >= 1
     elsewhere = (7, shapely.box(0, 0, 9, 9))  # on a slide without candidates
-    assert choose(fields, 2, [elsewhere]) == first
+    assert choose(candidates, 2, [elsewhere]) == first
 
 
-def test_equal_surveys_make_the_same_choice() -> None:
-    fields = together(*(grid(6, 6, slide=k, seed=k) for k in range(3)))
-    again = together(*(grid(6, 6, slide=k, seed=k) for k in range(3)))
-    assert choose(fields, 7) == choose(again, 7)
-    assert choose(fields, 7)[:4] == choose(fields, 4)  # more are those and others
+def test_the_choice_is_deterministic() -> None:
+    candidates = Candidates.concatenate([grid(6, 6, slide=k, seed=k) for k in range(3)])
+    again = Candidates.concatenate([grid(6, 6, slide=k, seed=k) for k in range(3)])
+    assert choose(candidates, 7) == choose(again, 7)
+    assert choose(candidates, 7)[:4] == choose(candidates, 4)  # more ROIs include the first ones
     same = grid(5, 5, nuclei=100, entropy=0.5, hematoxylin=0.3, area=30.0)
     assert len(choose(same, 4)) == 4
 
@@ -169,7 +164,7 @@ def test_equal_surveys_make_the_same_choice() -> None:
 def ran(
     model: pipeline.Model, client: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Nuclei]:
-    """A project with the nuclei of a run, as detections; and these."""
+    """A project with the nuclei of a run, as detections; and the nuclei."""
     folder = tmp_path_factory.mktemp("suggest") / "project"
     folder.mkdir()
     path = qupath.make_project(folder / "p", SLIDE, ["a.svs"])
@@ -202,16 +197,16 @@ def call(*arguments: object, status: int = 0) -> Any:
 
 
 def test_suggest_from_the_command_line(path: Path, ran: tuple[Path, Nuclei]) -> None:
-    said = json.loads(call("suggest", path, "--fields", 3, "--json").stdout)
-    assert len(said["fields"]) == 3
-    assert not said["problems"]
-    assert not said["without"]
+    suggested = json.loads(call("suggest", path, "--fields", 3, "--json").stdout)
+    assert len(suggested["fields"]) == 3
+    assert not suggested["problems"]
+    assert not suggested["without"]
     file = json.loads((path.parent / "patchcl" / "fields" / "1.json").read_text("utf-8"))
-    assert file["fields"] == [one["field"] for one in said["fields"]]
+    assert file["fields"] == [one["field"] for one in suggested["fields"]]
     centroids = shapely.centroid(ran[1].polygons)
-    for number, one in enumerate(said["fields"], start=1):
+    for number, one in enumerate(suggested["fields"], start=1):
         field = one["field"]
-        assert field["name"] == f"Field {number} of 3"
+        assert field["name"] == f"ROI {number} of 3"
         assert f"{one['doubt']:.2f} bits" in field["description"]
         x, y, width, height = (field[key] for key in ("x", "y", "width", "height"))
         assert width == height == pytest.approx(256 / 0.499, rel=0.02)
@@ -219,7 +214,7 @@ def test_suggest_from_the_command_line(path: Path, ran: tuple[Path, Nuclei]) -> 
         assert one["nuclei"] == pytest.approx(shapely.contains(box, centroids).sum(), rel=0.02)
         assert one["tissue"] >= 0.75
     again = json.loads(call("suggest", path, "--fields", 3, "--json").stdout)["fields"]
-    for one, other in zip(said["fields"], again, strict=True):
+    for one, other in zip(suggested["fields"], again, strict=True):
         assert one["field"].pop("id") != other["field"].pop("id")
         assert one == other
 
@@ -233,7 +228,7 @@ def test_suggest_from_the_command_line(path: Path, ran: tuple[Path, Nuclei]) -> 
     assert "no nuclei yet: do `patchcl-qp run` first" in call("suggest", path, status=1).output
 
 
-def test_surveys_of_another_run_are_not_used(path: Path) -> None:
+def test_uncertainty_grids_of_another_run_are_refused(path: Path) -> None:
     uncertainty = path.parent / "patchcl" / "surveys" / "1.parquet"
     found = read_uncertainty_grid(uncertainty)
     write_uncertainty_grid(uncertainty, replace(found, nuclei=found.nuclei * 2))
@@ -242,14 +237,14 @@ def test_surveys_of_another_run_are_not_used(path: Path) -> None:
     assert "cannot be read: do `patchcl-qp run` again" in call("suggest", path, status=1).output
 
 
-def test_a_slide_of_glass_has_no_field(path: Path) -> None:
+def test_a_slide_of_glass_has_no_roi(path: Path) -> None:
     uncertainty = path.parent / "patchcl" / "surveys" / "1.parquet"
     found = read_uncertainty_grid(uncertainty)
     write_uncertainty_grid(uncertainty, replace(found, points=found.points // 3))
-    assert "no field is 50% tissue with 10 nuclei" in call("suggest", path, status=1).output
+    assert "no ROI is 50% tissue with 10 nuclei" in call("suggest", path, status=1).output
 
 
-def test_status_says_what_changed_since(path: Path) -> None:
+def test_status_lists_changes_since_the_run(path: Path) -> None:
     def changed() -> Any:
         (row,) = json.loads(call("status", path, "--json").stdout)["images"]
         assert (row["state"], row["fields"], row["fields_done"]) == ("done", 0, 0)
@@ -279,30 +274,29 @@ def test_status_says_what_changed_since(path: Path) -> None:
     sizes = {"pixelWidth": calibration, "pixelHeight": calibration}
     image["serverBuilder"]["metadata"] = {"pixelCalibration": sizes}
     path.write_text(json.dumps(content), "utf-8")
-    facts = output / "models" / "patchcl.json"
-    facts.write_text(facts.read_text("utf-8").replace('"digest": "', '"digest": "0'), "utf-8")
+    record = output / "models" / "patchcl.json"
+    record.write_text(record.read_text("utf-8").replace('"digest": "', '"digest": "0'), "utf-8")
     result = output / "results" / "1" / "result.json"
-    about = json.loads(result.read_text("utf-8")) | {"version": "0.0.1"}
+    provenance = json.loads(result.read_text("utf-8")) | {"version": "0.0.1"}
     modified = result.stat().st_mtime
-    result.write_text(json.dumps(about), "utf-8")
+    result.write_text(json.dumps(provenance), "utf-8")
     os.utime(result, (modified, modified))
     assert changed() == ["slide file", "pixel size", "model retrained", "version, was 0.0.1"]
     (row,) = json.loads(call("status", path, "--json").stdout)["images"]
-    assert (row["model"], row["made"]) == ("patchcl", about["made"])
-    facts.unlink()
+    assert (row["model"], row["made"]) == ("patchcl", provenance["made"])
+    record.unlink()
     assert changed()[2] == "model gone"
     table = call("status", path).stdout
     assert "changed" in table
-    assert about["made"][:10] in table
+    assert provenance["made"][:10] in table
 
 
-def test_fields_that_nobody_corrected_teach_nothing(path: Path) -> None:
-    said = call("refine", path, "--labels-from", TO_CORRECT, status=2)
-    assert f"are still to be corrected: set the class of those that are done to {CORRECTED}" in (
-        said.output
-    )
-    said = call("refine", path, status=1)
-    assert f"no image has an annotation of class {CORRECTED}: have some suggested" in said.output
+def test_rois_that_nobody_corrected_are_not_trained_on(path: Path) -> None:
+    refused = call("refine", path, "--labels-from", TO_CORRECT, status=2)
+    advice = f"are still to be corrected: set the class of those that are corrected to {CORRECTED}"
+    assert advice in refused.output
+    refused = call("refine", path, status=1)
+    assert f"no image has an annotation of class {CORRECTED}: have some suggested" in refused.output
 
 
 LOOK = """
@@ -319,7 +313,7 @@ def objects = hierarchy.getAllObjects(false).collect { [
 ] }
 GsonTools.getInstance().toJson(objects)
 """
-# A person corrects the first field, begins with the second, and leaves the others alone.
+# A person corrects the first ROI, begins with the second, and leaves the others alone.
 EDIT = """
 import qupath.lib.objects.PathObjects
 import qupath.lib.objects.classes.PathClass
@@ -330,46 +324,46 @@ def square = { double x, double y, double side ->
     ROIs.createRectangleROI(x, y, side, side, ImagePlane.getDefaultPlane())
 }
 def annotations = hierarchy.getAnnotationObjects()
-def inside = { field -> annotations.findAll {
+def inside = { roi -> annotations.findAll {
     it.getPathClass()?.toString() == 'Nucleus' &&
-        field.getROI().getGeometry().contains(it.getROI().getGeometry())
+        roi.getROI().getGeometry().contains(it.getROI().getGeometry())
 }.sort { it.getID().toString() } }
-def field = (1..3).collect { n -> annotations.find { it.getName() == "Field ${n} of 3" } }
-def (one, two, three) = inside(field[0])
+def rois = (1..3).collect { n -> annotations.find { it.getName() == "ROI ${n} of 3" } }
+def (one, two, three) = inside(rois[0])
 hierarchy.removeObject(three, true)
 one.setROI(square(one.getROI().getBoundsX(), one.getROI().getBoundsY(), 9))
 def drawn = PathObjects.createAnnotationObject(three.getROI(), PathClass.fromString('Nucleus'))
 drawn.setName('by hand')
 hierarchy.addObject(drawn)
-field[0].setPathClass(PathClass.fromString('PatchCL: corrected'))
-inside(field[1]).first().setPathClass(PathClass.fromString('Tumor'))
+rois[0].setPathClass(PathClass.fromString('PatchCL: corrected'))
+inside(rois[1]).first().setPathClass(PathClass.fromString('Tumor'))
 hierarchy.resolveHierarchy()
 entry.saveImageData(imageData)
 '"edited"'
 """
 DELETE = """
-def field = hierarchy.getAllObjects(false).find { it.getID().toString() == 'FIELD' }
-hierarchy.removeObject(field, true)
+def roi = hierarchy.getAllObjects(false).find { it.getID().toString() == 'ROI' }
+hierarchy.removeObject(roi, true)
 entry.saveImageData(imageData)
 '"deleted"'
 """
 
 
-class Told:
-    """What QuPath shows of the image after each chapter of a story, by one backend."""
+class Story:
+    """The objects in QuPath after each step of a story, by one backend."""
 
     def __init__(
         self, path: Path, first: Nuclei, process: Process, session: qupath.Session, by: str
     ):
         self.path, self.process, self.session, self.by = path, process, session, by
-        # As in a run of another model: each outline a little larger, under another id.
+        # As in a run of another model: each contour a little larger, under another id.
         new = Nuclei(
             np.array([shapely.Polygon(p.buffer(0.4).exterior) for p in first.polygons]),
             first.measurements,
             np.array([str(uuid.uuid5(uuid.NAMESPACE_OID, id_)) for id_ in first.uuids]),
         )
         self.ids, self.new_ids = set(first.uuids.tolist()), set(new.uuids.tolist())
-        self.said = [suggest(*self.opened(), 3)]
+        self.suggestions = [suggest(*self.opened(), 3)]
         self.seen = [self.look()]
         session.run(path, EDIT)
         self.seen.append(self.look(shown=True))
@@ -387,11 +381,11 @@ class Told:
             settings.write_text("[cdcl]\nsteps = 4\n[patchcl]\ncrops = 4\n", "utf-8")
             call("refine", path, "--config", settings)
         self.labels = self.opened()[0].corrections(entry, CORRECTED)
-        self.said.append(suggest(*self.opened(), 3))
+        self.suggestions.append(suggest(*self.opened(), 3))
         self.seen.append(self.look())
-        new_fields = {one.field.id for one in self.said[1].fields}
-        self.deleted = next(o for o in self.seen[3] if o["id"] in new_fields)
-        session.run(path, DELETE.replace("FIELD", self.deleted["id"]))
+        new_rois = {one.roi.id for one in self.suggestions[1].rois}
+        self.deleted = next(o for o in self.seen[3] if o["id"] in new_rois)
+        session.run(path, DELETE.replace("ROI", self.deleted["id"]))
         project, (entry,) = self.opened()
         project.write(entry, [new], config, result)
         self.seen.append(self.look())
@@ -411,22 +405,22 @@ class Told:
             assert "ERROR" not in log, log
         return self.session.run(self.path, LOOK)["a.svs"]
 
-    def fields(self, chapter: int) -> dict[str, Any]:
+    def rois(self, step: int) -> dict[str, Any]:
         classes = (TO_CORRECT, CORRECTED)
-        found = [o for o in self.seen[chapter] if o.get("class_name") in classes]
+        found = [o for o in self.seen[step] if o.get("class_name") in classes]
         return {o["name"]: o for o in found}
 
-    def within(self, field: Any, chapter: int) -> dict[str, Any]:
-        """The nuclei that reach into a field, by id."""
-        box = outline(field)
+    def within(self, roi: Any, step: int) -> dict[str, Any]:
+        """The nuclei that reach into a ROI, by id."""
+        box = contour(roi)
         return {
             o["id"]: {**o, "parent": None}
-            for o in self.seen[chapter]
-            if o.get("name") in (None, "by hand") and outline(o).intersects(box)
+            for o in self.seen[step]
+            if o.get("name") in (None, "by hand") and contour(o).intersects(box)
         }
 
 
-def outline(shown: Any) -> shapely.Polygon:
+def contour(shown: Any) -> shapely.Polygon:
     return shapely.Polygon(shown["points"])
 
 
@@ -436,30 +430,30 @@ def stories(
     process: Process,
     session: qupath.Session,
     tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Told]:
+) -> dict[str, Story]:
     found = {}
     for by in BACKENDS:
         folder = shutil.copytree(ran[0].parent, tmp_path_factory.mktemp(by) / "project")
-        found[by] = Told(folder / "project.qpproj", ran[1], process, session, by)
+        found[by] = Story(folder / "project.qpproj", ran[1], process, session, by)
     return found
 
 
 @pytest.fixture(params=BACKENDS)
-def told(request: pytest.FixtureRequest, stories: dict[str, Told]) -> Told:
+def story(request: pytest.FixtureRequest, stories: dict[str, Story]) -> Story:
     return stories[request.param]
 
 
 @pytest.mark.qupath
-def test_both_backends_give_the_same_objects(stories: dict[str, Told]) -> None:
-    """Fields have other ids each time."""
+def test_both_backends_give_the_same_objects(stories: dict[str, Story]) -> None:
+    """ROIs have other ids each time."""
 
     def by_id(objects: Any) -> dict[str, Any]:
         found = {}
         for o in objects:
             is_roi = o.get("class_name") in (TO_CORRECT, CORRECTED)
-            facts = {k: v for k, v in o.items() if k != "id"}
-            key = f"{o['name']} {outline(o).bounds}" if is_roi else o["id"]
-            found["by hand" if o.get("name") == "by hand" else key] = facts
+            properties = {k: v for k, v in o.items() if k != "id"}
+            key = f"{o['name']} {contour(o).bounds}" if is_roi else o["id"]
+            found["by hand" if o.get("name") == "by hand" else key] = properties
         assert len(found) == len(objects)
         return found
 
@@ -467,106 +461,106 @@ def test_both_backends_give_the_same_objects(stories: dict[str, Told]) -> None:
         one, other = by_id(paquo), by_id(files)
         assert one.keys() == other.keys()
         for key, shown in one.items():
-            assert outline(shown).hausdorff_distance(outline(other[key])) < 0.01
+            assert contour(shown).hausdorff_distance(contour(other[key])) < 0.01
             assert {**shown, "points": None} == {**other[key], "points": None}
 
 
 @pytest.mark.qupath
-def test_fields_are_locked_and_their_nuclei_can_be_edited(told: Told) -> None:
-    fields = told.fields(0)
-    assert sorted(fields) == [f"Field {n} of 3" for n in (1, 2, 3)]
-    for one in told.said[0].fields:
-        shown, asked = fields[one.field.name], one.field
+def test_rois_are_locked_and_their_nuclei_can_be_edited(story: Story) -> None:
+    rois = story.rois(0)
+    assert sorted(rois) == [f"ROI {n} of 3" for n in (1, 2, 3)]
+    for one in story.suggestions[0].rois:
+        shown, asked = rois[one.roi.name], one.roi
         assert (shown["id"], shown["type"]) == (asked.id, "annotation")
         assert shown["class_name"] == TO_CORRECT
         assert shown["locked"]
         box = shapely.box(asked.x, asked.y, asked.x + asked.width, asked.y + asked.height)
-        assert outline(shown).hausdorff_distance(box & shapely.box(0, 0, 2220, 2967)) < 0.01
-        nuclei = told.within(shown, 0)
+        assert contour(shown).hausdorff_distance(box & shapely.box(0, 0, 2220, 2967)) < 0.01
+        nuclei = story.within(shown, 0)
         assert len(nuclei) >= one.nuclei * 0.95
         assert {o["type"] for o in nuclei.values()} == {"annotation"}
         assert not any(o["locked"] for o in nuclei.values())
-    of_fields = set().union(*(told.within(field, 0) for field in fields.values()))
-    others = [o for o in told.seen[0] if o["id"] in told.ids - of_fields]
+    of_rois = set().union(*(story.within(roi, 0) for roi in rois.values()))
+    others = [o for o in story.seen[0] if o["id"] in story.ids - of_rois]
     assert {o["type"] for o in others} == {"detection"}
-    assert of_fields | {o["id"] for o in others} == told.ids
-    listed = json.loads((told.path.parent / "classifiers" / "classes.json").read_text("utf-8"))
+    assert of_rois | {o["id"] for o in others} == story.ids
+    listed = json.loads((story.path.parent / "classifiers" / "classes.json").read_text("utf-8"))
     assert {TO_CORRECT, CORRECTED} <= {c["name"] for c in listed["pathClasses"]}
 
 
 @pytest.mark.qupath
-def test_status_counts_fields_that_are_done(told: Told) -> None:
-    assert (told.state.fields, told.state.rois_corrected) == (3, 1)
+def test_status_counts_rois_that_are_corrected(story: Story) -> None:
+    assert (story.status.rois, story.status.rois_corrected) == (3, 1)
 
 
 @pytest.mark.qupath
-def test_a_run_leaves_fields_as_they_are(told: Told) -> None:
-    """All of them, touched or not, with what reaches into them; all else is the new run's."""
-    before, after = told.fields(1), told.fields(2)
+def test_a_run_leaves_rois_unchanged(story: Story) -> None:
+    """All of them, touched or not, with the nuclei in them; all other nuclei are the new run's."""
+    before, after = story.rois(1), story.rois(2)
     assert before.keys() == after.keys()
     held: set[str] = set()
-    for name, field in before.items():
-        assert {**after[name], "parent": None} == {**field, "parent": None}
-        assert told.within(field, 2) == told.within(field, 1)
-        held |= told.within(field, 1).keys()
-    shown = {o["id"] for o in told.seen[2]}
-    assert len(shown & told.new_ids) > 100
-    assert shown & told.ids == held & told.ids
+    for name, roi in before.items():
+        assert {**after[name], "parent": None} == {**roi, "parent": None}
+        assert story.within(roi, 2) == story.within(roi, 1)
+        held |= story.within(roi, 1).keys()
+    shown = {o["id"] for o in story.seen[2]}
+    assert len(shown & story.new_ids) > 100
+    assert shown & story.ids == held & story.ids
 
 
 @pytest.mark.qupath
-def test_refine_learns_from_what_is_done(told: Told) -> None:
-    first = told.fields(1)["Field 1 of 3"]
+def test_refine_trains_with_corrected_rois(story: Story) -> None:
+    first = story.rois(1)["ROI 1 of 3"]
     assert first["class_name"] == CORRECTED
-    (field,) = told.labels.fields
-    assert field.hausdorff_distance(outline(first)) < 0.01
-    nuclei = told.within(first, 1)
+    (roi,) = story.labels.rois
+    assert roi.hausdorff_distance(contour(first)) < 0.01
+    nuclei = story.within(first, 1)
     assert "by hand" in {o.get("name") for o in nuclei.values()}
-    assert len(told.labels.nuclei) == len(nuclei)
-    left = shapely.union_all([outline(o).buffer(0) for o in nuclei.values()])
-    learnt = shapely.union_all(told.labels.nuclei)
-    assert left.symmetric_difference(learnt).area < 0.01 * left.area
+    assert len(story.labels.nuclei) == len(nuclei)
+    drawn = shapely.union_all([contour(o).buffer(0) for o in nuclei.values()])
+    read = shapely.union_all(story.labels.nuclei)
+    assert drawn.symmetric_difference(read).area < 0.01 * drawn.area
 
 
 @pytest.mark.qupath
-def test_other_suggestions_replace_those_that_nobody_touched(told: Told) -> None:
-    before = told.fields(2)
-    ids = {o["id"] for o in told.seen[3]}
-    for name in ("Field 1 of 3", "Field 2 of 3"):
+def test_new_suggestions_replace_rois_that_nobody_touched(story: Story) -> None:
+    before = story.rois(2)
+    ids = {o["id"] for o in story.seen[3]}
+    for name in ("ROI 1 of 3", "ROI 2 of 3"):
         assert before[name]["id"] in ids
-        field = before[name]
-        assert told.within(field, 3) == told.within(field, 2)
-    assert before["Field 3 of 3"]["id"] not in ids
-    new = [o for o in told.seen[3] if o["id"] in {one.field.id for one in told.said[1].fields}]
+        roi = before[name]
+        assert story.within(roi, 3) == story.within(roi, 2)
+    assert before["ROI 3 of 3"]["id"] not in ids
+    new = [o for o in story.seen[3] if o["id"] in {one.roi.id for one in story.suggestions[1].rois}]
     assert new
-    fields = [o for o in told.seen[3] if o.get("class_name") in (TO_CORRECT, CORRECTED)]
-    boxes = [outline(field) for field in fields]
+    rois = [o for o in story.seen[3] if o.get("class_name") in (TO_CORRECT, CORRECTED)]
+    boxes = [contour(roi) for roi in rois]
     assert len(boxes) == len(new) + 2
     assert all(a.distance(b) >= 1 for k, a in enumerate(boxes) for b in boxes[:k])
-    for field in new:
-        nuclei = told.within(field, 3)
+    for roi in new:
+        nuclei = story.within(roi, 3)
         assert {o["type"] for o in nuclei.values()} == {"annotation"}
 
 
 @pytest.mark.qupath
-def test_a_field_that_a_person_deleted_stays_deleted(told: Told) -> None:
-    """And its nuclei are a run's again, which writes detections."""
+def test_a_roi_that_a_person_deleted_stays_deleted(story: Story) -> None:
+    """And its nuclei are again those of a run, which writes detections."""
     before, others = (
-        {o["id"]: o for o in told.seen[chapter] if o.get("class_name") in (TO_CORRECT, CORRECTED)}
-        for chapter in (3, 4)
+        {o["id"]: o for o in story.seen[step] if o.get("class_name") in (TO_CORRECT, CORRECTED)}
+        for step in (3, 4)
     )
-    assert others.keys() == before.keys() - {told.deleted["id"]}
-    held = set().union(*(told.within(field, 4) for field in others.values()))
-    free = [o for id_, o in told.within(told.deleted, 4).items() if id_ not in held]
+    assert others.keys() == before.keys() - {story.deleted["id"]}
+    held = set().union(*(story.within(roi, 4) for roi in others.values()))
+    free = [o for id_, o in story.within(story.deleted, 4).items() if id_ not in held]
     assert len(free) > 10
     assert {o["type"] for o in free} == {"detection"}
 
 
 @pytest.mark.qupath
-def test_remove_takes_fields_that_nobody_touched(told: Told) -> None:
-    first, second = (told.fields(2)[f"Field {n} of 3"] for n in (1, 2))
-    left = {o["id"] for o in told.seen[5]}
-    kept = {first["id"], second["id"], *told.within(first, 2), *told.within(second, 2)}
+def test_remove_deletes_rois_that_nobody_touched(story: Story) -> None:
+    first, second = (story.rois(2)[f"ROI {n} of 3"] for n in (1, 2))
+    left = {o["id"] for o in story.seen[5]}
+    kept = {first["id"], second["id"], *story.within(first, 2), *story.within(second, 2)}
     assert left == kept
-    for field in (first, second):
-        assert told.within(field, 5) == told.within(field, 2)
+    for roi in (first, second):
+        assert story.within(roi, 5) == story.within(roi, 2)

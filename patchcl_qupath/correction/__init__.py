@@ -1,1 +1,1 @@
-"""Corrections: which regions are worth one, and what was corrected."""
+"""Corrections: which ROIs are worth one, and the samples that are made of corrected ROIs."""

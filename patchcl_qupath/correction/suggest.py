@@ -1,9 +1,10 @@
-"""Fields worth correcting: where a model is in doubt, on all slides, and unlike each other.
+"""ROIs worth correcting, chosen by active learning: uncertain ones, diverse, on all slides.
 
-Doubt is the entropy of what the network says (uncertainty sampling: D. Lewis, W. Gale, *A
-Sequential Algorithm for Training Text Classifiers*, SIGIR 1994). It grows with the number of
-nuclei, since each has a rim; so a field counts by its doubt beyond what is usual for so many. That
-fields are to differ in look, greedily, is core-set selection (O. Sener, S. Savarese, *Active
+Uncertainty is the predictive entropy of the network (uncertainty sampling: D. Lewis, W. Gale, *A
+Sequential Algorithm for Training Text Classifiers*, SIGIR 1994). Entropy grows with the number of
+nuclei, since their contours are uncertain. So the acquisition score is the rank of the excess over
+the entropy that is expected at a ROI's density of nuclei. It is multiplied by the distance to the
+ROIs chosen so far, in a space of features: a greedy core-set (O. Sener, S. Savarese, *Active
 Learning for Convolutional Neural Networks: A Core-Set Approach*, ICLR 2018).
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import shapely
@@ -21,44 +22,60 @@ from patchcl_qupath.config import CORRECTED
 from patchcl_qupath.datatypes import CorrectionRoi, ImageEntry, Nuclei, Polygons, UncertaintyGrid
 from patchcl_qupath.errors import ImageError, PatchCLError, ProjectError
 from patchcl_qupath.project import Project
-from patchcl_qupath.segmentation.uncertainty import fields_of_view
+from patchcl_qupath.segmentation.uncertainty import FieldsOfView, fields_of_view
 from patchcl_qupath.storage.parquet import read_nuclei, read_uncertainty_grid
 from patchcl_qupath.storage.records import Record, ResultRecord, read_result
 
-FULL = 0.75  # of a field that is tissue
-MIN_TISSUE = 0.5  # where no fuller field is left on a slide; the rest is glass
-MIN_NUCLEI = 10  # with fewer, corrections may leave none, which nothing can be learnt from
-APART_PX = 1.0  # at level 0; fields that are nearer touch
+FULL_TISSUE = 0.75  # tissue fraction of ROIs that are preferred
+MIN_TISSUE = 0.5  # tissue fraction of ROIs on slides that have none with FULL_TISSUE
+MIN_NUCLEI = 10  # with fewer, corrections may leave a ROI without nuclei, which cannot be used
+MIN_GAP_PX = 1.0  # at level 0; ROIs that are nearer touch
+MAX_FEATURE = 3.0  # standard deviations at which features are clipped
+HEMATOXYLIN, AREA = "Hematoxylin: Mean", "Area µm^2"  # measurements of nuclei
 
 Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Fields to choose from, as columns; (N,) each.
+    """Candidate ROIs as columns, (N,) each.
 
-    ``slides`` are numbers from 0 that say on which slide a field is; ``boxes`` are at level 0;
-    ``tissue`` is its share; ``entropy`` the mean entropy of tissue, in bits. ``hematoxylin`` is the
-    mean optical density of the ``nuclei``, and ``area`` their median area in um2.
+    ``slides`` are numbers of slides from 0; ``boxes`` are at level 0; ``tissue`` is the tissue
+    fraction; ``entropy`` the mean predictive entropy of tissue, in bits; ``nuclei`` the number of
+    nuclei, ``hematoxylin`` their mean optical density, ``area`` their median area in µm².
     """
 
-    slides: NDArray[np.int64]
+    slides: Integers
     boxes: Polygons
     tissue: Floats
     entropy: Floats
-    nuclei: NDArray[np.int64]
+    nuclei: Integers
     hematoxylin: Floats
     area: Floats
 
+    def __len__(self) -> int:
+        return len(self.boxes)
+
     @property
     def density(self) -> Floats:
-        """Nuclei of each field, if all of it were tissue."""
+        """(N,) nuclei per ROI of tissue alone."""
         return np.asarray(self.nuclei / self.tissue)
 
     @property
     def usable(self) -> NDArray[np.bool_]:
-        """Which are more tissue than glass, and have nuclei."""
+        """(N,) which have enough tissue and nuclei."""
         return (self.tissue >= MIN_TISSUE) & (self.nuclei >= MIN_NUCLEI)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Candidates]) -> Candidates:
+        """All candidates of ``parts``, in that order: at least one part."""
+        return cls(
+            **{
+                column.name: np.concatenate([getattr(part, column.name) for part in parts])
+                for column in fields(cls)
+            }
+        )
 
 
 class SuggestedRoi(
@@ -67,9 +84,10 @@ class SuggestedRoi(
     kw_only=True,
     rename={"roi": "field", "entropy": "doubt", "expected": "usual"},
 ):
-    """A ROI that was marked, and why: ``expected`` is the mean entropy of fields of view as dense.
+    """A ROI that was marked, and the reasons.
 
-    ``tissue`` is a fraction; ``entropy`` the mean predictive entropy, in bits.
+    ``id`` is that of the image. ``tissue`` is a fraction; ``entropy`` the mean predictive entropy
+    in bits, ``expected`` that of ROIs of the same density of ``nuclei``.
     """
 
     id: str
@@ -82,9 +100,9 @@ class SuggestedRoi(
 
 
 class Suggestion(Record, frozen=True, kw_only=True, rename={"rois": "fields"}):
-    """What became of a project: its new ROIs, what was done with them, and what failed.
+    """The new ROIs of a project; for each image with some, a message of what was done.
 
-    ``without`` are the images that have no nuclei yet.
+    ``problems`` are those of images that failed; ``without`` are the images without nuclei.
     """
 
     rois: list[SuggestedRoi]
@@ -94,57 +112,45 @@ class Suggestion(Record, frozen=True, kw_only=True, rename={"rois": "fields"}):
 
 
 def suggest(project: Project, entries: Sequence[ImageEntry], count: int) -> Suggestion:
-    """Choose ``count`` fields of a project's images, or as many as there are, and mark them.
+    """Choose ``count`` ROIs of a project's images, or as many as there are, and mark them.
 
-    They take the place of fields that were suggested before and that nobody touched. An image that
-    fails says why, and the others go on. Raises ProjectError where there is nothing to choose from.
+    They replace ROIs that were suggested before and that nobody touched. An image that fails is
+    reported and does not stop the others. Raises ProjectError if no image has a usable ROI.
     """
-    looked: list[tuple[ImageEntry, Candidates]] = []
-    corrected: list[tuple[int, shapely.Geometry]] = []
-    problems: list[str] = []
-    without = []
-    slides = {path: k for k, path in enumerate(dict.fromkeys(entry.path for entry in entries))}
-    for entry in entries:
-        if not _has_nuclei(project, entry):
-            without.append(entry.name)
-            continue
-        try:
-            found = _candidates(project, entry, slides[entry.path])
-            corrected_rois = project.corrected_rois(entry)
-        except PatchCLError as error:
-            problems.append(str(error))
-            continue
-        looked.append((entry, found))
-        corrected += [(slides[entry.path], field) for field in corrected_rois]
-    if not looked:
-        raise ProjectError("; ".join(problems) or "no nuclei yet: do `patchcl-qp run` first")
-    everything = _concatenate([found for _, found in looked])
-    chosen = choose(everything, count, corrected)
+    found = _Found.read(project, entries)
+    candidates = Candidates.concatenate(found.candidates)
+    chosen = choose(candidates, count, found.corrected)
     if not chosen:
         raise ProjectError(
-            f"no field is {MIN_TISSUE:.0%} tissue with {MIN_NUCLEI} nuclei or more, and apart from "
-            "those that are corrected: add slides with more tissue, or draw fields yourself"
+            f"no ROI is {MIN_TISSUE:.0%} tissue with {MIN_NUCLEI} nuclei or more, and apart from "
+            "those that are corrected: add slides with more tissue, or draw ROIs yourself"
         )
-
-    expected = expected_entropy(everything)
-    owner = np.repeat(np.arange(len(looked)), [len(found.entropy) for _, found in looked])
+    expected = expected_entropy(candidates)
+    image_of = np.repeat(np.arange(len(found.entries)), [len(part) for part in found.candidates])
     suggested: list[SuggestedRoi] = []
     done: list[str] = []
-    for k, (entry, _) in enumerate(looked):
+    problems = found.problems
+    for k, entry in enumerate(found.entries):
         here = [
-            _suggested(entry, everything, i, float(expected[i]), f"Field {number} of {len(chosen)}")
-            for number, i in enumerate(chosen, start=1)
-            if owner[i] == k
+            _suggested(
+                entry=entry,
+                candidates=candidates,
+                row=row,
+                expected=float(expected[row]),
+                name=f"ROI {number} of {len(chosen)}",
+            )
+            for number, row in enumerate(chosen, start=1)
+            if image_of[row] == k
         ]
         try:
-            said = project.mark_rois(entry, [one.roi for one in here])
+            message = project.mark_rois(entry, [one.roi for one in here])
         except PatchCLError as error:
             problems.append(str(error))
             continue
         suggested += here
         if here:
-            done.append(f"{entry.name}: {said}")
-    return Suggestion(rois=suggested, done=done, problems=problems, without=without)
+            done.append(f"{entry.name}: {message}")
+    return Suggestion(rois=suggested, done=done, problems=problems, without=found.without)
 
 
 def choose(
@@ -152,21 +158,21 @@ def choose(
 ) -> list[int]:
     """The ``count`` rows, or as many as there are, that are most worth correcting, best first.
 
-    Each time the one whose worth, times how far its look is from those chosen, is greatest: of the
-    slides that have fewest, and of their full fields if there are some. Fields do not touch, nor do
-    they touch those that are ``corrected``: the numbers of their slides, and their outlines. Equal
-    candidates make the same choice.
+    Greedily, the row with the greatest product of acquisition score and distance to the features
+    of the rows chosen before: of the slides with fewest ROIs, and of their candidates with
+    FULL_TISSUE if there are any. ROIs touch neither each other nor those that are ``corrected``:
+    pairs of slide number and geometry. Deterministic.
     """
     free = candidates.usable
     if not free.any():
         return []
     features, acquisition = _features(candidates), _acquisition_scores(candidates)
     on_slide = np.zeros(candidates.slides.max() + 1, dtype=np.int64)
-    nearest = np.full(len(free), np.inf)
+    nearest = np.full(len(free), np.inf)  # distance to the features chosen so far
 
     def take(slide: int, area: shapely.Geometry, feature: Floats | None) -> None:
         here = candidates.slides == slide
-        free[here & (shapely.distance(candidates.boxes, area) < APART_PX)] = False
+        free[here & (shapely.distance(candidates.boxes, area) < MIN_GAP_PX)] = False
         on_slide[slide : slide + 1] += 1  # a slide without candidates has no place
         if feature is not None:
             np.minimum(nearest, np.linalg.norm(features - feature, axis=1), out=nearest)
@@ -177,44 +183,83 @@ def choose(
     chosen: list[int] = []
     while len(chosen) < count and free.any():
         pool = free & (on_slide[candidates.slides] == on_slide[candidates.slides[free]].min())
-        full = pool & (candidates.tissue >= FULL)
+        full = pool & (candidates.tissue >= FULL_TISSUE)
         pool = full if full.any() else pool
-        far = np.where(np.isinf(nearest), 1.0, nearest + 1e-9)  # of equal features the worthier
-        best = int(np.argmax(np.where(pool, acquisition * far, -1.0)))
+        distance = np.where(np.isinf(nearest), 1.0, nearest + 1e-9)  # equal features: by score
+        best = int(np.argmax(np.where(pool, acquisition * distance, -1.0)))
         take(int(candidates.slides[best]), candidates.boxes[best], features[best])
         chosen.append(best)
     return chosen
 
 
 def expected_entropy(candidates: Candidates) -> Floats:
-    """The doubt (N,) of fields as dense as each: a line through those that are usable."""
+    """(N,) the entropy expected at each density: linear regression over usable candidates."""
     density, entropy = candidates.density[candidates.usable], candidates.entropy[candidates.usable]
-    spread = density - density.mean()
-    slope = spread @ (entropy - entropy.mean()) / max(spread @ spread, 1e-9)
+    deviation = density - density.mean()
+    slope = deviation @ (entropy - entropy.mean()) / max(deviation @ deviation, 1e-9)
     return np.asarray(entropy.mean() + slope * (candidates.density - density.mean()))
 
 
 def _acquisition_scores(candidates: Candidates) -> Floats:
-    """(N,) in (0, 1]: the rank of the doubt that is beyond the usual."""
-    beyond = candidates.entropy - expected_entropy(candidates)
-    return np.asarray((np.argsort(np.argsort(beyond, kind="stable")) + 1) / len(beyond))
+    """(N,) in (0, 1]: the rank of the excess over the expected entropy."""
+    excess = candidates.entropy - expected_entropy(candidates)
+    return np.asarray((np.argsort(np.argsort(excess, kind="stable")) + 1) / len(excess))
 
 
 def _features(candidates: Candidates) -> Floats:
-    """(N, 4) what fields look like, each number by its spread, and no further off than 3."""
-    c = candidates
-    features = np.stack([c.density, c.hematoxylin, c.area, c.entropy], axis=1)
-    mean, spread = features[c.usable].mean(axis=0), features[c.usable].std(axis=0)
-    scaled = (features - mean) / np.where(spread > 0, spread, 1)
-    return np.asarray(np.clip(scaled, -3, 3))
+    """(N, 4) standardised features, clipped at MAX_FEATURE."""
+    columns = [candidates.density, candidates.hematoxylin, candidates.area, candidates.entropy]
+    features = np.stack(columns, axis=1)
+    usable = features[candidates.usable]
+    mean, spread = usable.mean(axis=0), usable.std(axis=0)
+    standardised = (features - mean) / np.where(spread > 0, spread, 1)
+    return np.asarray(np.clip(standardised, -MAX_FEATURE, MAX_FEATURE))
 
 
-def _has_nuclei(project: Project, entry: ImageEntry) -> bool:
-    return isinstance(read_result(project.layout.result(entry.id)), ResultRecord)
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """The candidates of each of ``entries``; ``corrected`` are pairs of slide number and ROI.
+
+    ``problems`` are those of images that failed; ``without`` are the images without nuclei.
+    """
+
+    entries: list[ImageEntry]
+    candidates: list[Candidates]
+    corrected: list[tuple[int, shapely.Geometry]]
+    problems: list[str]
+    without: list[str]
+
+    @classmethod
+    def read(cls, project: Project, entries: Sequence[ImageEntry]) -> _Found:
+        """From a project's images. Raises ProjectError if none can be used."""
+        found = cls(entries=[], candidates=[], corrected=[], problems=[], without=[])
+        slides = {path: k for k, path in enumerate(dict.fromkeys(e.path for e in entries))}
+        for entry in entries:
+            if not isinstance(read_result(project.layout.result(entry.id)), ResultRecord):
+                found.without.append(entry.name)
+                continue
+            slide = slides[entry.path]
+            try:
+                candidates = _candidates(project, entry, slide)
+                corrected = project.corrected_rois(entry)
+            except PatchCLError as error:
+                found.problems.append(str(error))
+                continue
+            found.entries.append(entry)
+            found.candidates.append(candidates)
+            found.corrected.extend((slide, roi) for roi in corrected)
+        if not found.entries:
+            raise ProjectError(
+                "; ".join(found.problems) or "no nuclei yet: do `patchcl-qp run` first"
+            )
+        return found
 
 
 def _candidates(project: Project, entry: ImageEntry, slide: int) -> Candidates:
-    """The fields of one image. Raises ImageError where its survey is not that of its nuclei."""
+    """The candidates of one image.
+
+    Raises ImageError if its nuclei or its uncertainty grid cannot be read, or are of two runs.
+    """
     if entry.problem:
         raise ImageError(entry.problem)
     file = project.layout.uncertainty(entry.id)
@@ -223,68 +268,81 @@ def _candidates(project: Project, entry: ImageEntry, slide: int) -> Candidates:
         uncertainty = read_uncertainty_grid(file) if len(nuclei) else None
     except Exception as error:  # readers of damaged files raise anything
         raise ImageError(
-            f"{entry.name}: its nuclei or their survey ({file}) cannot be read: do "
+            f"{entry.name}: its nuclei or their uncertainty grid ({file}) cannot be read: do "
             "`patchcl-qp run` again"
         ) from error
     if uncertainty is None:
-        return _concatenate([])
+        return _no_candidates()
     if uncertainty.nuclei.sum() != len(nuclei):
         raise ImageError(
-            f"{entry.name}: its nuclei and their survey are of different runs: do `patchcl-qp run` "
-            "again"
+            f"{entry.name}: its nuclei and their uncertainty grid are of different runs: do "
+            "`patchcl-qp run` again"
         )
     return _candidates_from(slide, uncertainty, nuclei)
 
 
+def _no_candidates() -> Candidates:
+    integers, floats = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float64)
+    return Candidates(
+        slides=integers,
+        boxes=np.empty(0, dtype=object),
+        tissue=floats,
+        entropy=floats,
+        nuclei=integers,
+        hematoxylin=floats,
+        area=floats,
+    )
+
+
 def _candidates_from(slide: int, uncertainty: UncertaintyGrid, nuclei: Nuclei) -> Candidates:
-    found = fields_of_view(uncertainty)
-    width, height = found.size
-    cols, rows = np.rint(found.x / width).astype(int), np.rint(found.y / height).astype(int)
+    """The fields of view of an image as candidates, with the measurements of their nuclei."""
+    fovs = fields_of_view(uncertainty)
+    width, height = fovs.size
+    inside = _nuclei_inside(fovs, nuclei)
+    missing = np.zeros(len(nuclei), dtype=np.float32)  # for stains without hematoxylin
+    hematoxylin = nuclei.measurements.get(HEMATOXYLIN, missing)
+    area = nuclei.measurements.get(AREA, missing)
+    return Candidates(
+        slides=np.full(len(fovs), slide),
+        boxes=shapely.box(fovs.x, fovs.y, fovs.x + width, fovs.y + height),
+        tissue=fovs.tissue,
+        entropy=fovs.entropy,
+        nuclei=fovs.nuclei,
+        hematoxylin=np.array([hematoxylin[i].mean() if len(i) else 0.0 for i in inside], float),
+        area=np.array([np.median(area[i]) if len(i) else 0.0 for i in inside], float),
+    )
+
+
+def _nuclei_inside(fovs: FieldsOfView, nuclei: Nuclei) -> list[NDArray[np.intp]]:
+    """For each field of view, the rows of the nuclei that have their centroid in it."""
+    width, height = fovs.size
+    cols, rows = np.rint(fovs.x / width).astype(int), np.rint(fovs.y / height).astype(int)
     xy = shapely.get_coordinates(shapely.centroid(nuclei.polygons))
-    places = np.floor(xy / found.size).astype(int)
+    places = np.floor(xy / fovs.size).astype(int)
     across = max(cols.max(), places[:, 0].max()) + 1
-    field_of = places[:, 1] * across + places[:, 0]
-    order = np.argsort(field_of, kind="stable")
-    begin = np.searchsorted(field_of[order], rows * across + cols)
-    end = np.searchsorted(field_of[order], rows * across + cols + 1)
-    none = np.zeros(len(nuclei), dtype=np.float32)  # of stains without hematoxylin
-    hematoxylin, area = (
-        nuclei.measurements.get(name, none)[order] for name in ("Hematoxylin: Mean", "Area µm^2")
-    )
-    inside = [slice(b, e) for b, e in zip(begin, end, strict=True)]
-    return Candidates(
-        np.full(len(found), slide),
-        shapely.box(found.x, found.y, found.x + width, found.y + height),
-        found.tissue,
-        found.entropy,
-        found.nuclei,
-        np.array([hematoxylin[s].mean() if s.stop > s.start else 0.0 for s in inside], float),
-        np.array([np.median(area[s]) if s.stop > s.start else 0.0 for s in inside], float),
-    )
-
-
-def _concatenate(parts: Sequence[Candidates]) -> Candidates:
-    types = (np.int64, object, float, float, np.int64, float, float)
-    names = Candidates.__dataclass_fields__
-    return Candidates(
-        *(
-            np.concatenate([np.empty(0, dtype=kind), *(getattr(part, name) for part in parts)])
-            for name, kind in zip(names, types, strict=True)
-        )
-    )
+    fov_of = places[:, 1] * across + places[:, 0]
+    order = np.argsort(fov_of, kind="stable")
+    begin = np.searchsorted(fov_of[order], rows * across + cols)
+    end = np.searchsorted(fov_of[order], rows * across + cols + 1)
+    return [order[b:e] for b, e in zip(begin, end, strict=True)]
 
 
 def _suggested(
-    entry: ImageEntry, candidates: Candidates, row: int, expected: float, name: str
+    *, entry: ImageEntry, candidates: Candidates, row: int, expected: float, name: str
 ) -> SuggestedRoi:
     x0, y0, x1, y1 = (round(value, 2) for value in candidates.boxes[row].bounds)
     entropy, nuclei = float(candidates.entropy[row]), int(candidates.nuclei[row])
     roi = CorrectionRoi(
-        str(uuid.uuid4()),  # a field that a person deleted may be suggested again
-        name,
-        f"Doubt {entropy:.2f} bits, where {expected:.2f} are usual. Put right every nucleus that "
-        f"reaches into the field, then set the field's class to '{CORRECTED}'.",
-        *(x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)),
+        id=str(uuid.uuid4()),  # a ROI that a person deleted may be suggested again
+        name=name,
+        description=(
+            f"Predictive entropy {entropy:.2f} bits, expected {expected:.2f}. Correct every "
+            f"nucleus that reaches into the ROI, then set the ROI's class to '{CORRECTED}'."
+        ),
+        x=x0,
+        y=y0,
+        width=round(x1 - x0, 2),
+        height=round(y1 - y0, 2),
     )
     return SuggestedRoi(
         id=entry.id,

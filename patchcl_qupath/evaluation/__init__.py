@@ -1,1 +1,1 @@
-"""How well nuclei agree with outlines that people made."""
+"""Evaluation: scores of segmented nuclei against ground truth."""

@@ -1,6 +1,6 @@
-"""What is true of an image: nuclei that people outlined, as label images or as GeoJSON.
+"""Ground truth of images: nuclei that people outlined, as label images or as GeoJSON.
 
-A file is an image's truth if it has the image's name, or its stem, before one of SUFFIXES.
+A file belongs to an image if it has the image's name, or its stem, before one of SUFFIXES.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KINDS = f"a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 class GroundTruth:
     """The true nuclei of an image: (T,) valid polygons and multipolygons, level 0.
 
-    ``note`` says what a person should know of them.
+    ``note`` is a message for people, or None.
     """
 
     polygons: Polygons
@@ -38,9 +38,9 @@ class GroundTruth:
 
 
 def ground_truth_files(ground_truth: Path, entries: Sequence[ImageEntry]) -> dict[str, list[Path]]:
-    """The files of truth of each image, by its id, in a folder; or one file, of the one image.
+    """The ground-truth files of each image, by its id: those of a folder, or one file of one image.
 
-    An image may have none. Raises TruthError where none has one.
+    An image may have none. Raises GroundTruthError if no image has one.
     """
     if ground_truth.is_dir():
         named: dict[str, list[Path]] = {}
@@ -54,8 +54,7 @@ def ground_truth_files(ground_truth: Path, entries: Sequence[ImageEntry]) -> dic
         if not any(found.values()):
             raise GroundTruthError(
                 f"{ground_truth} holds no ground truth: name files as the images, as "
-                f"{entries[0].name}.geojson "
-                f"({_KINDS})"
+                f"{entries[0].name}.geojson ({_KINDS})"
             )
         return found
     if not ground_truth.is_file():
@@ -63,7 +62,7 @@ def ground_truth_files(ground_truth: Path, entries: Sequence[ImageEntry]) -> dic
             f"{ground_truth} does not exist: give {_KINDS}, or a folder of such files"
         )
     if not _name(ground_truth):
-        raise GroundTruthError(f"{ground_truth} cannot be the truth: give {_KINDS}")
+        raise GroundTruthError(f"{ground_truth} cannot be the ground truth: give {_KINDS}")
     if len(entries) > 1:
         raise GroundTruthError(
             f"{ground_truth} is the ground truth of one image: say which one with --image, or give "
@@ -73,58 +72,58 @@ def ground_truth_files(ground_truth: Path, entries: Sequence[ImageEntry]) -> dic
 
 
 def read_ground_truth(files: Sequence[Path], entry: ImageEntry) -> GroundTruth:
-    """The true nuclei of an image, which has at least one file of them.
+    """The true nuclei of an image from its ground-truth files, of which there must be one.
 
-    GeoJSON is taken at level 0, and an outline that holds several others for a region. Instance
-    labels, integers of which 0 is background, may be finer or coarser than level 0 by a whole
-    factor. Raises TruthError for several files, a damaged one, or one of another size; ImageError
-    where the image's size is not known.
+    GeoJSON is in px at level 0; a polygon that contains several others is a region, and left out.
+    Label images, integers with 0 for background, may be finer or coarser than level 0 by an integer
+    factor. Raises GroundTruthError for several files, a damaged file, or labels of another size;
+    ImageError if the image's size cannot be read.
     """
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise GroundTruthError(
-            f"{entry.name} has several files of truth ({names}): leave one of them"
+            f"{entry.name} has several ground-truth files ({names}): leave one of them"
         )
     (path,) = files
     if path.name.lower().endswith(GEOJSON):
-        return _without_regions(_outlined(path, entry))
+        return _without_regions(_polygons(path, entry))
     labels = _labels(path, entry)
     scale = _scale(path, labels.shape[::-1], entry)
     return GroundTruth(grid_to_level0(pixel_polygons(labels), (scale, scale)))
 
 
 def _name(file: Path) -> str:
-    """The name of a file of truth without its suffix; empty for other files."""
+    """The name of a ground-truth file without its suffix; empty for other files."""
     for suffix in SUFFIXES:
         if file.name.lower().endswith(suffix):
             return file.name[: -len(suffix)]
     return ""
 
 
-def _outlined(path: Path, entry: ImageEntry) -> Polygons:
-    """Areas of GeoJSON."""
+def _polygons(path: Path, entry: ImageEntry) -> Polygons:
+    """The polygons of a GeoJSON file."""
     try:
         _, areas = read_areas(path)
     except Exception as error:  # not gzip, not JSON, of any other form
         raise _unreadable(path, entry, error, "export it again") from error
-    outlined: Polygons = areas[~shapely.is_missing(areas)]
-    if len(areas) and not len(outlined):
+    polygons: Polygons = areas[~shapely.is_missing(areas)]
+    if len(areas) and not len(polygons):
         raise GroundTruthError(
             f"{entry.name}: {path} holds no polygon: nuclei must be outlined, not marked by points"
         )
-    return outlined
+    return polygons
 
 
 def _without_regions(polygons: Polygons) -> GroundTruth:
-    """QuPath exports the annotations in which cells were looked for together with the cells."""
-    region = holds_several(polygons)
-    count = np.count_nonzero(region)
-    note = f"true outlines left out since they hold several others, as regions do: {count}"
-    return GroundTruth(polygons[~region], note if count else None)
+    """Without analysis regions, which QuPath exports together with the cells in them."""
+    is_region = holds_several(polygons)
+    count = np.count_nonzero(is_region)
+    note = f"true contours left out since they contain several others, as regions do: {count}"
+    return GroundTruth(polygons[~is_region], note if count else None)
 
 
 def _labels(path: Path, entry: ImageEntry) -> Labels:
-    """A label image."""
+    """The pixels (H, W) of a label image."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".npy":
@@ -147,8 +146,8 @@ def _labels(path: Path, entry: ImageEntry) -> Labels:
 
 
 def _scale(path: Path, size: tuple[int, ...], entry: ImageEntry) -> float:
-    """Level-0 px per px of a label image of ``size`` (width, height)."""
-    # Of a slide whose size QuPath did not save, the size is needed, not the pixel size.
+    """Level-0 px per px of a label image of ``size`` (width, height). Raises GroundTruthError."""
+    # A slide is opened for its size in px; its pixel size does not matter.
     level0 = entry.size or Slide.open(replace(entry, fallback_mpp=1.0)).size
     coarser, finer = max(1, level0[0] // max(1, size[0])), max(1, size[0] // level0[0])
     if any(n * coarser != n0 * finer for n, n0 in zip(size, level0, strict=True)):

@@ -1,7 +1,7 @@
-"""How well nuclei agree with the truth: Dice, AJI, PQ, and F1 at IoU 0.5.
+"""Agreement of predicted nuclei with ground truth: Dice, AJI, PQ, and F1 at IoU 0.5.
 
-Nuclei are label images, (H, W) integers of which 0 is background and each other value is one
-nucleus, or polygons. Two sides without a nucleus agree fully (1.0).
+Nuclei are label images, (H, W) integers in which 0 is background and each other value one nucleus;
+or polygons. Scores are between 0 and 1; they are 1 if neither side has a nucleus.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from patchcl_qupath.datatypes import Labels, Polygons
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Overlaps:
-    """Which predicted nuclei overlap which true ones: all that a score needs to know.
+    """The overlaps of predicted with true nuclei, from which all scores are computed.
 
     Of P predicted and T true nuclei, K pairs overlap: ``row`` (K,) and ``col`` (K,) index the
-    predicted and the true one, ``shared`` (K,) is the area that they have in common, above 0.
-    ``predicted`` (P,) and ``true`` (T,) are areas of nuclei. ``foreground`` is the area that lies
-    in predicted nuclei, in true ones, and in both; where nuclei of one side overlap each other, it
-    counts once. Areas are in px.
+    predicted and the true one, ``shared`` (K,) is the area of their intersection, above 0.
+    ``predicted`` (P,) and ``true`` (T,) are areas of nuclei. ``foreground`` has the areas of the
+    union of predicted nuclei, of the union of true nuclei, and of the intersection of these unions.
+    All areas are in px².
     """
 
     row: NDArray[np.intp]
@@ -36,7 +36,7 @@ class Overlaps:
 
     @classmethod
     def of_labels(cls, prediction: Labels, ground_truth: Labels) -> Overlaps:
-        """Of label images of one shape; areas are numbers of pixels. ValueError for two shapes."""
+        """Of label images of equal shape; areas are numbers of pixels. Raises ValueError."""
         if prediction.shape != ground_truth.shape:
             raise ValueError(
                 f"label images of different shapes: {prediction.shape}, {ground_truth.shape}"
@@ -49,22 +49,38 @@ class Overlaps:
         pairs, shared = _counted(row * len(true_ids) + col)
         row, col = np.divmod(pairs, max(1, len(true_ids)))
         foreground = float(predicted.sum()), float(true.sum()), float(shared.sum())
-        return cls(row, col, shared, predicted, true, foreground)
+        return cls(
+            row=row,
+            col=col,
+            shared=shared,
+            predicted=predicted,
+            true=true,
+            foreground=foreground,
+        )
 
     @classmethod
     def of_polygons(cls, prediction: Polygons, ground_truth: Polygons) -> Overlaps:
-        """Of valid polygons or multipolygons, (P,) and (T,), in one frame; areas are exact."""
+        """Of valid polygons or multipolygons, (P,) and (T,), in the same frame; areas are exact."""
         row, col = shapely.STRtree(ground_truth).query(prediction, predicate="intersects")
         common = shapely.intersection(prediction[row], ground_truth[col])
         shared = shapely.area(common)
         overlap = shared > 0  # others only touch
-        foreground = _covered(prediction), _covered(ground_truth), _covered(common[overlap])
-        predicted, true = shapely.area(prediction), shapely.area(ground_truth)
-        return cls(row[overlap], col[overlap], shared[overlap], predicted, true, foreground)
+        return cls(
+            row=row[overlap],
+            col=col[overlap],
+            shared=shared[overlap],
+            predicted=shapely.area(prediction),
+            true=shapely.area(ground_truth),
+            foreground=(
+                _union_area(prediction),
+                _union_area(ground_truth),
+                _union_area(common[overlap]),
+            ),
+        )
 
     @property
     def dice(self) -> float:
-        """Overlap of the foregrounds: 2 |P and T| / (|P| + |T|)."""
+        """Dice coefficient of the foregrounds: 2 |P ∩ T| / (|P| + |T|)."""
         predicted, true, both = self.foreground
         return 2 * both / (predicted + true) if predicted + true else 1.0
 
@@ -72,17 +88,17 @@ class Overlaps:
     def aji(self) -> float:
         """Aggregated Jaccard index.
 
-        Each true nucleus takes the predicted one with the largest IoU: intersections and unions
-        are summed. A true nucleus that nothing overlaps adds its area to the unions, and so does
-        each predicted nucleus that none took. As published, several true nuclei may take the same.
+        Each true nucleus is matched to the predicted one with the largest IoU; the score is the sum
+        of intersections over the sum of unions. Unmatched nuclei of both sides add their areas to
+        the unions. As published, several true nuclei may be matched to the same predicted one.
 
         N. Kumar et al., A Dataset and a Technique for Generalized Nuclear Segmentation for
         Computational Pathology, IEEE Trans Med Imaging 36 (2017), algorithm 1.
         """
         best = self._best(self.col)
         missed = np.delete(self.true, self.col[best])
-        untaken = np.delete(self.predicted, self.row[best])
-        unions = self._union[best].sum() + missed.sum() + untaken.sum()
+        unmatched = np.delete(self.predicted, self.row[best])
+        unions = self._union[best].sum() + missed.sum() + unmatched.sum()
         return float(self.shared[best].sum() / unions) if unions else 1.0
 
     @property
@@ -93,7 +109,7 @@ class Overlaps:
 
     @property
     def pq(self) -> float:
-        """Panoptic quality: detection F1 times the mean IoU of the nuclei that were found.
+        """Panoptic quality: detection F1 times the mean IoU of matched pairs.
 
         A. Kirillov et al., Panoptic Segmentation, CVPR 2019.
         """
@@ -110,18 +126,18 @@ class Overlaps:
 
     @property
     def _matched(self) -> NDArray[np.float64]:
-        """IoU of the pairs that match: it is above 0.5, and neither nucleus has a better partner.
+        """(M,) the IoU of matched pairs: above 0.5, and the largest of both nuclei.
 
-        Above 0.5 a nucleus has one partner at most, unless nuclei of one side overlap each other.
+        Above 0.5 a nucleus has at most one match, unless nuclei of one side overlap each other.
         """
         mutual = np.intersect1d(self._best(self.row), self._best(self.col))
         iou = self._iou[mutual]
         return iou[iou > 0.5]
 
     def _best(self, nucleus: NDArray[np.intp]) -> NDArray[np.intp]:
-        """The pair of largest IoU of each nucleus that has one; of equal ones the first.
+        """The pair with the largest IoU of each nucleus that is in a pair; of equal ones the first.
 
-        ``nucleus`` (K,) is the nucleus of each pair, ``row`` or ``col``.
+        ``nucleus`` (K,) is the nucleus of each pair: ``row`` or ``col``.
         """
         order = np.lexsort((-self._iou, nucleus))
         first = np.flatnonzero(np.diff(nucleus[order], prepend=-1))
@@ -149,11 +165,11 @@ def pq(prediction: Labels, ground_truth: Labels) -> float:
 
 
 def _counted(values: Labels) -> tuple[Labels, NDArray[np.float64]]:
-    """The different values, ascending, and how often each is there."""
-    different, count = np.unique(values, return_counts=True)
-    return different, count.astype(np.float64)
+    """The unique values, ascending, and the number of each."""
+    unique, count = np.unique(values, return_counts=True)
+    return unique, count.astype(np.float64)
 
 
-def _covered(polygons: Polygons) -> float:
-    """The area of a union. Those that touch are united group by group: 100,000 take a second."""
+def _union_area(polygons: Polygons) -> float:
+    """The area of the union of polygons. Disjoint groups are fast: 100,000 take a second."""
     return float(shapely.area(shapely.disjoint_subset_union_all(polygons)))

@@ -1,4 +1,4 @@
-"""The story of a score: what a run found, what is true, and how well they agree."""
+"""Scores of a project: the nuclei of the last run, compared with ground truth."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ SCORES = {"dice": "Dice", "aji": "AJI", "pq": "PQ", "f1": "F1 at IoU 0.5"}
 
 
 class ImageScore(Record, frozen=True, kw_only=True):
-    """How well one image's nuclei agree with the ground truth.
+    """The agreement of one image's nuclei with ground truth.
 
-    ``problem`` is None unless it failed; ``scores``, between 0 and 1, have the names of SCORES.
+    ``problem`` is None unless it failed; ``note`` is a message for people, or None; ``scores``,
+    between 0 and 1, have the names of SCORES.
     """
 
     id: str
@@ -39,10 +40,10 @@ class ImageScore(Record, frozen=True, kw_only=True):
 def score(
     project: Project, entries: Sequence[ImageEntry], ground_truth: Path
 ) -> tuple[list[ImageScore], list[str]]:
-    """Score the images of which ``ground_truth``, a folder or a file, has the nuclei.
+    """Score the images that have ground truth in ``ground_truth``, a folder or a file.
 
-    Returns their scores, and the names of the images without truth. An image that fails says why,
-    and the next one begins. Raises TruthError where no image has a truth.
+    Returns their scores, and the names of the images without ground truth. An image that fails has
+    a ``problem`` and does not stop the others. Raises GroundTruthError if no image has any.
     """
     files = ground_truth_files(ground_truth, entries)
     scored, without = [], []
@@ -58,15 +59,15 @@ def score(
 
 
 def score_image(project: Project, entry: ImageEntry, files: Sequence[Path]) -> ImageScore:
-    """Score one image. Raises ImageError for its nuclei, TruthError for the truth."""
-    nuclei, regions = _found(project, entry)
+    """Score one image. Raises ImageError for its nuclei, GroundTruthError for the ground truth."""
+    nuclei, regions = _segmented(project, entry)
     ground_truth = read_ground_truth(files, entry)
     true, notes = ground_truth.polygons, [ground_truth.note] if ground_truth.note else []
     if regions:
-        # A nucleus is where its centroid is, as in the run.
+        # A nucleus is inside if its centroid is, as in the run.
         centroids = shapely.STRtree(shapely.centroid(true))
         true = true[np.unique(centroids.query(regions, predicate="covers")[1])]
-        notes.append("only inside the regions that the run kept to")
+        notes.append("only inside the analysis regions of the run")
     overlaps = Overlaps.of_polygons(nuclei, true)
     return ImageScore(
         id=entry.id,
@@ -79,19 +80,17 @@ def score_image(project: Project, entry: ImageEntry, files: Sequence[Path]) -> I
 
 
 def mean(scored: Sequence[ImageScore]) -> dict[str, float]:
-    """Each score's mean over the images that have one; empty where none has."""
-    done = [image.scores for image in scored if not image.problem]
-    return {name: float(np.mean([s[name] for s in done])) for name in SCORES} if done else {}
+    """The mean of each score over the images that did not fail; empty if all failed."""
+    scores = [image.scores for image in scored if not image.problem]
+    return {name: float(np.mean([s[name] for s in scores])) for name in SCORES} if scores else {}
 
 
-def _found(project: Project, entry: ImageEntry) -> tuple[Polygons, list[shapely.Geometry]]:
-    """The nuclei of the last run, level 0; and the regions that it was limited to, if any."""
+def _segmented(project: Project, entry: ImageEntry) -> tuple[Polygons, list[shapely.Geometry]]:
+    """The nuclei of the last run, level 0; and its analysis regions, if any. Raises ImageError."""
     folder = project.layout.results(entry.id)
     result = read_result(project.layout.result(entry.id))
     if isinstance(result, RemovedRecord) or not folder.exists():
-        raise ImageError(
-            f"{entry.name} has no nuclei to score: find them with `patchcl-qp run` first"
-        )
+        raise ImageError(f"{entry.name} has no nuclei to score: do `patchcl-qp run` first")
     try:
         if result is None:
             raise ValueError("result.json is damaged")

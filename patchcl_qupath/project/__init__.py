@@ -1,4 +1,4 @@
-"""QuPath projects: which images they hold, and where their nuclei go."""
+"""QuPath projects: their images, and the nuclei that are written into them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Backend", "BackendKind", "NewImage", "Project", "init_project", "ope
 def open_project(path: Path, backend: str = "auto", qupath: Path | None = None) -> Project:
     """The project of a .qpproj file, or of a folder that holds exactly one.
 
-    ``backend`` "paquo" has a QuPath that is installed here write nuclei into the images; "files"
-    leaves them beside the project, to be imported; "auto" takes paquo where there is a QuPath.
-    ``qupath`` is QuPath's folder, where it is in none of the usual places.
+    With ``backend`` "paquo", an installed QuPath writes nuclei into the images; with "files",
+    nuclei are written beside the project, for an import in QuPath; "auto" is "paquo" if a QuPath
+    is found, else "files". ``qupath`` is QuPath's folder, if it is not in a usual place.
 
-    Raises ProjectError for what is not a project, or is damaged, and where paquo was asked for and
-    cannot be used.
+    Raises ConfigError for another backend; ProjectError if the path is not that of a project, if
+    the project is damaged, and if paquo was asked for and cannot be used.
     """
     from patchcl_qupath.project.files import FilesProject
 

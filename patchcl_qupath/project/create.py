@@ -1,4 +1,4 @@
-"""A new QuPath project out of image files."""
+"""New QuPath projects from image files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _RGB = {"Red": -65536, "Green": -16711936, "Blue": -16776961}  # Java's 0xAARRGG
 
 @dataclass(frozen=True)
 class NewImage:
-    """An image to make a project of.
+    """An image of a new project.
 
-    ``levels`` are the (width, height) of its pyramid, level 0 first. ``mpp`` (x, y) is um/px
-    where the file itself does not say it; None where QuPath will find it in the file.
+    ``levels`` are the (width, height) of its pyramid in px, level 0 first. ``mpp`` (x, y) is the
+    pixel size in µm for a file that does not have one; None if QuPath finds it in the file.
     """
 
     path: Path
@@ -33,10 +33,10 @@ class NewImage:
 
 
 def init_project(folder: Path, images: Sequence[NewImage]) -> Path:
-    """Make ``folder`` a QuPath project of ``images``, which stay where they are.
+    """Make a QuPath project of ``images`` in ``folder``; the images are not moved or copied.
 
-    Returns the path of project.qpproj. Raises ProjectError where there is a project already, and
-    StorageError where nothing can be written.
+    Returns the path of project.qpproj. Raises ProjectError if the folder has a project, and
+    StorageError if it cannot be written to.
     """
     if existing := sorted(folder.glob("*.qpproj")):
         raise ProjectError(
@@ -67,10 +67,10 @@ def to_uri(path: Path) -> str:
 def _entry(number: int, image: NewImage) -> dict[str, Any]:
     builder: dict[str, Any] = {"builderType": "uri"}
     if image.path.suffix.lower() in OPENSLIDE_SUFFIXES:
-        builder["providerClassName"] = OPENSLIDE  # otherwise QuPath takes the reader it likes best
+        builder["providerClassName"] = OPENSLIDE  # otherwise QuPath chooses another reader
     builder |= {"uri": to_uri(image.path), "args": []}
-    # Metadata replace what QuPath reads from the file, pyramid levels included: OpenSlide makes
-    # some up for NDPI, so nothing is replaced without need.
+    # Metadata replace what QuPath reads from the file, pyramid levels included. OpenSlide adds
+    # levels to NDPI, so metadata are written only if the pixel size is needed.
     if image.mpp is not None:
         builder["metadata"] = _metadata(image.path.name, image.levels, image.mpp)
     return {
@@ -113,7 +113,7 @@ def _metadata(
 
 
 def _downsample(level0: tuple[int, int], level: tuple[int, int]) -> float:
-    """As QuPath has it: whole where a level is that of level 0 but for a part of a pixel."""
+    """QuPath's downsample: an integer if the level's size differs by less than a pixel."""
     mean = (level0[0] / level[0] + level0[1] / level[1]) / 2
     whole = round(mean)
     cut = (abs(n0 / whole - n) for n0, n in zip(level0, level, strict=True))

@@ -1,4 +1,4 @@
-"""What a person drew: what the scripts in groovy/ exported of an image's annotations."""
+"""Annotations and stains of an image, as the scripts in groovy/ exported them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _KINDS = {  # by QuPath's image type
     "BRIGHTFIELD_H_E": StainKind.H_E,
     "BRIGHTFIELD_H_DAB": StainKind.H_DAB,
 }
-SELECTED = "(selected)"  # what the script exports annotations as that a person has selected
-MAX_SHARED = 0.2  # of the smaller of two nuclei that touch; with more, one of them is too many
+SELECTED = "(selected)"  # class under which the selected annotations are exported
+MAX_SHARED = 0.2  # fraction of the smaller of two nuclei; with more, one of them is a duplicate
 
 
 def read_regions(
@@ -29,8 +29,8 @@ def read_regions(
 ) -> dict[str, list[shapely.Geometry]]:
     """The annotations of some classes, by class: valid polygons and multipolygons, level 0.
 
-    A class is named as QuPath shows it (``Tumor: Positive``). An image need not have all of the
-    ``classes``, but one. Raises ImageError.
+    Classes have QuPath's names (``Tumor: Positive``). Raises ImageError if the image has none of
+    the ``classes``, and for a file that is missing or damaged.
     """
     export = "run groovy/export_regions.groovy on it in QuPath, then run again"
     try:
@@ -47,18 +47,20 @@ def read_regions(
             found.setdefault(name, []).append(area)
     wanted = {name: found[name] for name in classes if name in found}
     if not wanted:
-        known = f"annotations of class {', '.join(sorted(found))}" if found else "none with a class"
+        others = (
+            f"annotations of class {', '.join(sorted(found))}" if found else "none with a class"
+        )
         raise ImageError(
-            f"{image} has no annotation of class {' or '.join(classes)} (it has {known}): "
+            f"{image} has no annotation of class {' or '.join(classes)} (it has {others}): "
             f"draw one, save the image, {export}; or leave the image out with --image"
         )
     return wanted
 
 
 def read_stains(path: Path, image: str) -> StainVectors | None:
-    """The stains that groovy/export_regions.groovy exported; None where an image has none.
+    """The stains that groovy/export_regions.groovy exported; None if the image has none.
 
-    Raises ImageError for a file that is damaged, and for stains that cannot be told apart.
+    Raises ImageError for a file that is damaged, and for vectors that are linearly dependent.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -93,27 +95,28 @@ def _triple(numbers: Sequence[float]) -> tuple[float, float, float]:
 
 
 def read_labels(path: Path, image: str, roi_class: str) -> Corrections:
-    """The fields of an image, and the nuclei in them, that groovy/export_labels.groovy exported.
+    """The ROIs of an image, and the nuclei in them, that groovy/export_labels.groovy exported.
 
-    An image that was never exported has none. Raises ImageError for a file that is damaged, and
-    for nuclei that lie on each other.
+    None for an image that was never exported. Raises ImageError for a file that is damaged, for a
+    ROI without nuclei, and for nuclei that overlap.
     """
     names, areas = _exported(path, image)
     is_roi = names == roi_class
     others = areas[~is_roi & ~np.isin(names, (TO_CORRECT, CORRECTED))]
-    labels = Corrections(tuple(areas[is_roi]), tuple(others[~holds_several(others)]))
+    nuclei = others[~holds_several(others)]
+    labels = Corrections(rois=tuple(areas[is_roi]), nuclei=tuple(nuclei))
     check_labels(labels, image)
     return labels
 
 
-def read_corrected(path: Path, image: str) -> tuple[shapely.Geometry, ...]:
-    """The fields of such a file that are marked as done. Raises ImageError if it is damaged."""
+def read_corrected_rois(path: Path, image: str) -> tuple[shapely.Geometry, ...]:
+    """The ROIs of such a file that are marked as corrected. Raises ImageError if it is damaged."""
     names, areas = _exported(path, image)
     return tuple(areas[names == CORRECTED])
 
 
 def _exported(path: Path, image: str) -> tuple[NDArray[np.str_], Polygons]:
-    """Classes and areas (N,) of what groovy/export_labels.groovy exported; none if it did not."""
+    """Classes (N,) and areas (N,) that groovy/export_labels.groovy exported; empty without file."""
     if not path.exists():
         return np.empty(0, dtype=str), np.empty(0, dtype=object)
     try:
@@ -127,14 +130,14 @@ def _exported(path: Path, image: str) -> tuple[NDArray[np.str_], Polygons]:
 
 
 def check_labels(labels: Corrections, image: str) -> None:
-    """Raise ImageError for a field without nuclei, and for nuclei that lie on each other."""
+    """Raise ImageError for a ROI without nuclei, and for nuclei that overlap."""
     nuclei = np.array(labels.nuclei, dtype=object)
     tree = shapely.STRtree(nuclei)
     for roi in labels.rois:
         if not len(tree.query(roi, predicate="intersects")):
             raise ImageError(
-                f"{image}: the field {_place(roi)} has no nuclei: outline all of them, or delete "
-                "the field"
+                f"{image}: the ROI {_place(roi)} has no nuclei: outline all of them, or delete "
+                "the ROI"
             )
     one, other = tree.query(nuclei, predicate="intersects")
     one, other = one[one < other], other[one < other]
@@ -144,8 +147,8 @@ def check_labels(labels: Corrections, image: str) -> None:
     if len(bad):
         place = _place(nuclei[one[bad[0]]])
         raise ImageError(
-            f"{image}: two nuclei lie on each other {place} ({len(bad)} such pairs): delete one of "
-            "each, save, and run again"
+            f"{image}: two nuclei overlap {place} ({len(bad)} such pairs): delete one of each, "
+            "save, and run again"
         )
 
 

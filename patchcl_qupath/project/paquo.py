@@ -1,8 +1,8 @@
-"""Projects whose images a QuPath that is installed here writes, through paquo.
+"""The paquo backend: an installed QuPath writes nuclei into the images of a project.
 
-Images and results are those of the files backend; then the nuclei go into data.qpdata, by QuPath's
-own code, in a process of its own. project.qpproj is only read. QuPath locks nothing, so an image
-that changed since the project was opened is left alone.
+Images and results are those of the files backend. Then QuPath's own code writes the nuclei into
+data.qpdata, in a process of its own. project.qpproj is only read. QuPath locks no files, so an
+image that changed since the project was opened is not written to.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 import shapely
 
 from patchcl_qupath.config import CORRECTED, ResultConfig, from_dict
@@ -34,18 +36,32 @@ from patchcl_qupath.project.jvm import (
     damaged,
 )
 from patchcl_qupath.project.protocol import Backend, BackendKind
-from patchcl_qupath.storage.files import copy_once, write_json, writing
+from patchcl_qupath.storage.files import copy_once, writing
 from patchcl_qupath.storage.layout import Layout
-from patchcl_qupath.storage.records import ResultRecord, read_record
+from patchcl_qupath.storage.records import (
+    FileSignature,
+    ReceiptRecord,
+    ResultRecord,
+    file_signature,
+    read_record,
+    write_record,
+)
 
 OLDEST = (0, 4)  # the first QuPath whose objects have ids
-State = tuple[tuple[int, int] | None, ...]  # mtime in ns and size of files, None for a missing one
+
+
+class FileStamps(NamedTuple):
+    """The signatures of the files that change when QuPath saves; None for a missing file."""
+
+    project: FileSignature | None
+    data: FileSignature | None
+    last_version: FileSignature | None
 
 
 def find_qupath(qupath: Path | None = None) -> str:
-    """The version and place of the QuPath in a folder, or where paquo's settings say that it is.
+    """The version and folder of the QuPath in a folder, or of the one in paquo's settings.
 
-    Starts no Java. Raises ProjectError, which says what is missing.
+    Starts no Java. Raises ProjectError if there is none, or if it is too old or incomplete.
     """
     try:
         from paquo._config import settings, to_kwargs
@@ -82,20 +98,24 @@ def find_qupath(qupath: Path | None = None) -> str:
 
 @dataclass(frozen=True)
 class PaquoProject:
-    """A project that QuPath writes. ``seen`` is how its files were when it was opened."""
+    """A project that QuPath writes to.
+
+    ``files`` reads it, ``process`` is QuPath's; ``stamps`` are those of each image's files when the
+    project was opened, or when our process saved the image.
+    """
 
     files: FilesProject
     process: Process
     backend: Backend
-    seen: dict[str, State] = field(default_factory=dict)
+    stamps: dict[str, FileStamps] = field(default_factory=dict)
 
     @classmethod
     def open(cls, files: FilesProject, qupath: Path | None = None) -> PaquoProject:
-        """The project, if there is a QuPath; raises ProjectError."""
+        """The project, if a QuPath is found. Raises ProjectError."""
         backend = Backend(kind=BackendKind.PAQUO, reason=f"with QuPath {find_qupath(qupath)}")
         project = cls(files, Process(qupath, files.layout.qupath_log), backend)
         for entry in files.images():
-            project.seen[entry.id] = project._state(entry)
+            project.stamps[entry.id] = project._stamps(entry)
         return project
 
     @property
@@ -105,7 +125,7 @@ class PaquoProject:
 
     @property
     def layout(self) -> Layout:
-        """Where our own files lie; the nuclei are in QuPath's own files, too."""
+        """The paths of our own files; the nuclei are in QuPath's own files, too."""
         return self.files.layout
 
     def images(self) -> list[ImageEntry]:
@@ -113,7 +133,7 @@ class PaquoProject:
         return self.files.images()
 
     def with_regions(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
-        """The image, cut to annotations: those saved, or those exported since then."""
+        """The image, limited to annotations: those saved, or those exported since then."""
         file = self.layout.regions(entry.id)
         is_current = self.files.is_current(file, entry)
         if not is_current and SELECTED not in classes:  # a selection is not saved
@@ -144,13 +164,13 @@ class PaquoProject:
     def write(
         self,
         entry: ImageEntry,
-        parts: Iterable[Nuclei],
+        batches: Iterable[Nuclei],
         config: ResultConfig,
         result: ResultRecord,
     ) -> Path:
         """Replace an image's nuclei: on disk, and in QuPath those that nobody touched."""
-        self.process.start()  # takes some seconds, and so do the files
-        folder = self.files.write(entry, parts, config, result)
+        self.process.start()  # takes some seconds, as does writing the files
+        folder = self.files.write(entry, batches=batches, config=config, result=result)
         try:
             self._import(entry, config, result.run)
         except ImageError as error:
@@ -166,43 +186,43 @@ class PaquoProject:
         return self.files.corrected_rois(entry)
 
     def mark_rois(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:
-        """Mark ROIs in the image, in place of those of last time that nobody touched."""
+        """Mark ROIs in the image; they replace earlier ones that nobody touched."""
         result = read_record(self.layout.result(entry.id), ResultRecord)
         if result is None:
             raise ImageError(f"{entry.name} has no nuclei: do `patchcl-qp run` first")
         done = self.files.mark_rois(entry, rois)
         if not self.layout.rois(entry.id).exists():
             return done
-        counts = self._import(entry, from_dict(result.config).result, result.run)
-        marked, kept = counts["fields"], counts["fields_kept"]
-        return f"{marked} of {len(rois)} new ROIs marked, {kept} of before kept"
+        receipt = self._import(entry, from_dict(result.config).result, result.run)
+        return (
+            f"{receipt.rois} of {len(rois)} new ROIs marked, {receipt.rois_kept} earlier ones kept"
+        )
 
-    def _import(self, entry: ImageEntry, config: ResultConfig, run: str) -> dict[str, int]:
-        """Have QuPath show what is on disk, and leave a receipt. Raises ImageError."""
-        folder, rois = self.layout.results(entry.id), self.layout.rois(entry.id)
+    def _import(self, entry: ImageEntry, config: ResultConfig, run: str) -> ReceiptRecord:
+        """Import the nuclei and ROIs on disk into the image, and write the receipt.
+
+        Raises ImageError.
+        """
         question = Write(
             image=self._image(entry),
-            results=folder,
-            rois=rois,
+            results=self.layout.results(entry.id),
+            rois=self.layout.rois(entry.id),
             class_name=config.class_name,
             color=config.color,
         )
         counts = self._change(entry, question).counts
-        receipt = {
-            "image": entry.name,
-            "run": run,
-            "imported": datetime.now(UTC).isoformat(timespec="seconds"),
-            **counts,
-        }
-        write_json(self.layout.receipt(entry.id), receipt)
-        return counts
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        about = {"image": entry.name, "run": run, "imported": now}
+        receipt = msgspec.convert(about | counts, ReceiptRecord)
+        write_record(self.layout.receipt(entry.id), receipt)
+        return receipt
 
     def qupath_summary(self, entry: ImageEntry) -> QuPathSummary:
-        """What QuPath has of an image."""
+        """The state of an image in QuPath."""
         return self.files.qupath_summary(entry)
 
     def remove(self, entry: ImageEntry) -> str:
-        """Take our nuclei out of the image, but for those that a person changed."""
+        """Remove our nuclei from the image, except those that a person changed."""
         counts = self._change(entry, Remove(self._image(entry))).counts
         self.layout.rois(entry.id).unlink(missing_ok=True)
         shutil.rmtree(self.layout.results(entry.id), ignore_errors=True)
@@ -222,27 +242,30 @@ class PaquoProject:
             backups=self.layout.backups(entry.id),
         )
 
-    def _state(self, entry: ImageEntry) -> State:
-        """What changes when QuPath saves: the project, the image, and the image's last version."""
+    def _stamps(self, entry: ImageEntry) -> FileStamps:
         data = self.files.data(entry)
-        return tuple(_stamp(path) for path in (self.path, data, _last_version(data)))
+        return FileStamps(
+            project=_signature(self.path),
+            data=_signature(data),
+            last_version=_signature(_last_version(data)),
+        )
 
     def _change(self, entry: ImageEntry, question: Write | Remove) -> Done:
-        """Have QuPath's process change an image, or leave it as it was. Raises ImageError."""
+        """Have QuPath's process change an image; it is unchanged on an error (ImageError)."""
         self._check(entry)
-        if self.seen.get(entry.id) != self._state(entry):
+        if self.stamps.get(entry.id) != self._stamps(entry):
             raise ImageError(
                 f"{entry.name}: QuPath changed the image or its project since this run began, and "
                 "nothing was written into it: close it in QuPath and run again"
             )
         data = self.files.data(entry)
-        with self._kept_safe(entry, data):
+        with self._restored_on_error(entry, data):
             done = self.process.ask(question)
-        self.seen[entry.id] = self._state(entry)
+        self.stamps[entry.id] = self._stamps(entry)
         return done
 
     def _check(self, entry: ImageEntry) -> None:
-        """Raise ImageError where QuPath cannot open an image, or should not."""
+        """Raise ImageError for an image that QuPath cannot open, or should not."""
         data = self.files.data(entry)
         if entry.problem:
             raise ImageError(entry.problem)
@@ -255,8 +278,8 @@ class PaquoProject:
             raise ImageError(f"{entry.name}: {damaged(data, self.layout.backups(entry.id))}")
 
     @contextmanager
-    def _kept_safe(self, entry: ImageEntry, data: Path) -> Iterator[None]:
-        """Keep a copy of an image's data from before our first write; restore them on an error."""
+    def _restored_on_error(self, entry: ImageEntry, data: Path) -> Iterator[None]:
+        """Restore an image's data on an error; back them up before our first write."""
         before = data.with_name(data.name + ".patchcl-before")
         existed = data.exists()
         if existed:
@@ -273,24 +296,24 @@ class PaquoProject:
             _last_version(data).unlink(missing_ok=True)
             raise
         finally:
-            before.unlink(missing_ok=True)  # still there if both are names of one file
+            before.unlink(missing_ok=True)  # it remains if both are names of one file
 
 
 def _last_version(data: Path) -> Path:
-    """Where QuPath puts the old data while it saves the new."""
+    """The path to which QuPath moves the old data while it saves the new."""
     return data.with_name(data.name + ".bkp")
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _signature(path: Path) -> FileSignature | None:
+    """The signature of a file; None if it is missing."""
     try:
-        stat = path.stat()
+        return file_signature(path)
     except OSError:
         return None
-    return stat.st_mtime_ns, stat.st_size
 
 
 def _link(path: Path, other: Path) -> None:
-    """A second name for a file, which QuPath replaces and does not write over; else a copy."""
+    """A hard link to a file, which QuPath replaces and does not overwrite; else a copy."""
     other.unlink(missing_ok=True)
     try:
         os.link(path, other)
@@ -299,7 +322,7 @@ def _link(path: Path, other: Path) -> None:
 
 
 def _is_whole(data: Path) -> bool:
-    """Whether a data.qpdata begins and ends as it should; QuPath reads a half as far as it goes."""
+    """Whether a data.qpdata is complete, by both its ends; QuPath reads a part without error."""
     with data.open("rb") as file:
         begins = file.read(4) == b"\xac\xed\x00\x05"  # Java's serialization
         file.seek(max(0, file.seek(0, os.SEEK_END) - 6))

@@ -1,4 +1,4 @@
-"""What a backend of QuPath projects offers."""
+"""The interface of a QuPath project, which both backends implement."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from patchcl_qupath.storage.records import ResultRecord
 
 
 class BackendKind(StrEnum):
-    """Who writes nuclei into a project."""
+    """How nuclei are written into a project."""
 
-    AUTO = "auto"  # paquo where there is a QuPath, else files
-    PAQUO = "paquo"  # a QuPath that is installed here
-    FILES = "files"  # a person in QuPath, who imports files
+    AUTO = "auto"  # paquo if a QuPath is found, else files
+    PAQUO = "paquo"  # by an installed QuPath
+    FILES = "files"  # as files, which a person imports in QuPath
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend, and why this one: ``reason`` follows its name and a comma."""
+    """The backend of a project; ``reason``, for people, is why it was chosen."""
 
     kind: BackendKind
     reason: str = ""
@@ -36,12 +36,16 @@ class Backend:
 
     @property
     def writes_into_qupath(self) -> bool:
-        """Whether nuclei are in QuPath's images at once, without an import by a person."""
+        """Whether nuclei are in QuPath's images without an import by a person."""
         return self.kind is BackendKind.PAQUO
 
 
 class Project(Protocol):
-    """A QuPath project. ``path`` is the .qpproj file, ``layout`` where our own files lie."""
+    """A QuPath project.
+
+    ``path`` is that of the .qpproj file; ``layout`` has the paths of our own files. All geometry is
+    in px at level 0, (x, y).
+    """
 
     @property
     def path(self) -> Path: ...
@@ -53,18 +57,18 @@ class Project(Protocol):
     def backend(self) -> Backend: ...
 
     def images(self) -> list[ImageEntry]:
-        """The project's images, in its order; one that cannot be used says so in ``problem``."""
+        """The project's images, in its order; one that cannot be used has a ``problem``."""
 
     def with_regions(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
         """The image, limited to the annotations of some classes: ``regions``, and a ``note``.
 
-        Raises ImageError where there is none, and says which classes there are.
+        Raises ImageError if the image has no annotation of these classes.
         """
 
     def with_stains(self, entry: ImageEntry) -> ImageEntry:
-        """The image with its own ``stains``, where a person set some in QuPath, and a ``note``.
+        """The image with the ``stains`` that a person set in QuPath, if any, and a ``note``.
 
-        Raises ImageError for stains that cannot be told apart.
+        Raises ImageError for stain vectors that are linearly dependent.
         """
 
     def corrections(self, entry: ImageEntry, roi_class: str) -> Corrections:
@@ -74,34 +78,39 @@ class Project(Protocol):
         """
 
     def corrected_rois(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
-        """The ROIs of an image that a person marked as corrected, level 0, as far as is known."""
+        """The ROIs of an image that a person marked as corrected; none if they were not exported.
+
+        Raises ImageError if they cannot be read.
+        """
 
     def write(
         self,
         entry: ImageEntry,
-        parts: Iterable[Nuclei],
+        batches: Iterable[Nuclei],
         config: ResultConfig,
         result: ResultRecord,
     ) -> Path:
-        """Replace an image's nuclei by ``result.nuclei`` others, level 0; returns their folder.
+        """Replace an image's nuclei by ``result.nuclei`` others; returns the folder of results.
 
-        Only those that nobody touched are replaced. Raises ImageError where the image is as it was.
+        Nuclei that a person changed are kept. ``batches`` are read one at a time. Raises
+        StorageError; and ImageError if the nuclei cannot be written into the image, which is then
+        unchanged.
         """
 
     def mark_rois(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:
-        """Mark ROIs to correct, in place of those of last time that nobody touched.
+        """Mark ROIs to correct; they replace earlier ones that nobody touched.
 
-        Returns what was done, or what is left to do in QuPath. Raises ImageError.
+        Returns a message of what was done, or of what is to be done in QuPath. Raises ImageError.
         """
 
     def qupath_summary(self, entry: ImageEntry) -> QuPathSummary:
-        """What QuPath has of an image, read from files, without starting QuPath."""
+        """The state of an image in QuPath, read from files, without starting QuPath."""
 
     def remove(self, entry: ImageEntry) -> str:
-        """Remove an image's nuclei, and ROIs to correct, except those that a person changed.
+        """Remove an image's nuclei and ROIs to correct, except those that a person changed.
 
-        Returns what was done, or what is left to do in QuPath.
+        Returns a message of what was done, or of what is to be done in QuPath. Raises ImageError.
         """
 
     def close(self) -> None:
-        """End what was started for the project."""
+        """End processes that were started for the project."""

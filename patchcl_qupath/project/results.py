@@ -1,8 +1,8 @@
-"""An image's nuclei on disk: GeoJSON that QuPath imports, and GeoParquet for everything else.
+"""The results of an image on disk: GeoJSON for QuPath, and GeoParquet for other programs.
 
-nuclei-000.geojson.gz ...   at most 50,000 nuclei each, since QuPath parses a file whole
-nuclei.parquet              all of them, with measurements
-result.json                 what made them; names the GeoJSON files to import
+nuclei-000.geojson.gz ...   at most 50,000 nuclei each, since QuPath reads a whole file at once
+nuclei.parquet              all nuclei, with measurements
+result.json                 their provenance, and the names of the GeoJSON files
 """
 
 from __future__ import annotations
@@ -33,25 +33,30 @@ NUCLEI_PER_FILE = 50_000
 
 
 def write_results(
-    folder: Path, parts: Iterable[Nuclei], config: ResultConfig, result: ResultRecord
+    folder: Path, batches: Iterable[Nuclei], config: ResultConfig, result: ResultRecord
 ) -> None:
-    """Write one image's nuclei, level 0, to ``folder``, in place of what was there.
+    """Write the nuclei of one image, level 0, to ``folder``, which is replaced as a whole.
 
-    ``parts`` are taken one at a time and not kept, so memory does not grow with the slide. The
-    files that are written are added to ``result``, which becomes ``result.json``.
+    ``batches`` are read one at a time and not kept, so memory does not grow with the slide.
+    ``result`` with the names of the written files becomes ``result.json``. Raises StorageError.
     """
     with (
         atomic_write(folder) as new,
-        _Beside() as compressing,
-        _Beside() as formatting,
-        _Beside() as tabulating,
+        _Background() as compressing,
+        _Background() as formatting,
+        _Background() as tabulating,
     ):
         new.mkdir()
-        chunks = _Chunks(new, result.object_type, config, compressing)
+        chunks = _Chunks(
+            folder=new,
+            object_type=result.object_type,
+            config=config,
+            background=compressing,
+        )
         table = _Table(new / NUCLEI, tabulating)
-        for part in parts:
-            table.add(part)
-            formatting.do(chunks.add, part)
+        for batch in batches:
+            table.add(batch)
+            formatting.start(chunks.add, batch)
         formatting.wait()
         table.close()
         chunks.close()
@@ -60,40 +65,40 @@ def write_results(
 
 
 def write_removed(folder: Path) -> None:
-    """Leave in ``folder`` only word that its nuclei were removed, for the import script."""
+    """Replace ``folder`` by a record that its nuclei were removed, for the import script."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with atomic_write(folder) as new:
         new.mkdir()
         write_record(new / RESULT, RemovedRecord(removed=now))
 
 
-class _Beside(ThreadPoolExecutor):
-    """Does one thing after the other in a thread of its own; the next is not taken before."""
+class _Background(ThreadPoolExecutor):
+    """Runs one call at a time in its own thread; ``start`` waits for the one before."""
 
     def __init__(self) -> None:
         super().__init__(1)
-        self._doing = self.submit(int)  # nothing yet
+        self._running = self.submit(int)  # a call that does nothing
 
-    def do(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """Begin, once what was begun before is done. Raises what that raised."""
+    def start(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Start a call when the one before has ended. Raises the error of that one."""
         self.wait()
-        self._doing = self.submit(call, *arguments)
+        self._running = self.submit(call, *arguments)
 
     def wait(self) -> None:
-        """Until all is done."""
-        self._doing.result()
+        """Wait until no call runs. Raises the error of the last one."""
+        self._running.result()
 
 
 class _Table:
     """All nuclei as GeoParquet."""
 
-    def __init__(self, path: Path, beside: _Beside) -> None:
+    def __init__(self, path: Path, background: _Background) -> None:
         self._path = path
-        self._beside = beside
+        self._background = background
         self._writer: pq.ParquetWriter | None = None
 
     def add(self, nuclei: Nuclei) -> None:
-        self._beside.do(self._write, nuclei)
+        self._background.start(self._write, nuclei)
 
     def _write(self, nuclei: Nuclei) -> None:
         table = to_table(nuclei)
@@ -102,7 +107,7 @@ class _Table:
         self._writer.write_table(table)
 
     def close(self) -> None:
-        self._beside.wait()
+        self._background.wait()
         if self._writer is None:
             self._write(Nuclei.concatenate([]))
         assert self._writer is not None
@@ -113,7 +118,7 @@ class _Chunks:
     """Spreads nuclei over GeoJSON files of at most NUCLEI_PER_FILE."""
 
     def __init__(
-        self, folder: Path, object_type: str, config: ResultConfig, beside: _Beside
+        self, folder: Path, object_type: str, config: ResultConfig, background: _Background
     ) -> None:
         self.names: list[str] = []
         self._folder = folder
@@ -126,29 +131,29 @@ class _Chunks:
         )[:-1]
         self._file: gzip.GzipFile | None = None
         self._written = 0
-        self._beside = beside
+        self._background = background
 
     def add(self, nuclei: Nuclei) -> None:
         features = _features(nuclei, self._properties)
         while len(features):
             if self._file is None or self._written == NUCLEI_PER_FILE:
                 self._file = self._next_file()
-            now = features[: NUCLEI_PER_FILE - self._written]
-            features = features[len(now) :]
-            self._compress((b",\n" if self._written else b"\n") + _joined(now, ",\n"))
-            self._written += len(now)
+            chunk = features[: NUCLEI_PER_FILE - self._written]
+            features = features[len(chunk) :]
+            self._compress((b",\n" if self._written else b"\n") + _joined(chunk, ",\n"))
+            self._written += len(chunk)
 
     def close(self) -> None:
         if self._file is not None:
             self._compress(b"\n]}\n")
-            self._beside.wait()
+            self._background.wait()
             self._file.close()
             self._file = None
 
     def _compress(self, text: bytes) -> None:
-        """Beside the making of what comes next, which takes as long."""
+        """In the background: formatting the next nuclei takes as long."""
         assert self._file is not None
-        self._beside.do(self._file.write, text)
+        self._background.start(self._file.write, text)
 
     def _next_file(self) -> gzip.GzipFile:
         self.close()
@@ -162,9 +167,9 @@ class _Chunks:
 
 
 def _features(nuclei: Nuclei, properties: str) -> pa.StringArray:
-    """One GeoJSON Feature a nucleus (N,), as QuPath 0.4 and later read them.
+    """The GeoJSON Feature of each nucleus (N,), for QuPath 0.4 and later.
 
-    Column by column, by Arrow, which does not hold Python's lock meanwhile.
+    Arrow joins them column by column, without Python's global lock.
     """
     measured: list[pa.Array | str] = []
     for name, values in nuclei.measurements.items():
@@ -179,7 +184,10 @@ def _features(nuclei: Nuclei, properties: str) -> pa.StringArray:
 
 
 def _geometries(polygons: Polygons) -> list[pa.StringArray | str]:
-    """What, joined, are polygons (N,) as GeoJSON; by shapely where one has a hole, or parts."""
+    """The columns whose concatenation is each polygon (N,) as GeoJSON.
+
+    Shapely formats them if one has a hole, or is a multipolygon.
+    """
     plain = shapely.get_type_id(polygons) == shapely.GeometryType.POLYGON
     if not plain.all() or shapely.get_num_interior_rings(polygons).any():
         return [pa.array(shapely.to_geojson(polygons).tolist(), pa.string())]
@@ -190,7 +198,7 @@ def _geometries(polygons: Polygons) -> list[pa.StringArray | str]:
     return ['{"type": "Polygon", "coordinates": [[[', pc.binary_join(points, "],["), "]]]}"]
 
 
-def _joined(texts: pa.StringArray, between: str) -> bytes:
-    """Texts (N,) as one, in UTF-8."""
-    (whole,) = pc.binary_join(pa.ListArray.from_arrays([0, len(texts)], texts), between)
+def _joined(texts: pa.StringArray, separator: str) -> bytes:
+    """Texts (N,) joined by a separator, in UTF-8."""
+    (whole,) = pc.binary_join(pa.ListArray.from_arrays([0, len(texts)], texts), separator)
     return bytes(whole.as_buffer())

@@ -1,1 +1,1 @@
-"""Files: there whole or not at all; nuclei as parquet; areas as GeoJSON."""
+"""Files: atomic writes, paths, JSON records, nuclei as parquet, areas from GeoJSON."""

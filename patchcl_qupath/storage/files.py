@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and nuclei as parquet."""
+"""Atomic writes, exclusive locks, and JSON files."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from PIL import Image
 
 from patchcl_qupath.errors import StorageError
 
-_FULL = "make room and run again, finished tiles are kept"
-_CLOSED = "copy the project to a folder that you can write to"
+_MAKE_ROOM = "make room and run again, finished tiles are kept"
+_COPY = "copy the project to a folder that you can write to"
 _ADVICE = {
-    errno.ENOSPC: f"the disk is full: {_FULL}",
-    errno.EDQUOT: f"your disk quota is used up: {_FULL}",
-    errno.EROFS: f"it is read-only: {_CLOSED}",
-    errno.EACCES: f"no permission to write there: {_CLOSED}",
-    errno.EPERM: f"no permission to write there: {_CLOSED}",
+    errno.ENOSPC: f"the disk is full: {_MAKE_ROOM}",
+    errno.EDQUOT: f"your disk quota is used up: {_MAKE_ROOM}",
+    errno.EROFS: f"it is read-only: {_COPY}",
+    errno.EACCES: f"no permission to write there: {_COPY}",
+    errno.EPERM: f"no permission to write there: {_COPY}",
 }
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system says of a failed write into a StorageError with advice."""
+    """Raise StorageError, with advice, for an OSError in the block."""
     try:
         yield
     except OSError as error:
@@ -44,10 +44,10 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; it becomes ``path`` when the block ends without an error.
+    """A temporary path to write to; it is renamed to ``path`` if the block ends without an error.
 
-    Works for a file and for a folder. A reader sees the old one or the new one, never a half; for
-    a folder there is an instant in which it sees none.
+    For a file or a folder. A reader sees the old or the new one, never a part of it; for a folder
+    there is an instant in which it sees none. Raises StorageError.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     with writing(path):
@@ -65,20 +65,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def copy_once(path: Path, other: Path) -> None:
-    """Copy a file, unless there is a copy already."""
+    """Copy a file, unless the copy exists. Raises StorageError."""
     if not other.exists():
         with atomic_write(other) as temporary:
             shutil.copy2(path, temporary)
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what writers that were killed left in a folder and those in it."""
+    """Remove the temporary files of killed writers from a folder and its subfolders."""
     for leftover in [*folder.rglob(".*.partial*")]:
         _remove(leftover)
 
 
 def check_writable(folder: Path) -> None:
-    """Raise StorageError now rather than when there are results to lose."""
+    """Raise StorageError if a folder cannot be written to, before there are results to lose."""
     with atomic_write(folder / "writable") as temporary:
         temporary.touch()
     (folder / "writable").unlink()
@@ -86,10 +86,10 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder; raise StorageError where another process holds it.
+    """Lock a folder for this process; raises StorageError if another process holds the lock.
 
-    The operating system lets go of it when the process ends, however that is. What those before
-    left half-written is swept.
+    The operating system releases the lock when the process ends, also if it is killed. Partial
+    files of earlier processes are removed.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     with writing(folder):
@@ -125,14 +125,14 @@ def _remove(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any, compact: bool = False) -> None:
-    """Write JSON in one go, keys in the order given; ``compact`` is for programs only."""
+    """Write a JSON file atomically, keys in their order; ``compact`` is without indentation."""
     with atomic_write(path) as temporary:
         text = json.dumps(content, indent=None if compact else 2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object of a file; None where there is no such file, or none that holds one."""
+    """The JSON object in a file; None if the file is missing, damaged, or holds another value."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -141,13 +141,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def digest(content: Any) -> str:
-    """12 hexadecimal digits that stand for a JSON-like value."""
+    """The first 12 hexadecimal digits of the SHA-256 of a JSON-like value."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file in one go."""
+    """Write a file atomically. Raises StorageError."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 

@@ -1,4 +1,4 @@
-"""Areas out of GeoJSON, as QuPath and other programs write it."""
+"""Polygons from GeoJSON of QuPath and of other programs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from patchcl_qupath.datatypes import Polygons
 
 
 def read_areas(path: Path) -> tuple[NDArray[np.str_], Polygons]:
-    """The classes (N,) of a file's objects as QuPath shows them, "" without one; and their areas.
+    """The QuPath classes (N,) of a file's objects, "" without a class; and their areas (N,).
 
-    Areas (N,) are valid polygons and multipolygons, of a cell that of its nucleus; None where there
-    is none, as of points and lines. A file, which may be gzipped, holds features in a collection, a
-    list or alone; or a geometry. Raises OSError, and any Exception for a file of another form.
+    Areas are valid polygons and multipolygons, for a cell those of its nucleus; None for objects
+    without area, such as points and lines. The file, which may be gzipped, holds a feature
+    collection, a list of features, one feature, or one geometry. Raises OSError, and any Exception
+    for a file of another form.
     """
     data = path.read_bytes()
     content = json.loads(gzip.decompress(data) if path.suffix.lower() == ".gz" else data)
@@ -34,18 +35,18 @@ def read_areas(path: Path) -> tuple[NDArray[np.str_], Polygons]:
 
 
 def made_valid(polygons: Polygons) -> Polygons:
-    """Polygons or multipolygons (N,) as valid ones; what has no area becomes empty."""
+    """Polygons or multipolygons (N,) as valid ones; one without area becomes empty."""
     valid = shapely.make_valid(polygons, method="structure", keep_collapsed=False)
     return np.asarray(valid, dtype=object)
 
 
 def holds_several(polygons: Polygons) -> NDArray[np.bool_]:
-    """Which polygons (N,) hold several others whole, as regions do and nuclei do not: (N,)."""
-    holder, _ = shapely.STRtree(polygons).query(polygons, predicate="contains_properly")
-    return np.bincount(holder, minlength=len(polygons)) > 1
+    """(N,) which polygons (N,) contain several others, as regions do and nuclei do not."""
+    outer, _ = shapely.STRtree(polygons).query(polygons, predicate="contains_properly")
+    return np.bincount(outer, minlength=len(polygons)) > 1
 
 
 def _class(feature: dict[str, Any]) -> str:
     classification = (feature.get("properties") or {}).get("classification") or {}
-    # "Tumor: Positive" is written by its parts.
+    # "Tumor: Positive" is written as a list of two names.
     return str(classification.get("name") or ": ".join(classification.get("names", ())))

@@ -1,18 +1,18 @@
-"""Where everything that is ours lies in a project: the folder ``patchcl`` beside the .qpproj file.
+"""All paths of our files in a project: the folder ``patchcl`` beside the .qpproj file.
 
-models/NAME.pt, NAME.json           weights; what made them
-runs/<run>/run.json                 what was run, with what
+models/NAME.pt, NAME.json           weights; their settings and training
+runs/<run>/run.json                 provenance of a run, and outcomes of its images
 runs/<run>/<image>/                 finished tiles of an image (``execution.tile_store``)
 results/<image>/                    nuclei of an image (``project.results``)
-surveys/<image>.parquet             its uncertainty grid
-previews/<image>.png                a picture of it
+surveys/<image>.parquet             uncertainty grid of an image
+previews/<image>.png                a picture of an image's nuclei
 report/index.html                   the report
-report/outcomes/<image>.json        what became of an image in the last run that it was in
-report/images/<image>/              its pictures and figures for the report
-regions/, stains/, labels/          what the Groovy scripts export of an image
+report/outcomes/<image>.json        outcome of an image in its last run
+report/images/<image>/              pictures and figures of an image for the report
+regions/, stains/, labels/          exports of the Groovy scripts, by image
 fields/<image>.json                 ROIs to correct
 imported/<image>.json               receipt of an import into QuPath
-backups/<image>/                    copies of an image's data.qpdata from before our first write
+backups/<image>/                    copies of an image's data.qpdata before our first write
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Layout:
         return self.models / f"{name}.pt"
 
     def model_records(self) -> list[Path]:
-        """What describes the models, by name."""
+        """The records of all models, sorted by name."""
         return sorted(self.models.glob("*.json"))
 
     def run(self, run: str) -> Path:
@@ -48,7 +48,7 @@ class Layout:
         return self.root / "runs" / run
 
     def run_record(self, run: str) -> Path:
-        """What was run, with what."""
+        """The provenance of a run, and the outcomes of its images."""
         return self.run(run) / "run.json"
 
     def tiles(self, run: str, image: str) -> Path:
@@ -60,7 +60,7 @@ class Layout:
         return self.root / "results" / image
 
     def result(self, image: str) -> Path:
-        """What made an image's nuclei."""
+        """The provenance of an image's nuclei."""
         return self.results(image) / RESULT
 
     def nuclei(self, image: str) -> Path:
@@ -87,11 +87,11 @@ class Layout:
 
     @property
     def report_page(self) -> Path:
-        """The report."""
+        """The page of the report."""
         return self.report / "index.html"
 
     def outcome(self, image: str) -> Path:
-        """What became of an image in the last run that it was in."""
+        """The outcome of an image in its last run."""
         return self.report / "outcomes" / f"{image}.json"
 
     def figures(self, image: str) -> Path:
@@ -99,7 +99,7 @@ class Layout:
         return self.report / "images" / image
 
     def regions(self, image: str) -> Path:
-        """An image's annotations, as QuPath exports them."""
+        """An image's annotations, as groovy/export_regions.groovy exports them."""
         return self.root / "regions" / f"{image}.geojson"
 
     def stains(self, image: str) -> Path:
@@ -107,7 +107,7 @@ class Layout:
         return self.root / "stains" / f"{image}.json"
 
     def labels(self, image: str) -> Path:
-        """An image's correction ROIs and their nuclei, as QuPath exports them."""
+        """An image's correction ROIs and nuclei, as groovy/export_labels.groovy exports them."""
         return self.root / "labels" / f"{image}.geojson"
 
     def rois(self, image: str) -> Path:
@@ -115,7 +115,7 @@ class Layout:
         return self.root / "fields" / f"{image}.json"
 
     def receipt(self, image: str) -> Path:
-        """What an import into QuPath did."""
+        """The receipt of an import into QuPath."""
         return self.root / "imported" / f"{image}.json"
 
     def backups(self, image: str) -> Path:
@@ -124,5 +124,5 @@ class Layout:
 
     @property
     def qupath_log(self) -> Path:
-        """What QuPath printed while it worked for us."""
+        """The log of our QuPath process."""
         return self.root / "qupath.log"

@@ -22,12 +22,12 @@ _GEO = {  # GeoParquet 1.1; coordinates are pixels, so there is no reference sys
     "primary_column": "geometry",
     "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None}},
 }
-# Columns of a grid in a file, which have the names of version 0.1.
+# Attribute of a grid -> column in a file, which has the name of version 0.1.
 _GRID = {"rows": "rows", "cols": "cols", "points": "points", "entropy": "doubt", "nuclei": "nuclei"}
 
 
 def to_table(nuclei: Nuclei) -> pa.Table:
-    """Nuclei as an Arrow table that is GeoParquet when written: id, geometry, measurements."""
+    """Nuclei as an Arrow table with the metadata of GeoParquet: id, geometry, measurements."""
     columns: dict[str, Any] = {
         "id": pa.array(nuclei.uuids.tolist(), pa.string()),
         "geometry": pa.array(shapely.to_wkb(nuclei.polygons).tolist(), pa.binary()),
@@ -40,14 +40,14 @@ def from_table(table: pa.Table) -> Nuclei:
     """The inverse of ``to_table``."""
     names = [name for name in table.column_names if name not in ("id", "geometry")]
     return Nuclei(
-        polygons_of(table),
-        {name: table[name].to_numpy() for name in names},
-        np.array(table["id"].to_pylist(), dtype="U36"),
+        polygons=polygons_of(table),
+        measurements={name: table[name].to_numpy() for name in names},
+        uuids=np.array(table["id"].to_pylist(), dtype="U36"),
     )
 
 
 def polygons_of(table: pa.Table) -> Polygons:
-    """The contours (N,) in a table that has the column geometry."""
+    """The contours (N,) in the column geometry of a table."""
     return np.asarray(shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False)), object)
 
 
@@ -65,7 +65,7 @@ def read_geoarrow(path: Path) -> Table:
 
 
 def grid_columns(grid: UncertaintyGrid) -> dict[str, NDArray[np.int64]]:
-    """The columns (N,) of a grid by the names that they have in files."""
+    """The columns (N,) of a grid, by their names in files."""
     return {column: getattr(grid, name) for name, column in _GRID.items()}
 
 
@@ -73,7 +73,7 @@ def grid_of_columns(bin_size: list[float], columns: dict[str, Any]) -> Uncertain
     """The inverse of ``grid_columns``; ``bin_size`` is (width, height), level 0."""
     width, height = bin_size
     values = {name: np.asarray(columns[column], np.int64) for name, column in _GRID.items()}
-    return UncertaintyGrid((width, height), **values)
+    return UncertaintyGrid(bin_size=(width, height), **values)
 
 
 def write_uncertainty_grid(path: Path, grid: UncertaintyGrid) -> None:

@@ -1,8 +1,8 @@
-"""What the JSON files below ``patchcl`` hold, each with a type.
+"""The JSON files below ``patchcl``, each as a typed record.
 
-Attributes have the names of the code, files those of version 0.1: where they differ, ``rename``
-says it. A file that is missing, damaged or of another form reads as None; one with more in it than
-is known here, as a later version may leave, reads well.
+Keys in files, and in the output of ``--json``, are those of version 0.1; ``rename`` maps attributes
+to keys where the names differ. A file that is missing, damaged or of another form reads as None.
+Unknown keys, which a later version may write, are ignored.
 """
 
 from __future__ import annotations
@@ -18,35 +18,38 @@ from patchcl_qupath.timing import Seconds
 
 
 class Record(msgspec.Struct, frozen=True):
-    """What is written to a JSON file, or printed as JSON."""
+    """The base of records that are written to JSON files, or printed as JSON."""
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 class FileSignature(Record, frozen=True, kw_only=True):
-    """What changes when a file does, but not when it is moved."""
+    """Size and time of a file: they change when the file does, but not when it is moved."""
 
     bytes: int
     modified_ns: int
 
 
 class SlideProvenance(Record, frozen=True, kw_only=True):
-    """The slide that nuclei are of; ``mpp`` is (x, y) µm/px at level 0."""
+    """The slide in which nuclei were segmented; ``mpp`` is (x, y) µm/px at level 0."""
 
     file: FileSignature
     mpp: tuple[float, float]
 
 
 class RegionRecord(Record, frozen=True, kw_only=True):
-    """An analysis region: GeoJSON at level 0, and the area of the tissue in it."""
+    """An analysis region: GeoJSON at level 0, and the area of the tissue in it, in mm²."""
 
     geometry: dict[str, Any]
     tissue_mm2: float
 
 
 class Provenance(Record, frozen=True, kw_only=True):
-    """What made nuclei: version, model (its digest), engine, settings, classes of regions."""
+    """The provenance of nuclei.
+
+    ``model`` is the digest of its weights, ``within`` the QuPath classes of analysis regions.
+    """
 
     version: str
     model: str
@@ -58,9 +61,10 @@ class Provenance(Record, frozen=True, kw_only=True):
 class ResultRecord(
     Record, frozen=True, kw_only=True, omit_defaults=True, rename={"failed_tiles": "holes"}
 ):
-    """results/<image>/result.json: what made the nuclei of an image, and the files they are in.
+    """results/<image>/result.json: the provenance of the nuclei of an image, and their files.
 
-    ``made`` is UTC in ISO 8601; ``files`` are those to import into QuPath.
+    ``made`` is UTC in ISO 8601; ``files`` are those to import into QuPath. Without ``regions`` the
+    whole image was segmented. ``model_name`` is that of the run, for people.
     """
 
     run: str
@@ -83,7 +87,7 @@ class ResultRecord(
 
 
 class RemovedRecord(Record, frozen=True, kw_only=True):
-    """result.json once the nuclei were removed (UTC), for the import script."""
+    """result.json after the nuclei were removed (UTC in ISO 8601), for the import script."""
 
     removed: str
     nuclei: int = 0
@@ -96,11 +100,11 @@ class ImageOutcome(
     kw_only=True,
     rename={"tiles_resumed": "tiles_taken_over", "failed_tiles": "holes"},
 ):
-    """What became of one image in a run: ``problem`` is None unless it failed.
+    """The outcome of one image in a run: ``problem`` is None unless it failed.
 
-    Where it has ``failed_tiles``, the nuclei of all other tiles are written. ``seconds`` are wall
-    time; ``main_seconds`` those of the run itself by stage, ``worker_seconds`` of all workers
-    together. ``network_px`` are the working pixels that the network saw.
+    With ``failed_tiles``, the nuclei of all other tiles are written. ``seconds`` are wall time;
+    ``main_seconds`` those of the run itself by stage, ``worker_seconds`` the sums over workers.
+    ``network_px`` is the number of working pixels that the network processed.
     """
 
     id: str
@@ -121,7 +125,10 @@ class ImageOutcome(
 
 
 class RunRecord(Record, frozen=True, kw_only=True):
-    """runs/<run>/run.json: what was run, with what, and what became of each image so far."""
+    """runs/<run>/run.json: the provenance of a run, and the outcome of each image so far.
+
+    ``versions`` are those of libraries; ``training`` is the log of the model.
+    """
 
     version: str
     model: str
@@ -221,7 +228,7 @@ def training_log(plain: dict[str, Any]) -> TrainingLog | None:
 
 
 class Histogram(Record, frozen=True, kw_only=True):
-    """Counts in equal bars from 0 to ``highest``; the last one counts what lies beyond, too."""
+    """Counts in equal bins from 0 to ``highest``; the last bin counts higher values, too."""
 
     median: float | None
     highest: int | float
@@ -242,9 +249,10 @@ class FieldOfViewRecord(
 ):
     """A field of view that the report shows.
 
-    ``kind`` is why; ``picture`` a file beside; ``x``, ``y`` px at level 0; ``width``, ``height``
-    working px; ``um`` its width in µm; ``density`` nuclei per mm² of tissue; ``entropy`` the mean
-    predictive entropy, in bits. ``contours`` are [x, y, x, y, ...] in thirds of a working px.
+    ``kind`` is the reason for its choice; ``picture`` a file in the same folder. ``x`` and ``y``
+    are px at level 0, ``width`` and ``height`` working px; ``um`` is its width in µm; ``density``
+    nuclei per mm² of tissue; ``entropy`` the mean predictive entropy in bits. ``contours`` are
+    [x, y, x, y, ...] in thirds of a working px.
     """
 
     kind: str
@@ -263,10 +271,10 @@ class FieldOfViewRecord(
 class FiguresRecord(
     Record, frozen=True, kw_only=True, omit_defaults=True, rename={"fields_of_view": "fields"}
 ):
-    """report/images/<image>/figures.json: what the report shows of an image beside pictures.
+    """report/images/<image>/figures.json: the figures of an image in the report.
 
-    ``mm`` is (width, height); ``probability`` the mean over nuclei; ``highest_density``, nuclei per
-    mm², has the last colour of the density map, which is there if this is.
+    ``mm`` is (width, height); ``probability`` the mean over nuclei; ``highest_density``, in nuclei
+    per mm², is that of the last colour of the density map, None if there is no such map.
     """
 
     run: str
@@ -279,8 +287,29 @@ class FiguresRecord(
     fields_of_view: tuple[FieldOfViewRecord, ...] | None = None
 
 
+class ReceiptRecord(
+    Record, frozen=True, kw_only=True, rename={"rois": "fields", "rois_kept": "fields_kept"}
+):
+    """imported/<image>.json: what an import into QuPath did, at a time in ISO 8601.
+
+    Numbers of nuclei that were ``added``, ``left_out`` where a person decided otherwise, and
+    ``removed``; of other objects ``kept``; of ROIs to correct that were marked, and that were kept.
+    groovy/import_nuclei.groovy writes it, too.
+    """
+
+    image: str
+    run: str
+    imported: str
+    added: int
+    left_out: int
+    removed: int
+    kept: int
+    rois: int
+    rois_kept: int
+
+
 class RoisRecord(Record, frozen=True, kw_only=True, rename={"rois": "fields"}):
-    """fields/<image>.json: the ROIs of an image that are to be corrected."""
+    """fields/<image>.json: the ROIs of an image to correct; ``made`` is UTC in ISO 8601."""
 
     made: str
     rois: tuple[CorrectionRoi, ...]
@@ -293,17 +322,17 @@ def file_signature(path: Path) -> FileSignature:
 
 
 def to_plain(record: Any) -> Any:
-    """A record, or what holds some, as dictionaries, lists and numbers, for JSON."""
+    """A record, or a container of records, as plain dictionaries, lists and numbers, for JSON."""
     return msgspec.to_builtins(record)
 
 
 def write_record(path: Path, record: Record, compact: bool = False) -> None:
-    """Write a record as a JSON file, in one go. Raises StorageError."""
+    """Write a record to a JSON file, atomically. Raises StorageError."""
     write_json(path, to_plain(record), compact)
 
 
 def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
-    """The record of a JSON file; None where there is none of that kind."""
+    """The record in a JSON file; None if the file holds none of that kind."""
     try:
         return msgspec.convert(read_json(path), kind)
     except msgspec.ValidationError:
@@ -311,5 +340,5 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
 
 
 def read_result(path: Path) -> ResultRecord | RemovedRecord | None:
-    """What made an image's nuclei, or that they were removed; None where neither is known."""
+    """The record in result.json, of nuclei or of their removal; None if there is neither."""
     return read_record(path, ResultRecord) or read_record(path, RemovedRecord)
