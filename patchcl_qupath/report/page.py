@@ -17,7 +17,7 @@ from patchcl_qupath.errors import ProjectError
 from patchcl_qupath.project import Project
 from patchcl_qupath.report import sections
 from patchcl_qupath.report.charts import Charts
-from patchcl_qupath.report.figures import DENSITY_COLOURS
+from patchcl_qupath.report.density_map import DENSITY_COLOURS
 from patchcl_qupath.report.found import find_image, find_models, find_runs
 from patchcl_qupath.storage.files import write_bytes
 
