@@ -145,6 +145,81 @@ class ModelRecord(Record, frozen=True, kw_only=True):
     training: dict[str, Any]
 
 
+class ChannelsRecord(Record, frozen=True, kw_only=True):
+    """A crop, and PatchCL's confidence channels on it: JPEGs in base64.
+
+    ``chosen`` is the channel that shows nuclei; where ``inverted``, it is low on them.
+    """
+
+    crop: str
+    confidences: list[str]
+    chosen: int
+    inverted: bool
+
+
+class PatchCLLog(Record, frozen=True, kw_only=True):
+    """How PatchCL was trained.
+
+    ``converged_at`` is a step, None where training ended before; ``hematoxylin_correlation`` is
+    that of each channel. Loss and mean distances of patches are those of each step that was not
+    skipped.
+    """
+
+    steps: int
+    skipped_steps: int
+    converged_at: int | None
+    hematoxylin_correlation: list[float]
+    loss: list[float]
+    positive_positive: list[float]
+    positive_negative: list[float]
+    channels: ChannelsRecord
+
+
+class SelfTrainingLog(
+    Record,
+    frozen=True,
+    kw_only=True,
+    rename={"nucleus_fraction": "sure_nucleus", "labelled_fraction": "known"},
+):
+    """How the network that separates nuclei was trained, after PatchCL.
+
+    ``nucleus_fraction`` and ``labelled_fraction`` are those of the pixels of the training crops
+    that the pseudo-labels call nucleus, and either nucleus or background. ``loss`` is that of each
+    step. ``seconds_for_batches`` are those in which the network waited for its next batch.
+    """
+
+    patchcl: PatchCLLog
+    nucleus_fraction: float
+    labelled_fraction: float
+    loss: list[float]
+    seconds: float
+    seconds_for_batches: float
+
+
+class CDCLLog(SelfTrainingLog, frozen=True, kw_only=True):
+    """How a model was refined: its own training, and the losses of each step of CDCL by name.
+
+    ``refined_from`` is the digest of the model that it began with.
+    """
+
+    cdcl: list[dict[str, float]]
+    refined_from: str
+
+
+TrainingLog = PatchCLLog | SelfTrainingLog | CDCLLog
+
+
+def training_log(plain: dict[str, Any]) -> TrainingLog | None:
+    """The log of a model's file; None where it has none. Raises msgspec.ValidationError."""
+    if not plain:
+        return None
+    if "cdcl" in plain:
+        return msgspec.convert(plain, CDCLLog)
+    if "patchcl" in plain:
+        return msgspec.convert(plain, SelfTrainingLog)
+    return msgspec.convert(plain, PatchCLLog)
+
+
 class Histogram(Record, frozen=True, kw_only=True):
     """Counts in equal bars from 0 to ``highest``; the last one counts what lies beyond, too."""
 
