@@ -91,7 +91,7 @@ def test_tiled_equals_untiled(model, client, project_folder, whole, tile_px):
     assert len(nuclei) == len(untiled) > 1000
     assert matched(nuclei.polygons, untiled.polygons, iou=0.99) == len(untiled)
     uncertainty = read_uncertainty_grid(project_folder / "patchcl" / "surveys" / "1.parquet")
-    for name in ("rows", "cols", "points", "doubt", "nuclei"):
+    for name in ("rows", "cols", "points", "entropy", "nuclei"):
         np.testing.assert_array_equal(getattr(uncertainty, name), getattr(seen, name), name)
 
 
