@@ -160,7 +160,7 @@ def tiles(learnt: Learnt) -> Image.Image:
     strip = Box(row0, border - wide // 2, row0 + high, border + wide // 2)
     near = Image.fromarray(slide.read(strip)).resize((strip.shape[1] * ZOOM, high * ZOOM))
     pen = ImageDraw.Draw(near)
-    context = TileContext(image, learnt.model, config, EngineKind.TORCH)
+    context = TileContext(image=image, model=learnt.model, config=config, engine=EngineKind.TORCH)
     for tile, colour in ((left, NUCLEUS), (right, NONE)):
         found, _, _ = segment_tile(context, tile)
         for polygon in level0_to_grid(found.polygons, slide.downsample):

@@ -173,7 +173,9 @@ class Run:
         worker_seconds = map_tiles(
             workers=self.workers,
             task=segment_tile,
-            context=TileContext(image, self.model, self.config, self.engine),
+            context=TileContext(
+                image=image, model=self.model, config=self.config, engine=self.engine
+            ),
             tiles=missing,
             store=store,
             on_done=tile_progress.one_more,

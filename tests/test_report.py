@@ -1,4 +1,4 @@
-"""The report: its figures are those of the nuclei, and a real browser shows it as it should be."""
+"""The report: its figures are those of the nuclei; a real browser shows it as it should be."""
 
 import base64
 import io
@@ -17,6 +17,8 @@ from PIL import Image
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import Box
 from patchcl_qupath.project import NewImage, init_project, open_project
+from patchcl_qupath.report import page as report_page
+from patchcl_qupath.report.charts import Mark, curves
 from patchcl_qupath.report.figures import CONTOUR_UNITS
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.parquet import read_nuclei
@@ -98,7 +100,7 @@ def test_figures_are_those_of_the_nuclei(project):
         assert values == pytest.approx([*expected, certain, image["seconds"]], rel=1e-5)
 
 
-def test_fields_show_what_is_there(project):
+def test_fields_of_view_show_the_nuclei_in_them(project):
     folder, outcome = project
     image = outcome["images"][0]
     nuclei = read_nuclei(Path(image["results"]) / "nuclei.parquet")
@@ -142,7 +144,7 @@ def test_the_overview_has_the_tissue_and_the_density_lies_on_it(project):
     assert (seen[y.astype(int), x.astype(int), 3] == 255).all()
 
 
-def test_again_from_what_is_there_gives_an_equal_page(project):
+def test_equal_files_give_an_equal_page(project):
     folder, outcome = project
     page = index(folder)
     assert Path(outcome["report"]) == page
@@ -161,7 +163,7 @@ def test_a_page_is_light(project):
     assert index(folder).stat().st_size < PAGE_BYTES + 2 * IMAGE_BYTES
 
 
-def test_a_project_without_results_says_what_to_do(tmp_path):
+def test_a_project_without_results_is_refused(tmp_path):
     folder = copy_sample(tmp_path / "project")
     said = call("report", folder)
     assert said.exit_code == 1
@@ -199,6 +201,55 @@ def test_damaged_files_leave_a_page(copy):
     assert "<i>" not in page
 
 
+def test_texts_of_files_are_escaped(copy):
+    output, (first, second, _) = copy / "patchcl", open_project(copy).images()
+    hostile, expected = '<i title="1">&', "&lt;i title=&#34;1&#34;&gt;&amp;"
+
+    def change(path, **changes):
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+
+    path = output / "report" / "images" / first.id / "figures.json"
+    figures = json.loads(path.read_text("utf-8"))
+    shown = [field | {"kind": hostile} for field in figures["fields"]]
+    change(path, fields=shown, stain=figures["stain"] | {"name": hostile})
+    failed = {"x": 0, "y": 0, "width": 9, "height": 9, "reason": hostile}
+    change(output / "results" / second.id / "result.json", engine=hostile, holes=[failed])
+    change(output / "results" / first.id / "result.json", engine=hostile, within=[hostile])
+    change(output / "report" / "outcomes" / f"{second.id}.json", note=hostile)
+    for run in output.glob("runs/*/run.json"):
+        change(run, versions={hostile: hostile})
+    (output / "models" / "patchcl.json").rename(output / "models" / "a &lt; b &amp; c.json")
+    assert call("report", copy).exit_code == 0
+    page = index(copy).read_text("utf-8")
+    assert "damaged" not in page
+    assert "<i title" not in page
+    assert page.count(expected) >= 2 * len(shown) + 8
+    assert "<h3>a &amp;lt; b &amp;amp; c</h3>" in page
+
+
+def test_templates_escape_all_that_they_are_given():
+    """Only the program's own style sheet and script, ``page.py`` says, are left as they are."""
+    report = Path(report_page.__file__).parent
+    templates = [*(report / "templates").glob("*.j2")]
+    assert len(templates) > 4
+    for template in templates:
+        assert not re.search(r"\|\s*safe|autoescape|Markup", template.read_text("utf-8"))
+    sources = {path.name: path.read_text("utf-8").count("Markup(") for path in report.glob("*.py")}
+    assert {name: count for name, count in sources.items() if count} == {"page.py": 1}
+
+
+def test_charts_leave_out_what_is_not_finite():
+    nan, inf = float("nan"), float("inf")
+    assert curves("key", "a title", {"loss": [nan, inf]}) is None
+    chart = curves("key", "a title", {"a": [3.0, nan, 1.0], "b": [2.0]}, [Mark(2, "converged")])
+    assert chart is not None
+    assert chart.legend == ("a", "b")
+    assert chart.words.startswith("a: 3 at the beginning, 1 at the end. b: 2 ")
+    assert chart.words.endswith("Converged.")
+    lines = [path.d for path in chart.paths if path.kind.startswith("line")]
+    assert [line.count("L") for line in lines] == [1, 0]
+
+
 def test_a_page_that_cannot_be_written_costs_no_results(copy):
     index(copy).unlink()
     index(copy).mkdir()  # no file can take its place
@@ -210,7 +261,7 @@ def test_a_page_that_cannot_be_written_costs_no_results(copy):
     assert "No report: cannot write" in ran.stderr
 
 
-def test_the_model_tells_how_it_learnt(project, model):
+def test_the_page_shows_how_the_model_was_trained(project, model):
     log = model.training.patchcl
     channels = log.channels
     assert len(channels.confidences) == len(log.hematoxylin_correlation) == 4
@@ -352,14 +403,14 @@ def test_those_who_do_not_see_it_can_read_it(browser):
     assert ask(browser, "document.activeElement.id") == "main"
 
 
-def test_images_open_from_the_table_and_outlines_can_be_hidden(browser):
+def test_images_open_from_the_table_and_contours_can_be_hidden(browser):
     from selenium.webdriver.common.by import By
 
     assert all(all_of(browser, "details.image", "e.open"))
-    outline = browser.find_element(By.CSS_SELECTOR, ".field svg")
-    assert outline.is_displayed()
-    browser.find_element(By.ID, "outlines").click()
-    assert not outline.is_displayed()
+    contours = browser.find_element(By.CSS_SELECTOR, ".fov svg")
+    assert contours.is_displayed()
+    browser.find_element(By.ID, "contours").click()
+    assert not contours.is_displayed()
     browser.find_element(By.ID, "all").click()
     assert not any(all_of(browser, "details.image", "e.open"))
     browser.find_element(By.CSS_SELECTOR, "tbody tr:nth-child(2) a").click()

@@ -1,141 +1,199 @@
-"""Charts as SVG text: plain, small, and with words for those who do not see them."""
+"""Charts of the report: their geometry and their words. ``templates/macros.html.j2`` draws them.
+
+Coordinates are those of the SVG, ``WIDTH`` by ``HEIGHT``; texts are plain, the template escapes
+them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from html import escape
-from itertools import count
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-_WIDTH, _HEIGHT = 400, 200
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 18, 22, 34
-_POINTS = 160  # of a curve: more cannot be seen
+from patchcl_qupath.storage.records import Histogram, StainHistogram
+
+WIDTH, HEIGHT = 400, 200
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 18, 22, 34  # margins around the plot
+_POINTS = 160  # of a curve, at most: more cannot be seen
+_SMOOTHED = 40  # points of a curve from which on it is smoothed
 
 
-class Charts:
-    """Makes the charts of one page: each has ids of its own."""
+@dataclass(frozen=True)
+class Path:
+    """A line or area: ``kind`` is its CSS class, ``d`` the commands of an SVG path."""
 
-    def __init__(self) -> None:
-        self._numbers: Iterator[int] = count(1)
+    kind: str
+    d: str
 
-    def histogram(
-        self, title: str, unit: str, counts: Sequence[int], highest: float, median: float | None
-    ) -> str:
-        """Bars of equal width from 0 to ``highest``; the last one has what lies beyond, too."""
-        total, most = sum(counts), max([*counts, 1])
-        plot = _Plot((0, highest), (0, most))
-        step = highest / len(counts)
-        bars = "".join(
-            f"M{plot.x(i * step):.1f} {plot.y(0):.1f}V{plot.y(n):.1f}"
-            f"H{plot.x((i + 1) * step) - 1:.1f}V{plot.y(0):.1f}z"
-            for i, n in enumerate(counts)
-            if n
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """A text whose ``anchor`` (start, middle or end) is at (x, y); ``kind`` is its CSS class."""
+
+    x: float
+    y: float
+    anchor: str
+    text: str
+    kind: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A chart: ``words`` describe it for screen readers; ``legend`` names its lines, if several."""
+
+    id: str
+    title: str
+    words: str
+    paths: tuple[Path, ...]
+    labels: tuple[Label, ...]
+    legend: tuple[str, ...] = ()
+    width: int = WIDTH
+    height: int = HEIGHT
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A step of training that is marked, and the text beside the mark."""
+
+    step: float
+    text: str
+
+
+def histogram(
+    key: str,
+    title: str,
+    unit: str,
+    data: Histogram | StainHistogram,
+) -> Chart:
+    """Bars of equal width from 0 to ``data.highest``, and the median.
+
+    ``key`` identifies the chart on the page.
+    Raises ValueError, ArithmeticError or LookupError for a histogram that cannot be drawn.
+    """
+    total, step = sum(data.counts), data.highest / len(data.counts)
+    plot = _Plot(xs=(0, data.highest), ys=(0, max([*data.counts, 1])))
+    bars = "".join(
+        f"M{plot.x(i * step):.1f} {plot.y(0):.1f}V{plot.y(n):.1f}"
+        f"H{plot.x((i + 1) * step) - 1:.1f}V{plot.y(0):.1f}z"
+        for i, n in enumerate(data.counts)
+        if n
+    )
+    words = f"{total:,} nuclei, from 0 to {data.highest:g} {unit} and more."
+    paths = [*plot.axes(), Path("bars", bars)]
+    labels = plot.labels(unit, last=f"{data.highest:g}+")
+    if data.median is not None:
+        most = data.counts.index(max(data.counts)) * step
+        words += (
+            f" Median {data.median:.3g} {unit}. The highest bar is that from {most:.3g} to "
+            f"{most + step:.3g} {unit}."
         )
-        peak = counts.index(max(counts)) if total else 0
-        words = f"{total:,} nuclei from 0 to {highest:g} {unit} and more."
-        middle = ""
-        if median is not None:
-            words += (
-                f" Median {median:.3g} {unit}; most have {peak * step:.3g} to "
-                f"{(peak + 1) * step:.3g} {unit}."
-            )
-            middle = plot.mark(median, f"median {median:.3g}")
-        inside = f'<path class="bars" d="{bars}"/>' + middle
-        ticks = plot.axis_x(unit, last=f"{highest:g}+") + plot.axis_y()
-        return self._svg(title, words, ticks + inside)
+        path, label = plot.mark(data.median, f"median {data.median:.3g}")
+        paths.append(path)
+        labels.append(label)
+    return Chart(id=key, title=title, words=words, paths=tuple(paths), labels=tuple(labels))
 
-    def curves(
-        self,
-        title: str,
-        unit: str,
-        series: Mapping[str, Sequence[float]],
-        marks: Mapping[str, float] | None = None,
-    ) -> str:
-        """Lines over steps 1, 2, ... of training; ``marks`` are steps worth a word."""
-        values = [v for line in series.values() for v in line if math.isfinite(v)]
-        steps = max([2, *map(len, series.values())])
-        if not values:
-            return ""
-        # One wild step at the beginning must not flatten all that follows.
-        ordered = sorted(values)
-        low, high = ordered[len(ordered) // 200], ordered[-1 - len(ordered) // 200]
-        plot = _Plot((1, steps), (min(0.0, low), max(high, low + 1e-6)))
-        drawn, words = "", ""
-        for i, (name, line) in enumerate(series.items()):
-            smooth = _smooth(line)
-            path = "".join(
-                f"{'L' if k else 'M'}{plot.x(step):.1f} {plot.y(value):.1f}"
-                for k, (step, value) in enumerate(smooth)
-            )
-            drawn += f'<path class="line line-{i}" d="{path}"/>'
-            words += f"{name}: {smooth[0][1]:.3g} at first, {smooth[-1][1]:.3g} in the end. "
-        for level, (words_of_mark, step) in enumerate((marks or {}).items()):
-            drawn += plot.mark(step, words_of_mark, level)
-            words += f"{words_of_mark} at step {step:g}. "
-        svg = self._svg(title, words, plot.axis_x(unit) + plot.axis_y() + drawn)
-        if len(series) == 1:
-            return svg
-        keys = "".join(
-            f'<li><svg viewBox="0 0 18 6" width="18" height="6" aria-hidden="true">'
-            f'<path class="line line-{i}" d="M0 3H18"/></svg> {escape(name)}</li>'
-            for i, name in enumerate(series)
-        )
-        return f'{svg}<ul class="keys">{keys}</ul>'
 
-    def _svg(self, title: str, words: str, inside: str) -> str:
-        n = next(self._numbers)
-        return (
-            f'<svg class="chart" role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-            f'aria-labelledby="chart-{n}" aria-describedby="words-{n}">'
-            f'<title id="chart-{n}">{escape(title)}</title>'
-            f'<desc id="words-{n}">{escape(words.strip())}</desc>{inside}</svg>'
-        )
+def curves(
+    key: str,
+    title: str,
+    series: Mapping[str, Sequence[float]],
+    marks: Sequence[Mark] = (),
+) -> Chart | None:
+    """Lines over the steps 1, 2, ... of training; None without a finite value.
+
+    ``key`` identifies the chart on the page.
+    Raises ValueError, ArithmeticError or LookupError for values that cannot be drawn.
+    """
+    values = sorted(value for line in series.values() for value in line if math.isfinite(value))
+    if not values:
+        return None
+    # One extreme step at the beginning must not flatten all that follows.
+    low, high = values[len(values) // 200], values[-1 - len(values) // 200]
+    steps = max([2, *map(len, series.values())])
+    plot = _Plot(xs=(1, steps), ys=(min(0.0, low), max(high, low + 1e-6)))
+    paths, labels, words = plot.axes(), plot.labels("step"), []
+    for i, (name, line) in enumerate(series.items()):
+        points = _smooth(line)
+        paths.append(Path(f"line line-{i}", plot.line(points)))
+        if points:
+            first, last = points[0][1], points[-1][1]
+            words.append(f"{name}: {first:.3g} at the beginning, {last:.3g} at the end.")
+    for level, mark in enumerate(marks):
+        path, label = plot.mark(mark.step, mark.text, level)
+        paths.append(path)
+        labels.append(label)
+        words.append(f"{mark.text.capitalize()}.")
+    return Chart(
+        id=key,
+        title=title,
+        words=" ".join(words),
+        paths=tuple(paths),
+        labels=tuple(labels),
+        legend=tuple(series) if len(series) > 1 else (),
+    )
 
 
 class _Plot:
-    """Where values lie in the picture."""
+    """The frame of a chart: where values lie in it, from (low, high) of each axis."""
 
-    def __init__(self, xs: tuple[float, float], ys: tuple[float, float]) -> None:
+    def __init__(self, *, xs: tuple[float, float], ys: tuple[float, float]) -> None:
         self._xs, self._ys = xs, ys
 
     def x(self, value: float) -> float:
+        """The column of a value."""
         low, high = self._xs
-        return _LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
+        return _LEFT + (value - low) / (high - low) * (WIDTH - _LEFT - _RIGHT)
 
     def y(self, value: float) -> float:
+        """The row of a value; one beyond the axis lies on its end."""
         low, high = self._ys
-        share = min(1.0, max(0.0, (value - low) / (high - low)))
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+        part = min(1.0, max(0.0, (value - low) / (high - low)))
+        return HEIGHT - _BOTTOM - part * (HEIGHT - _TOP - _BOTTOM)
 
-    def axis_x(self, unit: str, last: str | None = None) -> str:
-        base = _HEIGHT - _BOTTOM
-        axis = f'<path class="axis" d="M{_LEFT} {base}H{_WIDTH - _RIGHT}"/>'
-        high = self._xs[1]
-        for tick in _ticks(*self._xs):
-            text = last if last is not None and tick == high else f"{tick:g}"
-            axis += (
-                f'<text x="{self.x(tick):.1f}" y="{base + 14}" text-anchor="middle">{text}</text>'
-            )
-        return axis + (
-            f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 5}" text-anchor="end">{escape(unit)}</text>'
-        )
-
-    def axis_y(self) -> str:
+    def line(self, points: Sequence[tuple[float, float]]) -> str:
+        """The commands of a path through points (x, y)."""
         return "".join(
-            f'<path class="grid" d="M{_LEFT} {self.y(tick):.1f}H{_WIDTH - _RIGHT}"/>'
-            f'<text x="{_LEFT - 5}" y="{self.y(tick) + 3.5:.1f}" text-anchor="end">{tick:,g}</text>'
-            for tick in _ticks(*self._ys)
+            f"{'L' if i else 'M'}{self.x(x):.1f} {self.y(y):.1f}" for i, (x, y) in enumerate(points)
         )
 
-    def mark(self, value: float, words: str, level: int = 0) -> str:
-        """A line from top to bottom, with words on the side that has room."""
+    def axes(self) -> list[Path]:
+        """The x axis, and a line at each tick of the y axis."""
+        right = WIDTH - _RIGHT
+        return [
+            Path("axis", f"M{_LEFT} {HEIGHT - _BOTTOM}H{right}"),
+            *(Path("grid", f"M{_LEFT} {self.y(tick):.1f}H{right}") for tick in _ticks(*self._ys)),
+        ]
+
+    def labels(self, unit: str, last: str | None = None) -> list[Label]:
+        """The numbers of both axes and the unit of x; ``last`` replaces the highest x."""
+        base = HEIGHT - _BOTTOM
+        below = [
+            Label(
+                x=round(self.x(tick), 1),
+                y=base + 14,
+                anchor="middle",
+                text=last if last is not None and tick == self._xs[1] else f"{tick:g}",
+            )
+            for tick in _ticks(*self._xs)
+        ]
+        beside = [
+            Label(x=_LEFT - 5, y=round(self.y(tick) + 3.5, 1), anchor="end", text=f"{tick:,g}")
+            for tick in _ticks(*self._ys)
+        ]
+        return [*below, Label(x=WIDTH - _RIGHT, y=HEIGHT - 5, anchor="end", text=unit), *beside]
+
+    def mark(self, value: float, text: str, level: int = 0) -> tuple[Path, Label]:
+        """A line from top to bottom, and a text beside it; levels keep texts apart."""
         x = self.x(min(max(value, self._xs[0]), self._xs[1]))
-        left = x > (_LEFT + _WIDTH) / 2
-        return (
-            f'<path class="mark" d="M{x:.1f} {_TOP - 16}V{_HEIGHT - _BOTTOM}"/>'
-            f'<text class="said" x="{x - 4 if left else x + 4:.1f}" y="{_TOP - 8 + 14 * level}" '
-            f'text-anchor="{"end" if left else "start"}">{escape(words)}</text>'
+        left = x > (_LEFT + WIDTH) / 2
+        label = Label(
+            x=round(x - 4 if left else x + 4, 1),
+            y=_TOP - 8 + 14 * level,
+            anchor="end" if left else "start",
+            text=text,
+            kind="mark-label",
         )
+        return Path("mark", f"M{x:.1f} {_TOP - 16}V{HEIGHT - _BOTTOM}"), label
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -148,13 +206,13 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _smooth(line: Sequence[float]) -> list[tuple[float, float]]:
-    """Means of so many values each that few enough points are left: (step, mean)."""
+    """Means of equally many values each, so that few enough points are left: (step, mean)."""
     width = max(1, math.ceil(len(line) / _POINTS))
-    if width == 1 and len(line) > 40:
-        width = math.ceil(len(line) / 40) // 2 or 1
+    if width == 1 and len(line) > _SMOOTHED:
+        width = math.ceil(len(line) / _SMOOTHED) // 2 or 1
     points = []
     for first in range(0, len(line), width):
-        part = [v for v in line[first : first + width] if math.isfinite(v)]
+        part = [value for value in line[first : first + width] if math.isfinite(value)]
         if part:
             points.append((first + (len(part) + 1) / 2, sum(part) / len(part)))
     return points

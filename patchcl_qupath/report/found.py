@@ -1,10 +1,9 @@
-"""What runs left in a project, for the report. Files may be missing, old or damaged."""
+"""What runs left in a project, for the report. Files may be missing, outdated or damaged."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
@@ -23,24 +22,29 @@ from patchcl_qupath.storage.records import (
 
 @dataclass(frozen=True, kw_only=True)
 class FoundImage:
-    """One image: None is what is not known. ``pictures`` is the folder that ``figures`` are of."""
+    """One image; None is what is not known.
+
+    ``pictures`` is the folder of its pictures and figures. Where it is ``damaged``, there are
+    figures that cannot be read.
+    """
 
     id: str
     name: str
     pictures: Path
     result: ResultRecord | None = None
     figures: FiguresRecord | None = None
+    damaged: bool = False
     seconds: float | None = None
     warnings: tuple[str, ...] = ()
 
     @property
     def nuclei(self) -> int | None:
-        """How many there are."""
+        """Number of nuclei."""
         return self.result.nuclei if self.result else None
 
     @property
     def tissue_mm2(self) -> float | None:
-        """Area of the tissue."""
+        """Area of the tissue, in mm²."""
         return self.result.tissue_mm2 if self.result else None
 
     @property
@@ -52,7 +56,7 @@ class FoundImage:
 
     @property
     def median_area(self) -> float | None:
-        """Of its nuclei, in µm²."""
+        """Median area of its nuclei, in µm²."""
         return self.figures.area.median if self.figures else None
 
     @property
@@ -63,30 +67,56 @@ class FoundImage:
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model, and the names of the images whose nuclei it made."""
+    """A model, and the names of the images that it segmented."""
 
     name: str
     record: ModelRecord
     images: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FoundRun:
-    """What made the nuclei of some images; ``versions`` are those of packages."""
+    """What made the nuclei of images; ``versions`` are those of packages, ``images`` names."""
 
     id: str
     result: ResultRecord
     versions: dict[str, str]
-    images: list[str]
+    images: list[str] = field(default_factory=list)
 
 
 def find_image(project: Project, entry: ImageEntry) -> FoundImage:
-    """What there is of an image, and what to warn of."""
+    """What there is of an image, with warnings."""
     layout = project.layout
     found = read_result(layout.result(entry.id))
     outcome = read_record(layout.outcome(entry.id), ImageOutcome)
     pictures = layout.figures(entry.id)
     figures = read_record(pictures / FIGURES, FiguresRecord)
+    warnings = _warnings(entry, found, outcome)
+    if not isinstance(found, ResultRecord):
+        return FoundImage(id=entry.id, name=entry.name, pictures=pictures, warnings=tuple(warnings))
+    damaged = figures is None and (pictures / FIGURES).exists()
+    if figures is not None and (figures.run, figures.nuclei) != (found.run, found.nuclei):
+        figures = None
+    if figures is None and not damaged:
+        warnings.append("its pictures were not made: run again")
+    return FoundImage(
+        id=entry.id,
+        name=entry.name,
+        pictures=pictures,
+        result=found,
+        figures=figures,
+        damaged=damaged,
+        seconds=outcome.seconds if outcome and not outcome.problem else None,
+        warnings=tuple(warnings),
+    )
+
+
+def _warnings(
+    entry: ImageEntry,
+    found: ResultRecord | RemovedRecord | None,
+    outcome: ImageOutcome | None,
+) -> list[str]:
+    """What a person should know of an image's nuclei, or why there are none."""
     warnings = [entry.problem] if entry.problem else []
     if found is None and outcome is None and not warnings:
         warnings.append("not done yet")
@@ -96,26 +126,14 @@ def find_image(project: Project, entry: ImageEntry) -> FoundImage:
         warnings.append(outcome.note)
     if isinstance(found, RemovedRecord):
         warnings.append("its nuclei were removed")
-    if not isinstance(found, ResultRecord):
-        return FoundImage(id=entry.id, name=entry.name, pictures=pictures, warnings=tuple(warnings))
-    if outcome and outcome.problem:
-        warnings.append("what is shown is the result of an earlier run")
-    if found.failed_tiles:
-        total = f" of {outcome.tiles}" if outcome and outcome.tiles else ""
-        reason = found.failed_tiles[0].reason
-        warnings.append(f"{len(found.failed_tiles)}{total} tiles failed: {reason}")
-    if not figures or (figures.run, figures.nuclei) != (found.run, found.nuclei):
-        warnings.append("its pictures were not made: run again")
-        figures = None
-    return FoundImage(
-        id=entry.id,
-        name=entry.name,
-        pictures=pictures,
-        result=found,
-        figures=figures,
-        seconds=outcome.seconds if outcome and not outcome.problem else None,
-        warnings=tuple(warnings),
-    )
+    if isinstance(found, ResultRecord):
+        if outcome and outcome.problem:
+            warnings.append("the result of an earlier run is shown")
+        if found.failed_tiles:
+            total = f" of {outcome.tiles}" if outcome and outcome.tiles else ""
+            reason = found.failed_tiles[0].reason
+            warnings.append(f"{len(found.failed_tiles)}{total} tiles failed: {reason}")
+    return warnings
 
 
 def find_models(project: Project, images: list[FoundImage]) -> list[FoundModel]:
@@ -133,11 +151,12 @@ def find_runs(project: Project, images: list[FoundImage]) -> list[FoundRun]:
     """The runs that made the nuclei which are there."""
     runs: dict[str, FoundRun] = {}
     for image in images:
-        if image.result is not None:
-            name = image.result.run
-            if name not in runs:
-                record = read_record(project.layout.run_record(name), RunRecord)
-                versions: dict[str, Any] = record.versions if record else {}
-                runs[name] = FoundRun(name, image.result, versions, [])
-            runs[name].images.append(image.name)
+        if image.result is None:
+            continue
+        run = image.result.run
+        if run not in runs:
+            record = read_record(project.layout.run_record(run), RunRecord)
+            versions = record.versions if record else {}
+            runs[run] = FoundRun(id=run, result=image.result, versions=versions)
+        runs[run].images.append(image.name)
     return list(runs.values())

@@ -1,6 +1,6 @@
 "use strict";
 
-// Tables: a press on a column's button sorts by it, the next press the other way round.
+// The button of a column sorts the table by it; pressed again, in the opposite order.
 for (const button of document.querySelectorAll("th button")) {
   button.addEventListener("click", () => {
     const header = button.closest("th");
@@ -15,7 +15,7 @@ for (const button of document.querySelectorAll("th button")) {
     const order = (a, b) => (numeric ? a - b : a.localeCompare(b, "en", { numeric: true }));
     const rows = [...body.rows].sort((one, other) => {
       const [a, b] = [value(one), value(other)];
-      if (a === "" || b === "") return (a === "") - (b === ""); // what is not known comes last
+      if (a === "" || b === "") return (a === "") - (b === ""); // unknown values come last
       return up ? order(a, b) : order(b, a);
     });
     body.append(...rows);
@@ -34,12 +34,14 @@ for (const link of document.querySelectorAll("tbody a")) {
 }
 show(location.hash);
 
-const outlines = document.getElementById("outlines");
-if (outlines) {
-  outlines.addEventListener("change", () => {
-    document.body.classList.toggle("plain", !outlines.checked);
+// Contours of nuclei can be hidden.
+const contours = document.getElementById("contours");
+if (contours) {
+  contours.addEventListener("change", () => {
+    document.body.classList.toggle("plain", !contours.checked);
   });
 }
+// All images open or close at once.
 const all = document.getElementById("all");
 if (all) {
   all.addEventListener("click", () => {

@@ -1,8 +1,8 @@
 """The report of a project: one HTML page that needs nothing but itself, read by people.
 
-``write_report`` puts it together from what runs left: pictures and figures of each image
-(``gallery``), results, models, runs. All words that come from files are escaped, pictures are
-embedded, and a policy in the page's head forbids the browser to load or run anything else.
+``write_report`` reads what runs left (``found``), makes views of it (``views``), and renders them
+by the Jinja2 templates in ``templates``, which escape all texts. Pictures are embedded, and a
+content security policy forbids the browser to load or run anything else.
 """
 
 from __future__ import annotations
@@ -11,17 +11,28 @@ import hashlib
 from base64 import b64encode
 from importlib.resources import files
 from pathlib import Path
-from string import Template
+from typing import NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from patchcl_qupath.errors import ProjectError
 from patchcl_qupath.project import Project
-from patchcl_qupath.report import sections
-from patchcl_qupath.report.charts import Charts
-from patchcl_qupath.report.figures import DENSITY_COLOURS
+from patchcl_qupath.report import training_views, views
+from patchcl_qupath.report.density_map import DENSITY_COLOURS
 from patchcl_qupath.report.found import find_image, find_models, find_runs
 from patchcl_qupath.storage.files import write_bytes
 
 __all__ = ["write_report"]
+
+_OPEN_IMAGES = 3  # at most that are shown at once, and not on demand, so that the page stays light
+
+
+class _Embedded(NamedTuple):
+    """A style sheet or script of the page, and its hash for the content security policy."""
+
+    text: Markup
+    hash: str
 
 
 def write_report(project: Project) -> Path:
@@ -35,34 +46,59 @@ def write_report(project: Project) -> Path:
         raise ProjectError(
             f"{project.path} has no results to report: patchcl-qp run {project.path}"
         )
-    models, runs, charts = find_models(project, images), find_runs(project, images), Charts()
-    stops = ", ".join(f"rgb{colour}" for colour in DENSITY_COLOURS)
-    style = f":root {{ --density: linear-gradient(90deg, {stops}); }}\n{_part('page.css')}"
-    script = _part("page.js")
-    page = Template(_part("page.html")).substitute(
-        title=sections.title(project),
-        sums=sections.sums(images),
-        main="\n".join(
-            [
-                sections.table(images),
-                sections.images(images, charts),
-                sections.models(models, charts),
-            ]
-        ),
-        footer=sections.made(runs),
-        style=style,
-        style_hash=_hash(style),
-        script=script,
-        script_hash=_hash(script),
+    models, runs = find_models(project, images), find_runs(project, images)
+    page = (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            title=views.title(project),
+            totals=views.Totals.of(images),
+            table=views.Table.of(images),
+            images=[views.ImageView.of(image, number) for number, image in enumerate(images)],
+            open_images=len(images) <= _OPEN_IMAGES,
+            models=[
+                training_views.ModelView.of(model, number) for number, model in enumerate(models)
+            ],
+            runs=[views.RunView.of(run) for run in runs],
+            style=_embedded(f"{_density_style()}\n{_source('page.css')}"),
+            script=_embedded(_source("page.js")),
+        )
     )
-    path = layout.report_page
-    write_bytes(path, page.encode())
-    return path
+    write_bytes(layout.report_page, page.encode())
+    return layout.report_page
 
 
-def _part(name: str) -> str:
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("patchcl_qupath.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["number"] = _number
+    return environment
+
+
+def _number(value: float, spec: str = ",") -> str:
+    """A number by a format specification, with separators of thousands unless another is given."""
+    return format(value, spec)
+
+
+def _density_style() -> str:
+    """The colours of the density map, for its scale."""
+    stops = ", ".join(f"rgb{colour}" for colour in DENSITY_COLOURS)
+    return f":root {{ --density: linear-gradient(90deg, {stops}); }}"
+
+
+def _source(name: str) -> str:
     return files("patchcl_qupath.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _hash(text: str) -> str:
-    return f"sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+def _embedded(text: str) -> _Embedded:
+    """A style sheet or script that is part of the program."""
+    digest = b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    # Browsers take what is in <style> and <script> as it is: escaped, it would be another text than
+    # the one whose hash is in the policy. Nothing of a project is in it.
+    return _Embedded(text=Markup(text), hash=f"sha256-{digest}")

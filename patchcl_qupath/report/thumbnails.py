@@ -1,4 +1,4 @@
-"""Pictures of what was found, for people to check with their own eyes."""
+"""Drawings on pictures of an image: contours of nuclei, failed tiles."""
 
 from __future__ import annotations
 
@@ -15,16 +15,13 @@ _CONTOUR = (40, 240, 80)
 _FAILED_TILE = (230, 30, 30)
 
 
-def draw_contours(rgb: NDArray[np.uint8], polygons: Polygons, zoom: int = 2) -> Image.Image:
-    """Outlines drawn over an image.
-
-    ``rgb`` (H, W, 3) is enlarged ``zoom`` times; ``polygons`` (N,) are in its pixels.
-    """
+def draw_contours(rgb: NDArray[np.uint8], contours: Polygons, zoom: int = 2) -> Image.Image:
+    """Pixels (H, W, 3) enlarged ``zoom`` times, with contours (N,), in their pixels, drawn on."""
     height, width = rgb.shape[:2]
     picture = Image.fromarray(rgb).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(picture)
-    for polygon in polygons:
-        corners = shapely.get_coordinates(polygon) * zoom
+    for contour in contours:
+        corners = shapely.get_coordinates(contour) * zoom
         pen.line([tuple(corner) for corner in corners.tolist()], fill=_CONTOUR, width=zoom)
     return picture
 
@@ -32,22 +29,21 @@ def draw_contours(rgb: NDArray[np.uint8], polygons: Polygons, zoom: int = 2) -> 
 def draw_failed_tiles(
     rgb: NDArray[np.uint8], failed_tiles: Sequence[FailedTile], size: tuple[int, int]
 ) -> Image.Image:
-    """Holes in red on a small picture (H, W, 3) of an image of ``size`` (width, height)."""
+    """A thumbnail (H, W, 3) of an image of ``size`` (width, height), with failed tiles in red."""
     height, width = rgb.shape[:2]
     x, y = width / size[0], height / size[1]
     picture = Image.fromarray(rgb)
     pen = ImageDraw.Draw(picture)
-    for failed in failed_tiles:
-        right, low = (failed.x + failed.width) * x - 1, (failed.y + failed.height) * y - 1
-        left, top = failed.x * x, failed.y * y
-        pen.rectangle(
-            [left, top, max(left, right), max(top, low)], fill=_FAILED_TILE
-        )  # 1 px at least
+    for tile in failed_tiles:
+        left, top = tile.x * x, tile.y * y
+        right, bottom = (tile.x + tile.width) * x - 1, (tile.y + tile.height) * y - 1
+        corners = [left, top, max(left, right), max(top, bottom)]  # 1 px wide at least
+        pen.rectangle(corners, fill=_FAILED_TILE)
     return picture
 
 
 def beside(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two pictures side by side, the right one as high as the left."""
+    """Two pictures side by side, the right one scaled to the height of the left one."""
     width = max(1, round(right.width * left.height / right.height))
     right = right.resize((width, left.height), Image.Resampling.NEAREST)
     both = Image.new("RGB", (left.width + width, left.height))

@@ -1,4 +1,4 @@
-"""What a worker does: one tile, from pixels to the nuclei that it owns."""
+"""What a worker does: segment one tile, from pixels to the nuclei that the tile owns."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ import torch
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
-from patchcl_qupath.datatypes import Nuclei, Tile, UncertaintyGrid
+from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.segmentation.contours import centroids, nuclei_of_tile, to_level0
 from patchcl_qupath.segmentation.instances import instances, postprocessing_margin_um
 from patchcl_qupath.segmentation.measurements import mean_hematoxylin
 from patchcl_qupath.segmentation.uncertainty import (
-    BIN_STEPS,
+    bin_px,
     merge_grids,
     predictive_entropy,
-    step_px,
+    sampling_points,
 )
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import inside, inside_region
 from patchcl_qupath.timing import Seconds, timed
 
+Pixels = NDArray[np.int64]  # (N,) rows or columns of pixels of the working grid
+
 
 def postprocessing_margin_px(config: Config, slide: Slide) -> int:
-    """How far from its write box a tile must know the confidence, in working px."""
+    """How far from its write box post-processing needs a tile's probabilities, in working px."""
     return math.ceil(postprocessing_margin_um(config.segment) / slide.mpp)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TileContext:
-    """What a worker needs beside the tile."""
+    """What a worker needs beside the tile; ``engine`` runs the network of the model."""
 
     image: PreparedImage
     model: Model
@@ -43,75 +45,128 @@ class TileContext:
     engine: EngineKind
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Prediction:
+    """A tile's pixels (H, W, 3) and what the network predicts of them, (H, W) each.
+
+    They cover ``tile.read``: the write box and the post-processing margin, where each probability
+    is that of the whole slide. ``core`` is None for networks that do not predict cores of nuclei.
+    """
+
+    tile: Tile
+    rgb: NDArray[np.uint8]
+    probability: NDArray[np.float32]
+    core: NDArray[np.float32] | None
+
+
 def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
-    """One tile, from pixels to the nuclei that it owns, at level 0; and how sure it was of them."""
-    image, slide, model = context.image, context.image.slide, context.model
-    assert image.normaliser is not None, "an image without tissue has no tiles"
-    settings = context.config.segment
+    """Segment one tile: read, predict, separate touching nuclei, measure.
+
+    Returns the nuclei that the tile owns, at level 0; the uncertainty grid of its write box; and
+    the seconds that each stage took. Raises SlideError for damaged pixels.
+    """
     seconds: Seconds = {}
     with timed(seconds, "read"):
-        rgb = slide.read(tile.read)
+        rgb = context.image.slide.read(tile.read)
     with timed(seconds, "network"):
-        torch.set_num_threads(1)  # sums of several threads would differ by how many these are
-        probability, core = confidence(model, rgb, image.normaliser, context.engine)
-    # The network's share of the halo is used up: what is left has the whole slide's confidence.
-    near = tile.write.grow(postprocessing_margin_px(context.config, slide), slide.shape)
-    inner = near.within(tile.read)
-    tile, rgb, probability = replace(tile, read=near), rgb[inner], probability[inner]
-    core = None if core is None else core[inner]
+        predicted = _predict(context, tile, rgb)
     with timed(seconds, "separate"):
-        labels = instances(probability, slide.mpp, settings, model.threshold, core)
+        labels = _separate(context, predicted)
     with timed(seconds, "measure"):
-        rows, cols = centroids(labels, tile)
-        owned = tile.write.holds(rows, cols) & inside(image.tissue, image.tissue_px, rows, cols)
-        if image.region is not None:
-            owned &= inside_region(image.region, tile.write, rows, cols)
-        owned &= mean_hematoxylin(labels, rgb) >= settings.min_hematoxylin
-        nuclei = nuclei_of_tile(
-            *(labels, owned, rgb, probability, tile, slide.grid_mpp),
-            *(model.threshold, image.stains),
-        )
-        compact = nuclei.measurements["Solidity"] >= settings.min_solidity
-        nuclei = to_level0(nuclei[compact], slide.downsample, image.id)
-        uncertainty = _uncertainty_grid(
-            image, tile, probability, rows[owned][compact], cols[owned][compact]
-        )
+        nuclei, rows, cols = _measure(context, predicted, labels)
+        uncertainty = _uncertainty_grid(context.image, predicted, rows, cols)
     return nuclei, uncertainty, seconds
 
 
-def _uncertainty_grid(
-    image: PreparedImage,
-    tile: Tile,
-    probability: NDArray[np.float32],
-    nucleus_rows: NDArray[np.int64],
-    nucleus_cols: NDArray[np.int64],
-) -> UncertaintyGrid:
-    """What is in doubt in a tile's write box, and where its nuclei are: (N,) rows and columns.
+def _predict(context: TileContext, tile: Tile, rgb: NDArray[np.uint8]) -> _Prediction:
+    """Run the network on the pixels (H, W, 3) of a tile's read box."""
+    image = context.image
+    assert image.normaliser is not None, "an image without tissue has no tiles"
+    torch.set_num_threads(1)  # sums of several threads would differ by how many these are
+    probability, core = confidence(context.model, rgb, image.normaliser, context.engine)
+    # The receptive field has used up its part of the halo: within it, probabilities are not those
+    # of the whole slide.
+    margin_px = postprocessing_margin_px(context.config, image.slide)
+    valid = tile.write.grow(margin_px, image.slide.shape)
+    inner = valid.within(tile.read)
+    return _Prediction(
+        tile=replace(tile, read=valid),
+        rgb=rgb[inner],
+        probability=probability[inner],
+        core=None if core is None else core[inner],
+    )
 
-    ``probability`` covers the tile's read box.
+
+def _separate(context: TileContext, predicted: _Prediction) -> NDArray[np.int32]:
+    """Separate touching nuclei -> labels (H, W) of nuclei 1..N, 0 for background."""
+    return instances(
+        predicted.probability,
+        mpp=context.image.slide.mpp,
+        config=context.config.segment,
+        threshold=context.model.threshold,
+        core=predicted.core,
+    )
+
+
+def _measure(
+    context: TileContext, predicted: _Prediction, labels: NDArray[np.int32]
+) -> tuple[Nuclei, Pixels, Pixels]:
+    """The nuclei (N,) that the tile owns, at level 0; and the pixels with their centroids."""
+    image, settings, tile = context.image, context.config.segment, predicted.tile
+    rows, cols = centroids(labels, tile)
+    owned = tile.write.holds(rows, cols) & _in_tissue(image, tile.write, rows, cols)
+    owned &= mean_hematoxylin(labels, predicted.rgb) >= settings.min_hematoxylin
+    nuclei = nuclei_of_tile(
+        labels=labels,
+        owned=owned,
+        rgb=predicted.rgb,
+        confidence=predicted.probability,
+        tile=tile,
+        mpp=image.slide.grid_mpp,
+        threshold=context.model.threshold,
+        stains=image.stains,
+    )
+    compact = nuclei.measurements["Solidity"] >= settings.min_solidity
+    at_level0 = to_level0(nuclei[compact], image.slide.downsample, image.id)
+    return at_level0, rows[owned][compact], cols[owned][compact]
+
+
+def _in_tissue(image: PreparedImage, box: Box, rows: Pixels, cols: Pixels) -> NDArray[np.bool_]:
+    """(N,) whether pixels lie on tissue and, where there are analysis regions, in those.
+
+    Of pixels outside ``box``, the answer is not defined.
     """
-    step, box = step_px(image.slide.mpp), tile.write
-    rows, cols = (
-        axis.ravel()
-        for axis in np.mgrid[
-            -(-box.row0 // step) * step : box.row1 : step,
-            -(-box.col0 // step) * step : box.col1 : step,
-        ]
-    )
-    looked = inside(image.tissue, image.tissue_px, rows, cols)
+    in_tissue = inside(image.tissue, image.tissue_px, rows, cols)
     if image.region is not None:
-        looked &= inside_region(image.region, box, rows, cols)
-    rows, cols = rows[looked], cols[looked]
-    entropy = predictive_entropy(probability[rows - tile.read.row0, cols - tile.read.col0])
-    bin_px = BIN_STEPS * step
-    x, y = image.slide.downsample
-    one, none = np.ones_like(rows), np.zeros_like(nucleus_rows)
-    points = UncertaintyGrid(
-        (bin_px * x, bin_px * y),
-        np.concatenate([rows, nucleus_rows]) // bin_px,
-        np.concatenate([cols, nucleus_cols]) // bin_px,
-        np.concatenate([one, none]),
-        np.concatenate([entropy, none]),
-        np.concatenate([np.zeros_like(rows), np.ones_like(none)]),
+        in_tissue &= inside_region(image.region, box, rows, cols)
+    return in_tissue
+
+
+def _uncertainty_grid(
+    image: PreparedImage, predicted: _Prediction, nucleus_rows: Pixels, nucleus_cols: Pixels
+) -> UncertaintyGrid:
+    """The uncertainty grid of a tile's write box; ``nucleus_*`` (N,) are of its centroids."""
+    tile, slide = predicted.tile, image.slide
+    rows, cols = sampling_points(tile.write, slide.mpp)
+    in_tissue = _in_tissue(image, tile.write, rows, cols)
+    rows, cols = rows[in_tissue], cols[in_tissue]
+    at = rows - tile.read.row0, cols - tile.read.col0
+    entropy = predictive_entropy(predicted.probability[at])
+    px, (x, y) = bin_px(slide.mpp), slide.downsample
+    of_points = UncertaintyGrid(
+        bin_size=(px * x, px * y),
+        rows=rows // px,
+        cols=cols // px,
+        points=np.ones_like(rows),
+        entropy=entropy,
+        nuclei=np.zeros_like(rows),
     )
-    return merge_grids([points])
+    of_nuclei = UncertaintyGrid(
+        bin_size=of_points.bin_size,
+        rows=nucleus_rows // px,
+        cols=nucleus_cols // px,
+        points=np.zeros_like(nucleus_rows),
+        entropy=np.zeros_like(nucleus_rows),
+        nuclei=np.ones_like(nucleus_rows),
+    )
+    return merge_grids([of_points, of_nuclei])

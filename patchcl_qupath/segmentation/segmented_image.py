@@ -25,16 +25,19 @@ from patchcl_qupath.execution.tile_store import Measurements, TileStore
 from patchcl_qupath.segmentation.uncertainty import merge_grids
 from patchcl_qupath.slides.prepare import PreparedImage
 
-_NEAR_UM = 50.0  # no part of a nucleus is farther from its centroid
-_UNREADABLE = 128  # grey
+_MAX_RADIUS_UM = 50.0  # no point of a contour is farther from the nucleus's centroid
+_GREY = 128  # of pixels that cannot be read
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentedImage:
-    """An image whose tiles are finished, but for those that failed.
+    """An image whose tiles are finished, except those that failed.
 
-    ``tiles`` are the finished ones, ``resumed`` how many of them an earlier run had finished;
-    ``network_px`` the working pixels that the network saw of the others.
+    Nuclei are read from the tile store when they are asked for, tile by tile, so that memory does
+    not grow with the slide.
+
+    ``tiles`` are the finished tiles; ``resumed`` how many of them an earlier run finished;
+    ``network_px`` the working pixels that the network was run on for the others.
     """
 
     image: PreparedImage
@@ -46,35 +49,36 @@ class SegmentedImage:
 
     @cached_property
     def count(self) -> int:
-        """How many nuclei there are."""
+        """Number of nuclei."""
         return self.store.count(self.tiles)
 
     @cached_property
     def uncertainty(self) -> UncertaintyGrid | None:
-        """Where tissue, nuclei and uncertain pixels are; None without a finished tile."""
+        """The uncertainty grid of the image; None without a finished tile."""
         return merge_grids(self.store.uncertainty_grids(self.tiles)) if self.tiles else None
 
     def nuclei(self) -> Iterator[Nuclei]:
-        """All nuclei, level 0, tile by tile."""
+        """All nuclei, at level 0, tile by tile."""
         return self.store.nuclei(self.tiles)
 
     def measurements(self, names: Sequence[str]) -> Iterator[Measurements]:
-        """Some measurements of all nuclei, tile by tile."""
+        """Some measurements of all nuclei, tile by tile: (N,) float32 by name."""
         return self.store.measurements(self.tiles, names)
 
     def contours_in(self, box: Box) -> Polygons:
-        """Contours (N,) of the nuclei that show in a box of the working grid, in its pixels."""
+        """Contours (N,) of the nuclei that intersect a box of the working grid, in its pixels.
+
+        The origin is the box's top left corner; contours are not clipped to the box.
+        """
         slide = self.image.slide
         x, y = slide.downsample
-        near = box.grow(math.ceil(_NEAR_UM / slide.mpp), slide.shape)
+        reach = box.grow(math.ceil(_MAX_RADIUS_UM / slide.mpp), slide.shape)
         frame = shapely.box(box.col0, box.row0, box.col1, box.row1)
-        shown = [np.empty(0, dtype=object)]
-        for contours in self.store.contours(
-            [tile for tile in self.tiles if tile.write.meets(near)]
-        ):
+        found = [np.empty(0, dtype=object)]
+        for contours in self.store.contours([t for t in self.tiles if t.write.meets(reach)]):
             on_grid = grid_to_level0(contours, (1 / x, 1 / y))
-            shown.append(on_grid[shapely.intersects(on_grid, frame)])
-        moved = shapely.transform(np.concatenate(shown), lambda xy: xy - (box.col0, box.row0))
+            found.append(on_grid[shapely.intersects(on_grid, frame)])
+        moved = shapely.transform(np.concatenate(found), lambda xy: xy - (box.col0, box.row0))
         return np.asarray(moved)
 
     def pixels(self, box: Box) -> NDArray[np.uint8]:
@@ -82,12 +86,15 @@ class SegmentedImage:
         try:
             return self.image.slide.read(box)
         except SlideError:
-            return np.full((*box.shape, 3), _UNREADABLE, np.uint8)
+            return np.full((*box.shape, 3), _GREY, np.uint8)
 
     def thumbnail(self, px: int) -> NDArray[np.uint8]:
-        """The whole image (h, w, 3), ``px`` working px per pixel; grey if it cannot be read."""
+        """The whole image (h, w, 3), ``px`` working px per pixel; grey if it cannot be read.
+
+        (h, w) is the shape of the working grid over ``px``, rounded up.
+        """
         slide = self.image.slide
         try:
             return slide.thumbnail(px * slide.mpp)
         except SlideError:
-            return np.full((*(-(-n // px) for n in slide.shape), 3), _UNREADABLE, np.uint8)
+            return np.full((*(-(-n // px) for n in slide.shape), 3), _GREY, np.uint8)

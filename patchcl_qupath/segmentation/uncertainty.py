@@ -1,55 +1,85 @@
-"""Which parts of an image deserve a look: where nuclei are many, few, or in doubt."""
+"""Uncertainty grids: predictive entropy and number of nuclei in square bins of an image.
+
+Tissue is sampled at points of the working grid that are ``step_px`` apart. Points and bins begin at
+the image's top left corner, so that they do not depend on how the image is cut into tiles.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import UncertaintyGrid
+from patchcl_qupath.datatypes import Box, UncertaintyGrid
 
-STEP_UM = 4.0  # from one point that is looked at to the next, about
-BIN_STEPS = 16  # a cell is so many steps wide, ...
-FOV_BINS = (4, 4)  # rows and columns of them in a field, unless others are asked for: 256 um
+STEP_UM = 4.0  # from one sampling point to the next, about
+BIN_STEPS = 16  # width and height of a bin, in steps
+FOV_BINS = (4, 4)  # rows and columns of bins in a field of view, unless others are given: 256 µm
 
 
 def step_px(mpp: float) -> int:
-    """Working px from one point that is looked at to the next."""
+    """Working px from one sampling point to the next."""
     return max(1, round(STEP_UM / mpp))
 
 
+def bin_px(mpp: float) -> int:
+    """Width and height of a bin in working px."""
+    return BIN_STEPS * step_px(mpp)
+
+
+def sampling_points(box: Box, mpp: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The sampling points in a box of the working grid, row by row: (N,) rows and columns."""
+    step = step_px(mpp)
+    rows, cols = np.mgrid[
+        -(-box.row0 // step) * step : box.row1 : step,
+        -(-box.col0 // step) * step : box.col1 : step,
+    ]
+    return rows.ravel(), cols.ravel()
+
+
 def predictive_entropy(probability: NDArray[np.float32]) -> NDArray[np.int64]:
-    """What is not known of pixels that are nucleus with a probability, in thousandths of a bit."""
+    """Entropy of the prediction at pixels of some probability of a nucleus, in 0.001 bits.
+
+    Of the shape of ``probability``. Whole numbers add up to the same in any order.
+    """
     p = np.clip(probability.astype(np.float64), 1e-9, 1 - 1e-9)
     return np.rint(-1000 * (p * np.log2(p) + (1 - p) * np.log2(1 - p))).astype(np.int64)
 
 
 def merge_grids(uncertainty_grids: Iterable[UncertaintyGrid]) -> UncertaintyGrid:
-    """One survey from several, as an image's from those of its tiles: at least one.
+    """The sum of one or more grids of bins of one size, such as those of an image's tiles.
 
-    A cell may occur several times. Cells come row by row.
+    A bin may occur several times, even in one grid; in the sum, each occurs once, row by row.
     """
-    parts = list(uncertainty_grids)
-    rows, cols, *sums = (
-        np.concatenate([getattr(part, name) for part in parts])
-        for name in ("rows", "cols", "points", "entropy", "nuclei")
+    grids = list(uncertainty_grids)
+    rows = np.concatenate([grid.rows for grid in grids])
+    cols = np.concatenate([grid.cols for grid in grids])
+    bins, bin_of = np.unique(rows << 32 | cols, return_inverse=True)
+
+    def sums(columns: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+        total = np.zeros(len(bins), dtype=np.int64)
+        np.add.at(total, bin_of, np.concatenate(columns))
+        return total
+
+    return UncertaintyGrid(
+        bin_size=grids[0].bin_size,
+        rows=bins >> 32,
+        cols=bins & 0xFFFFFFFF,
+        points=sums([grid.points for grid in grids]),
+        entropy=sums([grid.entropy for grid in grids]),
+        nuclei=sums([grid.nuclei for grid in grids]),
     )
-    bins, which = np.unique(rows << 32 | cols, return_inverse=True)
-    totals = np.zeros((len(sums), len(bins)), dtype=np.int64)
-    for total, values in zip(totals, sums, strict=True):
-        np.add.at(total, which, values)
-    return UncertaintyGrid(parts[0].bin_size, bins >> 32, bins & 0xFFFFFFFF, *totals)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FieldsOfView:
-    """Fields of an image, side by side; (N,) each.
+    """Fields of view (FOVs) of an image, side by side; (N,) each.
 
     ``x``, ``y`` of their top left corners and ``size`` (width, height) are in px at level 0.
-    ``tissue`` is the share of each that is tissue; ``entropy`` the mean predictive entropy of
-    tissue in it, in bits; ``nuclei`` their number.
+    ``tissue`` is the tissue fraction of each, ``entropy`` the mean predictive entropy of its tissue
+    in bits, ``nuclei`` the number of its nuclei.
     """
 
     size: tuple[float, float]
@@ -64,26 +94,28 @@ class FieldsOfView:
 
 
 def fields_of_view(uncertainty: UncertaintyGrid, bins: tuple[int, int] = FOV_BINS) -> FieldsOfView:
-    """The fields with tissue of an image, row by row; each has so many (rows, columns) of cells."""
-    down, across = bins
+    """The fields of view of an image that have tissue, row by row.
+
+    ``bins`` are the (rows, columns) of bins in each.
+    """
+    rows, cols = bins
+    width, height = uncertainty.bin_size
     whole = merge_grids(
         [
-            UncertaintyGrid(
-                (uncertainty.bin_size[0] * across, uncertainty.bin_size[1] * down),
-                uncertainty.rows // down,
-                uncertainty.cols // across,
-                uncertainty.points,
-                uncertainty.entropy,
-                uncertainty.nuclei,
+            replace(
+                uncertainty,
+                bin_size=(width * cols, height * rows),
+                rows=uncertainty.rows // rows,
+                cols=uncertainty.cols // cols,
             )
         ]
     )
     width, height = whole.bin_size
     return FieldsOfView(
-        whole.bin_size,
-        (whole.cols * width).astype(np.float64),
-        (whole.rows * height).astype(np.float64),
-        whole.points / (BIN_STEPS**2 * down * across),
-        whole.entropy / np.maximum(whole.points, 1) / 1000,
-        whole.nuclei,
+        size=whole.bin_size,
+        x=(whole.cols * width).astype(np.float64),
+        y=(whole.rows * height).astype(np.float64),
+        tissue=whole.points / (BIN_STEPS**2 * rows * cols),
+        entropy=whole.entropy / np.maximum(whole.points, 1) / 1000,
+        nuclei=whole.nuclei,
     )
