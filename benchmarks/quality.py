@@ -44,6 +44,7 @@ from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.evaluation.score import SCORES, ImageScore, mean, score
 from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.models.model import Model
+from patchcl_qupath.progress import Progress, Stage, counter
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
 from patchcl_qupath.segmentation.contours import pixel_polygons
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
@@ -128,7 +129,7 @@ def label_free(row: str, project: Project, ground_truth: Path, seeds: int) -> li
         model = pipeline.train(project.images(), config, progress)
         if row == "contrast":
             sure = samples_of(project, model)
-            model = cdcl.refine(model, sure, sure, progress, seed)
+            model = cdcl.refine(model, sure, sure, counter(progress, Stage.REFINING), seed)
         table.append(mean(scored(project, model, ground_truth)))
         show(f"{row}, seed {seed}", table[-1:])
     if seeds > 1:
@@ -157,8 +158,10 @@ def few_labels(
                 image, corrected(entries[i], image, ground_truth, side, rng)
             )
         alone = replace(start.config.selftrain, steps=start.config.cdcl.steps)
-        network, _ = selftrain.teach(labelled, alone, draw, partial(progress, "labels alone"))
-        refined = cdcl.refine(start, labelled, unlabelled, progress, draw)
+        training = counter(progress, Stage.TRAINING_NETWORK)
+        network, _ = selftrain.teach(labelled, alone, draw, training)
+        refining = counter(progress, Stage.REFINING)
+        refined = cdcl.refine(start, labelled, unlabelled, refining, draw)
         held_out = [entry for i, entry in enumerate(entries) if i not in chosen]
         ids = {entry.id for entry in held_out}
         images = {
@@ -184,10 +187,10 @@ def beginning(project: Project, ground_truth: Path) -> Beginning:
 
 def samples_of(project: Project, model: Model) -> list[TrainingSample]:
     """What can be learnt from crops of the images without a label."""
-    crops = training_crops(project.images(), model.config, progress)
-    return selftrain.pseudo_labelled_samples(
-        crops.images, crops.normalisers, model, partial(progress, "lessons")
-    )
+    count = counter(progress, Stage.READING_CROPS)
+    crops = training_crops(project.images(), model.config, count)
+    count = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
+    return selftrain.pseudo_labelled_samples(crops.images, crops.normalisers, model, count)
 
 
 def corrected(
@@ -277,10 +280,10 @@ def show(name: str, scores: Sequence[Scores]) -> None:
     print(f"{name:<34}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
 
 
-def progress(stage: str, done: int, total: int) -> None:
+def progress(step: Progress) -> None:
     """Count where a person watches."""
     if sys.stderr.isatty():
-        print(f"\r{stage}: {done} of {total} ", end="\r", file=sys.stderr)
+        print(f"\r{step.label}: {step.done} of {step.total} ", end="\r", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -30,18 +30,18 @@ from patchcl_qupath.config import (
     load_config,
 )
 from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
+from patchcl_qupath.progress import Progress, ShowProgress, Stage
 
 if TYPE_CHECKING:
     from patchcl_qupath.datatypes import ImageEntry
     from patchcl_qupath.models.model import Model
-    from patchcl_qupath.pipeline import Progress
     from patchcl_qupath.project import Project
 
 # Threads of torch that wait by spinning starve whatever else the machine does, and themselves: a
 # training beside one busy process took three times as long. Read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-Showing = Callable[[], AbstractContextManager["Progress"]]
+Showing = Callable[[], AbstractContextManager[ShowProgress]]
 Command = TypeVar("Command", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
 _SHOWING = {"bars": console.progress_bars, "json": console.progress_lines}
@@ -218,11 +218,11 @@ def run(
         with _at_work(project), showing() as progress:
 
             def notify(what: str) -> None:
-                progress(what, 0, 0)
+                progress(Progress(stage=Stage.WAITING_FOR_WORKERS, detail=f"of {what}"))
 
             model = _model(project, entries, settings, name, retrain, progress)
-            if scheduler or cluster:
-                notify(f"waiting for workers of {scheduler or cluster}")
+            if where := scheduler or cluster:
+                notify(where)
             with open_workers(workers, scheduler, cluster, notify) as found:
                 this_run = pipeline.Run(
                     project=project,
@@ -551,7 +551,7 @@ def _model(
     settings: Config,
     name: str,
     retrain: bool,
-    progress: Progress,
+    progress: ShowProgress,
 ) -> Model:
     """The project's model of that name; trained if there is none, or if it is to be anew."""
     from patchcl_qupath import pipeline

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from patchcl_qupath.config import CORRECTED
+from patchcl_qupath.progress import Progress, ShowProgress
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
     from patchcl_qupath.correction.suggest import Suggestion
     from patchcl_qupath.evaluation.score import ImageScore
-    from patchcl_qupath.pipeline import Progress
     from patchcl_qupath.project import Project
     from patchcl_qupath.status import ImageStatus
     from patchcl_qupath.storage.records import ImageOutcome
@@ -24,30 +27,31 @@ _BARS = 8  # progress bars on the screen at once
 
 
 @contextmanager
-def progress_lines() -> Iterator[Progress]:
-    """What groovy/run_patchcl.groovy reads."""
+def progress_lines() -> Iterator[ShowProgress]:
+    """Progress as lines of JSON, which groovy/run_patchcl.groovy reads; 0 of 0 is: not counted."""
 
-    def show(stage: str, done: int, total: int) -> None:
-        click.echo(json.dumps({"stage": stage, "done": done, "total": total}), err=True)
+    def show(progress: Progress) -> None:
+        step = {"stage": progress.label, "done": progress.done, "total": progress.total or 0}
+        click.echo(json.dumps(step), err=True)
 
     yield show
 
 
 @contextmanager
-def progress_bars() -> Iterator[Progress]:
+def progress_bars() -> Iterator[ShowProgress]:
     """Bars on standard error: what is done, how fast, how long still."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.progress import Progress as RichProgress
     from rich.table import Column
 
     whole = Column(no_wrap=True)
-    with Progress(
+    with RichProgress(
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
         BarColumn(bar_width=12),
         MofNCompleteColumn(table_column=whole),
@@ -56,21 +60,32 @@ def progress_bars() -> Iterator[Progress]:
         console=Console(stderr=True),
         expand=True,
     ) as bars:
-        shown: dict[str, Any] = {}
+        yield _Bars(bars).show
 
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in shown:
-                for task in bars.tasks:
-                    if task.total is None:  # what cannot be counted is over when the next begins
-                        bars.update(task.id, total=1, completed=1)
-                if len(shown) == _BARS:
-                    bars.remove_task(shown.pop(next(iter(shown))))
-                shown[stage] = bars.add_task(stage, total=total or None, rate="")
-            speed = next(task.speed for task in bars.tasks if task.id == shown[stage])
-            rate = f"{speed:.1f}/s" if speed else ""
-            bars.update(shown[stage], completed=done, total=total or None, rate=rate)
 
-        yield show
+class _Bars:
+    """A bar for each of the last stages."""
+
+    def __init__(self, bars: RichProgress) -> None:
+        self.bars = bars
+        self.tasks: dict[str, TaskID] = {}  # by label, the oldest first
+
+    def show(self, progress: Progress) -> None:
+        """Move the bar of a stage, or begin it."""
+        if progress.label not in self.tasks:
+            self._begin(progress.label)
+        task = self.tasks[progress.label]
+        speed = next(known.speed for known in self.bars.tasks if known.id == task)
+        rate = f"{speed:.1f}/s" if speed else ""
+        self.bars.update(task, completed=progress.done, total=progress.total, rate=rate)
+
+    def _begin(self, label: str) -> None:
+        for task in self.bars.tasks:
+            if task.total is None:  # what cannot be counted is over when the next begins
+                self.bars.update(task.id, total=1, completed=1)
+        if len(self.tasks) == _BARS:
+            self.bars.remove_task(self.tasks.pop(next(iter(self.tasks))))
+        self.tasks[label] = self.bars.add_task(label, total=None, rate="")
 
 
 def report_run(

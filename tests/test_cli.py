@@ -140,7 +140,7 @@ def test_bad_images_fail_one_by_one_and_the_good_one_is_done(tmp_path, quick):
         assert words in images[name]["problem"], images[name]["problem"]
         assert name in images[name]["problem"]
         assert "\n" not in images[name]["problem"]
-        assert "a fault of this program" not in images[name]["problem"]
+        assert "an internal error" not in images[name]["problem"]
         assert not (project / "patchcl" / "results" / images[name]["id"]).exists()
     assert not [*project.rglob("*.partial")]
 
@@ -168,7 +168,7 @@ def test_a_read_only_project_is_refused_before_any_work(tmp_path, crop, disk):
     result = call("run", folder / "project", "--mpp", "0.5")
     assert result.exit_code == 1
     assert "it is read-only: copy the project" in result.output
-    assert "learning" not in result.output
+    assert "training PatchCL" not in result.output
 
 
 def test_a_full_disk_leaves_nothing_half_and_the_run_goes_on(tmp_path, crop, quick, disk):

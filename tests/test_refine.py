@@ -116,7 +116,7 @@ def test_corrections_teach_what_pseudo_labels_do_not_know():
     corrected = [(normaliser.apply(images[0]), targets(large[0], large[0] == 0))]
     said = []
     refined = cdcl.refine(start, corrected, training_samples[1:4], lambda *step: said.append(step))
-    assert said[-1] == ("learning from corrections", 80, 80)
+    assert said[-1] == (80, 80)
     assert refined.training["refined_from"] == start.digest != refined.digest
     last = refined.training["cdcl"][-1]
     assert set(last) == {"labelled", "pseudo", "consistency", "entropy", "contrast"}

@@ -14,6 +14,7 @@ from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.evaluation.metrics import f1
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork
+from patchcl_qupath.progress import Progress, Stage, hide_progress
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.training import pseudo_labels as pseudo
@@ -233,8 +234,8 @@ def test_a_network_learns_from_what_patchcl_is_sure_of():
     quick = replace(CONFIG, steps=150, widths=(8, 12, 16))
     teacher = Model(Prediction(), replace(Config(), selftrain=quick), 0, False, 0.5, {"steps": 1})
     said = []
-    model = selftrain.train(images[:4], normalisers[:4], teacher, lambda *step: said.append(step))
-    assert said[-1] == ("learning to part nuclei", 150, 150)
+    model = selftrain.train(images[:4], normalisers[:4], teacher, said.append)
+    assert said[-1] == Progress(stage=Stage.TRAINING_NETWORK, done=150, total=150)
     assert model.training["patchcl"] == {"steps": 1}
     assert len(model.training["loss"]) == 150
     assert model.training["loss"][-1] < model.training["loss"][0]
@@ -242,7 +243,7 @@ def test_a_network_learns_from_what_patchcl_is_sure_of():
     labels = instances(found.nucleus, MPP, Config().segment, 0.5, found.core)
     assert f1(labels, ground_truths[4]) > 0.7
 
-    again = selftrain.train(images[:4], normalisers[:4], teacher, lambda *step: None)
+    again = selftrain.train(images[:4], normalisers[:4], teacher, hide_progress)
     assert again.digest == model.digest
 
 
@@ -251,7 +252,7 @@ def test_nothing_to_learn_from_is_said():
     normaliser = StainNormaliser.fit(nuclei_images(1)[0])
     teacher = Model(Prediction(), Config(), 0, False, 0.5)
     with pytest.raises(TrainingError, match="no clear nucleus was found"):
-        selftrain.train([blank], [normaliser], teacher, lambda *step: None)
+        selftrain.train([blank], [normaliser], teacher, hide_progress)
 
 
 @pytest.mark.parametrize("module", [selftrain, pseudo, teaching])

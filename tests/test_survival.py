@@ -134,7 +134,7 @@ def test_ctrl_c_ends_it_at_once_and_it_goes_on(folder: Path, undisturbed: dict[s
 def test_ctrl_c_in_training_leaves_the_old_model(folder: Path) -> None:
     models = folder / "project" / "patchcl" / "models"
     before = {file.name: file.read_bytes() for file in models.iterdir()}
-    assert interrupted(folder, "learning nuclei", "--retrain") == 130
+    assert interrupted(folder, "training PatchCL", "--retrain") == 130
     assert {file.name: file.read_bytes() for file in models.iterdir()} == before
 
 

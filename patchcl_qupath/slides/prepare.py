@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import ImageEntry, StainVectors, level0_to_grid
 from patchcl_qupath.errors import ImageError, TrainingError
+from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.stains import StainNormaliser, stains_to_measure
 from patchcl_qupath.slides.tissue import (
@@ -135,9 +136,15 @@ class TrainingCrops:
 def training_crops(
     entries: Sequence[ImageEntry],
     config: Config,
+<<<<<<< HEAD
     progress: Callable[[str, int, int], None],
 ) -> TrainingCrops:
     """Random tissue crops of up to ``config.patchcl.slides`` images.
+=======
+    show_count: ShowCount,
+) -> tuple[list[NDArray[np.uint8]], list[StainNormaliser]]:
+    """Random tissue crops of up to ``config.patchcl.slides`` images, and each one's stain range.
+>>>>>>> e516bcd (Hand progress on as a record)
 
     Images that cannot be used are left out. Raises TrainingError, with the reasons, if none is
     left.
@@ -153,7 +160,11 @@ def training_crops(
     for i in np.random.default_rng(settings.seed).permutation(len(entries)):
         if used == wanted:
             break
+<<<<<<< HEAD
         progress("reading training crops", used, wanted)
+=======
+        show_count(used, wanted)
+>>>>>>> e516bcd (Hand progress on as a record)
         try:
             image = prepare(entries[i], config)
             if image.normaliser is None:
@@ -165,8 +176,12 @@ def training_crops(
         used += 1
         images += new
         normalisers += [image.normaliser] * len(new)
+<<<<<<< HEAD
         slides += [image.id] * len(new)
     progress("reading training crops", used, used)
+=======
+    show_count(used, used)
+>>>>>>> e516bcd (Hand progress on as a record)
     if not images:
         raise TrainingError("no image to train on: " + "; ".join(problems[:5]))
     return TrainingCrops(tuple(images), tuple(normalisers), tuple(slides))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from patchcl_qupath.config import CDCLConfig
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork, device
+from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.training.supervision import (
     TrainingSample,
     augment_stains,
@@ -36,14 +37,12 @@ from patchcl_qupath.training.supervision import (
     to_batch,
 )
 
-Report = Callable[[str, int, int], None]
-
 
 def refine(
     start: Model,
     labelled: Sequence[TrainingSample],
     unlabelled: Sequence[TrainingSample],
-    report: Report,
+    report: ShowCount,
     seed: int = 0,
 ) -> Model:
     """Refine a model with labelled fields, and with unlabelled crops and their pseudo-labels.
@@ -105,7 +104,7 @@ def refine(
         optimizer.step()
         ema_update(teacher, student, keep=min(0.99, 1 - 1 / (step + 10)))
         log.append({name: round(loss.item(), 4) for name, loss in losses.items()})
-        report("learning from corrections", step + 1, settings.steps)
+        report(step + 1, settings.steps)
     training = {**start.training, "cdcl": log, "refined_from": start.digest}
     return Model(teacher.cpu().eval(), start.config, 0, False, start.threshold, training)
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from patchcl_qupath.config import SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import NucleusNetwork, device
+from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
 from patchcl_qupath.training.supervision import (
@@ -40,7 +40,7 @@ def train(
     images: Sequence[NDArray[np.uint8]],
     normalisers: Sequence[StainNormaliser],
     teacher: Model,
-    report: Callable[[str, int, int], None],
+    progress: ShowProgress,
 ) -> Model:
     """Teach a network with what ``teacher``, of PatchCL, is sure of in RGB crops (H, W, 3).
 
@@ -48,13 +48,12 @@ def train(
     threads give equal weights on one machine. Raises TrainingError where there is no sure nucleus.
     """
     config, settings = teacher.config, teacher.config.selftrain
-    samples = pseudo_labelled_samples(
-        images, normalisers, teacher, partial(report, "choosing sure nuclei")
-    )
+    choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
+    samples = pseudo_labelled_samples(images, normalisers, teacher, choosing)
     if not any(target[..., 0].any() for _, target in samples):
         raise TrainingError("no clear nucleus was found: add images of cellular tissue")
 
-    step = partial(report, "learning to part nuclei")
+    step = counter(progress, Stage.TRAINING_NETWORK)
     network, log = teach(samples, settings, config.patchcl.seed, step)
     training = {
         "patchcl": teacher.training,
@@ -69,7 +68,7 @@ def teach(
     samples: Sequence[TrainingSample],
     settings: SelfTrainConfig,
     seed: int,
-    report: Callable[[int, int], None],
+    report: ShowCount,
 ) -> tuple[NucleusNetwork, dict[str, Any]]:
     """A network that learnt from lessons alone, averaged over its last steps; and a log of it."""
     rng = np.random.default_rng(seed)
@@ -107,7 +106,7 @@ def pseudo_labelled_samples(
     images: Sequence[NDArray[np.uint8]],
     normalisers: Sequence[StainNormaliser],
     teacher: Model,
-    report: Callable[[int, int], None],
+    report: ShowCount,
 ) -> list[TrainingSample]:
     """What can be learnt from RGB crops (H, W, 3). Crops of one slide have one stain range."""
     config = teacher.config
