@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
 import shapely
 
+from patchcl_qupath.config import BackendKind as BackendKind
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import ResultRecord
-
-
-class BackendKind(StrEnum):
-    """Who writes nuclei into a project."""
-
-    AUTO = "auto"  # paquo where there is a QuPath, else files
-    PAQUO = "paquo"  # a QuPath that is installed here
-    FILES = "files"  # a person in QuPath, who imports files
 
 
 @dataclass(frozen=True)
