@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, before torch is imported
 
 import numpy as np
 import shapely
@@ -35,7 +38,7 @@ from skimage.feature import peak_local_max
 from skimage.filters import threshold_otsu
 from skimage.segmentation import watershed
 
-from patchcl_qupath import cli, pipeline
+from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config, PatchCLConfig, Recipe
 from patchcl_qupath.correction.labels import training_samples
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Polygons, grid_to_level0
@@ -53,7 +56,6 @@ from patchcl_qupath.training.supervision import TrainingSample
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "monuseg_train"
 KINDS = ("label-free", "labels alone", "CDCL")
-assert cli, "imported before torch is: it says how torch's threads wait"
 
 Scores = dict[str, float]
 Beginning = tuple[Model, list[ImageScore], list[TrainingSample]]

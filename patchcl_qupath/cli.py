@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from patchcl_qupath.models.model import Model
     from patchcl_qupath.project import NewImage, Project
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("patchcl_qupath.cli")  # which may be run as __main__
 
 Showing = Callable[[], AbstractContextManager[ShowProgress]]
 Command = Callable[..., None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,8 @@ from patchcl_qupath.storage.records import (
 )
 from patchcl_qupath.timing import Seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
+
+logger = logging.getLogger(__name__)
 
 
 def train(entries: Sequence[ImageEntry], config: Config, progress: ShowProgress) -> Model:
@@ -122,6 +125,7 @@ class Run:
             except Exception as error:  # an error in one image must not cost the others
                 outcome = failed_image(entry, error)
             outcome = msgspec.structs.replace(outcome, seconds=time.perf_counter() - began)
+            logger.info("%s: %.1f s; %s", entry.name, outcome.seconds, outcome.main_seconds)
             outcomes.append(outcome)
             write_outcomes(
                 self.project.layout, self.id, self.provenance, self.model.training, outcomes
@@ -164,10 +168,12 @@ class Run:
         )
         store = TileStore.open(self.project.layout.tiles(self.id, image.id), image.fingerprint())
         missing = store.missing(tiles)
+        done = len(tiles) - len(missing)
+        logger.info("%s: %d tiles, %d resumed from %s", entry.name, len(tiles), done, store.folder)
         tile_progress = TileProgress(
             image=image,
             total=len(tiles),
-            done=len(tiles) - len(missing),
+            done=done,
             show=counter(self.progress, Stage.SEGMENTING, entry.name),
             reopen=partial(Slide.open, entry, self.config.slide.mpp),
         )
@@ -187,7 +193,7 @@ class Run:
             store=store,
             tiles=tuple(tile for tile in tiles if tile not in left_out),
             failed_tiles=tile_progress.in_order(),
-            resumed=len(tiles) - len(missing),
+            resumed=done,
             network_px=sum(math.prod(tile.read.shape) for tile in missing),
         )
         assert len(segmented.tiles) + len(segmented.failed_tiles) == len(tiles), "a tile was lost"
@@ -212,7 +218,9 @@ class Run:
     @cached_property
     def engine(self) -> str:
         """What runs the network: the fastest there is, unless the settings name one."""
-        return engines.choose(self.config.engine)
+        engine = engines.choose(self.config.engine)
+        logger.info("engine: %s", engine)
+        return engine
 
     @cached_property
     def provenance(self) -> Provenance:

@@ -136,15 +136,9 @@ class TrainingCrops:
 def training_crops(
     entries: Sequence[ImageEntry],
     config: Config,
-<<<<<<< HEAD
-    progress: Callable[[str, int, int], None],
+    show_count: ShowCount,
 ) -> TrainingCrops:
     """Random tissue crops of up to ``config.patchcl.slides`` images.
-=======
-    show_count: ShowCount,
-) -> tuple[list[NDArray[np.uint8]], list[StainNormaliser]]:
-    """Random tissue crops of up to ``config.patchcl.slides`` images, and each one's stain range.
->>>>>>> e516bcd (Hand progress on as a record)
 
     Images that cannot be used are left out. Raises TrainingError, with the reasons, if none is
     left.
@@ -160,11 +154,7 @@ def training_crops(
     for i in np.random.default_rng(settings.seed).permutation(len(entries)):
         if used == wanted:
             break
-<<<<<<< HEAD
-        progress("reading training crops", used, wanted)
-=======
         show_count(used, wanted)
->>>>>>> e516bcd (Hand progress on as a record)
         try:
             image = prepare(entries[i], config)
             if image.normaliser is None:
@@ -176,12 +166,8 @@ def training_crops(
         used += 1
         images += new
         normalisers += [image.normaliser] * len(new)
-<<<<<<< HEAD
         slides += [image.id] * len(new)
-    progress("reading training crops", used, used)
-=======
     show_count(used, used)
->>>>>>> e516bcd (Hand progress on as a record)
     if not images:
         raise TrainingError("no image to train on: " + "; ".join(problems[:5]))
     return TrainingCrops(tuple(images), tuple(normalisers), tuple(slides))
