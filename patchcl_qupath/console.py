@@ -62,7 +62,9 @@ def progress_bars() -> Iterator[ShowProgress]:
         console=Console(stderr=True),
         expand=True,
     ) as bars:
-        yield _Bars(bars).show
+        stages = _Bars(bars)
+        yield stages.show
+        stages.end_uncounted()
 
 
 class _Bars:
@@ -81,10 +83,14 @@ class _Bars:
         rate = f"{speed:.1f}/s" if speed else ""
         self.bars.update(task, completed=progress.done, total=progress.total, rate=rate)
 
-    def _begin(self, label: str) -> None:
+    def end_uncounted(self) -> None:
+        """What cannot be counted is over when the next stage begins, or when all is."""
         for task in self.bars.tasks:
-            if task.total is None:  # what cannot be counted is over when the next begins
+            if task.total is None:
                 self.bars.update(task.id, total=1, completed=1)
+
+    def _begin(self, label: str) -> None:
+        self.end_uncounted()
         if len(self.tasks) == _BARS:
             self.bars.remove_task(self.tasks.pop(next(iter(self.tasks))))
         self.tasks[label] = self.bars.add_task(label, total=None, rate="")

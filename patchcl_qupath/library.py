@@ -76,8 +76,9 @@ def train(
     """Train a model on a project's own slides, without labels, and save it as ``name``.
 
     ``images`` are names or ids; all where there are none. ``settings`` are those of the guide, as a
-    ``Config`` or as nested dictionaries. ``show`` is called with a ``Progress``: stage, done, total.
-    Takes about three minutes on two cores with the default settings. Raises TrainingError.
+    ``Config`` or as nested dictionaries. ``show`` is called with each
+    ``Progress``. Takes about three minutes on two cores with the default settings. Raises
+    TrainingError.
 
     >>> quick = {"patchcl": {"max_steps": 60, "crops": 16}, "selftrain": {"steps": 60}}
     >>> model = pq.train(project, settings=quick)

@@ -125,7 +125,8 @@ class Run:
             except Exception as error:  # an error in one image must not cost the others
                 outcome = failed_image(entry, error)
             outcome = msgspec.structs.replace(outcome, seconds=time.perf_counter() - began)
-            logger.info("%s: %.1f s; %s", entry.name, outcome.seconds, outcome.main_seconds)
+            stages = ", ".join(f"{name} {s:.1f} s" for name, s in outcome.main_seconds.items())
+            logger.info("%s: %.1f s: %s", entry.name, outcome.seconds, stages or "failed")
             outcomes.append(outcome)
             write_outcomes(
                 self.project.layout, self.id, self.provenance, self.model.training, outcomes
