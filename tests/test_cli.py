@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +114,28 @@ def test_logs_do_not_disturb_progress_for_programs(capsys):
     assert json.loads(first) == {"stage": "a.svs: segmenting", "done": 2, "total": 9}
     assert log.endswith("INFO patchcl_qupath.pipeline: two of nine")
     assert json.loads(last) == {"stage": "a.svs: writing 12 nuclei", "done": 0, "total": 0}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminal")
+def test_logs_appear_above_progress_bars():
+    """On a terminal, where rich rewrites the bars again and again."""
+    code = """
+import logging
+from patchcl_qupath import console, logs
+from patchcl_qupath.progress import Progress, Stage
+logs.show_logs(logging.INFO)
+with console.progress_bars() as show:
+    show(Progress(stage=Stage.SEGMENTING, done=1, total=9, image="a [red].svs"))
+    logging.getLogger("patchcl_qupath.pipeline").info("one of [nine]")
+    show(Progress(stage=Stage.SEGMENTING, done=2, total=9, image="a [red].svs"))
+"""
+    command = f"import pty, sys; pty.spawn([sys.executable, '-c', {code!r}])"
+    terminal = os.environ | {"COLUMNS": "100", "TERM": "xterm"}
+    shown = subprocess.check_output([sys.executable, "-c", command], text=True, env=terminal)
+    line = re.search(r"(.*)INFO patchcl_qupath.pipeline: one of \[nine\](.*)\n", shown)
+    assert line, shown
+    assert "segmenting" not in re.split(r"\r|\x1b\[2K", line[1])[-1] + line[2]
+    assert "2/9" in shown
 
 
 def test_import_has_no_side_effect():
