@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, before torch is imported
 
 import numpy as np
 import shapely
@@ -35,7 +38,7 @@ from skimage.feature import peak_local_max
 from skimage.filters import threshold_otsu
 from skimage.segmentation import watershed
 
-from patchcl_qupath import cli, pipeline
+from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config, PatchCLConfig, Recipe
 from patchcl_qupath.correction.labels import training_samples
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Polygons, grid_to_level0
@@ -44,6 +47,7 @@ from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.evaluation.score import SCORES, ImageScore, mean, score
 from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.models.model import Model
+from patchcl_qupath.progress import Progress, Stage, counter
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
 from patchcl_qupath.segmentation.contours import pixel_polygons
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
@@ -52,7 +56,6 @@ from patchcl_qupath.training.supervision import TrainingSample
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "monuseg_train"
 KINDS = ("label-free", "labels alone", "CDCL")
-assert cli, "imported before torch is: it says how torch's threads wait"
 
 Scores = dict[str, float]
 
@@ -142,7 +145,7 @@ def label_free(row: str, project: Project, ground_truth: Path, seeds: int) -> li
         model = pipeline.train(project.images(), config, progress)
         if row == "contrast":
             samples = pseudo_labelled(project, model)
-            model = cdcl.refine(model, samples, samples, progress, seed)
+            model = cdcl.refine(model, samples, samples, counter(progress, Stage.REFINING), seed)
         table.append(mean(scored(project, model, ground_truth)))
         show(f"{row}, seed {seed}", table[-1:])
     if seeds > 1:
@@ -173,8 +176,12 @@ def few_labels(
             labelled += training_samples(image, corrections)
         config = start.model.config
         alone = replace(config.selftrain, steps=config.cdcl.steps)
-        trained = selftrain.train_on(labelled, alone, draw, partial(progress, "labels alone"))
-        refined = cdcl.refine(start.model, labelled, start.samples, progress, draw)
+        trained = selftrain.train_on(
+            labelled, alone, draw, counter(progress, Stage.TRAINING_NETWORK)
+        )
+        refined = cdcl.refine(
+            start.model, labelled, start.samples, counter(progress, Stage.REFINING), draw
+        )
         held_out = [entry for i, entry in enumerate(entries) if i not in chosen]
         ids = {entry.id for entry in held_out}
         images = {
@@ -204,10 +211,10 @@ def train_label_free(project: Project, ground_truth: Path) -> LabelFree:
 
 def pseudo_labelled(project: Project, model: Model) -> list[TrainingSample]:
     """Training samples with the model's pseudo-labels, from crops of the images."""
-    crops = training_crops(project.images(), model.config, progress)
-    return selftrain.pseudo_labelled_samples(
-        crops.images, crops.normalisers, model, partial(progress, "pseudo-labels")
-    )
+    count = counter(progress, Stage.READING_CROPS)
+    crops = training_crops(project.images(), model.config, count)
+    count = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
+    return selftrain.pseudo_labelled_samples(crops.images, crops.normalisers, model, count)
 
 
 def corrected(
@@ -298,10 +305,10 @@ def show(name: str, scores: Sequence[Scores]) -> None:
     print(f"{name:<34}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
 
 
-def progress(stage: str, done: int, total: int) -> None:
+def progress(step: Progress) -> None:
     """Show progress on a terminal."""
     if sys.stderr.isatty():
-        print(f"\r{stage}: {done} of {total} ", end="\r", file=sys.stderr)
+        print(f"\r{step.label}: {step.done} of {step.total} ", end="\r", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from patchcl_qupath.datatypes import Box, level0_to_grid
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model, confidence
+from patchcl_qupath.progress import Progress, Stage, counter
 from patchcl_qupath.project import open_project
 from patchcl_qupath.report.thumbnails import draw_contours
 from patchcl_qupath.segmentation.contours import pixel_polygons
@@ -66,9 +66,9 @@ def main() -> None:
     config = Config()
     entries = open_project(SAMPLE, backend="files").images()
     image = prepare(entries[0], config)
-    crops = training_crops(entries, config, _say)
-    report = partial(_say, "training PatchCL")
-    alone = patchcl.train(crops.images, crops.normalisers, config, report)
+    crops = training_crops(entries, config, counter(_say, Stage.READING_CROPS))
+    count = counter(_say, Stage.TRAINING_PATCHCL)
+    alone = patchcl.train(crops.images, crops.normalisers, config, count)
     model = selftrain.train(crops.images, crops.normalisers, alone, _say)
     draw(Learnt(image, crops.images, alone, model))
 
@@ -192,9 +192,9 @@ def cdcl(learnt: Learnt) -> Image.Image:
     return _row([learnt.rgb, sure, kinds], names)
 
 
-def _say(stage: str, done: int, total: int) -> None:
-    if done == total:
-        print(f"{stage}: {done}", flush=True)
+def _say(progress: Progress) -> None:
+    if progress.done == progress.total:
+        print(f"{progress.label}: {progress.done}", flush=True)
 
 
 def _corners(box: Box, px: int) -> list[float]:

@@ -6,6 +6,8 @@ What takes long to import is imported inside the commands, so that --help answer
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import os
 import signal
@@ -13,16 +15,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from patchcl_qupath import __version__, console
+from patchcl_qupath import __version__, console, logs
 from patchcl_qupath.config import (
     CLUSTERS,
     CORRECTED,
+    BackendKind,
     Config,
     EngineChoice,
     ObjectType,
@@ -30,72 +33,245 @@ from patchcl_qupath.config import (
     load_config,
 )
 from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
+from patchcl_qupath.progress import Progress, ShowProgress, Stage
 
 if TYPE_CHECKING:
     from patchcl_qupath.datatypes import ImageEntry
+    from patchcl_qupath.execution.workers import Workers
     from patchcl_qupath.models.model import Model
-    from patchcl_qupath.pipeline import Progress
-    from patchcl_qupath.project import Project
+    from patchcl_qupath.project import NewImage, Project
 
-# Threads of torch that wait by spinning starve whatever else the machine does, and themselves: a
-# training beside one busy process took three times as long. Read when torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+logger = logging.getLogger("patchcl_qupath.cli")  # which may be run as __main__
 
-Showing = Callable[[], AbstractContextManager["Progress"]]
-Command = TypeVar("Command", bound=Callable[..., Any])
+Showing = Callable[[], AbstractContextManager[ShowProgress]]
+Command = Callable[..., None]
 _PATH = click.Path(path_type=Path)
 _SHOWING = {"bars": console.progress_bars, "json": console.progress_lines}
+_VERBOSITY = "patchcl_qupath.verbosity"  # of click's context
+_DEVICE = "patchcl_qupath.device"
+
+
+class _Renamed(click.Option):
+    """An option whose help shows its first name alone; the others keep old scripts going."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        names, self.opts = self.opts, self.opts[:1]
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.opts = names
+
+
+def _log(context: click.Context, _: click.Parameter, count: int) -> None:
+    """Show the log; -v may stand before the command, after it, or both."""
+    context.meta[_VERBOSITY] = context.meta.get(_VERBOSITY, 0) + count
+    logs.show_logs(logs.level_of(context.meta[_VERBOSITY]))
+
+
+_verbose = click.option(
+    "-v",
+    "--verbose",
+    count=True,
+    callback=_log,
+    expose_value=False,
+    is_eager=True,
+    help="Log on standard error what is done; -vv: in detail.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
+@_verbose
 def main() -> None:
     """Find every nucleus in the slides of a QuPath project: no labels, no GPU, no download."""
+    from patchcl_qupath.execution.workers import set_environment
+
+    set_environment()
+    console.replace_unencodable()
 
 
-def _shared(command: Command) -> Command:
-    """The options that every command on a project's images takes."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON."),
-        click.option("--config", type=_PATH, help="TOML file with settings."),
-        click.option(
-            "--mpp",
-            type=click.FloatRange(min=0, min_open=True),
-            help="Pixel size, in um, of images that have none in QuPath or in their file.",
-        ),
+# ------------------------------------------------------------------ options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """The options of every command on a project's images.
+
+    ``mpp`` is the pixel size, in µm, of images that have none in QuPath or in their file.
+    """
+
+    project_path: Path
+    names: tuple[str, ...]
+    mpp: float | None
+    config: Path | None
+    as_json: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """The options of commands that change what QuPath shows."""
+
+    backend: str = BackendKind.FILES
+    qupath: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """The options of a run that take the place of settings."""
+
+    engine: str | None
+    object_type: str | None
+    stain: str | None
+    class_name: str | None
+    seed: int | None
+
+    def of(self, config: Config) -> Config:
+        """The settings, but for what was given."""
+        result, slide, patchcl = config.result, config.slide, config.patchcl
+        if self.object_type is not None:
+            result = replace(result, object_type=ObjectType(self.object_type))
+        if self.class_name is not None:
+            result = replace(result, class_name=self.class_name)
+        if self.stain is not None:
+            slide = replace(slide, stain=StainChoice(self.stain))
+        if self.seed is not None:
+            patchcl = replace(patchcl, seed=self.seed)
+        engine = EngineChoice(self.engine or config.engine)
+        return replace(config, slide=slide, patchcl=patchcl, result=result, engine=engine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """The options of where tiles are segmented."""
+
+    workers: int | None
+    scheduler: str | None
+    cluster: str | None
+
+    @contextmanager
+    def open(self, progress: ShowProgress) -> Iterator[Workers]:
+        """The workers; shows what they are waited for."""
+        from patchcl_qupath.execution.workers import open_workers
+
+        def notify(what: str) -> None:
+            progress(Progress(stage=Stage.WAITING_FOR_WORKERS, detail=f"of {what}"))
+
+        if elsewhere := self.scheduler or self.cluster:
+            notify(elsewhere)
+        with open_workers(self.workers, self.scheduler, self.cluster, notify) as workers:
+            yield workers
+
+
+def _bundle(
+    name: str, record: type, options: Sequence[Callable[[Command], Command]]
+) -> Callable[[Command], Command]:
+    """A decorator that gives a command some options as one ``record``, the argument ``name``."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def with_record(**values: Any) -> None:
+            given = {field.name: values.pop(field.name) for field in dataclasses.fields(record)}
+            command(**values, **{name: record(**given)})
+
+        decorated: Command = with_record
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+_project = click.argument("project_path", metavar="PROJECT", type=_PATH)
+_qupath = click.option("--qupath", type=_PATH, help="Folder of QuPath, if it is in no usual place.")
+_seed = click.option("--seed", type=click.IntRange(min=0), help="Seed of the training.")
+
+_common = _bundle(
+    "common",
+    Common,
+    [
+        _project,
         click.option(
             "--image",
             "names",
             multiple=True,
             help="Only the image of this name or id; repeat for more. Default: all.",
         ),
-        click.argument("project_path", metavar="PROJECT", type=_PATH),
-    ):
-        command = option(command)
-    return command
-
-
-def _writing(command: Command) -> Command:
-    """The options of commands that change what QuPath shows."""
-    for option in (
         click.option(
-            "--qupath", type=_PATH, help="Folder of QuPath, where it is in no usual place."
+            "--mpp",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Pixel size, in µm, of images that have none in QuPath or in their file.",
         ),
+        click.option("--config", type=_PATH, help="TOML file with settings."),
+        _json,
+        _verbose,
+    ],
+)
+
+_writing = _bundle(
+    "writing",
+    Writing,
+    [
         click.option(
             "--backend",
-            type=click.Choice(["auto", "paquo", "files"]),
-            default="auto",
+            type=click.Choice([*map(str, BackendKind)]),
+            default=str(BackendKind.AUTO),
             envvar="PATCHCL_QP_BACKEND",
             help="Have QuPath write nuclei into its images (paquo), or leave files to import "
             "(files). Default: QuPath, if there is one.",
         ),
-    ):
-        command = option(command)
-    return command
+        _qupath,
+    ],
+)
+
+_overrides = _bundle(
+    "overrides",
+    Overrides,
+    [
+        click.option(
+            "--engine",
+            type=click.Choice([*map(str, EngineChoice)]),
+            help="What runs the network. Default: OpenVINO on CPUs, if it is installed, else "
+            "torch.",
+        ),
+        click.option(
+            "--object-type",
+            type=click.Choice([*map(str, ObjectType)]),
+            help="What nuclei become in QuPath. auto: annotations, or detections where they are "
+            "many.",
+        ),
+        click.option(
+            "--stain",
+            type=click.Choice([*map(str, StainChoice)]),
+            help="The stains that are measured. auto, the default: those of the image in QuPath, "
+            "else h-e. Nuclei are found in any.",
+        ),
+        click.option("--class-name", help="Class of the nuclei in QuPath; default: Nucleus."),
+        _seed,
+    ],
+)
+
+_pool = _bundle(
+    "pool",
+    Pool,
+    [
+        click.option(
+            "--workers",
+            type=click.IntRange(min=1),
+            help="Threads, default: all cores; with --cluster: jobs, default: 1.",
+        ),
+        click.option("--scheduler", help="Address of a running Dask scheduler: tcp://host:8786."),
+        click.option(
+            "--cluster",
+            type=click.Choice([*CLUSTERS]),
+            help="Work in jobs of this queue; ~/.config/dask/jobqueue.yaml describes a job.",
+        ),
+    ],
+)
 
 
 def _use_device(context: click.Context, __: click.Parameter, device: str) -> None:
-    """Networks run on the GPU if torch sees one: so hide it, or look whether it is there."""
+    """Networks run on the GPU if torch sees one: so hide it, or check that it is there."""
     context.meta[_DEVICE] = device
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -106,7 +282,6 @@ def _use_device(context: click.Context, __: click.Parameter, device: str) -> Non
             raise click.BadParameter("torch finds no CUDA device here: use --device cpu")
 
 
-_DEVICE = "patchcl_qupath.device"
 _device = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -122,19 +297,18 @@ _progress = click.option(
     type=click.Choice(["bars", "json"]),
     default="bars",
     callback=lambda _, __, kind: _SHOWING[kind],
-    help="On standard error: for people, or a line of JSON for each step.",
+    help="On standard error: bars for people, or a line of JSON for each step.",
 )
+
+
+# ------------------------------------------------------------------ commands
 
 
 @main.command()
-@_shared
+@_common
 @_writing
 @_device
-@click.option(
-    "--engine",
-    type=click.Choice([*map(str, EngineChoice)]),
-    help="What runs the network. Default: OpenVINO on CPUs, if it is installed, else torch.",
-)
+@_overrides
 @click.option(
     "--within",
     multiple=True,
@@ -142,200 +316,136 @@ _progress = click.option(
     help="Only inside annotations of this class, read from QuPath, or from what "
     "groovy/export_regions.groovy exported of it; repeat for more.",
 )
-@click.option(
-    "--object-type",
-    type=click.Choice([*map(str, ObjectType)]),
-    help="What nuclei become in QuPath. auto: annotations, or detections where they are many.",
-)
-@click.option(
-    "--stain",
-    type=click.Choice([*map(str, StainChoice)]),
-    help="The stains that are measured. auto, the default: those of the image in QuPath, else "
-    "h-e. Nuclei are found in any.",
-)
-@click.option("--class-name", help="Class of the nuclei in QuPath; default: Nucleus.")
 @click.option("--model", "name", default="patchcl", help="Name of the model; trained if missing.")
 @click.option("--retrain", is_flag=True, help="Train the model anew even if there is one.")
-@click.option("--seed", type=click.IntRange(min=0), help="Seed of the training.")
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    help="Threads, default: all cores; with --cluster: jobs, default: 1.",
-)
-@click.option("--scheduler", help="Address of a running Dask scheduler, as tcp://host:8786.")
-@click.option(
-    "--cluster",
-    type=click.Choice([*CLUSTERS]),
-    help="Work in jobs of this queue, as ~/.config/dask/jobqueue.yaml says what a job is.",
-)
+@_pool
 @_progress
 def run(
-    project_path: Path,
-    names: tuple[str, ...],
-    mpp: float | None,
-    config: Path | None,
-    as_json: bool,
-    backend: str,
-    qupath: Path | None,
-    engine: str | None,
+    *,
+    common: Common,
+    writing: Writing,
+    overrides: Overrides,
+    pool: Pool,
     within: tuple[str, ...],
-    object_type: str | None,
-    stain: str | None,
-    class_name: str | None,
     name: str,
     retrain: bool,
-    seed: int | None,
-    workers: int | None,
-    scheduler: str | None,
-    cluster: str | None,
     showing: Showing,
 ) -> None:
     """Segment the nuclei of PROJECT (a .qpproj file or its folder).
 
-    Trains a model on the project's own slides first if it has none. Run it again after it was
-    stopped, and it goes on where it was.
+    Trains a model on the project's own slides first if it has none. A run that was stopped
+    resumes: finished tiles are reused.
     """
-    with _reporting_errors(as_json):
-        if scheduler and cluster:
+    with _reporting_errors(common.as_json):
+        if pool.scheduler and pool.cluster:
             raise ConfigError("pass --scheduler or --cluster, not both")
-        project, entries, settings = _open(project_path, names, mpp, config, seed, backend, qupath)
-        shown = replace(
-            settings.result,
-            object_type=ObjectType(object_type or settings.result.object_type),
-            class_name=settings.result.class_name if class_name is None else class_name,
-        )
-        slide = replace(settings.slide, stain=StainChoice(stain or settings.slide.stain))
-        chosen = EngineChoice(engine or settings.engine)
-        if chosen == "openvino" and click.get_current_context().meta[_DEVICE] == "cuda":
-            raise ConfigError(
-                "OpenVINO runs on CPUs: leave out --device cuda, or use --engine torch"
-            )
-        settings = replace(settings, slide=slide, result=shown, engine=chosen)
-        from patchcl_qupath import pipeline
-        from patchcl_qupath.execution.workers import open_workers
-
+        project, entries, config = _open(common, writing)
+        settings = overrides.of(config)
+        _check_engine(settings)
         click.echo(f"Nuclei are written by {project.backend}", err=True)
+        from patchcl_qupath import pipeline
+
         with _at_work(project), showing() as progress:
-
-            def notify(what: str) -> None:
-                progress(what, 0, 0)
-
-            model = _model(project, entries, settings, name, retrain, progress)
-            if scheduler or cluster:
-                notify(f"waiting for workers of {scheduler or cluster}")
-            with open_workers(workers, scheduler, cluster, notify) as found:
+            model = _load_or_train(
+                project, entries, settings, name=name, retrain=retrain, progress=progress
+            )
+            with pool.open(progress) as workers:
                 this_run = pipeline.Run(
                     project=project,
                     model=model,
                     config=settings,
-                    workers=found,
+                    workers=workers,
                     progress=progress,
                     region_classes=within,
                     model_name=name,
                 )
-                results = list(this_run.images(entries))
-            report = _report(project)
-        console.report_run(project, results, report, as_json)
-    sys.exit(1 if any(result.problem or result.failed_tiles for result in results) else 0)
+                outcomes = list(this_run.images(entries))
+            page = _write_report(project)
+        console.report_run(project, outcomes, page, as_json=common.as_json)
+    sys.exit(1 if any(outcome.problem or outcome.failed_tiles for outcome in outcomes) else 0)
 
 
 @main.command()
-@_shared
+@_common
 @_device
 @click.option("--model", "name", default="patchcl", help="Name to give the model.")
-@click.option("--seed", type=click.IntRange(min=0), help="Seed of the training.")
-def train(
-    project_path: Path,
-    names: tuple[str, ...],
-    mpp: float | None,
-    config: Path | None,
-    as_json: bool,
-    name: str,
-    seed: int | None,
-) -> None:
+@_seed
+def train(*, common: Common, name: str, seed: int | None) -> None:
     """Train a model on the slides of PROJECT, without labels."""
-    with _reporting_errors(as_json):
-        project, entries, settings = _open(project_path, names, mpp, config, seed)
+    with _reporting_errors(common.as_json):
+        project, entries, settings = _open(common)
+        if seed is not None:
+            settings = replace(settings, patchcl=replace(settings.patchcl, seed=seed))
         with _at_work(project), console.progress_bars() as progress:
-            model = _model(project, entries, settings, name, True, progress)
+            model = _train(project, entries, settings, name=name, progress=progress)
         path = project.layout.model(name)
-        if as_json:
+        if common.as_json:
             console.print_json(
                 {"model": str(path), "digest": model.digest, "training": model.record.training}
             )
         else:
-            click.echo(f"Model: {path}\nNext:  patchcl-qp run {project_path} --model {name}")
+            click.echo(f"Model: {path}\nNext:  patchcl-qp run {common.project_path} --model {name}")
 
 
 @main.command()
-@_shared
+@_common
 @_writing
 @click.option(
+    "--rois",
     "--fields",
     "count",
+    cls=_Renamed,
     type=click.IntRange(min=1),
     default=6,
     show_default=True,
-    help="How many fields to choose, of 256 um a side.",
+    help="How many ROIs to choose, squares of 256 µm.",
 )
-def suggest(
-    project_path: Path,
-    names: tuple[str, ...],
-    mpp: float | None,
-    config: Path | None,
-    as_json: bool,
-    backend: str,
-    qupath: Path | None,
-    count: int,
-) -> None:
-    """Mark the fields of PROJECT where a correction is worth most.
+def suggest(*, common: Common, writing: Writing, count: int) -> None:
+    """Mark the ROIs of PROJECT whose correction is likely to improve the model most.
 
-    Those are where the model of the last run was in doubt, spread over slides and looks of tissue.
+    The model of the last run was most uncertain there; ROIs are spread over the slides and over
+    kinds of tissue.
     """
-    with _reporting_errors(as_json):
-        project, entries, _ = _open(project_path, names, mpp, config, None, backend, qupath)
-        click.echo(f"Fields are marked by {project.backend}", err=True)
-        from patchcl_qupath.correction.suggest import suggest as suggest_fields
+    with _reporting_errors(common.as_json):
+        project, entries, _ = _open(common, writing)
+        click.echo(f"ROIs are marked by {project.backend}", err=True)
+        from patchcl_qupath.correction.suggest import suggest as suggest_rois
 
         with _at_work(project):
-            suggestion = suggest_fields(project, entries, count)
-        console.report_suggestion(project, suggestion, count, as_json)
+            suggestion = suggest_rois(project, entries, count)
+        console.report_suggestion(project, suggestion, count, as_json=common.as_json)
     sys.exit(1 if suggestion.problems else 0)
 
 
 @main.command()
-@_shared
+@_common
 @_writing
 @_device
 @click.option(
     "--labels-from",
     default=CORRECTED,
     metavar="CLASS",
-    help=f"Class of the annotations in which every nucleus was put right; default: {CORRECTED}.",
+    help=f"Class of the ROIs in which every nucleus was corrected; default: {CORRECTED}.",
 )
 @click.option("--model", "name", default="patchcl", help="Name of the model to refine.")
 @click.option("--as", "new_name", default="refined", help="Name of the refined model.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the training.")
 @_progress
 def refine(
-    project_path: Path,
-    names: tuple[str, ...],
-    mpp: float | None,
-    config: Path | None,
-    as_json: bool,
-    backend: str,
-    qupath: Path | None,
+    *,
+    common: Common,
+    writing: Writing,
     labels_from: str,
     name: str,
     new_name: str,
     seed: int,
     showing: Showing,
 ) -> None:
-    """Refine a model of PROJECT with fields in which a person corrected all nuclei."""
-    with _reporting_errors(as_json):
+    """Refine a model of PROJECT with ROIs in which a person corrected all nuclei."""
+    with _reporting_errors(common.as_json):
         if new_name == name:
             raise ConfigError(f"give the refined model another name than {name}: --as NAME")
-        project, entries, settings = _open(project_path, names, mpp, config, None, backend, qupath)
+        project, entries, settings = _open(common, writing)
         from patchcl_qupath import pipeline
         from patchcl_qupath.models.model import Model
         from patchcl_qupath.storage.files import check_writable
@@ -347,126 +457,98 @@ def refine(
             start = replace(start, config=replace(start.config, cdcl=settings.cdcl))
             model = pipeline.refine(project, entries, start, labels_from, progress, seed)
             model.save(path.parent, new_name)
-        if as_json:
+            logger.info("model %s refined and saved: %s", new_name, path)
+        if common.as_json:
             console.print_json({"model": str(path), "digest": model.digest})
         else:
-            click.echo(f"Model: {path}\nNext:  patchcl-qp run {project_path} --model {new_name}")
+            click.echo(
+                f"Model: {path}\nNext:  patchcl-qp run {common.project_path} --model {new_name}"
+            )
 
 
 @main.command()
 @click.argument("folder", metavar="DIR", type=_PATH)
 @click.argument("images", metavar="IMAGE...", type=_PATH, nargs=-1, required=True)
-@click.option("--mpp", type=click.FloatRange(min=0, min_open=True), help="Pixel size in um.")
+@click.option("--mpp", type=click.FloatRange(min=0, min_open=True), help="Pixel size in µm.")
+@_verbose
 def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
     """Make a QuPath project in DIR out of image files. Images stay where they are."""
     with _reporting_errors(as_json=False):
-        from patchcl_qupath.datatypes import ImageEntry
-        from patchcl_qupath.project import NewImage, init_project
-        from patchcl_qupath.slides.slide import Slide
+        from patchcl_qupath.project import init_project
 
-        new = []
-        for path in images:
-            entry = ImageEntry("", path.name, path.resolve(), fallback_mpp=mpp)
-            slide = Slide.open(entry)
-            known = None if slide.calibrated else slide.mpp_level0
-            new.append(NewImage(slide.path, slide.levels, known))
-        project = init_project(folder, new)
-        click.echo(f"Project: {project} ({len(new)} images)\nNext:    patchcl-qp run {project}")
+        project = init_project(folder, [_new_image(path, mpp) for path in images])
+        click.echo(f"Project: {project} ({len(images)} images)\nNext:    patchcl-qp run {project}")
 
 
 @main.command()
-@_shared
-def status(
-    project_path: Path,
-    names: tuple[str, ...],
-    mpp: float | None,
-    config: Path | None,
-    as_json: bool,
-) -> None:
-    """Say for each image of PROJECT what is done, by which model, and what changed since.
+@_common
+def status(*, common: Common) -> None:
+    """Show which images of PROJECT are done, by which model, and what has changed since.
 
-    Fields to correct are counted as the image was last saved in QuPath.
+    ROIs to correct are counted as the image was last saved in QuPath.
     """
-    with _reporting_errors(as_json):
-        project, entries, _ = _open(project_path, names, mpp, config, None)
+    with _reporting_errors(common.as_json):
+        project, entries, _ = _open(common)
         from patchcl_qupath.status import image_status
 
-        console.report_states(project, [image_status(project, entry) for entry in entries], as_json)
+        statuses = [image_status(project, entry) for entry in entries]
+        console.report_statuses(project, statuses, as_json=common.as_json)
 
 
 @main.command()
-@_shared
+@_common
 @click.option(
+    "--ground-truth",
     "--truth",
+    "ground_truth",
+    cls=_Renamed,
     type=_PATH,
     required=True,
     metavar="DIR|GEOJSON",
     help="Outlined nuclei: a folder with files named as the images (GeoJSON as QuPath exports it, "
     "or instance labels as PNG, TIFF or NPY), or the file of one image.",
 )
-def score(
-    project_path: Path,
-    names: tuple[str, ...],
-    mpp: float | None,
-    config: Path | None,
-    as_json: bool,
-    truth: Path,
-) -> None:
-    """Say how well the nuclei of `run` in PROJECT agree with nuclei that people outlined.
+def score(*, common: Common, ground_truth: Path) -> None:
+    """Compare the nuclei of `run` in PROJECT with a ground truth, nuclei that people outlined.
 
-    The truth must have every nucleus of an image, or of the regions that the run kept to.
+    The ground truth must have every nucleus of an image, or of the regions that the run was
+    limited to.
     """
-    with _reporting_errors(as_json):
-        project, entries, _ = _open(project_path, names, mpp, config, None)
+    with _reporting_errors(common.as_json):
+        project, entries, _ = _open(common)
         from patchcl_qupath.evaluation.score import score as score_images
 
-        scored, without = score_images(project, entries, truth)
-        console.report_scores(project, scored, without, as_json)
+        scored, without = score_images(project, entries, ground_truth)
+        console.report_scores(project, scored, without, as_json=common.as_json)
     sys.exit(1 if any(image.problem for image in scored) else 0)
 
 
 @main.command()
-@_shared
+@_common
 @_writing
-def remove(
-    project_path: Path,
-    names: tuple[str, ...],
-    mpp: float | None,
-    config: Path | None,
-    as_json: bool,
-    backend: str,
-    qupath: Path | None,
-) -> None:
-    """Take the nuclei of `run` out of PROJECT again, but for those that a person changed."""
-    with _reporting_errors(as_json):
-        project, entries, _ = _open(project_path, names, mpp, config, None, backend, qupath)
+def remove(*, common: Common, writing: Writing) -> None:
+    """Remove the nuclei of `run` from PROJECT, except those that a person changed."""
+    with _reporting_errors(common.as_json):
+        project, entries, _ = _open(common, writing)
         click.echo(f"Nuclei are removed by {project.backend}", err=True)
-        rows: list[dict[str, Any]] = []
         with _at_work(project):
-            for entry in entries:
-                row: dict[str, Any] = {"id": entry.id, "image": entry.name, "problem": None}
-                try:
-                    row["done"] = project.remove(entry)
-                    click.echo(f"{entry.name}: {row['done']}", err=as_json)
-                except PatchCLError as error:  # the other images go on
-                    row["problem"] = str(error)
-                    click.echo(f"Failed: {error}", err=True)
-                rows.append(row)
-        if as_json:
+            rows = [_removed(project, entry, common.as_json) for entry in entries]
+        if common.as_json:
             console.print_json({"project": str(project.path), "images": rows})
     sys.exit(1 if any(row["problem"] for row in rows) else 0)
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
-@click.argument("project_path", metavar="PROJECT", type=_PATH)
+@_json
+@_verbose
+@_project
 def report(project_path: Path, as_json: bool) -> None:
-    """Make the report of PROJECT again, of what its runs left: a page to open in a browser."""
+    """Write the report of PROJECT anew from the files of its runs: a page for a browser."""
     with _reporting_errors(as_json):
         from patchcl_qupath.project import open_project
         from patchcl_qupath.report.page import write_report
 
-        path = write_report(open_project(project_path, backend="files"))
+        path = write_report(open_project(project_path, backend=BackendKind.FILES))
         if as_json:
             console.print_json({"report": str(path)})
         else:
@@ -474,23 +556,25 @@ def report(project_path: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("project_path", metavar="PROJECT", type=_PATH)
+@_verbose
+@_project
 def scripts(project_path: Path) -> None:
     """Copy the Groovy scripts into PROJECT, where QuPath lists them."""
     with _reporting_errors(as_json=False):
         from patchcl_qupath.project import open_project
         from patchcl_qupath.project.scripts import copy_scripts
 
-        for line in copy_scripts(open_project(project_path, backend="files").path):
+        for line in copy_scripts(open_project(project_path, backend=BackendKind.FILES).path):
             click.echo(line)
         click.echo("Next: in QuPath, choose Automate > Project scripts > run_patchcl")
 
 
 @main.command()
-@click.option("--qupath", type=_PATH, help="Folder of QuPath, where it is in no usual place.")
+@_qupath
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@_verbose
 def doctor(qupath: Path | None, as_json: bool) -> None:
-    """Say what this machine has that is of use here, and what a missing part would bring."""
+    """List what the program can use on this machine, and what a missing part would add."""
     from patchcl_qupath.doctor import findings
 
     found = list(findings(qupath))
@@ -501,39 +585,27 @@ def doctor(qupath: Path | None, as_json: bool) -> None:
         console.print_table(["part", "found", "note"], rows)
 
 
-def _report(project: Project) -> Path | None:
-    """The page of a run that is over; without it, all else is as it should be."""
-    from patchcl_qupath.execution.outcome import internal_error
-    from patchcl_qupath.report.page import write_report
+# ------------------------------------------------------------------ steps of commands
 
-    try:
-        return write_report(project)
-    except Exception as error:  # whatever it is, the nuclei are there
-        reason = str(error) if isinstance(error, PatchCLError) else internal_error(error)
-        click.echo(f"No report: {reason}", err=True)
-        return None
+
+def _check_engine(settings: Config) -> None:
+    """Raise ConfigError where the engine and --device exclude each other."""
+    on_gpu = click.get_current_context().meta[_DEVICE] == "cuda"
+    if on_gpu and settings.engine is EngineChoice.OPENVINO:
+        raise ConfigError("OpenVINO runs on CPUs: leave out --device cuda, or use --engine torch")
 
 
 def _open(
-    path: Path,
-    names: Sequence[str],
-    mpp: float | None,
-    config: Path | None,
-    seed: int | None,
-    backend: str = "files",
-    qupath: Path | None = None,
+    common: Common, writing: Writing | None = None
 ) -> tuple[Project, list[ImageEntry], Config]:
-    """The project, the images asked for, and the settings.
-
-    ``mpp`` is the pixel size, in µm, of images that have none in QuPath or in their file.
-    """
+    """The project, the images of it that were asked for, and the settings."""
     from patchcl_qupath.project import open_project
 
-    settings = load_config(config)
-    if seed is not None:
-        settings = replace(settings, patchcl=replace(settings.patchcl, seed=seed))
-    project = open_project(path, backend, qupath)
-    entries = [replace(entry, fallback_mpp=mpp) for entry in project.images()]
+    settings = load_config(common.config)
+    path, names, writing = common.project_path, common.names, writing or Writing()
+    project = open_project(path, writing.backend, writing.qupath)
+    entries = [replace(entry, fallback_mpp=common.mpp) for entry in project.images()]
+    logger.info("%s: %d images, backend %s", project.path, len(entries), project.backend)
     if not entries:
         raise ProjectError(f"{path} has no images: add some in QuPath first")
     if names:
@@ -545,32 +617,85 @@ def _open(
     return project, entries, settings
 
 
-def _model(
+def _load_or_train(
     project: Project,
     entries: Sequence[ImageEntry],
     settings: Config,
+    *,
     name: str,
     retrain: bool,
-    progress: Progress,
+    progress: ShowProgress,
 ) -> Model:
-    """The project's model of that name; trained if there is none, or if it is to be anew."""
-    from patchcl_qupath import pipeline
+    """The project's model of that name; trained if there is none, or if ``retrain`` is set."""
     from patchcl_qupath.models.model import Model
+
+    path = project.layout.model(name)
+    if retrain or not path.exists():
+        return _train(project, entries, settings, name=name, progress=progress)
+    model = Model.load(path)
+    if model.mpp != settings.slide.mpp:
+        raise ConfigError(
+            f"the model {name} was trained at {model.mpp} µm/px, the settings ask for "
+            f"{settings.slide.mpp}: pass --retrain, or --model with another name"
+        )
+    logger.info("model %s loaded: %s", name, path)
+    return model
+
+
+def _train(
+    project: Project,
+    entries: Sequence[ImageEntry],
+    settings: Config,
+    *,
+    name: str,
+    progress: ShowProgress,
+) -> Model:
+    """Train a model, and save it in the project under that name."""
+    from patchcl_qupath import pipeline
     from patchcl_qupath.storage.files import check_writable
 
     path = project.layout.model(name)
-    if path.exists() and not retrain:
-        model = Model.load(path)
-        if model.mpp != settings.slide.mpp:
-            raise ConfigError(
-                f"the model {name} was trained at {model.mpp} um/px, the settings ask for "
-                f"{settings.slide.mpp}: pass --retrain, or --model with another name"
-            )
-        return model
     check_writable(path.parent)
     model = pipeline.train(entries, settings, progress)
     model.save(path.parent, name)
+    logger.info("model %s trained and saved: %s", name, path)
     return model
+
+
+def _write_report(project: Project) -> Path | None:
+    """The report of a run that is over; None if it failed, which takes nothing else down."""
+    from patchcl_qupath.execution.outcome import internal_error
+    from patchcl_qupath.report.page import write_report
+
+    try:
+        return write_report(project)
+    except Exception as error:  # whatever it is, the nuclei are there
+        reason = str(error) if isinstance(error, PatchCLError) else internal_error(error)
+        logger.info("no report", exc_info=True)
+        click.echo(f"No report: {reason}", err=True)
+        return None
+
+
+def _new_image(path: Path, mpp: float | None) -> NewImage:
+    """An image file for a new project; ``mpp`` is its pixel size if the file has none."""
+    from patchcl_qupath.datatypes import ImageEntry
+    from patchcl_qupath.project import NewImage
+    from patchcl_qupath.slides.slide import Slide
+
+    slide = Slide.open(ImageEntry("", path.name, path.resolve(), fallback_mpp=mpp))
+    return NewImage(slide.path, slide.levels, None if slide.calibrated else slide.mpp_level0)
+
+
+def _removed(project: Project, entry: ImageEntry, as_json: bool) -> dict[str, Any]:
+    """Remove the nuclei of an image; what became of it, for JSON."""
+    row: dict[str, Any] = {"id": entry.id, "image": entry.name, "problem": None}
+    try:
+        row["done"] = project.remove(entry)
+        click.echo(f"{entry.name}: {row['done']}", err=as_json)
+    except PatchCLError as error:  # the other images go on
+        row["problem"] = str(error)
+        click.echo(f"Failed: {error}", err=True)
+    return row
 
 
 @contextmanager
@@ -590,6 +715,7 @@ def _reporting_errors(as_json: bool) -> Iterator[None]:
     try:
         yield
     except PatchCLError as error:
+        logger.debug("the command ends", exc_info=True)
         if as_json:
             console.print_json({"error": str(error)})
         click.echo(f"Error: {error}", err=True)
@@ -611,7 +737,7 @@ def _interrupt(*_: Any) -> NoReturn:
 
 def _leave() -> NoReturn:
     """Without waiting for the tiles under way: files are there whole or not at all."""
-    os.write(2, b"\nStopped. The same command goes on from here.\n")
+    os.write(2, b"\nStopped. The same command resumes from here.\n")
     os._exit(130)
 
 

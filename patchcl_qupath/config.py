@@ -54,6 +54,14 @@ class EngineChoice(StrEnum):
     OPENVINO = "openvino"
 
 
+class BackendKind(StrEnum):
+    """What writes nuclei into a QuPath project."""
+
+    AUTO = "auto"  # paquo where there is a QuPath, else files
+    PAQUO = "paquo"  # a QuPath that is installed here
+    FILES = "files"  # a person in QuPath, who imports files
+
+
 class StainChoice(StrEnum):
     """Which stains are measured, as a person asks for it."""
 

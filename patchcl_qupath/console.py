@@ -1,8 +1,10 @@
-"""What people see, and programs read: progress, tables, JSON."""
+"""What the program prints: progress, tables and advice for people, JSON for programs."""
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from patchcl_qupath.config import CORRECTED
+from patchcl_qupath.progress import Progress, ShowProgress
 
 if TYPE_CHECKING:
-    from patchcl_qupath.correction.suggest import Suggestion
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+    from patchcl_qupath.correction.suggest import SuggestedRoi, Suggestion
     from patchcl_qupath.evaluation.score import ImageScore
-    from patchcl_qupath.pipeline import Progress
     from patchcl_qupath.project import Project
     from patchcl_qupath.status import ImageStatus
     from patchcl_qupath.storage.records import ImageOutcome
@@ -24,30 +29,31 @@ _BARS = 8  # progress bars on the screen at once
 
 
 @contextmanager
-def progress_lines() -> Iterator[Progress]:
-    """What groovy/run_patchcl.groovy reads."""
+def progress_lines() -> Iterator[ShowProgress]:
+    """Progress as lines of JSON, which groovy/run_patchcl.groovy reads; 0 of 0 is: not counted."""
 
-    def show(stage: str, done: int, total: int) -> None:
-        click.echo(json.dumps({"stage": stage, "done": done, "total": total}), err=True)
+    def show(progress: Progress) -> None:
+        step = {"stage": progress.label, "done": progress.done, "total": progress.total or 0}
+        click.echo(json.dumps(step), err=True)
 
     yield show
 
 
 @contextmanager
-def progress_bars() -> Iterator[Progress]:
+def progress_bars() -> Iterator[ShowProgress]:
     """Bars on standard error: what is done, how fast, how long still."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.progress import Progress as RichProgress
     from rich.table import Column
 
     whole = Column(no_wrap=True)
-    with Progress(
+    with RichProgress(
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
         BarColumn(bar_width=12),
         MofNCompleteColumn(table_column=whole),
@@ -56,156 +62,186 @@ def progress_bars() -> Iterator[Progress]:
         console=Console(stderr=True),
         expand=True,
     ) as bars:
-        shown: dict[str, Any] = {}
+        stages = _Bars(bars)
+        yield stages.show
+        stages.end_uncounted()
 
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in shown:
-                for task in bars.tasks:
-                    if task.total is None:  # what cannot be counted is over when the next begins
-                        bars.update(task.id, total=1, completed=1)
-                if len(shown) == _BARS:
-                    bars.remove_task(shown.pop(next(iter(shown))))
-                shown[stage] = bars.add_task(stage, total=total or None, rate="")
-            speed = next(task.speed for task in bars.tasks if task.id == shown[stage])
-            rate = f"{speed:.1f}/s" if speed else ""
-            bars.update(shown[stage], completed=done, total=total or None, rate=rate)
 
-        yield show
+class _Bars:
+    """A bar for each of the last stages."""
+
+    def __init__(self, bars: RichProgress) -> None:
+        self.bars = bars
+        self.tasks: dict[str, TaskID] = {}  # by label, the oldest first
+
+    def show(self, progress: Progress) -> None:
+        """Move the bar of a stage, or begin it."""
+        if progress.label not in self.tasks:
+            self._begin(progress.label)
+        task = self.tasks[progress.label]
+        speed = next(known.speed for known in self.bars.tasks if known.id == task)
+        rate = f"{speed:.1f}/s" if speed else ""
+        self.bars.update(task, completed=progress.done, total=progress.total, rate=rate)
+
+    def end_uncounted(self) -> None:
+        """What cannot be counted is over when the next stage begins, or when all is."""
+        for task in self.bars.tasks:
+            if task.total is None:
+                self.bars.update(task.id, total=1, completed=1)
+
+    def _begin(self, label: str) -> None:
+        self.end_uncounted()
+        if len(self.tasks) == _BARS:
+            self.bars.remove_task(self.tasks.pop(next(iter(self.tasks))))
+        self.tasks[label] = self.bars.add_task(label, total=None, rate="")
 
 
 def report_run(
-    project: Project, results: Sequence[ImageOutcome], report: Path | None, as_json: bool
+    project: Project, outcomes: Sequence[ImageOutcome], report: Path | None, *, as_json: bool
 ) -> None:
     """What became of the images of a run, where its ``report`` is, and what to do next."""
     if as_json:
-        images = results
         page = None if report is None else str(report)
-        print_json({"project": str(project.path), "images": images, "report": page})
+        print_json({"project": str(project.path), "images": outcomes, "report": page})
         return
-    done = [result for result in results if not result.problem]
-    if done:
-        print_table(
-            ["image", "tissue mm2", "nuclei", "seconds", "tiles", "taken over"],
-            [
-                [
-                    r.image,
-                    f"{r.tissue_mm2:.2f}",
-                    f"{r.nuclei:,}",
-                    f"{r.seconds:.1f}",
-                    r.tiles,
-                    r.tiles_resumed,
-                ]
-                for r in done
-            ],
-        )
-        for result in done:
-            if result.note:
-                click.echo(f"Note: {result.image}: {result.note}")
-        click.echo(f"Results: {project.layout.root / 'results'}")
-        click.echo(f"Look at: {project.layout.previews}")
-        if report is not None:
-            click.echo(f"Report:  {report}")
-        if project.backend.writes_into_qupath:
-            click.echo("Next:    open the project in QuPath: the nuclei are in its images")
-        else:
-            click.echo(
-                f"Next:    patchcl-qp scripts {project.path}, then open the project in\n"
-                "         QuPath: Automate > Project scripts > import_nuclei, Run > Run for project"
-            )
-    for result in results:
-        if result.problem:
-            click.echo(f"Failed: {result.problem}", err=True)
-        if result.failed_tiles:
-            first, count = result.failed_tiles[0], len(result.failed_tiles)
-            click.echo(
-                f"Failed: {result.image}: {count} of {result.tiles} tiles were left out, as its "
-                f"preview shows; the first of {first.width} x {first.height} px at x={first.x} "
-                f"y={first.y}: {first.reason}. Run again to try them again",
-                err=True,
-            )
+    if done := [outcome for outcome in outcomes if not outcome.problem]:
+        _print_done(done)
+        _print_places(project, report)
+    for outcome in outcomes:
+        _print_failure(outcome)
 
 
-def report_states(project: Project, states: Sequence[ImageStatus], as_json: bool) -> None:
-    """Where the images of a project are."""
-    if as_json:
-        print_json(
-            {
-                "project": str(project.path),
-                "images": states,
-            }
-        )
-        return
-    print_table(
-        ["image", "state", "nuclei", "made (UTC)", "model", "fields done", "changed since"],
+def _print_done(outcomes: Sequence[ImageOutcome]) -> None:
+    """A row for each image that was segmented, and notes on them."""
+    rows = [
         [
-            [
-                s.image,
-                s.state,
-                None if s.nuclei is None else f"{s.nuclei:,}",
-                s.made and s.made[:16].replace("T", " "),
-                s.model,
-                f"{s.rois_corrected} of {s.rois}" if s.rois else None,
-                "; ".join(s.changed),
-            ]
-            for s in states
-        ],
-    )
+            outcome.image,
+            f"{outcome.tissue_mm2:.2f}",
+            f"{outcome.nuclei:,}",
+            f"{outcome.seconds:.1f}",
+            outcome.tiles,
+            outcome.tiles_resumed,
+        ]
+        for outcome in outcomes
+    ]
+    print_table(["image", "tissue mm²", "nuclei", "seconds", "tiles", "resumed"], rows)
+    for outcome in outcomes:
+        if outcome.note:
+            click.echo(f"Note: {outcome.image}: {outcome.note}")
 
 
-def report_suggestion(project: Project, suggestion: Suggestion, count: int, as_json: bool) -> None:
-    """The fields that were chosen, and what to do with them."""
+def _print_places(project: Project, report: Path | None) -> None:
+    """Where the results are, and what to do next."""
+    click.echo(f"Results: {project.layout.root / 'results'}")
+    click.echo(f"Look at: {project.layout.previews}")
+    if report is not None:
+        click.echo(f"Report:  {report}")
+    if project.backend.writes_into_qupath:
+        click.echo("Next:    open the project in QuPath: the nuclei are in its images")
+    else:
+        click.echo(
+            f"Next:    patchcl-qp scripts {project.path}, then open the project in\n"
+            "         QuPath: Automate > Project scripts > import_nuclei, Run > Run for project"
+        )
+
+
+def _print_failure(outcome: ImageOutcome) -> None:
+    """What failed of an image, if anything did."""
+    if outcome.problem:
+        click.echo(f"Failed: {outcome.problem}", err=True)
+    if outcome.failed_tiles:
+        first, count = outcome.failed_tiles[0], len(outcome.failed_tiles)
+        click.echo(
+            f"Failed: {outcome.image}: {count} of {outcome.tiles} tiles were left out, as its "
+            f"preview shows; the first of {first.width} x {first.height} px at x={first.x} "
+            f"y={first.y}: {first.reason}. Run again to try them again",
+            err=True,
+        )
+
+
+def report_statuses(project: Project, statuses: Sequence[ImageStatus], *, as_json: bool) -> None:
+    """What is done of the images of a project."""
+    if as_json:
+        print_json({"project": str(project.path), "images": statuses})
+        return
+    rows = [
+        [
+            status.image,
+            status.state,
+            None if status.nuclei is None else f"{status.nuclei:,}",
+            status.made and status.made[:16].replace("T", " "),
+            status.model,
+            f"{status.rois_corrected} of {status.rois}" if status.rois else None,
+            "; ".join(status.changed),
+        ]
+        for status in statuses
+    ]
+    titles = ["image", "state", "nuclei", "made (UTC)", "model", "ROIs corrected", "changed since"]
+    print_table(titles, rows)
+
+
+def report_suggestion(
+    project: Project, suggestion: Suggestion, count: int, *, as_json: bool
+) -> None:
+    """The ROIs that were chosen, ``count`` if there are as many, and what to do with them."""
     if as_json:
         print_json({"project": str(project.path), **_plain(suggestion)})
         return
     for line in suggestion.done:
         click.echo(line)
     if suggestion.rois:
-        print_table(
-            ["image", "field", "x", "y", "doubt", "usual", "nuclei"],
-            [
-                [
-                    one.image,
-                    one.roi.name,
-                    round(one.roi.x),
-                    round(one.roi.y),
-                    f"{one.entropy:.2f}",
-                    f"{one.expected:.2f}",
-                    one.nuclei,
-                ]
-                for one in suggestion.rois
-            ],
-        )
+        _print_rois(suggestion.rois)
         if len(suggestion.rois) < count and not suggestion.problems:
-            click.echo("Note: there are no more fields with tissue and nuclei that do not touch")
-        steps = [
-            "in QuPath, put right every nucleus in these fields",
-            f"set the class of each field that is done to '{CORRECTED}', and save",
-            f"patchcl-qp refine {project.path}",
-        ]
-        if not project.backend.writes_into_qupath:
-            steps.insert(0, "in QuPath, run groovy/import_nuclei.groovy for the project")
-            steps.insert(-1, "run groovy/export_labels.groovy, too")
-        click.echo("Next:")
-        for number, step in enumerate(steps, start=1):
-            click.echo(f"  {number}. {step}")
+            click.echo("Note: there are no more ROIs with tissue and nuclei that do not touch")
+        _print_steps(project)
     if suggestion.without:
         click.echo(f"Without nuclei, left out: {', '.join(suggestion.without)}")
     for problem in suggestion.problems:
         click.echo(f"Failed: {problem}", err=True)
 
 
+def _print_rois(rois: Sequence[SuggestedRoi]) -> None:
+    """A row for each ROI: entropies are means of its tissue, as measured and as expected."""
+    rows = [
+        [
+            one.image,
+            one.roi.name,
+            round(one.roi.x),
+            round(one.roi.y),
+            f"{one.entropy:.2f}",
+            f"{one.expected:.2f}",
+            one.nuclei,
+        ]
+        for one in rois
+    ]
+    print_table(["image", "ROI", "x", "y", "entropy (bits)", "expected", "nuclei"], rows)
+
+
+def _print_steps(project: Project) -> None:
+    """How ROIs are corrected and used."""
+    steps = [
+        "in QuPath, correct every nucleus in these ROIs",
+        f"set the class of each ROI that is corrected to '{CORRECTED}', and save",
+        f"patchcl-qp refine {project.path}",
+    ]
+    if not project.backend.writes_into_qupath:
+        steps.insert(0, "in QuPath, run groovy/import_nuclei.groovy for the project")
+        steps.insert(-1, "run groovy/export_labels.groovy, too")
+    click.echo("Next:")
+    for number, step in enumerate(steps, start=1):
+        click.echo(f"  {number}. {step}")
+
+
 def report_scores(
-    project: Project, scored: Sequence[ImageScore], without: Sequence[str], as_json: bool
+    project: Project, scored: Sequence[ImageScore], without: Sequence[str], *, as_json: bool
 ) -> None:
-    """Scores of each image and their means; ``without`` are the images that have no truth."""
+    """Scores of each image and their means; ``without`` are the images without ground truth."""
     from patchcl_qupath.evaluation.score import SCORES, mean
 
     means = mean(scored)
     if as_json:
-        images = scored
-        print_json(
-            {"project": str(project.path), "images": images, "mean": means, "without": without}
-        )
+        path = str(project.path)
+        print_json({"project": path, "images": scored, "mean": means, "without": without})
         return
     if means:
         rows = [
@@ -219,7 +255,7 @@ def report_scores(
         if image.note:
             click.echo(f"Note: {image.image}: {image.note}")
     if without:
-        click.echo(f"Without truth, left out: {', '.join(without)}")
+        click.echo(f"Without ground truth, left out: {', '.join(without)}")
     for image in scored:
         if image.problem:
             click.echo(f"Failed: {image.problem}", err=True)
@@ -241,8 +277,20 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def print_json(content: Any) -> None:
-    """JSON on standard output."""
-    click.echo(json.dumps(_plain(content), indent=2, ensure_ascii=False))
+    """JSON on standard output; characters that it cannot encode are escaped."""
+    text = json.dumps(_plain(content), indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(_plain(content), indent=2)
+    click.echo(text)
+
+
+def replace_unencodable() -> None:
+    """Print ? for what the terminal cannot encode, of an image's name say, and go on."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _plain(content: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is on this machine that the program can use, and what a missing part would bring."""
+"""What the program can use on this machine, and what a missing part would add."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from patchcl_qupath.project.paquo import find_qupath
 
 @dataclass(frozen=True)
 class Finding:
-    """A part of the machine: what was found of it, or None; and what to do or to know."""
+    """A part of the machine: what was found of it, or None; and advice on it."""
 
     part: str
     found: str | None
@@ -31,7 +31,7 @@ class Finding:
 
 
 def findings(qupath: Path | None = None) -> Iterator[Finding]:
-    """Each part in turn. ``qupath`` is QuPath's folder, where it is in none of the usual places."""
+    """Each part in turn. ``qupath`` is QuPath's folder, if it is in no usual place."""
     yield Finding("program", f"patchcl-qupath {__version__}, Python {platform.python_version()}")
     memory = psutil.virtual_memory().total / 1e9
     note = "" if memory > 4 else "a run takes 1 to 2 GB, more with many cores: use --workers"

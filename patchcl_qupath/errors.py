@@ -1,14 +1,14 @@
-"""What can go wrong, as exceptions. Every message says what to do next.
+"""What can go wrong, as exceptions. Every message names what to do next.
 
 PatchCLError
-├── ConfigError     a setting is unknown or out of range
-├── ProjectError    the project as a whole cannot be used
-├── ImageError      one image cannot be used; the others go on
-│   └── SlideError  its pixels cannot be opened or read
-├── ModelError      a model is missing, damaged or of another kind
-├── TrainingError   nothing could be learnt from the images given
-├── TruthError      what to score against is missing, damaged or of another image
-└── StorageError    results cannot be written here
+├── ConfigError       a setting is unknown or out of range
+├── ProjectError      the project as a whole cannot be used
+├── ImageError        one image cannot be used; the others go on
+│   └── SlideError    its pixels cannot be opened or read
+├── ModelError        a model is missing, damaged or of another kind
+├── TrainingError     the images given have nothing to train on
+├── GroundTruthError  the ground truth is missing, damaged or of another image
+└── StorageError      results cannot be written here
 """
 
 
@@ -37,11 +37,11 @@ class ModelError(PatchCLError):
 
 
 class TrainingError(PatchCLError):
-    """Nothing could be learnt from the images given."""
+    """The images given have nothing to train on."""
 
 
 class GroundTruthError(PatchCLError):
-    """What to score against is missing, damaged or of another image."""
+    """The ground truth is missing, damaged or of another image."""
 
 
 class StorageError(PatchCLError):

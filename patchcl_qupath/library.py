@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from patchcl_qupath.evaluation.score import ImageScore
 from patchcl_qupath.evaluation.score import score as score_images
 from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.models.model import Model
+from patchcl_qupath.progress import ShowProgress, hide_progress
 from patchcl_qupath.project import NewImage, Project, init_project
 from patchcl_qupath.project import open_project as open_backend
 from patchcl_qupath.report.page import write_report as write_page
@@ -29,7 +30,6 @@ from patchcl_qupath.storage.parquet import Table, read_geoarrow
 from patchcl_qupath.storage.records import ImageOutcome
 
 Settings = Config | Mapping[str, Any] | None  # None: the defaults
-Show = Callable[[str, int, int], None]  # what is done, how much of it, out of how much
 
 
 def open_project(path: str | Path, backend: str = "files", qupath: Path | None = None) -> Project:
@@ -71,13 +71,14 @@ def train(
     name: str = "patchcl",
     images: Sequence[str] = (),
     settings: Settings = None,
-    show: Show | None = None,
+    show: ShowProgress | None = None,
 ) -> Model:
     """Train a model on a project's own slides, without labels, and save it as ``name``.
 
     ``images`` are names or ids; all where there are none. ``settings`` are those of the guide, as a
-    ``Config`` or as nested dictionaries. ``show`` is called with (stage, done, total). Takes about
-    three minutes on two cores with the default settings. Raises TrainingError.
+    ``Config`` or as nested dictionaries. ``show`` is called with each
+    ``Progress``. Takes about three minutes on two cores with the default settings. Raises
+    TrainingError.
 
     >>> quick = {"patchcl": {"max_steps": 60, "crops": 16}, "selftrain": {"steps": 60}}
     >>> model = pq.train(project, settings=quick)
@@ -87,7 +88,7 @@ def train(
     folder = project.layout.models
     check_writable(folder)
     with exclusive_lock(project.layout.root):
-        model = pipeline.train(_entries(project, images), _config(settings), show or _silent)
+        model = pipeline.train(_entries(project, images), _config(settings), show or hide_progress)
         model.save(folder, name)
     return model
 
@@ -108,7 +109,7 @@ def segment(
     regions: Sequence[str] = (),
     settings: Settings = None,
     workers: int | None = None,
-    show: Show | None = None,
+    show: ShowProgress | None = None,
 ) -> list[ImageOutcome]:
     """Segment the nuclei of a project's images, and write them into the project.
 
@@ -127,7 +128,7 @@ def segment(
             model=model,
             config=config,
             workers=found,
-            progress=show or _silent,
+            progress=show or hide_progress,
             region_classes=tuple(regions),
         )
         return list(run.images(_entries(project, images)))
@@ -182,7 +183,7 @@ def refine(
     model: Model,
     name: str = "refined",
     labels_from: str = "PatchCL: corrected",
-    show: Show | None = None,
+    show: ShowProgress | None = None,
 ) -> Model:
     """Refine a model by CDCL with the ROIs of a class that a person corrected; save it as ``name``.
 
@@ -195,7 +196,8 @@ def refine(
     patchcl_qupath.errors.TrainingError: no image has an annotation of class PatchCL: corrected: ...
     """
     with exclusive_lock(project.layout.root):
-        refined = pipeline.refine(project, project.images(), model, labels_from, show or _silent)
+        progress = show or hide_progress
+        refined = pipeline.refine(project, project.images(), model, labels_from, progress)
         refined.save(project.layout.models, name)
     return refined
 
@@ -231,7 +233,3 @@ def _config(settings: Settings) -> Config:
     if settings is None or isinstance(settings, Config):
         return settings or Config()
     return from_dict(settings)
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Show nothing."""

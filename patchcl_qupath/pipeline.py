@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -26,6 +27,7 @@ from patchcl_qupath.execution.workers import Workers
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model
+from patchcl_qupath.progress import Progress, ShowProgress, Stage, counter
 from patchcl_qupath.project import Project
 from patchcl_qupath.report.figures import write_figures, write_preview
 from patchcl_qupath.segmentation.segment_tile import (
@@ -51,17 +53,18 @@ from patchcl_qupath.storage.records import (
 from patchcl_qupath.timing import Seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
 
-Progress = Callable[[str, int, int], None]  # what is done, how much of it, out of how much
+logger = logging.getLogger(__name__)
 
 
-def train(entries: Sequence[ImageEntry], config: Config, progress: Progress) -> Model:
+def train(entries: Sequence[ImageEntry], config: Config, progress: ShowProgress) -> Model:
     """Train a model on random tissue crops of the images themselves, without labels.
 
     Raises TrainingError where nothing can be learnt from the images.
     """
-    crops = training_crops(entries, config, progress)
+    crops = training_crops(entries, config, counter(progress, Stage.READING_CROPS))
     images, normalisers = crops.images, crops.normalisers
-    model = patchcl.train(images, normalisers, config, partial(progress, "training PatchCL"))
+    count = counter(progress, Stage.TRAINING_PATCHCL)
+    model = patchcl.train(images, normalisers, config, count)
     if config.recipe is not Recipe.SELFTRAIN:
         return model
     return selftrain.train(images, normalisers, model, progress)
@@ -72,7 +75,7 @@ def refine(
     entries: Sequence[ImageEntry],
     start: Model,
     labels_from: str,
-    progress: Progress,
+    progress: ShowProgress,
     seed: int = 0,
 ) -> Model:
     """Refine a model by CDCL with ROIs in which a person corrected all nuclei.
@@ -86,11 +89,13 @@ def refine(
             "a model of PatchCL alone cannot be refined: train one with "
             'recipe = "selftrain", the default'
         )
-    corrected = read_corrected_samples(project, entries, start.config, labels_from, progress)
-    crops = training_crops(entries, start.config, progress)
-    choosing = partial(progress, "choosing pseudo-labels")
+    corrected = read_corrected_samples(
+        project, entries, start.config, labels_from, counter(progress, Stage.READING_ROIS)
+    )
+    crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
+    choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
     unlabelled = selftrain.pseudo_labelled_samples(crops.images, crops.normalisers, start, choosing)
-    return cdcl.refine(start, corrected, unlabelled, progress, seed)
+    return cdcl.refine(start, corrected, unlabelled, counter(progress, Stage.REFINING), seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +111,7 @@ class Run:
     model: Model
     config: Config
     workers: Workers
-    progress: Progress
+    progress: ShowProgress
     region_classes: tuple[str, ...] = ()
     model_name: str | None = None
 
@@ -120,6 +125,8 @@ class Run:
             except Exception as error:  # an error in one image must not cost the others
                 outcome = failed_image(entry, error)
             outcome = msgspec.structs.replace(outcome, seconds=time.perf_counter() - began)
+            stages = ", ".join(f"{name} {s:.1f} s" for name, s in outcome.main_seconds.items())
+            logger.info("%s: %.1f s: %s", entry.name, outcome.seconds, stages or "failed")
             outcomes.append(outcome)
             write_outcomes(
                 self.project.layout, self.id, self.provenance, self.model.record.training, outcomes
@@ -145,7 +152,7 @@ class Run:
         """The image with what a person set in QuPath."""
         if self.region_classes:
             entry = self.project.with_regions(entry, self.region_classes)
-        self.progress(f"{entry.name}: finding tissue", 0, 0)
+        self.progress(Progress(stage=Stage.FINDING_TISSUE, image=entry.name))
         return self.project.with_stains(entry)
 
     def _segment(self, entry: ImageEntry, image: PreparedImage) -> tuple[SegmentedImage, Seconds]:
@@ -162,11 +169,13 @@ class Run:
         )
         store = TileStore.open(self.project.layout.tiles(self.id, image.id), image.fingerprint())
         missing = store.missing(tiles)
+        done = len(tiles) - len(missing)
+        logger.info("%s: %d tiles, %d resumed from %s", entry.name, len(tiles), done, store.folder)
         tile_progress = TileProgress(
             image=image,
             total=len(tiles),
-            done=len(tiles) - len(missing),
-            show=partial(self.progress, f"{entry.name}: segmenting"),
+            done=done,
+            show=counter(self.progress, Stage.SEGMENTING, entry.name),
             reopen=partial(Slide.open, entry, self.config.slide.mpp),
         )
         tile_progress.begin()
@@ -187,7 +196,7 @@ class Run:
             store=store,
             tiles=tuple(tile for tile in tiles if tile not in left_out),
             failed_tiles=tile_progress.in_order(),
-            resumed=len(tiles) - len(missing),
+            resumed=done,
             network_px=sum(math.prod(tile.read.shape) for tile in missing),
         )
         assert len(segmented.tiles) + len(segmented.failed_tiles) == len(tiles), "a tile was lost"
@@ -195,7 +204,8 @@ class Run:
 
     def _write(self, entry: ImageEntry, segmented: SegmentedImage, result: ResultRecord) -> Path:
         """Write the nuclei into the project, and where they are uncertain."""
-        self.progress(f"{entry.name}: writing {segmented.count:,} nuclei", 0, 0)
+        nuclei = f"{segmented.count:,} nuclei"
+        self.progress(Progress(stage=Stage.WRITING, image=entry.name, detail=nuclei))
         folder = self.project.write(entry, segmented.nuclei(), self.config.result, result)
         if segmented.uncertainty is not None:
             path = self.project.layout.uncertainty(entry.id)
@@ -211,7 +221,9 @@ class Run:
     @cached_property
     def engine(self) -> EngineKind:
         """What runs the network: the fastest there is, unless the settings name one."""
-        return engines.choose(self.config.engine)
+        engine = engines.choose(self.config.engine)
+        logger.info("engine: %s", engine)
+        return engine
 
     @cached_property
     def provenance(self) -> Provenance:

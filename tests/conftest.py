@@ -9,18 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, before torch is imported
+
 import hypothesis
 import pytest
 import qupath
 
-from patchcl_qupath import cli, pipeline
+from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config
 from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.jvm import Process
 
 ROOT = Path(__file__).resolve().parents[1]
-assert cli, "imported before torch is: it says how torch's threads wait"
 QUICK = replace(
     Config(),
     patchcl=replace(Config().patchcl, max_steps=160, cooldown_steps=60, crops=32),

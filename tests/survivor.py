@@ -19,6 +19,8 @@ import threading
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, before torch is imported
+
 import distributed  # noqa: F401  these are imported here, and not in each fork
 
 from patchcl_qupath import pipeline  # noqa: F401

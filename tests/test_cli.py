@@ -1,10 +1,15 @@
 """The command line: bad input gets one clear line that says what to do; other images go on."""
 
 import json
+import logging
+import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -12,7 +17,9 @@ from conftest import copy_sample
 from PIL import Image
 from survivor import left_by_run
 
+from patchcl_qupath import console, logs
 from patchcl_qupath.cli import main
+from patchcl_qupath.progress import Progress, Stage
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample_project"
@@ -68,12 +75,102 @@ def quick(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "train", "suggest", "refine", "init", "status", "score", "report"],
+    sorted(main.commands),
 )
 def test_every_command_explains_itself(command):
+    """What it does, and each of its options."""
     result = call(command, "--help")
     assert result.exit_code == 0
-    assert command in result.output
+    assert f"{command} [OPTIONS]" in result.output
+    assert main.commands[command].get_short_help_str(200).rstrip(".") in " ".join(
+        result.output.split()
+    )
+    options = [o for o in main.commands[command].params if isinstance(o, click.Option)]
+    assert all(option.opts[0] in result.output for option in options)
+    assert [option.opts[0] for option in options if len(option.help or "") < 10] == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "level"),
+    [([], [], None), (["-v"], [], "INFO"), ([], ["-v"], "INFO"), (["-v"], ["-v"], "DEBUG")],
+)
+def test_verbose_logs_on_standard_error(before, after, level):
+    result = call(*before, "status", SAMPLE, "--json", *after)
+    assert json.loads(result.stdout)["images"]
+    assert ("INFO patchcl_qupath.cli: " in result.stderr) == (level is not None)
+    failed = call(*before, "status", "nowhere.qpproj", "--json", *after)
+    assert "error" in json.loads(failed.stdout)
+    assert ("Traceback" in failed.stderr) == (level == "DEBUG")
+
+
+def test_logs_do_not_disturb_progress_for_programs(capsys):
+    logs.show_logs(logging.INFO)
+    with console.progress_lines() as show:
+        show(Progress(stage=Stage.SEGMENTING, done=2, total=9, image="a.svs"))
+        logging.getLogger("patchcl_qupath.pipeline").info("two of nine")
+        show(Progress(stage=Stage.WRITING, image="a.svs", detail="12 nuclei"))
+    logs.hide_logs()
+    first, log, last = capsys.readouterr().err.splitlines()
+    assert json.loads(first) == {"stage": "a.svs: segmenting", "done": 2, "total": 9}
+    assert log.endswith("INFO patchcl_qupath.pipeline: two of nine")
+    assert json.loads(last) == {"stage": "a.svs: writing 12 nuclei", "done": 0, "total": 0}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminal")
+def test_logs_appear_above_progress_bars():
+    """On a terminal, where rich rewrites the bars again and again."""
+    code = """
+import logging
+from patchcl_qupath import console, logs
+from patchcl_qupath.progress import Progress, Stage
+logs.show_logs(logging.INFO)
+with console.progress_bars() as show:
+    show(Progress(stage=Stage.SEGMENTING, done=1, total=9, image="a [red].svs"))
+    logging.getLogger("patchcl_qupath.pipeline").info("one of [nine]")
+    show(Progress(stage=Stage.SEGMENTING, done=2, total=9, image="a [red].svs"))
+"""
+    command = f"import pty, sys; pty.spawn([sys.executable, '-c', {code!r}])"
+    terminal = os.environ | {"COLUMNS": "100", "TERM": "xterm"}
+    shown = subprocess.check_output([sys.executable, "-c", command], text=True, env=terminal)
+    line = re.search(r"(.*)INFO patchcl_qupath.pipeline: one of \[nine\](.*)\n", shown)
+    assert line, shown
+    assert "segmenting" not in re.split(r"\r|\x1b\[2K", line[1])[-1] + line[2]
+    assert "2/9" in shown
+
+
+def test_import_has_no_side_effect():
+    """Variables of the environment are set by the command, in this process and in workers."""
+    code = "import os; before = {**os.environ}\n"
+    code += "import patchcl_qupath.cli, patchcl_qupath.execution.map_tiles\n"
+    code += "assert {**os.environ} == before, {**os.environ}.keys() - before.keys()"
+    subprocess.check_call([sys.executable, "-c", code])
+
+
+@pytest.mark.parametrize("charset", ["ascii", "cp1252", "utf-8"])
+def test_names_that_a_terminal_cannot_encode_are_shown_with_marks(tmp_path, charset):
+    name = "切片 µ.png"
+    project = write_project(tmp_path / "project", [tmp_path / name])
+    runner = CliRunner(charset=charset)
+    table = runner.invoke(main, ["status", str(project)])
+    assert table.exit_code == 0, table.exception
+    assert ".png" in table.stdout
+    assert ("切片" in table.stdout) == (charset == "utf-8")
+    failed = runner.invoke(main, ["status", str(project), "--image", "切"])
+    assert (failed.exit_code, failed.exception.__class__) == (1, SystemExit)
+    as_json = runner.invoke(main, ["status", str(project), "--json"])
+    assert json.loads(as_json.stdout)["images"][0]["image"] == name
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [("suggest", ["--fields", "3"], "--rois"), ("score", ["--truth", "x"], "--ground-truth")],
+)
+def test_options_of_version_0_1_are_still_read(command, old, new):
+    context = main.commands[command].make_context(command, [str(SAMPLE), *old])
+    assert {str(value) for value in context.params.values()} >= {old[1]}
+    shown = call(command, "--help").output
+    assert new in shown
+    assert old[0] not in shown
 
 
 def test_init_run_status_on_a_crop(tmp_path, crop, quick):
@@ -140,7 +237,7 @@ def test_bad_images_fail_one_by_one_and_the_good_one_is_done(tmp_path, quick):
         assert words in images[name]["problem"], images[name]["problem"]
         assert name in images[name]["problem"]
         assert "\n" not in images[name]["problem"]
-        assert "a fault of this program" not in images[name]["problem"]
+        assert "an internal error" not in images[name]["problem"]
         assert not (project / "patchcl" / "results" / images[name]["id"]).exists()
     assert not [*project.rglob("*.partial")]
 
@@ -168,7 +265,7 @@ def test_a_read_only_project_is_refused_before_any_work(tmp_path, crop, disk):
     result = call("run", folder / "project", "--mpp", "0.5")
     assert result.exit_code == 1
     assert "it is read-only: copy the project" in result.output
-    assert "learning" not in result.output
+    assert "training PatchCL" not in result.output
 
 
 def test_a_full_disk_leaves_nothing_half_and_the_run_goes_on(tmp_path, crop, quick, disk):

@@ -137,7 +137,7 @@ class Reader:
                 write_geojson(project.layout.labels(entry.id), drawn)
             if name == "score":
                 drawn = [(nucleus, "Nucleus") for nucleus in self.nuclei[entry.name]]
-                write_geojson(given["truth"] / f"{Path(entry.name).stem}.geojson", drawn)
+                write_geojson(given["ground_truth"] / f"{Path(entry.name).stem}.geojson", drawn)
 
 
 def result_of(project: Project, entry: ImageEntry) -> dict[str, Any]:

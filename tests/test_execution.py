@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ import shapely
 from click.testing import CliRunner
 from distributed import LocalCluster
 
-from patchcl_qupath import cli
+from patchcl_qupath import cli, logs
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
 from patchcl_qupath.execution.map_tiles import map_tiles
 from patchcl_qupath.execution.tile_store import TileStore
-from patchcl_qupath.execution.workers import job_cluster, open_workers
+from patchcl_qupath.execution.workers import ATTEMPTS, job_cluster, open_workers
 from patchcl_qupath.timing import Seconds
 
 TILES = [
@@ -62,6 +63,23 @@ def deadly(_: None, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
 def slow(_: None, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
     time.sleep(0.2)
     return one_nucleus(tile), UNCERTAINTY, {}
+
+
+def environment() -> str:
+    """What a process is set up with."""
+    return f"{os.environ.get('OMP_WAIT_POLICY')}, level {logs.level_shown()}"
+
+
+class WhenUnpacked:
+    """A context that is, on a worker, the environment that it was unpacked in."""
+
+    def __reduce__(self) -> Any:
+        return environment, ()
+
+
+def report_context(context: str, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
+    """Hands the context back as a stage."""
+    return one_nucleus(tile), UNCERTAINTY, {context: 1.0}
 
 
 def segment(
@@ -141,6 +159,37 @@ def test_tile_that_kills_its_workers_is_left_out(tmp_path: Path) -> None:
     # Those that waited at that worker may be suspected, too; no other.
     assert {tile.col for tile in store.missing(TILES)} == set(failed)
     assert len(failed) < len(TILES)
+
+
+def test_processes_are_set_up_before_the_context_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of a cluster were started by others, with another environment."""
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    logs.show_logs(logging.INFO)
+    try:
+        with (
+            processes() as cluster,
+            open_workers(scheduler=cluster.scheduler_address) as workers,
+        ):
+            _, failed, seconds = segment(workers, report_context, WhenUnpacked(), tmp_path)
+    finally:
+        logs.hide_logs()
+    assert failed == {}
+    assert f"PASSIVE, level {logging.INFO}" in seconds
+    assert not any("None" in stage for stage in seconds)
+
+
+def test_workers_and_failed_tiles_are_logged(
+    client: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (attempts := tmp_path / "attempts").mkdir()
+    with caplog.at_level(logging.INFO, logger="patchcl_qupath"):
+        segment(replace(client, _threads={}), third_time_lucky, attempts, tmp_path)
+    text = caplog.text
+    assert "joined, with 2 threads" in text
+    assert text.count("an attempt at tile 00000-00003 failed") == 2
+    assert f"tile 00000-00005 failed {ATTEMPTS} times: attempt 3" in text
 
 
 def test_scheduler_that_dies_is_named(tmp_path: Path) -> None:

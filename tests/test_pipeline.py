@@ -26,6 +26,7 @@ from patchcl_qupath.datatypes import Box
 from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import confidence
+from patchcl_qupath.progress import Stage
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.segmentation.uncertainty import fields_of_view, predictive_entropy, step_px
 from patchcl_qupath.slides.prepare import prepare
@@ -36,7 +37,7 @@ from patchcl_qupath.storage.parquet import read_nuclei, read_uncertainty_grid
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 
 
-def silent(stage, done, total):
+def silent(progress):
     """No progress shown."""
 
 
@@ -168,8 +169,8 @@ def test_a_cluster_of_processes_whose_workers_die_equals_threads(
     ):
         alive = {*remote.client.run(os.getpid).values()}
 
-        def kill_all(stage, done, total):
-            while "segmenting" in stage and done > 2 and alive:
+        def kill_all(progress):
+            while progress.stage is Stage.SEGMENTING and progress.done > 2 and alive:
                 os.kill(alive.pop(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
         _, nuclei = segment(project_folder, model, remote, kill_all, tile_px=300)

@@ -25,6 +25,7 @@ from patchcl_qupath import pipeline
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.execution import jobs, map_tiles
 from patchcl_qupath.execution.workers import Workers, open_workers
+from patchcl_qupath.progress import Progress, ShowProgress, Stage, hide_progress
 from patchcl_qupath.project import open_project
 from patchcl_qupath.storage.parquet import read_nuclei
 
@@ -100,7 +101,7 @@ def queue(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     if nodes(kind) != {socket.gethostname().partition(".")[0]}:
         pytest.skip(f"no {kind} whose node is this machine alone: .ci/queue starts one of slurm")
     pytest.importorskip("dask_jobqueue")  # which brings settings of its own
-    monkeypatch.setattr(jobs, "_LOOK_S", 1.0)
+    monkeypatch.setattr(jobs, "_POLL_S", 1.0)
     monkeypatch.setattr(map_tiles, "_FETCH_S", 2.0)
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     job = {
@@ -130,7 +131,7 @@ def segment(
     folder: Path,
     model: pipeline.Model,
     workers: Workers,
-    progress: pipeline.Progress = lambda *_: None,
+    progress: ShowProgress = hide_progress,
 ) -> list[str]:
     """-> the ids of a project's nuclei."""
     project = open_project(folder, "files")
@@ -154,10 +155,11 @@ def test_a_job_that_is_cancelled_has_a_successor_and_all_equals_threads(
 
     with open_workers(1, cluster=queue.kind) as workers:
 
-        def cancel_first(stage: str, done: int, total: int) -> None:
-            if "segmenting" in stage and done in (3, total):
+        def cancel_first(progress: Progress) -> None:
+            segmenting = progress.stage is Stage.SEGMENTING
+            if segmenting and progress.done in (3, progress.total):
                 seen.update(workers.client.run(os.getenv, KINDS[queue.kind].job_id).values())
-            if "segmenting" in stage and done == 3:
+            if segmenting and progress.done == 3:
                 time.sleep(1)  # until it has finished tiles that were not fetched
                 subprocess.check_call([cancel, *seen])
                 until(lambda: not workers.client.nthreads())
@@ -184,7 +186,7 @@ def test_ctrl_c_cancels_the_jobs(queue: Queue, model: pipeline.Model, folder: Pa
         assert queue.jobs == 2
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == 130
-        assert "The same command goes on from here" in process.stderr.read()
+        assert "The same command resumes from here" in process.stderr.read()
     until(lambda: queue.jobs == 0)  # which is not yet their time limit
 
 

@@ -117,7 +117,7 @@ def test_corrections_improve_a_model_beyond_its_pseudo_labels():
     corrected = [TrainingSample(normaliser.apply(images[0]), targets(large[0], large[0] == 0))]
     steps = []
     refined = cdcl.refine(start, corrected, training_samples[1:4], lambda *step: steps.append(step))
-    assert steps[-1] == ("refining the segmentation network", 80, 80)
+    assert steps[-1] == (80, 80)
     assert refined.training.refined_from == start.digest != refined.digest
     assert refined.training.patchcl == start.training.patchcl
     last = refined.training.cdcl[-1]

@@ -13,6 +13,7 @@ from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.evaluation.metrics import f1
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork
+from patchcl_qupath.progress import Progress, Stage, hide_progress
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.training import selftrain
@@ -237,8 +238,8 @@ def test_a_network_is_trained_on_the_pseudo_labels_of_patchcl():
     config = replace(Config(), selftrain=quick)
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
     steps = []
-    model = selftrain.train(images[:4], normalisers[:4], teacher, lambda *step: steps.append(step))
-    assert steps[-1] == ("training the segmentation network", 150, 150)
+    model = selftrain.train(images[:4], normalisers[:4], teacher, steps.append)
+    assert steps[-1] == Progress(stage=Stage.TRAINING_NETWORK, done=150, total=150)
     log = model.training
     assert log.patchcl == patchcl_log()
     assert 0 < log.nucleus_fraction < log.labelled_fraction < 1
@@ -248,7 +249,7 @@ def test_a_network_is_trained_on_the_pseudo_labels_of_patchcl():
     labels = instances(found.nucleus, MPP, Config().segment, 0.5, found.core)
     assert f1(labels, ground_truths[4]) > 0.7
 
-    again = selftrain.train(images[:4], normalisers[:4], teacher, lambda *step: None)
+    again = selftrain.train(images[:4], normalisers[:4], teacher, hide_progress)
     assert again.digest == model.digest
 
 
@@ -284,4 +285,4 @@ def test_no_nucleus_to_train_on_is_an_error():
     normaliser = StainNormaliser.fit(nuclei_images(1)[0])
     teacher = Model(network=Prediction(), config=Config())
     with pytest.raises(TrainingError, match="no clear nucleus was found"):
-        selftrain.train([blank], [normaliser], teacher, lambda *step: None)
+        selftrain.train([blank], [normaliser], teacher, hide_progress)

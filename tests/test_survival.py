@@ -111,7 +111,7 @@ def interrupted(folder: Path, stage: str, *options: str) -> int:
         os.killpg(process.pid, signal.SIGINT)
         status = process.wait(timeout=2)  # what is asked of it
         said = process.stderr.read()  # by the last of its processes, too
-        assert "The same command goes on from here" in said
+        assert "The same command resumes from here" in said
         assert "Traceback" not in said
     assert not [*folder.rglob("*.partial")]
     return status

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import shapely
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, Config
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Polygons, level0_to_grid
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
+from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.project import Project
 from patchcl_qupath.segmentation.tiling import bounds
 from patchcl_qupath.slides.prepare import PreparedImage, on_grid, prepare
@@ -31,7 +32,7 @@ def read_corrected_samples(
     entries: Sequence[ImageEntry],
     config: Config,
     labels_from: str,
-    progress: Callable[[str, int, int], None],
+    show_count: ShowCount,
 ) -> list[TrainingSample]:
     """One training sample for each annotation of class ``labels_from`` in a project.
 
@@ -45,11 +46,11 @@ def read_corrected_samples(
         )
     labelled = []
     for done, entry in enumerate(entries):
-        progress("reading corrected ROIs", done, len(entries))
+        show_count(done, len(entries))
         corrections = project.corrections(entry, labels_from)
         if corrections.rois:
             labelled.append((prepare(entry, config), corrections))
-    progress("reading corrected ROIs", len(entries), len(entries))
+    show_count(len(entries), len(entries))
     if not labelled:
         raise TrainingError(
             f"no image has an annotation of class {labels_from}: have some suggested by "

@@ -1,68 +1,97 @@
-"""Jobs of a queue as workers of Dask: submitted, looked after, cancelled.
+"""Jobs of a queue as workers of Dask: submitted, polled, replaced, cancelled.
 
-dask-jobqueue writes, submits and cancels them, as the user's settings say. It does not notice jobs
-that are refused, that wait, or that end before their worker comes; so the queue is asked here.
+dask-jobqueue writes, submits and cancels them by the user's settings. It does not notice jobs that
+are refused, that wait, or that end before their worker has joined; so the queue is polled here.
 """
 
 from __future__ import annotations
 
 import getpass
+import logging
 import re
 import shlex
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from patchcl_qupath.errors import ConfigError
 
-_POLL_S = 10.0  # between looks at the jobs: schedulers of large clusters ask for patience
-_ANSWER_S = 20.0  # for the queue to say something
-_ATTEMPTS = 3  # at a job whose worker does not come, in a row
+logger = logging.getLogger(__name__)
+
+_POLL_S = 10.0  # between polls of the queue: schedulers of large clusters ask for patience
+_ANSWER_S = 20.0  # for a command of the queue to end
+_ATTEMPTS = 3  # at a job whose worker does not join, in a row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Listing:
-    """What lists a user's unfinished jobs: lines that begin with a number, and have its state."""
+    """How a queue lists the unfinished jobs of a user: a line for each, which begins with its id.
+
+    ``state`` are the words of the line that have the job's state. ``reason_command`` prints why a
+    job waits, where the list does not.
+    """
 
     command: str
-    state: slice  # of the line's words
-    why: str = ""  # what says why a job waits, where the list does not
+    state: slice
+    reason_command: str = ""
 
 
 _LISTINGS = {
-    "slurm": _Listing("squeue --noheader --format '%i %T (%r)' --user", slice(1, None)),
-    "pbs": _Listing("qstat -u", slice(9, 10), "qstat -f"),
-    "lsf": _Listing("bjobs -w -u", slice(2, 3), "bjobs -l"),
-    "sge": _Listing("qstat -u", slice(4, 5), "qstat -j"),
+    "slurm": _Listing(
+        command="squeue --noheader --format '%i %T (%r)' --user", state=slice(1, None)
+    ),
+    "pbs": _Listing(command="qstat -u", state=slice(9, 10), reason_command="qstat -f"),
+    "lsf": _Listing(command="bjobs -w -u", state=slice(2, 3), reason_command="bjobs -l"),
+    "sge": _Listing(command="qstat -u", state=slice(4, 5), reason_command="qstat -j"),
 }
 
 
-@dataclass
+class _Job(Protocol):
+    """What is used of a job of dask-jobqueue."""
+
+    name: str
+    job_id: str
+    cancel_command: str
+    log_directory: str | None
+
+    async def start(self) -> None: ...
+
+
+@dataclass(kw_only=True)
 class _Slot:
-    """One of the jobs that there are to be."""
+    """The place of one of the jobs that are wanted, and the job that has it now.
 
-    job: Any = None  # of dask-jobqueue
-    came: bool = False  # whether its worker was seen
-    failures: int = 0  # jobs in a row that were refused, or whose worker never came
+    ``joined``: a worker of the job was seen. ``failures`` counts the jobs in a row that were
+    refused, or whose worker never joined.
+    """
 
-    def at_work(self, workers: list[str]) -> bool:
+    job: _Job | None = None
+    joined: bool = False
+    failures: int = 0
+
+    def has_worker(self, workers: Sequence[str]) -> bool:
         """Whether a worker of the job is among those of these names; a job may have several."""
-        name = self.job and self.job.name
+        if self.job is None:
+            return False
+        name = self.job.name
         return any(worker == name or worker.startswith(f"{name}-") for worker in workers)
 
 
 class Jobs:
-    """``count`` jobs in the queue of a dask-jobqueue ``cluster``; each that ends has a successor.
+    """``count`` jobs in the queue of a dask-jobqueue ``cluster``; each that ends is replaced.
 
-    ``kind`` is one of CLUSTERS. ``notify`` is told what is waited for while there is no worker.
+    ``kind`` is one of CLUSTERS. ``notify`` is called with what the jobs wait for while there is no
+    worker.
     """
 
-    def __init__(self, kind: str, cluster: Any, count: int, notify: Callable[[str], None]) -> None:
+    def __init__(
+        self, *, kind: str, cluster: Any, count: int, notify: Callable[[str], None]
+    ) -> None:
         self.kind = kind
         self.cluster = cluster
         self.notify = notify
@@ -70,7 +99,7 @@ class Jobs:
         self.submitted = 0
         self.polled = 0.0
         self.notified = ""
-        self.problem = ""  # the last
+        self.problem = ""  # the last one, for an error message
 
     def start(self) -> None:
         """Submit them, and return when there is a worker. Raises ConfigError if none can come."""
@@ -84,7 +113,7 @@ class Jobs:
             time.sleep(0.1)
 
     def poll(self) -> None:
-        """Replace jobs that ended, say what the others wait for; to be called again and again.
+        """Replace jobs that ended, notify of what the others wait for; to be called repeatedly.
 
         Raises ConfigError where no job is left, and none can be had.
         """
@@ -93,8 +122,8 @@ class Jobs:
         workers = self._workers()
         missing = []
         for slot in self.slots:
-            if slot.at_work(workers):
-                slot.came, slot.failures = True, 0
+            if slot.has_worker(workers):
+                slot.joined, slot.failures = True, 0
             else:
                 missing.append(slot)
         states = self._states() if missing else {}
@@ -115,10 +144,11 @@ class Jobs:
         """Cancel them, all with one command: after Ctrl-C there is a second for it."""
         jobs = [slot.job for slot in self.slots if slot.job]
         if jobs:
+            logger.info("cancelling %d jobs of %s", len(jobs), self.kind)
             _output_of([*shlex.split(jobs[0].cancel_command), *(job.job_id for job in jobs)])
 
     def _workers(self) -> list[str]:
-        """The names of the workers that are there."""
+        """The names of the workers that have joined."""
         return [worker.name for worker in [*self.cluster.scheduler.workers.values()]]
 
     def _submit(self, slot: _Slot) -> None:
@@ -137,11 +167,14 @@ class Jobs:
             )
             self._notify("takes no job")
         else:
-            slot.job, slot.came = job, False
+            slot.job, slot.joined = job, False
+            logger.info("submitted job %s to %s", job.job_id, self.kind)
 
     def _note_end(self, slot: _Slot) -> None:
         job, slot.job = slot.job, None
-        if slot.came:
+        assert job is not None
+        logger.info("job %s of %s ended", job.job_id, self.kind)
+        if slot.joined:
             return
         slot.failures += 1
         self.problem = (
@@ -153,17 +186,19 @@ class Jobs:
 
     def _notify_waiting(self, ids: list[str], states: dict[str, str]) -> None:
         counts = Counter(states.get(job, "submitted anew") for job in ids)
-        why = _LISTINGS[self.kind].why
-        more = [f"see {why} {job}" for job in ids if why and job in states][:1]
+        command = _LISTINGS[self.kind].reason_command
+        more = [f"see {command} {job}" for job in ids if command and job in states][:1]
         self._notify(", ".join([*(f"{n} {state}" for state, n in counts.items()), *more]))
 
     def _notify(self, what: str) -> None:
+        """Notify of what is new."""
         if what != self.notified:
             self.notified = what
+            logger.info("%s: %s", self.kind, what)
             self.notify(f"{self.kind}: {what}")
 
     def _states(self) -> dict[str, str] | None:
-        """By number, all of the user's jobs that are not over; None where nobody answers."""
+        """By id, the states of the user's unfinished jobs; None if the queue does not answer."""
         listing = _LISTINGS[self.kind]
         output = _output_of([*shlex.split(listing.command), getpass.getuser()])
         if output is None:
@@ -174,6 +209,7 @@ class Jobs:
             if number := re.match(r"\s*(\d+)", line):
                 state = " ".join(line.split()[listing.state])
                 states[number[1]] = state.removesuffix(" (None)")
+        logger.debug("%s: %s", self.kind, states)
         return states
 
 
@@ -185,13 +221,13 @@ def _output_of(command: list[str]) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if done.returncode and "No unfinished job" not in done.stderr:  # LSF's way to say: none
+    if done.returncode and "No unfinished job" not in done.stderr:  # how LSF reports none
         return None
     return done.stdout
 
 
-def _output(job: Any) -> str:
-    """Where a job's output is, and the line of it that may say most."""
+def _output(job: _Job) -> str:
+    """Where a job's output is, and the line of it that most likely has the cause."""
     number = re.compile(rf"(?<!\d){job.job_id}(?!\d)")
     with suppress(OSError):
         files = [f for f in Path(job.log_directory or ".").iterdir() if number.search(f.name)]
@@ -199,6 +235,6 @@ def _output(job: Any) -> str:
             file = max(files, key=lambda file: file.stat().st_size)
             lines = file.read_text("utf-8", errors="replace").split("\n")
             lines = [line.strip() for line in lines if line.strip()] or ["(nothing)"]
-            telling = [line for line in lines if "rror" in line] or lines
-            return f"said in {file}: {telling[-1][:300]}"
+            errors = [line for line in lines if "rror" in line] or lines
+            return f"said in {file}: {errors[-1][:300]}"
     return "left no output that is seen from here"

@@ -1,25 +1,28 @@
-"""Tiles on workers: Dask schedules them, each finished one is a file, a killed run goes on.
+"""Tiles on workers: Dask schedules them, each finished one is a file, a killed run resumes.
 
 Workers hand their nuclei back as bytes, some 100 kB a tile, and the run alone writes: workers need
 to see the slides, not the project, and a worker that dies leaves nothing half-written.
-
-The only module that imports dask.distributed.
 """
 
 from __future__ import annotations
 
+import logging
 import pickle
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
+from patchcl_qupath import logs
 from patchcl_qupath.datatypes import Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.execution.tile_store import TileStore
-from patchcl_qupath.execution.workers import ATTEMPTS, Workers
+from patchcl_qupath.execution.workers import ATTEMPTS, Workers, set_environment
 from patchcl_qupath.timing import Seconds, timed
+
+logger = logging.getLogger(__name__)
 
 Context = TypeVar("Context")
 TileTask = Callable[[Context, Tile], tuple[Nuclei, UncertaintyGrid, Seconds]]
@@ -41,27 +44,29 @@ def map_tiles(
     on_done: Callable[[], None],
     on_failed: Callable[[Tile, Exception], None],
 ) -> Seconds:
-    """Run ``task(context, tile)`` for each tile, store what it found; -> worker seconds by stage.
+    """Run ``task(context, tile)`` for each tile, and store the nuclei that it returns.
 
-    ``on_done`` is called after each tile; ``on_failed`` in its place for one that failed
-    ``ATTEMPTS`` times, with the last error. What they raise ends the map; finished tiles stay.
-    Raises ImageError if the scheduler goes away, ConfigError where no jobs can be had any more.
+    Returns the seconds of all workers, by stage. ``on_done`` is called after each tile;
+    ``on_failed`` in its place for one that failed ``ATTEMPTS`` times, with the last error. What
+    they raise ends the map; finished tiles stay. Raises ImageError if the scheduler goes away,
+    ConfigError where no jobs can be had any more.
     """
     from distributed import as_completed
     from distributed.client import ClosedClientError
 
-    # Made by a task and not scattered: should all workers die that hold it, it is made again.
     client = workers.client
-    make = partial(_unpack, zlib.compress(pickle.dumps(context), level=1))
+    # Made by a task and not scattered: should all workers die that hold it, it is made again.
+    packed = zlib.compress(pickle.dumps((task, context)), level=1)
+    make = partial(_Shared, packed, logs.level_shown())
     waiting = iter(tiles)
     submitted: dict[Any, Tile] = {}
     running = as_completed(loop=client.loop)
     total: Seconds = {}
 
     def submit_more(shared: Any) -> None:
-        threads = sum(client.nthreads().values()) or 1  # workers come and go
-        for tile in islice(waiting, max(0, _AHEAD * threads - len(submitted))):
-            future = client.submit(_do, task, shared, tile, pure=False, retries=ATTEMPTS - 1)
+        wanted = _AHEAD * max(1, workers.threads()) - len(submitted)
+        for tile in islice(waiting, max(0, wanted)):
+            future = client.submit(_do, shared, tile, pure=False, retries=ATTEMPTS - 1)
             submitted[future] = tile
             running.add(future)
 
@@ -69,25 +74,22 @@ def map_tiles(
         submit_more(shared := client.submit(make, pure=False))
         while not running.is_empty():
             workers.poll()
-            if not running.has_ready():
-                with running.thread_condition:
-                    running.thread_condition.wait(timeout=0.1)  # as dask does
-            for future in running.next_batch(block=False):
+            for future in _ready(running):
                 tile = submitted.pop(future)
-                try:
-                    content, seconds = future.result(timeout=_FETCH_S)
-                except Exception as error:
-                    if isinstance(error, TimeoutError) and future.status != "error":
-                        submitted[future] = tile  # lost with its worker: another makes it again
+                match _outcome(future):
+                    case None:
+                        logger.info("tile %s was lost with its worker", tile.name)
+                        submitted[future] = tile  # another worker makes it again
                         running.add(future)
-                        continue
-                    on_failed(tile, _of_tile(error, future))
-                    continue
-                with timed(seconds, "store"):
-                    store.write(tile, content)
-                for stage in seconds:
-                    total[stage] = total.get(stage, 0.0) + seconds[stage]
-                on_done()
+                    case Exception() as error:
+                        logger.info("tile %s failed %d times: %s", tile.name, ATTEMPTS, error)
+                        on_failed(tile, error)
+                    case content, seconds:
+                        with timed(seconds, "store"):
+                            store.write(tile, content)
+                        for stage in seconds:
+                            total[stage] = total.get(stage, 0.0) + seconds[stage]
+                        on_done()
             submit_more(shared)
     except (OSError, ClosedClientError) as error:  # of Dask: those of writing have become ours
         raise ImageError(_GONE) from error
@@ -96,22 +98,71 @@ def map_tiles(
     return total
 
 
-def _unpack(context: bytes) -> Any:
-    return pickle.loads(zlib.decompress(context))
+def _ready(running: Any) -> Any:
+    """The futures that ended by now; waits for a moment if there are none."""
+    if not running.has_ready():
+        with running.thread_condition:
+            running.thread_condition.wait(timeout=0.1)  # as dask does
+    return running.next_batch(block=False)
 
 
-def _do(task: TileTask[Context], context: Context, tile: Tile) -> tuple[bytes, Seconds]:
-    nuclei, uncertainty, seconds = task(context, tile)
-    with timed(seconds, "encode"):
-        return TileStore.encode(nuclei, uncertainty), seconds
+def _outcome(future: Any) -> tuple[bytes, Seconds] | Exception | None:
+    """What ``_do`` returned, or why the tile failed; None if it was lost with its worker.
 
-
-def _of_tile(error: Exception, future: Any) -> Exception:
-    """What is wrong with a tile. Raises ImageError where it is the scheduler, and not the tile."""
+    Raises ImageError where the scheduler is gone.
+    """
     from distributed import KilledWorker
 
-    if future.status != "error":
-        raise ImageError(_GONE) from error
-    if isinstance(error, KilledWorker):
-        return ImageError("its worker died each time: give workers more memory, or fewer threads")
-    return error
+    try:
+        content, seconds = future.result(timeout=_FETCH_S)
+    except Exception as error:
+        if isinstance(error, TimeoutError) and future.status != "error":
+            return None
+        if future.status != "error":
+            raise ImageError(_GONE) from error
+        if isinstance(error, KilledWorker):
+            return ImageError(
+                "its worker died each time: give workers more memory, or fewer threads"
+            )
+        return error
+    return content, seconds
+
+
+class _Shared:
+    """The task and the context of all tiles, unpacked once in each process that works on some.
+
+    To unpack them imports torch. The process is set up before that, whoever started it.
+    """
+
+    def __init__(self, packed: bytes, log_level: int | None) -> None:
+        self._packed = packed
+        self._log_level = log_level
+        self._lock = threading.Lock()
+        self._unpacked: tuple[Any, Any] | None = None
+
+    def __reduce__(self) -> Any:
+        return _Shared, (self._packed, self._log_level)
+
+    def unpack(self) -> tuple[Any, Any]:
+        """(task, context)."""
+        with self._lock:
+            if self._unpacked is None:
+                set_environment()
+                if self._log_level not in (None, logs.level_shown()):
+                    logs.show_logs(self._log_level)
+                self._unpacked = pickle.loads(zlib.decompress(self._packed))
+            return self._unpacked
+
+
+def _do(shared: _Shared, tile: Tile) -> tuple[bytes, Seconds]:
+    """Segment a tile, on a worker."""
+    try:
+        task, context = shared.unpack()
+        nuclei, uncertainty, seconds = task(context, tile)
+        with timed(seconds, "encode"):
+            content = TileStore.encode(nuclei, uncertainty)
+    except Exception:
+        logger.info("an attempt at tile %s failed", tile.name, exc_info=True)
+        raise
+    logger.debug("tile %s: %d nuclei", tile.name, len(nuclei))
+    return content, seconds

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import platform
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +17,8 @@ from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import ImageOutcome, Provenance, RunRecord, write_record
+
+logger = logging.getLogger(__name__)
 
 GIVE_UP = 10  # tiles of an image, if none of it succeeds
 _PACKAGES = (
@@ -67,7 +69,7 @@ class TileProgress:
                 "finished tiles are kept"
             ) from gone
         if not self.failed and not isinstance(error, PatchCLError):
-            traceback.print_exception(error)
+            logger.error("%s: internal error in tile %s", name, tile.name, exc_info=error)
         self.failed.append(_failed_tile(tile, self.image.slide, error))
         if not self.done and len(self.failed) == min(GIVE_UP, self.total):
             raise ImageError(f"{name}: no tile can be segmented: {self.failed[0].reason}")
@@ -105,7 +107,7 @@ def failed_image(entry: ImageEntry, error: Exception) -> ImageOutcome:
     """The outcome of an image that could not be segmented."""
     problem = str(error)
     if not isinstance(error, PatchCLError):
-        traceback.print_exception(error)
+        logger.error("%s: internal error", entry.name, exc_info=error)
         problem = f"{entry.name}: {internal_error(error)}"
     return ImageOutcome(id=entry.id, image=entry.name, problem=problem)
 

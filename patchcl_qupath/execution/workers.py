@@ -8,7 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -16,22 +16,51 @@ from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.execution.jobs import Jobs
 
+logger = logging.getLogger(__name__)
+
 ATTEMPTS = 3  # at a tile, before it is left out
 
-
 _THREADS = 4  # in one process
-
+_ANSWER = "10s"  # for a scheduler to answer
 
 # A terminal sends Ctrl-C to all processes, but it is the run that ends the others.
 _NO_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
+_SETTINGS = {
+    "distributed.worker.memory.spill": False,
+    "distributed.admin.low-level-log-length": 0,
+    "distributed.scheduler.allowed-failures": ATTEMPTS - 1,  # workers that die over a tile
+}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Who does tiles: a Dask client, and ``poll``, which looks after them while one waits."""
+    """What segments tiles: a Dask ``client``, and ``poll``, to be called while one waits."""
 
     client: Any
     poll: Callable[[], None] = lambda: None
+    _threads: dict[str, int] = field(default_factory=dict)  # by address, when last asked
+
+    def threads(self) -> int:
+        """How many threads the workers have that are there now; they come and go."""
+        now = self.client.nthreads()
+        for address in now.keys() - self._threads.keys():
+            logger.info("worker %s joined, with %d threads", address, now[address])
+        for address in self._threads.keys() - now.keys():
+            logger.info("worker %s left", address)
+        self._threads.clear()
+        self._threads.update(now)
+        return sum(now.values())
+
+
+def set_environment() -> None:
+    """Set the variables that torch reads when it is imported; those that are set already stay.
+
+    The command calls it first of all, and each process that segments tiles before it unpacks any.
+    """
+    # Threads of torch that wait by spinning starve whatever else the machine does, and themselves:
+    # a training beside one busy process took three times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @contextmanager
@@ -45,59 +74,78 @@ def open_workers(
     one of CLUSTERS; else ``count`` threads, of this process or, where they are many, of others.
 
     ``count`` defaults to the number of cores, or to one job. Returns when there is a worker;
-    ``notify`` is told what jobs wait for. Raises ConfigError if the scheduler does not answer, or
-    where no jobs can be had.
+    ``notify`` is called with what jobs wait for. Raises ConfigError if the scheduler does not
+    answer, or where no jobs can be had.
     """
     import dask
-    from distributed import Client, LocalCluster
 
     if scheduler:
-        try:
-            client = Client(scheduler, timeout="10s")
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"no Dask scheduler answers at {scheduler}: start one with 'dask scheduler', "
-                f"or leave out --scheduler to work on this machine ({error})"
-            ) from error
-        with client:
-            client.wait_for_workers(1)
-            yield Workers(client)
+        with _at_scheduler(scheduler) as workers:
+            yield workers
         return
-    settings = {
-        "distributed.worker.memory.spill": False,
-        "distributed.admin.low-level-log-length": 0,
-        "distributed.scheduler.allowed-failures": ATTEMPTS - 1,  # workers that die over a tile
-    }
-    with dask.config.set(settings):
+    with dask.config.set(_SETTINGS):
         if cluster:
-            with job_cluster(cluster) as queue, Client(queue) as client:
-                jobs = Jobs(cluster, queue, count or 1, notify)
-                try:  # jobs that a killed run could not cancel end by themselves
-                    jobs.start()
-                    yield Workers(client, jobs.poll)
-                finally:
-                    jobs.cancel()
-            return
-        processes, threads = _shared_out(count or os.cpu_count() or 1)
-        ours: dict[str, Any] = {"processes": False}
-        if processes > 1:
-            ours = {"preload": _NO_CTRL_C}
-            # What processes shared is cleaned up after Ctrl-C; that is no news.
-            os.environ.setdefault(
-                "PYTHONWARNINGS", "ignore::UserWarning:" + resource_tracker.__name__
-            )
-        with (
-            LocalCluster(
-                n_workers=processes,
-                threads_per_worker=threads,
-                **ours,
-                dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces
-                memory_limit=0,
-                silence_logs=logging.CRITICAL,
-            ) as local,
-            Client(local) as client,
-        ):
-            yield Workers(client)
+            with _in_queue(cluster, count or 1, notify) as workers:
+                yield workers
+        else:
+            with _on_this_machine(count or os.cpu_count() or 1) as workers:
+                yield workers
+
+
+@contextmanager
+def _at_scheduler(address: str) -> Iterator[Workers]:
+    from distributed import Client
+
+    try:
+        client = Client(address, timeout=_ANSWER)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no Dask scheduler answers at {address}: start one with 'dask scheduler', "
+            f"or leave out --scheduler to work on this machine ({error})"
+        ) from error
+    with client:
+        logger.info("connected to the Dask scheduler at %s", address)
+        client.wait_for_workers(1)
+        yield Workers(client=client)
+
+
+@contextmanager
+def _in_queue(kind: str, count: int, notify: Callable[[str], None]) -> Iterator[Workers]:
+    from distributed import Client
+
+    with job_cluster(kind) as cluster, Client(cluster) as client:
+        logger.info("%d jobs of %s for the scheduler at %s", count, kind, client.scheduler.address)
+        jobs = Jobs(kind=kind, cluster=cluster, count=count, notify=notify)
+        try:  # jobs that a killed run could not cancel end by themselves
+            jobs.start()
+            yield Workers(client=client, poll=jobs.poll)
+        finally:
+            jobs.cancel()
+
+
+@contextmanager
+def _on_this_machine(count: int) -> Iterator[Workers]:
+    from distributed import Client, LocalCluster
+
+    processes, threads = _shared_out(count)
+    logger.info("%d processes of %d threads on this machine", processes, threads)
+    options: dict[str, Any] = {"processes": False}
+    if processes > 1:
+        options = {"preload": _NO_CTRL_C}
+        # What processes shared is cleaned up after Ctrl-C, without a warning.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:" + resource_tracker.__name__)
+    with (
+        LocalCluster(
+            n_workers=processes,
+            threads_per_worker=threads,
+            dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces
+            memory_limit=0,
+            silence_logs=logging.CRITICAL,
+            **options,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield Workers(client=client)
 
 
 def _shared_out(count: int) -> tuple[int, int]:
@@ -114,7 +162,7 @@ def _shared_out(count: int) -> tuple[int, int]:
 def job_cluster(kind: str) -> Any:
     """A dask-jobqueue cluster of one of CLUSTERS, without a job as yet. Raises ConfigError.
 
-    What a job is, its cores, memory, time and queue, say the user's settings of dask-jobqueue.
+    The cores, memory, time and queue of a job are the user's settings of dask-jobqueue.
     """
     command = CLUSTERS[kind]
     on_ctrl_c = signal.getsignal(signal.SIGINT)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from patchcl_qupath.config import BackendKind
 from patchcl_qupath.errors import ConfigError, ProjectError
 from patchcl_qupath.project.create import NewImage, init_project
-from patchcl_qupath.project.protocol import Backend, BackendKind, Project
+from patchcl_qupath.project.protocol import Backend, Project
 
 __all__ = ["Backend", "BackendKind", "NewImage", "Project", "init_project", "open_project"]
 

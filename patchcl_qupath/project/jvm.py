@@ -9,6 +9,7 @@ To add a question, write a dataclass, and a method of ``_QuPath`` that answers i
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -28,6 +29,8 @@ from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.scripts import read_script
 from patchcl_qupath.storage.files import copy_once
 from patchcl_qupath.storage.parquet import read_nuclei
+
+logger = logging.getLogger(__name__)
 
 MAX_OVERLAP = 0.5  # IoU with a kept object above which a new nucleus is left out
 MAX_MEMORY = 4 << 30  # bytes of Java's heap: enough for some 500,000 nuclei
@@ -179,6 +182,7 @@ class Process:
         arguments = (theirs, self._qupath, self.log)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
+        logger.info("started QuPath in a process of its own: its log is %s", self.log)
         theirs.close()  # so that its death is the end of the pipe
 
 

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
 import shapely
 
+from patchcl_qupath.config import BackendKind as BackendKind
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import ResultRecord
-
-
-class BackendKind(StrEnum):
-    """How nuclei are written into a project."""
-
-    AUTO = "auto"  # paquo if a QuPath is found, else files
-    PAQUO = "paquo"  # by an installed QuPath
-    FILES = "files"  # as files, which a person imports in QuPath
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import ImageEntry, StainVectors, level0_to_grid
 from patchcl_qupath.errors import ImageError, TrainingError
+from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.stains import StainNormaliser, stains_to_measure
 from patchcl_qupath.slides.tissue import (
@@ -135,7 +136,7 @@ class TrainingCrops:
 def training_crops(
     entries: Sequence[ImageEntry],
     config: Config,
-    progress: Callable[[str, int, int], None],
+    show_count: ShowCount,
 ) -> TrainingCrops:
     """Random tissue crops of up to ``config.patchcl.slides`` images.
 
@@ -153,7 +154,7 @@ def training_crops(
     for i in np.random.default_rng(settings.seed).permutation(len(entries)):
         if used == wanted:
             break
-        progress("reading training crops", used, wanted)
+        show_count(used, wanted)
         try:
             image = prepare(entries[i], config)
             if image.normaliser is None:
@@ -166,7 +167,7 @@ def training_crops(
         images += new
         normalisers += [image.normaliser] * len(new)
         slides += [image.id] * len(new)
-    progress("reading training crops", used, used)
+    show_count(used, used)
     if not images:
         raise TrainingError("no image to train on: " + "; ".join(problems[:5]))
     return TrainingCrops(tuple(images), tuple(normalisers), tuple(slides))

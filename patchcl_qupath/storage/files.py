@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from patchcl_qupath.errors import StorageError
+
+logger = logging.getLogger(__name__)
 
 _MAKE_ROOM = "make room and run again, finished tiles are kept"
 _COPY = "copy the project to a folder that you can write to"
@@ -60,6 +63,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
                 temporary.replace(path)
+            logger.debug("wrote %s", path)
         finally:
             _remove(temporary)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from patchcl_qupath.config import CDCLConfig
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import SegmentationNetwork, device
+from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.storage.records import CDCLLog, SelfTrainingLog
 from patchcl_qupath.training.supervision import (
     TrainingSample,
@@ -39,8 +40,6 @@ from patchcl_qupath.training.supervision import (
     random_crop,
     to_batch,
 )
-
-Report = Callable[[str, int, int], None]
 
 
 class Batch(NamedTuple):
@@ -55,7 +54,7 @@ def refine(
     start: Model,
     labelled: Sequence[TrainingSample],
     unlabelled: Sequence[TrainingSample],
-    report: Report,
+    report: ShowCount,
     seed: int = 0,
 ) -> Model:
     """Refine a model with samples of labelled ROIs, and with pseudo-labelled samples.
@@ -100,7 +99,7 @@ def refine(
         scheduler.step()
         average.update_parameters(student)
         log.append({name: round(loss.item(), 4) for name, loss in losses.items()})
-        report("refining the segmentation network", step + 1, settings.steps)
+        report(step + 1, settings.steps)
     return Model(
         network=teacher.cpu().eval(),
         config=start.config,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from patchcl_qupath.config import SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import NucleusNetwork, device
+from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.records import PatchCLLog, SelfTrainingLog
 from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
@@ -55,7 +56,7 @@ def train(
     images: Sequence[NDArray[np.uint8]],
     normalisers: Sequence[StainNormaliser],
     teacher: Model,
-    report: Callable[[str, int, int], None],
+    progress: ShowProgress,
 ) -> Model:
     """Train a network on the pseudo-labels of ``teacher``, of PatchCL, in RGB crops (H, W, 3).
 
@@ -63,13 +64,13 @@ def train(
     equal weights on one machine. Raises TrainingError where no nucleus is pseudo-labelled.
     """
     config = teacher.config
-    choosing = partial(report, "choosing pseudo-labels")
+    choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
     samples = pseudo_labelled_samples(images, normalisers, teacher, choosing)
     if not any(sample.nucleus.any() for sample in samples):
         raise TrainingError("no clear nucleus was found: add images of cellular tissue")
 
     assert isinstance(teacher.training, PatchCLLog), "self-training begins with PatchCL"
-    step = partial(report, "training the segmentation network")
+    step = counter(progress, Stage.TRAINING_NETWORK)
     trained = train_on(samples, config.selftrain, config.patchcl.seed, step)
     log = SelfTrainingLog(
         patchcl=teacher.training,
@@ -86,7 +87,7 @@ def train_on(
     samples: Sequence[TrainingSample],
     settings: SelfTrainConfig,
     seed: int,
-    report: Callable[[int, int], None],
+    report: ShowCount,
 ) -> Trained:
     """Train a network on samples alone; its weights are averaged over the last steps."""
     rng = np.random.default_rng(seed)
@@ -126,7 +127,7 @@ def pseudo_labelled_samples(
     images: Sequence[NDArray[np.uint8]],
     normalisers: Sequence[StainNormaliser],
     teacher: Model,
-    report: Callable[[int, int], None],
+    report: ShowCount,
 ) -> list[TrainingSample]:
     """A training sample of each RGB crop (H, W, 3), in their order.
 
