@@ -214,7 +214,7 @@ def pseudo_labelled(project: Project, model: Model) -> list[TrainingSample]:
     count = counter(progress, Stage.READING_CROPS)
     crops = training_crops(project.images(), model.config, count)
     count = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-    return selftrain.pseudo_labelled_samples(crops.images, crops.normalisers, model, count)
+    return selftrain.pseudo_labelled_samples(crops, model, count)
 
 
 def corrected(

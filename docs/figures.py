@@ -68,8 +68,8 @@ def main() -> None:
     image = prepare(entries[0], config)
     crops = training_crops(entries, config, counter(_say, Stage.READING_CROPS))
     count = counter(_say, Stage.TRAINING_PATCHCL)
-    alone = patchcl.train(crops.images, crops.normalisers, config, count)
-    model = selftrain.train(crops.images, crops.normalisers, alone, _say)
+    alone = patchcl.train(crops, config, count)
+    model = selftrain.train(crops, alone, _say)
     draw(Learnt(image, crops.images, alone, model))
 
 

@@ -62,12 +62,11 @@ def train(entries: Sequence[ImageEntry], config: Config, progress: ShowProgress)
     Raises TrainingError where nothing can be learnt from the images.
     """
     crops = training_crops(entries, config, counter(progress, Stage.READING_CROPS))
-    images, normalisers = crops.images, crops.normalisers
     count = counter(progress, Stage.TRAINING_PATCHCL)
-    model = patchcl.train(images, normalisers, config, count)
+    model = patchcl.train(crops, config, count)
     if config.recipe is not Recipe.SELFTRAIN:
         return model
-    return selftrain.train(images, normalisers, model, progress)
+    return selftrain.train(crops, model, progress)
 
 
 def refine(
@@ -94,7 +93,7 @@ def refine(
     )
     crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-    unlabelled = selftrain.pseudo_labelled_samples(crops.images, crops.normalisers, start, choosing)
+    unlabelled = selftrain.pseudo_labelled_samples(crops, start, choosing)
     return cdcl.refine(start, corrected, unlabelled, counter(progress, Stage.REFINING), seed)
 
 

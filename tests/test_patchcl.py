@@ -15,6 +15,7 @@ from patchcl_qupath.config import Config, PatchCLConfig
 from patchcl_qupath.errors import ConfigError, TrainingError
 from patchcl_qupath.models.model import confidence
 from patchcl_qupath.models.network import FeatureNetwork
+from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.training import patchcl
 from patchcl_qupath.training.contrast import (
@@ -48,9 +49,15 @@ def config(**changes):
     return replace(Config(), patchcl=replace(SETTINGS, **changes))
 
 
+def crops_of(images):
+    """Training crops of one slide."""
+    n = len(images)
+    return TrainingCrops(tuple(images), (StainNormaliser.fit(images),) * n, ("1",) * n)
+
+
 def trained(settings, images=None, report=None):
     images = [tissue(seed)[0] for seed in range(3)] if images is None else images
-    return patchcl.train(images, [StainNormaliser.fit(images)] * len(images), settings, report)
+    return patchcl.train(crops_of(images), settings, report)
 
 
 @pytest.fixture(scope="module", autouse=True)

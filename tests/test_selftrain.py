@@ -15,6 +15,7 @@ from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork
 from patchcl_qupath.progress import Progress, Stage, hide_progress
 from patchcl_qupath.segmentation.instances import instances
+from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.training import selftrain
 from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
@@ -233,23 +234,24 @@ def nuclei_images(n):
 
 def test_a_network_is_trained_on_the_pseudo_labels_of_patchcl():
     images, ground_truths = nuclei_images(5)
-    normalisers = [StainNormaliser.fit(images)] * 5
+    normaliser = StainNormaliser.fit(images)
+    crops = TrainingCrops(tuple(images[:4]), (normaliser,) * 4, ("1",) * 4)
     quick = replace(CONFIG, steps=150, widths=(8, 12, 16))
     config = replace(Config(), selftrain=quick)
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
     steps = []
-    model = selftrain.train(images[:4], normalisers[:4], teacher, steps.append)
+    model = selftrain.train(crops, teacher, steps.append)
     assert steps[-1] == Progress(stage=Stage.TRAINING_NETWORK, done=150, total=150)
     log = model.training
     assert log.patchcl == patchcl_log()
     assert 0 < log.nucleus_fraction < log.labelled_fraction < 1
     assert len(log.loss) == 150
     assert log.loss[-1] < log.loss[0]
-    found = confidence(model, images[4], normalisers[4])  # never seen
+    found = confidence(model, images[4], normaliser)  # never seen
     labels = instances(found.nucleus, MPP, Config().segment, 0.5, found.core)
     assert f1(labels, ground_truths[4]) > 0.7
 
-    again = selftrain.train(images[:4], normalisers[:4], teacher, hide_progress)
+    again = selftrain.train(crops, teacher, hide_progress)
     assert again.digest == model.digest
 
 
@@ -280,9 +282,25 @@ def test_the_learning_rate_warms_up_and_falls_to_0():
     assert rates[100] == pytest.approx(0)
 
 
+def test_crops_are_of_one_slide_by_its_id_and_not_by_its_stains():
+    """Two slides may have equal normalisers; samples stay in the order of the crops."""
+    ground_truth = discs((120, 160), [(30, 30, 8), (60, 100, 10), (95, 50, 6), (25, 120, 9)])
+    rgb = np.full((120, 160, 3), (225, 180, 205), np.uint8)
+    rgb[ground_truth > 0] = (110, 70, 150)
+    images = (rgb, rgb[:, :80], rgb[::-1])
+    normaliser = StainNormaliser.fit(images)
+    teacher = Model(network=Prediction(), config=Config())
+    done = []
+    crops = TrainingCrops(images, (normaliser,) * 3, ("1", "2", "1"))
+    samples = selftrain.pseudo_labelled_samples(crops, teacher, lambda *n: done.append(n))
+    assert done == [(2, 3), (3, 3)]
+    for sample, image in zip(samples, images, strict=True):
+        np.testing.assert_array_equal(sample.stains, normaliser.apply(image))
+
+
 def test_no_nucleus_to_train_on_is_an_error():
     blank = np.full((200, 200, 3), 240, np.uint8)
     normaliser = StainNormaliser.fit(nuclei_images(1)[0])
     teacher = Model(network=Prediction(), config=Config())
     with pytest.raises(TrainingError, match="no clear nucleus was found"):
-        selftrain.train([blank], [normaliser], teacher, hide_progress)
+        selftrain.train(TrainingCrops((blank,), (normaliser,), ("1",)), teacher, hide_progress)

@@ -132,6 +132,17 @@ class TrainingCrops:
     normalisers: tuple[StainNormaliser, ...]
     slides: tuple[str, ...]
 
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, indices: Sequence[int]) -> TrainingCrops:
+        """Some of the crops, in the order of their indices."""
+        return TrainingCrops(
+            tuple(self.images[i] for i in indices),
+            tuple(self.normalisers[i] for i in indices),
+            tuple(self.slides[i] for i in indices),
+        )
+
 
 def training_crops(
     entries: Sequence[ImageEntry],

@@ -26,7 +26,7 @@ from patchcl_qupath.config import Config, PatchCLConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork, FeatureNetwork, device, folded
-from patchcl_qupath.slides.stains import StainNormaliser
+from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.storage.files import to_jpeg
 from patchcl_qupath.storage.records import ChannelsRecord, PatchCLLog
 from patchcl_qupath.training.contrast import (
@@ -41,7 +41,6 @@ from patchcl_qupath.training.contrast import (
 from patchcl_qupath.training.pseudo_labels import otsu
 from patchcl_qupath.training.supervision import random_window
 
-Images = Sequence[NDArray[np.uint8]]
 Report = Callable[[int, int], None]  # steps done, steps in all
 
 _SHOWN_PX = 192  # side of the crop that the report shows the channels of
@@ -49,27 +48,24 @@ _VALIDATION_CROPS = 32  # crops on which channel and threshold are chosen
 _TYPICAL_LOGIT = 1.5  # a confidence of 0.82
 
 
-def train(
-    images: Images,
-    normalisers: Sequence[StainNormaliser],
-    config: Config,
-    report: Report | None = None,
-) -> Model:
-    """Train PatchCL on RGB tissue crops (H, W, 3) at ``config.slide.mpp``, without labels.
+def train(crops: TrainingCrops, config: Config, report: Report | None = None) -> Model:
+    """Train PatchCL on tissue crops at ``config.slide.mpp``, without labels.
 
-    ``normalisers`` has that of each crop's slide. Crops may differ in size; those narrower than a
-    patch are left out. Equal crops, settings and numbers of threads give equal weights on one
-    machine. Raises TrainingError where nothing can be learnt from the crops.
+    Crops may differ in size; those narrower than a patch are left out. Equal crops, settings and
+    numbers of threads give equal weights on one machine. Raises TrainingError where nothing can be
+    learnt from the crops.
     """
     settings = config.patchcl
-    usable = [i for i, image in enumerate(images) if min(image.shape[:2]) >= settings.patch_px]
+    wide = [min(image.shape[:2]) >= settings.patch_px for image in crops.images]
+    usable = [int(i) for i in np.flatnonzero(wide)]
     if not usable:
         least_um = settings.patch_px * config.slide.mpp
         raise TrainingError(f"no image is {least_um:g} µm wide: add larger ones to train on")
-    images, normalisers = [images[i] for i in usable], [normalisers[i] for i in usable]
+    crops = crops.select(usable)
+    validation = crops.select(_validation_crops(len(crops)))
 
-    trained = _train_network(images, normalisers, config, report)
-    correlation, logit = _channel_scores(trained.network, images, normalisers, config)
+    trained = _train_network(crops, config, report)
+    correlation, logit = _channel_scores(trained.network, validation, config)
     if not np.isfinite(correlation).all():
         raise TrainingError("the images look blank: add some with stained tissue to train on")
     channel = int(np.argmax(np.abs(correlation)))
@@ -84,8 +80,10 @@ def train(
         channel=channel,
         inverted=bool(correlation[channel] < 0),
     )
-    validation = _validation_crops(images)
-    predictions = [confidence(model, images[i], normalisers[i]).nucleus.ravel() for i in validation]
+    predictions = [
+        confidence(model, image, normaliser).nucleus.ravel()
+        for image, normaliser in zip(validation.images, validation.normalisers, strict=True)
+    ]
     log = PatchCLLog(
         steps=trained.steps,
         skipped_steps=trained.steps - len(trained.contrasts),
@@ -94,9 +92,7 @@ def train(
         loss=[round(c.loss.item(), 4) for c in trained.contrasts],
         positive_positive=[round(c.positive_positive, 4) for c in trained.contrasts],
         positive_negative=[round(c.positive_negative, 4) for c in trained.contrasts],
-        channels=_channels(
-            model, [images[i] for i in validation], [normalisers[i] for i in validation]
-        ),
+        channels=_channels(model, validation),
     )
     return replace(model, threshold=otsu(np.concatenate(predictions)), training=log)
 
@@ -110,12 +106,7 @@ class _Trained(NamedTuple):
     contrasts: list[Contrast]  # of the steps that were not skipped
 
 
-def _train_network(
-    images: Images,
-    normalisers: Sequence[StainNormaliser],
-    config: Config,
-    report: Report | None,
-) -> _Trained:
+def _train_network(crops: TrainingCrops, config: Config, report: Report | None) -> _Trained:
     """Train until convergence and a cooldown, or for ``max_steps``."""
     settings = config.patchcl
     rng = np.random.default_rng(settings.seed)
@@ -138,7 +129,7 @@ def _train_network(
     converged_at = None
     while step < last:
         step += 1
-        x = _batch(images, normalisers, settings, rng).to(device())  # (B, 3, S, S)
+        x = _batch(crops, settings, rng).to(device())  # (B, 3, S, S)
         prediction = network(x)  # (B, C, S, S)
         index = draw_patches(prediction.detach(), settings, generator)  # (B, C, n)
         if settings.similarity in MEASURES:
@@ -173,37 +164,31 @@ def has_converged(log: Sequence[Contrast], patience: int) -> bool:
     return bool(now <= before + 0.05 * abs(before))
 
 
-def _batch(
-    images: Images,
-    normalisers: Sequence[StainNormaliser],
-    settings: PatchCLConfig,
-    rng: np.random.Generator,
-) -> Tensor:
+def _batch(crops: TrainingCrops, settings: PatchCLConfig, rng: np.random.Generator) -> Tensor:
     """Network input (B, 3, S, S) of random crops, turned and mirrored at random."""
-    crops = []
-    for i in rng.integers(len(images), size=settings.batch):
-        (crop,) = random_window([images[i]], settings.crop_px, rng)  # (S, S, 3)
-        crops.append(normalisers[i].network_input(crop, settings.input))
-    batch = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+    pixels = []
+    for i in rng.integers(len(crops), size=settings.batch):
+        (window,) = random_window([crops.images[i]], settings.crop_px, rng)  # (S, S, 3)
+        pixels.append(crops.normalisers[i].network_input(window, settings.input))
+    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
     return batch.contiguous(memory_format=torch.channels_last)  # several times as fast
 
 
-def _validation_crops(images: Images) -> list[int]:
+def _validation_crops(count: int) -> list[int]:
     """Indices of the crops on which channel and threshold are chosen: some of each slide."""
-    return [int(i) for i in np.linspace(0, len(images) - 1, min(len(images), _VALIDATION_CROPS))]
+    return [int(i) for i in np.linspace(0, count - 1, min(count, _VALIDATION_CROPS))]
 
 
-def _channels(
-    model: Model, images: Images, normalisers: Sequence[StainNormaliser]
-) -> ChannelsRecord:
+def _channels(model: Model, crops: TrainingCrops) -> ChannelsRecord:
     """The channels on one crop, for the report: the crop of median hematoxylin."""
     amounts = [
         normaliser.apply(image)[..., 0].mean()
-        for image, normaliser in zip(images, normalisers, strict=True)
+        for image, normaliser in zip(crops.images, crops.normalisers, strict=True)
     ]
     i = int(np.argsort(amounts)[len(amounts) // 2])
-    crop = images[i][:_SHOWN_PX, :_SHOWN_PX]
-    x = torch.from_numpy(normalisers[i].network_input(crop, model.input)).permute(2, 0, 1)[None]
+    crop = crops.images[i][:_SHOWN_PX, :_SHOWN_PX]
+    pixels = crops.normalisers[i].network_input(crop, model.input)
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, H, W)
     with torch.inference_mode():
         maps = folded(model.network).probabilities(x)[0]  # (C, H, W)
     grey = (maps * 255).round().to(torch.uint8).numpy()
@@ -216,17 +201,14 @@ def _channels(
 
 
 def _channel_scores(
-    network: ConfidenceNetwork,
-    images: Images,
-    normalisers: Sequence[StainNormaliser],
-    config: Config,
+    network: ConfidenceNetwork, crops: TrainingCrops, config: Config
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Per channel: correlation of confidence with smoothed hematoxylin, and median |logit|."""
     network = folded(network)
     scores = []
-    for i in _validation_crops(images):
-        x = _to_tensor(normalisers[i].network_input(images[i], config.patchcl.input))
-        stains = _to_tensor(normalisers[i].apply(images[i]))  # (1, 3, H, W), as x
+    for image, normaliser in zip(crops.images, crops.normalisers, strict=True):
+        x = _to_tensor(normaliser.network_input(image, config.patchcl.input))  # (1, 3, H, W)
+        stains = _to_tensor(normaliser.apply(image))  # (1, 3, H, W)
         with torch.inference_mode():
             prediction = network(x)[0].flatten(1)  # (C, H * W)
             hematoxylin = blur(stains[:, :1], config.patchcl.blur_um / config.slide.mpp)

@@ -27,7 +27,7 @@ from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import NucleusNetwork, device
 from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter
-from patchcl_qupath.slides.stains import StainNormaliser
+from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.storage.records import PatchCLLog, SelfTrainingLog
 from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
 from patchcl_qupath.training.supervision import (
@@ -52,20 +52,15 @@ class Trained(NamedTuple):
     seconds_for_batches: float  # in which the network waited
 
 
-def train(
-    images: Sequence[NDArray[np.uint8]],
-    normalisers: Sequence[StainNormaliser],
-    teacher: Model,
-    progress: ShowProgress,
-) -> Model:
-    """Train a network on the pseudo-labels of ``teacher``, of PatchCL, in RGB crops (H, W, 3).
+def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model:
+    """Train a network on the pseudo-labels of ``teacher``, of PatchCL, in tissue crops.
 
-    ``normalisers`` has that of each crop's slide. Equal crops, teachers and numbers of threads give
-    equal weights on one machine. Raises TrainingError where no nucleus is pseudo-labelled.
+    Equal crops, teachers and numbers of threads give equal weights on one machine. Raises
+    TrainingError where no nucleus is pseudo-labelled.
     """
     config = teacher.config
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-    samples = pseudo_labelled_samples(images, normalisers, teacher, choosing)
+    samples = pseudo_labelled_samples(crops, teacher, choosing)
     if not any(sample.nucleus.any() for sample in samples):
         raise TrainingError("no clear nucleus was found: add images of cellular tissue")
 
@@ -124,33 +119,30 @@ def train_on(
 
 
 def pseudo_labelled_samples(
-    images: Sequence[NDArray[np.uint8]],
-    normalisers: Sequence[StainNormaliser],
-    teacher: Model,
-    report: ShowCount,
+    crops: TrainingCrops, teacher: Model, report: ShowCount
 ) -> list[TrainingSample]:
-    """A training sample of each RGB crop (H, W, 3), in their order.
+    """A training sample of each crop, in their order.
 
-    Crops of one slide have one stain normaliser.
+    Thresholds of the pseudo-labels are those of all crops of a slide.
     """
     config = teacher.config
     samples: dict[int, TrainingSample] = {}
-    for normaliser in dict.fromkeys(normalisers):
-        of_slide = [i for i in range(len(images)) if normalisers[i] == normaliser]
-        stains = [normaliser.apply(images[i]) for i in of_slide]
-        confidences = [confidence(teacher, images[i], normaliser).nucleus for i in of_slide]
-        glass = [is_glass(images[i], config.slide.mpp, config.selftrain) for i in of_slide]
+    for slide in dict.fromkeys(crops.slides):
+        indices = [i for i in range(len(crops)) if crops.slides[i] == slide]
+        of_slide = crops.select(indices)
+        pairs = [*zip(of_slide.images, of_slide.normalisers, strict=True)]
+        stains = [normaliser.apply(image) for image, normaliser in pairs]
         found = pseudo_labels(
             crops=stains,
-            glass=glass,
-            confidences=confidences,
+            glass=[is_glass(image, config.slide.mpp, config.selftrain) for image, _ in pairs],
+            confidences=[confidence(teacher, *pair).nucleus for pair in pairs],
             mpp=config.slide.mpp,
             config=config.selftrain,
         )
-        for i, crop, labels in zip(of_slide, stains, found, strict=True):
+        for i, crop, labels in zip(indices, stains, found, strict=True):
             samples[i] = TrainingSample(crop, targets(labels.nuclei, labels.background))
-        report(len(samples), len(images))
-    return [samples[i] for i in range(len(images))]
+        report(len(samples), len(crops))
+    return [samples[i] for i in range(len(crops))]
 
 
 def learning_rate(step: int, settings: SelfTrainConfig) -> float:
