@@ -52,7 +52,7 @@ String what = 'ask'   // 'image': find nuclei in this image, 'project': in all, 
                       // 'suggest': suggest ROIs to correct, 'refine': refine the model with the corrected ROIs;
                       // 'ask': with a window choose there, without: 'project'
 List<String> within = []   // for 'annotations': classes, such as ['Tumor', 'Stroma']; empty: the selected ones
-Map options = [run: [], suggest: ['--fields', '6'], refine: []]   // more options, such as run: ['--mpp', '0.25']
+Map options = [run: [], suggest: ['--rois', '6'], refine: []]   // more options, such as run: ['--mpp', '0.25']
 String folderName = 'patchcl'   // folder of patchcl-qp's results, beside project.qpproj
 // -------------------------------------------------------------------------
 
