@@ -167,7 +167,7 @@ static ImageResults readResults(String image, Path resultFile, Path roisFile) {
 /**
  * Replaces the nuclei of earlier imports; returns how many were added, left out, removed and kept. 'result' is the
  * content of result.json, 'suggested' that of the file of ROIs to correct, null without any. patchcl-qp calls this,
- * too, when it writes by itself.
+ * too, when it writes by itself. In files and marks, ROIs are called 'fields', as in version 0.1.
  */
 @CompileStatic
 static Map<String, Integer> replaceNuclei(ImageData<?> imageData, ProjectImageEntry<?> entry, List<PathObject> nuclei,

@@ -52,7 +52,7 @@ String what = 'ask'   // 'image': find nuclei in this image, 'project': in all, 
                       // 'suggest': suggest ROIs to correct, 'refine': refine the model with the corrected ROIs;
                       // 'ask': with a window choose there, without: 'project'
 List<String> within = []   // for 'annotations': classes, such as ['Tumor', 'Stroma']; empty: the selected ones
-Map options = [run: [], suggest: ['--fields', '6'], refine: []]   // more options, such as run: ['--mpp', '0.25']
+Map options = [run: [], suggest: ['--rois', '6'], refine: []]   // more options, such as run: ['--mpp', '0.25']
 String folderName = 'patchcl'   // folder of patchcl-qp's results, beside project.qpproj
 // -------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ class Task {
         return folder.resolve('run.log')
     }
 
-    /** The file that tells whether there is a result for the image. */
+    /** The file that exists once there is a result for the image. */
     Path getResult() {
         return what == 'suggest' ? folder.resolve('fields').resolve(entry.getID() + '.json') :
                 folder.resolve('results').resolve(entry.getID()).resolve('result.json')
@@ -279,7 +279,7 @@ static Stage openWaitingWindow() {
     return stage
 }
 
-/** The text that tells a person what to do next. */
+/** The next step of a person, as text. */
 static String nextStep(Task task, boolean shown) {
     if (task.what == 'refine')
         return 'The model was refined with the corrected ROIs.\n\nRun this script again to find nuclei with it.'
@@ -290,7 +290,7 @@ static String nextStep(Task task, boolean shown) {
             (task.oneImage ? '' : '\n\nFor others, open the script import nuclei, and choose Run > Run for project.')
 }
 
-/** Which ROIs were suggested, and how to correct them. */
+/** Which ROIs were suggested, and how to correct them. Files call ROIs 'fields', as version 0.1 did. */
 static String correctionSteps(Task task, boolean shown) {
     Map<String, Integer> rois = task.project.getImageList().collectEntries {
         Path file = task.folder.resolve('fields').resolve(it.getID() + '.json')

@@ -119,12 +119,12 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             config = ResultConfig(class_name="Nucleus", color=(38, 70, 214))
             if name == DETECTIONS:
                 config = dataclasses.replace(config, max_annotations=10)
-            parts = nuclei(10, 20 + run, name, run=run)
+            new = nuclei(10, 20 + run, name, run=run)
             if name == NONE:
-                parts = parts[:0]
-            written[-1][name] = parts
-            record = result_of(len(parts), config, run=f"run {run}")
-            write_results(patchcl / "results" / str(number), [parts], config, record)
+                new = new[:0]
+            written[-1][name] = new
+            record = result_of(len(new), config, run=f"run {run}")
+            write_results(patchcl / "results" / str(number), [new], config, record)
 
     def looked(script: str) -> dict[str, list[dict[str, Any]]]:
         look.write_text(script, encoding="utf-8")

@@ -153,13 +153,13 @@ def test_rois_are_suggested_and_refine_the_model(project: Path, model: pipeline.
     found = CliRunner().invoke(main, ["run", str(project), "--backend", "files"])
     assert found.exit_code == 0, found.output
 
-    settings(script, what="'suggest'", options="[suggest: ['--fields', '2']]")
+    settings(script, what="'suggest'", options="[suggest: ['--rois', '2']]")
     log = qupath.run_script(project, script)
     assert "ERROR" not in log, log
     assert receipt(project)["command"][1:] == [
-        *("suggest", str(project), "--backend", "files", "--fields", "2")
+        *("suggest", str(project), "--backend", "files", "--rois", "2")
     ]
-    assert log.count("Fields are marked by files") == 1
+    assert log.count("ROIs are marked by files") == 1
     for number in ("1", "2"):
         imported = json.loads((output / "imported" / f"{number}.json").read_text("utf-8"))
         rois = json.loads((output / "fields" / f"{number}.json").read_text("utf-8"))["fields"]
