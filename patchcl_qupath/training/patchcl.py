@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from patchcl_qupath.config import Config, PatchCLConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork, FeatureNetwork, device, folded
+from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.files import to_jpeg
 from patchcl_qupath.storage.records import ChannelsRecord, PatchCLLog
@@ -42,7 +43,6 @@ from patchcl_qupath.training.pseudo_labels import otsu
 from patchcl_qupath.training.supervision import random_window
 
 Images = Sequence[NDArray[np.uint8]]
-Report = Callable[[int, int], None]  # steps done, steps in all
 
 _SHOWN_PX = 192  # side of the crop that the report shows the channels of
 _VALIDATION_CROPS = 32  # crops on which channel and threshold are chosen
@@ -53,7 +53,7 @@ def train(
     images: Images,
     normalisers: Sequence[StainNormaliser],
     config: Config,
-    report: Report | None = None,
+    report: ShowCount | None = None,
 ) -> Model:
     """Train PatchCL on RGB tissue crops (H, W, 3) at ``config.slide.mpp``, without labels.
 
@@ -114,7 +114,7 @@ def _train_network(
     images: Images,
     normalisers: Sequence[StainNormaliser],
     config: Config,
-    report: Report | None,
+    report: ShowCount | None,
 ) -> _Trained:
     """Train until convergence and a cooldown, or for ``max_steps``."""
     settings = config.patchcl
