@@ -176,12 +176,10 @@ def few_labels(
             labelled += training_samples(image, corrections)
         config = start.model.config
         alone = replace(config.selftrain, steps=config.cdcl.steps)
-        trained = selftrain.train_on(
-            labelled, alone, draw, counter(progress, Stage.TRAINING_NETWORK)
-        )
-        refined = cdcl.refine(
-            start.model, labelled, start.samples, counter(progress, Stage.REFINING), draw
-        )
+        training = counter(progress, Stage.TRAINING_NETWORK)
+        trained = selftrain.train_on(labelled, alone, draw, training)
+        refining = counter(progress, Stage.REFINING)
+        refined = cdcl.refine(start.model, labelled, start.samples, refining, draw)
         held_out = [entry for i, entry in enumerate(entries) if i not in chosen]
         ids = {entry.id for entry in held_out}
         images = {

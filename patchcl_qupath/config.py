@@ -55,11 +55,11 @@ class EngineChoice(StrEnum):
 
 
 class BackendKind(StrEnum):
-    """What writes nuclei into a QuPath project."""
+    """How nuclei are written into a project."""
 
-    AUTO = "auto"  # paquo where there is a QuPath, else files
-    PAQUO = "paquo"  # a QuPath that is installed here
-    FILES = "files"  # a person in QuPath, who imports files
+    AUTO = "auto"  # paquo if a QuPath is found, else files
+    PAQUO = "paquo"  # by an installed QuPath
+    FILES = "files"  # as files, which a person imports in QuPath
 
 
 class StainChoice(StrEnum):

@@ -15,3 +15,9 @@ def timed(seconds: Seconds, stage: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - began
+
+
+def add_seconds(total: Seconds, more: Seconds) -> None:
+    """Add ``more`` to ``total``, stage by stage."""
+    for stage in more:
+        total[stage] = total.get(stage, 0.0) + more[stage]

@@ -20,7 +20,7 @@ from patchcl_qupath.datatypes import Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import ATTEMPTS, Workers, set_environment
-from patchcl_qupath.timing import Seconds, timed
+from patchcl_qupath.timing import Seconds, add_seconds, timed
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,7 @@ def map_tiles(
                     case content, seconds:
                         with timed(seconds, "store"):
                             store.write(tile, content)
-                        for stage in seconds:
-                            total[stage] = total.get(stage, 0.0) + seconds[stage]
+                        add_seconds(total, seconds)
                         on_done()
             submit_more(shared)
     except (OSError, ClosedClientError) as error:  # of Dask: those of writing have become ours

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from patchcl_qupath.config import Config, PatchCLConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork, FeatureNetwork, device, folded
+from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.storage.files import to_jpeg
 from patchcl_qupath.storage.records import ChannelsRecord, PatchCLLog
@@ -41,14 +42,12 @@ from patchcl_qupath.training.contrast import (
 from patchcl_qupath.training.pseudo_labels import otsu
 from patchcl_qupath.training.supervision import random_window
 
-Report = Callable[[int, int], None]  # steps done, steps in all
-
 _SHOWN_PX = 192  # side of the crop that the report shows the channels of
 _VALIDATION_CROPS = 32  # crops on which channel and threshold are chosen
 _TYPICAL_LOGIT = 1.5  # a confidence of 0.82
 
 
-def train(crops: TrainingCrops, config: Config, report: Report | None = None) -> Model:
+def train(crops: TrainingCrops, config: Config, report: ShowCount | None = None) -> Model:
     """Train PatchCL on tissue crops at ``config.slide.mpp``, without labels.
 
     Crops may differ in size; those narrower than a patch are left out. Equal crops, settings and
@@ -106,7 +105,7 @@ class _Trained(NamedTuple):
     contrasts: list[Contrast]  # of the steps that were not skipped
 
 
-def _train_network(crops: TrainingCrops, config: Config, report: Report | None) -> _Trained:
+def _train_network(crops: TrainingCrops, config: Config, report: ShowCount | None) -> _Trained:
     """Train until convergence and a cooldown, or for ``max_steps``."""
     settings = config.patchcl
     rng = np.random.default_rng(settings.seed)
