@@ -229,7 +229,7 @@ def test_commands_that_are_not_run_exist(block: Block) -> None:
 
 
 def test_every_block_has_a_language() -> None:
-    assert {block.language for block in BLOCKS} <= {"bash", "text", "toml", "yaml"}
+    assert {block.language for block in BLOCKS} <= {"bash", "python", "text", "toml", "yaml"}
     assert len(BLOCKS) == sum(text.count("\n```") for text in TEXTS.values()) / 2
 
 
