@@ -60,7 +60,8 @@ unit: `um` is µm, and `px` are pixels at the [working resolution](glossary.md#s
 beside its weights in `patchcl/models`.
 
 A model keeps the settings of `patchcl` and `selftrain` with which it was trained. To change these,
-pass `--retrain`, or another name with `--model`. Settings of `slide` and `segment` apply to the run.
+pass `--retrain`, or another name with `--model`. Settings of `slide` and `segment` apply to the
+run.
 """
 
 
