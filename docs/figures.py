@@ -2,8 +2,8 @@
 
     python docs/figures.py
 
-It trains as `make demo` does, about three minutes on two cores, and writes docs/figures/*.jpg; but
-for qupath.jpg and field.jpg, which are pictures of QuPath's window, and report.jpg, of a browser's.
+It trains as `make demo` does, about three minutes on two cores, and writes docs/figures/*.jpg,
+except three screenshots: qupath.jpg and roi.jpg of QuPath, report.jpg of a browser.
 """
 
 from __future__ import annotations
@@ -40,25 +40,26 @@ from patchcl_qupath.training.supervision import targets
 
 DOCS = Path(__file__).parent
 SAMPLE = DOCS.parent / "sample_project"
-SHOWN = Box(2180, 1080, 2180 + 224, 1080 + 224)  # working px: nuclei that touch, pale ones, none
+SHOWN = Box(2180, 1080, 2180 + 224, 1080 + 224)  # working px: touching and pale nuclei, background
 ZOOM = 2
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
-NUCLEUS, NONE, UNCERTAIN = (30, 170, 70), (60, 110, 220), (235, 150, 30)
+NUCLEUS, CORE, BACKGROUND = (30, 170, 70), (10, 90, 40), (60, 110, 220)  # tints
+OWN_TILE, NEXT_TILE, HALO = NUCLEUS, BACKGROUND, (235, 150, 30)
 
 
-@dataclass(frozen=True)
-class Learnt:
-    """The sample slide, crops of it, and what was learnt from them."""
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The sample slide, its training crops, and the models of both stages."""
 
     image: PreparedImage
     crops: Sequence[Pixels]
-    alone: Model  # of PatchCL
-    model: Model  # that it taught
+    patchcl: Model  # stage 1
+    model: Model  # stage 2: self-training
 
     @property
     def rgb(self) -> Pixels:
-        """What is shown of the slide."""
+        """The part of the slide that the figures show."""
         return self.image.slide.read(SHOWN)
 
 
@@ -66,83 +67,93 @@ def main() -> None:
     config = Config()
     entries = open_project(SAMPLE, backend="files").images()
     image = prepare(entries[0], config)
-    crops = training_crops(entries, config, counter(_say, Stage.READING_CROPS))
-    count = counter(_say, Stage.TRAINING_PATCHCL)
-    alone = patchcl.train(crops, config, count)
-    model = selftrain.train(crops, alone, _say)
-    draw(Learnt(image, crops.images, alone, model))
+    crops = training_crops(entries, config, counter(_show, Stage.READING_CROPS))
+    count = counter(_show, Stage.TRAINING_PATCHCL)
+    first = patchcl.train(crops, config, count)
+    model = selftrain.train(crops, first, _show)
+    draw(Trained(image=image, crops=crops.images, patchcl=first, model=model))
 
 
-def draw(learnt: Learnt) -> None:
-    """All figures."""
-    for figure in (stains, channels, samples, nuclei, tiles, cdcl):
-        path = DOCS / "figures" / f"{figure.__name__}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        figure(learnt).save(path, quality=80, optimize=True)
+def draw(trained: Trained) -> None:
+    """Draw all figures."""
+    figures = {
+        "stains": stains,
+        "channels": channels,
+        "pseudo-labels": pseudo_labelled,
+        "nuclei": nuclei,
+        "tiles": tiles,
+        "cdcl": cdcl,
+    }
+    folder = DOCS / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        figure(trained).save(folder / f"{name}.jpg", quality=80, optimize=True)
 
 
-def stains(learnt: Learnt) -> Image.Image:
-    """What the networks see: three stains, each on the scale of its slide."""
-    normaliser = learnt.image.normaliser
+def stains(trained: Trained) -> Image.Image:
+    """The input of the networks: three stains, normalised by the percentiles of the slide."""
+    normaliser = trained.image.normaliser
     assert normaliser is not None
-    parts = normaliser.apply(learnt.rgb)  # (H, W, 3)
-    names = ["the slide", "hematoxylin", "eosin", "residual"]
-    return _row([learnt.rgb, *(_grey(1 - parts[..., i]) for i in range(3))], names)
+    normalised = normaliser.apply(trained.rgb)  # (H, W, 3)
+    names = ["H&E", "hematoxylin", "eosin", "residual"]
+    return _row([trained.rgb, *(_grey(1 - normalised[..., i]) for i in range(3))], names)
 
 
-def channels(learnt: Learnt) -> Image.Image:
-    """The four confidences of PatchCL's network; the frame is around the one that is kept."""
-    normaliser = learnt.image.normaliser
+def channels(trained: Trained) -> Image.Image:
+    """The confidence channels of the PatchCL network; the chosen one is framed."""
+    normaliser = trained.image.normaliser
     assert normaliser is not None
-    run = engines.of(EngineKind.TORCH, learnt.alone.network, learnt.alone.digest)
-    maps = run(normaliser.network_input(learnt.rgb, learnt.alone.input))  # (C, H, W)
+    run = engines.of(EngineKind.TORCH, trained.patchcl.network, trained.patchcl.digest)
+    maps = run(normaliser.network_input(trained.rgb, trained.patchcl.input))  # (C, H, W)
     shown = [_grey(channel) for channel in maps]
-    kept = shown[learnt.alone.channel]
-    for edge in (kept[:4], kept[-4:], kept[:, :4], kept[:, -4:]):
+    chosen = shown[trained.patchcl.channel]
+    for edge in (chosen[:4], chosen[-4:], chosen[:, :4], chosen[:, -4:]):
         edge[:] = NUCLEUS
     return _row(shown, [f"channel {i}" for i in range(1, 1 + len(shown))])
 
 
-def samples(learnt: Learnt) -> Image.Image:
-    """What PatchCL is sure of, and what it teaches."""
-    normaliser, config = learnt.image.normaliser, learnt.model.config
+def pseudo_labelled(trained: Trained) -> Image.Image:
+    """PatchCL's confidence, and the pseudo-labels: nuclei, their cores, and background."""
+    normaliser, config = trained.image.normaliser, trained.model.config
     assert normaliser is not None
-    sure = confidence(learnt.alone, learnt.rgb, normaliser).nucleus
-    crops = [*learnt.crops, learnt.rgb]
-    predictions = [confidence(learnt.alone, crop, normaliser).nucleus for crop in crops]
+    crops = [*trained.crops, trained.rgb]
+    confidences = [confidence(trained.patchcl, crop, normaliser).nucleus for crop in crops]
     mpp, settings = config.slide.mpp, config.selftrain
     glass = [is_glass(crop, mpp, settings) for crop in crops]
     stains = [normaliser.apply(crop) for crop in crops]
-    answers = pseudo_labels(stains, glass, predictions, mpp, settings)
-    labels, background = answers[-1]
+    labels, background = pseudo_labels(stains, glass, confidences, mpp, settings)[-1]
     core = targets(labels, background)[..., 1] > 0
-    taught = _tinted(learnt.rgb, background, NONE)
-    taught = _tinted(taught, (labels > 0) & ~core, NUCLEUS)
-    taught = _tinted(taught, core, (10, 90, 40))
-    names = ["the slide", "confidence of PatchCL", "nuclei and cores, none"]
-    return _row([learnt.rgb, _grey(sure), taught], names)
+    tinted = _tinted(trained.rgb, background, BACKGROUND)
+    tinted = _tinted(tinted, (labels > 0) & ~core, NUCLEUS)
+    tinted = _tinted(tinted, core, CORE)
+    names = ["H&E", "PatchCL confidence", "pseudo-labels"]
+    return _row([trained.rgb, _grey(confidences[-1]), tinted], names)
 
 
-def nuclei(learnt: Learnt) -> Image.Image:
-    """From what the network says to outlines."""
-    normaliser, config = learnt.image.normaliser, learnt.model.config
+def nuclei(trained: Trained) -> Image.Image:
+    """From the probability maps to contours."""
+    normaliser, config = trained.image.normaliser, trained.model.config
     assert normaliser is not None
-    sure, core = confidence(learnt.model, learnt.rgb, normaliser)
+    nucleus, core = confidence(trained.model, trained.rgb, normaliser)
     assert core is not None
-    labels = instances(sure, config.slide.mpp, config.segment, learnt.model.threshold, core)
-    outlined = draw_contours(learnt.rgb, pixel_polygons(labels), ZOOM)
-    names = ["the slide", "confidence", "core", "nuclei"]
-    return _row([learnt.rgb, _grey(sure), _grey(core), np.asarray(outlined)], names)
+    labels = instances(nucleus, config.slide.mpp, config.segment, trained.model.threshold, core)
+    contours = draw_contours(trained.rgb, pixel_polygons(labels), ZOOM)
+    names = ["H&E", "nucleus probability", "core probability", "contours"]
+    return _row([trained.rgb, _grey(nucleus), _grey(core), np.asarray(contours)], names)
 
 
-def tiles(learnt: Learnt) -> Image.Image:
-    """A tile's write box, its halo, and who owns the nuclei on its border."""
-    image, config = learnt.image, learnt.model.config
+def tiles(trained: Trained) -> Image.Image:
+    """The write and read box of a tile, and the owners of nuclei near its border."""
+    image, config = trained.image, trained.model.config
     slide = image.slide
-    halo_px = learnt.model.receptive_radius_px + postprocessing_margin_px(config, slide)
+    halo_px = trained.model.receptive_radius_px + postprocessing_margin_px(config, slide)
     planned = plan(
-        *(slide.shape, image.tissue, image.tissue_px, config.slide.tile_px, halo_px),
-        divisor=learnt.model.divisor,
+        shape=slide.shape,
+        tissue=image.tissue,
+        tissue_px=image.tissue_px,
+        tile_px=config.slide.tile_px,
+        halo_px=halo_px,
+        divisor=trained.model.divisor,
     )
     pairs = [(a, b) for a in planned for b in planned if (b.row, b.col) == (a.row, a.col + 1)]
     left, right = pairs[-1]
@@ -151,8 +162,8 @@ def tiles(learnt: Learnt) -> Image.Image:
     pen = ImageDraw.Draw(whole)
     for tile in planned:
         pen.rectangle(_corners(tile.write, px), outline=(90, 90, 90))
-    pen.rectangle(_corners(left.read, px), outline=UNCERTAIN, width=4)
-    pen.rectangle(_corners(left.write, px), outline=NUCLEUS, width=4)
+    pen.rectangle(_corners(left.read, px), outline=HALO, width=4)
+    pen.rectangle(_corners(left.write, px), outline=OWN_TILE, width=4)
 
     border = left.write.col1  # a strip of the slide along it, as high as the picture of the whole
     row0 = left.write.row0 + 200
@@ -160,8 +171,8 @@ def tiles(learnt: Learnt) -> Image.Image:
     strip = Box(row0, border - wide // 2, row0 + high, border + wide // 2)
     near = Image.fromarray(slide.read(strip)).resize((strip.shape[1] * ZOOM, high * ZOOM))
     pen = ImageDraw.Draw(near)
-    context = TileContext(image=image, model=learnt.model, config=config, engine=EngineKind.TORCH)
-    for tile, colour in ((left, NUCLEUS), (right, NONE)):
+    context = TileContext(image=image, model=trained.model, config=config, engine=EngineKind.TORCH)
+    for tile, colour in ((left, OWN_TILE), (right, NEXT_TILE)):
         found, _, _ = segment_tile(context, tile)
         for polygon in level0_to_grid(found.polygons, slide.downsample):
             xy = (shapely.get_coordinates(polygon) - (strip.col0, strip.row0)) * ZOOM
@@ -170,29 +181,29 @@ def tiles(learnt: Learnt) -> Image.Image:
     pen.line([(x, 0), (x, near.height)], fill=(0, 0, 0), width=2)
     return _row(
         [np.asarray(whole), np.asarray(near)],
-        ["a tile, what it reads", "each nucleus belongs to one tile"],
+        ["write box, read box", "nuclei of this tile, of the next"],
     )
 
 
-def cdcl(learnt: Learnt) -> Image.Image:
-    """Where the teacher is listened to, and which patches are contrasted."""
-    normaliser, settings = learnt.image.normaliser, learnt.model.config.cdcl
+def cdcl(trained: Trained) -> Image.Image:
+    """Where the teacher's prediction is used, and the patches of the contrast."""
+    normaliser, settings = trained.image.normaliser, trained.model.config.cdcl
     assert normaliser is not None
-    said = confidence(learnt.model, learnt.rgb, normaliser).nucleus
-    sure = _tinted(learnt.rgb, said > settings.confidence_threshold, NUCLEUS)
-    sure = _tinted(sure, said < 1 - settings.confidence_threshold, NONE)
+    teacher = confidence(trained.model, trained.rgb, normaliser).nucleus
+    confident = _tinted(trained.rgb, teacher > settings.confidence_threshold, NUCLEUS)
+    confident = _tinted(confident, teacher < 1 - settings.confidence_threshold, BACKGROUND)
     px = settings.patch_px
-    h, w = (side // px for side in said.shape)
-    share = (said > 0.5)[: h * px, : w * px].reshape(h, px, w, px).mean(axis=(1, 3))
-    each = np.kron(share, np.ones((px, px)))
-    kinds = _tinted(learnt.rgb, each >= 1 - settings.purity, NUCLEUS)
-    kinds = _tinted(kinds, each <= settings.purity, NONE)
-    kinds[::px] = kinds[:, ::px] = 255
-    names = ["the slide", "the teacher is sure", "patches that are compared"]
-    return _row([learnt.rgb, sure, kinds], names)
+    h, w = (side // px for side in teacher.shape)
+    fraction = (teacher > 0.5)[: h * px, : w * px].reshape(h, px, w, px).mean(axis=(1, 3))
+    of_pixel = np.kron(fraction, np.ones((px, px)))
+    patches = _tinted(trained.rgb, of_pixel >= 1 - settings.purity, NUCLEUS)
+    patches = _tinted(patches, of_pixel <= settings.purity, BACKGROUND)
+    patches[::px] = patches[:, ::px] = 255
+    names = ["H&E", "teacher above threshold", "contrasted patches"]
+    return _row([trained.rgb, confident, patches], names)
 
 
-def _say(progress: Progress) -> None:
+def _show(progress: Progress) -> None:
     if progress.done == progress.total:
         print(f"{progress.label}: {progress.done}", flush=True)
 
@@ -202,20 +213,20 @@ def _corners(box: Box, px: int) -> list[float]:
 
 
 def _grey(values: NDArray[np.float32]) -> Pixels:
-    """Values (H, W) in [0, 1] as shades, 1 is white."""
-    shades = np.clip(values * 255, 0, 255).astype(np.uint8)
-    return np.repeat(shades[..., None], 3, axis=-1)
+    """Values (H, W) in [0, 1] as grey levels; 1 is white."""
+    grey = np.clip(values * 255, 0, 255).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=-1)
 
 
 def _tinted(rgb: Pixels, mask: NDArray[np.bool_], colour: tuple[int, int, int]) -> Pixels:
-    """Half the colour where the mask is."""
+    """The image, mixed with as much of the colour where the mask is set."""
     tinted = rgb.copy()
     tinted[mask] = (rgb[mask] * 0.5 + np.array(colour) * 0.5).astype(np.uint8)
     return tinted
 
 
 def _row(pictures: Sequence[Pixels], names: Sequence[str]) -> Image.Image:
-    """Pictures side by side on white, all as high as the highest, a name above each."""
+    """Pictures side by side on white, scaled to the same height, with a name above each."""
     font, gap, head = ImageFont.load_default(24), 10, 38
     high = max(ZOOM * SHOWN.shape[0], *(len(picture) for picture in pictures))
     scaled = []

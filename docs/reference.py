@@ -1,4 +1,4 @@
-"""Writes the pages that say what the program itself says: docs/commands.md, docs/library.md,
+"""Writes the pages that are generated from the program: docs/commands.md, docs/library.md,
 docs/settings.md.
 
     python docs/reference.py
@@ -25,16 +25,16 @@ DOCS = Path(__file__).parent
 COMMANDS = """\
 # Commands
 
-What `patchcl-qp COMMAND --help` prints. Each command takes the path of a `.qpproj` file or of the
-folder that holds it. The exit status is 0 if all is done, 1 if something failed (the rest is done),
-2 for wrong usage, and 130 after Ctrl-C.
+The output of `patchcl-qp COMMAND --help`. Each command takes the path of a `.qpproj` file or of its
+folder. The exit status is 0 for success, 1 if something failed (everything else is finished), 2
+for wrong usage, and 130 after Ctrl-C.
 """
 
 SETTINGS = """\
 # Settings
 
-The defaults are meant to be left alone: they are what was [measured](measured.md). To change some,
-write them into a file of your own, `settings.toml` say,
+The defaults are those of the [results](measured.md), and rarely need to be changed. To change some,
+write them into a file, for instance `settings.toml`:
 
 ```toml
 [slide]
@@ -48,18 +48,19 @@ max_area_um2 = 300
 class_name = "Nucleus"
 ```
 
-and name it:
+Then pass the file:
 
 ```bash
 patchcl-qp run my_project --config settings.toml
 ```
 
-What is not in the file keeps its default; a name that does not exist is an error. Names carry
-their unit: `um` are micrometres, `px` working pixels of `slide.mpp` um. All settings of a run stand
-in `patchcl/runs/<run>/run.json`, those of a model beside it in `patchcl/models`.
+Settings that are not in the file keep their defaults; unknown names are errors. Names carry their
+unit: `um` is µm, and `px` are pixels at the [working resolution](glossary.md#slides),
+`slide.mpp`. All settings of a run are stored in `patchcl/runs/<run>/run.json`, those of a model
+beside its weights in `patchcl/models`.
 
-A model keeps the settings of `patchcl` and `selftrain` that it was trained with: to try others,
-give `--retrain`, or another name with `--model`. Settings of `slide` and `segment` hold for the
+A model keeps the settings of `patchcl` and `selftrain` with which it was trained. To change these,
+pass `--retrain`, or another name with `--model`. Settings of `slide` and `segment` apply to the
 run.
 """
 
@@ -67,7 +68,7 @@ run.
 LIBRARY = """\
 # Library
 
-What `patchcl-qp` does, from a notebook or a script:
+The commands of `patchcl-qp` as functions, for notebooks and scripts:
 
 ```python
 import patchcl_qupath as pq
@@ -79,8 +80,9 @@ for outcome in pq.segment(project, model):
 nuclei = pq.read_nuclei(project, "slide.svs")
 ```
 
-In a script, put the calls below `if __name__ == "__main__":`, since more than four workers are
-processes that import the script. All errors are `patchcl_qupath.errors.PatchCLError`.
+In a script, put the calls below `if __name__ == "__main__":`, because five or more workers are
+divided among processes, which import the script. All errors are subclasses of
+`patchcl_qupath.errors.PatchCLError`.
 
 [A notebook](nuclei.ipynb) opens the sample's nuclei in geopandas, SpatialData and LazySlide.
 """
@@ -115,7 +117,7 @@ def commands_page() -> str:
 
 def settings_page() -> str:
     """Each table of the settings, with the descriptions in config.py."""
-    parts = [SETTINGS, "## Above all tables\n", _table(config.Config)]
+    parts = [SETTINGS, "## Top-level settings\n", _table(config.Config)]
     for name, table in config.TABLES.items():
         parts.append(f"## [{name}]\n\n{inspect.getdoc(table)}\n")
         parts.append(_table(table))

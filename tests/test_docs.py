@@ -1,8 +1,8 @@
-"""README and guide are true: commands run, options exist, messages and settings are the program's.
+"""README and guide agree with the program: commands run; options, messages and settings exist.
 
-Commands in blocks of ``bash`` run page by page, in order, with a model that learnt for seconds at a
-coarse pixel size. What a person does in QuPath between them is done by files as QuPath writes them.
-A block that cannot be run here has a comment above that says why; its options must exist.
+Commands in blocks of ``bash`` run page by page, in order, with a model trained for seconds at a
+coarse resolution. What a person does in QuPath between them is replaced by files as QuPath writes
+them. A block that cannot be run has a comment above it with the reason; its options must exist.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ steps = 10
 
 @dataclass(frozen=True)
 class Block:
-    """What stands between two fences: in which language, and why it is not run, if it is not."""
+    """A fenced block: its language, its text, and the reason why it is not run, if it is not."""
 
     page: str
     language: str
@@ -64,7 +64,7 @@ class Block:
 
     @property
     def commands(self) -> list[list[str]]:
-        """Words of each command; lines that end in a backslash go on."""
+        """Words of each command; a backslash at the end of a line continues it."""
         lines = self.text.replace("\\\n", " ").splitlines()
         return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
@@ -81,15 +81,15 @@ RUN = {page: [b for b in blocks(page) if b.language == "bash" and not b.not_run]
 
 @dataclass
 class Reader:
-    """Someone who does what a page says, in a folder of their own."""
+    """Runs the commands of a page, in a folder of its own."""
 
     quick: Path  # settings
-    model: Model  # that learnt with them
+    model: Model  # trained with them
     shown: str  # settings that the page shows
-    nuclei: dict[str, Polygons] = field(default_factory=dict)  # of each image, that runs found
+    nuclei: dict[str, Polygons] = field(default_factory=dict)  # of each image, by its first run
 
     def do(self, words: list[str]) -> None:
-        """One command, in the current folder."""
+        """Run one command, in the current folder."""
         if words[0] == "make":
             for recipe in target(words[1]):
                 if recipe[0].endswith("/patchcl-qp"):
@@ -116,24 +116,24 @@ class Reader:
                 self.nuclei.setdefault(entry.name, found)
 
     def before(self, name: str, given: dict[str, Any]) -> None:
-        """What a page takes for granted, and what it says is done in QuPath."""
+        """Create what a page presupposes, and what a person does in QuPath."""
         project = open_project(given["project_path"], backend="files")
         models = project.layout.root / "models"
         if name == "run" and not (models / f"{given['name']}.pt").exists():
             self.model.save(models, given["name"])
         if given.get("config"):
             given["config"].write_text(self.shown.replace("[slide]", "[slide]\nmpp = 1.0"))
-        field = shapely.box(950, 2050, 1450, 2550)
+        square = shapely.box(950, 2050, 1450, 2550)
         if name == "suggest" and any("removed" in result_of(project, e) for e in project.images()):
             self.call("run", [str(given["project_path"])])
         for entry in project.images():
             if name == "run":
-                fields = [(field, kind) for kind in given["within"]]
-                write_geojson(project.layout.regions(entry.id), fields)
+                regions = [(square, kind) for kind in given["within"]]
+                write_geojson(project.layout.regions(entry.id), regions)
             if name == "refine":
                 nuclei = self.nuclei[entry.name]
-                inside = [(nucleus, "Nucleus") for nucleus in nuclei if field.intersects(nucleus)]
-                drawn = [(field, given["labels_from"]), *inside[1:]]  # the first is deleted
+                inside = [(nucleus, "Nucleus") for nucleus in nuclei if square.intersects(nucleus)]
+                drawn = [(square, given["labels_from"]), *inside[1:]]  # the first is deleted
                 write_geojson(project.layout.labels(entry.id), drawn)
             if name == "score":
                 drawn = [(nucleus, "Nucleus") for nucleus in self.nuclei[entry.name]]
@@ -141,14 +141,14 @@ class Reader:
 
 
 def result_of(project: Project, entry: ImageEntry) -> dict[str, Any]:
-    """What is said of an image's nuclei."""
+    """The record of an image's nuclei."""
     return json.loads(
         (project.layout.results(entry.id) / "result.json").read_text(encoding="utf-8")
     )
 
 
 def write_geojson(path: Path, drawn: list[tuple[shapely.Geometry, str]]) -> None:
-    """Annotations and their classes, as QuPath exports them."""
+    """Write annotations and their classes, as QuPath exports them."""
     features = [
         {
             "type": "Feature",
@@ -162,14 +162,14 @@ def write_geojson(path: Path, drawn: list[tuple[shapely.Geometry, str]]) -> None
 
 
 def parsed(name: str, arguments: list[str]) -> dict[str, Any]:
-    """What the command line reads in the arguments of a command; raises for what is wrong."""
-    top = click.Context(main, **main.context_settings)  # a command remembers how its help is asked
+    """The parameters of a command line; raises for wrong usage."""
+    top = click.Context(main, **main.context_settings)  # its names of the help option
     return main.commands[name].make_context(name, [*arguments], parent=top).params
 
 
 @functools.cache
 def help_of(script: str) -> str:
-    """What a script of the repository says of itself."""
+    """The --help of a script of the repository."""
     return subprocess.check_output([sys.executable, ROOT / script, "--help"], text=True)
 
 
@@ -182,7 +182,7 @@ def target(name: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Settings for seconds, in a folder where a model was trained with them."""
+    """Settings for fast training, in a folder with a model trained with them."""
     folder = tmp_path_factory.mktemp("quick")
     (folder / "quick.toml").write_text(QUICK)
     sample = copy_sample(folder / "sample_project")
@@ -228,8 +228,8 @@ def test_commands_that_are_not_run_exist(block: Block) -> None:
             assert words[0] in ("git", "cd", "pip", "dask")
 
 
-def test_every_block_says_what_it_is() -> None:
-    assert {block.language for block in BLOCKS} <= {"bash", "text", "toml", "yaml"}
+def test_every_block_has_a_language() -> None:
+    assert {block.language for block in BLOCKS} <= {"bash", "python", "text", "toml", "yaml"}
     assert len(BLOCKS) == sum(text.count("\n```") for text in TEXTS.values()) / 2
 
 
@@ -252,16 +252,17 @@ def test_commands_and_options_in_the_text_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))
-def test_links_lead_somewhere(link: str) -> None:
+def test_links_exist(link: str) -> None:
     assert (ROOT / link).exists()
 
 
 def test_every_setting_has_a_meaning_and_the_reference_is_up_to_date() -> None:
     reference = runpy.run_path(str(ROOT / "docs" / "reference.py"))
-    without = [field for field, comment in reference["field_comments"]().items() if not comment]
-    assert [field for field in without if field[0] != "Config"] == []
+    rows = re.findall(r"(?m)^\| (`\w+`) \|.*\|([^|]*)\|$", TEXTS["settings.md"])
+    assert len(rows) > 40
+    assert [name for name, meaning in rows if not meaning.strip()] == []
     for name, page in reference["PAGES"].items():
-        assert TEXTS[name] == page(), f"run `python docs/reference.py`: {name} is of another time"
+        assert TEXTS[name] == page(), f"run `python docs/reference.py`: {name} is out of date"
 
 
 def test_settings_that_are_shown_are_settings(tmp_path: Path) -> None:
@@ -273,32 +274,32 @@ def test_settings_that_are_shown_are_settings(tmp_path: Path) -> None:
 
 
 def test_errors_are_those_of_the_program() -> None:
-    """Each part of a message between two dots stands in one string of the source."""
-    said = []
+    """Each part of a message between two ellipses is in one string of the source."""
+    strings = []
     for path in (ROOT / "patchcl_qupath").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [v.value if isinstance(v, ast.Constant) else "…" for v in node.values]
-                said.append("".join(map(str, parts)))
+                strings.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                said.append(node.value)
-    source = "\n".join(said)
+                strings.append(node.value)
+    source = "\n".join(strings)
     messages = re.findall(r"(?m)^- `([^`]+)`", TEXTS["errors.md"])
     assert len(messages) > 40
     parts = [part for message in messages for part in re.sub(r"\s+", " ", message).split("…")]
     assert [part for part in parts if part.strip() not in source] == []
 
 
-def test_figures_are_shown_and_small() -> None:
+def test_figures_are_used_and_small() -> None:
     figures = {f"figures/{path.name}" for path in (ROOT / "docs" / "figures").iterdir()}
     shown = {
-        link for text in TEXTS.values() for link in re.findall(r"\]\((figures/\w+\.jpg)", text)
+        link for text in TEXTS.values() for link in re.findall(r"\]\((figures/[\w-]+\.jpg)", text)
     }
     assert figures == shown
     assert sum((ROOT / "docs" / figure).stat().st_size for figure in figures) < 1_500_000
 
 
-def test_networks_have_as_many_weights_as_said() -> None:
+def test_numbers_of_weights() -> None:
     networks = ConfidenceNetwork.of(PatchCLConfig()), NucleusNetwork(SelfTrainConfig().widths)
     for network in networks:
         count = sum(weight.numel() for weight in network.parameters())
