@@ -219,7 +219,7 @@ def test_suggest_from_the_command_line(path: Path, ran: tuple[Path, Nuclei]) -> 
         assert one == other
 
     shown = call("suggest", path, "--rois", 90).stdout
-    assert "there are no more fields" in shown
+    assert "there are no more ROIs" in shown
     assert "run groovy/import_nuclei.groovy" in shown
     (row,) = json.loads(call("status", path, "--json").stdout)["images"]
     assert row["changed"] == ["not in QuPath yet"]
