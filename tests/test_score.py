@@ -108,7 +108,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_ground_truth_of_every_kind_is_read(project: Path, ground_truth: Path, name: str) -> None:
     WRITERS[name](ground_truth / name)
-    result = call("score", project, "--truth", ground_truth, "--json")
+    result = call("score", project, "--ground-truth", ground_truth, "--json")
     assert result.exit_code == 0, result.output
     outcome = json.loads(result.stdout)
     (image,) = outcome["images"]
@@ -120,10 +120,10 @@ def test_ground_truth_of_every_kind_is_read(project: Path, ground_truth: Path, n
 
 def test_one_geojson_is_the_ground_truth_of_one_image(project: Path, tmp_path: Path) -> None:
     (results,) = (project / "patchcl" / "results").glob("1/nuclei-*.geojson.gz")  # our own
-    refused = call("score", project, "--truth", results)
+    refused = call("score", project, "--ground-truth", results)
     assert refused.exit_code == 1
     assert "ground truth of one image: say which one with --image" in refused.output
-    result = call("score", project, "--truth", results, "--image", "a.svs", "--json")
+    result = call("score", project, "--ground-truth", results, "--image", "a.svs", "--json")
     assert json.loads(result.stdout)["mean"] == pytest.approx(PERFECT)
 
 
@@ -131,7 +131,7 @@ def test_the_table_has_images_and_their_mean(project: Path, ground_truth: Path) 
     write_nuclei(project, 1, NUCLEI[:1])
     write_geojson(ground_truth / "a.geojson")
     write_geojson(ground_truth / "b.geojson")
-    result = call("score", project, "--truth", ground_truth)
+    result = call("score", project, "--ground-truth", ground_truth)
     assert result.exit_code == 0
     rows = [line.split() for line in result.stdout.splitlines() if "│" in line]
     figures = {row[1]: [cell for cell in row[2:] if cell != "│"] for row in rows}
@@ -144,12 +144,12 @@ def test_the_table_has_images_and_their_mean(project: Path, ground_truth: Path) 
 def test_images_that_fail_do_not_stop_the_others(project: Path, ground_truth: Path) -> None:
     write_geojson(ground_truth / "a.geojson")
     write_geojson(ground_truth / "b.geojson")
-    result = call("score", project, "--truth", ground_truth)
+    result = call("score", project, "--ground-truth", ground_truth)
     assert result.exit_code == 1
     assert "Failed: b.svs has no nuclei to score: do `patchcl-qp run` first" in result.output
     assert "1.000" in result.output
     call("remove", project, "--backend", "files")
-    removed = call("score", project, "--truth", ground_truth)
+    removed = call("score", project, "--ground-truth", ground_truth)
     assert "a.svs has no nuclei to score" in removed.output
     assert "mean" not in removed.output
 
@@ -157,7 +157,7 @@ def test_images_that_fail_do_not_stop_the_others(project: Path, ground_truth: Pa
 def test_damaged_results_are_reported(project: Path, ground_truth: Path) -> None:
     write_geojson(ground_truth / "a.geojson")
     (project / "patchcl" / "results" / "1" / "nuclei.parquet").write_bytes(b"PAR1")
-    result = call("score", project, "--truth", ground_truth)
+    result = call("score", project, "--ground-truth", ground_truth)
     assert result.exit_code == 1
     assert "cannot be read: do `patchcl-qp run` again" in result.output
 
@@ -192,7 +192,7 @@ def test_ground_truth_that_cannot_be_used_is_refused(
     project: Path, ground_truth: Path, name: str, write: Callable[[Path], object], words: str
 ) -> None:
     write(ground_truth / name)
-    result = call("score", project, "--truth", ground_truth)
+    result = call("score", project, "--ground-truth", ground_truth)
     assert result.exit_code == 1
     assert words in result.output
     assert "Traceback" not in result.output
@@ -200,21 +200,21 @@ def test_ground_truth_that_cannot_be_used_is_refused(
 
 
 def test_ground_truth_that_does_not_exist_is_refused(project: Path, tmp_path: Path) -> None:
-    assert "--truth" in call("score", project).output
-    missing = call("score", project, "--truth", tmp_path / "none")
+    assert "--ground-truth" in call("score", project).output
+    missing = call("score", project, "--ground-truth", tmp_path / "none")
     assert missing.exit_code == 1
     assert "none does not exist: give a file that ends in .geojson" in missing.output
-    other = call("score", project, "--truth", project / "project.qpproj")
+    other = call("score", project, "--ground-truth", project / "project.qpproj")
     assert "project.qpproj cannot be the ground truth: give a file that ends in" in other.output
 
 
 def test_two_ground_truth_files_of_one_image_are_refused(project: Path, ground_truth: Path) -> None:
     write_geojson(ground_truth / "a.geojson")
     np.save(ground_truth / "a.npy", LABELS)
-    result = call("score", project, "--truth", ground_truth)
+    result = call("score", project, "--ground-truth", ground_truth)
     assert "a.svs has several ground-truth files (a.geojson, a.npy): leave one" in result.output
     np.save(ground_truth / "a.svs.npy", LABELS)  # the whole name precedes the stem
-    assert call("score", project, "--truth", ground_truth).exit_code == 0
+    assert call("score", project, "--ground-truth", ground_truth).exit_code == 0
 
 
 def test_a_cell_is_its_nucleus_and_areas_are_made_valid(ground_truth: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_cell_is_its_nucleus_and_areas_are_made_valid(ground_truth: Path) -> N
 
 def test_regions_in_ground_truth_are_no_nuclei(project: Path, ground_truth: Path) -> None:
     write_geojson(ground_truth / "a.geojson", [shapely.box(0, 0, 60, 40), *NUCLEI])
-    (image,) = json.loads(call("score", project, "--truth", ground_truth, "--json").stdout)[
+    (image,) = json.loads(call("score", project, "--ground-truth", ground_truth, "--json").stdout)[
         "images"
     ]
     assert image["scores"] == pytest.approx(PERFECT)
@@ -252,7 +252,7 @@ def test_a_run_limited_to_regions_is_scored_inside_them(project: Path, ground_tr
     left = json.loads(shapely.to_geojson(shapely.box(0, 0, 30, 40)))
     write_nuclei(project, 0, NUCLEI[:2], regions=(RegionRecord(geometry=left, tissue_mm2=0.1),))
     write_geojson(ground_truth / "a.geojson")
-    result = call("score", project, "--truth", ground_truth, "--json")
+    result = call("score", project, "--ground-truth", ground_truth, "--json")
     (image,) = json.loads(result.stdout)["images"]
     assert (image["true_nuclei"], image["scores"]) == (2, pytest.approx(PERFECT))
     assert image["note"] == "only inside the analysis regions of the run"

@@ -197,7 +197,7 @@ def call(*arguments: object, status: int = 0) -> Any:
 
 
 def test_suggest_from_the_command_line(path: Path, ran: tuple[Path, Nuclei]) -> None:
-    suggested = json.loads(call("suggest", path, "--fields", 3, "--json").stdout)
+    suggested = json.loads(call("suggest", path, "--rois", 3, "--json").stdout)
     assert len(suggested["fields"]) == 3
     assert not suggested["problems"]
     assert not suggested["without"]
@@ -213,13 +213,13 @@ def test_suggest_from_the_command_line(path: Path, ran: tuple[Path, Nuclei]) -> 
         box = shapely.box(x, y, x + width, y + height)
         assert one["nuclei"] == pytest.approx(shapely.contains(box, centroids).sum(), rel=0.02)
         assert one["tissue"] >= 0.75
-    again = json.loads(call("suggest", path, "--fields", 3, "--json").stdout)["fields"]
+    again = json.loads(call("suggest", path, "--rois", 3, "--json").stdout)["fields"]
     for one, other in zip(suggested["fields"], again, strict=True):
         assert one["field"].pop("id") != other["field"].pop("id")
         assert one == other
 
-    shown = call("suggest", path, "--fields", 90).stdout
-    assert "there are no more fields" in shown
+    shown = call("suggest", path, "--rois", 90).stdout
+    assert "there are no more ROIs" in shown
     assert "run groovy/import_nuclei.groovy" in shown
     (row,) = json.loads(call("status", path, "--json").stdout)["images"]
     assert row["changed"] == ["not in QuPath yet"]
