@@ -78,6 +78,7 @@ def open_workers(
     answer, or where no jobs can be had.
     """
     import dask
+    import distributed  # noqa: F401  # its defaults first: config.set would remove them on exit
 
     if scheduler:
         with _at_scheduler(scheduler) as workers:
