@@ -180,6 +180,13 @@ def test_processes_are_set_up_before_the_context_is_unpacked(
     assert not any("None" in stage for stage in seconds)
 
 
+def test_workers_are_opened_twice_in_one_process() -> None:
+    """In a fresh process: Dask's settings must survive the first time, as in a notebook."""
+    opened = "with open_workers(1) as workers:\n    assert workers.threads() == 1\n"
+    code = f"from {open_workers.__module__} import open_workers\n{opened}{opened}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_workers_and_failed_tiles_are_logged(
     client: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -78,6 +78,7 @@ def open_workers(
     answer, or where no jobs can be had.
     """
     import dask
+    import distributed  # noqa: F401  # before ``set``, which else removes its defaults at the end
 
     if scheduler:
         with _at_scheduler(scheduler) as workers:
