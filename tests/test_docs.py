@@ -256,6 +256,14 @@ def test_links_exist(link: str) -> None:
     assert (ROOT / link).exists()
 
 
+def test_modules_in_how_it_works_exist() -> None:
+    modules = re.findall(r"`([\w/]+\.py)`", TEXTS["how-it-works.md"])
+    assert len(modules) > 20
+    folders = (ROOT / "patchcl_qupath", ROOT)
+    missing = [name for name in modules if not any((at / name).exists() for at in folders)]
+    assert missing == []
+
+
 def test_every_setting_has_a_meaning_and_the_reference_is_up_to_date() -> None:
     reference = runpy.run_path(str(ROOT / "docs" / "reference.py"))
     rows = re.findall(r"(?m)^\| (`\w+`) \|.*\|([^|]*)\|$", TEXTS["settings.md"])
