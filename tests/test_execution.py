@@ -298,6 +298,6 @@ def test_scheduler_and_cluster_are_two_ways() -> None:
 def test_workers_can_be_opened_again_in_a_process() -> None:
     """Also where nothing else has imported distributed, whose settings are loaded once."""
     code = "from patchcl_qupath.execution.workers import open_workers\n"
-    code += "for _ in range(2):\n    with open_workers(1) as workers:\n        print(workers.client)"
+    code += "for _ in range(2):\n    with open_workers(1) as workers:\n        workers.poll()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
