@@ -139,3 +139,9 @@ def test_functions_are_short() -> None:
     assert not too_long
     assert counted[".py"] > 500
     assert counted[".groovy"] > 50
+
+
+def test_the_story_of_an_image_is_short() -> None:
+    """What a reader follows from a project's image to polygons."""
+    text = (ROOT / "patchcl_qupath" / "pipeline.py").read_text("utf-8")
+    assert dict(python_functions(text))["image"] < 25
