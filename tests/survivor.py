@@ -29,12 +29,12 @@ from patchcl_qupath.project import results  # noqa: F401
 
 
 def start(command: list[str], log: Path) -> int:
-    """A run, and what it says in a file; -> its process id."""
+    """A run, and what it prints in a file; -> its process id."""
     child = os.fork()
     if child == 0:
-        said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
         status = 1
         try:
             main(command)
@@ -46,7 +46,7 @@ def start(command: list[str], log: Path) -> int:
 
 
 def timed(file: Path) -> bool:
-    """Whether a file has times in it, and what was taken over."""
+    """Whether a file has times in it, and what was resumed."""
     return file.name in ("run.json", "index.html") or file.parent.name == "outcomes"
 
 
@@ -70,7 +70,7 @@ def last_stage(log: Path) -> str:
 
 def kill_runs(kills: int, project: Path, options: list[str]) -> list[str]:
     """-> what each of the killed runs was doing."""
-    output, log = project / "patchcl", project / "said.log"
+    output, log = project / "patchcl", project / "output.log"
     command = ["run", str(project), "--progress", "json", *options]
     assert threading.active_count() == 1, "a fork has one thread only"
     began = time.monotonic()

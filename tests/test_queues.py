@@ -34,7 +34,7 @@ pytestmark = pytest.mark.queue
 
 @dataclass(frozen=True)
 class Kind:
-    """How a queue says which nodes are up, and what is queued; names of the same thing in each."""
+    """How a queue lists which nodes are up, and what is queued; names of the same thing in each."""
 
     nodes: str
     node: str  # a pattern: group 1 is a node that is up
@@ -200,27 +200,27 @@ def test_a_job_that_is_refused_says_why(queue: Queue) -> None:
 
 
 def test_jobs_that_end_before_their_workers_come_say_why(queue: Queue) -> None:
-    told: list[str] = []
+    notified: list[str] = []
     with (
         queue.change(python="/no/python"),
         pytest.raises(ConfigError, match=r"end before their workers come.* /no/python: No such"),
-        open_workers(2, cluster=queue.kind, notify=told.append),
+        open_workers(2, cluster=queue.kind, notify=notified.append),
     ):
         pass
-    assert len([what for what in told if "ended before its worker came" in what]) == 6
+    assert len([what for what in notified if "ended before its worker came" in what]) == 6
 
 
-def test_what_a_job_waits_for_is_told(queue: Queue) -> None:
-    class Told(Exception):  # noqa: N818  no error: it ends the waiting
+def test_what_a_job_waits_for_is_shown(queue: Queue) -> None:
+    class Notified(Exception):  # noqa: N818  no error: it ends the waiting
         pass
 
     def hear(what: str) -> None:
-        raise Told(what)
+        raise Notified(what)
 
     held = f"{queue.kind}: 2 {KINDS[queue.kind].held}"
     with (
         queue.change(**{"job-extra-directives": [KINDS[queue.kind].hold]}),
-        pytest.raises(Told, match=held),
+        pytest.raises(Notified, match=held),
         open_workers(2, cluster=queue.kind, notify=hear),
     ):
         pass

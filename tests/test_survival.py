@@ -1,7 +1,7 @@
 """What a run survives, each really done to it: being killed and stopped, slides that go or rot.
 
 Nothing is lost, nothing is doubled: what comes out in the end equals what comes out undisturbed.
-A full disk: test_cli.py. Workers that die: test_runs.py. QuPath's process: test_paquo.py.
+A full disk: test_cli.py. Workers that die: test_execution.py. QuPath's process: test_paquo.py.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def test_fifty_kills(folder: Path) -> None:
 def interrupted(folder: Path, stage: str, *options: str) -> int:
     """Start a run, and press Ctrl-C as soon as it did something of a stage; -> its exit status.
 
-    As in a terminal, all its processes are told.
+    As in a terminal, all its processes get the signal.
     """
     command = [*RUN, folder / "project", "--config", folder / "settings.toml", *options]
     with subprocess.Popen(
@@ -110,15 +110,15 @@ def interrupted(folder: Path, stage: str, *options: str) -> int:
                 break
         os.killpg(process.pid, signal.SIGINT)
         status = process.wait(timeout=2)  # what is asked of it
-        said = process.stderr.read()  # by the last of its processes, too
-        assert "The same command resumes from here" in said
-        assert "Traceback" not in said
+        printed = process.stderr.read()  # by the last of its processes, too
+        assert "The same command resumes from here" in printed
+        assert "Traceback" not in printed
     assert not [*folder.rglob("*.partial")]
     return status
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process")
-def test_ctrl_c_ends_it_at_once_and_it_goes_on(folder: Path, undisturbed: dict[str, bytes]) -> None:
+def test_ctrl_c_ends_it_at_once_and_it_resumes(folder: Path, undisturbed: dict[str, bytes]) -> None:
     assert interrupted(folder, "a.tif: segmenting") == 130
     assert len(tiles(folder, 1)) >= 3
     assert interrupted(folder, "b.tif: segmenting", "--workers", "6") == 130
@@ -150,9 +150,9 @@ def test_slide_that_disappears_half_way(folder: Path, undisturbed: dict[str, byt
         while not tiles(folder, 1):
             time.sleep(0.001)
         slide.rename(aside)
-        said, _ = process.communicate()
+        printed, _ = process.communicate()
     assert process.returncode == 1
-    first, second = json.loads(said)["images"]
+    first, second = json.loads(printed)["images"]
     assert second["problem"] is None  # the other image is done
     assert f"a.tif is not at {slide}" in first["problem"]
     assert "once it can be again, run again; finished tiles are kept" in first["problem"]
@@ -181,8 +181,8 @@ def rot(slide: Path, row: int, col: int) -> None:
     os.utime(slide, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_tile_that_raises_leaves_a_hole_that_is_shown(folder: Path) -> None:
-    """The lower right corner of a slide is damaged; its stain range is taken from elsewhere."""
+def test_tile_that_fails_is_left_out_and_shown(folder: Path) -> None:
+    """The lower right corner of a slide is damaged; its stain normaliser is fitted elsewhere."""
     (entry,) = open_project(SAMPLE, "files").images()
     pixels = Slide.open(entry).read(Box(1300, 700, 2260, 1660))
     slide, whole = folder / "a.tif", folder / "whole.tif"
@@ -208,10 +208,10 @@ def test_tile_that_raises_leaves_a_hole_that_is_shown(folder: Path) -> None:
         assert {failed["width"] for failed in failed_tiles} == {137, 138}
         assert "a.tif cannot be read" in failed_tiles[0]["reason"]
     assert red_of_overview(output) == pytest.approx((685 / 960,) * 2 + (1, 1), abs=0.03)
-    said = json.loads(CliRunner().invoke(main, ["status", str(output.parent), "--json"]).stdout)
-    assert said["images"][0]["state"] == "done but for 4 of its tiles"
+    printed = json.loads(CliRunner().invoke(main, ["status", str(output.parent), "--json"]).stdout)
+    assert printed["images"][0]["state"] == "done but for 4 of its tiles"
     page = (output / "report" / "index.html").read_text("utf-8")
-    assert "4 of 49 tiles were left out: a.tif cannot be read" in page
+    assert "4 of 49 tiles failed: a.tif cannot be read" in page
     with Image.open(output / "report" / "images" / "1" / "overview.jpg") as picture:
         shown = np.asarray(picture).astype(int)
     red = shown[..., 0] - shown[..., 1:].max(axis=2) > 150
@@ -257,9 +257,9 @@ def test_image_of_which_no_tile_can_be_read_keeps_its_old_results(
             for col in range(7):
                 rot(slide, row, col)
         process.send_signal(signal.SIGCONT)
-        _, said = process.communicate()
+        _, printed = process.communicate()
     assert process.returncode == 1
-    assert b"Failed: a.tif: no tile can be segmented: a.tif cannot be read" in said
+    assert b"Failed: a.tif: no tile can be segmented: a.tif cannot be read" in printed
     kept = left_by_run(folder / "project" / "patchcl")
     assert kept["results/1/nuclei.parquet"] == undisturbed["results/1/nuclei.parquet"]
     shutil.move(aside, slide)
