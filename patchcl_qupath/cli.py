@@ -6,82 +6,42 @@ What takes long to import is imported inside the commands, so that --help answer
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from patchcl_qupath import __version__, console, logs
+from patchcl_qupath import __version__, console, options
 from patchcl_qupath.config import (
-    CLUSTERS,
     CORRECTED,
     BackendKind,
     Config,
     EngineChoice,
-    ObjectType,
-    StainChoice,
     load_config,
 )
 from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
-from patchcl_qupath.progress import Progress, ShowProgress, Stage
+from patchcl_qupath.options import Common, Overrides, Pool, Showing, Writing
+from patchcl_qupath.progress import ShowProgress
 
 if TYPE_CHECKING:
     from patchcl_qupath.datatypes import ImageEntry
-    from patchcl_qupath.execution.workers import Workers
     from patchcl_qupath.models.model import Model
     from patchcl_qupath.project import NewImage, Project
 
 logger = logging.getLogger("patchcl_qupath.cli")  # which may be run as __main__
 
-Showing = Callable[[], AbstractContextManager[ShowProgress]]
-Command = Callable[..., None]
-_PATH = click.Path(path_type=Path)
-_SHOWING = {"bars": console.progress_bars, "json": console.progress_lines}
-_VERBOSITY = "patchcl_qupath.verbosity"  # of click's context
-_DEVICE = "patchcl_qupath.device"
-
-
-class _Renamed(click.Option):
-    """An option whose help shows its first name alone; the others keep old scripts going."""
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        names, self.opts = self.opts, self.opts[:1]
-        try:
-            return super().get_help_record(ctx)
-        finally:
-            self.opts = names
-
-
-def _log(context: click.Context, _: click.Parameter, count: int) -> None:
-    """Show the log; -v may stand before the command, after it, or both."""
-    context.meta[_VERBOSITY] = context.meta.get(_VERBOSITY, 0) + count
-    logs.show_logs(logs.level_of(context.meta[_VERBOSITY]))
-
-
-_verbose = click.option(
-    "-v",
-    "--verbose",
-    count=True,
-    callback=_log,
-    expose_value=False,
-    is_eager=True,
-    help="Log on standard error what is done; -vv: in detail.",
-)
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@_verbose
+@options.verbose
 def main() -> None:
     """Find every nucleus in the slides of a QuPath project: no labels, no GPU, no download."""
     from patchcl_qupath.execution.workers import set_environment
@@ -90,225 +50,14 @@ def main() -> None:
     console.replace_unencodable()
 
 
-# ------------------------------------------------------------------ options
-
-
-@dataclass(frozen=True, kw_only=True)
-class Common:
-    """The options of every command on a project's images.
-
-    ``mpp`` is the pixel size, in µm, of images that have none in QuPath or in their file.
-    """
-
-    project_path: Path
-    names: tuple[str, ...]
-    mpp: float | None
-    config: Path | None
-    as_json: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Writing:
-    """The options of commands that change what QuPath shows."""
-
-    backend: str = BackendKind.FILES
-    qupath: Path | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Overrides:
-    """The options of a run that take the place of settings."""
-
-    engine: str | None
-    object_type: str | None
-    stain: str | None
-    class_name: str | None
-    seed: int | None
-
-    def of(self, config: Config) -> Config:
-        """The settings, but for what was given."""
-        result, slide, patchcl = config.result, config.slide, config.patchcl
-        if self.object_type is not None:
-            result = replace(result, object_type=ObjectType(self.object_type))
-        if self.class_name is not None:
-            result = replace(result, class_name=self.class_name)
-        if self.stain is not None:
-            slide = replace(slide, stain=StainChoice(self.stain))
-        if self.seed is not None:
-            patchcl = replace(patchcl, seed=self.seed)
-        engine = EngineChoice(self.engine or config.engine)
-        return replace(config, slide=slide, patchcl=patchcl, result=result, engine=engine)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pool:
-    """The options of where tiles are segmented."""
-
-    workers: int | None
-    scheduler: str | None
-    cluster: str | None
-
-    @contextmanager
-    def open(self, progress: ShowProgress) -> Iterator[Workers]:
-        """The workers; shows what they are waited for."""
-        from patchcl_qupath.execution.workers import open_workers
-
-        def notify(what: str) -> None:
-            progress(Progress(stage=Stage.WAITING_FOR_WORKERS, detail=f"of {what}"))
-
-        if elsewhere := self.scheduler or self.cluster:
-            notify(elsewhere)
-        with open_workers(self.workers, self.scheduler, self.cluster, notify) as workers:
-            yield workers
-
-
-def _bundle(
-    name: str, record: type, options: Sequence[Callable[[Command], Command]]
-) -> Callable[[Command], Command]:
-    """A decorator that gives a command some options as one ``record``, the argument ``name``."""
-
-    def decorate(command: Command) -> Command:
-        @functools.wraps(command)
-        def with_record(**values: Any) -> None:
-            given = {field.name: values.pop(field.name) for field in dataclasses.fields(record)}
-            command(**values, **{name: record(**given)})
-
-        decorated: Command = with_record
-        for option in reversed(options):
-            decorated = option(decorated)
-        return decorated
-
-    return decorate
-
-
-_json = click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
-_project = click.argument("project_path", metavar="PROJECT", type=_PATH)
-_qupath = click.option("--qupath", type=_PATH, help="Folder of QuPath, if it is in no usual place.")
-_seed = click.option("--seed", type=click.IntRange(min=0), help="Seed of the training.")
-
-_common = _bundle(
-    "common",
-    Common,
-    [
-        _project,
-        click.option(
-            "--image",
-            "names",
-            multiple=True,
-            help="Only the image of this name or id; repeat for more. Default: all.",
-        ),
-        click.option(
-            "--mpp",
-            type=click.FloatRange(min=0, min_open=True),
-            help="Pixel size, in µm, of images that have none in QuPath or in their file.",
-        ),
-        click.option("--config", type=_PATH, help="TOML file with settings."),
-        _json,
-        _verbose,
-    ],
-)
-
-_writing = _bundle(
-    "writing",
-    Writing,
-    [
-        click.option(
-            "--backend",
-            type=click.Choice([*map(str, BackendKind)]),
-            default=str(BackendKind.AUTO),
-            envvar="PATCHCL_QP_BACKEND",
-            help="Have QuPath write nuclei into its images (paquo), or leave files to import "
-            "(files). Default: QuPath, if there is one.",
-        ),
-        _qupath,
-    ],
-)
-
-_overrides = _bundle(
-    "overrides",
-    Overrides,
-    [
-        click.option(
-            "--engine",
-            type=click.Choice([*map(str, EngineChoice)]),
-            help="What runs the network. Default: OpenVINO on CPUs, if it is installed, else "
-            "torch.",
-        ),
-        click.option(
-            "--object-type",
-            type=click.Choice([*map(str, ObjectType)]),
-            help="What nuclei become in QuPath. auto: annotations, or detections where they are "
-            "many.",
-        ),
-        click.option(
-            "--stain",
-            type=click.Choice([*map(str, StainChoice)]),
-            help="The stains that are measured. auto, the default: those of the image in QuPath, "
-            "else h-e. Nuclei are found in any.",
-        ),
-        click.option("--class-name", help="Class of the nuclei in QuPath; default: Nucleus."),
-        _seed,
-    ],
-)
-
-_pool = _bundle(
-    "pool",
-    Pool,
-    [
-        click.option(
-            "--workers",
-            type=click.IntRange(min=1),
-            help="Threads, default: all cores; with --cluster: jobs, default: 1.",
-        ),
-        click.option("--scheduler", help="Address of a running Dask scheduler: tcp://host:8786."),
-        click.option(
-            "--cluster",
-            type=click.Choice([*CLUSTERS]),
-            help="Work in jobs of this queue; ~/.config/dask/jobqueue.yaml describes a job.",
-        ),
-    ],
-)
-
-
-def _use_device(context: click.Context, __: click.Parameter, device: str) -> None:
-    """Networks run on the GPU if torch sees one: so hide it, or check that it is there."""
-    context.meta[_DEVICE] = device
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise click.BadParameter("torch finds no CUDA device here: use --device cpu")
-
-
-_device = click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    callback=_use_device,
-    expose_value=False,
-    help="Where networks run. Default: a CUDA device, if there is one.",
-)
-
-_progress = click.option(
-    "--progress",
-    "showing",
-    type=click.Choice(["bars", "json"]),
-    default="bars",
-    callback=lambda _, __, kind: _SHOWING[kind],
-    help="On standard error: bars for people, or a line of JSON for each step.",
-)
-
-
 # ------------------------------------------------------------------ commands
 
 
 @main.command()
-@_common
-@_writing
-@_device
-@_overrides
+@options.common
+@options.writing
+@options.device
+@options.overrides
 @click.option(
     "--within",
     multiple=True,
@@ -318,8 +67,8 @@ _progress = click.option(
 )
 @click.option("--model", "name", default="patchcl", help="Name of the model; trained if missing.")
 @click.option("--retrain", is_flag=True, help="Train the model anew even if there is one.")
-@_pool
-@_progress
+@options.pool
+@options.progress
 def run(
     *,
     common: Common,
@@ -366,10 +115,10 @@ def run(
 
 
 @main.command()
-@_common
-@_device
+@options.common
+@options.device
 @click.option("--model", "name", default="patchcl", help="Name to give the model.")
-@_seed
+@options.seed
 def train(*, common: Common, name: str, seed: int | None) -> None:
     """Train a model on the slides of PROJECT, without labels."""
     with _reporting_errors(common.as_json):
@@ -388,13 +137,13 @@ def train(*, common: Common, name: str, seed: int | None) -> None:
 
 
 @main.command()
-@_common
-@_writing
+@options.common
+@options.writing
 @click.option(
     "--rois",
     "--fields",
     "count",
-    cls=_Renamed,
+    cls=options.Renamed,
     type=click.IntRange(min=1),
     default=6,
     show_default=True,
@@ -418,9 +167,9 @@ def suggest(*, common: Common, writing: Writing, count: int) -> None:
 
 
 @main.command()
-@_common
-@_writing
-@_device
+@options.common
+@options.writing
+@options.device
 @click.option(
     "--labels-from",
     default=CORRECTED,
@@ -430,7 +179,7 @@ def suggest(*, common: Common, writing: Writing, count: int) -> None:
 @click.option("--model", "name", default="patchcl", help="Name of the model to refine.")
 @click.option("--as", "new_name", default="refined", help="Name of the refined model.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the training.")
-@_progress
+@options.progress
 def refine(
     *,
     common: Common,
@@ -467,10 +216,10 @@ def refine(
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=_PATH)
-@click.argument("images", metavar="IMAGE...", type=_PATH, nargs=-1, required=True)
+@click.argument("folder", metavar="DIR", type=options.PATH)
+@click.argument("images", metavar="IMAGE...", type=options.PATH, nargs=-1, required=True)
 @click.option("--mpp", type=click.FloatRange(min=0, min_open=True), help="Pixel size in µm.")
-@_verbose
+@options.verbose
 def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
     """Make a QuPath project in DIR out of image files. Images stay where they are."""
     with _reporting_errors(as_json=False):
@@ -481,7 +230,7 @@ def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
 
 
 @main.command()
-@_common
+@options.common
 def status(*, common: Common) -> None:
     """Show which images of PROJECT are done, by which model, and what has changed since.
 
@@ -496,13 +245,13 @@ def status(*, common: Common) -> None:
 
 
 @main.command()
-@_common
+@options.common
 @click.option(
     "--ground-truth",
     "--truth",
     "ground_truth",
-    cls=_Renamed,
-    type=_PATH,
+    cls=options.Renamed,
+    type=options.PATH,
     required=True,
     metavar="DIR|GEOJSON",
     help="Outlined nuclei: a folder with files named as the images (GeoJSON as QuPath exports it, "
@@ -524,8 +273,8 @@ def score(*, common: Common, ground_truth: Path) -> None:
 
 
 @main.command()
-@_common
-@_writing
+@options.common
+@options.writing
 def remove(*, common: Common, writing: Writing) -> None:
     """Remove the nuclei of `run` from PROJECT, except those that a person changed."""
     with _reporting_errors(common.as_json):
@@ -539,9 +288,9 @@ def remove(*, common: Common, writing: Writing) -> None:
 
 
 @main.command()
-@_json
-@_verbose
-@_project
+@options.as_json
+@options.verbose
+@options.project_path
 def report(project_path: Path, as_json: bool) -> None:
     """Write the report of PROJECT anew from the files of its runs: a page for a browser."""
     with _reporting_errors(as_json):
@@ -556,8 +305,8 @@ def report(project_path: Path, as_json: bool) -> None:
 
 
 @main.command()
-@_verbose
-@_project
+@options.verbose
+@options.project_path
 def scripts(project_path: Path) -> None:
     """Copy the Groovy scripts into PROJECT, where QuPath lists them."""
     with _reporting_errors(as_json=False):
@@ -570,9 +319,9 @@ def scripts(project_path: Path) -> None:
 
 
 @main.command()
-@_qupath
+@options.qupath
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-@_verbose
+@options.verbose
 def doctor(qupath: Path | None, as_json: bool) -> None:
     """List what the program can use on this machine, and what a missing part would add."""
     from patchcl_qupath.doctor import findings
@@ -590,7 +339,7 @@ def doctor(qupath: Path | None, as_json: bool) -> None:
 
 def _check_engine(settings: Config) -> None:
     """Raise ConfigError where the engine and --device exclude each other."""
-    on_gpu = click.get_current_context().meta[_DEVICE] == "cuda"
+    on_gpu = click.get_current_context().meta[options.DEVICE] == "cuda"
     if on_gpu and settings.engine is EngineChoice.OPENVINO:
         raise ConfigError("OpenVINO runs on CPUs: leave out --device cuda, or use --engine torch")
 

@@ -1,0 +1,272 @@
+"""The options of the commands, and the records that they come in."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from patchcl_qupath import console, logs
+from patchcl_qupath.config import (
+    CLUSTERS,
+    BackendKind,
+    Config,
+    EngineChoice,
+    ObjectType,
+    StainChoice,
+)
+from patchcl_qupath.progress import Progress, ShowProgress, Stage
+
+if TYPE_CHECKING:
+    from patchcl_qupath.execution.workers import Workers
+
+
+Showing = Callable[[], AbstractContextManager[ShowProgress]]
+Command = Callable[..., None]
+PATH = click.Path(path_type=Path)
+_SHOWING = {"bars": console.progress_bars, "json": console.progress_lines}
+_VERBOSITY = "patchcl_qupath.verbosity"  # of click's context
+DEVICE = "patchcl_qupath.device"
+
+
+class Renamed(click.Option):
+    """An option whose help shows its first name alone; the others keep old scripts going."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        names, self.opts = self.opts, self.opts[:1]
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.opts = names
+
+
+def _log(context: click.Context, _: click.Parameter, count: int) -> None:
+    """Show the log; -v may stand before the command, after it, or both."""
+    context.meta[_VERBOSITY] = context.meta.get(_VERBOSITY, 0) + count
+    logs.show_logs(logs.level_of(context.meta[_VERBOSITY]))
+
+
+verbose = click.option(
+    "-v",
+    "--verbose",
+    count=True,
+    callback=_log,
+    expose_value=False,
+    is_eager=True,
+    help="Log on standard error what is done; -vv: in detail.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """The options of every command on a project's images.
+
+    ``mpp`` is the pixel size, in µm, of images that have none in QuPath or in their file.
+    """
+
+    project_path: Path
+    names: tuple[str, ...]
+    mpp: float | None
+    config: Path | None
+    as_json: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """The options of commands that change what QuPath shows."""
+
+    backend: str = BackendKind.FILES
+    qupath: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """The options of a run that take the place of settings."""
+
+    engine: str | None
+    object_type: str | None
+    stain: str | None
+    class_name: str | None
+    seed: int | None
+
+    def of(self, config: Config) -> Config:
+        """The settings, but for what was given."""
+        result, slide, patchcl = config.result, config.slide, config.patchcl
+        if self.object_type is not None:
+            result = replace(result, object_type=ObjectType(self.object_type))
+        if self.class_name is not None:
+            result = replace(result, class_name=self.class_name)
+        if self.stain is not None:
+            slide = replace(slide, stain=StainChoice(self.stain))
+        if self.seed is not None:
+            patchcl = replace(patchcl, seed=self.seed)
+        engine = EngineChoice(self.engine or config.engine)
+        return replace(config, slide=slide, patchcl=patchcl, result=result, engine=engine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """The options of where tiles are segmented."""
+
+    workers: int | None
+    scheduler: str | None
+    cluster: str | None
+
+    @contextmanager
+    def open(self, progress: ShowProgress) -> Iterator[Workers]:
+        """The workers; shows what they are waited for."""
+        from patchcl_qupath.execution.workers import open_workers
+
+        def notify(what: str) -> None:
+            progress(Progress(stage=Stage.WAITING_FOR_WORKERS, detail=f"of {what}"))
+
+        if elsewhere := self.scheduler or self.cluster:
+            notify(elsewhere)
+        with open_workers(self.workers, self.scheduler, self.cluster, notify) as workers:
+            yield workers
+
+
+def _bundle(
+    name: str, record: type, options: Sequence[Callable[[Command], Command]]
+) -> Callable[[Command], Command]:
+    """A decorator that gives a command some options as one ``record``, the argument ``name``."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def with_record(**values: Any) -> None:
+            given = {field.name: values.pop(field.name) for field in dataclasses.fields(record)}
+            command(**values, **{name: record(**given)})
+
+        decorated: Command = with_record
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+project_path = click.argument("project_path", metavar="PROJECT", type=PATH)
+qupath = click.option("--qupath", type=PATH, help="Folder of QuPath, if it is in no usual place.")
+seed = click.option("--seed", type=click.IntRange(min=0), help="Seed of the training.")
+
+common = _bundle(
+    "common",
+    Common,
+    [
+        project_path,
+        click.option(
+            "--image",
+            "names",
+            multiple=True,
+            help="Only the image of this name or id; repeat for more. Default: all.",
+        ),
+        click.option(
+            "--mpp",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Pixel size, in µm, of images that have none in QuPath or in their file.",
+        ),
+        click.option("--config", type=PATH, help="TOML file with settings."),
+        as_json,
+        verbose,
+    ],
+)
+
+writing = _bundle(
+    "writing",
+    Writing,
+    [
+        click.option(
+            "--backend",
+            type=click.Choice([*map(str, BackendKind)]),
+            default=str(BackendKind.AUTO),
+            envvar="PATCHCL_QP_BACKEND",
+            help="Have QuPath write nuclei into its images (paquo), or leave files to import "
+            "(files). Default: QuPath, if there is one.",
+        ),
+        qupath,
+    ],
+)
+
+overrides = _bundle(
+    "overrides",
+    Overrides,
+    [
+        click.option(
+            "--engine",
+            type=click.Choice([*map(str, EngineChoice)]),
+            help="What runs the network. Default: OpenVINO on CPUs, if it is installed, else "
+            "torch.",
+        ),
+        click.option(
+            "--object-type",
+            type=click.Choice([*map(str, ObjectType)]),
+            help="What nuclei become in QuPath. auto: annotations, or detections where they are "
+            "many.",
+        ),
+        click.option(
+            "--stain",
+            type=click.Choice([*map(str, StainChoice)]),
+            help="The stains that are measured. auto, the default: those of the image in QuPath, "
+            "else h-e. Nuclei are found in any.",
+        ),
+        click.option("--class-name", help="Class of the nuclei in QuPath; default: Nucleus."),
+        seed,
+    ],
+)
+
+pool = _bundle(
+    "pool",
+    Pool,
+    [
+        click.option(
+            "--workers",
+            type=click.IntRange(min=1),
+            help="Threads, default: all cores; with --cluster: jobs, default: 1.",
+        ),
+        click.option("--scheduler", help="Address of a running Dask scheduler: tcp://host:8786."),
+        click.option(
+            "--cluster",
+            type=click.Choice([*CLUSTERS]),
+            help="Work in jobs of this queue; ~/.config/dask/jobqueue.yaml describes a job.",
+        ),
+    ],
+)
+
+
+def _use_device(context: click.Context, __: click.Parameter, device: str) -> None:
+    """Networks run on the GPU if torch sees one: so hide it, or check that it is there."""
+    context.meta[DEVICE] = device
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise click.BadParameter("torch finds no CUDA device here: use --device cpu")
+
+
+device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    callback=_use_device,
+    expose_value=False,
+    help="Where networks run. Default: a CUDA device, if there is one.",
+)
+
+progress = click.option(
+    "--progress",
+    "showing",
+    type=click.Choice(["bars", "json"]),
+    default="bars",
+    callback=lambda _, __, kind: _SHOWING[kind],
+    help="On standard error: bars for people, or a line of JSON for each step.",
+)
