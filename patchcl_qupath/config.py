@@ -105,9 +105,14 @@ def fraction(description: str) -> msgspec.Meta:
     return setting(description, ge=0, le=1)
 
 
-def setting_types(table: Any) -> dict[str, Any]:
-    """Setting -> its type, with what ``setting`` says of it."""
-    return get_type_hints(table, include_extras=True)
+_types: dict[type, dict[str, Any]] = {}  # of tables: evaluating annotations takes milliseconds
+
+
+def setting_types(table: type) -> dict[str, Any]:
+    """Setting -> its type, with its description, unit and limits (``setting``)."""
+    if table not in _types:
+        _types[table] = get_type_hints(table, include_extras=True)
+    return _types[table]
 
 
 @dataclass(frozen=True)
