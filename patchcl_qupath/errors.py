@@ -5,6 +5,7 @@ PatchCLError
 ├── ProjectError      the project as a whole cannot be used
 ├── ImageError        one image cannot be used; the others go on
 │   └── SlideError    its pixels cannot be opened or read
+│       └── DamagedError    they cannot be decoded, or not as RGB
 ├── ModelError        a model is missing, damaged or of another kind
 ├── TrainingError     the images given have nothing to train on
 ├── GroundTruthError  the ground truth is missing, damaged or of another image
@@ -30,6 +31,20 @@ class ImageError(PatchCLError):
 
 class SlideError(ImageError):
     """The pixels of an image cannot be opened or read."""
+
+
+class DamagedError(SlideError):
+    """Pixels cannot be decoded, or not as RGB; others of the same image may well be.
+
+    ``reason`` is what the decoder reported.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ModelError(PatchCLError):

@@ -258,7 +258,11 @@ class Run:
             made=datetime.now(UTC).isoformat(timespec="seconds"),
             **msgspec.structs.asdict(self.provenance),
             tissue_mm2=image.tissue_mm2(),
-            slide=SlideProvenance(file=file_signature(entry.path), mpp=image.slide.mpp_level0),
+            slide=SlideProvenance(
+                file=file_signature(entry.path),
+                mpp=image.slide.mpp_level0,
+                mpp_source=image.slide.mpp_source,
+            ),
             model_name=self.model_name,
             stains=image.stains,
             regions=tuple(regions),

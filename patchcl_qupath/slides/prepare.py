@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import ImageEntry, StainVectors, level0_to_grid
-from patchcl_qupath.errors import ImageError, TrainingError
+from patchcl_qupath.errors import DamagedError, ImageError, TrainingError
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.stains import StainNormaliser, stains_to_measure
@@ -54,10 +54,22 @@ class PreparedImage:
         return tissue_area_px(self.tissue, self.tissue_px, part) * self.slide.mpp**2 / 1e6
 
     def crops(self, n: int, side_px: int, seed: int) -> Iterator[NDArray[np.uint8]]:
-        """``n`` random tissue crops (side_px, side_px, 3), smaller where the image is."""
+        """``n`` random tissue crops (side_px, side_px, 3), smaller where the image is.
+
+        Those with damaged pixels are left out. Raises SlideError if there are no others.
+        """
         rng, shape = np.random.default_rng(seed), self.slide.shape
+        damaged, count = None, 0
         for box in sample_boxes(self.tissue, self.tissue_px, shape, side_px, n, rng):
-            yield self.slide.read(box)
+            try:
+                crop = self.slide.read(box)
+            except DamagedError as error:
+                damaged = error
+                continue
+            count += 1
+            yield crop
+        if damaged is not None and not count:
+            raise damaged
 
     def fingerprint(self) -> dict[str, Any]:
         """What the nuclei of a tile depend on, beside model and settings: pixels and their frame.
@@ -83,9 +95,10 @@ def prepare(entry: ImageEntry, config: Config) -> PreparedImage:
     """
     slide = Slide.open(entry, config.slide.mpp)
     px = slide.thumbnail_px(config.slide.tissue_mpp)
-    thumbnail = slide.thumbnail(config.slide.tissue_mpp)
-    check_brightfield(thumbnail, entry.name)
-    tissue = tissue_mask(thumbnail, px * slide.mpp, config.slide.min_tissue_um2)
+    overview = slide.overview(config.slide.tissue_mpp)
+    check_brightfield(overview.pixels, entry.name)
+    tissue = tissue_mask(overview.pixels, px * slide.mpp, config.slide.min_tissue_um2)
+    tissue |= overview.damaged  # its tiles fail, and are reported, wherever there is tissue or not
     image = PreparedImage(
         id=entry.id,
         slide=slide,

@@ -50,6 +50,15 @@ class Axis:
         edges = self.edges(start, stop)
         return int(edges[0]) // self.quanta, -(-int(edges[-1]) // self.quanta)
 
+    def covering(self, start: int, stop: int) -> Span:
+        """The span of grid px to read for grid px [start, stop): those that cover level px.
+
+        Without those at the end that lie beyond the level; where all do, the last before them.
+        """
+        while stop > 1 and not self.lengths(stop - 1, stop)[0]:
+            stop -= 1
+        return min(start, stop - 1), stop
+
     def touched(self, start: int, stop: int, count: int) -> tuple[int, int]:
         """The span of grid px, of ``count``, that overlap level px [start, stop)."""
         edges = self.edges(0, count) / self.quanta

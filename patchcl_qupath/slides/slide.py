@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Box, ImageEntry
-from patchcl_qupath.errors import ImageError, SlideError
-from patchcl_qupath.slides.level_grid import LevelGrid
-from patchcl_qupath.slides.pyramid import Pyramid, open_pyramid, unreadable
+from patchcl_qupath.errors import DamagedError, ImageError, SlideError
+from patchcl_qupath.slides.level import Pyramid, Selection, unreadable
+from patchcl_qupath.slides.level_grid import LevelGrid, Overview
+from patchcl_qupath.slides.pixel_size import Pair, PixelSize, PixelSizeSource
+from patchcl_qupath.slides.pyramid import forget_pyramids, open_pyramid
 
-MPP_RANGE = (0.05, 4.0)  # µm/px; others are the dpi of an export, not of a microscope
 MPP_TOLERANCE = 0.1  # relative, within which the working grid is made of whole level-0 pixels
-
-Pair = tuple[float, float]  # (x, y)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,8 @@ class Slide:
     """One image: its size, its pixel size, and reads on its working grid.
 
     ``size`` is (width, height) of level 0, without what lies outside of the bounds; ``mpp_level0``
-    (x, y) µm/px there, which is QuPath's or the file's if ``calibrated``, else the fallback;
-    ``downsample`` (x, y) level-0 px per working px. Of the file: ``origin`` (x, y) of the bounds in
+    (x, y) µm/px there, and ``mpp_source`` where that is given; ``downsample`` (x, y) level-0 px per
+    working px. Of the file: which image it is (``selection``), ``origin`` (x, y) of the bounds in
     px, and the size (width, height) of each of its pyramid ``levels``.
     """
 
@@ -42,15 +43,17 @@ class Slide:
     downsample: Pair
     origin: tuple[int, int]
     levels: tuple[tuple[int, int], ...]
-    calibrated: bool
+    selection: Selection
+    mpp_source: PixelSizeSource
 
     @classmethod
     def open(cls, entry: ImageEntry, mpp: float = 0.5) -> Slide:
         """Open an image of a project, with a working grid of about ``mpp`` µm/px.
 
-        The pixel size is QuPath's, else the file's, else ``entry.fallback_mpp``. Where a whole
-        number of level-0 pixels is within 10 % of ``mpp``, working pixels are such blocks
-        (resampling by 1.98 would blur periodically); elsewhere they are of exactly ``mpp``.
+        The pixel size is QuPath's, else the file's, else ``entry.fallback_mpp``. Of several images
+        in a file it is the one that QuPath shows. Where a whole number of level-0 pixels is within
+        10 % of ``mpp``, working pixels are such blocks (resampling by 1.98 would blur
+        periodically); elsewhere they are of exactly ``mpp``.
 
         Raises ImageError with ``entry.problem``; SlideError for a file that is missing, damaged,
         not 8-bit RGB, another one than QuPath saved, or without a usable pixel size.
@@ -62,23 +65,29 @@ class Slide:
                 f"{entry.name} is not at {entry.path}: open the project in QuPath and fix its path"
             )
         try:
-            pyramid = open_pyramid(entry.path)
-            # An unknown codec or a damaged file raises here, not an hour into the run.
-            np.asarray(pyramid.levels[-1].pixels[:1, :1])
+            selection = Selection.of(entry)
+            pyramid = open_pyramid(entry.path, selection)
+            pyramid.check_readable()
         except Exception as error:
             raise unreadable(entry.name, error) from error
         origin, size = _frame(entry, pyramid)
-        mpp_level0, calibrated = _pixel_size(entry, pyramid.mpp)
+        pixel_size = _pixel_size(entry, pyramid.pixel_sizes)
         return cls(
             name=entry.name,
             path=entry.path,
             size=size,
-            mpp_level0=mpp_level0,
-            downsample=_downsample(mpp, mpp_level0),
+            mpp_level0=pixel_size.mpp,
+            downsample=_downsample(mpp, pixel_size.mpp),
             origin=origin,
             levels=tuple(level.pixels.shape[1::-1] for level in pyramid.levels),
-            calibrated=calibrated,
+            selection=selection,
+            mpp_source=pixel_size.source,
         )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the pixel size is QuPath's or the file's."""
+        return self.mpp_source is not PixelSizeSource.FALLBACK
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -105,7 +114,8 @@ class Slide:
         Raises SlideError for damaged pixels.
         """
         assert box == box.grow(0, self.shape), (box, self.shape)
-        return self._grid(self.shape, self.downsample).read(box)
+        with _reopening():
+            return self._grid(self.shape, self.downsample).read(box)
 
     def thumbnail_px(self, mpp: float) -> int:
         """Working px per thumbnail px: the whole number nearest to ``mpp`` µm."""
@@ -114,20 +124,28 @@ class Slide:
     def thumbnail(self, mpp: float) -> NDArray[np.uint8]:
         """The area-averaged pixels (h, w, 3) uint8 of the whole image at about ``mpp`` µm/px.
 
+        Grey where they are damaged; see ``overview``.
+        """
+        return self.overview(mpp).pixels
+
+    def overview(self, mpp: float) -> Overview:
+        """The thumbnail of the whole image at about ``mpp`` µm/px, and where it is damaged.
+
         A thumbnail px is ``thumbnail_px(mpp)`` working px wide and high, so (h, w) is ``shape``
         divided by that and rounded up. Memory use is independent of the size of the slide, and no
         chunk is decoded twice.
-        Raises SlideError for damaged pixels.
+        Raises SlideError where no pixel can be read.
         """
         px = self.thumbnail_px(mpp)
         rows, cols = self.shape
         x, y = self.downsample
-        return self._grid((-(-rows // px), -(-cols // px)), (x * px, y * px)).read_whole()
+        with _reopening():
+            return self._grid((-(-rows // px), -(-cols // px)), (x * px, y * px)).read_whole()
 
     def _grid(self, shape: tuple[int, int], downsample: Pair) -> LevelGrid:
         """A grid over the image, on the coarsest level that is fine enough."""
         try:
-            level = open_pyramid(self.path).level_for(downsample)
+            level = open_pyramid(self.path, self.selection).level_for(downsample)
         except FileNotFoundError as error:
             raise SlideError(
                 f"{self.name} is not at {self.path}, as seen from {platform.node()}: bring it "
@@ -161,27 +179,35 @@ def _frame(entry: ImageEntry, pyramid: Pyramid) -> tuple[tuple[int, int], tuple[
     )
 
 
-def _pixel_size(entry: ImageEntry, file_mpp: tuple[float, ...] | None) -> tuple[Pair, bool]:
-    """(x, y) µm/px at level 0, and whether it is calibrated: QuPath's or the file's.
-
-    The first usable one of QuPath's, the file's and the fallback.
-    """
-    known = [mpp for mpp in (entry.mpp, file_mpp) if mpp is not None]
-    for x, y in known:
-        if _usable(x) and _usable(y):
-            return (x, y), True
+def _pixel_size(entry: ImageEntry, of_file: tuple[PixelSize, ...]) -> PixelSize:
+    """The pixel size of level 0: the first usable one of QuPath's, the file's and the fallback."""
+    known = list(of_file)
+    if entry.mpp is not None:
+        known.insert(0, PixelSize(PixelSizeSource.QUPATH, entry.mpp))
     fallback = entry.fallback_mpp
-    if fallback is not None and _usable(fallback):
-        return (fallback, fallback), False
-    found = f"a pixel size of {known[0][0]:.4g} µm, which cannot be" if known else "no pixel size"
+    given = [] if fallback is None else [PixelSize(PixelSizeSource.FALLBACK, (fallback,) * 2)]
+    for pixel_size in (*known, *given):
+        if pixel_size.is_usable:
+            return pixel_size
+    found = "no pixel size"
+    if known:
+        found = f"a pixel size of {known[0].mpp[0]:.4g} µm, which cannot be"
     raise SlideError(
         f"{entry.name} has {found}: set it in QuPath (Image tab, double-click 'Pixel width'), "
         "or pass --mpp 0.25"
     )
 
 
-def _usable(mpp: float) -> bool:
-    return MPP_RANGE[0] <= mpp <= MPP_RANGE[1]
+@contextmanager
+def _reopening() -> Iterator[None]:
+    """Where pixels cannot be read, as after a network error, open files again the next time."""
+    try:
+        yield
+    except DamagedError:
+        raise
+    except SlideError:
+        forget_pyramids()
+        raise
 
 
 def _downsample(mpp: float, mpp_level0: Pair) -> Pair:

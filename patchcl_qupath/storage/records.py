@@ -31,11 +31,15 @@ class FileSignature(Record, frozen=True, kw_only=True):
     modified_ns: int
 
 
-class SlideProvenance(Record, frozen=True, kw_only=True):
-    """The slide in which nuclei were segmented; ``mpp`` is (x, y) µm/px at level 0."""
+class SlideProvenance(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """The slide in which nuclei were segmented; ``mpp`` is (x, y) µm/px at level 0.
+
+    ``mpp_source`` is where that is given: QuPath, OME-XML, vendor, TIFF resolution, ImageJ, --mpp.
+    """
 
     file: FileSignature
     mpp: tuple[float, float]
+    mpp_source: str | None = None
 
 
 class RegionRecord(Record, frozen=True, kw_only=True):

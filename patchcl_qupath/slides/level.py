@@ -1,0 +1,87 @@
+"""What an open image file is: a pyramid of levels, whose pixels are sliced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from patchcl_qupath.datatypes import ImageEntry
+from patchcl_qupath.errors import DamagedError, SlideError
+from patchcl_qupath.slides.pixel_size import PixelSize
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a pyramid."""
+
+    pixels: Any  # sliced by rows and columns: uint8 (rows, cols, 3 or 4), as a numpy array
+    chunk: tuple[int, int]  # (rows, cols) that are decoded together
+    scale: tuple[float, float]  # (x, y) level-0 px per px of this level
+
+
+@dataclass(frozen=True, eq=False)
+class Pyramid:
+    """An open image: its levels, finest first; its bounds in level-0 px.
+
+    ``pixel_sizes`` are those that the file has, the most trusted first.
+    """
+
+    levels: list[Level]
+    pixel_sizes: tuple[PixelSize, ...] = ()
+    bounds: tuple[float, ...] | None = None  # x, y, width, height
+
+    def level_for(self, downsample: tuple[float, float]) -> Level:
+        """The coarsest level that is fine enough for ``downsample`` (x, y) level-0 px per px."""
+        fine_enough = [
+            level
+            for level in self.levels[1:]
+            if all(s <= d * 1.01 for s, d in zip(level.scale, downsample, strict=True))
+        ]
+        return [self.levels[0], *fine_enough][-1]
+
+    def check_readable(self) -> None:
+        """Raise what decoding raises, if not one of some pixels of the image can be decoded.
+
+        An unknown codec raises here, not an hour into the run; a damaged corner does not.
+        """
+        errors: list[Exception] = []
+        for level in self.levels[::-1]:
+            rows, cols = level.pixels.shape[:2]
+            for row, col in ((0, 0), (rows // 2, cols // 2), (rows - 1, cols - 1)):
+                try:
+                    level.pixels[row : row + 1, col : col + 1]
+                except OSError:
+                    raise
+                except Exception as error:  # decoders raise anything
+                    errors.append(error)
+                else:
+                    return
+        raise errors[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which image of a file is meant: by its number, its name, or its size (width, height).
+
+    Without any, it is the largest.
+    """
+
+    series: int | None = None
+    name: str | None = None
+    size: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, entry: ImageEntry) -> Selection:
+        """What a project says of an image."""
+        return cls(series=entry.series, name=entry.series_name, size=entry.size)
+
+
+def unreadable(name: str, error: Exception) -> SlideError:
+    """The error, with advice, for a file that cannot be opened or decoded."""
+    known = error.reason if isinstance(error, DamagedError) else str(error)
+    reason = " ".join(known.split()) or type(error).__name__
+    message = (
+        f"{name} cannot be read ({reason}): if QuPath shows it, export it as OME-TIFF (rendered "
+        "RGB) and add that; if not, copy the file again"
+    )
+    return SlideError(message) if isinstance(error, OSError) else DamagedError(message, reason)

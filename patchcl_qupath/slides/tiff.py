@@ -1,0 +1,226 @@
+"""TIFF and the slides that are TIFF: the image of the file that QuPath shows, as a pyramid.
+
+Slides and tiled TIFF are decoded chunk by chunk through tifffile's zarr view; a level that is one
+single chunk is decoded once and kept.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from tifffile import TiffPageSeries
+from tiffslide import TiffSlide
+
+from patchcl_qupath.slides.chunks import ChunkedPixels
+from patchcl_qupath.slides.colour import to_rgb
+from patchcl_qupath.slides.level import Level, Pyramid, Selection
+from patchcl_qupath.slides.level_grid import LevelGrid
+from patchcl_qupath.slides.pixel_size import tiff_pixel_sizes
+
+MAX_IN_MEMORY_PX = 178_000_000  # of a level that cannot be read in parts: 0.5 GB, Pillow's limit
+
+# Names of images that show the whole slide, or its label, as scanners and Bio-Formats write them.
+ASSOCIATED = {
+    "associated",
+    "label",
+    "label image",
+    "macro",
+    "macro image",
+    "map",
+    "overview",
+    "thumbnail",
+}
+
+# Kinds of TIFF whose images tifffile finds by parsing text: with text that does not parse, the
+# images are found by their pages alone.
+_BY_TEXT = ("is_ome", "is_philips", "is_imagej", "is_svs", "is_shaped", "is_qpi", "is_sis")
+
+
+def open_tiff(path: Path, selection: Selection) -> Pyramid:
+    """The image of a TIFF that ``selection`` names. May raise any exception."""
+    slide, all_series = _open(path)
+    try:
+        tiff = slide.ts_tifffile
+        if tiff.is_scn or tiff.is_bif:
+            raise ValueError("Leica SCN and Ventana BIF hold several overlapping parts")
+        number = _choose(all_series, selection)
+        series = all_series[number]
+        arrays = _arrays(series)
+        # Threads may still read when a file is dropped from the cache: the last reader closes it.
+        weakref.finalize(arrays[0].store, tiff.close)
+        page = series.levels[0].keyframe
+        levels: list[Level] = []
+        for array, level in zip(arrays, series.levels, strict=True):
+            levels.append(_level(array, level, levels))
+        return Pyramid(levels, tiff_pixel_sizes(tiff, page, number), _bounds(slide))
+    except BaseException:
+        slide.close()
+        raise
+
+
+def _open(path: Path) -> tuple[TiffSlide, Sequence[TiffPageSeries]]:
+    """An open file and its images."""
+    slide = TiffSlide(path)
+    try:
+        return slide, slide.ts_tifffile.series
+    except OSError:
+        slide.close()
+        raise
+    except Exception:
+        slide.close()
+    slide = TiffSlide(path, tifffile_options=dict.fromkeys(_BY_TEXT, False))
+    try:
+        return slide, slide.ts_tifffile.series
+    except BaseException:
+        slide.close()
+        raise
+
+
+def _choose(all_series: Sequence[TiffPageSeries], selection: Selection) -> int:
+    """The number of the image that is meant: by size and by name, else the largest.
+
+    Raises ValueError where it cannot be told.
+    """
+    sizes = [_size(series) for series in all_series]
+    named = _named(all_series, selection)
+    if named is not None and selection.size in (None, sizes[named]):
+        return named
+    of_size = [i for i, size in enumerate(sizes) if size == selection.size]
+    if len(of_size) == 1:
+        return of_size[0]
+    if named is not None:
+        return named
+    possible = [i for i, series in enumerate(all_series) if not _is_associated(series)]
+    possible = possible or list(range(len(all_series)))
+    area = max(math.prod(sizes[i]) for i in possible)
+    largest = [i for i in possible if math.prod(sizes[i]) == area]
+    if len(largest) != 1:
+        raise ValueError(f"it holds {len(largest)} images of one size, and none is named")
+    return largest[0]
+
+
+def _named(all_series: Sequence[TiffPageSeries], selection: Selection) -> int | None:
+    """The number of the image that is named by its name or number; None where none is."""
+    if selection.name is not None:
+        found = [i for i, series in enumerate(all_series) if series.name == selection.name]
+        if len(found) == 1:
+            return found[0]
+        if selection.series is None and selection.size is None:
+            names = ", ".join(series.name or "?" for series in all_series)
+            raise ValueError(f"it holds no image named {selection.name}, but {names}")
+    if selection.series is not None:
+        if not 0 <= selection.series < len(all_series):
+            raise ValueError(f"it holds {len(all_series)} images, not number {selection.series}")
+        return selection.series
+    return None
+
+
+def _is_associated(series: TiffPageSeries) -> bool:
+    """Whether an image is no slide, but shows one, or its label."""
+    return series.name.lower() in ASSOCIATED or series.keyframe.is_reduced
+
+
+def _size(series: TiffPageSeries) -> tuple[int, int]:
+    """(width, height) of an image."""
+    page = series.levels[0].keyframe
+    return int(page.imagewidth), int(page.imagelength)
+
+
+def _arrays(series: TiffPageSeries) -> list[Any]:
+    """The levels of an image, as arrays that are decoded as they are read."""
+    # With fewer threads, as tifffile has it below six cores, the chunks of all workers are decoded
+    # in the one thread of zarr's event loop, and workers wait for each other.
+    threads = int(os.environ.get("TIFFSLIDE_NUM_DECODE_THREADS") or 2)
+    store = series.aszarr(maxworkers=threads)
+    opened = zarr.open(store, mode="r", zarr_format=2)
+    if isinstance(opened, zarr.Array):
+        return [opened]
+    return [opened[str(number)] for number in range(len(series.levels))]
+
+
+def _level(array: Any, series: TiffPageSeries, finer: Sequence[Level]) -> Level:
+    """One level of an image, of which the ``finer`` ones are open."""
+    page = series.keyframe
+    convert = to_rgb(page)
+    if array.ndim != 3 or array.dtype != np.uint8:
+        raise ValueError(f"not 8-bit RGB: axes {series.axes}, {array.dtype}")
+    shape, chunk = array.shape[:2], array.chunks[:2]
+    missing = _missing(series, (shape, chunk))
+    if missing is not None and missing.all() and not finer:
+        raise ValueError("it holds no pixels")
+    scale = _scale(shape, finer)
+    below = _drawn_from(finer[-1], shape, scale) if finer else None
+    if chunk[0] >= shape[0] and chunk[1] >= shape[1] and missing is None:
+        check_memory(math.prod(shape))
+        try:
+            return Level(convert(np.asarray(array[:])), (1, 1), scale)
+        except OSError:
+            raise
+        except Exception:  # damaged: all of it is drawn from the finer level
+            if below is None:
+                raise
+            missing = np.ones((1, 1), bool)
+    pixels = ChunkedPixels(stored=array, chunk=chunk, to_rgb=convert, missing=missing, finer=below)
+    return Level(pixels, chunk, scale)
+
+
+def _drawn_from(finer: Level, shape: tuple[int, int], scale: tuple[float, float]) -> LevelGrid:
+    """A level as a grid over a finer one."""
+    return LevelGrid.of("it", level=finer, shape=shape, downsample=scale, origin=(0, 0))
+
+
+def _scale(shape: tuple[int, int], finer: Sequence[Level]) -> tuple[float, float]:
+    """(x, y) level-0 px per px of a level of ``shape``."""
+    # A level of 62 px below one of 250 is a truncated quarter, not 1 / 4.03 of it: QuPath, too,
+    # takes the whole number wherever less than one px is missing.
+    level0 = finer[0].pixels.shape[:2] if finer else shape
+    y, x = (
+        whole if abs(n0 / (whole := max(1, round(n0 / n))) - n) < 1 else n0 / n
+        for n0, n in zip(level0, shape, strict=True)
+    )
+    return float(x), float(y)
+
+
+def _missing(
+    series: TiffPageSeries, grid: tuple[tuple[int, int], tuple[int, int]]
+) -> NDArray[np.bool_] | None:
+    """(chunk rows, chunk columns): which chunks are not in the file; None if all of them are.
+
+    ``grid`` is the shape of the level and that of a chunk. A chunk that is left out has no offset,
+    or no bytes; Philips leaves out the last row of the table, too.
+    """
+    page = series.pages[0]
+    if series.dataoffset is not None or page is None:
+        return None
+    rows, cols = (-(-n // side) for n, side in zip(*grid, strict=True))
+    stored = np.zeros(rows * cols, bool)
+    table = list(zip(page.dataoffsets, page.databytecounts, strict=False))[: rows * cols]
+    stored[: len(table)] = [bool(offset and count) for offset, count in table]
+    return None if stored.all() else ~stored.reshape(rows, cols)
+
+
+def check_memory(px: int) -> None:
+    """Raise ValueError for a level that must be read in one piece, and is too large for that."""
+    if px > MAX_IN_MEMORY_PX:
+        raise ValueError(f"{px / 1e6:.0f} megapixels in one piece: it needs tiles to be read")
+
+
+def _bounds(slide: TiffSlide) -> tuple[float, ...] | None:
+    """The bounds (x, y, width, height) of the scanned area; None without any."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(hamamatsu|.*ventana)-format")
+            properties = slide.properties
+        names = ("bounds-x", "bounds-y", "bounds-width", "bounds-height")
+        return tuple(float(properties[f"tiffslide.{name}"]) for name in names)
+    except Exception:  # it parses all of the metadata, and raises anything
+        return None
