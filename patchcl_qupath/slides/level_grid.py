@@ -13,19 +13,41 @@ from patchcl_qupath.datatypes import Box
 from patchcl_qupath.errors import DamagedError
 from patchcl_qupath.slides.level import Level, unreadable
 from patchcl_qupath.slides.resample import Axis, Span, mean, sums
+from patchcl_qupath.slides.void import MARGIN_PX, MAX_VOID, VoidMask, painted
 
 BLOCK_PX = 2048  # side, about, of the blocks of a level that a whole grid is averaged from
 
 
+SAMPLED = 3  # of so many level px on either axis, one is looked at for black
 GREY = 128  # of pixels that cannot be decoded
 
 
 @dataclass(frozen=True, eq=False)
 class Overview:
-    """The pixels (h, w, 3) uint8 of a whole grid, and which are damaged (h, w): these are grey."""
+    """The pixels (h, w, 3) uint8 of a whole grid; which are damaged (h, w): these are grey.
+
+    ``black`` (h, w) is the fraction of each pixel that is as black as a void.
+    """
 
     pixels: NDArray[np.uint8]
     damaged: NDArray[np.bool_]
+    black: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Sums over grid px: of colours (h, w, 3), and of black level px (h, w, 1)."""
+
+    colours: NDArray[np.int64]
+    black: NDArray[np.int64]
+    damaged: NDArray[np.bool_]
+
+    @classmethod
+    def zero(cls, shape: tuple[int, int]) -> _Sums:
+        """Those of nothing."""
+        return cls(
+            np.zeros((*shape, 3), np.int64), np.zeros((*shape, 1), np.int64), np.zeros(shape, bool)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +55,7 @@ class LevelGrid:
     """A grid of ``shape`` (rows, cols) over a pyramid level.
 
     ``rows`` and ``cols`` are the positions of its pixels on the level's axes. ``name`` is that of
-    the slide, for error messages.
+    the slide, for error messages. Pixels of the level in ``void`` are read as glass.
     """
 
     name: str
@@ -41,6 +63,7 @@ class LevelGrid:
     shape: tuple[int, int]
     rows: Axis
     cols: Axis
+    void: VoidMask | None = None
 
     @classmethod
     def of(
@@ -51,6 +74,7 @@ class LevelGrid:
         shape: tuple[int, int],
         downsample: tuple[float, float],
         origin: tuple[int, int],
+        void: VoidMask | None = None,
     ) -> LevelGrid:
         """The grid of ``downsample`` (x, y) level-0 px per px that begins at ``origin`` (x, y)."""
         height, width = level.pixels.shape[:2]
@@ -61,6 +85,7 @@ class LevelGrid:
             shape=shape,
             rows=Axis(downsample[1] / y, origin[1] / y, height),
             cols=Axis(downsample[0] / x, origin[0] / x, width),
+            void=void,
         )
 
     def read(self, box: Box) -> NDArray[np.uint8]:
@@ -82,14 +107,17 @@ class LevelGrid:
         of the pixels can be read.
         """
         shape = self.rows.covering(0, self.shape[0])[1], self.cols.covering(0, self.shape[1])[1]
-        total = np.zeros((*shape, 3), dtype=np.int64)
-        damaged = np.zeros(shape, bool)
+        total = _Sums.zero(shape)
         for source in self._blocks(shape):
-            self._add(source, total, damaged)
-        pixels = self._mean(total, (0, shape[0]), (0, shape[1]))
-        pixels[damaged] = GREY
+            self._add(source, total)
+        spans = (0, shape[0]), (0, shape[1])
+        pixels = self._mean(total.colours, *spans)
+        pixels[total.damaged] = GREY
+        areas = np.outer(self.rows.lengths(*spans[0]), self.cols.lengths(*spans[1]))
         return Overview(
-            pixels=_repeated(pixels, self.shape), damaged=_repeated(damaged, self.shape)
+            pixels=_repeated(pixels, self.shape),
+            damaged=_repeated(total.damaged, self.shape),
+            black=_repeated(total.black[..., 0] / areas, self.shape),
         )
 
     def _blocks(self, shape: tuple[int, int]) -> Iterator[tuple[Span, Span]]:
@@ -98,15 +126,13 @@ class LevelGrid:
             for cols in _blocks(self.cols.source(0, shape[1]), self.level.chunk[1], BLOCK_PX):
                 yield rows, cols
 
-    def _add(
-        self, source: tuple[Span, Span], total: NDArray[np.int64], damaged: NDArray[np.bool_]
-    ) -> None:
+    def _add(self, source: tuple[Span, Span], total: _Sums) -> None:
         """Add level px to sums over the grid; grid px with damaged ones are marked instead."""
-        rows = self.rows.touched(*source[0], total.shape[0])
-        cols = self.cols.touched(*source[1], total.shape[1])
+        rows = self.rows.touched(*source[0], total.damaged.shape[0])
+        cols = self.cols.touched(*source[1], total.damaged.shape[1])
         at = slice(*rows), slice(*cols)
         try:
-            total[at] += self._sums(rows, cols, source)
+            pixels = self._pixels(source)
         except DamagedError:
             chunks = [
                 (part_rows, part_cols)
@@ -114,20 +140,45 @@ class LevelGrid:
                 for part_cols in _blocks(source[1], self.level.chunk[1], 1)
             ]
             if chunks == [source]:
-                damaged[at] = True
-                if damaged.all():
+                total.damaged[at] = True
+                if total.damaged.all():
                     raise
                 return
             for part in chunks:
-                self._add(part, total, damaged)
+                self._add(part, total)
+            return
+        axes = self.rows, self.cols
+        total.colours[at] += sums(pixels, axes, (rows, cols), source)
+        if (pixels[::SAMPLED, ::SAMPLED].max(axis=2) <= MAX_VOID).any():
+            black = (pixels.max(axis=2, keepdims=True) <= MAX_VOID).view(np.uint8)
+            total.black[at] += sums(black, axes, (rows, cols), source)
 
     def _sums(self, rows: Span, cols: Span, source: tuple[Span, Span]) -> NDArray[np.integer]:
         """The sums (h, w, 3) over grid px ``rows`` and ``cols`` of level px ``source``."""
+        return sums(self._pixels(source), (self.rows, self.cols), (rows, cols), source)
+
+    def _pixels(self, source: tuple[Span, Span]) -> NDArray[np.uint8]:
+        """Level px (h, w, 3) of rows and columns; voids are glass."""
+        if self.void is None or self.void.within(source, self.level.scale) is None:
+            return self._stored(source)
+        grown = tuple(
+            (max(0, start - MARGIN_PX), min(axis.size, stop + MARGIN_PX))
+            for axis, (start, stop) in zip((self.rows, self.cols), source, strict=True)
+        )
+        rows, cols = grown
+        pixels = self._stored((rows, cols))
+        blocks = self.void.within((rows, cols), self.level.scale)
+        if blocks is not None:
+            pixels = painted(pixels, blocks)
+        inner = (slice(a - b[0], z - b[0]) for (a, z), b in zip(source, grown, strict=True))
+        return pixels[tuple(inner)]
+
+    def _stored(self, source: tuple[Span, Span]) -> NDArray[np.uint8]:
+        """Level px (h, w, 3) of rows and columns, as they are in the file."""
         try:  # decoders raise anything
-            pixels = np.asarray(self.level.pixels[slice(*source[0]), slice(*source[1])])[..., :3]
+            return np.asarray(self.level.pixels[slice(*source[0]), slice(*source[1])])[..., :3]
         except Exception as error:
             raise unreadable(self.name, error) from error
-        return sums(pixels, (self.rows, self.cols), (rows, cols), source)
 
     def _mean(self, total: NDArray[np.integer], rows: Span, cols: Span) -> NDArray[np.uint8]:
         return mean(total, self.rows.lengths(*rows), self.cols.lengths(*cols))

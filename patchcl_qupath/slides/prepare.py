@@ -78,9 +78,10 @@ class PreparedImage:
         """
         region = None if self.region is None else digest(shapely.to_wkb(self.region, hex=True))
         return {
-            **asdict(self.slide),
+            **asdict(replace(self.slide, void=None)),
             "path": None,
             "name": None,
+            "void": None if self.slide.void is None else self.slide.void.packed.hex(),
             "form": _TILE_FORMAT,
             **to_plain(file_signature(self.slide.path)),
             "region": region,
@@ -95,8 +96,10 @@ def prepare(entry: ImageEntry, config: Config) -> PreparedImage:
     """
     slide = Slide.open(entry, config.slide.mpp)
     px = slide.thumbnail_px(config.slide.tissue_mpp)
-    overview = slide.overview(config.slide.tissue_mpp)
+    slide, overview = slide.without_void(config.slide.tissue_mpp)
     check_brightfield(overview.pixels, entry.name)
+    if slide.void is not None:
+        overview = slide.overview(config.slide.tissue_mpp)
     tissue = tissue_mask(overview.pixels, px * slide.mpp, config.slide.min_tissue_um2)
     tissue |= overview.damaged  # its tiles fail, and are reported, wherever there is tissue or not
     image = PreparedImage(

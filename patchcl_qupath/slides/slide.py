@@ -10,7 +10,7 @@ import math
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from patchcl_qupath.slides.level import Pyramid, Selection, unreadable
 from patchcl_qupath.slides.level_grid import LevelGrid, Overview
 from patchcl_qupath.slides.pixel_size import Pair, PixelSize, PixelSizeSource
 from patchcl_qupath.slides.pyramid import forget_pyramids, open_pyramid
+from patchcl_qupath.slides.void import VoidMask, void_blocks
 
 MPP_TOLERANCE = 0.1  # relative, within which the working grid is made of whole level-0 pixels
 
@@ -33,7 +34,8 @@ class Slide:
     ``size`` is (width, height) of level 0, without what lies outside of the bounds; ``mpp_level0``
     (x, y) µm/px there, and ``mpp_source`` where that is given; ``downsample`` (x, y) level-0 px per
     working px. Of the file: which image it is (``selection``), ``origin`` (x, y) of the bounds in
-    px, and the size (width, height) of each of its pyramid ``levels``.
+    px, and the size (width, height) of each of its pyramid ``levels``. Pixels in ``void`` are read
+    as glass: a slide that is just opened has none, see ``without_void``.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Slide:
     levels: tuple[tuple[int, int], ...]
     selection: Selection
     mpp_source: PixelSizeSource
+    void: VoidMask | None = None
 
     @classmethod
     def open(cls, entry: ImageEntry, mpp: float = 0.5) -> Slide:
@@ -142,6 +145,18 @@ class Slide:
         with _reopening():
             return self._grid((-(-rows // px), -(-cols // px)), (x * px, y * px)).read_whole()
 
+    def without_void(self, mpp: float) -> tuple[Slide, Overview]:
+        """The slide whose voids are read as glass, and its overview as it is without that.
+
+        Voids are found on the overview at about ``mpp`` µm/px.
+        """
+        px, raw = self.thumbnail_px(mpp), self.overview(mpp)
+        blocks = void_blocks(raw.black, (px * self.mpp) ** 2)
+        if not blocks.any():
+            return self, raw
+        x, y = self.downsample
+        return replace(self, void=VoidMask.of(blocks, (x * px, y * px), self.origin)), raw
+
     def _grid(self, shape: tuple[int, int], downsample: Pair) -> LevelGrid:
         """A grid over the image, on the coarsest level that is fine enough."""
         try:
@@ -154,7 +169,12 @@ class Slide:
         except Exception as error:
             raise unreadable(self.name, error) from error
         return LevelGrid.of(
-            self.name, level=level, shape=shape, downsample=downsample, origin=self.origin
+            self.name,
+            level=level,
+            shape=shape,
+            downsample=downsample,
+            origin=self.origin,
+            void=self.void,
         )
 
 

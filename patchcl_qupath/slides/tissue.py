@@ -12,13 +12,15 @@ from skimage.morphology import remove_small_holes, remove_small_objects
 
 from patchcl_qupath.datatypes import Box
 from patchcl_qupath.errors import ImageError
+from patchcl_qupath.slides.void import MAX_VOID
 
 # Fixed thresholds on optical density, not Otsu's: Otsu's finds tissue on blank glass, too.
 MIN_COLOUR = 0.03  # densest minus clearest channel, of stain; grey dirt and shade have no colour
 MIN_DENSITY = 0.12  # mean of the channels, of tissue without a colour (folds, pigment)
 MIN_WHITE = 230  # intensity of glass at least: the palest stroma of a crop is not its glass
-MAX_VOID = 10  # intensity in all channels where the scanner wrote nothing
 MIN_LIGHT = 15  # intensity of the darkest channel of H&E at least; fluorescence is black
+MIN_BRIGHT = 60  # intensity of the brightest channel of stained tissue at least
+MAX_DIM = 0.25  # fraction of an image that may be darker: fluorescence fades into black
 CLOSE_UM = 24.0  # radius that closes gaps in fat and loose stroma
 GROW_UM = 16.0  # radius that keeps nuclei on the border whole
 AREA_SAMPLES = 250_000  # points, about, at which the area of tissue in a region is sampled
@@ -26,8 +28,9 @@ AREA_SAMPLES = 250_000  # points, about, at which the area of tissue in a region
 
 def check_brightfield(thumbnail: NDArray[np.uint8], name: str) -> None:
     """Raise ImageError for a thumbnail (h, w, 3) that is not of brightfield microscopy."""
-    lit = thumbnail[thumbnail.max(axis=2) > 0]
-    if lit.size == 0 or np.median(lit.min(axis=1)) < MIN_LIGHT:
+    lit = thumbnail[thumbnail.max(axis=2) > MAX_VOID]
+    is_dark = lit.size == 0 or np.median(lit.min(axis=1)) < MIN_LIGHT
+    if is_dark or (lit.max(axis=1) < MIN_BRIGHT).mean() > MAX_DIM:
         raise ImageError(
             f"{name} is dark all over, as fluorescence is: only brightfield (H&E) images can be "
             "segmented, take it out of the project"
