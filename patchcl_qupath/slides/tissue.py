@@ -19,8 +19,13 @@ MIN_COLOUR = 0.03  # densest minus clearest channel, of stain; grey dirt and sha
 MIN_DENSITY = 0.12  # mean of the channels, of tissue without a colour (folds, pigment)
 MIN_WHITE = 230  # intensity of glass at least: the palest stroma of a crop is not its glass
 MIN_LIGHT = 15  # intensity of the darkest channel of H&E at least; fluorescence is black
+MIN_LIGHT_BESIDE_VOID = 35  # in what is left of fluorescence without its black
 MIN_BRIGHT = 60  # intensity of the brightest channel of stained tissue at least
 MAX_DIM = 0.25  # fraction of an image that may be darker: fluorescence fades into black
+MAX_CROP_UM2 = 1e6  # area of an image that may well have no glass
+MIN_PINK = 0.008  # optical density of green above that of red and blue; glass has up to 0.006
+MIN_SPECKS = 8  # stained specks that are no dirt
+SPECKS_UM = 80.0  # radius that joins these
 CLOSE_UM = 24.0  # radius that closes gaps in fat and loose stroma
 GROW_UM = 16.0  # radius that keeps nuclei on the border whole
 AREA_SAMPLES = 250_000  # points, about, at which the area of tissue in a region is sampled
@@ -28,8 +33,10 @@ AREA_SAMPLES = 250_000  # points, about, at which the area of tissue in a region
 
 def check_brightfield(thumbnail: NDArray[np.uint8], name: str) -> None:
     """Raise ImageError for a thumbnail (h, w, 3) that is not of brightfield microscopy."""
-    lit = thumbnail[thumbnail.max(axis=2) > MAX_VOID]
-    is_dark = lit.size == 0 or np.median(lit.min(axis=1)) < MIN_LIGHT
+    void = thumbnail.max(axis=2) <= MAX_VOID
+    lit = thumbnail[~void]
+    least = MIN_LIGHT_BESIDE_VOID if void.any() else MIN_LIGHT
+    is_dark = lit.size == 0 or np.median(lit.min(axis=1)) < least
     if is_dark or (lit.max(axis=1) < MIN_BRIGHT).mean() > MAX_DIM:
         raise ImageError(
             f"{name} is dark all over, as fluorescence is: only brightfield (H&E) images can be "
@@ -45,20 +52,48 @@ def tissue_mask(
     Gaps of up to 48 µm are closed. Specks smaller than ``min_tissue_um2``, or than a twentieth of
     the image if that is less, are dropped, and holes smaller than that filled. The rest is dilated
     by 16 µm. Voids of the scanner are no tissue.
+
+    In a crop of up to 1 mm², there may be no glass to compare with. It is all tissue where even its
+    brightest pixels are pink, and it is tissue between many stained specks, which are nuclei.
     """
     void = thumbnail.max(axis=2) <= MAX_VOID  # (h, w)
     if void.all():
         return np.zeros_like(void)
-    white = np.maximum(np.percentile(thumbnail[~void], 99, axis=0), MIN_WHITE)  # (3,)
+    brightest = np.percentile(thumbnail[~void], 99, axis=0)  # (3,)
+    is_crop = thumbnail[..., 0].size * mpp**2 <= MAX_CROP_UM2
+    if is_crop and _is_pink(brightest):
+        return np.asarray(~void)
+    white = np.maximum(brightest, MIN_WHITE)
     density = np.log10(white / np.maximum(thumbnail, 1))  # (h, w, 3)
     colour = density.max(axis=2) - density.min(axis=2)
     tissue = ((colour > MIN_COLOUR) | (density.mean(axis=2) > MIN_DENSITY)) & ~void
+    if is_crop:
+        tissue |= _between_specks(tissue, mpp)
     tissue = ~_dilated(~_dilated(tissue, CLOSE_UM / mpp), CLOSE_UM / mpp)
     smallest_px = min(min_tissue_um2 / mpp**2, tissue.size / 20)
     speck_px = max(0, math.ceil(smallest_px) - 1)  # size of the largest that is dropped
     tissue = remove_small_objects(tissue, max_size=speck_px)
     tissue = remove_small_holes(tissue, max_size=speck_px)
     return np.asarray(_dilated(tissue, GROW_UM / mpp) & ~void)
+
+
+def _is_pink(brightest: NDArray[np.float64]) -> bool:
+    """Whether the brightest pixels (R, G, B) are of eosin, which glass is not: green is darker."""
+    red, green, blue = np.log10(np.maximum(brightest, 1))
+    return bool(min(red, blue) - green > MIN_PINK)
+
+
+def _between_specks(tissue: NDArray[np.bool_], mpp: float) -> NDArray[np.bool_]:
+    """The area (h, w) between specks that are near each other, where they are many."""
+    _, specks = ndimage.label(tissue)
+    if specks < MIN_SPECKS:
+        return tissue
+    near = _dilated(tissue, SPECKS_UM / mpp)
+    labels, count = ndimage.label(near)
+    each, _ = ndimage.label(tissue)
+    pairs = np.unique(np.stack([labels[tissue], each[tissue]]), axis=1)
+    many = np.bincount(pairs[0], minlength=count + 1) >= MIN_SPECKS
+    return np.asarray(~_dilated(~(many[labels] & (labels > 0)), SPECKS_UM / mpp))
 
 
 def _dilated(mask: NDArray[np.bool_], radius_px: float) -> NDArray[np.bool_]:

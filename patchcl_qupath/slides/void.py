@@ -19,10 +19,8 @@ from patchcl_qupath.slides.resample import Span
 MAX_VOID = 10  # intensity in all channels where the scanner wrote nothing
 GLASS = 255  # what a void is read as
 MIN_VOID_UM2 = 20_000.0  # area of a void that does not touch the border of the image
-# Brightest channel of pixels that are void, too, and how near to black ones they are: those that are
-# mixed with the picture, and those that JPEG made brighter.
-_BLENDED = ((110, 2), (48, 8))
-MARGIN_PX = 8  # around a box, of pixels that decide which of it are void
+MAX_NOISE = 24  # intensity that compression gives a void pixel near the picture
+MARGIN_PX = 8  # how near: black pixels so far around a box decide which of its own are void
 _SEED, _CANDIDATE = 0.9, 0.02  # fraction of void pixels of a block: all of it, or some
 _RUN = 8  # blocks along the border of the image, of a void that is thinner than a block
 _AROUND = np.ones((3, 3), bool)
@@ -88,14 +86,14 @@ def void_blocks(fraction: NDArray[np.float64], block_um2: float) -> NDArray[np.b
     """
     some = fraction > _CANDIDATE
     labels, count = ndimage.label(fraction >= _SEED, _AROUND)
-    area = np.bincount(labels.ravel(), minlength=count + 1) * block_um2
+    blocks = np.bincount(labels.ravel(), minlength=count + 1)
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
-    is_void = area >= MIN_VOID_UM2
+    is_void = blocks * block_um2 >= MIN_VOID_UM2
     is_void[border] = True
     is_void[0] = False
-    found = is_void[labels] | _strips(some)
-    found = ndimage.binary_propagation(found, _AROUND, mask=some)
-    return np.asarray(ndimage.binary_dilation(found, _AROUND))
+    seeds = is_void[labels] | _strips(some)
+    whole = ndimage.binary_propagation(seeds, _AROUND, mask=some)
+    return np.asarray(ndimage.binary_dilation(whole, _AROUND))
 
 
 def painted(pixels: NDArray[np.uint8], blocks: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -104,10 +102,8 @@ def painted(pixels: NDArray[np.uint8], blocks: NDArray[np.bool_]) -> NDArray[np.
     What is void in the outermost ``MARGIN_PX`` is not defined, unless the level ends there.
     """
     brightest = pixels.max(axis=2)
-    black = (brightest <= MAX_VOID) & blocks
-    void = black.copy()
-    for limit, px in _BLENDED:
-        void |= _grown(black, px) & blocks & (brightest <= limit)
+    near = _grown((brightest <= MAX_VOID) & blocks, MARGIN_PX)
+    void = near & blocks & (brightest <= MAX_NOISE)
     return np.where(void[..., None], np.uint8(GLASS), pixels)
 
 

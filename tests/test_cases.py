@@ -1,0 +1,640 @@
+"""Odd images that people have: each is read as QuPath shows it, or refused in one line."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from slides import scene, shrunk, write_svs, write_tiff
+
+from patchcl_qupath import pipeline
+from patchcl_qupath.config import Config
+from patchcl_qupath.datatypes import Box, ImageEntry, Nuclei
+from patchcl_qupath.errors import ImageError, SlideError
+from patchcl_qupath.models.engines import EngineKind
+from patchcl_qupath.segmentation.segment_tile import (
+    TileContext,
+    postprocessing_margin_px,
+    segment_tile,
+)
+from patchcl_qupath.segmentation.tiling import plan
+from patchcl_qupath.slides.pixel_size import in_um, positive
+from patchcl_qupath.slides.prepare import PreparedImage, prepare
+from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.slides.tissue import check_brightfield, tissue_mask
+from patchcl_qupath.storage.files import digest
+
+CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
+SIDE = 512  # of the square of the sample slide that most cases are made of
+TILE = 64
+
+
+def entry(path: Path, **known: Any) -> ImageEntry:
+    return ImageEntry("1", path.name, path, **known)
+
+
+def whole(slide: Slide) -> Box:
+    return Box(0, 0, *slide.shape)
+
+
+def everything(path: Path, **known: Any) -> NDArray[np.uint8]:
+    """All working pixels of an image, voids read as glass."""
+    slide, _ = Slide.open(entry(path, **known)).without_void(8.0)
+    return slide.read(whole(slide))
+
+
+def case(name: str) -> Path:
+    """A file of the real cases."""
+    if not (CASES / name).exists():
+        pytest.skip(f"needs {CASES / name}")
+    return CASES / name
+
+
+@pytest.fixture(scope="module")
+def square(sample_project: Path) -> NDArray[np.uint8]:
+    """Tissue and glass of the sample slide, 0.5 µm/px."""
+    pixels = tifffile.imread(sample_project / "CMU-1-Small-Region.svs")
+    return np.ascontiguousarray(pixels[1200 : 1200 + SIDE, 700 : 700 + SIDE])
+
+
+def segmented(model: pipeline.Model, image: PreparedImage) -> tuple[Nuclei, int]:
+    """The nuclei of an image, and how many of its tiles failed."""
+    config = Config()
+    tiles = plan(
+        shape=image.slide.shape,
+        tissue=image.tissue,
+        tissue_px=image.tissue_px,
+        tile_px=160,
+        halo_px=model.receptive_radius_px + postprocessing_margin_px(config, image.slide),
+        divisor=model.divisor,
+    )
+    context = TileContext(image=image, model=model, config=config, engine=EngineKind.TORCH)
+    found, failed = [], 0
+    for tile in tiles:
+        try:
+            found.append(segment_tile(context, tile)[0])
+        except SlideError:
+            failed += 1
+    return Nuclei.concatenate(found), failed
+
+
+def nuclei_of(model: pipeline.Model, path: Path, **known: Any) -> Nuclei:
+    """The nuclei of an image without a failed tile."""
+    nuclei, failed = segmented(model, prepare(entry(path, **known), Config()))
+    assert failed == 0
+    return nuclei
+
+
+def assert_similar(one: Nuclei, other: Nuclei) -> None:
+    """Counts and median areas within 3 %."""
+    assert len(one) > 100
+    assert len(one) == pytest.approx(len(other), rel=0.03)
+    areas = [np.median(n.measurements["Area µm^2"]) for n in (one, other)]
+    assert areas[0] == pytest.approx(areas[1], rel=0.03)
+
+
+# Pixels that are no pixels
+
+
+def turned(pixels: NDArray[np.uint8], fill: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Pixels turned by 30 degrees, with ``fill`` outside; and what is outside."""
+    picture = Image.fromarray(pixels)
+    kind = Image.Resampling.NEAREST
+    out = picture.rotate(30, kind, expand=True, fillcolor=(fill,) * 3)
+    inside = Image.new("L", picture.size, 255).rotate(30, kind, expand=True)
+    return np.asarray(out), np.asarray(inside) == 0
+
+
+def as_black(pixels: NDArray[np.uint8], outside: NDArray[np.bool_], path: Path) -> Path:
+    Image.fromarray(np.where(outside[..., None], np.uint8(0), pixels)).save(path)
+    return path
+
+
+def as_grey(pixels: NDArray[np.uint8], outside: NDArray[np.bool_], path: Path) -> Path:
+    noise = np.random.default_rng(0).integers(1, 10, pixels.shape, dtype=np.uint8)
+    Image.fromarray(np.where(outside[..., None], noise, pixels)).save(path)
+    return path
+
+
+def as_transparent(pixels: NDArray[np.uint8], outside: NDArray[np.bool_], path: Path) -> Path:
+    black = np.where(outside[..., None], np.uint8(0), pixels)
+    alpha = np.where(outside, np.uint8(0), np.uint8(255))
+    Image.fromarray(np.dstack([black, alpha])).save(path)
+    return path
+
+
+def as_transparent_tiff(pixels: NDArray[np.uint8], outside: NDArray[np.bool_], path: Path) -> Path:
+    black = np.where(outside[..., None], np.uint8(0), pixels)
+    alpha = np.where(outside, np.uint8(0), np.uint8(255))
+    path = path.with_suffix(".tif")
+    tifffile.imwrite(
+        path,
+        np.dstack([black, alpha]),
+        tile=(TILE, TILE),
+        photometric="rgb",
+        extrasamples=["assocalpha"],
+        compression="deflate",
+        metadata=None,
+    )
+    return path
+
+
+def as_sparse(pixels: NDArray[np.uint8], outside: NDArray[np.bool_], path: Path) -> Path:
+    black = np.where(outside[..., None], np.uint8(0), pixels)
+    path = write_tiff(path.with_suffix(".tif"), black, (0.5, 0.5), (1, 4), tile_px=TILE)
+    drop_tiles(path, 0, lambda tile: tile.max() == 0)
+    return path
+
+
+def drop_tiles(path: Path, level: int, drop: Callable[[NDArray[np.uint8]], bool]) -> int:
+    """Take tiles of a level out of a TIFF: offset and length 0, as sparse files have it."""
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        page = tiff.series[0].levels[level].keyframe
+        pixels, cols = page.asarray(), page.chunked[1]
+        spans = [divmod(i, cols) for i in range(len(page.dataoffsets))]
+        tiles = [pixels[r * TILE : (r + 1) * TILE, c * TILE : (c + 1) * TILE] for r, c in spans]
+        dropped = [drop(tile) for tile in tiles]
+        for tag in (page.tags["TileOffsets"], page.tags["TileByteCounts"]):
+            tag.overwrite([0 if no else n for no, n in zip(dropped, tag.value, strict=True)])
+    return sum(dropped)
+
+
+@pytest.fixture(scope="module")
+def white(
+    tmp_path_factory: pytest.TempPathFactory, square: NDArray[np.uint8], model: pipeline.Model
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_], Nuclei]:
+    """The square turned on white; what is outside of it; its nuclei."""
+    pixels, outside = turned(square, 255)
+    path = tmp_path_factory.mktemp("white") / "white.png"
+    Image.fromarray(pixels).save(path)
+    return pixels, outside, nuclei_of(model, path, fallback_mpp=0.5)
+
+
+@pytest.mark.parametrize(
+    "write", [as_black, as_grey, as_transparent, as_transparent_tiff, as_sparse]
+)
+def test_what_is_no_picture_is_glass(
+    tmp_path: Path,
+    white: tuple[NDArray[np.uint8], NDArray[np.bool_], Nuclei],
+    model: pipeline.Model,
+    write: Callable[..., Path],
+) -> None:
+    pixels, outside, nuclei = white
+    odd = write(pixels, outside, tmp_path / "odd.png")
+    difference = everything(odd, fallback_mpp=0.5) != pixels
+    assert difference.any(axis=2).mean() < 0.001  # dark pixels that touch the black
+    assert_similar(nuclei_of(model, odd, fallback_mpp=0.5), nuclei)
+
+
+def test_corners_of_the_real_case(model: pipeline.Model) -> None:
+    names = ("white-corners.png", "black-corners.png")
+    assert_similar(*(nuclei_of(model, case(name), fallback_mpp=0.5) for name in names))
+
+
+@pytest.mark.parametrize("factors", [(1,), (1, 4)])
+@pytest.mark.parametrize("mpp", [0.5, 0.35])
+def test_voids_are_the_same_in_whichever_box_they_are_read(
+    tmp_path: Path, square: NDArray[np.uint8], factors: Sequence[int], mpp: float
+) -> None:
+    pixels, _ = turned(square, 0)
+    path = write_tiff(tmp_path / "a.tif", pixels, (0.25, 0.25), factors)
+    slide, _ = Slide.open(entry(path), mpp).without_void(8.0)
+    assert slide.void is not None
+    pixels = slide.read(whole(slide))
+    assert (pixels.max(axis=2) <= 10).sum() < 20  # nuclei of the sample have a few such pixels
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        row0, row1 = np.sort(rng.choice(slide.shape[0] + 1, 2, replace=False)).tolist()
+        col0, col1 = np.sort(rng.choice(slide.shape[1] + 1, 2, replace=False)).tolist()
+        part = slide.read(Box(row0, col0, row1, col1))
+        np.testing.assert_array_equal(part, pixels[row0:row1, col0:col1])
+
+
+def test_black_pixels_in_tissue_are_pixels(tmp_path: Path, square: NDArray[np.uint8]) -> None:
+    pixels = square.copy()
+    pixels[300:312, 200:212] = 5  # 6 µm: a very dark nucleus, or pigment
+    pixels[100:180, 200:280] = 3  # 40 µm of ink
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(everything(tmp_path / "a.png", fallback_mpp=0.5), pixels)
+
+
+@pytest.mark.parametrize("side", [3, 5, 40])
+def test_a_black_frame_is_glass(tmp_path: Path, square: NDArray[np.uint8], side: int) -> None:
+    pixels = square.copy()
+    pixels[:side] = pixels[:, -side:] = 0
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    got = everything(tmp_path / "a.png", fallback_mpp=0.5)
+    assert (got[:side] == 255).all()
+    assert (got[:, -side:] == 255).all()
+
+
+def test_a_dark_surround_is_not_fluorescence(square: NDArray[np.uint8]) -> None:
+    tissue = shrunk(square, 16)
+    surround = np.random.default_rng(0).integers(1, 10, tissue.shape, dtype=np.uint8)
+    check_brightfield(np.concatenate([surround, tissue], axis=1), "a.png")
+    with pytest.raises(ImageError, match="fluorescence"):
+        check_brightfield(surround, "a.png")
+    cells = surround.copy()
+    cells[::3, ::3] = (20, 30, 160)
+    with pytest.raises(ImageError, match="fluorescence"):
+        check_brightfield(cells, "a.png")
+
+
+# Missing and damaged tiles
+
+
+def write_pyramid(path: Path, pixels: NDArray[np.uint8]) -> Path:
+    return write_tiff(path, pixels, (0.5, 0.5), (1, 4), tile_px=TILE)
+
+
+def damage(path: Path, level: int, number: int) -> None:
+    """Overwrite one tile of a level."""
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.series[0].levels[level].keyframe
+        offset, length = page.dataoffsets[number], page.databytecounts[number]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes([171]) * length)
+
+
+@pytest.mark.parametrize("kind", ["missing", "damaged"])
+def test_a_coarse_level_is_mended_from_a_finer_one(
+    tmp_path: Path, square: NDArray[np.uint8], kind: str
+) -> None:
+    path, odd = (write_pyramid(tmp_path / name, square) for name in ("a.tif", "b.tif"))
+    if kind == "missing":
+        assert drop_tiles(odd, 1, lambda tile: True) == 4
+    else:
+        damage(odd, 1, 3)
+    slides = [Slide.open(entry(p), 2.0) for p in (path, odd)]
+    expected, got = (slide.read(whole(slide)).astype(int) for slide in slides)
+    assert np.abs(got - expected).max() <= 1  # the level in the file was rounded
+    part = slides[1].read(Box(30, 50, 110, 120))
+    np.testing.assert_array_equal(part, got[30:110, 50:120])
+    overview = slides[1].overview(8.0)
+    assert not overview.damaged.any()
+    assert np.abs(overview.pixels - slides[0].thumbnail(8.0).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["coarse-level-lacks-tiles.svs", "coarse-level-damaged-tile.svs"])
+def test_a_slide_whose_coarse_level_has_gaps_loses_no_nuclei(
+    model: pipeline.Model, name: str
+) -> None:
+    assert_similar(nuclei_of(model, case("whole.svs")), nuclei_of(model, case(name)))
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_damage_costs_its_own_tiles(
+    tmp_path: Path, square: NDArray[np.uint8], model: pipeline.Model, coarse: bool
+) -> None:
+    path = write_pyramid(tmp_path / "a.tif", square)
+    complete = nuclei_of(model, path)
+    damage(path, 0, 63)  # the last
+    if coarse:
+        damage(path, 1, 3)
+    image = prepare(entry(path), Config())
+    assert image.tissue[448 // 16 :, 448 // 16 :].all()
+    nuclei, failed = segmented(model, image)
+    assert 1 <= failed <= 4
+    assert len(nuclei) > 0.5 * len(complete)
+    assert all(crop.shape == (256, 256, 3) for crop in image.crops(8, 256, seed=1))
+
+
+def test_a_slide_without_a_readable_pixel_is_refused(
+    tmp_path: Path, square: NDArray[np.uint8]
+) -> None:
+    path = write_tiff(tmp_path / "a.tif", square, (0.5, 0.5), tile_px=TILE)
+    for number in range(64):
+        damage(path, 0, number)
+    with pytest.raises(SlideError, match=r"^a\.tif cannot be read \(.*OME-TIFF") as error:
+        prepare(entry(path), Config())
+    assert "\n" not in str(error.value)
+
+
+# What samples mean
+
+
+@pytest.mark.parametrize(
+    ("photometric", "samples", "name"),
+    [
+        ("separated", 4, "CMYK"),
+        ("minisblack", 1, "greyscale"),
+        ("miniswhite", 1, "greyscale"),
+        ("cielab", 3, r"CIE L\*a\*b\*"),
+        ("palette", 1, "palette"),
+    ],
+)
+def test_samples_that_are_not_rgb_are_named(
+    tmp_path: Path, photometric: str, samples: int, name: str
+) -> None:
+    pixels = np.full((128, 128, samples), 120, np.uint8).squeeze()
+    more = {"colormap": np.zeros((3, 256), np.uint16)} if photometric == "palette" else {}
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        pixels,
+        photometric=photometric,
+        planarconfig="contig" if samples > 1 else None,
+        tile=(TILE, TILE),
+        metadata=None,
+        **more,
+    )
+    with pytest.raises(SlideError, match=rf"a\.tif .*\(not 8-bit RGB: {name}.*OME-TIFF"):
+        Slide.open(entry(tmp_path / "a.tif", fallback_mpp=0.5))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "planar", "reason"),
+    [(np.uint16, "contig", "uint16"), (np.int8, "contig", "int8"), (np.uint8, "separate", "SYX")],
+)
+def test_samples_of_another_layout_are_refused(
+    tmp_path: Path, dtype: type, planar: str, reason: str
+) -> None:
+    shape = (3, 128, 128) if planar == "separate" else (128, 128, 3)
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        np.full(shape, 120, dtype),
+        photometric="rgb",
+        planarconfig=planar,
+        tile=(TILE, TILE),
+        metadata=None,
+    )
+    with pytest.raises(SlideError, match=f"not 8-bit RGB: .*{reason}"):
+        Slide.open(entry(tmp_path / "a.tif", fallback_mpp=0.5))
+
+
+def test_ycbcr_without_a_codec_is_converted(tmp_path: Path) -> None:
+    colours = np.array([[255, 255, 255], [200, 60, 120], [60, 40, 120], [0, 0, 0]])
+    matrix = np.array(
+        [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
+    )
+    ycbcr = np.rint(colours @ matrix.T + [0, 128, 128]).clip(0, 255).astype(np.uint8)
+    pixels = np.repeat(np.repeat(ycbcr[None], 128, axis=0), 32, axis=1)
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        pixels,
+        photometric="rgb",
+        tile=(TILE, TILE),
+        metadata=None,
+        extratags=[(530, 3, 2, (1, 1), True)],
+    )
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tiff:
+        tiff.pages[0].tags["PhotometricInterpretation"].overwrite(6)
+    slide = Slide.open(entry(tmp_path / "a.tif", fallback_mpp=0.5))
+    assert np.abs(slide.read(whole(slide))[5, ::32].astype(int) - colours).max() <= 2
+
+
+def test_cmyk_of_the_real_case() -> None:
+    with pytest.raises(SlideError, match=r"cmyk\.tif cannot be read .*CMYK"):
+        Slide.open(entry(case("cmyk.tif"), fallback_mpp=0.5))
+
+
+# The pixel size
+
+
+def write_ome(path: Path, attributes: str, resolution: float | None = None) -> Path:
+    xml = (
+        '<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/'
+        'OME/2016-06"><Image ID="Image:0" Name="slide"><Pixels ID="Pixels:0" Type="uint8" '
+        'DimensionOrder="XYCZT" SizeX="128" SizeY="128" SizeC="3" SizeZ="1" SizeT="1" '
+        f'{attributes}><Channel ID="Channel:0:0" SamplesPerPixel="3"/>'
+        '<TiffData IFD="0" PlaneCount="1"/></Pixels>'
+        "</Image></OME>"
+    )
+    known = {} if resolution is None else {"resolution": (1e4 / resolution,) * 2}
+    tifffile.imwrite(
+        path,
+        scene(128, 128, (0.5, 0.5)),
+        photometric="rgb",
+        tile=(TILE, TILE),
+        description=xml.encode(),
+        metadata=None,
+        resolutionunit="NONE" if resolution is None else "CENTIMETER",
+        **known,
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("size", "unit"),
+    [
+        ("0.5", None),
+        ("0.5", "µm"),
+        ("0.5", "μm"),
+        ("500", "nm"),
+        ("5e-4", "mm"),
+        ("5e-5", "cm"),
+        ("5e-7", "m"),
+        ("1.968503937e-5", "in"),
+        ("5000", "Å"),
+    ],
+)
+def test_pixel_size_of_ome_xml(tmp_path: Path, size: str, unit: str | None) -> None:
+    units = "" if unit is None else f' PhysicalSizeXUnit="{unit}" PhysicalSizeYUnit="{unit}"'
+    text = f'PhysicalSizeX="{size}" PhysicalSizeY="{size}"{units}'
+    path = write_ome(tmp_path / "a.ome.tif", text, resolution=0.25)
+    for fallback in (None, 0.25):
+        slide = Slide.open(entry(path, fallback_mpp=fallback))
+        assert slide.mpp_level0 == pytest.approx((0.5, 0.5))
+        assert (slide.mpp_source, slide.calibrated) == ("OME-XML", True)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        'PhysicalSizeX=""',
+        'PhysicalSizeX="0" PhysicalSizeY="0"',
+        'PhysicalSizeX="half" PhysicalSizeY="nan"',
+        'PhysicalSizeX="1" PhysicalSizeXUnit="pixel"',
+        "broken",
+    ],
+)
+def test_ome_xml_without_a_pixel_size(tmp_path: Path, attributes: str) -> None:
+    path = write_ome(tmp_path / "a.ome.tif", attributes)
+    slide = Slide.open(entry(path, fallback_mpp=0.25))
+    assert (slide.mpp_level0, slide.mpp_source) == ((0.25, 0.25), "--mpp")
+    assert Slide.open(entry(path, mpp=(0.3, 0.3))).mpp_source == "QuPath"
+    with pytest.raises(SlideError, match=r"no pixel size.*--mpp"):
+        Slide.open(entry(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "mpp"),
+    [("0,500000", 0.5), (" 0.5 ", 0.5), ("", None), ("unknown", None), ("0", None), ("1/0", None)],
+)
+def test_pixel_size_of_aperio(tmp_path: Path, text: str, mpp: float | None) -> None:
+    path = write_svs(tmp_path / "a.svs", scene(256, 256, (0.5, 0.5)), text)  # type: ignore[arg-type]
+    slide = Slide.open(entry(path, fallback_mpp=0.25))
+    assert slide.mpp_level0[0] == (mpp or 0.25)
+    assert slide.mpp_source == ("vendor" if mpp else "--mpp")
+
+
+def test_text_that_is_not_ascii(tmp_path: Path) -> None:
+    path = write_svs(tmp_path / "a.svs", scene(256, 256, (0.5, 0.5)), 0.5)
+    path.write_bytes(path.read_bytes().replace(b"made for a test", b"made f\xfcr a test"))
+    assert Slide.open(entry(path, fallback_mpp=0.25)).mpp_level0 == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(("unit", "value"), [("micron", 2), ("\\u00B5m", 2), ("nm", 0.002)])
+def test_pixel_size_of_imagej(tmp_path: Path, unit: str, value: float) -> None:
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        scene(128, 128, (0.5, 0.5)),
+        photometric="rgb",
+        description=f"ImageJ=1.53t\nunit={unit}\n",
+        metadata=None,
+        resolution=(value, value),
+        resolutionunit="NONE",
+    )
+    slide = Slide.open(entry(tmp_path / "a.tif", fallback_mpp=0.25))
+    assert slide.mpp_level0 == pytest.approx((0.5, 0.5))
+    assert slide.mpp_source == "ImageJ"
+
+
+@pytest.mark.parametrize("value", [(0, 1), (1, 0), (0, 0)])
+@pytest.mark.parametrize("unit", [0, 1, 2, 3, 77])
+def test_a_resolution_that_is_no_number(tmp_path: Path, value: tuple[int, int], unit: int) -> None:
+    path = write_tiff(tmp_path / "a.tif", scene(128, 128, (0.5, 0.5)), (0.5, 0.5))
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        for name in ("XResolution", "YResolution"):
+            tag = tiff.pages[0].tags[name]
+            tiff.filehandle.seek(tag.valueoffset)
+            tiff.filehandle.write(struct.pack("<II", *value))
+        tiff.pages[0].tags["ResolutionUnit"].overwrite(unit)
+    assert Slide.open(entry(path, fallback_mpp=0.25)).mpp_source == "--mpp"
+
+
+@given(st.text() | st.floats() | st.none(), st.text())
+def test_no_text_is_a_wrong_length(value: object, unit: str) -> None:
+    for length in (positive(value), in_um(value, unit), in_um(value, "µm")):
+        assert length is None or length > 0
+
+
+@pytest.mark.parametrize("name", ["ome-physical-size.ome.tif", "mpp-with-comma.svs"])
+@pytest.mark.parametrize("fallback", [None, 0.25])
+def test_pixel_size_of_the_real_cases(name: str, fallback: float | None) -> None:
+    slide = Slide.open(entry(case(name), fallback_mpp=fallback))
+    assert slide.mpp_level0 == (0.5, 0.5)
+    assert slide.calibrated
+
+
+# The right image of a file
+
+
+def write_series(path: Path, *images: NDArray[np.uint8], names: Sequence[str] = ()) -> Path:
+    """A TIFF of several images; as OME-TIFF where they have names."""
+    with tifffile.TiffWriter(path, ome=bool(names)) as tiff:
+        for number, pixels in enumerate(images):
+            tiff.write(
+                pixels,
+                photometric="rgb",
+                tile=(TILE, TILE),
+                metadata={"Name": names[number], "axes": "YXS"} if names else None,
+                resolution=(20000, 20000),
+                resolutionunit="CENTIMETER",
+            )
+    return path
+
+
+def test_the_largest_image_is_read_wherever_it_is(tmp_path: Path) -> None:
+    pixels = scene(512, 384, (0.5, 0.5))
+    path = write_series(tmp_path / "a.tif", shrunk(pixels, 3), pixels, shrunk(pixels, 2))
+    slide = Slide.open(entry(path))
+    assert slide.size == (512, 384)
+    assert slide.levels == ((512, 384), (256, 192))
+    np.testing.assert_array_equal(slide.read(whole(slide)), pixels)
+
+
+def test_an_image_is_named_by_number_name_or_size(tmp_path: Path) -> None:
+    first, second = scene(256, 192, (0.5, 0.5)), scene(256, 200, (0.5, 0.5))
+    third = np.ascontiguousarray(second[::-1])
+    names = ["one", "two", "three"]
+    path = write_series(tmp_path / "a.ome.tif", first, second, third, names=names)
+    known: dict[str, Any]
+    for known, expected in (
+        ({"series": 0}, first),
+        ({"series": 2}, third),
+        ({"series_name": "two"}, second),
+        ({"size": (256, 192)}, first),
+        ({"series": 2, "size": (256, 200)}, third),
+    ):
+        slide = Slide.open(entry(path, **known))
+        np.testing.assert_array_equal(slide.read(whole(slide)), expected)
+    for known, reason in (
+        ({}, "2 images of one size"),
+        ({"series": 7}, "3 images, not number 7"),
+        ({"series_name": "four"}, "no image named four, but one, two, three"),
+    ):
+        with pytest.raises(SlideError, match=f"cannot be read .*{reason}"):
+            Slide.open(entry(path, **known))
+    with pytest.raises(SlideError, match="QuPath saved 300 x 300"):
+        Slide.open(entry(path, series=0, size=(300, 300)))
+
+
+def test_the_slide_of_the_real_case() -> None:
+    assert Slide.open(entry(case("thumbnail-first.tif"))).size == (1024, 1024)
+
+
+@pytest.mark.parametrize("fallback", [None, 0.5])
+def test_the_preview_in_a_vsi_is_refused(tmp_path: Path, fallback: float | None) -> None:
+    path = write_series(tmp_path / "Image_01.vsi", scene(256, 192, (0.5, 0.5)))
+    with pytest.raises(SlideError, match=r"Image_01\.vsi cannot be read \(a VSI .*OME-TIFF"):
+        Slide.open(entry(path, fallback_mpp=fallback))
+
+
+# Pale tissue
+
+
+def pale(colour: tuple[int, int, int], nuclei: int = 20) -> NDArray[np.uint8]:
+    """Stroma (512, 512, 3) of 0.5 µm/px with nuclei, no glass."""
+    rng = np.random.default_rng(0)
+    pixels = np.array(colour) + rng.normal(0, 3, (512, 512, 3))
+    rows, cols = np.mgrid[:512, :512]
+    for y, x in rng.integers(20, 492, (nuclei, 2)):
+        pixels[(rows - y) ** 2 + (cols - x) ** 2 < 8**2] = (110, 70, 150)
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("colour", [(240, 225, 233), (238, 220, 230), (241, 234, 239)])
+def test_pale_stroma_without_glass_is_tissue(colour: tuple[int, int, int]) -> None:
+    assert tissue_mask(shrunk(pale(colour), 16), 8.0).all()
+
+
+def test_real_fat_and_pale_stroma_are_tissue_and_glass_is_not(shared_data: Path) -> None:
+    folder = shared_data / "no_nuclei"
+    for path in sorted((folder / "collagen_fat").glob("*.png")):
+        thumbnail = np.asarray(Image.open(path).convert("RGB").reduce(16))
+        assert tissue_mask(thumbnail, 8.0).mean() > 0.3, path.name
+    for name in ("almost-white-1", "almost-white-2", "no-tissue", "no-tissue2", "no-tissue-line"):
+        thumbnail = np.asarray(
+            Image.open(folder / "ink_and_edges" / f"{name}.png").convert("RGB").reduce(16)
+        )
+        assert not tissue_mask(thumbnail, 8.0).any(), name
+
+
+# Small things
+
+
+def test_the_last_pixel_of_a_truncated_level_is_repeated(tmp_path: Path) -> None:
+    pixels = scene(400, 2203, (0.25, 0.25))  # levels of 550 and 137 rows
+    path = write_tiff(tmp_path / "a.tif", pixels, (0.25, 0.25), (1, 4, 16), tile_px=TILE)
+    for mpp in (4.0, 4.2, 8.0):
+        thumbnail = Slide.open(entry(path), 0.25).thumbnail(mpp)
+        assert np.abs(thumbnail[-1].astype(int) - thumbnail[-2]).max() < 10
+
+
+def test_a_slide_with_voids_has_a_fingerprint(tmp_path: Path, square: NDArray[np.uint8]) -> None:
+    pixels, _ = turned(square, 0)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = prepare(entry(tmp_path / "a.png", fallback_mpp=0.5), Config())
+    without = replace(image, slide=replace(image.slide, void=None))
+    assert digest(image.fingerprint()) != digest(without.fingerprint())
