@@ -554,6 +554,18 @@ def test_the_largest_image_is_read_wherever_it_is(tmp_path: Path) -> None:
     np.testing.assert_array_equal(slide.read(whole(slide)), pixels)
 
 
+def test_levels_may_be_in_any_order(tmp_path: Path) -> None:
+    pixels = scene(512, 384, (0.5, 0.5))
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif") as tiff:
+        common: dict[str, Any] = {"photometric": "rgb", "tile": (TILE, TILE)}
+        tiff.write(pixels, subifds=2, metadata={"axes": "YXS"}, **common)
+        for factor in (4, 2):
+            tiff.write(shrunk(pixels, factor), subfiletype=1, **common)
+    slide = Slide.open(entry(tmp_path / "a.ome.tif", fallback_mpp=0.5), 2.0)
+    assert slide.levels == ((512, 384), (256, 192), (128, 96))
+    np.testing.assert_array_equal(slide.read(whole(slide)), shrunk(pixels, 4))
+
+
 def test_an_image_is_named_by_number_name_or_size(tmp_path: Path) -> None:
     first, second = scene(256, 192, (0.5, 0.5)), scene(256, 200, (0.5, 0.5))
     third = np.ascontiguousarray(second[::-1])

@@ -57,9 +57,11 @@ def open_tiff(path: Path, selection: Selection) -> Pyramid:
         arrays = _arrays(series)
         # Threads may still read when a file is dropped from the cache: the last reader closes it.
         weakref.finalize(arrays[0].store, tiff.close)
-        page = series.levels[0].keyframe
+        in_file = zip(arrays, series.levels, strict=True)
+        finest_first = sorted(in_file, key=lambda pair: -math.prod(_level_size(pair[1])))
+        page = finest_first[0][1].keyframe
         levels: list[Level] = []
-        for array, level in zip(arrays, series.levels, strict=True):
+        for array, level in finest_first:
             levels.append(_level(array, level, levels))
         return Pyramid(levels, tiff_pixel_sizes(tiff, page, number), _bounds(slide))
     except BaseException:
@@ -130,9 +132,13 @@ def _is_associated(series: TiffPageSeries) -> bool:
 
 
 def _size(series: TiffPageSeries) -> tuple[int, int]:
-    """(width, height) of an image."""
-    page = series.levels[0].keyframe
-    return int(page.imagewidth), int(page.imagelength)
+    """(width, height) of an image at its finest level."""
+    return max(map(_level_size, series.levels), key=math.prod)
+
+
+def _level_size(level: TiffPageSeries) -> tuple[int, int]:
+    """(width, height) of a level."""
+    return int(level.keyframe.imagewidth), int(level.keyframe.imagelength)
 
 
 def _arrays(series: TiffPageSeries) -> list[Any]:

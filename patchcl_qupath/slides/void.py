@@ -62,8 +62,8 @@ class VoidMask:
         at = []
         for axis, span in enumerate(source):
             side, origin, px = self.side[1 - axis], self.origin[1 - axis], scale[1 - axis]
-            blocks = ((np.arange(*span) + 0.5) * px - origin) // side
-            at.append(blocks.astype(np.int64).clip(0, self.shape[axis] - 1))
+            number = ((np.arange(*span) + 0.5) * px - origin) // side
+            at.append(number.astype(np.int64).clip(0, self.shape[axis] - 1))
         (rows, cols), blocks = at, self.blocks
         if not blocks[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1].any():
             return None
