@@ -19,7 +19,7 @@ from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import SlideError
 from patchcl_qupath.slides import pyramid
 from patchcl_qupath.slides.level import Selection
-from patchcl_qupath.slides.openslide import open_openslide
+from patchcl_qupath.slides.openslide import one_of_each_slide, open_openslide
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tiff import open_tiff
 
@@ -267,3 +267,26 @@ def test_leica_scn_is_cropped_to_its_bounds_as_qupath_does(tmp_path: Path) -> No
     everything = around.read(whole(around))
     assert (everything[:50] == 255).all()  # nothing was scanned there: glass, not black
     np.testing.assert_array_equal(everything[60:444, 100:612], slide.read(whole(slide)))
+
+
+def test_one_file_of_a_dicom_slide_becomes_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file of a DICOM slide opens all of it."""
+    series = {"a": "1.2.3", "b": "1.2.3", "c": "1.2.4"}
+
+    class Opened:
+        def __init__(self, path: Path) -> None:
+            self.properties = {"dicom.SeriesInstanceUID": series[path.stem]}
+
+        def __enter__(self) -> Opened:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(openslide, "OpenSlide", Opened)
+    names = ["a.dcm", "x.svs", "b.dcm", "c.dcm", "damaged.dcm", "y.svs"]
+    left = ["a.dcm", "x.svs", "c.dcm", "damaged.dcm", "y.svs"]
+    found = one_of_each_slide(tmp_path / name for name in names)
+    assert [path.name for path in found] == left

@@ -6,7 +6,7 @@ OpenSlide is an extra. It draws any region of a level; here, its levels are slic
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -76,6 +76,26 @@ def open_instead(path: Path, selection: Selection, error: Exception) -> Pyramid:
     except Exception as own:  # OpenSlide's errors, and those of the system
         raise own if isinstance(error, MissingReaderError) else error from own
     return pyramid
+
+
+def one_of_each_slide(paths: Iterable[Path]) -> Iterator[Path]:
+    """Image files, without further ones of a DICOM slide: each of its files stands for all."""
+    seen: set[str] = set()
+    for path in paths:
+        series = _dicom_series(path) if path.suffix.lower() == ".dcm" else None
+        if series is None or series not in seen:
+            yield path
+        if series is not None:
+            seen.add(series)
+
+
+def _dicom_series(path: Path) -> str | None:
+    """The id of the series that a DICOM file belongs to; None if it is no slide, or OpenSlide's."""
+    try:
+        with _library("it").OpenSlide(path) as slide:
+            return str(slide.properties["dicom.SeriesInstanceUID"])
+    except Exception:  # it is opened again, where its error is raised
+        return None
 
 
 def openslide_version() -> str:
