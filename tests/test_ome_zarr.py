@@ -304,3 +304,24 @@ def test_a_project_of_an_ome_zarr(tmp_path: Path, uri: str) -> None:
 
 
 RGB = (-65536, -16711936, -16776961)  # Java's 0xAARRGGBB
+
+
+@pytest.mark.parametrize("key", ["multiscales", "axes", "datasets", "path", "scale"])
+@pytest.mark.parametrize("value", [None, 7, "words", [], {}, [[]], [{"path": "0"}, 7]])
+def test_metadata_of_any_kind_are_read_or_refused(tmp_path: Path, key: str, value: Any) -> None:
+    path = write_ome_zarr(tmp_path / "a.zarr", scene(200, 100, MPP), MPP)
+    metadata = json.loads((path / ".zattrs").read_text())
+
+    def changed(item: Any) -> Any:
+        if isinstance(item, list):
+            return [changed(inner) for inner in item]
+        if isinstance(item, dict):
+            return {k: value if k == key else changed(v) for k, v in item.items()}
+        return item
+
+    (path / ".zattrs").write_text(json.dumps(changed(metadata)))
+    try:
+        found = str(opened(path, fallback_mpp=0.25).size)
+    except SlideError as error:
+        found = str(error)
+    assert re.fullmatch(r"\(200, 100\)|a\.zarr cannot be read \(.+\): .*", found)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +184,104 @@ def test_a_damaged_file_of_a_format_that_needs_openslide(tmp_path: Path) -> None
     (tmp_path / "a.mrxs").write_bytes(b"anything")
     with pytest.raises(SlideError, match=r"^a\.mrxs cannot be read \(Unsupported.*OME-TIFF"):
         opened(tmp_path / "a.mrxs")
+
+
+def write_mrxs(
+    path: Path, pixels: NDArray[np.uint8], mpp: float, at: tuple[int, int], levels: int
+) -> Path:
+    """A MIRAX slide, of 8 x 8 images of 128 px, of which only those of ``pixels`` were scanned.
+
+    These begin at image ``at`` (row, col). Each level is half of the one before it.
+    """
+    side, across = 128, 8
+    slide = np.full((side * across, side * across, 3), 255, np.uint8)
+    scanned = np.zeros(slide.shape[:2], bool)
+    row, col = at[0] * side, at[1] * side
+    area = slice(row, row + pixels.shape[0]), slice(col, col + pixels.shape[1])
+    slide[area], scanned[area] = pixels, True
+    path.touch()
+    folder = path.with_suffix("")
+    folder.mkdir()
+    data, pages = b"", []
+    for level in range(levels):
+        concat = 2**level
+        images = shrunk(slide, concat) if level else slide
+        page = []
+        for y in range(0, across, concat):
+            for x in range(0, across, concat):
+                if not scanned[y * side :, x * side :][: concat * side, : concat * side].any():
+                    continue
+                image = images[y // concat * side :, x // concat * side :][:side, :side]
+                buffer = BytesIO()
+                Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0)
+                page.append((y * across + x, len(data), buffer.tell(), 0))
+                data += buffer.getvalue()
+        pages.append(page)
+    (folder / "Data0000.dat").write_bytes(data)
+    (folder / "Index.dat").write_bytes(_mrxs_index(b"01.02" + MRXS_ID.encode(), pages))
+    zoom = "".join(f"HIER_0_VAL_{i}_SECTION = LEVEL_{i}\n" for i in range(levels))
+    sections = "".join(
+        f"[LEVEL_{i}]\nOVERLAP_X = 0\nOVERLAP_Y = 0\nMICROMETER_PER_PIXEL_X = {mpp}\n"
+        f"MICROMETER_PER_PIXEL_Y = {mpp}\nIMAGE_FORMAT = JPEG\nIMAGE_FILL_COLOR_BGR = 16777215\n"
+        f"DIGITIZER_WIDTH = {side}\nDIGITIZER_HEIGHT = {side}\n"
+        f"IMAGE_CONCAT_FACTOR = {min(1, i)}\n"
+        for i in range(levels)
+    )
+    (folder / "Slidedat.ini").write_text(
+        f"[GENERAL]\nSLIDE_ID = {MRXS_ID}\nIMAGENUMBER_X = {across}\nIMAGENUMBER_Y = {across}\n"
+        "OBJECTIVE_MAGNIFICATION = 20\n[HIERARCHICAL]\nHIER_COUNT = 1\nNONHIER_COUNT = 0\n"
+        f"INDEXFILE = Index.dat\nHIER_0_NAME = Slide zoom level\nHIER_0_COUNT = {levels}\n"
+        f"{zoom}[DATAFILE]\nFILE_COUNT = 1\nFILE_0 = Data0000.dat\n{sections}"
+    )
+    return path
+
+
+MRXS_ID = "0123456789ABCDEF"
+
+
+def _mrxs_index(head: bytes, pages: Sequence[Sequence[tuple[int, ...]]]) -> bytes:
+    """The places of images: a table with one record a level, each with one page of images."""
+    table = len(head) + 8
+    record = table + 4 * len(pages)
+    page = record + 8 * len(pages)
+    numbers = [table, 0, *(record + 8 * i for i in range(len(pages)))]
+    lengths = [8 + 16 * len(images) for images in pages]
+    for i in range(len(pages)):
+        numbers += [0, page + sum(lengths[:i])]
+    for images in pages:
+        numbers += [len(images), 0, *(number for image in images for number in image)]
+    return head + np.array(numbers, "<i4").tobytes()
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.5, 0.8])
+def test_mirax_is_cropped_to_its_bounds_and_glass_where_nothing_was_scanned(
+    tmp_path: Path, mpp: float
+) -> None:
+    pixels = scene(512, 256, (0.25, 0.25))
+    path = write_mrxs(tmp_path / "a.mrxs", pixels, 0.25, at=(2, 1), levels=3)
+    slide = opened(path, mpp)
+    assert (slide.size, slide.origin) == ((512, 256), (128, 256))
+    assert slide.levels == ((1024, 1024), (512, 512), (256, 256))
+    assert slide.mpp_level0 == (0.25, 0.25)
+    got = slide.read(whole(slide))
+    if mpp != 0.8:
+        expected = shrunk(pixels, 2) if mpp == 0.5 else pixels
+        assert np.abs(got - expected.astype(int)).mean() < 2
+    np.testing.assert_array_equal(slide.read(Box(30, 41, 70, 99)), got[30:70, 41:99])
+    around = opened(path, mpp, use_bounds=False)
+    assert around.size == (1024, 1024)
+    everything = around.read(whole(around))
+    px = around.downsample[0]
+    assert (everything[: int(250 / px)] > 250).all()
+    assert (everything[:, int(650 / px) :] > 250).all()
+    assert (around.thumbnail(8.0)[0] == 255).all()
+
+
+def test_mirax_without_its_folder(tmp_path: Path) -> None:
+    path = write_mrxs(tmp_path / "a.mrxs", scene(256, 256, MPP), 0.5, at=(0, 0), levels=1)
+    path.with_suffix("").rename(tmp_path / "b")
+    with pytest.raises(SlideError, match=r"^a\.mrxs cannot be read"):
+        opened(path)
 
 
 def write_vms(folder: Path, pixels: NDArray[np.uint8]) -> Path:

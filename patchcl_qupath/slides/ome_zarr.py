@@ -25,6 +25,15 @@ Json = Mapping[str, Any]
 
 def open_ome_zarr(folder: Path, selection: Selection) -> Pyramid:
     """The image of an OME-Zarr that ``selection`` names. May raise any exception."""
+    try:
+        return _pyramid(folder, selection)
+    except (AttributeError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"its metadata are not those of an OME-Zarr: {reason}") from error
+
+
+def _pyramid(folder: Path, selection: Selection) -> Pyramid:
+    """As ``open_ome_zarr``, which explains what metadata of other kinds raise."""
     group = _image(zarr.open_group(str(folder), mode="r", use_consolidated=False), selection)
     _check_colours(_metadata(group))
     image = _multiscale(group)
