@@ -221,12 +221,17 @@ def refine(
 @click.option("--mpp", type=click.FloatRange(min=0, min_open=True), help="Pixel size in µm.")
 @options.verbose
 def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
-    """Make a QuPath project in DIR out of image files. Images stay where they are."""
+    """Make a QuPath project in DIR out of image files. Images stay where they are.
+
+    An OME-Zarr is named by its folder. Of the files of a DICOM slide, one becomes an image.
+    """
     with _reporting_errors(as_json=False):
         from patchcl_qupath.project import init_project
+        from patchcl_qupath.slides.openslide import one_of_each_slide
 
-        project = init_project(folder, [_new_image(path, mpp) for path in images])
-        click.echo(f"Project: {project} ({len(images)} images)\nNext:    patchcl-qp run {project}")
+        new = [_new_image(path, mpp) for path in one_of_each_slide(images)]
+        project = init_project(folder, new)
+        click.echo(f"Project: {project} ({len(new)} images)\nNext:    patchcl-qp run {project}")
 
 
 @main.command()

@@ -19,6 +19,8 @@ from patchcl_qupath.errors import ProjectError
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.network import device
 from patchcl_qupath.project.paquo import find_qupath
+from patchcl_qupath.slides.level import MissingReaderError
+from patchcl_qupath.slides.openslide import FORMATS, openslide_version
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def findings(qupath: Path | None = None) -> Iterator[Finding]:
     yield _gpu()
     readers = ("tiffslide", "tifffile", "imagecodecs", "pillow", "zarr")
     yield Finding("readers", ", ".join(f"{name} {version(name)}" for name in readers))
+    yield _openslide()
     yield _queues()
 
 
@@ -68,6 +71,14 @@ def _gpu() -> Finding:
     if torch.cuda.is_available():
         return Finding("GPU", torch.cuda.get_device_name())
     return Finding("GPU", None, "none is needed; with CUDA and its torch, training is faster")
+
+
+def _openslide() -> Finding:
+    formats = ", ".join(sorted(FORMATS.values()))
+    try:
+        return Finding("OpenSlide", openslide_version(), f"it reads {formats}")
+    except MissingReaderError:
+        return Finding("OpenSlide", None, f"pip install 'patchcl-qupath[openslide]': {formats}")
 
 
 def _queues() -> Finding:

@@ -23,6 +23,7 @@ from patchcl_qupath.progress import ShowProgress, hide_progress
 from patchcl_qupath.project import NewImage, Project, init_project
 from patchcl_qupath.project import open_project as open_backend
 from patchcl_qupath.report.page import write_report as write_page
+from patchcl_qupath.slides.openslide import one_of_each_slide
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.status import ImageStatus, image_status
 from patchcl_qupath.storage.files import check_writable, exclusive_lock
@@ -59,7 +60,7 @@ def create_project(
     'project.qpproj'
     """
     new = []
-    for image in map(Path, images):
+    for image in one_of_each_slide(map(Path, images)):
         slide = Slide.open(ImageEntry("", image.name, image.resolve(), fallback_mpp=mpp))
         known = None if slide.calibrated else slide.mpp_level0
         new.append(NewImage(slide.path, slide.levels, known))

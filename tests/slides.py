@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
+import zarr
 from numpy.typing import NDArray
 
 # (x, y, radius) in µm, from the top left corner; no symmetry maps them onto each other.
@@ -78,4 +80,68 @@ def write_svs(
             )
             if factor == 1:
                 tiff.write(shrunk(pixels, 16), photometric="rgb", description=text, metadata=None)
+    return path
+
+
+def write_ome_zarr(
+    path: Path,
+    pixels: NDArray[np.uint8],
+    mpp: tuple[float, float] | None = None,
+    factors: Sequence[int] = (1,),
+    *,
+    version: str = "0.4",
+    axes: str = "cyx",
+    chunk_px: int = 64,
+    unit: str = "micrometer",
+    shard_px: int | None = None,
+    fill: int = 0,
+    omero: dict[str, Any] | None = None,
+) -> Path:
+    """An OME-Zarr pyramid of pixels (H, W, C), each level ``factors`` times smaller."""
+    zarr_format: Any = 3 if version == "0.5" else 2
+    group = zarr.open_group(str(path), mode="w", zarr_format=zarr_format)
+    sides = {"y": chunk_px, "x": chunk_px}
+    for number, factor in enumerate(factors):
+        level = shrunk(pixels, factor) if factor > 1 else pixels
+        order = ["yxc".index(axis) for axis in axes if axis in "yxc"]
+        data = level.transpose(order).reshape(
+            [level.shape["yxc".index(axis)] if axis in "yxc" else 1 for axis in axes]
+        )
+        array = group.create_array(
+            str(number),
+            shape=data.shape,
+            dtype=data.dtype,
+            chunks=tuple(sides.get(axis, 1) for axis in axes),
+            shards=shard_px and tuple(shard_px if axis in sides else 1 for axis in axes),
+            chunk_key_encoding={"name": "v2" if zarr_format == 2 else "default", "separator": "/"},
+            fill_value=fill,
+        )
+        array[:] = data
+    kinds = {"t": "time", "c": "channel"}
+    px = {"x": mpp[0], "y": mpp[1]} if mpp else {}
+    image = {
+        "name": path.name,
+        "axes": [
+            {"name": axis, "type": kinds.get(axis, "space")}
+            | ({"unit": unit} if mpp and unit and axis in px else {})
+            for axis in axes
+        ],
+        "datasets": [
+            {
+                "path": str(number),
+                "coordinateTransformations": [
+                    {
+                        "type": "scale",
+                        "scale": [
+                            px.get(axis, 1.0) * (factor if axis in "yx" else 1) for axis in axes
+                        ],
+                    }
+                ],
+            }
+            for number, factor in enumerate(factors)
+        ],
+    }
+    metadata: dict[str, Any] = {"multiscales": [image | {"version": version}]}
+    metadata |= {"omero": omero} if omero else {}
+    group.attrs.update({"ome": metadata} if zarr_format == 3 else metadata)
     return path

@@ -52,6 +52,21 @@ def test_a_missing_engine_says_what_it_would_bring(monkeypatch):
         assert "pip install openvino" in found["note"]
 
 
+def test_openslide_names_its_extra_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openslide", None)  # as if it were not installed
+    found = parts()["OpenSlide"]
+    assert found["found"] is None
+    assert found["note"].startswith("pip install 'patchcl-qupath[openslide]'")
+    assert "MRXS" in found["note"]
+
+
+def test_openslide_is_found_with_its_version():
+    openslide = pytest.importorskip("openslide")
+    found = parts()["OpenSlide"]
+    assert openslide.__library_version__ in found["found"]
+    assert "DICOM" in found["note"]
+
+
 def test_brackets_in_a_table_are_no_markup(capsys):
     console.print_table(["part"], [["patchcl-qupath[cluster]"], ["a :smile: [red].svs"]])
     table = capsys.readouterr().out

@@ -14,7 +14,7 @@ from patchcl_qupath.storage.files import write_json
 
 QUPATH_VERSION = "0.5.1"  # whose format is written; 0.4 and later read it
 OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
-OPENSLIDE_SUFFIXES = {".svs", ".ndpi"}
+OPENSLIDE_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm", ".svslide"}
 
 _RGB = {"Red": -65536, "Green": -16711936, "Blue": -16776961}  # Java's 0xAARRGGBB
 

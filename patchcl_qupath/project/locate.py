@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath, PureWindowsPath
 
+from patchcl_qupath.storage.files import content_file
+
 SEARCH_DEPTH = 4  # folders, the project's included, in which QuPath looks for a lost image
 
 
@@ -29,10 +31,10 @@ class Locator:
         The same path; the same path relative to the project; a file of the same name in the
         project's folder.
         """
-        if isinstance(stored, PureWindowsPath) == (os.name == "nt") and Path(stored).is_file():
+        if isinstance(stored, PureWindowsPath) == (os.name == "nt") and _is_image(Path(stored)):
             return Path(stored)
         moved = self._moved_along(stored)
-        if moved is not None and moved.is_file():
+        if moved is not None and _is_image(moved):
             return moved
         return self._files_by_name.get(stored.name)
 
@@ -56,14 +58,20 @@ class Locator:
         return found
 
 
+def _is_image(path: Path) -> bool:
+    """Whether a path is that of a file, or of an OME-Zarr."""
+    return content_file(path).is_file()
+
+
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    """Files of a folder, then those of its folders, without hidden ones."""
+    """Files and OME-Zarr of a folder, then those of its folders, without hidden ones."""
     try:
         inside = sorted(item for item in folder.iterdir() if not item.name.startswith("."))
     except OSError:
         return
-    yield from (item for item in inside if item.is_file())
+    images = [item for item in inside if _is_image(item)]
+    yield from images
     if depth > 1:
         for item in inside:
-            if item.is_dir():
+            if item.is_dir() and item not in images:
                 yield from _walk(item, depth - 1)

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.storage.files import ZARR_METADATA
 
 BIO_FORMATS = "BioFormatsServerBuilder"
 MICROMETRES = {"µm", "μm", "um"}  # the micro sign, and the Greek letter
@@ -149,6 +150,8 @@ def _image(entry: dict[str, Any]) -> StoredImage:
         metadata = metadata or builder.get("metadata") or {}
     uri = str(builder.get("uri", ""))
     path = path_of_uri(uri)
+    if path is not None and path.name in ZARR_METADATA:  # QuPath opens the folder by it, too
+        path = path.parent
     name = str(entry.get("imageName") or (path.name if path else id_))
     args = [str(arg) for arg in builder.get("args") or []]
     openslide = not str(builder.get("providerClassName")).endswith(BIO_FORMATS)
@@ -161,7 +164,12 @@ def _image(entry: dict[str, Any]) -> StoredImage:
         size=_size(metadata),
         use_bounds=openslide and "--no-crop" not in args,
         problem=_problem(
-            name=name, kind=str(builder.get("builderType")), args=args, metadata=metadata
+            name=name,
+            kind=str(builder.get("builderType")),
+            args=args,
+            metadata=metadata,
+            # Bio-Formats does not call the channels of an OME-Zarr RGB.
+            is_zarr=path is not None and ".zarr" in str(path).lower(),
         ),
     )
 
@@ -185,7 +193,16 @@ def _size(metadata: dict[str, Any]) -> tuple[int, int] | None:
     return (int(width), int(height)) if width and height else None
 
 
-def _problem(*, name: str, kind: str, args: list[str], metadata: dict[str, Any]) -> str | None:
+def _is_red_green_blue(metadata: dict[str, Any]) -> bool:
+    """Whether an image is three channels of 8 bit, of these colours, in this order."""
+    channels = metadata.get("channels") or []
+    colours = [channel.get("color", 0) & 0xFFFFFF for channel in channels]  # of 0xAARRGGBB
+    return metadata.get("pixelType") == "UINT8" and colours == [0xFF0000, 0x00FF00, 0x0000FF]
+
+
+def _problem(
+    *, name: str, kind: str, args: list[str], metadata: dict[str, Any], is_zarr: bool
+) -> str | None:
     """Why an image with a builder of that kind cannot be used, and what to do; None if it can."""
     if kind != "uri":
         view = VIEWS.get(kind, f"a view of an unknown kind ({kind})")
@@ -196,6 +213,6 @@ def _problem(*, name: str, kind: str, args: list[str], metadata: dict[str, Any])
     series = args[args.index("--series") + 1 :][:1] if "--series" in args else ["0"]
     if series != ["0"]:
         return f"{name} is a further image of its file: export it as OME-TIFF and add that"
-    if metadata.get("isRGB") is False:
+    if metadata.get("isRGB") is False and not (is_zarr and _is_red_green_blue(metadata)):
         return not_brightfield(name)
     return None

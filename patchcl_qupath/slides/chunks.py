@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Box
 from patchcl_qupath.slides.colour import ToRGB
+from patchcl_qupath.slides.level import Level
+from patchcl_qupath.slides.level_grid import LevelGrid
 
 GLASS = 255  # what is not in the file shows glass
 _PIECE_PX = 512  # side of what is drawn at once from a finer level
@@ -21,6 +23,13 @@ class Reader(Protocol):
 
     def read(self, box: Box) -> NDArray[np.uint8]:
         """The pixels (rows, cols, 3) of a box of the level."""
+
+
+class ChunkTable(Protocol):
+    """A table (chunk rows, chunk columns) of bool, as an array, or made as it is sliced."""
+
+    def __getitem__(self, at: tuple[slice, slice], /) -> NDArray[np.bool_]:
+        """A part of the table."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,7 +45,7 @@ class ChunkedPixels:
     stored: Any
     chunk: tuple[int, int]
     to_rgb: ToRGB
-    missing: NDArray[np.bool_] | None
+    missing: ChunkTable | None
     finer: Reader | None
 
     @property
@@ -88,7 +97,7 @@ class ChunkedPixels:
         """A box without what is stored."""
         pixels = np.full((*box.shape, 3), GLASS, np.uint8)
         if self.finer is not None:
-            for part in _cut(box, (_PIECE_PX, _PIECE_PX)):
+            for part in cut(box, (_PIECE_PX, _PIECE_PX)):
                 pixels[part.within(box)] = self.finer.read(part)
         return pixels
 
@@ -102,10 +111,15 @@ class ChunkedPixels:
 
     def _parts(self, box: Box) -> Iterator[Box]:
         """A box cut at the borders of chunks."""
-        return _cut(box, self.chunk)
+        return cut(box, self.chunk)
 
 
-def _cut(box: Box, sides: tuple[int, int]) -> Iterator[Box]:
+def drawn_from(finer: Level, shape: tuple[int, int], scale: tuple[float, float]) -> LevelGrid:
+    """A level as a grid over a finer one."""
+    return LevelGrid.of("it", level=finer, shape=shape, downsample=scale, origin=(0, 0))
+
+
+def cut(box: Box, sides: tuple[int, int]) -> Iterator[Box]:
     """A box cut at whole multiples of ``sides`` (rows, cols)."""
     height, width = sides
     for row in range(box.row0 // height * height, box.row1, height):

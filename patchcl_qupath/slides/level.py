@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import DamagedError, SlideError
 from patchcl_qupath.slides.pixel_size import PixelSize
+
+MAX_IN_MEMORY_PX = 178_000_000  # of a level that cannot be read in parts: 0.5 GB, Pillow's limit
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,36 @@ class Selection:
         return cls(series=entry.series, name=entry.series_name, size=entry.size)
 
 
+class MissingReaderError(Exception):
+    """A format that is read by OpenSlide, which is not installed."""
+
+
+def level_scale(shape: tuple[int, int], finer: Sequence[Level]) -> tuple[float, float]:
+    """(x, y) level-0 px per px of a level of ``shape``."""
+    # A level of 62 px below one of 250 is a truncated quarter, not 1 / 4.03 of it: QuPath, too,
+    # takes the whole number wherever less than one px is missing.
+    level0 = finer[0].pixels.shape[:2] if finer else shape
+    y, x = (
+        whole if abs(n0 / (whole := max(1, round(n0 / n))) - n) < 1 else n0 / n
+        for n0, n in zip(level0, shape, strict=True)
+    )
+    return float(x), float(y)
+
+
+def check_memory(px: int) -> None:
+    """Raise ValueError for a level that must be read in one piece, and is too large for that."""
+    if px > MAX_IN_MEMORY_PX:
+        raise ValueError(f"{px / 1e6:.0f} megapixels in one piece: it needs tiles to be read")
+
+
 def unreadable(name: str, error: Exception) -> SlideError:
     """The error, with advice, for a file that cannot be opened or decoded."""
     known = error.reason if isinstance(error, DamagedError) else str(error)
     reason = " ".join(known.split()) or type(error).__name__
+    if isinstance(error, MissingReaderError):
+        return SlideError(
+            f"{name} cannot be read ({reason}): pip install 'patchcl-qupath[openslide]'"
+        )
     message = (
         f"{name} cannot be read ({reason}): if QuPath shows it, export it as OME-TIFF (rendered "
         "RGB) and add that; if not, copy the file again"

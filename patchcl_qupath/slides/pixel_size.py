@@ -21,6 +21,7 @@ class PixelSizeSource(StrEnum):
 
     QUPATH = "QuPath"
     OME_XML = "OME-XML"
+    OME_ZARR = "OME-Zarr"
     VENDOR = "vendor"
     TIFF = "TIFF resolution"
     IMAGEJ = "ImageJ"
@@ -40,9 +41,11 @@ class PixelSize:
         return all(MPP_RANGE[0] <= side <= MPP_RANGE[1] for side in self.mpp)
 
 
-_UM = {  # of units in OME-XML, in ImageJ, and in QuPath
+_UM = {  # of units in OME-XML, OME-Zarr, ImageJ and QuPath
     "pm": 1e-6,
+    "picometer": 1e-6,
     "å": 1e-4,
+    "angstrom": 1e-4,
     "nm": 1e-3,
     "nanometer": 1e-3,
     "µm": 1.0,  # the micro sign
@@ -56,6 +59,7 @@ _UM = {  # of units in OME-XML, in ImageJ, and in QuPath
     "cm": 1e4,
     "centimeter": 1e4,
     "dm": 1e5,
+    "decimeter": 1e5,
     "m": 1e6,
     "meter": 1e6,
     "thou": 25.4,

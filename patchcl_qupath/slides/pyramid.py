@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from patchcl_qupath.slides.colour import on_white
-from patchcl_qupath.slides.level import Level, Pyramid, Selection
-from patchcl_qupath.slides.tiff import check_memory, open_tiff
+from patchcl_qupath.slides.level import Level, Pyramid, Selection, check_memory
+from patchcl_qupath.slides.ome_zarr import open_ome_zarr
+from patchcl_qupath.slides.openslide import FORMATS, open_instead, open_openslide
+from patchcl_qupath.slides.tiff import open_tiff
+from patchcl_qupath.storage.files import content_file
 
 PILLOW_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp"}
 ANY = Selection()
@@ -27,7 +30,7 @@ def open_pyramid(path: Path, selection: Selection = ANY) -> Pyramid:
     A file that was replaced is opened again, and one that was removed raises: workers are
     long-lived.
     """
-    stat = path.stat()
+    stat = content_file(path).stat()
     with _opening:
         return _open(path, selection, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
 
@@ -40,12 +43,23 @@ def forget_pyramids() -> None:
 
 @lru_cache(maxsize=4)
 def _open(path: Path, selection: Selection, version: tuple[int, ...]) -> Pyramid:
+    if path.is_dir():
+        return open_ome_zarr(path, selection)
     suffix = path.suffix.lower()
+    if suffix in FORMATS:
+        return open_openslide(path, selection)
     if suffix in PILLOW_SUFFIXES:
         return _open_with_pillow(path)
     if suffix == ".vsi":  # a TIFF, whose pages are previews
         raise ValueError("a VSI keeps its slide in other files, beside a preview of it")
-    return open_tiff(path, selection)
+    try:
+        pyramid = open_tiff(path, selection)
+        pyramid.check_readable()
+    except OSError:
+        raise
+    except Exception as error:  # readers raise anything
+        return open_instead(path, selection, error)
+    return pyramid
 
 
 def _open_with_pillow(path: Path) -> Pyramid:

@@ -20,13 +20,17 @@ from numpy.typing import NDArray
 from tifffile import TiffPageSeries
 from tiffslide import TiffSlide
 
-from patchcl_qupath.slides.chunks import ChunkedPixels
+from patchcl_qupath.slides.chunks import ChunkedPixels, drawn_from
 from patchcl_qupath.slides.colour import to_rgb
-from patchcl_qupath.slides.level import Level, Pyramid, Selection
-from patchcl_qupath.slides.level_grid import LevelGrid
+from patchcl_qupath.slides.level import (
+    Level,
+    MissingReaderError,
+    Pyramid,
+    Selection,
+    check_memory,
+    level_scale,
+)
 from patchcl_qupath.slides.pixel_size import tiff_pixel_sizes
-
-MAX_IN_MEMORY_PX = 178_000_000  # of a level that cannot be read in parts: 0.5 GB, Pillow's limit
 
 # Names of images that show the whole slide, or its label, as scanners and Bio-Formats write them.
 ASSOCIATED = {
@@ -51,7 +55,7 @@ def open_tiff(path: Path, selection: Selection) -> Pyramid:
     try:
         tiff = slide.ts_tifffile
         if tiff.is_scn or tiff.is_bif:
-            raise ValueError("Leica SCN and Ventana BIF hold several overlapping parts")
+            raise MissingReaderError("Leica SCN and Ventana BIF need OpenSlide")
         number = _choose(all_series, selection)
         series = all_series[number]
         arrays = _arrays(series)
@@ -163,8 +167,8 @@ def _level(array: Any, series: TiffPageSeries, finer: Sequence[Level]) -> Level:
     missing = _missing(series, (shape, chunk))
     if missing is not None and missing.all() and not finer:
         raise ValueError("it holds no pixels")
-    scale = _scale(shape, finer)
-    below = _drawn_from(finer[-1], shape, scale) if finer else None
+    scale = level_scale(shape, finer)
+    below = drawn_from(finer[-1], shape, scale) if finer else None
     if chunk[0] >= shape[0] and chunk[1] >= shape[1] and missing is None:
         check_memory(math.prod(shape))
         try:
@@ -177,23 +181,6 @@ def _level(array: Any, series: TiffPageSeries, finer: Sequence[Level]) -> Level:
             missing = np.ones((1, 1), bool)
     pixels = ChunkedPixels(stored=array, chunk=chunk, to_rgb=convert, missing=missing, finer=below)
     return Level(pixels, chunk, scale)
-
-
-def _drawn_from(finer: Level, shape: tuple[int, int], scale: tuple[float, float]) -> LevelGrid:
-    """A level as a grid over a finer one."""
-    return LevelGrid.of("it", level=finer, shape=shape, downsample=scale, origin=(0, 0))
-
-
-def _scale(shape: tuple[int, int], finer: Sequence[Level]) -> tuple[float, float]:
-    """(x, y) level-0 px per px of a level of ``shape``."""
-    # A level of 62 px below one of 250 is a truncated quarter, not 1 / 4.03 of it: QuPath, too,
-    # takes the whole number wherever less than one px is missing.
-    level0 = finer[0].pixels.shape[:2] if finer else shape
-    y, x = (
-        whole if abs(n0 / (whole := max(1, round(n0 / n))) - n) < 1 else n0 / n
-        for n0, n in zip(level0, shape, strict=True)
-    )
-    return float(x), float(y)
 
 
 def _missing(
@@ -212,12 +199,6 @@ def _missing(
     table = list(zip(page.dataoffsets, page.databytecounts, strict=False))[: rows * cols]
     stored[: len(table)] = [bool(offset and count) for offset, count in table]
     return None if stored.all() else ~stored.reshape(rows, cols)
-
-
-def check_memory(px: int) -> None:
-    """Raise ValueError for a level that must be read in one piece, and is too large for that."""
-    if px > MAX_IN_MEMORY_PX:
-        raise ValueError(f"{px / 1e6:.0f} megapixels in one piece: it needs tiles to be read")
 
 
 def _bounds(slide: TiffSlide) -> tuple[float, ...] | None:

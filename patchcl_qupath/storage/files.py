@@ -24,6 +24,8 @@ from patchcl_qupath.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
+ZARR_METADATA = ("zarr.json", ".zattrs", ".zgroup")  # of version 3, and of version 2
+
 _MAKE_ROOM = "make room and run again, finished tiles are kept"
 _COPY = "copy the project to a folder that you can write to"
 _ADVICE = {
@@ -148,6 +150,15 @@ def digest(content: Any) -> str:
     """The first 12 hexadecimal digits of the SHA-256 of a JSON-like value."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def content_file(path: Path) -> Path:
+    """The file that is read for an image: its own, or of an OME-Zarr, a folder, its metadata."""
+    if path.is_dir():
+        for name in ZARR_METADATA:
+            if (path / name).is_file():
+                return path / name
+    return path
 
 
 def write_bytes(path: Path, content: bytes) -> None:

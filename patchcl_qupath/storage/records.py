@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from patchcl_qupath.datatypes import CorrectionRoi, FailedTile, StainVectors
-from patchcl_qupath.storage.files import read_json, write_json
+from patchcl_qupath.storage.files import content_file, read_json, write_json
 from patchcl_qupath.timing import Seconds
 
 
@@ -320,8 +320,8 @@ class RoisRecord(Record, frozen=True, kw_only=True, rename={"rois": "fields"}):
 
 
 def file_signature(path: Path) -> FileSignature:
-    """Size and time of a file. Raises OSError."""
-    stat = path.stat()
+    """Size and time of a file, or of the metadata of an OME-Zarr. Raises OSError."""
+    stat = content_file(path).stat()
     return FileSignature(bytes=stat.st_size, modified_ns=stat.st_mtime_ns)
 
 

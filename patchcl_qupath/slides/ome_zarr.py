@@ -1,0 +1,292 @@
+"""OME-Zarr (NGFF 0.1 to 0.5): a folder of chunks, as a pyramid that is decoded chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from patchcl_qupath.slides.chunks import ChunkedPixels, drawn_from
+from patchcl_qupath.slides.level import Level, Pyramid, Selection, check_memory, level_scale
+from patchcl_qupath.slides.pixel_size import Pair, PixelSize, PixelSizeSource, in_um
+
+_AXES = "tczyx"  # of versions that do not name them
+_COLOURS = ["FF0000", "00FF00", "0000FF"]
+
+Json = Mapping[str, Any]
+
+
+def open_ome_zarr(folder: Path, selection: Selection) -> Pyramid:
+    """The image of an OME-Zarr that ``selection`` names. May raise any exception."""
+    try:
+        return _pyramid(folder, selection)
+    except (AttributeError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"its metadata are not those of an OME-Zarr: {reason}") from error
+
+
+def _pyramid(folder: Path, selection: Selection) -> Pyramid:
+    """As ``open_ome_zarr``, which explains what metadata of other kinds raise."""
+    group = _image(zarr.open_group(str(folder), mode="r", use_consolidated=False), selection)
+    _check_colours(_metadata(group))
+    image = _multiscale(group)
+    frames = [_Frame.of(image, dataset) for dataset in image["datasets"]]
+    levels: list[Level] = []
+    for dataset, frame in zip(image["datasets"], frames, strict=True):
+        if frame.begins_with(frames[0]):
+            plane = _Plane.of(folder, _array(group, dataset), _axes(image))
+            levels.append(_level(plane, frame.downsample(frames[0]), levels))
+    return Pyramid(levels, tuple(_pixel_sizes(image, frames[0])))
+
+
+def _image(root: zarr.Group, selection: Selection) -> zarr.Group:
+    """The group of an image: the root itself, or one of those that bioformats2raw lays out."""
+    metadata = _metadata(root)
+    if metadata.get("multiscales"):
+        return root
+    if "plate" in metadata:
+        raise ValueError("it is a plate of many wells: add the images in it instead")
+    images = [] if "bioformats2raw.layout" not in metadata else list(_images(root))
+    if not images:
+        raise ValueError("it is no OME-Zarr image, as it has no multiscales")
+    return _chosen(images, selection)
+
+
+def _chosen(images: Sequence[zarr.Group], selection: Selection) -> zarr.Group:
+    """The image that is meant: of that size, number or name, else the largest."""
+    sizes = [_size(image) for image in images]
+    if sizes.count(selection.size or (0, 0)) == 1:
+        return images[sizes.index(selection.size or (0, 0))]
+    if selection.series is not None and selection.series < len(images):
+        return images[selection.series]
+    names = [_multiscale(image).get("name") for image in images]
+    if selection.series is None and selection.name is None:
+        return images[max(range(len(images)), key=lambda i: math.prod(sizes[i]))]
+    if names.count(selection.name) == 1:
+        return images[names.index(selection.name)]
+    meant = selection.name or f"number {selection.series}"
+    raise ValueError(f"it holds {len(images)} images, but not {meant}")
+
+
+def _images(root: zarr.Group) -> Iterator[zarr.Group]:
+    """The images of a folder of several, in their order."""
+    listed = _metadata(root["OME"]).get("series") if "OME" in root else None
+    for path in listed or (str(number) for number in range(root.nmembers())):
+        image = root.get(path)
+        if isinstance(image, zarr.Group) and _metadata(image).get("multiscales"):
+            yield image
+
+
+def _metadata(group: Any) -> Json:
+    """The OME metadata of a group, which have a key of their own since version 0.5."""
+    attributes: Json = group.attrs.asdict()
+    inner = attributes.get("ome")
+    return inner if isinstance(inner, dict) else attributes
+
+
+def _multiscale(group: zarr.Group) -> Json:
+    image: Json = _metadata(group)["multiscales"][0]
+    return image
+
+
+def _axes(image: Json) -> tuple[str, ...]:
+    """The names of an image's axes."""
+    axes = image.get("axes") or _AXES
+    return tuple(axis if isinstance(axis, str) else str(axis["name"]) for axis in axes)
+
+
+def _array(group: zarr.Group, dataset: Json) -> zarr.Array[Any]:
+    array = group.get(dataset["path"])
+    if not isinstance(array, zarr.Array):
+        raise ValueError(f"its level {dataset['path']} is missing")
+    return array
+
+
+def _size(group: zarr.Group) -> tuple[int, int]:
+    """(width, height) of level 0 of an image."""
+    array = _array(group, _multiscale(group)["datasets"][0])
+    rows, cols = (array.shape[_axes(_multiscale(group)).index(axis)] for axis in "yx")
+    return cols, rows
+
+
+def _check_colours(metadata: Json) -> None:
+    """Raise ValueError for channels with other colours than red, green and blue."""
+    channels = (metadata.get("omero") or {}).get("channels") or []
+    colours = [str(channel.get("color") or "").lstrip("#").upper()[:6] for channel in channels]
+    if any(colours) and colours != _COLOURS:
+        names = ", ".join(str(channel.get("label") or "?") for channel in channels)
+        raise ValueError(f"its channels are not red, green and blue, but {names}")
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where the px of a level are, in the units of the axes.
+
+    ``px`` is the size (x, y) of one, None where it is not given; ``origin`` the centre (x, y) of
+    the first.
+    """
+
+    px: Pair | None
+    origin: Pair
+
+    @classmethod
+    def of(cls, image: Json, dataset: Json) -> _Frame:
+        """The frame of a level, by its own transformations and those of the whole image."""
+        axes = _axes(image)
+        px, origin, given = np.ones(len(axes)), np.zeros(len(axes)), False
+        for part in (dataset, image):
+            for step in part.get("coordinateTransformations") or ():
+                if "scale" in step:
+                    px, origin, given = px * step["scale"], origin * step["scale"], True
+                if "translation" in step:
+                    origin = origin + step["translation"]
+        x, y = axes.index("x"), axes.index("y")
+        known = given and px[x] > 0 and px[y] > 0
+        return cls(
+            (float(px[x]), float(px[y])) if known else None, (float(origin[x]), float(origin[y]))
+        )
+
+    def begins_with(self, level0: _Frame) -> bool:
+        """Whether the level begins where level 0 does, within one of its px."""
+        if self.px is None or level0.px is None:
+            return True
+        return all(
+            abs(first - first0) < side
+            for first, first0, side in zip(self.origin, level0.origin, self.px, strict=True)
+        )
+
+    def downsample(self, level0: _Frame) -> Pair | None:
+        """(x, y) level-0 px per px; None where it is not given."""
+        if self.px is None or level0.px is None:
+            return None
+        return self.px[0] / level0.px[0], self.px[1] / level0.px[1]
+
+
+def _pixel_sizes(image: Json, level0: _Frame) -> Iterator[PixelSize]:
+    """The pixel size, where the axes have a unit of length."""
+    axes = [axis for axis in image.get("axes") or () if isinstance(axis, dict)]
+    units = {axis["name"]: str(axis.get("unit") or "") for axis in axes}
+    x, y = (
+        in_um(side, units.get(axis, ""))
+        for axis, side in zip("xy", level0.px or (None, None), strict=True)
+    )
+    if x is not None and y is not None:
+        yield PixelSize(PixelSizeSource.OME_ZARR, (x, y))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Plane:
+    """The array of a level as RGB (rows, cols, 3), whatever the order of its axes is.
+
+    ``folder`` has its chunks.
+    """
+
+    folder: Path
+    array: zarr.Array[Any]
+    axes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, root: Path, array: zarr.Array[Any], axes: tuple[str, ...]) -> _Plane:
+        """An array with these axes, in the OME-Zarr at ``root``.
+
+        Raises ValueError if it is not one plane of 8-bit RGB.
+        """
+        sizes = dict(zip(axes, array.shape, strict=True))
+        for axis, n in sizes.items():
+            if axis not in "yxc" and n != 1:
+                raise ValueError(f"it is a stack of {n} planes (axis {axis})")
+        if array.dtype != np.uint8 or sizes.get("c") != 3:
+            raise ValueError(f"not 8-bit RGB: {sizes.get('c', 1)} channels of {array.dtype}")
+        return cls(folder=root / array.path, array=array, axes=axes)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(rows, cols, 3)."""
+        return (*self._rows_cols(self.array.shape), 3)
+
+    @property
+    def chunk(self) -> tuple[int, int]:
+        """(rows, cols) that are decoded together."""
+        return self._rows_cols(self.array.chunks)
+
+    def _rows_cols(self, sides: Sequence[int]) -> tuple[int, int]:
+        return sides[self.axes.index("y")], sides[self.axes.index("x")]
+
+    def __getitem__(self, at: tuple[slice, slice]) -> NDArray[np.uint8]:
+        """Pixels (h, w, 3) of rows and columns."""
+        parts = {"y": at[0], "x": at[1], "c": slice(None)}
+        pixels = np.asarray(self.array[tuple(parts.get(axis, 0) for axis in self.axes)])
+        order = [axis for axis in self.axes if axis in parts]
+        return np.ascontiguousarray(pixels.transpose([order.index(axis) for axis in "yxc"]))
+
+    def is_stored(self, row: int, col: int) -> bool:
+        """Whether the file has a chunk, given by its row and column, in each of the channels.
+
+        Where gaps are filled with light, one channel is enough: writers leave out what has no other
+        value, as the red of eosin may.
+        """
+        array = self.array
+        files = array.shards or array.chunks  # the shape of what is in one file
+        first = {"y": row * self.chunk[0], "x": col * self.chunk[1]}
+        planes = range(-(-3 // files[self.axes.index("c")]))
+        keys = (
+            tuple(
+                plane if axis == "c" else first.get(axis, 0) // side
+                for axis, side in zip(self.axes, files, strict=True)
+            )
+            for plane in planes
+        )
+        found = (self.folder / array.metadata.encode_chunk_key(key) for key in keys)
+        return (any if array.fill_value else all)(path.is_file() for path in found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Missing:
+    """Which chunks (chunk rows, chunk columns) of a level have no file, looked up as it is sliced.
+
+    A whole table would take minutes where a slide has a million files on a network.
+    """
+
+    plane: _Plane
+
+    def __getitem__(self, at: tuple[slice, slice]) -> NDArray[np.bool_]:
+        """A part of the table."""
+        rows, cols = (range(part.start, part.stop) for part in at)
+        found = [not self.plane.is_stored(row, col) for row, col in product(rows, cols)]
+        return np.array(found, dtype=bool).reshape(len(rows), len(cols))
+
+
+def _level(plane: _Plane, downsample: Pair | None, finer: Sequence[Level]) -> Level:
+    """One level of an image, of which the ``finer`` ones are open.
+
+    ``downsample`` is that of the metadata, which is used if the size of the level agrees.
+    """
+    shape, chunk = plane.shape[:2], plane.chunk
+    scale = level_scale(shape, finer)
+    if downsample is not None and _agrees(downsample, shape, finer):
+        scale = downsample
+    pixels = ChunkedPixels(
+        stored=plane,
+        chunk=chunk,
+        to_rgb=np.asarray,
+        missing=_Missing(plane),
+        finer=drawn_from(finer[-1], shape, scale) if finer else None,
+    )
+    if chunk[0] >= shape[0] and chunk[1] >= shape[1]:
+        check_memory(math.prod(shape))
+        return Level(pixels[:, :], (1, 1), scale)
+    return Level(pixels, chunk, scale)
+
+
+def _agrees(downsample: Pair, shape: tuple[int, int], finer: Sequence[Level]) -> bool:
+    """Whether a level of ``shape`` is level 0 at ``downsample``, but for a px that is cut off."""
+    level0 = finer[0].pixels.shape[:2] if finer else shape
+    cut = (abs(n0 / d - n) for n0, d, n in zip(level0, downsample[::-1], shape, strict=True))
+    return all(px < 1 for px in cut)

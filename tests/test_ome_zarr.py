@@ -1,0 +1,327 @@
+"""OME-Zarr: pixels, pixel size and levels are those that were written; projects hold folders."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from click.testing import CliRunner
+from slides import scene, shrunk, write_ome_zarr
+from zarr.storage import LocalStore
+
+from patchcl_qupath.cli import main
+from patchcl_qupath.datatypes import Box, ImageEntry
+from patchcl_qupath.errors import SlideError
+from patchcl_qupath.project import open_project
+from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.storage.records import file_signature
+
+MPP = (0.25, 0.25)
+
+
+def opened(path: Path, mpp: float = 0.5, **known: Any) -> Slide:
+    return Slide.open(ImageEntry("1", path.name, path, **known), mpp)
+
+
+def whole(slide: Slide) -> Box:
+    return Box(0, 0, *slide.shape)
+
+
+@pytest.fixture
+def chunks_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each chunk was fetched, as 'level/0/row/col'."""
+    counter: Counter[str] = Counter()
+    get = LocalStore.get
+
+    async def counting(self: LocalStore, key: str, *args: Any, **kwargs: Any) -> Any:
+        if re.fullmatch(r"\d+(/c)?(/\d+)+", key):
+            counter[key] += 1
+        return await get(self, key, *args, **kwargs)
+
+    monkeypatch.setattr(LocalStore, "get", counting)
+    return counter
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("axes", ["cyx", "tczyx", "yxc"])
+def test_pixels_and_pixel_size_are_those_that_were_written(
+    tmp_path: Path, version: str, axes: str
+) -> None:
+    pixels = scene(403, 301, MPP)
+    path = write_ome_zarr(
+        tmp_path / "a.ome.zarr", pixels, MPP, (1, 2, 4), version=version, axes=axes
+    )
+    slide = opened(path, 0.25)
+    assert slide.levels == ((403, 301), (201, 150), (100, 75))
+    assert slide.mpp_level0 == MPP
+    assert slide.calibrated
+    np.testing.assert_array_equal(slide.read(whole(slide)), pixels)
+    coarse = opened(path, 0.5)
+    assert coarse.downsample == (2, 2)
+    np.testing.assert_array_equal(coarse.read(Box(0, 0, 150, 201)), shrunk(pixels, 2)[:150, :201])
+
+
+def test_shards_are_read_by_their_chunks(tmp_path: Path) -> None:
+    pixels = scene(500, 300, MPP)
+    path = write_ome_zarr(
+        tmp_path / "a.zarr", pixels, MPP, (1, 2), version="0.5", chunk_px=32, shard_px=128
+    )
+    shutil.rmtree(path / "1" / "c" / "0" / "0")  # the first row of shards, and of level 0 ...
+    shutil.rmtree(path / "0" / "c" / "0" / "2")  # ... the last one
+    slide = opened(path, 0.25)
+    pixels[256:] = 255
+    np.testing.assert_array_equal(slide.read(whole(slide)), pixels)
+    coarse = opened(path, 0.5)
+    got = coarse.read(Box(0, 0, 120, 250))
+    np.testing.assert_allclose(got, shrunk(pixels, 2)[:120], atol=1)  # of halves
+
+
+@pytest.mark.parametrize(
+    ("unit", "factor"), [("micrometer", 1), ("nanometer", 1e-3), ("millimeter", 1e3), ("", None)]
+)
+def test_the_pixel_size_is_in_the_unit_of_the_axes(
+    tmp_path: Path, unit: str, factor: float | None
+) -> None:
+    mpp = (0.25, 0.5)
+    path = write_ome_zarr(
+        tmp_path / "a.zarr",
+        scene(200, 100, mpp),
+        mpp if factor is None else (mpp[0] / factor, mpp[1] / factor),
+        unit=unit,
+    )
+    if factor is None:
+        with pytest.raises(SlideError, match=r"a\.zarr has no pixel size.*--mpp"):
+            opened(path)
+        assert not opened(path, fallback_mpp=0.25).calibrated
+    else:
+        assert opened(path).mpp_level0 == pytest.approx(mpp)
+
+
+def edited(path: Path, **changes: Any) -> Path:
+    """An OME-Zarr whose image, in the metadata, has other values."""
+    group = zarr.open_group(str(path))
+    image = group.attrs.asdict()["multiscales"][0]
+    group.attrs.update({"multiscales": [{**image, **changes}]})
+    return path
+
+
+def test_without_transformations_levels_are_placed_by_their_size(tmp_path: Path) -> None:
+    """As in the first versions, which name the axes only, or not even these."""
+    pixels = scene(401, 302, MPP)
+    datasets = [{"path": "0"}, {"path": "1"}]
+    for axes in (None, list("tczyx")):
+        path = write_ome_zarr(tmp_path / "a.zarr", pixels, MPP, (1, 4), axes="tczyx")
+        edited(path, datasets=datasets, axes=axes)
+        slide = opened(path, 1.0, fallback_mpp=0.25)
+        np.testing.assert_array_equal(slide.read(whole(slide)), shrunk(pixels, 4))
+
+
+def test_levels_that_begin_elsewhere_are_left_out(tmp_path: Path) -> None:
+    pixels = scene(400, 300, MPP)
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels, MPP, (1, 2, 4))
+    datasets = zarr.open_group(str(path)).attrs.asdict()["multiscales"][0]["datasets"]
+    # Centres of the first px, as ngff-zarr writes them; then a level that is shifted by 10 of its.
+    for number, shift in ((1, 0.125), (2, 10.0)):
+        datasets[number]["coordinateTransformations"].append(
+            {"type": "translation", "translation": [0, shift, shift]}
+        )
+    slide = opened(edited(path, datasets=datasets))
+    assert slide.levels == ((400, 300), (200, 150))
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.35, 0.5, 1.1])
+def test_a_pixel_is_the_same_in_whichever_box_it_is_read(tmp_path: Path, mpp: float) -> None:
+    path = write_ome_zarr(tmp_path / "a.zarr", scene(803, 611, MPP), MPP, (1, 2, 4))
+    slide = opened(path, mpp)
+    everything = slide.read(whole(slide))
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        row0, row1 = np.sort(rng.choice(slide.shape[0] + 1, 2, replace=False)).tolist()
+        col0, col1 = np.sort(rng.choice(slide.shape[1] + 1, 2, replace=False)).tolist()
+        np.testing.assert_array_equal(
+            slide.read(Box(row0, col0, row1, col1)), everything[row0:row1, col0:col1]
+        )
+
+
+def test_reads_each_chunk_once_from_the_coarsest_level_that_is_fine_enough(
+    tmp_path: Path, chunks_read: Counter[str]
+) -> None:
+    path = write_ome_zarr(tmp_path / "a.zarr", scene(1500, 1200, MPP), MPP, (1, 4))
+    slide = opened(path, 1.0)
+    assert sum(chunks_read.values()) < 20  # to open it, few are read
+    chunks_read.clear()
+    slide.read(Box(70, 70, 180, 200))
+    assert set(chunks_read.values()) == {1}
+    expected = {f"1/{c}/{row}/{col}" for c in range(3) for row in (1, 2) for col in (1, 2, 3)}
+    assert set(chunks_read) == expected
+    chunks_read.clear()
+    slide.thumbnail(8.0)
+    assert set(chunks_read.values()) == {1}
+    assert len(chunks_read) == 3 * 5 * 6
+
+
+@pytest.mark.parametrize("fill", [0, 255])
+def test_missing_chunks_are_drawn_from_a_finer_level_and_else_glass(
+    tmp_path: Path, fill: int
+) -> None:
+    pixels = scene(400, 300, MPP)
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels, MPP, (1, 2), fill=fill)
+    for channel in "012":
+        (path / "0" / channel / "1" / "2").unlink()
+        (path / "1" / channel / "1" / "1").unlink()
+        (path / "1" / channel / "0" / "0").unlink()
+    pixels[64:128, 128:192] = 255
+    fine, coarse = opened(path, 0.25), opened(path, 0.5)
+    np.testing.assert_array_equal(fine.read(whole(fine)), pixels)
+    np.testing.assert_array_equal(fine.read(Box(100, 130, 120, 150)), pixels[100:120, 130:150])
+    expected = shrunk(scene(400, 300, MPP), 2)
+    expected[64:128, 64:128] = shrunk(pixels, 2)[64:128, 64:128]
+    np.testing.assert_allclose(coarse.read(whole(coarse)), expected, atol=1)  # of halves
+
+
+def test_a_damaged_chunk_is_an_error_where_it_is_read(tmp_path: Path) -> None:
+    path = write_ome_zarr(tmp_path / "a.zarr", scene(400, 300, MPP), MPP)
+    (path / "0" / "0" / "1" / "2").write_bytes(b"no chunk at all")
+    slide = opened(path, 0.25)
+    slide.read(Box(0, 0, 64, 400))
+    with pytest.raises(SlideError, match=r"^a\.zarr cannot be read .*copy the file again$"):
+        slide.read(Box(60, 0, 70, 400))
+
+
+def channels(*colours: str) -> dict[str, Any]:
+    return {"channels": [{"label": f"of {colour}", "color": colour} for colour in colours]}
+
+
+def test_channels_of_red_green_and_blue_are_rgb(tmp_path: Path) -> None:
+    omero = channels("FF0000", "00ff00", "0000FF")
+    path = write_ome_zarr(tmp_path / "a.zarr", scene(200, 100, MPP), MPP, omero=omero)
+    assert opened(path).size == (200, 100)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"omero": channels("0000FF", "00FF00", "FF0000")}, "not red, green and blue, but of 00"),
+        ({"pixels": scene(200, 100, MPP)[..., :1]}, "not 8-bit RGB: 1 channels of uint8"),
+        ({"pixels": np.ones((100, 200, 4), np.uint8)}, "not 8-bit RGB: 4 channels of uint8"),
+        ({"pixels": np.ones((100, 200, 3), np.uint16)}, "not 8-bit RGB: 3 channels of uint16"),
+        ({"axes": "zyx"}, r"a stack of 3 planes \(axis z\)"),
+    ],
+)
+def test_images_that_are_not_rgb(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    given = {"pixels": scene(200, 100, MPP), "mpp": MPP, **change}
+    if given.get("axes") == "zyx":
+        path = write_ome_zarr(tmp_path / "a.zarr", **{**given, "axes": "cyx"})
+        axes = [{"name": name, "type": "space"} for name in "zyx"]
+        edited(path, axes=axes)
+    else:
+        path = write_ome_zarr(tmp_path / "a.zarr", **given)
+    with pytest.raises(SlideError, match=rf"^a\.zarr cannot be read \(.*{reason}.*OME-TIFF"):
+        opened(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [({"plate": {}}, "a plate of many wells"), ({}, "no multiscales")],
+)
+def test_zarr_that_is_no_image(tmp_path: Path, metadata: dict[str, Any], reason: str) -> None:
+    zarr.open_group(str(tmp_path / "a.zarr"), mode="w", zarr_format=2, attributes=metadata)
+    with pytest.raises(SlideError, match=rf"^a\.zarr cannot be read .*{reason}"):
+        opened(tmp_path / "a.zarr")
+
+
+def test_a_folder_that_is_no_zarr(tmp_path: Path) -> None:
+    with pytest.raises(SlideError, match="is not at"):
+        opened(tmp_path)
+
+
+def test_the_image_that_is_meant_of_several(tmp_path: Path) -> None:
+    """bioformats2raw writes each image of a slide, its label too, into a group of its own."""
+    path = tmp_path / "a.zarr"
+    root = zarr.open_group(
+        str(path), mode="w", zarr_format=2, attributes={"bioformats2raw.layout": 3}
+    )
+    root.create_group("OME", attributes={"series": ["0", "1"]})
+    for number, width in enumerate((120, 300)):
+        write_ome_zarr(path / str(number), scene(width, 100, MPP), MPP)
+    assert opened(path).size == (300, 100)
+    assert opened(path, size=(120, 100)).size == (120, 100)
+    assert opened(path, series=0).size == (120, 100)
+    assert opened(path / "0").size == (120, 100)
+
+
+def test_a_pickled_slide_reads_the_same(tmp_path: Path) -> None:
+    slide = opened(write_ome_zarr(tmp_path / "a.zarr", scene(400, 300, MPP), MPP))
+    copy = pickle.loads(pickle.dumps(slide))
+    np.testing.assert_array_equal(copy.read(whole(copy)), slide.read(whole(slide)))
+
+
+def test_the_signature_is_that_of_the_metadata(tmp_path: Path) -> None:
+    path = write_ome_zarr(tmp_path / "a.zarr", scene(200, 100, MPP), MPP)
+    before = file_signature(path)
+    assert file_signature(path) == before
+    edited(path, name="another")
+    assert file_signature(path) != before
+    assert opened(path).size == (200, 100)
+
+
+@pytest.mark.parametrize("uri", ["", "/", "/.zattrs"])
+def test_a_project_of_an_ome_zarr(tmp_path: Path, uri: str) -> None:
+    path = write_ome_zarr(tmp_path / "slides" / "a.ome.zarr", scene(400, 300, MPP), MPP)
+    result = CliRunner().invoke(main, ["init", str(tmp_path / "project"), str(path)])
+    assert result.exit_code == 0, result.output
+    file = tmp_path / "project" / "project.qpproj"
+    content = json.loads(file.read_text())
+    builder = content["images"][0]["serverBuilder"]
+    builder["uri"] += uri
+    # Bio-Formats does not call the channels of a Zarr RGB.
+    builder["metadata"] = {
+        "width": 400,
+        "height": 300,
+        "isRGB": False,
+        "pixelType": "UINT8",
+        "channels": [{"name": f"Channel {i}", "color": c} for i, c in enumerate(RGB)],
+    }
+    file.write_text(json.dumps(content))
+    (found,) = open_project(file, backend="files").images()
+    assert (found.problem, found.path, found.name) == (None, path, "a.ome.zarr")
+    shutil.move(path, tmp_path / "project" / "a.ome.zarr")  # moved beside the project
+    (moved,) = open_project(file, backend="files").images()
+    assert moved.path == tmp_path / "project" / "a.ome.zarr"
+    assert Slide.open(moved).size == (400, 300)
+    builder["metadata"]["channels"][0]["color"] = RGB[2]
+    file.write_text(json.dumps(content))
+    (other,) = open_project(file, backend="files").images()
+    assert "fluorescence" in str(other.problem)
+
+
+RGB = (-65536, -16711936, -16776961)  # Java's 0xAARRGGBB
+
+
+@pytest.mark.parametrize("key", ["multiscales", "axes", "datasets", "path", "scale"])
+@pytest.mark.parametrize("value", [None, 7, "words", [], {}, [[]], [{"path": "0"}, 7]])
+def test_metadata_of_any_kind_are_read_or_refused(tmp_path: Path, key: str, value: Any) -> None:
+    path = write_ome_zarr(tmp_path / "a.zarr", scene(200, 100, MPP), MPP)
+    metadata = json.loads((path / ".zattrs").read_text())
+
+    def changed(item: Any) -> Any:
+        if isinstance(item, list):
+            return [changed(inner) for inner in item]
+        if isinstance(item, dict):
+            return {k: value if k == key else changed(v) for k, v in item.items()}
+        return item
+
+    (path / ".zattrs").write_text(json.dumps(changed(metadata)))
+    try:
+        found = str(opened(path, fallback_mpp=0.25).size)
+    except SlideError as error:
+        found = str(error)
+    assert re.fullmatch(r"\(200, 100\)|a\.zarr cannot be read \(.+\): .*", found)
