@@ -13,12 +13,12 @@ from patchcl_qupath.datatypes import Box
 from patchcl_qupath.errors import DamagedError
 from patchcl_qupath.slides.level import Level, unreadable
 from patchcl_qupath.slides.resample import Axis, Span, mean, sums
-from patchcl_qupath.slides.void import MARGIN_PX, MAX_VOID, VoidMask, painted
+from patchcl_qupath.slides.void import MARGIN_PX, VoidMask, black, painted
 
 BLOCK_PX = 2048  # side, about, of the blocks of a level that a whole grid is averaged from
 
 
-SAMPLED = 3  # of so many level px on either axis, one is looked at for black
+MIN_BLACK = 0.0005  # fraction of a block's pixels that are black: nuclei have fewer
 GREY = 128  # of pixels that cannot be decoded
 
 
@@ -149,9 +149,9 @@ class LevelGrid:
             return
         axes = self.rows, self.cols
         total.colours[at] += sums(pixels, axes, (rows, cols), source)
-        if (pixels[::SAMPLED, ::SAMPLED].max(axis=2) <= MAX_VOID).any():
-            black = (pixels.max(axis=2, keepdims=True) <= MAX_VOID).view(np.uint8)
-            total.black[at] += sums(black, axes, (rows, cols), source)
+        is_black = np.empty((*pixels.shape[:2], 1), np.uint8)
+        if black(pixels, is_black) > MIN_BLACK * is_black.size:
+            total.black[at] += sums(is_black, axes, (rows, cols), source)
 
     def _sums(self, rows: Span, cols: Span, source: tuple[Span, Span]) -> NDArray[np.integer]:
         """The sums (h, w, 3) over grid px ``rows`` and ``cols`` of level px ``source``."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from patchcl_qupath.compiled import compiled
 from patchcl_qupath.slides.resample import Span
 
 MAX_VOID = 10  # intensity in all channels where the scanner wrote nothing
@@ -94,6 +95,19 @@ def void_blocks(fraction: NDArray[np.float64], block_um2: float) -> NDArray[np.b
     seeds = is_void[labels] | _strips(some)
     whole = ndimage.binary_propagation(seeds, _AROUND, mask=some)
     return np.asarray(ndimage.binary_dilation(whole, _AROUND))
+
+
+@compiled
+def black(pixels: NDArray[np.uint8], out: NDArray[np.uint8]) -> int:
+    """Write into ``out`` (h, w, 1) which pixels (h, w, 3) are black, 1 or 0; return how many are."""
+    count = 0
+    for row in range(pixels.shape[0]):
+        for col in range(pixels.shape[1]):
+            r, g, b = pixels[row, col, 0], pixels[row, col, 1], pixels[row, col, 2]
+            is_black = (r <= MAX_VOID) & (g <= MAX_VOID) & (b <= MAX_VOID)
+            out[row, col, 0] = is_black
+            count += is_black
+    return count
 
 
 def painted(pixels: NDArray[np.uint8], blocks: NDArray[np.bool_]) -> NDArray[np.uint8]:
