@@ -250,6 +250,18 @@ def test_a_dark_surround_is_not_fluorescence(square: NDArray[np.uint8]) -> None:
         check_brightfield(cells, "a.png")
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_alpha_that_is_0_all_over_means_nothing(tmp_path: Path, name: str) -> None:
+    pixels = scene(256, 192, (0.5, 0.5))
+    rgba = np.dstack([pixels, np.zeros((192, 256), np.uint8)])
+    if name == "a.png":
+        Image.fromarray(rgba).save(tmp_path / name)
+    else:
+        kind: dict[str, Any] = {"photometric": "rgb", "extrasamples": ["unassalpha"]}
+        tifffile.imwrite(tmp_path / name, rgba, tile=(TILE, TILE), metadata=None, **kind)
+    np.testing.assert_array_equal(everything(tmp_path / name, fallback_mpp=0.5), pixels)
+
+
 # Missing and damaged tiles
 
 

@@ -30,11 +30,12 @@ _ASSOCIATED, _UNASSOCIATED = 1, 2  # kinds of alpha: colours are multiplied by i
 _COEFFICIENTS = 0.299, 0.587, 0.114  # ITU-R BT.601, which are TIFF's default
 
 
-def to_rgb(page: TiffPage) -> ToRGB:
+def to_rgb(page: TiffPage, has_alpha: bool = True) -> ToRGB:
     """What makes RGB (H, W, 3) of the decoded samples (H, W, S) of a page.
 
-    What is transparent shows white. Raises ValueError, which names what it is, for other samples
-    than 8-bit RGB, or YCbCr without subsampling or as JPEG.
+    What is transparent shows white, if alpha means anything: see ``is_opaque``. Raises ValueError,
+    which names what it is, for other samples than 8-bit RGB, or YCbCr without subsampling or as
+    JPEG.
     """
     samples, photometric = page.samplesperpixel, int(page.photometric)
     is_ycbcr = photometric == _YCBCR or int(page.compression) == _APERIO_YCBCR
@@ -50,9 +51,17 @@ def to_rgb(page: TiffPage) -> ToRGB:
     if is_ycbcr and int(page.compression) not in _JPEG:
         return _ycbcr(page)
     alpha = int(page.extrasamples[0]) if samples == 4 and page.extrasamples else 0
-    if alpha == _UNASSOCIATED:
-        return on_white
-    return _associated_on_white if alpha == _ASSOCIATED else _without_extra_samples
+    if not has_alpha or alpha not in (_ASSOCIATED, _UNASSOCIATED):
+        return _without_extra_samples
+    return on_white if alpha == _UNASSOCIATED else _associated_on_white
+
+
+def is_opaque(samples: NDArray[np.uint8]) -> bool:
+    """Whether pixels (..., 3 or 4) are all opaque: also where alpha is 0 all over.
+
+    Programs that know no alpha write such a fourth sample.
+    """
+    return samples.shape[-1] < 4 or not samples[..., 3].any()
 
 
 def on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:

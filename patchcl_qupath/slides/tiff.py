@@ -21,7 +21,7 @@ from tifffile import TiffPageSeries
 from tiffslide import TiffSlide
 
 from patchcl_qupath.slides.chunks import ChunkedPixels, drawn_from
-from patchcl_qupath.slides.colour import to_rgb
+from patchcl_qupath.slides.colour import ToRGB, is_opaque, to_rgb
 from patchcl_qupath.slides.level import (
     Level,
     MissingReaderError,
@@ -31,6 +31,8 @@ from patchcl_qupath.slides.level import (
     level_scale,
 )
 from patchcl_qupath.slides.pixel_size import tiff_pixel_sizes
+
+MAX_LOOK_PX = 16_000_000  # of a level whose alpha is looked at as a whole
 
 # Names of images that show the whole slide, or its label, as scanners and Bio-Formats write them.
 ASSOCIATED = {
@@ -64,9 +66,10 @@ def open_tiff(path: Path, selection: Selection) -> Pyramid:
         in_file = zip(arrays, series.levels, strict=True)
         finest_first = sorted(in_file, key=lambda pair: -math.prod(_level_size(pair[1])))
         page = finest_first[0][1].keyframe
+        has_alpha = _has_alpha(finest_first[-1][0])
         levels: list[Level] = []
         for array, level in finest_first:
-            levels.append(_level(array, level, levels))
+            levels.append(_level(array, to_rgb(level.keyframe, has_alpha), level, levels))
         return Pyramid(levels, tiff_pixel_sizes(tiff, page, number), _bounds(slide))
     except BaseException:
         slide.close()
@@ -157,10 +160,24 @@ def _arrays(series: TiffPageSeries) -> list[Any]:
     return [opened[str(number)] for number in range(len(series.levels))]
 
 
-def _level(array: Any, series: TiffPageSeries, finer: Sequence[Level]) -> Level:
+def _has_alpha(coarsest: Any) -> bool:
+    """Whether the alpha of an image means anything, as its coarsest level shows."""
+    if coarsest.ndim != 3 or coarsest.shape[2] != 4:
+        return False
+    rows, cols = coarsest.shape[:2]
+    if rows * cols > MAX_LOOK_PX:
+        row, col = max(0, rows // 2 - 1000), max(0, cols // 2 - 1000)
+        coarsest = coarsest[row : row + 2000, col : col + 2000]
+    try:
+        return not is_opaque(np.asarray(coarsest[:]))
+    except OSError:
+        raise
+    except Exception:  # damaged
+        return True
+
+
+def _level(array: Any, convert: ToRGB, series: TiffPageSeries, finer: Sequence[Level]) -> Level:
     """One level of an image, of which the ``finer`` ones are open."""
-    page = series.keyframe
-    convert = to_rgb(page)
     if array.ndim != 3 or array.dtype != np.uint8:
         raise ValueError(f"not 8-bit RGB: axes {series.axes}, {array.dtype}")
     shape, chunk = array.shape[:2], array.chunks[:2]

@@ -99,7 +99,7 @@ def void_blocks(fraction: NDArray[np.float64], block_um2: float) -> NDArray[np.b
 
 @compiled
 def black(pixels: NDArray[np.uint8], out: NDArray[np.uint8]) -> int:
-    """Write into ``out`` (h, w, 1) which pixels (h, w, 3) are black, 1 or 0; return how many are."""
+    """Write into ``out`` (h, w, 1) which pixels (h, w, 3) are black, and return their number."""
     count = 0
     for row in range(pixels.shape[0]):
         for col in range(pixels.shape[1]):
