@@ -349,9 +349,11 @@ def _open(
 ) -> tuple[Project, list[ImageEntry], Config]:
     """The project, the images of it that were asked for, and the settings."""
     from patchcl_qupath.project import open_project
+    from patchcl_qupath.storage.files import readable
 
     settings = load_config(common.config)
-    path, names, writing = common.project_path, common.names, writing or Writing()
+    path, writing = common.project_path, writing or Writing()
+    names = [readable(name) for name in common.names]
     project = open_project(path, writing.backend, writing.qupath)
     entries = [replace(entry, fallback_mpp=common.mpp) for entry in project.images()]
     logger.info("%s: %d images, backend %s", project.path, len(entries), project.backend)

@@ -123,10 +123,12 @@ class ImageEntry:
     ``mpp`` is (x, y) in µm/px at level 0 where the project has it: QuPath's value, which a person
     may have corrected, takes precedence over the file's own. ``fallback_mpp`` is the µm/px of
     images whose pixel size is neither in QuPath nor in the file, as given by --mpp. ``size`` is
-    (width, height) at level 0 as QuPath saved it. ``use_bounds`` is false where QuPath ignores the
-    bounds of the scanned area. ``problem`` is the reason why the image cannot be segmented, with
-    advice; ``note`` a remark for people. ``regions`` are the analysis regions, one geometry for
-    each annotation. ``stains`` are the stain vectors that are set in QuPath, where they are known.
+    (width, height) at level 0 as QuPath saved it; ``series`` and ``series_name`` the number and the
+    name of the image in its file, where the project names them. ``use_bounds`` is false where
+    QuPath ignores the bounds of the scanned area. ``problem`` is the reason why the image cannot be
+    segmented, with advice; ``note`` a remark for people. ``regions`` are the analysis regions, one
+    geometry for each annotation. ``stains`` are the stain vectors that are set in QuPath, where
+    they are known.
     """
 
     id: str
@@ -136,6 +138,8 @@ class ImageEntry:
     mpp: tuple[float, float] | None = None
     fallback_mpp: float | None = None
     size: tuple[int, int] | None = None
+    series: int | None = None
+    series_name: str | None = None
     use_bounds: bool = True
     problem: str | None = None
     note: str | None = None

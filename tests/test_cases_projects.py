@@ -1,0 +1,417 @@
+"""Odd projects and labels: each entry is read as QuPath reads it, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from test_project import BIO_FORMATS, OPENSLIDE, builder, calibrated, touch, write_project
+
+from patchcl_qupath.cli import main
+from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.project import open_project
+from patchcl_qupath.project.arguments import parse_arguments
+from patchcl_qupath.project.qpproj import path_of_uri
+
+ROOT = Path(__file__).parent.parent
+CASES = ROOT.parent / "shared" / "cases"
+OLD = "file:/E:/projects/p1/project.qpproj"  # of a project that moved
+
+
+def one_line(problem: str | None) -> str:
+    """A problem, which has one line and says what to do."""
+    assert problem
+    assert "\n" not in problem
+    assert ":" in problem
+    return problem
+
+
+# ---------------------------------------------------------------- images of one file name
+
+
+def found(folder: Path, *paths: str) -> list[str | None]:
+    """Where the images of a moved project are, which had these paths; None for a refused one."""
+    path = write_project(folder, OLD, *(builder(f"file:/E:/{path}") for path in paths))
+    entries = open_project(path).images()
+    for entry in entries:
+        assert (entry.problem is None) == entry.path.is_file()
+    return [None if e.problem else e.path.relative_to(folder).as_posix() for e in entries]
+
+
+def test_two_lost_images_of_one_name_are_told_by_their_folders(tmp_path: Path) -> None:
+    touch(tmp_path / "caseA" / "slide.tif")
+    touch(tmp_path / "caseB" / "slide.tif")
+    stored = ["study/2021/caseA/slide.tif", "study/2022/caseB/slide.tif"]
+    expected = ["caseA/slide.tif", "caseB/slide.tif"]
+    assert found(tmp_path, *stored) == expected
+    assert found(tmp_path, *reversed(stored)) == expected[::-1]
+    assert found(tmp_path, "study/CASEB/slide.tif", stored[0]) == expected[::-1]  # of Windows
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason=f"{CASES} is not here")
+def test_the_reported_project_of_lost_images() -> None:
+    folder = (CASES / "lost-images").resolve()
+    entries = open_project(folder / "project.qpproj").images()
+    assert [entry.name for entry in entries] == ["caseA", "caseB"]
+    assert [entry.path for entry in entries] == [
+        folder / n / "slide.tif" for n in ("caseA", "caseB")
+    ]
+    assert [entry.problem for entry in entries] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("files", "stored", "expected"),
+    [
+        # One file is left, and it is not told whose.
+        (["slide.tif"], ["a/slide.tif", "b/slide.tif"], [None, None]),
+        (["c/slide.tif"], ["a/slide.tif", "b/slide.tif"], [None, None]),
+        # One file is left, and its folder tells whose.
+        (["a/slide.tif"], ["a/slide.tif", "b/slide.tif"], ["a/slide.tif", None]),
+        # The folders are of one name, too.
+        (["c/slide.tif"], ["1/c/slide.tif", "2/c/slide.tif"], [None, None]),
+        (["1/c/slide.tif"], ["1/c/slide.tif", "2/c/slide.tif"], ["1/c/slide.tif", None]),
+        (
+            ["1/c/slide.tif", "2/c/slide.tif"],
+            ["x/2/c/slide.tif", "x/1/c/slide.tif"],
+            ["2/c/slide.tif", "1/c/slide.tif"],
+        ),
+        # One image of the name: its file is the nearest, as in QuPath, if there is one.
+        (["slide.tif", "b/slide.tif"], ["x/slide.tif"], ["slide.tif"]),
+        (["slide.tif", "b/slide.tif"], ["x/b/slide.tif"], ["b/slide.tif"]),
+        (["a/slide.tif", "b/slide.tif"], ["x/slide.tif"], [None]),
+        # One image twice in a project is one file for both, of course.
+        (["slide.tif"], ["x/slide.tif", "x/slide.tif"], ["slide.tif", "slide.tif"]),
+        # One is where it was, relative to the project; the other is not there as well.
+        (["slide.tif"], ["projects/p1/slide.tif", "x/slide.tif"], ["slide.tif", None]),
+        (
+            ["slide.tif", "y/slide.tif"],
+            ["projects/p1/y/slide.tif", "x/slide.tif"],
+            ["y/slide.tif", None],
+        ),
+        # What QuPath and this program made is no slide.
+        (["patchcl/previews/1.png"], ["x/1.png"], [None]),
+        (["data/1/thumbnail.jpg"], ["x/thumbnail.jpg"], [None]),
+        (["sub/patchcl/report/images/1/density.png"], ["x/density.png"], [None]),
+        (["patchcl/a.tif", "data/a.tif", "slides/a.tif"], ["x/a.tif"], ["slides/a.tif"]),
+        (["slides/data/a.tif"], ["x/a.tif"], ["slides/data/a.tif"]),
+    ],
+)
+def test_one_file_is_never_taken_for_two_images(
+    tmp_path: Path, files: list[str], stored: list[str], expected: list[str | None]
+) -> None:
+    for file in files:
+        touch(tmp_path / file)
+    assert found(tmp_path, *stored) == expected
+    assert found(tmp_path, *reversed(stored)) == expected[::-1]
+
+
+def test_images_that_cannot_be_told_apart_are_refused_in_one_line(tmp_path: Path) -> None:
+    touch(tmp_path / "slide.tif")
+    uris = ["file:/E:/a/slide.tif", "file:/E:/b/slide.tif"]
+    entries = open_project(write_project(tmp_path, OLD, *map(builder, uris))).images()
+    for entry, letter in zip(entries, "ab", strict=True):
+        problem = one_line(entry.problem)
+        assert problem.startswith(
+            f"{entry.name} is not at E:\\{letter}\\slide.tif, and it cannot be"
+        )
+        assert "(slide.tif): open the project in QuPath and fix the path" in problem
+
+
+def test_folders_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root may read all, permissions are those that the test says."""
+    good, closed = touch(tmp_path / "good.tif"), tmp_path / "closed"
+    touch(closed / "a.tif")
+    uris = [(closed / "a.tif").as_uri(), good.as_uri(), f"file:/{'x' * 300}.tif", "file:/a%00b"]
+    path = write_project(tmp_path, "", *map(builder, uris))
+    before = Path.stat
+
+    def stat(self: Path, **options: Any) -> os.stat_result:
+        if closed in self.parents:
+            raise PermissionError(13, "Permission denied", str(self))
+        return before(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    a, other, long, nul = open_project(path).images()
+    assert "may not be read from here: ask for the permission" in one_line(a.problem)
+    assert (other.problem, other.path) == (None, good)
+    for entry in (long, nul):
+        assert "nor in the project's folder" in one_line(entry.problem)
+    result = CliRunner().invoke(main, ["status", str(path), "--json"])
+    assert result.exit_code == 0
+    states = [image["state"] for image in json.loads(result.stdout)["images"]]
+    assert states == [a.problem, "to do", long.problem, nul.problem]
+
+
+# ---------------------------------------------------------------- arguments of QuPath
+
+
+@pytest.mark.parametrize(
+    ("args", "series", "name", "crop"),
+    [
+        ([], None, None, True),
+        (["--series", "1"], 1, None, True),
+        (["--series=1"], 1, None, True),
+        (["-s", "1"], 1, None, True),
+        (["-s=1"], 1, None, True),
+        (["-s1"], 1, None, True),
+        (["--series", "0"], 0, None, True),
+        (["--series", "-1"], None, None, True),
+        (["--name", "Scan 1"], None, "Scan 1", True),
+        (["--name=Scan=1"], None, "Scan=1", True),
+        (["-n", "Scan"], None, "Scan", True),
+        (["-n=Scan"], None, "Scan", True),
+        (["-nScan"], None, "Scan", True),
+        (["--name", " "], None, None, True),
+        (["--name", "Scan", "-s", "2"], 2, None, True),  # as in QuPath
+        (["-s", "-1", "--name", "Scan"], None, "Scan", True),
+        (["--no-crop", "-s", "3"], 3, None, False),
+        (["--rotate", "ROTATE_NONE", "--order", "RGB"], None, None, True),
+        (["--classname", OPENSLIDE, "--background-color=white", ""], None, None, True),
+        (["-s", "1", "--series=1"], 1, None, True),
+    ],
+)
+def test_arguments_in_all_spellings(
+    args: list[str], series: int | None, name: str | None, crop: bool
+) -> None:
+    parsed = parse_arguments(args)
+    assert (parsed.series, parsed.series_name, parsed.crop) == (series, name, crop)
+    assert parsed.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--rotate", "ROTATE_90"], "--rotate ROTATE_90"),
+        (["--rotate=ROTATE_180"], "--rotate=ROTATE_180"),
+        (["--order", "BGR"], "--order BGR"),
+        (["--dims", "XYZCT"], "--dims"),
+        (["--bfOptions", "zeissczi.autostitch=false"], "--bfOptions"),
+        (["--series", "two"], "--series two"),
+        (["--series", "1.5"], "--series 1.5"),
+        (["--series"], "--series"),
+        (["-s", "1", "-s", "2"], "-s 2"),
+        (["--rotate"], "--rotate"),
+        (["--made-up\nof lines"], "--made-up of lines"),
+        (["slide"], "slide"),
+    ],
+)
+def test_arguments_that_change_the_image_are_refused(
+    tmp_path: Path, args: list[str], words: str
+) -> None:
+    uri = touch(tmp_path / "a.tif").as_uri()
+    path = write_project(tmp_path, "", builder(uri, args=args), builder(uri))
+    refused, used = open_project(path).images()
+    assert f"image 1 is opened in QuPath with {words}" in one_line(refused.problem)
+    assert "export it as OME-TIFF" in one_line(refused.problem)
+    assert used.problem is None
+
+
+def test_series_and_name_are_those_of_the_entry(tmp_path: Path) -> None:
+    uri = touch(tmp_path / "a.tif").as_uri()
+    all_args: list[list[str]] = [["-s", "1"], ["--name=macro"], ["--no-crop"]]
+    builders = [builder(uri, args=args, providerClassName=BIO_FORMATS) for args in all_args]
+    entries = open_project(write_project(tmp_path, "", *builders)).images()
+    assert [entry.series for entry in entries] == [1, None, None]
+    assert [entry.series_name for entry in entries] == [None, "macro", None]
+    assert [entry.problem for entry in entries] == [None] * 3
+
+
+# ---------------------------------------------------------------- damaged entries
+
+
+def entry_of(uri: str, id_: Any = 1, **more: Any) -> dict[str, Any]:
+    return {"serverBuilder": builder(uri), "entryID": id_, "imageName": f"image {id_}", **more}
+
+
+def write_entries(folder: Path, *entries: Any, mark: bytes = b"", **more: Any) -> Path:
+    content = {"version": "0.5.1", "images": entries, **more}
+    path = folder / "project.qpproj"
+    path.write_bytes(mark + json.dumps(content).encode())
+    return path
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    uri = touch(tmp_path / "a.tif").as_uri()
+    write_entries(tmp_path, entry_of(uri), mark=b"\xef\xbb\xbf")
+    (entry,) = open_project(tmp_path).images()
+    assert (entry.id, entry.problem) == ("1", None)
+
+
+def test_two_entries_of_one_id_are_refused_and_keep_what_is_there(tmp_path: Path) -> None:
+    uris = [touch(tmp_path / f"{name}.tif").as_uri() for name in "abc"]
+    names = [{"imageName": name} for name in "abc"]
+    entries = [entry_of(uri, id_, **n) for uri, id_, n in zip(uris, (7, 7, 8), names, strict=True)]
+    path = write_entries(tmp_path, *entries)
+    touch(tmp_path / "patchcl" / "results" / "7" / "nuclei.parquet")
+    images = open_project(path).images()
+    assert [image.id for image in images] == ["7-1", "7-2", "8"]
+    for image in images[:2]:
+        assert "has the id of another image of the project (7: a and b)" in one_line(image.problem)
+    assert images[2].problem is None
+    for name in "ab":
+        result = CliRunner().invoke(main, ["remove", str(path), "--image", name])
+        assert (tmp_path / "patchcl" / "results" / "7" / "nuclei.parquet").exists(), result.output
+
+
+BAD_ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
+    "no builder": ({"serverBuilder": None}, "serverBuilder is damaged"),
+    "builder of text": ({"serverBuilder": "a.tif"}, "serverBuilder is damaged"),
+    "empty pyramid": ({"serverBuilder": {"builderType": "pyramidize"}}, "serverBuilder is damaged"),
+    "builder without type": ({"serverBuilder": {"uri": "file:/a.tif"}}, "serverBuilder is damaged"),
+    "id of text": ({"entryID": "one"}, "entryID is no whole number"),
+    "no id": ({"entryID": None}, "entryID is no whole number"),
+    "true id": ({"entryID": True}, "entryID is no whole number"),
+    "huge id": ({"entryID": 10**300}, "entryID is no whole number"),
+    "no URI": ({"serverBuilder": builder("no URI at all")}, "no path of a file in the project"),
+    "bad URI": ({"serverBuilder": builder("http://[")}, "is not a file (http://[)"),
+    "number for a URI": ({"serverBuilder": builder("") | {"uri": 7}}, "no path of a file"),
+    "fragment": ({"serverBuilder": builder("file:/a.tif#2")}, "not that of a whole file"),
+    "query": ({"serverBuilder": builder("file:/a.tif?series=2")}, "not that of a whole file"),
+    "args of text": ({"serverBuilder": builder("file:/a.tif", args="-s 1")}, "that are no list"),
+    "metadata of text": (
+        {"serverBuilder": builder("file:/a.tif", metadata="none")},
+        "metadata in the project file that are damaged",
+    ),
+    "sides of text": (
+        {
+            "serverBuilder": builder(
+                "file:/a.tif", metadata={"pixelCalibration": {"pixelWidth": "0.5 µm"}}
+            )
+        },
+        "metadata in the project file that are damaged",
+    ),
+    "pixel size null": (
+        {"serverBuilder": builder("file:/a.tif", metadata=calibrated(None))},  # type: ignore[arg-type]
+        "pixel size in the project file that is no number",
+    ),
+    "pixel size of text": (
+        {"serverBuilder": builder("file:/a.tif", metadata=calibrated("half"))},  # type: ignore[arg-type]
+        "pixel size in the project file that is no number",
+    ),
+    "width of text": (
+        {"serverBuilder": builder("file:/a.tif", metadata={"width": "wide", "height": 7})},
+        "width or height in the project file that is no number",
+    ),
+    "infinite width": (
+        {"serverBuilder": builder("file:/a.tif", metadata={"width": 1e999, "height": 7})},
+        "width or height in the project file that is no number",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ENTRIES)
+def test_one_damaged_entry_has_a_problem_and_the_others_go_on(tmp_path: Path, kind: str) -> None:
+    changes, words = BAD_ENTRIES[kind]
+    uri = touch(tmp_path / "a.tif").as_uri()
+    bad = {key: value for key, value in (entry_of(uri, 1) | changes).items() if value is not None}
+    path = write_entries(tmp_path, bad, entry_of(uri, 2))
+    refused, used = open_project(path).images()
+    assert words in one_line(refused.problem)
+    assert refused.name in one_line(refused.problem)
+    assert (used.id, used.problem) == ("2", None)
+    assert refused.id not in ("", "2")
+    assert Path(refused.id).name == refused.id  # it is the name of a folder
+    result = CliRunner().invoke(main, ["status", str(path), "--json"])
+    assert result.exit_code == 0
+    assert [image["id"] for image in json.loads(result.stdout)["images"]] == [refused.id, "2"]
+
+
+def test_an_entry_that_is_no_object_and_nulls_that_are_harmless(tmp_path: Path) -> None:
+    uri = touch(tmp_path / "a.tif").as_uri()
+    nulls = {"metadata": {"pixelCalibration": {"pixelWidth": None, "pixelHeight": None}}}
+    none = entry_of(uri, 3, serverBuilder=builder(uri, metadata=None), imageName=None)
+    entries = [7, entry_of(uri, 2, serverBuilder=builder(uri, **nulls)), none]
+    refused, used, named = open_project(write_entries(tmp_path, *entries)).images()
+    assert "image 1 has no id" in one_line(refused.problem)
+    assert (used.problem, used.mpp) == (None, None)
+    assert (named.problem, named.name) == (None, "a.tif")
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        "[]",
+        "7",
+        '{"hierarchy": []}',
+        '{"hierarchy": {"annotationClassificationCounts": 7}}',
+        '{"hierarchy": {"annotationClassificationCounts": {"PatchCL: corrected": "x"}}}',
+        '{"imageType": []}',
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_summary_is_none(tmp_path: Path, summary: str) -> None:
+    path = write_entries(tmp_path, entry_of(touch(tmp_path / "a.tif").as_uri()))
+    touch(tmp_path / "data" / "1" / "summary.json").write_text(summary, "utf-8")
+    result = CliRunner().invoke(main, ["status", str(path), "--json"])
+    assert result.exit_code == 0, result.exception
+    (image,) = json.loads(result.stdout)["images"]
+    assert (image["state"], image["fields_done"]) == ("to do", 0)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{", b"[" * 100_000, b'{"images": ' * 9999, b""])
+def test_a_damaged_project_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "project.qpproj").write_bytes(content)
+    with pytest.raises(ProjectError, match=r"project\.qpproj is damaged") as error:
+        open_project(tmp_path)
+    one_line(str(error.value))
+
+
+def test_names_have_one_line(tmp_path: Path) -> None:
+    uri = touch(tmp_path / "a.tif").as_uri()
+    names = ["one\nline", "\x1b[31mred", "half \ud800 of a pair"]
+    entries = [entry_of(uri, n, imageName=name) for n, name in enumerate(names)]
+    images = open_project(write_entries(tmp_path, *entries)).images()
+    assert [image.name for image in images] == ["one line", " [31mred", "half ? of a pair"]
+
+
+# ---------------------------------------------------------------- names that are not UTF-8
+
+
+def test_uris_of_names_that_are_not_utf_8() -> None:
+    assert path_of_uri("file:/caf%E9.svs") == PurePosixPath(os.fsdecode(b"/caf\xe9.svs"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode there")
+def test_files_whose_name_is_latin_1_are_done(tmp_path: Path) -> None:
+    """The whole way, in a process of its own: init, run, status, report."""
+    folder = tmp_path / os.fsdecode(b"K\xf6ln")
+    folder.mkdir()
+    slide = folder / os.fsdecode(b"caf\xe9.svs")
+    shutil.copy(ROOT / "sample_project" / "CMU-1-Small-Region.svs", slide)
+    settings = tmp_path / "quick.toml"
+    settings.write_text('recipe = "patchcl"\n[patchcl]\nmax_steps = 60\ncrops = 8\n')
+    project = folder / "project"
+
+    def call(*arguments: Any, charset: str = "utf-8") -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", "patchcl_qupath.cli", *map(os.fsencode, arguments)]
+        environment = os.environ | {"PYTHONIOENCODING": charset}
+        return subprocess.run(command, capture_output=True, env=environment)
+
+    made = call("init", project, slide)
+    assert made.returncode == 0, made.stderr
+    ran = call("run", project, "--config", settings, "--json")
+    assert ran.returncode == 0, ran.stderr
+    (image,) = json.loads(ran.stdout)["images"]
+    assert (image["image"], image["problem"]) == ("caf?.svs", None)
+    assert image["nuclei"] > 100
+    results = project / "patchcl" / "results" / "1"
+    assert (results / "nuclei.parquet").is_file()
+    assert json.loads((results / "result.json").read_text("utf-8"))["image"] == "caf?.svs"
+    page = (project / "patchcl" / "report" / "index.html").read_text("utf-8")
+    assert "caf?.svs" in page
+    for charset in ("utf-8", "ascii", "cp1252"):
+        shown = call("status", project, charset=charset)
+        assert shown.returncode == 0, shown.stderr
+        assert "caf?.svs" in shown.stdout.decode(charset)
+        assert b"Traceback" not in shown.stderr
+    by_name = call("status", project, "--image", b"caf\xe9.svs", "--json")
+    assert json.loads(by_name.stdout)["images"][0]["state"] == "done"
+    again = call("run", project, "--config", settings)
+    assert again.returncode == 0, again.stderr
