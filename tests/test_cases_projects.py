@@ -10,15 +10,22 @@ import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pytest
+import shapely
+import tifffile
 from click.testing import CliRunner
+from PIL import Image
 from test_project import BIO_FORMATS, OPENSLIDE, builder, calibrated, touch, write_project
 
 from patchcl_qupath.cli import main
-from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.datatypes import ImageEntry
+from patchcl_qupath.errors import GroundTruthError, ProjectError
+from patchcl_qupath.evaluation.ground_truth import read_ground_truth
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.arguments import parse_arguments
 from patchcl_qupath.project.qpproj import path_of_uri
+from patchcl_qupath.storage.geojson import read_areas
 
 ROOT = Path(__file__).parent.parent
 CASES = ROOT.parent / "shared" / "cases"
@@ -369,6 +376,174 @@ def test_names_have_one_line(tmp_path: Path) -> None:
     entries = [entry_of(uri, n, imageName=name) for n, name in enumerate(names)]
     images = open_project(write_entries(tmp_path, *entries)).images()
     assert [image.name for image in images] == ["one line", " [31mred", "half ? of a pair"]
+
+
+# ---------------------------------------------------------------- GeoJSON
+
+ONE, TWO, THREE = shapely.box(2, 1, 8, 5), shapely.box(12, 3, 20, 9), shapely.box(30, 20, 33, 31)
+ENTRY = ImageEntry("1", "a.svs", Path("a.svs"), size=(60, 40))
+
+
+def geometry(area: shapely.Geometry) -> dict[str, Any]:
+    return dict(json.loads(shapely.to_geojson(area)))
+
+
+def feature(area: shapely.Geometry | None, **properties: Any) -> dict[str, Any]:
+    drawn = None if area is None else geometry(area)
+    return {"type": "Feature", "geometry": drawn, "properties": properties}
+
+
+def collection(*features: Any) -> dict[str, Any]:
+    return {"type": "FeatureCollection", "features": [*features]}
+
+
+def geometries(*areas: Any) -> dict[str, Any]:
+    return {"type": "GeometryCollection", "geometries": [geometry(area) for area in areas]}
+
+
+LINE = shapely.LineString([(0, 0), (9, 9)])
+NESTED = feature(None, objectType="root", childObjects=[feature(ONE), feature(TWO)])
+# What a file holds: its nuclei, and how many objects have no area.
+TRUTHS: dict[str, tuple[Any, list[shapely.Geometry], int]] = {
+    "a bare collection of geometries": (geometries(ONE, TWO, THREE), [ONE, TWO, THREE], 0),
+    "with a line": (geometries(ONE, LINE, TWO), [ONE, TWO], 1),
+    "a list of them": ([geometries(ONE), geometry(TWO)], [ONE, TWO], 0),
+    "within a feature": (
+        collection({"type": "Feature", "geometry": geometries(ONE, LINE, TWO)}, feature(THREE)),
+        [ONE | TWO, THREE],
+        0,
+    ),
+    "nested collections": (
+        {"type": "Feature", "geometry": {**geometries(), "geometries": [geometries(ONE, TWO)]}},
+        [ONE | TWO],
+        0,
+    ),
+    "a feature of lines": (
+        collection({"type": "Feature", "geometry": geometries(LINE)}, feature(ONE)),
+        [ONE],
+        1,
+    ),
+    "children": (collection(NESTED, feature(THREE)), [ONE, TWO, THREE], 0),
+    "children of a nucleus": (feature(ONE, childObjects=[feature(TWO)]), [ONE, TWO], 0),
+    "children of old versions": (feature(ONE, children=[feature(TWO)]), [ONE, TWO], 0),
+    "children of children": (feature(ONE, childObjects=[NESTED]), [ONE, ONE, TWO], 0),
+    "a hierarchy": ({"root": NESTED}, [ONE, TWO], 0),
+    "a list of collections": ([collection(feature(ONE)), [feature(TWO)]], [ONE, TWO], 0),
+    "points and lines": (
+        collection(feature(shapely.Point(3, 3)), feature(ONE), feature(LINE), feature(None)),
+        [ONE],
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TRUTHS)
+def test_ground_truth_is_read_as_qupath_reads_it(tmp_path: Path, kind: str) -> None:
+    content, nuclei, others = TRUTHS[kind]
+    file = tmp_path / "a.geojson"
+    for mark in (b"", b"\xef\xbb\xbf"):
+        file.write_bytes(mark + json.dumps(content).encode())
+        truth = read_ground_truth([file], ENTRY)
+        assert len(truth.polygons) == len(nuclei)
+        for polygon, nucleus in zip(truth.polygons, nuclei, strict=True):
+            assert polygon.equals(nucleus)
+        note = f"objects without area left out, such as points and lines: {others}"
+        assert truth.note == (note if others else None)
+
+
+def test_a_region_with_cells_nested_in_it_is_left_out(tmp_path: Path) -> None:
+    region = feature(shapely.box(0, 0, 50, 40), childObjects=[feature(ONE), feature(TWO)])
+    file = tmp_path / "a.geojson"
+    file.write_text(json.dumps(collection(region)))
+    truth = read_ground_truth([file], ENTRY)
+    assert [*map(shapely.area, truth.polygons)] == [ONE.area, TWO.area]
+    assert str(truth.note).endswith("as regions do: 1")
+
+
+@pytest.mark.parametrize(
+    ("classification", "name"),
+    [
+        ("Nucleus", "Nucleus"),
+        ("Tumor: Positive", "Tumor: Positive"),
+        ("Tumor:Positive", "Tumor: Positive"),
+        ({"name": "Nucleus", "color": [1, 2, 3]}, "Nucleus"),
+        ({"names": ["Tumor", "Positive"], "color": [1, 2, 3]}, "Tumor: Positive"),
+        ({"name": "Positive", "parentClass": {"name": "Tumor"}, "colorRGB": -1}, "Tumor: Positive"),
+        (
+            {"name": "1+", "parentClass": {"name": "Cell", "parentClass": {"name": "Tumor"}}},
+            "Tumor: Cell: 1+",
+        ),
+        ({"name": "Tumor", "colorRGB": -3670016}, "Tumor"),
+        ({}, ""),
+        (None, ""),
+        (7, ""),
+    ],
+)
+def test_classes_are_read_as_qupath_reads_them(
+    tmp_path: Path, classification: Any, name: str
+) -> None:
+    file = tmp_path / "regions.geojson"
+    file.write_text(json.dumps(feature(ONE, classification=classification)))
+    names, areas = read_areas(file)
+    assert (names.tolist(), len(areas)) == ([name], 1)
+
+
+# ---------------------------------------------------------------- label images
+
+LABELS = np.zeros((40, 60), dtype=np.int32)
+LABELS[4:14, 6:18] = 3
+LABELS[20:30, 40:48] = 300
+AREAS = [120.0, 80.0]
+
+
+def save(path: Path, labels: Any) -> Path:
+    if path.suffix == ".npy":
+        np.save(path, labels)
+    elif path.suffix == ".png":
+        Image.fromarray(labels).save(path)
+    else:
+        byteorder: Any = ">" if labels.dtype.byteorder == ">" else "<"
+        tifffile.imwrite(path, labels, byteorder=byteorder)
+    return path
+
+
+@pytest.mark.parametrize("kind", [">i4", ">u2", "<i4", ">i8", "<u8", "<u2"])
+@pytest.mark.parametrize("suffix", [".npy", ".tif"])
+def test_the_order_of_bytes_does_not_matter(tmp_path: Path, kind: str, suffix: str) -> None:
+    file = save(tmp_path / f"a{suffix}", LABELS.astype(kind))
+    assert [*map(shapely.area, read_ground_truth([file], ENTRY).polygons)] == AREAS
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "words"),
+    [
+        ("a.png", np.where(LABELS > 0, 255, 0).astype(np.uint8), "a mask, not instance labels (pieces: 2"),
+        ("a.png", np.where(LABELS == 3, 255, 0).astype(np.uint8), "a mask, not instance labels (pieces: 1"),
+        ("a.tif", np.where(LABELS > 0, 1, 0).astype(np.uint8), "a mask, not instance labels (pieces: 2"),
+        ("a.npy", LABELS > 0, "has no instance labels, but bool"),
+        ("a.npy", np.indices(LABELS.shape).sum(0) // 3 % 4, "values: 3)"),
+        ("a.npy", np.where(LABELS > 0, LABELS, -1), "has negative labels (-1): save 0 for"),
+        ("a.tif", np.where(LABELS > 0, LABELS, -1).astype(np.int16), "has negative labels (-1)"),
+        ("a.npy", LABELS.astype(float), "has no instance labels, but float64"),
+        ("a.tif", LABELS.astype(np.float32), "has no instance labels, but float32"),
+        ("a.npy", LABELS[:0], "a.svs is 60 x 40 px, but"),
+    ],
+)
+def test_masks_and_other_labels_are_refused(
+    tmp_path: Path, name: str, labels: Any, words: str
+) -> None:
+    file = save(tmp_path / name, labels)
+    with pytest.raises(GroundTruthError) as error:
+        read_ground_truth([file], ENTRY)
+    assert words in one_line(str(error.value))
+    assert one_line(str(error.value)).startswith("a.svs")
+
+
+def test_one_nucleus_is_no_mask_and_none_is_none(tmp_path: Path) -> None:
+    one = save(tmp_path / "a.npy", np.where(LABELS == 3, 1, 0))
+    assert [*map(shapely.area, read_ground_truth([one], ENTRY).polygons)] == AREAS[:1]
+    none = save(tmp_path / "a.npy", np.zeros_like(LABELS))
+    assert len(read_ground_truth([none], ENTRY).polygons) == 0
 
 
 # ---------------------------------------------------------------- names that are not UTF-8
