@@ -517,9 +517,21 @@ def test_the_order_of_bytes_does_not_matter(tmp_path: Path, kind: str, suffix: s
 @pytest.mark.parametrize(
     ("name", "labels", "words"),
     [
-        ("a.png", np.where(LABELS > 0, 255, 0).astype(np.uint8), "a mask, not instance labels (pieces: 2"),
-        ("a.png", np.where(LABELS == 3, 255, 0).astype(np.uint8), "a mask, not instance labels (pieces: 1"),
-        ("a.tif", np.where(LABELS > 0, 1, 0).astype(np.uint8), "a mask, not instance labels (pieces: 2"),
+        (
+            "a.png",
+            np.where(LABELS > 0, 255, 0).astype(np.uint8),
+            "a mask, not instance labels (pieces: 2",
+        ),
+        (
+            "a.png",
+            np.where(LABELS == 3, 255, 0).astype(np.uint8),
+            "a mask, not instance labels (pieces: 1",
+        ),
+        (
+            "a.tif",
+            np.where(LABELS > 0, 1, 0).astype(np.uint8),
+            "a mask, not instance labels (pieces: 2",
+        ),
         ("a.npy", LABELS > 0, "has no instance labels, but bool"),
         ("a.npy", np.indices(LABELS.shape).sum(0) // 3 % 4, "values: 3)"),
         ("a.npy", np.where(LABELS > 0, LABELS, -1), "has negative labels (-1): save 0 for"),
