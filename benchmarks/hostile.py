@@ -4,8 +4,8 @@
 
 A case is a small valid file, changed in one place or in several: a value of another type, a key
 that is gone, bytes that are flipped, cut or repeated. It is read as the program reads it, in a
-process with limits of time and memory. A result, a note, a problem of one image, or one error of the
-program in one line is an answer; any other exception, a crash or a timeout is a finding, which
+process with limits of time and memory. A result, a note, a problem of one image, or one error of
+the program in one line is an answer; any other exception, a crash or a timeout is a finding, which
 ``--only`` repeats with its traceback. Exit status 1 if there is a finding.
 """
 
