@@ -60,8 +60,8 @@ ODD: list[Any] = [
 # ---------------------------------------------------------------- valid files
 
 
-def project_content() -> Any:
-    """A project of four images: plain, a generated pyramid, a rotated view, one with arguments."""
+def project_content(rng: random.Random) -> Any:
+    """A project of images: plain, a generated pyramid, one with arguments, sometimes a view."""
     side = {"value": 0.5, "unit": "µm"}
     metadata = {
         "width": SIZE[0],
@@ -80,8 +80,8 @@ def project_content() -> Any:
     builders = [
         plain,
         {"builderType": "pyramidize", "metadata": metadata, "builder": other},
-        {"builderType": "rotated", "builder": plain},
         other,
+        *([{"builderType": "rotated", "builder": plain}] if rng.random() < 0.1 else []),
     ]
     images = [
         {"serverBuilder": b, "entryID": k, "imageName": f"image {k}", "metadata": {"a": "b"}}
@@ -285,7 +285,7 @@ def read_project_case(folder: Path, rng: random.Random) -> str:
     for name in ("caseA", "caseB", "patchcl"):
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "slide.svs").touch()
-    (folder / "project.qpproj").write_bytes(mutated_json(project_content(), rng))
+    (folder / "project.qpproj").write_bytes(mutated_json(project_content(rng), rng))
     project = open_project(folder, backend="files")
     entries = project.images()
     ids = [entry.id for entry in entries]
