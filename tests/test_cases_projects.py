@@ -126,7 +126,7 @@ def test_images_that_cannot_be_told_apart_are_refused_in_one_line(tmp_path: Path
     for entry, letter in zip(entries, "ab", strict=True):
         problem = one_line(entry.problem)
         assert problem.startswith(
-            f"{entry.name} is not at E:\\{letter}\\slide.tif, and it cannot be"
+            f"{entry.name} is not at E:\\{letter}\\slide.tif, and files of that"
         )
         assert "(slide.tif): open the project in QuPath and fix the path" in problem
 

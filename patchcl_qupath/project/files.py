@@ -227,9 +227,9 @@ def _lost(image: StoredImage, found: Location, folder: Path) -> str:
     if found.candidates:
         files = [readable(str(file.relative_to(folder))) for file in found.candidates[:3]]
         return (
-            f"{image.name} is not at {path}, and it cannot be told which image of that name in the "
-            f"project's folder is which ({', '.join(files)}): open the project in QuPath and fix "
-            "the path"
+            f"{image.name} is not at {path}, and files of that name in the project's folder may "
+            f"belong to another image ({', '.join(files)}): open the project in QuPath and fix the "
+            "path"
         )
     if found.denied:
         return (
