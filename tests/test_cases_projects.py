@@ -20,11 +20,12 @@ from test_project import BIO_FORMATS, OPENSLIDE, builder, calibrated, touch, wri
 
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import ImageEntry
-from patchcl_qupath.errors import GroundTruthError, ProjectError
+from patchcl_qupath.errors import GroundTruthError, ProjectError, SlideError
 from patchcl_qupath.evaluation.ground_truth import read_ground_truth
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.arguments import parse_arguments
 from patchcl_qupath.project.qpproj import path_of_uri
+from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.geojson import read_areas
 
 ROOT = Path(__file__).parent.parent
@@ -556,6 +557,22 @@ def test_one_nucleus_is_no_mask_and_none_is_none(tmp_path: Path) -> None:
     assert [*map(shapely.area, read_ground_truth([one], ENTRY).polygons)] == AREAS[:1]
     none = save(tmp_path / "a.npy", np.zeros_like(LABELS))
     assert len(read_ground_truth([none], ENTRY).polygons) == 0
+
+
+# ---------------------------------------------------------------- headers of slides
+
+
+def test_a_size_that_no_slide_has_is_refused(tmp_path: Path) -> None:
+    """One flipped bit of the width: its thumbnail alone would take 48 GB."""
+    file = tmp_path / "a.tif"
+    pixels = np.zeros((256, 320, 3), dtype=np.uint8)
+    resolution: dict[str, Any] = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(file, pixels, photometric="rgb", tile=(64, 64), dtype=np.uint8, **resolution)
+    with tifffile.TiffFile(file, mode="r+") as tiff:
+        width = tiff.pages[0].tags["ImageWidth"]  # type: ignore[union-attr]
+        width.overwrite(320 + (1 << 30))
+    with pytest.raises(SlideError, match=r"is 1073742144 x 256 px of 0\.5 µm, which is larger"):
+        Slide.open(ImageEntry("1", "a.tif", file))
 
 
 # ---------------------------------------------------------------- names that are not UTF-8
