@@ -19,11 +19,13 @@ from PIL import Image
 from test_project import BIO_FORMATS, OPENSLIDE, builder, calibrated, touch, write_project
 
 from patchcl_qupath.cli import main
+from patchcl_qupath.config import load_config
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import GroundTruthError, ProjectError, SlideError
 from patchcl_qupath.evaluation.ground_truth import read_ground_truth
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.arguments import parse_arguments
+from patchcl_qupath.project.drawn import read_stains
 from patchcl_qupath.project.qpproj import path_of_uri
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.geojson import read_areas
@@ -250,6 +252,21 @@ def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     write_entries(tmp_path, entry_of(uri), mark=b"\xef\xbb\xbf")
     (entry,) = open_project(tmp_path).images()
     assert (entry.id, entry.problem) == ("1", None)
+
+
+def test_byte_order_marks_of_other_files_are_skipped(tmp_path: Path) -> None:
+    """Editors of Windows write one at the head of settings, too."""
+    mark = b"\xef\xbb\xbf"
+    settings = tmp_path / "settings.toml"
+    settings.write_bytes(mark + b"[slide]\nmpp = 0.25\n")
+    assert load_config(settings).slide.mpp == 0.25
+    path = write_entries(tmp_path, entry_of(touch(tmp_path / "a.tif").as_uri()))
+    summary = touch(tmp_path / "data" / "1" / "summary.json")
+    summary.write_bytes(mark + b'{"imageType": "FLUORESCENCE"}')
+    assert "fluorescence" in one_line(open_project(path).images()[0].problem)
+    stains = tmp_path / "stains.json"
+    stains.write_bytes(mark + b"null")
+    assert read_stains(stains, "a.svs") is None
 
 
 def test_two_entries_of_one_id_are_refused_and_keep_what_is_there(tmp_path: Path) -> None:
@@ -550,6 +567,18 @@ def test_masks_and_other_labels_are_refused(
         read_ground_truth([file], ENTRY)
     assert words in one_line(str(error.value))
     assert one_line(str(error.value)).startswith("a.svs")
+
+
+def test_many_labels_are_no_mask_wherever_they_begin(tmp_path: Path) -> None:
+    labels = np.zeros((600, 60), dtype=np.int32)
+    for k in range(40):
+        labels[300 + 7 * k : 305 + 7 * k, 5:15] = labels[300 + 7 * k : 305 + 7 * k, 30:40] = k + 1
+    file = save(tmp_path / "a.npy", labels)
+    entry = ImageEntry("1", "a.svs", Path("a.svs"), size=(60, 600))
+    assert len(read_ground_truth([file], entry).polygons) == 40
+    file = save(tmp_path / "a.npy", (labels > 0).astype(np.uint8))
+    with pytest.raises(GroundTruthError, match=r"a mask, .* \(pieces: 80, values: 1\)"):
+        read_ground_truth([file], entry)
 
 
 def test_one_nucleus_is_no_mask_and_none_is_none(tmp_path: Path) -> None:

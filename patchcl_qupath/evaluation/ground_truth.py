@@ -162,7 +162,7 @@ def _check_instances(labels: Labels, path: Path, entry: ImageEntry) -> None:
             f"{entry.name}: {path} has negative labels ({labels.min()}): save 0 for background, "
             "and a positive number for each nucleus"
         )
-    values = np.unique(labels[labels != 0])
+    values = _values(labels)
     if not len(values) or len(values) > MAX_CLASSES:
         return
     pieces = sum(label(labels == value, np.ones((3, 3)))[1] for value in values)
@@ -172,6 +172,17 @@ def _check_instances(labels: Labels, path: Path, entry: ImageEntry) -> None:
             f"{entry.name}: {path} is a mask, not instance labels (pieces: {pieces}, values: "
             f"{len(values)}): save another number for each nucleus, or outlines as GeoJSON"
         )
+
+
+def _values(labels: Labels) -> Labels:
+    """The distinct labels, without background; of more than MAX_CLASSES not all."""
+    found = labels[:0].ravel()
+    for row in range(0, len(labels), 256):
+        found = np.union1d(found, labels[row : row + 256])
+        if len(found) > MAX_CLASSES + 1:  # soon, in labels of nuclei
+            break
+    values: Labels = found[found != 0]
+    return values
 
 
 def _scale(path: Path, size: tuple[int, ...], entry: ImageEntry) -> float:
