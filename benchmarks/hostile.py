@@ -333,8 +333,9 @@ def read_truth_case(folder: Path, rng: random.Random) -> str:
     else:
         file.write_bytes(mutated_json(objects_content(), rng))
     truth = read_ground_truth([file], ImageEntry("1", "a.svs", folder / "a.svs", size=SIZE))
-    if len(truth.polygons):
-        assert 0 <= Overlaps.of_polygons(truth.polygons, truth.polygons).dice <= 1 + 1e-9
+    some = truth.polygons[:500]  # noise has as many as pixels
+    if len(some):
+        assert 0 <= Overlaps.of_polygons(some, some).dice <= 1 + 1e-9
     return "note" if truth.note else "result"
 
 

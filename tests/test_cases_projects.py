@@ -581,6 +581,16 @@ def test_many_labels_are_no_mask_wherever_they_begin(tmp_path: Path) -> None:
         read_ground_truth([file], entry)
 
 
+def test_a_tiff_of_very_many_pages_is_refused(tmp_path: Path) -> None:
+    """A damaged directory has millions: tifffile would read them all before it answers."""
+    file = tmp_path / "a.tif"
+    with tifffile.TiffWriter(file) as tiff:
+        for _ in range(1001):
+            tiff.write(np.zeros((1, 1), dtype=np.uint8), metadata=None)
+    with pytest.raises(GroundTruthError, match="more than 1,000 pages"):
+        read_ground_truth([file], ENTRY)
+
+
 def test_one_nucleus_is_no_mask_and_none_is_none(tmp_path: Path) -> None:
     one = save(tmp_path / "a.npy", np.where(LABELS == 3, 1, 0))
     assert [*map(shapely.area, read_ground_truth([one], ENTRY).polygons)] == AREAS[:1]
@@ -591,16 +601,17 @@ def test_one_nucleus_is_no_mask_and_none_is_none(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- headers of slides
 
 
-def test_a_size_that_no_slide_has_is_refused(tmp_path: Path) -> None:
-    """One flipped bit of the width: its thumbnail alone would take 48 GB."""
+@pytest.mark.parametrize("bit", [20, 24, 30])
+def test_a_size_that_no_slide_has_is_refused(tmp_path: Path, bit: int) -> None:
+    """One flipped bit of the width: its thumbnail alone would take 48 GB, or an hour."""
     file = tmp_path / "a.tif"
     pixels = np.zeros((256, 320, 3), dtype=np.uint8)
     resolution: dict[str, Any] = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
     tifffile.imwrite(file, pixels, photometric="rgb", tile=(64, 64), dtype=np.uint8, **resolution)
     with tifffile.TiffFile(file, mode="r+") as tiff:
         width = tiff.pages[0].tags["ImageWidth"]  # type: ignore[union-attr]
-        width.overwrite(320 + (1 << 30))
-    with pytest.raises(SlideError, match=r"is 1073742144 x 256 px of 0\.5 µm, which is larger"):
+        width.overwrite(320 + (1 << bit))
+    with pytest.raises(SlideError, match=r"is \d+ x 256 px of 0\.5 µm, which is larger"):
         Slide.open(ImageEntry("1", "a.tif", file))
 
 

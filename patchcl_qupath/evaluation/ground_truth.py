@@ -5,14 +5,17 @@ A file belongs to an image if it has the image's name, or its stem, before one o
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import shapely
 import tifffile
+from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import label
 
@@ -27,6 +30,7 @@ GEOJSON = (".geojson", ".geojson.gz")
 SUFFIXES = (*GEOJSON, ".png", ".tif", ".tiff", ".npy")
 # A mask of a few classes has many pieces of each value; a nucleus is seldom in several.
 MAX_CLASSES, MAX_PIECES = 10, 4
+MAX_PAGES = 1000  # of a TIFF with labels, which has one
 _KINDS = f"a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 
@@ -143,7 +147,7 @@ def _labels(path: Path, entry: ImageEntry) -> Labels:
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 pixels = np.asarray(Image.open(path))
         else:
-            pixels = tifffile.imread(path)
+            pixels = _tiff_pixels(path)
     except Exception as error:  # decoders raise anything
         raise _unreadable(path, entry, error, "save it again, or as GeoJSON") from error
     labels: Labels = np.squeeze(pixels)
@@ -153,6 +157,15 @@ def _labels(path: Path, entry: ImageEntry) -> Labels:
             f"{labels.shape}: save one channel of integers, 0 for background"
         )
     return labels.astype(labels.dtype.newbyteorder("="), copy=False)
+
+
+def _tiff_pixels(path: Path) -> NDArray[Any]:
+    """The pixels of a TIFF. Raises any Exception for one that is damaged."""
+    with tifffile.TiffFile(path) as tiff:
+        # A damaged directory may lead anywhere: tifffile would follow it for millions of pages.
+        if next(itertools.islice(tiff.pages, MAX_PAGES, None), None) is not None:
+            raise ValueError(f"more than {MAX_PAGES:,} pages")
+        return np.asarray(tiff.asarray())
 
 
 def _check_instances(labels: Labels, path: Path, entry: ImageEntry) -> None:

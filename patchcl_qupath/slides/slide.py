@@ -20,7 +20,7 @@ from patchcl_qupath.slides.level_grid import LevelGrid
 from patchcl_qupath.slides.pyramid import Pyramid, open_pyramid, unreadable
 
 MPP_RANGE = (0.05, 4.0)  # µm/px; others are the dpi of an export, not of a microscope
-MAX_MM2 = 20_000  # a slide for sections of a whole brain has some 15,000
+MAX_SIDE_MM = 300  # the largest glass, for sections of a whole brain, has 200
 MPP_TOLERANCE = 0.1  # relative, within which the working grid is made of whole level-0 pixels
 
 Pair = tuple[float, float]  # (x, y)
@@ -109,9 +109,9 @@ class Slide:
         return self._grid(self.shape, self.downsample).read(box)
 
     def __post_init__(self) -> None:
-        """Raise SlideError for a size that would not fit into memory, even as a thumbnail."""
+        """Raise SlideError for a size that no slide has: even its thumbnail would not end."""
         (width, height), (x, y) = self.size, self.mpp_level0
-        if width * x * height * y > MAX_MM2 * 1e6:
+        if max(width * x, height * y) > MAX_SIDE_MM * 1e3:
             raise SlideError(
                 f"{self.name} is {width} x {height} px of {max(x, y):.3g} µm, which is larger than "
                 "any slide: copy the file again, or correct its pixel size in QuPath"
