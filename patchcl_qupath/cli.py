@@ -28,7 +28,7 @@ from patchcl_qupath.config import (
     load_config,
 )
 from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
-from patchcl_qupath.options import Common, Overrides, Pool, Showing, Writing
+from patchcl_qupath.options import Common, Overrides, Pool, Reading, Showing, Writing
 from patchcl_qupath.progress import ShowProgress
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def main() -> None:
 
 @main.command()
 @options.common
+@options.reading
 @options.writing
 @options.device
 @options.overrides
@@ -72,6 +73,7 @@ def main() -> None:
 def run(
     *,
     common: Common,
+    reading: Reading,
     writing: Writing,
     overrides: Overrides,
     pool: Pool,
@@ -88,8 +90,8 @@ def run(
     with _reporting_errors(common.as_json):
         if pool.scheduler and pool.cluster:
             raise ConfigError("pass --scheduler or --cluster, not both")
-        project, entries, config = _open(common, writing)
-        settings = overrides.of(config)
+        settings = overrides.of(load_config(reading.config))
+        project, entries = _open(common, reading=reading, writing=writing)
         _check_engine(settings)
         click.echo(f"Nuclei are written by {project.backend}", err=True)
         from patchcl_qupath import pipeline
@@ -116,13 +118,15 @@ def run(
 
 @main.command()
 @options.common
+@options.reading
 @options.device
 @click.option("--model", "name", default="patchcl", help="Name to give the model.")
 @options.seed
-def train(*, common: Common, name: str, seed: int | None) -> None:
+def train(*, common: Common, reading: Reading, name: str, seed: int | None) -> None:
     """Train a model on the slides of PROJECT, without labels."""
     with _reporting_errors(common.as_json):
-        project, entries, settings = _open(common)
+        settings = load_config(reading.config)
+        project, entries = _open(common, reading=reading)
         if seed is not None:
             settings = replace(settings, patchcl=replace(settings.patchcl, seed=seed))
         with _at_work(project), console.progress_bars() as progress:
@@ -156,7 +160,7 @@ def suggest(*, common: Common, writing: Writing, count: int) -> None:
     kinds of tissue.
     """
     with _reporting_errors(common.as_json):
-        project, entries, _ = _open(common, writing)
+        project, entries = _open(common, writing=writing)
         click.echo(f"ROIs are marked by {project.backend}", err=True)
         from patchcl_qupath.correction.suggest import suggest as suggest_rois
 
@@ -168,6 +172,7 @@ def suggest(*, common: Common, writing: Writing, count: int) -> None:
 
 @main.command()
 @options.common
+@options.reading
 @options.writing
 @options.device
 @click.option(
@@ -183,6 +188,7 @@ def suggest(*, common: Common, writing: Writing, count: int) -> None:
 def refine(
     *,
     common: Common,
+    reading: Reading,
     writing: Writing,
     labels_from: str,
     name: str,
@@ -194,7 +200,8 @@ def refine(
     with _reporting_errors(common.as_json):
         if new_name == name:
             raise ConfigError(f"give the refined model another name than {name}: --as NAME")
-        project, entries, settings = _open(common, writing)
+        settings = load_config(reading.config)
+        project, entries = _open(common, reading=reading, writing=writing)
         from patchcl_qupath import pipeline
         from patchcl_qupath.models.model import Model
         from patchcl_qupath.storage.files import check_writable
@@ -242,7 +249,7 @@ def status(*, common: Common) -> None:
     ROIs to correct are counted as the image was last saved in QuPath.
     """
     with _reporting_errors(common.as_json):
-        project, entries, _ = _open(common)
+        project, entries = _open(common)
         from patchcl_qupath.status import image_status
 
         statuses = [image_status(project, entry) for entry in entries]
@@ -269,7 +276,7 @@ def score(*, common: Common, ground_truth: Path) -> None:
     limited to.
     """
     with _reporting_errors(common.as_json):
-        project, entries, _ = _open(common)
+        project, entries = _open(common)
         from patchcl_qupath.evaluation.score import score as score_images
 
         scored, without = score_images(project, entries, ground_truth)
@@ -283,7 +290,7 @@ def score(*, common: Common, ground_truth: Path) -> None:
 def remove(*, common: Common, writing: Writing) -> None:
     """Remove the nuclei of `run` from PROJECT, except those that a person changed."""
     with _reporting_errors(common.as_json):
-        project, entries, _ = _open(common, writing)
+        project, entries = _open(common, writing=writing)
         click.echo(f"Nuclei are removed by {project.backend}", err=True)
         with _at_work(project):
             rows = [_removed(project, entry, common.as_json) for entry in entries]
@@ -350,15 +357,16 @@ def _check_engine(settings: Config) -> None:
 
 
 def _open(
-    common: Common, writing: Writing | None = None
-) -> tuple[Project, list[ImageEntry], Config]:
-    """The project, the images of it that were asked for, and the settings."""
+    common: Common, *, reading: Reading | None = None, writing: Writing | None = None
+) -> tuple[Project, list[ImageEntry]]:
+    """The project, and the images of it that were asked for."""
     from patchcl_qupath.project import open_project
+    from patchcl_qupath.storage.files import readable
 
-    settings = load_config(common.config)
-    path, names, writing = common.project_path, common.names, writing or Writing()
+    path, reading, writing = common.project_path, reading or Reading(), writing or Writing()
+    names = [readable(name) for name in common.names]
     project = open_project(path, writing.backend, writing.qupath)
-    entries = [replace(entry, fallback_mpp=common.mpp) for entry in project.images()]
+    entries = [replace(entry, fallback_mpp=reading.mpp) for entry in project.images()]
     logger.info("%s: %d images, backend %s", project.path, len(entries), project.backend)
     if not entries:
         raise ProjectError(f"{path} has no images: add some in QuPath first")
@@ -368,7 +376,7 @@ def _open(
             known = ", ".join(entry.name for entry in entries[:10])
             raise ProjectError(f"no image {', '.join(sorted(unknown))} in {path}: it has {known}")
         entries = [entry for entry in entries if entry.id in names or entry.name in names]
-    return project, entries, settings
+    return project, entries
 
 
 def _load_or_train(

@@ -66,16 +66,22 @@ verbose = click.option(
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """The options of every command on a project's images.
+    """The options of every command on a project's images."""
+
+    project_path: Path
+    names: tuple[str, ...]
+    as_json: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """The options of commands that read the slides.
 
     ``mpp`` is the pixel size, in µm, of images that have none in QuPath or in their file.
     """
 
-    project_path: Path
-    names: tuple[str, ...]
-    mpp: float | None
-    config: Path | None
-    as_json: bool
+    mpp: float | None = None
+    config: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,14 +174,21 @@ common = _bundle(
             multiple=True,
             help="Only the image of this name or id; repeat for more. Default: all.",
         ),
+        as_json,
+        verbose,
+    ],
+)
+
+reading = _bundle(
+    "reading",
+    Reading,
+    [
         click.option(
             "--mpp",
             type=click.FloatRange(min=0, min_open=True),
             help="Pixel size, in µm, of images that have none in QuPath or in their file.",
         ),
         click.option("--config", type=PATH, help="TOML file with settings."),
-        as_json,
-        verbose,
     ],
 )
 

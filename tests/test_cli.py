@@ -173,6 +173,16 @@ def test_options_of_version_0_1_are_still_read(command, old, new):
     assert old[0] not in shown
 
 
+@pytest.mark.parametrize("command", ["score", "status", "suggest", "remove"])
+@pytest.mark.parametrize("option", [["--mpp", "0.5"], ["--config", "settings.toml"]])
+def test_an_option_that_does_nothing_does_not_exist(command, option):
+    result = call(command, SAMPLE, *option)
+    assert result.exit_code == 2
+    assert "No such option" in result.output
+    assert option[0] in result.output
+    assert option[0] not in call(command, "--help").output
+
+
 def test_init_run_status_on_a_crop(tmp_path, crop, quick):
     project = tmp_path / "project"
     made = call("init", project, crop, "--mpp", "0.5")

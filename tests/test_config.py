@@ -65,6 +65,9 @@ def test_recipe_of_the_paper_has_its_settings() -> None:
         ({"selftrain": {"widths": [8, 8]}}, "widths = .*: expected array of length >= 3"),
         ({"selftrain": {"widths": [8, 0, 8]}}, "widths = .*: expected int >= 1"),
         ({"cdcl": {"patch_px": 6}}, "patch_px = 6: expected int that's a multiple of 4"),
+        ({"slide": {"tile_px": 0}}, r"slide\.tile_px = 0: expected int >= \d+"),
+        ({"slide": {"mpp": 0}}, r"slide\.mpp = 0: expected float >= 0\.05"),
+        ({"segment": {"min_solidity": 7}}, r"segment\.min_solidity = 7: expected float <= 1"),
         ({"slide": {"stain": "h&e"}}, "stain = 'h&e': it must be one of auto, h-e, h-dab"),
     ],
 )

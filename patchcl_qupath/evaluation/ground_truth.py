@@ -5,24 +5,32 @@ A file belongs to an image if it has the image's name, or its stem, before one o
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import shapely
 import tifffile
+from numpy.typing import NDArray
 from PIL import Image
+from scipy.ndimage import label
 
 from patchcl_qupath.datatypes import ImageEntry, Labels, Polygons, grid_to_level0
 from patchcl_qupath.errors import GroundTruthError
 from patchcl_qupath.segmentation.contours import pixel_polygons
 from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.storage.files import readable
 from patchcl_qupath.storage.geojson import holds_several, read_areas
 
 GEOJSON = (".geojson", ".geojson.gz")
 SUFFIXES = (*GEOJSON, ".png", ".tif", ".tiff", ".npy")
+# A mask of a few classes has many pieces of each value; a nucleus is seldom in several.
+MAX_CLASSES, MAX_PIECES = 10, 4
+MAX_PAGES = 1000  # of a TIFF with labels, which has one
 _KINDS = f"a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 
@@ -45,7 +53,7 @@ def ground_truth_files(ground_truth: Path, entries: Sequence[ImageEntry]) -> dic
     if ground_truth.is_dir():
         named: dict[str, list[Path]] = {}
         for file in sorted(ground_truth.iterdir()):
-            named.setdefault(_name(file), []).append(file)
+            named.setdefault(readable(_name(file)), []).append(file)
         named.pop("", None)
         found = {
             entry.id: named.get(entry.name) or named.get(PurePath(entry.name).stem, [])
@@ -74,10 +82,11 @@ def ground_truth_files(ground_truth: Path, entries: Sequence[ImageEntry]) -> dic
 def read_ground_truth(files: Sequence[Path], entry: ImageEntry) -> GroundTruth:
     """The true nuclei of an image from its ground-truth files, of which there must be one.
 
-    GeoJSON is in px at level 0; a polygon that contains several others is a region, and left out.
-    Label images, integers with 0 for background, may be finer or coarser than level 0 by an integer
-    factor. Raises GroundTruthError for several files, a damaged file, or labels of another size;
-    ImageError if the image's size cannot be read.
+    GeoJSON is in px at level 0; a polygon that contains several others is a region, and left out,
+    as are objects without area. Label images, integers with 0 for background, may be finer or
+    coarser than level 0 by an integer factor. Raises GroundTruthError for several files, a damaged
+    file, labels of another size, or a mask that does not separate nuclei; ImageError if the image's
+    size cannot be read.
     """
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
@@ -86,8 +95,9 @@ def read_ground_truth(files: Sequence[Path], entry: ImageEntry) -> GroundTruth:
         )
     (path,) = files
     if path.name.lower().endswith(GEOJSON):
-        return _without_regions(_polygons(path, entry))
+        return _nuclei(path, entry)
     labels = _labels(path, entry)
+    _check_instances(labels, path, entry)
     scale = _scale(path, labels.shape[::-1], entry)
     return GroundTruth(grid_to_level0(pixel_polygons(labels), (scale, scale)))
 
@@ -100,8 +110,11 @@ def _name(file: Path) -> str:
     return ""
 
 
-def _polygons(path: Path, entry: ImageEntry) -> Polygons:
-    """The polygons of a GeoJSON file."""
+def _nuclei(path: Path, entry: ImageEntry) -> GroundTruth:
+    """The nuclei of a GeoJSON file, and what else is in it.
+
+    Analysis regions, which QuPath exports together with the cells in them, are left out.
+    """
     try:
         _, areas = read_areas(path)
     except Exception as error:  # not gzip, not JSON, of any other form
@@ -111,15 +124,16 @@ def _polygons(path: Path, entry: ImageEntry) -> Polygons:
         raise GroundTruthError(
             f"{entry.name}: {path} holds no polygon: nuclei must be outlined, not marked by points"
         )
-    return polygons
-
-
-def _without_regions(polygons: Polygons) -> GroundTruth:
-    """Without analysis regions, which QuPath exports together with the cells in them."""
     is_region = holds_several(polygons)
-    count = np.count_nonzero(is_region)
-    note = f"true contours left out since they contain several others, as regions do: {count}"
-    return GroundTruth(polygons[~is_region], note if count else None)
+    regions, others = np.count_nonzero(is_region), len(areas) - len(polygons)
+    notes = []
+    if regions:
+        notes.append(
+            f"true contours left out since they contain several others, as regions do: {regions}"
+        )
+    if others:
+        notes.append(f"objects without area left out, such as points and lines: {others}")
+    return GroundTruth(polygons[~is_region], "; ".join(notes) or None)
 
 
 def _labels(path: Path, entry: ImageEntry) -> Labels:
@@ -133,7 +147,7 @@ def _labels(path: Path, entry: ImageEntry) -> Labels:
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 pixels = np.asarray(Image.open(path))
         else:
-            pixels = tifffile.imread(path)
+            pixels = _tiff_pixels(path)
     except Exception as error:  # decoders raise anything
         raise _unreadable(path, entry, error, "save it again, or as GeoJSON") from error
     labels: Labels = np.squeeze(pixels)
@@ -142,7 +156,46 @@ def _labels(path: Path, entry: ImageEntry) -> Labels:
             f"{entry.name}: {path} has no instance labels, but {labels.dtype} of shape "
             f"{labels.shape}: save one channel of integers, 0 for background"
         )
-    return labels
+    return labels.astype(labels.dtype.newbyteorder("="), copy=False)
+
+
+def _tiff_pixels(path: Path) -> NDArray[Any]:
+    """The pixels of a TIFF. Raises any Exception for one that is damaged."""
+    with tifffile.TiffFile(path) as tiff:
+        # A damaged directory may lead anywhere: tifffile would follow it for millions of pages.
+        if next(itertools.islice(tiff.pages, MAX_PAGES, None), None) is not None:
+            raise ValueError(f"more than {MAX_PAGES:,} pages")
+        return np.asarray(tiff.asarray())
+
+
+def _check_instances(labels: Labels, path: Path, entry: ImageEntry) -> None:
+    """Raise GroundTruthError for pixels that are integers, but not a label for each nucleus."""
+    if labels.size and labels.min() < 0:
+        raise GroundTruthError(
+            f"{entry.name}: {path} has negative labels ({labels.min()}): save 0 for background, "
+            "and a positive number for each nucleus"
+        )
+    values = _values(labels)
+    if not len(values) or len(values) > MAX_CLASSES:
+        return
+    pieces = sum(label(labels == value, np.ones((3, 3)))[1] for value in values)
+    is_mask = len(values) == 1 and (pieces > 1 or values[0] == np.iinfo(np.uint8).max)
+    if is_mask or pieces > MAX_PIECES * len(values):
+        raise GroundTruthError(
+            f"{entry.name}: {path} is a mask, not instance labels (pieces: {pieces}, values: "
+            f"{len(values)}): save another number for each nucleus, or outlines as GeoJSON"
+        )
+
+
+def _values(labels: Labels) -> Labels:
+    """The distinct labels, without background; of more than MAX_CLASSES not all."""
+    found = labels[:0].ravel()
+    for row in range(0, len(labels), 256):
+        found = np.union1d(found, labels[row : row + 256])
+        if len(found) > MAX_CLASSES + 1:  # soon, in labels of nuclei
+            break
+    values: Labels = found[found != 0]
+    return values
 
 
 def _scale(path: Path, size: tuple[int, ...], entry: ImageEntry) -> float:

@@ -5,6 +5,7 @@ A tile is a parquet file of its nuclei, with its uncertainty grid in the header.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from patchcl_qupath.storage.parquet import (
     from_table,
     grid_columns,
     grid_of_columns,
+    parquet_source,
     polygons_of,
     to_table,
 )
@@ -73,26 +75,29 @@ class TileStore:
 
     def count(self, tiles: Sequence[Tile]) -> int:
         """How many nuclei finished tiles hold together, without reading them."""
-        return sum(int(pq.read_metadata(self.path(tile)).num_rows) for tile in tiles)
+        return sum(int(pq.read_metadata(self._source(tile)).num_rows) for tile in tiles)
 
     def nuclei(self, tiles: Sequence[Tile]) -> Iterator[Nuclei]:
         """The nuclei of finished tiles, one tile after the other, in the tiles' order."""
-        return (from_table(pq.read_table(self.path(tile))) for tile in tiles)
+        return (from_table(pq.read_table(self._source(tile))) for tile in tiles)
 
     def contours(self, tiles: Sequence[Tile]) -> Iterator[Polygons]:
         """Their contours alone, several times as fast."""
         columns = ["geometry"]
-        return (polygons_of(pq.read_table(self.path(tile), columns=columns)) for tile in tiles)
+        return (polygons_of(pq.read_table(self._source(tile), columns=columns)) for tile in tiles)
 
     def measurements(self, tiles: Sequence[Tile], names: Sequence[str]) -> Iterator[Measurements]:
         """Some of their measurements alone."""
         for tile in tiles:
-            table = pq.read_table(self.path(tile), columns=list(names))
+            table = pq.read_table(self._source(tile), columns=list(names))
             yield {name: table[name].to_numpy() for name in names}
 
     def uncertainty_grids(self, tiles: Sequence[Tile]) -> Iterator[UncertaintyGrid]:
         """Their uncertainty grids, without reading the nuclei."""
         for tile in tiles:
-            header = pq.read_schema(self.path(tile)).metadata
+            header = pq.read_schema(self._source(tile)).metadata
             bin_size, columns = json.loads(header[_GRID.encode()])
             yield grid_of_columns(bin_size, columns)
+
+    def _source(self, tile: Tile) -> Path | io.BytesIO:
+        return parquet_source(self.path(tile))

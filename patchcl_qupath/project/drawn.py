@@ -63,7 +63,7 @@ def read_stains(path: Path, image: str) -> StainVectors | None:
     Raises ImageError for a file that is damaged, and for vectors that are linearly dependent.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         if content is None:
             return None
         stains = StainVectors(

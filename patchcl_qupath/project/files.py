@@ -7,6 +7,7 @@ groovy/import_nuclei.groovy to import.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -19,17 +20,18 @@ import shapely
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, ResultConfig
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.project.drawn import read_corrected_rois, read_labels, read_regions, read_stains
-from patchcl_qupath.project.locate import Locator
+from patchcl_qupath.project.locate import Location, Locator
 from patchcl_qupath.project.protocol import Backend, BackendKind
 from patchcl_qupath.project.qpproj import (
     StoredImage,
     StoredProject,
+    as_object,
     not_brightfield,
     project_file,
     read_project,
 )
 from patchcl_qupath.slides.stains import H_DAB
-from patchcl_qupath.storage.files import read_json
+from patchcl_qupath.storage.files import read_json, readable
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import ResultRecord, RoisRecord, write_record
 
@@ -136,14 +138,14 @@ class FilesProject:
 
     def qupath_summary(self, entry: ImageEntry) -> QuPathSummary:
         """The state of an image in QuPath: from QuPath's summary, and from the times of files."""
-        objects = self._summary(entry.id).get("hierarchy") or {}
-        counts = objects.get("annotationClassificationCounts") or {}
+        objects = as_object(self._summary(entry.id).get("hierarchy"))
+        counts = as_object(objects.get("annotationClassificationCounts"))
         written = [self.layout.result(entry.id), self.layout.rois(entry.id)]
         made, imported = max(map(_modified, written)), _modified(self.layout.receipt(entry.id))
         saved = _modified(self.data(entry))
         return QuPathSummary(
-            to_correct=counts.get(TO_CORRECT, 0),
-            corrected=counts.get(CORRECTED, 0),
+            to_correct=_count(counts.get(TO_CORRECT)),
+            corrected=_count(counts.get(CORRECTED)),
             is_current=imported >= made > 0,
             saved_later=saved > imported + SAVING_S,
         )
@@ -164,21 +166,24 @@ class FilesProject:
 
     @cached_property
     def _locator(self) -> Locator:
-        return Locator(folder=self.path.parent, saved=self.stored.path)
+        paths = [image.path for image in self.stored.images if image.path is not None]
+        return Locator(folder=self.path.parent, saved=self.stored.path, stored=paths)
 
     def _entry(self, image: StoredImage) -> ImageEntry:
-        found = self._locator.locate(image.path) if image.path else None
+        found = self._locator.locate(image.path) if image.path else Location()
         problem = image.problem
         if problem is None and self._image_type(image.id) == "FLUORESCENCE":
             problem = not_brightfield(image.name)
-        if problem is None and found is None:
-            problem = _lost(image)
+        if problem is None and found.path is None:
+            problem = _lost(image, found, self.path.parent)
         return ImageEntry(
             id=image.id,
             name=image.name,
-            path=found or Path(str(image.path or image.uri)),
+            path=found.path or Path(str(image.path or image.uri)),
             mpp=image.mpp,
             size=image.size,
+            series=image.series,
+            series_name=image.series_name,
             use_bounds=image.use_bounds,
             problem=problem,
         )
@@ -193,19 +198,45 @@ class FilesProject:
         return read_json(self.path.parent / "data" / id_ / "summary.json") or {}
 
 
+def _count(value: object) -> int:
+    """A number of QuPath's summary; 0 for anything else."""
+    return value if isinstance(value, int) else 0
+
+
 def _modified(path: Path) -> float:
-    """When a file was written, in s; 0 if there is none."""
-    return path.stat().st_mtime if path.exists() else 0.0
+    """When a file was written, in s; 0 if there is none, or if its folder may not be read."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
-def _lost(image: StoredImage) -> str:
-    """The problem of an image whose file is not found."""
-    if image.path is None:
+def _lost(image: StoredImage, found: Location, folder: Path) -> str:
+    """The problem of an image whose file is not found in the project's ``folder``."""
+    if image.path is None and re.match(r"(?!file:)[A-Za-z][\w+.-]+:", image.uri):
         return (
             f"{image.name} is not a file ({image.uri}): only images on disk can be read, "
             "download it"
         )
+    if image.path is None:
+        return (
+            f"{image.name} has no path of a file in the project ({image.uri or 'no URI'}): remove "
+            "it from the project in QuPath, and add the image again"
+        )
+    path = readable(str(image.path))
+    if found.candidates:
+        files = [readable(str(file.relative_to(folder))) for file in found.candidates[:3]]
+        return (
+            f"{image.name} is not at {path}, and files of that name in the project's folder may "
+            f"belong to another image ({', '.join(files)}): open the project in QuPath and fix the "
+            "path"
+        )
+    if found.denied:
+        return (
+            f"{image.name} is at {path}, which may not be read from here: ask for the permission, "
+            "or copy the file into the project's folder"
+        )
     return (
-        f"{image.name} is not at {image.path}, nor in the project's folder: put the file beside "
+        f"{image.name} is not at {path}, nor in the project's folder: put the file beside "
         "the project, or open the project in QuPath and fix the path"
     )

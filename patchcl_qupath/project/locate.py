@@ -5,7 +5,7 @@ from __future__ import annotations
 import ntpath
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath, PureWindowsPath
@@ -16,27 +16,50 @@ SEARCH_DEPTH = 4  # folders, the project's included, in which QuPath looks for a
 
 
 @dataclass(frozen=True, kw_only=True)
+class Location:
+    """Where a file is: ``path``, None if it is not found.
+
+    Then ``candidates`` are files of its name that may be it or another image; and ``denied`` is
+    whether its folder may not be read.
+    """
+
+    path: Path | None = None
+    candidates: tuple[Path, ...] = ()
+    denied: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Locator:
     """Finds the files of a project in ``folder``; ``saved`` is the path of the project file then.
 
-    As QuPath's window does: ``locate`` tries the same places, in the same order.
+    ``stored`` are the paths of all its images. As QuPath's window does, ``locate`` tries the same
+    places in the same order; but it never takes one file for two images of different paths.
     """
 
     folder: Path
     saved: PurePath | None
+    stored: Sequence[PurePath]
 
-    def locate(self, stored: PurePath) -> Path | None:
-        """The present path of a file whose path was ``stored``; None if it is not found.
+    def locate(self, stored: PurePath) -> Location:
+        """The present place of a file whose path was ``stored``, one of the paths of the project.
 
         The same path; the same path relative to the project; a file of the same name in the
-        project's folder.
+        project's folder. Of several such files it is the one that has most folders in common with
+        ``stored``, counted from the end. Where images of several paths have this file name, it has
+        one at least.
         """
-        if isinstance(stored, PureWindowsPath) == (os.name == "nt") and _is_image(Path(stored)):
+        path = self._in_place(stored)
+        found = self._searched[stored] if path is None else Location(path=path)
+        if found.path is None and not found.candidates:
+            return Location(denied=_denied(stored))
+        return found
+
+    def _in_place(self, stored: PurePath) -> Path | None:
+        """The file at its stored path, or where it moved along with the project."""
+        if isinstance(stored, PureWindowsPath) == (os.name == "nt") and is_file(Path(stored)):
             return Path(stored)
         moved = self._moved_along(stored)
-        if moved is not None and _is_image(moved):
-            return moved
-        return self._files_by_name.get(stored.name)
+        return moved if moved is not None and is_file(moved) else None
 
     def _moved_along(self, stored: PurePath) -> Path | None:
         """The path of a file that moved along with the project; None if it cannot be told."""
@@ -50,28 +73,108 @@ class Locator:
         return Path(os.path.normpath(self.folder.joinpath(*relative.split(flavour.sep))))
 
     @cached_property
-    def _files_by_name(self) -> dict[str, Path]:
-        """Files in the project's folder; of several with one name the first, as in QuPath."""
-        found: dict[str, Path] = {}
+    def _searched(self) -> dict[PurePath, Location]:
+        """The locations of all images that are not in place, by their stored paths."""
+        places = {path: self._in_place(path) for path in self.stored}
+        taken = {os.path.realpath(place) for place in places.values() if place is not None}
+        by_name: dict[str, list[PurePath]] = {}
+        for path in places:
+            by_name.setdefault(path.name, []).append(path)
+        found = {}
+        for name, paths in by_name.items():
+            lost = [path for path in paths if places[path] is None]
+            files = self._files_by_name.get(name, []) if lost else []
+            for path in lost:
+                best = _best(path, files, alone=len(paths) == 1)
+                others = [other for other in lost if other != path]
+                if best is None or os.path.realpath(best) in taken or _claimed(best, path, others):
+                    found[path] = Location(candidates=tuple(files))
+                else:
+                    found[path] = Location(path=best)
+        return found
+
+    @cached_property
+    def _files_by_name(self) -> dict[str, list[Path]]:
+        """Files in the project's folder, which were not made by QuPath or by this program."""
+        found: dict[str, list[Path]] = {}
         for file in _walk(self.folder, SEARCH_DEPTH):
-            found.setdefault(file.name, file)
+            found.setdefault(file.name, []).append(file)
         return found
 
 
-def _is_image(path: Path) -> bool:
-    """Whether a path is that of a file, or of an OME-Zarr."""
-    return content_file(path).is_file()
+def _best(stored: PurePath, files: Sequence[Path], alone: bool) -> Path | None:
+    """The one of several files of its name that a lost image is; None if it cannot be told.
+
+    ``alone`` is whether no other image of the project has this file name: then the name is enough,
+    and of several files the nearest is taken, as in QuPath.
+    """
+    common = max((_common(file, stored) for file in files), default=0)
+    best = [file for file in files if _common(file, stored) == common]
+    if alone:
+        depth = min((len(file.parts) for file in best), default=0)
+        best = [file for file in best if len(file.parts) == depth]
+    return best[0] if len(best) == 1 and (alone or common > 1) else None
+
+
+def _claimed(file: Path, stored: PurePath, others: Sequence[PurePath]) -> bool:
+    """Whether a file may as well be another lost image."""
+    return any(_common(file, other) >= _common(file, stored) for other in others)
+
+
+def _common(file: Path, stored: PurePath) -> int:
+    """How many parts of two paths are equal, from the end."""
+    windows = isinstance(stored, PureWindowsPath)
+    count = 0
+    for one, other in zip(reversed(file.parts), reversed(stored.parts), strict=False):
+        if one != other and not (windows and one.casefold() == other.casefold()):
+            break
+        count += 1
+    return count
+
+
+def _denied(stored: PurePath) -> bool:
+    """Whether a path may not be looked at."""
+    try:
+        Path(stored).stat()
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    """Files and OME-Zarr of a folder, then those of its folders, without hidden ones."""
+    """Files and OME-Zarr of a folder, then those of its folders, without hidden ones.
+
+    What QuPath keeps beside a project in ``data``, and this program in ``patchcl``, are no slides.
+    """
     try:
         inside = sorted(item for item in folder.iterdir() if not item.name.startswith("."))
     except OSError:
         return
-    images = [item for item in inside if _is_image(item)]
+    images = [item for item in inside if is_file(item)]
     yield from images
+    ours = {"patchcl"} | ({"data"} if any(_is_project(item) for item in inside) else set())
     if depth > 1:
         for item in inside:
-            if item.is_dir() and item not in images:
+            if item.name not in ours and item not in images and _is_folder(item):
                 yield from _walk(item, depth - 1)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file, or an OME-Zarr, that may be looked at, whatever the path."""
+    try:
+        return content_file(path).is_file()
+    except (OSError, ValueError):  # no permission, too long, or no path at all
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _is_project(item: Path) -> bool:
+    return item.suffix.lower() == ".qpproj"

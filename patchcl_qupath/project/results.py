@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -26,7 +26,7 @@ from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import Nuclei, Polygons
 from patchcl_qupath.storage.files import atomic_write
 from patchcl_qupath.storage.layout import NUCLEI, RESULT
-from patchcl_qupath.storage.parquet import to_table
+from patchcl_qupath.storage.parquet import is_utf8, to_table
 from patchcl_qupath.storage.records import RemovedRecord, ResultRecord, write_record
 
 NUCLEI_PER_FILE = 50_000
@@ -95,6 +95,7 @@ class _Table:
     def __init__(self, path: Path, background: _Background) -> None:
         self._path = path
         self._background = background
+        self._file: BinaryIO | None = None  # Arrow takes paths of UTF-8 alone
         self._writer: pq.ParquetWriter | None = None
 
     def add(self, nuclei: Nuclei) -> None:
@@ -103,7 +104,11 @@ class _Table:
     def _write(self, nuclei: Nuclei) -> None:
         table = to_table(nuclei)
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd")
+            if not is_utf8(self._path):
+                self._file = self._path.open("wb")
+            self._writer = pq.ParquetWriter(
+                self._file or self._path, table.schema, compression="zstd"
+            )
         self._writer.write_table(table)
 
     def close(self) -> None:
@@ -112,6 +117,8 @@ class _Table:
             self._write(Nuclei.concatenate([]))
         assert self._writer is not None
         self._writer.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class _Chunks:

@@ -64,7 +64,7 @@ def write_report(project: Project) -> Path:
             script=_embedded(_source("page.js")),
         )
     )
-    write_bytes(layout.report_page, page.encode())
+    write_bytes(layout.report_page, page.encode("utf-8", "replace"))  # paths may not be UTF-8
     return layout.report_page
 
 

@@ -25,6 +25,7 @@ from patchcl_qupath.slides.pyramid import forget_pyramids, open_pyramid
 from patchcl_qupath.slides.void import VoidMask, void_blocks
 from patchcl_qupath.storage.files import content_file
 
+MAX_SIDE_MM = 300  # the largest glass, for sections of a whole brain, has 200
 MPP_TOLERANCE = 0.1  # relative, within which the working grid is made of whole level-0 pixels
 
 
@@ -49,6 +50,15 @@ class Slide:
     selection: Selection
     mpp_source: PixelSizeSource
     void: VoidMask | None = None
+
+    def __post_init__(self) -> None:
+        """Raise SlideError for a size that no slide has: even its thumbnail would not end."""
+        (width, height), (x, y) = self.size, self.mpp_level0
+        if max(width * x, height * y) > MAX_SIDE_MM * 1e3:
+            raise SlideError(
+                f"{self.name} is {width} x {height} px of {max(x, y):.3g} µm, which is larger than "
+                "any slide: copy the file again, or correct its pixel size in QuPath"
+            )
 
     @classmethod
     def open(cls, entry: ImageEntry, mpp: float = 0.5) -> Slide:

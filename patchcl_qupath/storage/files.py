@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -134,16 +135,26 @@ def write_json(path: Path, content: Any, compact: bool = False) -> None:
     """Write a JSON file atomically, keys in their order; ``compact`` is without indentation."""
     with atomic_write(path) as temporary:
         text = json.dumps(content, indent=None if compact else 2, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # An unpaired surrogate, of a path that is not UTF-8, becomes ?.
+        temporary.write_bytes((text + "\n").encode("utf-8", "replace"))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if the file is missing, damaged, or holds another value."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def readable(text: str) -> str:
+    """Text as one line that can be printed and written: other characters become ? or a space.
+
+    Names of files may hold bytes that are not UTF-8, which Python has as surrogates, and newlines.
+    """
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", text)
+    return line.encode("utf-8", "replace").decode("utf-8")
 
 
 def digest(content: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,83 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Polygons
 
+_COLLECTION = 7  # GEOS's number of the type
+
 
 def read_areas(path: Path) -> tuple[NDArray[np.str_], Polygons]:
     """The QuPath classes (N,) of a file's objects, "" without a class; and their areas (N,).
 
     Areas are valid polygons and multipolygons, for a cell those of its nucleus; None for objects
-    without area, such as points and lines. The file, which may be gzipped, holds a feature
-    collection, a list of features, one feature, or one geometry. Raises OSError, and any Exception
-    for a file of another form.
+    without area, such as points and lines. The file, which may be gzipped, holds features,
+    collections of features, geometries, or lists of them; or QuPath's hierarchy, ``{"root": ...}``.
+    Objects that are nested in others are objects, too. Of a collection of geometries, the areas of
+    one feature are one object, as in QuPath; the members of a bare one are an object each.
+
+    Raises OSError, and any Exception for a file of another form.
     """
     data = path.read_bytes()
-    content = json.loads(gzip.decompress(data) if path.suffix.lower() == ".gz" else data)
-    items = content.get("features", [content]) if isinstance(content, dict) else content
-    features = [item if item["type"] == "Feature" else {"geometry": item} for item in items]
+    text = gzip.decompress(data) if path.suffix.lower() == ".gz" else data
+    features = list(_features(json.loads(text.decode("utf-8-sig"))))
     drawn = [feature.get("nucleusGeometry") or feature["geometry"] for feature in features]
     texts = np.array([json.dumps(geometry) if geometry else None for geometry in drawn], object)
-    areas = made_valid(shapely.from_geojson(texts))
-    is_area = np.isin(shapely.get_type_id(areas), (3, 6))  # polygon, multipolygon
-    areas[~(is_area & (shapely.area(areas) > 0))] = None
+    areas = made_valid(_polygonal(shapely.from_geojson(texts)))
+    areas[~(_is_polygonal(areas) & (shapely.area(areas) > 0))] = None
     return np.array([_class(feature) for feature in features], dtype=str), areas
+
+
+def _features(content: Any) -> Iterator[dict[str, Any]]:
+    """Each feature of a GeoJSON document, in its order, those within before the next one.
+
+    Raises any Exception for another document.
+    """
+    if isinstance(content, list):
+        for item in content:
+            yield from _features(item)
+    elif "root" in content:  # PathObjectHierarchy; the root itself is no object
+        yield from _nested(content["root"])
+    elif content.get("type") == "Feature":
+        if content.get("geometry") or content.get("nucleusGeometry") or not _children(content):
+            yield content
+        yield from _nested(content)
+    elif "features" in content:
+        yield from _features(content["features"])
+    elif content["type"] == "GeometryCollection":
+        yield from _features(content["geometries"])
+    else:
+        yield {"geometry": content}
+
+
+def _nested(feature: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The features within a feature."""
+    yield from _features(_children(feature))
+
+
+def _children(feature: dict[str, Any]) -> list[Any]:
+    properties = feature.get("properties") or {}
+    return properties.get("childObjects") or properties.get("children") or []
+
+
+def _polygonal(geometries: Polygons) -> Polygons:
+    """Geometries (N,); of a collection, its polygons as one, or None if it has none."""
+    geometries = geometries.copy()
+    for index in np.flatnonzero(shapely.get_type_id(geometries) == _COLLECTION):
+        parts = _parts(geometries[index])
+        inside = parts[_is_polygonal(parts)]
+        geometries[index] = shapely.union_all(made_valid(inside)) if len(inside) else None
+    return geometries
+
+
+def _parts(geometry: shapely.Geometry) -> Polygons:
+    """The members of a collection of geometries, and of collections within it."""
+    parts = np.array([geometry], dtype=object)
+    while np.any(shapely.get_type_id(parts) == _COLLECTION):
+        parts = shapely.get_parts(parts)
+    return parts
+
+
+def _is_polygonal(geometries: Polygons) -> NDArray[np.bool_]:
+    """(N,) which geometries (N,) are polygons or multipolygons."""
+    return np.isin(shapely.get_type_id(geometries), (3, 6))
 
 
 def made_valid(polygons: Polygons) -> Polygons:
@@ -47,6 +106,23 @@ def holds_several(polygons: Polygons) -> NDArray[np.bool_]:
 
 
 def _class(feature: dict[str, Any]) -> str:
-    classification = (feature.get("properties") or {}).get("classification") or {}
-    # "Tumor: Positive" is written as a list of two names.
-    return str(classification.get("name") or ": ".join(classification.get("names", ())))
+    """The class of a feature, by QuPath's name, such as ``Tumor: Positive``; "" without one."""
+    return ": ".join(_class_names((feature.get("properties") or {}).get("classification")))
+
+
+def _class_names(classification: Any) -> list[str]:
+    """The names that make a class, the outermost first.
+
+    QuPath reads a text; a name; a list of names; and, of versions before 0.4, a name within the
+    class ``parentClass``.
+    """
+    names: list[Any]
+    if not isinstance(classification, dict):
+        names = [classification] if isinstance(classification, str) else []
+    elif classification.get("parentClass"):
+        return [*_class_names(classification["parentClass"]), str(classification["name"])]
+    else:
+        names = [classification.get("name")] if classification.get("name") else []
+        names = names or classification.get("names") or []
+    parts = [part.strip() for name in names for part in str(name).split(":")]
+    return [part for part in parts if part]

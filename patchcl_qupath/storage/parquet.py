@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -51,14 +52,28 @@ def polygons_of(table: pa.Table) -> Polygons:
     return np.asarray(shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False)), object)
 
 
+def is_utf8(path: Path) -> bool:
+    """Whether a path can be written as UTF-8: Arrow takes no other."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parquet_source(path: Path) -> Path | io.BytesIO:
+    """A file for Arrow to read: its path or, if that is not UTF-8, its content."""
+    return path if is_utf8(path) else io.BytesIO(path.read_bytes())
+
+
 def read_nuclei(path: Path) -> Nuclei:
     """The nuclei of a parquet file."""
-    return from_table(pq.read_table(path))
+    return from_table(pq.read_table(parquet_source(path)))
 
 
 def read_geoarrow(path: Path) -> Table:
     """The table of a GeoParquet file, with its geometry marked as GeoArrow's type for WKB."""
-    table = pq.read_table(path)
+    table = pq.read_table(parquet_source(path))
     column = table.schema.get_field_index("geometry")
     marked = table.schema.field(column).with_metadata({"ARROW:extension:name": "geoarrow.wkb"})
     return table.cast(table.schema.set(column, marked))
@@ -80,12 +95,12 @@ def write_uncertainty_grid(path: Path, grid: UncertaintyGrid) -> None:
     """Write an image's uncertainty grid as a parquet file."""
     table = pa.table(grid_columns(grid))
     table = table.replace_schema_metadata({"cell": json.dumps(grid.bin_size)})
-    with atomic_write(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        pq.write_table(table, file, compression="zstd")
 
 
 def read_uncertainty_grid(path: Path) -> UncertaintyGrid:
     """The inverse of ``write_uncertainty_grid``."""
-    table = pq.read_table(path)
+    table = pq.read_table(parquet_source(path))
     columns = {name: table[name].to_numpy() for name in table.column_names}
     return grid_of_columns(json.loads(table.schema.metadata[b"cell"]), columns)
