@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath, PureWindowsPath
 
-from patchcl_qupath.storage.files import content_file
+from patchcl_qupath.storage.files import is_file
 
 SEARCH_DEPTH = 4  # folders, the project's included, in which QuPath looks for a lost image
 
@@ -159,14 +159,6 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
         for item in inside:
             if item.name not in ours and item not in images and _is_folder(item):
                 yield from _walk(item, depth - 1)
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is a file, or an OME-Zarr, that may be looked at, whatever the path."""
-    try:
-        return content_file(path).is_file()
-    except (OSError, ValueError):  # no permission, too long, or no path at all
-        return False
 
 
 def _is_folder(path: Path) -> bool:

@@ -23,7 +23,7 @@ from patchcl_qupath.slides.level_grid import LevelGrid, Overview
 from patchcl_qupath.slides.pixel_size import Pair, PixelSize, PixelSizeSource
 from patchcl_qupath.slides.pyramid import forget_pyramids, open_pyramid
 from patchcl_qupath.slides.void import VoidMask, void_blocks
-from patchcl_qupath.storage.files import content_file
+from patchcl_qupath.storage.files import is_file
 
 MAX_SIDE_MM = 300  # the largest glass, for sections of a whole brain, has 200
 MPP_TOLERANCE = 0.1  # relative, within which the working grid is made of whole level-0 pixels
@@ -74,7 +74,7 @@ class Slide:
         """
         if entry.problem:
             raise ImageError(entry.problem)
-        if not content_file(entry.path).is_file():
+        if not is_file(entry.path):
             raise SlideError(
                 f"{entry.name} is not at {entry.path}: open the project in QuPath and fix its path"
             )

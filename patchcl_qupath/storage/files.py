@@ -172,6 +172,14 @@ def content_file(path: Path) -> Path:
     return path
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file, or an OME-Zarr, that may be looked at, whatever the path."""
+    try:
+        return content_file(path).is_file()
+    except (OSError, ValueError):  # no permission, too long, or no path at all
+        return False
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically. Raises StorageError."""
     with atomic_write(path) as temporary:
