@@ -58,8 +58,10 @@ def chunks_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     get = ZarrTiffStore.get
 
     async def counting(self: ZarrTiffStore, key: str, *args: object, **kwargs: object) -> object:
-        if re.fullmatch(r"(\d+/)?\d+\.\d+\.\d+", key):
-            counter[key] += 1
+        # Of Zarr 2 or, from newer versions of tifffile, of Zarr 3.
+        chunk = re.fullmatch(r"(\d+/)?(?:c/)?(\d+)[./](\d+)[./](\d+)", key)
+        if chunk:
+            counter[f"{chunk[1] or ''}{'.'.join(chunk.groups()[1:])}"] += 1
         return await get(self, key, *args, **kwargs)
 
     monkeypatch.setattr(ZarrTiffStore, "get", counting)

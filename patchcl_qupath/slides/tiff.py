@@ -154,7 +154,7 @@ def _arrays(series: TiffPageSeries) -> list[Any]:
     # in the one thread of zarr's event loop, and workers wait for each other.
     threads = int(os.environ.get("TIFFSLIDE_NUM_DECODE_THREADS") or 2)
     store = series.aszarr(maxworkers=threads)
-    opened = zarr.open(store, mode="r", zarr_format=2)
+    opened = zarr.open(store, mode="r")  # of version 2 or 3, as tifffile has it
     if isinstance(opened, zarr.Array):
         return [opened]
     return [opened[str(number)] for number in range(len(series.levels))]
