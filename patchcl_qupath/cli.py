@@ -27,7 +27,7 @@ from patchcl_qupath.config import (
     EngineChoice,
     load_config,
 )
-from patchcl_qupath.errors import ConfigError, PatchCLError, ProjectError
+from patchcl_qupath.errors import ConfigError, ImageError, PatchCLError, ProjectError
 from patchcl_qupath.options import Common, Overrides, Pool, Reading, Showing, Writing
 from patchcl_qupath.progress import ShowProgress
 
@@ -230,15 +230,27 @@ def refine(
 def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
     """Make a QuPath project in DIR out of image files. Images stay where they are.
 
-    An OME-Zarr is named by its folder. Of the files of a DICOM slide, one becomes an image.
+    An OME-Zarr is named by its folder. Of the files of a DICOM slide, one becomes an image. A file
+    that cannot be used is left out.
     """
     with _reporting_errors(as_json=False):
         from patchcl_qupath.project import init_project
         from patchcl_qupath.slides.openslide import one_of_each_slide
 
-        new = [_new_image(path, mpp) for path in one_of_each_slide(images)]
+        new, failed = [], 0
+        for path in one_of_each_slide(images):
+            try:
+                new.append(_new_image(path, mpp))
+            except ImageError as error:  # the other images go on
+                click.echo(f"Failed: {error}", err=True)
+                failed += 1
+        if not new:
+            raise ProjectError(
+                "no project was made: none of the files is an image that can be used"
+            )
         project = init_project(folder, new)
         click.echo(f"Project: {project} ({len(new)} images)\nNext:    patchcl-qp run {project}")
+    sys.exit(1 if failed else 0)
 
 
 @main.command()

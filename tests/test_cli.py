@@ -20,6 +20,7 @@ from survivor import left_by_run
 from patchcl_qupath import console, logs
 from patchcl_qupath.cli import main
 from patchcl_qupath.progress import Progress, Stage
+from patchcl_qupath.project import open_project
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample_project"
@@ -56,7 +57,6 @@ def write_project(folder, images):
 def crop(tmp_path):
     """A PNG of H&E tissue, which has no pixel size."""
     from patchcl_qupath.datatypes import Box
-    from patchcl_qupath.project import open_project
     from patchcl_qupath.slides.slide import Slide
 
     (entry,) = open_project(SAMPLE).images()
@@ -181,6 +181,21 @@ def test_an_option_that_does_nothing_does_not_exist(command, option):
     assert "No such option" in result.output
     assert option[0] in result.output
     assert option[0] not in call(command, "--help").output
+
+
+def test_init_leaves_out_what_is_no_image(tmp_path, crop):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    made = call("init", tmp_path / "project", broken, crop, "--mpp", "0.5")
+    assert made.exit_code == 1
+    assert "Failed: broken.png cannot be read" in made.stderr
+    assert "project.qpproj (1 images)" in made.stdout
+    assert [i.name for i in open_project(tmp_path / "project").images()] == [crop.name]
+    alone = call("init", tmp_path / "none", broken)
+    assert alone.exit_code == 1
+    assert "Failed: broken.png cannot be read" in alone.stderr
+    assert "no project was made: none of the files" in alone.stderr
+    assert not (tmp_path / "none").exists()
 
 
 def test_init_run_status_on_a_crop(tmp_path, crop, quick):
