@@ -12,6 +12,9 @@ import tifffile
 import zarr
 from numpy.typing import NDArray
 
+from patchcl_qupath.datatypes import Box
+from patchcl_qupath.slides.slide import Slide
+
 # (x, y, radius) in µm, from the top left corner; no symmetry maps them onto each other.
 DISCS_UM = ((30.0, 20.0, 4.0), (80.0, 25.0, 5.0), (45.0, 70.0, 6.0), (110.0, 60.0, 3.0))
 BLUE = (60, 40, 120)
@@ -145,3 +148,20 @@ def write_ome_zarr(
     metadata |= {"omero": omero} if omero else {}
     group.attrs.update({"ome": metadata} if zarr_format == 3 else metadata)
     return path
+
+
+def whole(slide: Slide) -> Box:
+    """The working grid of a slide."""
+    return Box(0, 0, *slide.shape)
+
+
+def check_boxes(slide: Slide, count: int = 8) -> None:
+    """A pixel is the same, to the bit, in random boxes as in the whole image."""
+    everything = slide.read(whole(slide))
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        row0, row1 = np.sort(rng.choice(slide.shape[0] + 1, 2, replace=False)).tolist()
+        col0, col1 = np.sort(rng.choice(slide.shape[1] + 1, 2, replace=False)).tolist()
+        np.testing.assert_array_equal(
+            slide.read(Box(row0, col0, row1, col1)), everything[row0:row1, col0:col1]
+        )

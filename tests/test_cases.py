@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from slides import scene, shrunk, write_svs, write_tiff
+from slides import check_boxes, scene, shrunk, whole, write_svs, write_tiff
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config
@@ -41,10 +41,6 @@ TILE = 64
 
 def entry(path: Path, **known: Any) -> ImageEntry:
     return ImageEntry("1", path.name, path, **known)
-
-
-def whole(slide: Slide) -> Box:
-    return Box(0, 0, *slide.shape)
 
 
 def everything(path: Path, **known: Any) -> NDArray[np.uint8]:
@@ -212,12 +208,7 @@ def test_voids_are_the_same_in_whichever_box_they_are_read(
     assert slide.void is not None
     pixels = slide.read(whole(slide))
     assert (pixels.max(axis=2) <= 10).sum() < 20  # nuclei of the sample have a few such pixels
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        row0, row1 = np.sort(rng.choice(slide.shape[0] + 1, 2, replace=False)).tolist()
-        col0, col1 = np.sort(rng.choice(slide.shape[1] + 1, 2, replace=False)).tolist()
-        part = slide.read(Box(row0, col0, row1, col1))
-        np.testing.assert_array_equal(part, pixels[row0:row1, col0:col1])
+    check_boxes(slide, 20)
 
 
 def test_black_pixels_in_tissue_are_pixels(tmp_path: Path, square: NDArray[np.uint8]) -> None:
