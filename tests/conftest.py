@@ -77,6 +77,13 @@ def client() -> Iterator[Any]:
         yield client
 
 
+@pytest.fixture(autouse=True)
+def _qupath_is_here(request: pytest.FixtureRequest) -> None:
+    """What is marked so needs one, whether it starts it or only asks for it."""
+    if request.node.get_closest_marker("qupath"):
+        qupath.launcher()  # skips
+
+
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """One JVM for all the tests; it starts anew after the test that kills it."""

@@ -27,17 +27,25 @@ print(find_qupath(**to_kwargs(settings)).app_dir)
 """
 
 
-@functools.cache
 def launcher() -> Path:
     """QuPath's command; skips the test where there is none."""
+    command, reason = _find_launcher()
+    if command is None:
+        pytest.skip(reason)
+    return command
+
+
+@functools.cache
+def _find_launcher() -> tuple[Path | None, str]:
+    """QuPath's command, or None and why there is none."""
     found = subprocess.run([sys.executable, "-c", _FIND], capture_output=True, text=True)
     if found.returncode:
-        pytest.skip(f"no QuPath: {found.stderr.strip().splitlines()[-1]}")
+        return None, f"no QuPath: {found.stderr.strip().splitlines()[-1]}"
     home = Path(found.stdout.strip()).parents[1]  # Linux: HOME/lib/app
     commands = [path for path in home.glob("bin/QuPath*") if "-" not in path.suffix]
     if not commands:
-        pytest.skip(f"no QuPath: {home} has no bin/QuPath")
-    return sorted(commands)[0]
+        return None, f"no QuPath: {home} has no bin/QuPath"
+    return sorted(commands)[0], ""
 
 
 def run_script(project: Path, script: Path, *options: str) -> str:
