@@ -33,9 +33,9 @@ _COEFFICIENTS = 0.299, 0.587, 0.114  # ITU-R BT.601, which are TIFF's default
 def to_rgb(page: TiffPage, has_alpha: bool = True) -> ToRGB:
     """What makes RGB (H, W, 3) of the decoded samples (H, W, S) of a page.
 
-    What is transparent shows white, if alpha means anything: see ``is_opaque``. Raises ValueError,
-    which names what it is, for other samples than 8-bit RGB, or YCbCr without subsampling or as
-    JPEG.
+    What is transparent shows white, if alpha means anything: see ``alpha_is_unused``. Raises
+    ValueError, which names what it is, for other samples than 8-bit RGB, or YCbCr without
+    subsampling or as JPEG.
     """
     samples, photometric = page.samplesperpixel, int(page.photometric)
     is_ycbcr = photometric == _YCBCR or int(page.compression) == _APERIO_YCBCR
@@ -56,10 +56,10 @@ def to_rgb(page: TiffPage, has_alpha: bool = True) -> ToRGB:
     return on_white if alpha == _UNASSOCIATED else _associated_on_white
 
 
-def is_opaque(samples: NDArray[np.uint8]) -> bool:
-    """Whether pixels (..., 3 or 4) are all opaque: also where alpha is 0 all over.
+def alpha_is_unused(samples: NDArray[np.uint8]) -> bool:
+    """Whether pixels (..., 3 or 4) have no alpha that means anything: none, or 0 all over.
 
-    Programs that know no alpha write such a fourth sample.
+    Programs that know no alpha write such a fourth sample; its pixels are opaque.
     """
     return samples.shape[-1] < 4 or not samples[..., 3].any()
 

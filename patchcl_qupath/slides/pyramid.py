@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from patchcl_qupath.slides.colour import is_opaque, on_white
+from patchcl_qupath.slides.colour import alpha_is_unused, on_white
 from patchcl_qupath.slides.level import Level, Pyramid, Selection, check_memory
 from patchcl_qupath.slides.ome_zarr import open_ome_zarr
 from patchcl_qupath.slides.openslide import FORMATS, open_instead, open_openslide
@@ -77,6 +77,6 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     """The pixels (H, W, 3) of an image; what is transparent shows the white below it."""
     if image.has_transparency_data:
         rgba = np.asarray(image.convert("RGBA"))
-        if not is_opaque(rgba):
+        if not alpha_is_unused(rgba):
             return on_white(rgba)
     return np.asarray(image.convert("RGB"))

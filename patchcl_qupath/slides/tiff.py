@@ -21,7 +21,7 @@ from tifffile import TiffPageSeries
 from tiffslide import TiffSlide
 
 from patchcl_qupath.slides.chunks import ChunkedPixels, drawn_from
-from patchcl_qupath.slides.colour import ToRGB, is_opaque, to_rgb
+from patchcl_qupath.slides.colour import ToRGB, alpha_is_unused, to_rgb
 from patchcl_qupath.slides.level import (
     Level,
     MissingReaderError,
@@ -169,7 +169,7 @@ def _has_alpha(coarsest: Any) -> bool:
         row, col = max(0, rows // 2 - 1000), max(0, cols // 2 - 1000)
         coarsest = coarsest[row : row + 2000, col : col + 2000]
     try:
-        return not is_opaque(np.asarray(coarsest[:]))
+        return not alpha_is_unused(np.asarray(coarsest[:]))
     except OSError:
         raise
     except Exception:  # damaged
