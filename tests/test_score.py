@@ -59,6 +59,17 @@ def write_geojson(path: Path, polygons: Any = NUCLEI) -> None:
     path.write_text(json.dumps({"type": "FeatureCollection", "features": features}), "utf-8")
 
 
+def tables(printed: str) -> list[list[list[str]]]:
+    """The cells of each row of each table, without its head."""
+    found: list[list[list[str]]] = []
+    for line in printed.splitlines():
+        if line.startswith("┏"):
+            found.append([])
+        if line.startswith("│"):
+            found[-1].append([cell.strip() for cell in line.split("│")[1:-1]])
+    return found
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A project of two images; the first has the nuclei of a run."""
@@ -118,6 +129,26 @@ def test_ground_truth_of_every_kind_is_read(project: Path, ground_truth: Path, n
     assert outcome["without"] == ["b.svs"]
 
 
+def test_kinds_of_error_are_counted(project: Path, ground_truth: Path) -> None:
+    """Of a: the first is right, the second split, the third missed; one is spurious."""
+    halves = [shapely.box(10, 24, 18, 36), shapely.box(18, 24, 26, 36)]
+    write_nuclei(project, 0, np.array([NUCLEI[0], *halves, shapely.box(50, 0, 58, 8)]))
+    write_nuclei(project, 1, NUCLEI[:1])
+    write_geojson(ground_truth / "a.geojson")
+    write_geojson(ground_truth / "b.geojson", [])
+    result = call("score", project, "--ground-truth", ground_truth, "--json")
+    outcome = json.loads(result.stdout)
+    none = dict.fromkeys(["right", "badly_outlined", "missed", "merged", "split", "spurious"], 0)
+    kinds = none | {"right": 1, "split": 1, "missed": 1, "spurious": 1}
+    assert outcome["images"][0]["kinds"] == kinds
+    assert outcome["images"][1]["kinds"] == none | {"spurious": 1}
+    assert outcome["kinds"] == kinds | {"spurious": 2}
+    per_100 = {kind: 100 * count / 3 for kind, count in outcome["kinds"].items()}
+    assert outcome["kinds_per_100_true"] == pytest.approx(per_100)
+    only_spurious = call("score", project, "--ground-truth", ground_truth, "--image", "b.svs")
+    assert "per 100" not in only_spurious.output
+
+
 def test_one_geojson_is_the_ground_truth_of_one_image(project: Path, tmp_path: Path) -> None:
     (results,) = (project / "patchcl" / "results").glob("1/nuclei-*.geojson.gz")  # our own
     refused = call("score", project, "--ground-truth", results)
@@ -133,12 +164,18 @@ def test_the_table_has_images_and_their_mean(project: Path, ground_truth: Path) 
     write_geojson(ground_truth / "b.geojson")
     result = call("score", project, "--ground-truth", ground_truth)
     assert result.exit_code == 0
-    rows = [line.split() for line in result.stdout.splitlines() if "│" in line]
-    figures = {row[1]: [cell for cell in row[2:] if cell != "│"] for row in rows}
+    scores, kinds = tables(result.stdout)
+    figures = {row[0]: row[1:] for row in scores}
     assert figures["a.svs"] == ["3", "3", "1.000", "1.000", "1.000", "1.000"]
     # It has the first of three nuclei, of 120, 168 and 100 px.
     assert figures["b.svs"] == ["1", "3", f"{240 / 508:.3f}", f"{120 / 388:.3f}", "0.500", "0.500"]
-    assert figures["mean"] == ["0.736", "0.655", "0.750", "0.750"]
+    assert figures["mean"] == ["", "", "0.736", "0.655", "0.750", "0.750"]
+    assert kinds == [
+        ["a.svs", "3", "0", "0", "0", "0", "0"],
+        ["b.svs", "1", "0", "2", "0", "0", "0"],
+        ["total", "4", "0", "2", "0", "0", "0"],
+        ["per 100 true", "66.7", "0.0", "33.3", "0.0", "0.0", "0.0"],
+    ]
 
 
 def test_images_that_fail_do_not_stop_the_others(project: Path, ground_truth: Path) -> None:
@@ -152,6 +189,7 @@ def test_images_that_fail_do_not_stop_the_others(project: Path, ground_truth: Pa
     removed = call("score", project, "--ground-truth", ground_truth)
     assert "a.svs has no nuclei to score" in removed.output
     assert "mean" not in removed.output
+    assert "total" not in removed.output
 
 
 def test_damaged_results_are_reported(project: Path, ground_truth: Path) -> None:

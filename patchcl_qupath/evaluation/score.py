@@ -12,7 +12,7 @@ import shapely
 from patchcl_qupath.datatypes import ImageEntry, Polygons
 from patchcl_qupath.errors import ImageError, PatchCLError
 from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
-from patchcl_qupath.evaluation.metrics import Overlaps
+from patchcl_qupath.evaluation.metrics import Kind, Overlaps
 from patchcl_qupath.project import Project
 from patchcl_qupath.storage.geojson import made_valid
 from patchcl_qupath.storage.parquet import read_nuclei
@@ -25,7 +25,7 @@ class ImageScore(Record, frozen=True, kw_only=True):
     """The agreement of one image's nuclei with ground truth.
 
     ``problem`` is None unless it failed; ``note`` is a message for people, or None; ``scores``,
-    between 0 and 1, have the names of SCORES.
+    between 0 and 1, have the names of SCORES; ``kinds`` are numbers of nuclei, see ``metrics.Kind``.
     """
 
     id: str
@@ -35,6 +35,7 @@ class ImageScore(Record, frozen=True, kw_only=True):
     nuclei: int | None = None
     true_nuclei: int | None = None
     scores: dict[str, float] = {}  # noqa: RUF012  # msgspec copies it
+    kinds: dict[str, int] = {}  # noqa: RUF012
 
 
 def score(
@@ -76,6 +77,7 @@ def score_image(project: Project, entry: ImageEntry, files: Sequence[Path]) -> I
         nuclei=len(nuclei),
         true_nuclei=len(true),
         scores={name: getattr(overlaps, name) for name in SCORES},
+        kinds=overlaps.kinds,
     )
 
 
@@ -83,6 +85,19 @@ def mean(scored: Sequence[ImageScore]) -> dict[str, float]:
     """The mean of each score over the images that did not fail; empty if all failed."""
     scores = [image.scores for image in scored if not image.problem]
     return {name: float(np.mean([s[name] for s in scores])) for name in SCORES} if scores else {}
+
+
+def kinds_in_total(scored: Sequence[ImageScore]) -> dict[str, int]:
+    """The nuclei of each kind in all images that did not fail; empty if all failed."""
+    kinds = [image.kinds for image in scored if not image.problem]
+    return {str(kind): sum(each[kind] for each in kinds) for kind in Kind} if kinds else {}
+
+
+def per_100_true(scored: Sequence[ImageScore]) -> dict[str, float]:
+    """The nuclei of each kind in all images, per 100 true nuclei; empty without a true nucleus."""
+    true = sum(image.true_nuclei or 0 for image in scored if not image.problem)
+    kinds = kinds_in_total(scored)
+    return {kind: 100 * count / true for kind, count in kinds.items()} if true else {}
 
 
 def _segmented(project: Project, entry: ImageEntry) -> tuple[Polygons, list[shapely.Geometry]]:
