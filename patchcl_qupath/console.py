@@ -259,11 +259,13 @@ def report_scores(
     for image in scored:
         if image.note:
             click.echo(f"Note: {image.image}: {image.note}")
+    if drawn := [Path(image.picture) for image in scored if image.picture]:
+        click.echo(f"Look at: {drawn[0].parent}")
     if without:
         click.echo(f"Without ground truth, left out: {', '.join(without)}")
     for image in scored:
-        if image.problem:
-            click.echo(f"Failed: {image.problem}", err=True)
+        if problem := image.problem or image.no_picture:
+            click.echo(f"Failed: {problem}", err=True)
 
 
 def _print_scores(scored: Sequence[ImageScore]) -> None:

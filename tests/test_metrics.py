@@ -134,10 +134,12 @@ def errors(seed):
         row, col = rng.integers(52, size=2)
         height, width = rng.integers(2, 9, size=2)
         ground_truth[row : row + height, col : col + width] = label
-        row, col = np.maximum(0, (row, col) + rng.integers(-2, 3, size=2))
+        row, col = np.maximum(0, np.add((row, col), rng.integers(-2, 3, size=2)))
         prediction[row : row + height, col : col + width] = label // 2 if label % 5 == 1 else label
         prediction[row : row + height // 2, col : col + width] *= 1 if label % 3 else 50
-    return np.where(ground_truth % 7 == 3, 0, prediction), np.where(ground_truth == 9, 0, ground_truth)
+    prediction[ground_truth % 7 == 3] = 0
+    ground_truth[ground_truth == 9] = 0
+    return prediction, ground_truth
 
 
 NO_KIND = dict.fromkeys(map(str, Kind), 0)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Labels, Polygons
 
-_MIN_IOU = 0.5  # of a match: more
+MIN_IOU = 0.5  # of a match: more
 _MOST = 0.5  # fraction of a nucleus that lies in another: more is most of it
 _ON_NUCLEI = 0.2  # fraction of a nucleus that is covered: less is as good as nothing
 
@@ -148,7 +148,7 @@ class Overlaps:
         pieces = np.bincount(self.col[self._fraction_of_predicted > _MOST], None, len(self.true))
         covered = np.bincount(self.col, self._fraction_of_true, len(self.true))
         first_that_fits = {
-            Kind.RIGHT: self._best_iou(self.col, len(self.true)) > _MIN_IOU,
+            Kind.RIGHT: self._best_iou(self.col, len(self.true)) > MIN_IOU,
             Kind.MERGED: merged,
             Kind.SPLIT: pieces > 1,
             Kind.MISSED: covered < _ON_NUCLEI,
@@ -206,7 +206,7 @@ class Overlaps:
         """
         mutual = np.intersect1d(self._best(self.row), self._best(self.col))
         iou = self._iou[mutual]
-        return iou[iou > _MIN_IOU]
+        return iou[iou > MIN_IOU]
 
     def _best_iou(self, nucleus: NDArray[np.intp], count: int) -> NDArray[np.float64]:
         """(count,) the largest IoU of each nucleus; ``nucleus`` (K,) is ``row`` or ``col``."""
