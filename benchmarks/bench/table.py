@@ -21,7 +21,7 @@ Measures = dict[str, float]
 Results = dict[str, dict[str, list[Measures]]]
 
 MEAN = "mean of sets"
-_ROW, _SET = 24, 16  # widths
+_ROW, _SET = 29, 16  # widths
 
 
 @dataclass(frozen=True)
