@@ -30,6 +30,7 @@ from patchcl_qupath.training import patchcl
 
 Measures = dict[str, float]
 
+_WORST = 3  # images of each set that are named where pictures are drawn
 _NOT_OF_TRAINING = ("segment", "result", "cdcl", "engine")
 _NOT_OF_A_RUN = ("recipe", "patchcl", "selftrain", "cdcl", "result", "engine")
 _RUN = (
@@ -101,7 +102,10 @@ class Bench:
                 return to_plain(score(project, project.images(), images.ground_truth, folder)[0])
 
         if folder is not None:  # pictures are not kept
-            return _scores(run())
+            scored = _scores(run())
+            worst = sorted(scored, key=lambda image: image.scores["aji"])[:_WORST]
+            print(f"{folder}: lowest AJI: {', '.join(str(image.image) for image in worst)}")
+            return scored
         key = {"labels": images.labels_digest, **run_key(model, images)}
         return _scores(self.cache.value(key, run))
 
