@@ -242,6 +242,20 @@ def test_rows_are_measured_on_all_sets_and_kept(
     assert len(trained) == 4
 
 
+def test_errors_are_drawn_of_each_set(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "train", lambda entries, config, progress: untrained(config))
+    arguments = ["--data", str(data), "--cache", str(tmp_path / "cache"), "--sets", "lgg28"]
+    arguments += ["--rows", "selftrain", "--images", "1", "--pictures", str(tmp_path / "drawn")]
+    for _ in range(2):  # what is known is drawn, too
+        quality.main(arguments)
+        drawn = tmp_path / "drawn" / "selftrain-0"
+        (drawn / "lgg28" / "0-1.png").unlink()
+        (drawn / "ink_glass" / "no-tissue-1.png").unlink()
+        assert "lgg28: lowest AJI: 0.png" in capsys.readouterr().out
+
+
 def test_pseudo_labels_are_held_against_true_labels(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,6 +328,7 @@ def test_a_difference_beyond_the_spread_is_marked(
         ["selftrain", "one", "+.040*", "+0.8!"],
         ["selftrain", "two", "-.020", "-2.0*"],
         ["selftrain", "mean", "of", "sets", "+.010", "-0.6*"],
+        ["selftrain:", "AJI", "is", "lower", "on", "1", "of", "2", "sets:", "two"],
     ]
 
 

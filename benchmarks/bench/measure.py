@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -87,7 +88,7 @@ class Bench:
         With a folder for pictures, the errors are drawn into ``name`` in it.
         """
         scored = self.scored(model, images, name)
-        empty = {f"{each.name}_per_mm2": self.per_mm2(model, each) for each in self.empty}
+        empty = {f"{each.name}_per_mm2": self.per_mm2(model, each, name) for each in self.empty}
         return {**mean(scored), **per_100_true(scored), **empty}
 
     def scored(self, model: Model, images: ImageSet, name: str) -> list[ImageScore]:
@@ -109,14 +110,21 @@ class Bench:
         key = {"labels": images.labels_digest, **run_key(model, images)}
         return _scores(self.cache.value(key, run))
 
-    def per_mm2(self, model: Model, images: ImageSet) -> float:
-        """The nuclei that a model finds in a set, per mm²: none in images that a run refuses."""
+    def per_mm2(self, model: Model, images: ImageSet, name: str) -> float:
+        """The nuclei that a model finds in a set, per mm²: none in images that a run refuses.
+
+        With a folder for pictures, they are drawn into ``name`` in it.
+        """
 
         def run() -> Any:
             with project_of(images) as project:
                 outcomes = segment(project, model, project.images(), may_fail=True)
+                if self.pictures is not None:
+                    _draw_all(project, self.pictures / name / images.name)
                 return sum(outcome.nuclei for outcome in outcomes)
 
+        if self.pictures is not None:
+            return float(run()) / images.mm2
         return float(self.cache.value(run_key(model, images), run)) / images.mm2
 
 
@@ -148,6 +156,14 @@ def segment(
         if outcome.problem and not may_fail:
             sys.exit(outcome.problem)
     return outcomes
+
+
+def _draw_all(project: Project, folder: Path) -> None:
+    """Draw all nuclei as spurious."""
+    with tempfile.TemporaryDirectory() as none:
+        for entry in project.images():
+            (Path(none) / f"{entry.name}.geojson").write_text("[]")
+        score(project, project.images(), Path(none), folder)
 
 
 def without(config: Config, tables: Sequence[str]) -> dict[str, Any]:
