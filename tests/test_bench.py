@@ -17,7 +17,7 @@ import quality
 from bench import code, measure, pseudo
 from bench.cache import Cache
 from bench.code import code_digest, reached
-from bench.pseudo import PseudoLabelled
+from bench.pseudo import PseudoLabelled, TrueLabels
 from bench.sets import empty_sets, labelled_sets
 from bench.table import QUALITY, mean_of_sets
 from patchcl_qupath import pipeline
@@ -95,6 +95,15 @@ def test_only_code_that_is_used_counts(
     (package / "b.py").write_text(text.replace(old, new))
     forget()
     assert (code_digest("a.g") != before[0], code_digest("a.h") != before[1]) == (of_g, of_h)
+
+
+def test_code_of_a_script_is_all_of_it(tmp_path: Path) -> None:
+    texts = ["x = 1\n", '"""A script."""\nx = 1  # one\n', "x = 2\n"]
+    digests = []
+    for text in texts:
+        (tmp_path / "script.py").write_text(text)
+        digests.append(code.script_digest(tmp_path / "script.py"))
+    assert digests[0] == digests[1] != digests[2]
 
 
 # ------------------------------------------------------------------ cache
@@ -276,7 +285,8 @@ def test_measures_of_pseudo_labels_worked_by_hand() -> None:
     true = np.array([[1, 1, 1, 1, 0, 0, 2, 2, 3, 0]])
     labels = np.array([[1, 1, 1, 0, 4, 4, 7, 7, 7, 0]])
     valid = np.array([[1, 1, 1, 0, 1, 1, 1, 1, 1, 1]]) > 0
-    measures = pseudo._measures([PseudoLabelled(labels, valid)], [true])
+    px = np.ix_(range(1), range(10))
+    measures = pseudo._measures([(PseudoLabelled(labels, valid), TrueLabels(true, px))])
     assert measures == pytest.approx(
         {
             "nucleus": 6 / 8,
@@ -300,9 +310,26 @@ def test_true_labels_of_crops_lie_where_the_crops_do(data: Path) -> None:
         crops = training_crops(project.images(), config, lambda *_: None)
         true = [*pseudo._true_crops(project, images, crops, config)]
     assert len(true) == len(crops.images) == 6
-    for labels, crop in zip(true, crops.images, strict=True):
+    for (labels, px), crop in zip(true, crops.images, strict=True):
+        assert labels.shape == (128, 128)
         dark = crop[..., 1] < 115
-        assert (dark == (labels > 0)).mean() > 0.97
+        assert (dark[px] == (labels > 0)).mean() > 0.97
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "downsample", "begin", "px"),
+    [
+        (3, 5, 2.0, 6, [0, 0, 1, 1]),
+        (0, 3, 2.5, 0, [0, 0, 1, 1, 1, 2, 2]),  # centres 0.5, 1.5 | 2.5, 3.5, 4.5 | 5.5, 6.5
+        (1, 3, 2.5, 2, [0, 0, 0, 1, 1]),
+        (2, 6, 0.5, 1, [1, 3]),  # a working px may have none
+    ],
+)
+def test_level0_pixels_of_a_crop(
+    first: int, last: int, downsample: float, begin: int, px: list[int]
+) -> None:
+    found, index = pseudo._level0(first, last, downsample)
+    assert (found, index.tolist()) == (begin, px)
 
 
 # ------------------------------------------------------------------ comparison

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.code import code_digest
+from bench.code import code_digest, script_digest
 from patchcl_qupath.config import Config
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import device
@@ -64,12 +64,15 @@ class Cache:
         return model
 
 
-def code(*roots: str) -> dict[str, str]:
+def code(*roots: str, script: Path | None = None) -> dict[str, str]:
     """What the results of functions depend on, beside their arguments, for a key.
 
-    ``roots`` are functions and classes of the package, such as ``pipeline.train``.
+    ``roots`` are functions and classes of the package, such as ``pipeline.train``; ``script`` is a
+    file of the benchmark with functions that are used, too.
     """
+    own = {} if script is None else {"script": script_digest(script)}
     return {
+        **own,
         "code": code_digest(*roots),
         "torch": torch.__version__,
         "device": device().type,

@@ -42,6 +42,11 @@ def code_digest(*roots: str) -> str:
     return digest.hexdigest()
 
 
+def script_digest(path: Path) -> str:
+    """Hexadecimal digest of all code in a file."""
+    return hashlib.sha256(ast.dump(_tree(path)).encode()).hexdigest()
+
+
 @functools.cache
 def reached(*roots: str) -> dict[Reference, str]:
     """The code of each definition that the ``roots`` depend on, and of these themselves."""
@@ -88,8 +93,7 @@ def _parsed(module: str) -> _Module:
     """A module of the package, named from its root, such as ``training.patchcl``."""
     path = _file(module)
     assert path is not None, f"there is no module {module}"
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    _drop_docstrings(tree)
+    tree = _tree(path)
     definitions: dict[str, ast.stmt] = {}
     others = []
     for node in tree.body:
@@ -131,9 +135,12 @@ def _file(module: str) -> Path | None:
     return None
 
 
-def _drop_docstrings(tree: ast.Module) -> None:
+def _tree(path: Path) -> ast.Module:
+    """The code of a file without docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             first = node.body[0] if node.body else None
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 node.body = node.body[1:]
+    return tree

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import shapely
@@ -70,6 +71,7 @@ def few_labels(
             "training.cdcl.refine",
             "training.selftrain.train_on",
             "training.selftrain.pseudo_labelled_samples",
+            script=Path(__file__),
         ),
     }
 

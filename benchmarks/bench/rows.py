@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from bench import otsu
 from bench.cache import code
 from bench.few_labels import LABELLED, few_labels, pseudo_labelled_samples
 from bench.measure import Bench, Measures, progress, run_key, seeded, without
-from bench.otsu import baseline
 from bench.pseudo import pseudo_label_measures
 from bench.sets import ImageSet, project_of
 from patchcl_qupath.config import Config, PatchCLConfig, Recipe
@@ -80,10 +81,14 @@ def _of_baseline(bench: Bench, images: ImageSet, config: Config) -> Measures:
         "baseline": images.digest,
         "labels": images.labels_digest,
         "mpp": config.slide.mpp,
-        **code("slides.slide.Slide", "segmentation.contours.pixel_polygons"),
-        **code("evaluation.score.score_image"),
+        **code(
+            "slides.slide.Slide",
+            "segmentation.contours.pixel_polygons",
+            "evaluation.score.score_image",
+            script=Path(otsu.__file__),
+        ),
     }
-    measures: Measures = bench.cache.value(key, lambda: baseline(images, config))
+    measures: Measures = bench.cache.value(key, lambda: otsu.baseline(images, config))
     return measures
 
 
