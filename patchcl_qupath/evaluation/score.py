@@ -19,7 +19,7 @@ from patchcl_qupath.project import Project
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.geojson import made_valid
 from patchcl_qupath.storage.parquet import read_nuclei
-from patchcl_qupath.storage.records import Record, RemovedRecord, ResultRecord, read_result
+from patchcl_qupath.storage.records import Record, RemovedRecord, read_result
 
 SCORES = {"dice": "Dice", "aji": "AJI", "pq": "PQ", "f1": "F1 at IoU 0.5"}
 
@@ -133,12 +133,11 @@ def _compare(project: Project, entry: ImageEntry, files: Sequence[Path]) -> _Com
 
     Raises ImageError, GroundTruthError.
     """
-    nuclei, result = _segmented(project, entry)
+    nuclei, regions, mpp = _segmented(project, entry)
     ground_truth = read_ground_truth(files, entry)
     true, notes = ground_truth.polygons, [ground_truth.note] if ground_truth.note else []
-    if result.regions:
+    if regions:
         # A nucleus is inside if its centroid is, as in the run.
-        regions = [shapely.from_geojson(json.dumps(region.geometry)) for region in result.regions]
         centroids = shapely.STRtree(shapely.centroid(true))
         true = true[np.unique(centroids.query(regions, predicate="covers")[1])]
         notes.append("only inside the analysis regions of the run")
@@ -146,7 +145,7 @@ def _compare(project: Project, entry: ImageEntry, files: Sequence[Path]) -> _Com
         nuclei=nuclei,
         true=true,
         overlaps=Overlaps.of_polygons(nuclei, true),
-        mpp=result.slide.mpp,
+        mpp=mpp,
         notes=notes,
     )
 
@@ -159,8 +158,13 @@ def _draw(entry: ImageEntry, compared: _Compared, folder: Path) -> Path:
     return path
 
 
-def _segmented(project: Project, entry: ImageEntry) -> tuple[Polygons, ResultRecord]:
-    """The nuclei of the last run, level 0, and its record. Raises ImageError."""
+def _segmented(
+    project: Project, entry: ImageEntry
+) -> tuple[Polygons, list[shapely.Geometry], tuple[float, float]]:
+    """The nuclei of the last run, level 0; its analysis regions, if any; its µm/px (x, y) there.
+
+    Raises ImageError.
+    """
     folder = project.layout.results(entry.id)
     result = read_result(project.layout.result(entry.id))
     if isinstance(result, RemovedRecord) or not folder.exists():
@@ -168,10 +172,11 @@ def _segmented(project: Project, entry: ImageEntry) -> tuple[Polygons, ResultRec
     try:
         if result is None:
             raise ValueError("result.json is damaged")
+        regions = [shapely.from_geojson(json.dumps(region.geometry)) for region in result.regions]
         # Contours are rounded to 0.01 px, which may have folded one.
         nuclei = made_valid(read_nuclei(project.layout.nuclei(entry.id)).polygons)
     except Exception as error:  # readers of damaged files raise anything
         raise ImageError(
             f"{entry.name}: its nuclei in {folder} cannot be read: do `patchcl-qp run` again"
         ) from error
-    return nuclei, result
+    return nuclei, regions, result.slide.mpp
