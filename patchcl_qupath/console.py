@@ -126,6 +126,9 @@ def _print_done(outcomes: Sequence[ImageOutcome]) -> None:
     ]
     print_table(["image", "tissue mm²", "nuclei", "seconds", "tiles", "resumed"], rows)
     for outcome in outcomes:
+        if outcome.imported:
+            click.echo(f"In QuPath: {outcome.image}: {outcome.imported.in_words}")
+    for outcome in outcomes:
         if outcome.note:
             click.echo(f"Note: {outcome.image}: {outcome.note}")
 
@@ -137,7 +140,7 @@ def _print_places(project: Project, report: Path | None) -> None:
     if report is not None:
         click.echo(f"Report:  {report}")
     if project.backend.writes_into_qupath:
-        click.echo("Next:    open the project in QuPath: the nuclei are in its images")
+        click.echo("Next:    open the project in QuPath, and look at the nuclei that were added")
     else:
         click.echo(
             f"Next:    patchcl-qp scripts {project.path}, then open the project in\n"
@@ -178,6 +181,9 @@ def report_statuses(project: Project, statuses: Sequence[ImageStatus], *, as_jso
     ]
     titles = ["image", "state", "nuclei", "made (UTC)", "model", "ROIs corrected", "changed since"]
     print_table(titles, rows)
+    for status in statuses:
+        if status.imported:
+            click.echo(f"In QuPath: {status.image}: {status.imported.in_words}")
 
 
 def report_suggestion(

@@ -109,7 +109,9 @@ Question = Write | Remove | Export | ExportStains
 
 @dataclass(frozen=True)
 class Done:
-    """The numbers of objects that were added, left_out, removed and kept; seconds of each step.
+    """The numbers of objects that were found, added, left out and why, removed and kept.
+
+    ``seconds`` are those of each step.
 
     Of an ``Export``: the number of annotations of each class, or of ROIs and nuclei.
     """
@@ -308,7 +310,9 @@ class _QuPath:
             none = self._class("java.util.ArrayList")()
             counts = self._regions.exportRegions(image_data, none, file)
         else:
-            counts = self._labels.exportLabels(image_data.getHierarchy(), question.roi_class, file)
+            ours = self._labels.imported(image_data)
+            hierarchy = image_data.getHierarchy()
+            counts = self._labels.exportLabels(hierarchy, ours, question.roi_class, file)
         image_data.getServer().close()
         return {str(name): int(count) for name, count in counts.items()}
 

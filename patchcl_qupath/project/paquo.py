@@ -40,6 +40,7 @@ from patchcl_qupath.storage.files import copy_once, writing
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import (
     FileSignature,
+    Imported,
     ReceiptRecord,
     ResultRecord,
     file_signature,
@@ -167,15 +168,15 @@ class PaquoProject:
         batches: Iterable[Nuclei],
         config: ResultConfig,
         result: ResultRecord,
-    ) -> Path:
+    ) -> Imported:
         """Replace an image's nuclei: on disk, and in QuPath those that nobody touched."""
         self.process.start()  # takes some seconds, as does writing the files
-        folder = self.files.write(entry, batches=batches, config=config, result=result)
+        self.files.write(entry, batches=batches, config=config, result=result)
         try:
-            self._import(entry, config, result.run)
+            return self._import(entry, config, result.run).nuclei
         except ImageError as error:
+            folder = self.layout.results(entry.id)
             raise ImageError(f"{error}. Meanwhile its nuclei are in {folder}") from error
-        return folder
 
     def corrected_rois(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
         """The ROIs marked as corrected that are saved, or were exported since then."""
