@@ -53,6 +53,7 @@ import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjectTools
 import qupath.lib.objects.PathObjects
 import qupath.lib.objects.classes.PathClass
+import qupath.lib.objects.classes.PathClassTools
 import qupath.lib.objects.hierarchy.PathObjectHierarchy
 import qupath.lib.projects.Project
 import qupath.lib.projects.ProjectImageEntry
@@ -153,7 +154,7 @@ class NewObjects {
     List<PathObject> rois = []
     List<PathObject> regions = []
     final Map<String, Integer> leftOut = noneLeftOut()
-    final Map<PathObject, String> whyLeftOut = new LinkedHashMap<>()   // the nuclei, and which of these reasons it is
+    final Map<PathObject, String> whyLeftOut = [:]   // the nuclei, and which of these reasons it is
     List<PathObject> replaced = []   // objects of other programs
 
     /** The reasons why nuclei are left out, as in the receipt; each with 0 of them. */
@@ -208,6 +209,7 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, ProjectImageEn
     exchange(imageData, existing, added)
     writeMarks(imageData, newMarks)
     measureRegions(imageData, regions, nuclei, added)
+    countNuclei(imageData, toMarks(newMarks), result)
     return [found   : nuclei.size(), added: added.nuclei.size(), left_out: added.whyLeftOut.size(),
             removed : existing.unchangedNuclei.size(), replaced: added.replaced.size(),
             kept    : existing.kept.size() + existing.foreign.size() - added.replaced.size(),
@@ -658,11 +660,7 @@ static void measureRegions(ImageData<?> imageData, List<PathObject> regions, Lis
             count['found'] = count['found'] + 1
             count[what] = count[what] + 1
         }
-    counts.each { PathObject region, Map<String, Integer> count ->
-        measure(region, imageData)
-        measureImport(region, count)
-    }
-    imageData.getHierarchy().fireObjectMeasurementsChangedEvent(imageData, shown)
+    counts.each { PathObject region, Map<String, Integer> count -> measureImport(region, count) }
 }
 
 /** Gives a region that a person kept the area of tissue of the last run; none if its shape is another one now. */
@@ -687,10 +685,121 @@ static void measureImport(PathObject region, Map<String, Integer> count) {
     measured.put('PatchCL: Left out in correction ROIs', count.left_out_fields)
 }
 
-/** Measures number and density of the nuclei of a region, also in ROIs; per area of tissue, where that is known. */
-static void measure(PathObject region, ImageData<?> imageData) {
+/**
+ * Counts the nuclei in the 'PatchCL' regions of an image anew, as they are now: after nuclei were drawn, deleted, moved
+ * to other parents or made into cells. 'result' is the content of result.json, null without any. Returns what was
+ * measured of each region. groovy/summarise.groovy and patchcl-qp call this.
+ */
+static List<Map<String, Object>> summarise(ImageData<?> imageData, ProjectImageEntry<?> entry, JsonObject result) {
+    Marks marks = readMarks(imageData)
+    if (result != null && !result.has('removed')) {
+        Map<UUID, PathObject> fresh = newRegions(imageData, entry, result).collectEntries { [it.getID(), it] }
+        for (region in shownRegions(imageData, marks).findAll { fresh.containsKey(it.getID()) })
+            refreshTissue(region, fresh[region.getID()])
+    }
+    return countNuclei(imageData, marks, result).collect { region ->
+        def measured = region.getMeasurementList()
+        boolean hasTissue = !Double.isNaN(measured.get('PatchCL: Tissue mm^2'))
+        [name: region.getName() ?: region.getDisplayedName(), x: region.getROI().getCentroidX(),
+         y: region.getROI().getCentroidY(), nuclei: measured.get('PatchCL: Nuclei') as int, is_tissue: hasTissue,
+         area_mm2: measured.get(hasTissue ? 'PatchCL: Tissue mm^2' : 'PatchCL: Area mm^2'),
+         per_mm2: measured.get('PatchCL: Nuclei per mm^2')]
+    }
+}
+
+/** The annotations of earlier imports that hold nuclei, also those that a person unlocked, renamed or reshaped. */
+@CompileStatic
+static List<PathObject> shownRegions(ImageData<?> imageData, Marks marks) {
+    return imageData.getHierarchy().getAnnotationObjects().toList().findAll { PathObject annotation ->
+        marks.regions.containsKey(annotation.getID().toString())
+    }
+}
+
+/** Measures number and density of the nuclei in the regions, by position; returns the regions. */
+@CompileStatic
+static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObject result) {
+    List<PathObject> regions = shownRegions(imageData, marks)
+    if (regions.isEmpty())
+        return regions
+    Map<PathObject, Integer> counts = [:]
+    for (PathObject region : regions)
+        counts[region] = 0
+    STRtree places = places(regions)
+    boolean withForeign = result != null && overlapping(result) == 'keep'
+    nucleiPresent(imageData, marks, withForeign).each { PathObject nucleus, Boolean onBorder ->
+        for (PathObject region : regionsOf(nucleus, places))
+            if (onBorder || region.getROI().contains(nucleusX(nucleus), nucleusY(nucleus)))
+                counts[region] = counts[region] + 1
+    }
+    counts.each { PathObject region, Integer count -> measure(region, count, imageData) }
+    imageData.getHierarchy().fireObjectMeasurementsChangedEvent(imageData, regions)
+    return regions
+}
+
+@CompileStatic
+static double nucleusX(PathObject nucleus) {
+    return PathObjectTools.getROI(nucleus, true).getCentroidX()
+}
+
+@CompileStatic
+static double nucleusY(PathObject nucleus) {
+    return PathObjectTools.getROI(nucleus, true).getCentroidY()
+}
+
+/**
+ * The nuclei of an image, whatever their parent: those that were imported, cells that were made of them, and those that
+ * a person drew; and whether one on the border of a region belongs to it. Regions, ROIs and objects of a class that
+ * QuPath ignores ('Ignore*') are none. Detections of other programs are nuclei only where ours were left out for them.
+ */
+@CompileStatic
+static Map<PathObject, Boolean> nucleiPresent(ImageData<?> imageData, Marks marks, boolean withForeign) {
+    Collection<PathObject> all = imageData.getHierarchy().getAllObjects(false)
+    Set<PathObject> foreign = foreignObjects(all, marks, [] as List<PathObject>)
+    Map<PathObject, Boolean> nuclei = [:]
+    List<PathObject> drawn = []
+    for (PathObject pathObject : all) {
+        String id = pathObject.getID().toString()
+        ROI roi = PathObjectTools.getROI(pathObject, true)
+        boolean ignored = pathObject.getPathClass() != null &&   // of no class, QuPath says the same
+                PathClassTools.isIgnoredClass(pathObject.getPathClass())
+        if (roi == null || !roi.isArea() || ignored ||
+                marks.regions.containsKey(id) || marks.rois.containsKey(id) || isCorrectionRoi(pathObject))
+            continue
+        if (marks.nuclei.containsKey(id) || pathObject.isDetection() && !foreign.contains(pathObject))
+            nuclei[pathObject] = true
+        else if (withForeign && pathObject.isDetection() && !pathObject.isTile())
+            nuclei[pathObject] = false
+        else if (pathObject.isAnnotation())
+            drawn << pathObject
+    }
+    for (PathObject annotation : drawnNuclei(drawn, nuclei.keySet(), imageData))
+        nuclei[annotation] = false
+    return nuclei
+}
+
+/** Of the annotations that a person drew, the nuclei: at most 2,000 µm² large, and without several nuclei within. */
+@CompileStatic
+static List<PathObject> drawnNuclei(List<PathObject> drawn, Collection<PathObject> nuclei, ImageData<?> imageData) {
     def pixels = imageData.getServer().getPixelCalibration()
-    int count = region.getChildObjects().sum(0) { isCorrectionRoi(it) ? it.nChildObjects() : 1 }
+    double pixelArea = pixels.hasPixelSizeMicrons() ?
+            pixels.getPixelWidthMicrons() * pixels.getPixelHeightMicrons() : 0.25d * 0.25d
+    STRtree centroids = new STRtree()
+    for (PathObject nucleus : nuclei + drawn) {
+        Coordinate place = new Coordinate(nucleusX(nucleus), nucleusY(nucleus))
+        centroids.insert(new Envelope(place), place)
+    }
+    return drawn.findAll { PathObject annotation ->
+        ROI roi = annotation.getROI()
+        roi.getArea() * pixelArea <= 2000 && centroids.query(envelope(roi)).count {
+            Coordinate place = (Coordinate) it
+            roi.contains(place.x, place.y)
+        }.intValue() <= 2   // its own, and one of a nucleus that it was drawn over
+    }
+}
+
+/** Measures number and density of the nuclei of a region; per area of tissue, where that is known. */
+static void measure(PathObject region, int count, ImageData<?> imageData) {
+    def pixels = imageData.getServer().getPixelCalibration()
     def measured = region.getMeasurementList()
     double area = measured.get('PatchCL: Tissue mm^2')   // NaN where there is none
     if (Double.isNaN(area) && pixels.hasPixelSizeMicrons()) {
@@ -707,14 +816,22 @@ static String text(JsonObject result, String key) {
 }
 
 /** Reads the marks from a property of the image, which QuPath saves, discards and duplicates with the objects. */
+@CompileStatic
 static Marks readMarks(ImageData<?> imageData) {
-    Marks marks = new Marks()
     String lines = imageData.getProperty('patchcl.imported') ?: ''
-    lines.readLines().each {
-        String mark = it.substring(37)
+    Map<String, String> marks = [:]
+    for (String line : lines.readLines())
+        marks[line.substring(0, 36)] = line.substring(37)
+    return toMarks(marks)
+}
+
+@CompileStatic
+static Marks toMarks(Map<String, String> all) {
+    Marks marks = new Marks()
+    all.each { String id, String mark ->
         Map<String, String> kind = mark.endsWith(' region') ? marks.regions :
                 mark.contains(' field ') ? marks.rois : marks.nuclei
-        kind[it.substring(0, 36)] = mark
+        kind[id] = mark
     }
     return marks
 }

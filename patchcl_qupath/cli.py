@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from patchcl_qupath.datatypes import ImageEntry
     from patchcl_qupath.models.model import Model
     from patchcl_qupath.project import NewImage, Project
+    from patchcl_qupath.storage.records import ImageSummary
 
 logger = logging.getLogger("patchcl_qupath.cli")  # which may be run as __main__
 DEFAULT_MODEL = "patchcl"  # the one model that `run` trains by itself
@@ -330,6 +331,24 @@ def remove(*, common: Common, writing: Writing) -> None:
 
 
 @main.command()
+@options.common
+@options.writing
+def summarise(*, common: Common, writing: Writing) -> None:
+    """Count the nuclei in the images of PROJECT anew, as they were last saved in QuPath.
+
+    After nuclei were drawn, deleted or made into cells: by position in the PatchCL annotations,
+    whose measurements are refreshed.
+    """
+    with _reporting_errors(common.as_json):
+        project, entries = _open(common, writing=writing)
+        click.echo(f"Nuclei are counted by {project.backend}", err=True)
+        with _at_work(project):
+            summaries = [_summarised(project, entry) for entry in entries]
+        console.report_summaries(project, summaries, as_json=common.as_json)
+    sys.exit(1 if any(summary.problem for summary in summaries) else 0)
+
+
+@main.command()
 @options.as_json
 @options.verbose
 @options.project_path
@@ -499,6 +518,16 @@ def _new_image(path: Path, mpp: float | None) -> NewImage:
 
     slide = Slide.open(ImageEntry("", path.name, path.resolve(), fallback_mpp=mpp))
     return NewImage(slide.path, slide.levels, None if slide.calibrated else slide.mpp_level0)
+
+
+def _summarised(project: Project, entry: ImageEntry) -> ImageSummary:
+    """Count the nuclei of an image anew; one that fails does not stop the others."""
+    from patchcl_qupath.storage.records import ImageSummary
+
+    try:
+        return ImageSummary(id=entry.id, image=entry.name, regions=project.summarise(entry))
+    except PatchCLError as error:
+        return ImageSummary(id=entry.id, image=entry.name, problem=str(error))
 
 
 def _removed(project: Project, entry: ImageEntry, as_json: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import shapely
 
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, ResultConfig
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
+from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.drawn import read_corrected_rois, read_labels, read_regions, read_stains
 from patchcl_qupath.project.locate import Location, Locator
 from patchcl_qupath.project.protocol import Backend, BackendKind
@@ -35,6 +36,7 @@ from patchcl_qupath.storage.files import read_json, readable
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import (
     ReceiptRecord,
+    RegionSummary,
     ResultRecord,
     RoisRecord,
     read_record,
@@ -155,6 +157,13 @@ class FilesProject:
             is_current=imported >= made > 0,
             is_saved=receipt is None or receipt.saved or saved >= imported,
             saved_later=saved > imported + SAVING_S,
+        )
+
+    def summarise(self, entry: ImageEntry) -> tuple[RegionSummary, ...]:
+        """Only QuPath can read an image's objects. Raises ImageError."""
+        raise ImageError(
+            f"{entry.name}: nuclei in QuPath are counted by QuPath: run groovy/summarise.groovy "
+            "there, or pass --qupath DIR"
         )
 
     def remove(self, entry: ImageEntry) -> str:

@@ -32,6 +32,7 @@ from patchcl_qupath.project.jvm import (
     Image,
     Process,
     Remove,
+    Summarise,
     Write,
     damaged,
 )
@@ -42,6 +43,7 @@ from patchcl_qupath.storage.records import (
     FileSignature,
     Imported,
     ReceiptRecord,
+    RegionSummary,
     ResultRecord,
     file_signature,
     read_record,
@@ -222,6 +224,18 @@ class PaquoProject:
         """The state of an image in QuPath."""
         return self.files.qupath_summary(entry)
 
+    def summarise(self, entry: ImageEntry) -> tuple[RegionSummary, ...]:
+        """Count the nuclei in the `PatchCL` annotations of the image anew, and save it."""
+        receipt = self.layout.receipt(entry.id)
+        was_ours = not self.qupath_summary(entry).saved_later
+        image, results = self._image(entry), self.layout.results(entry.id)
+        regions = self._change(entry, Summarise(image=image, results=results)).regions
+        if not regions:
+            raise ImageError(f"{entry.name} has no PatchCL annotation: do `patchcl-qp run` first")
+        if was_ours and receipt.exists():
+            os.utime(receipt)  # a save of ours is not one of a person
+        return regions
+
     def remove(self, entry: ImageEntry) -> str:
         """Remove our nuclei from the image, except those that a person changed."""
         counts = self._change(entry, Remove(self._image(entry))).counts
@@ -251,7 +265,7 @@ class PaquoProject:
             last_version=_signature(_last_version(data)),
         )
 
-    def _change(self, entry: ImageEntry, question: Write | Remove) -> Done:
+    def _change(self, entry: ImageEntry, question: Write | Remove | Summarise) -> Done:
         """Have QuPath's process change an image; it is unchanged on an error (ImageError)."""
         self._check(entry)
         if self.stamps.get(entry.id) != self._stamps(entry):

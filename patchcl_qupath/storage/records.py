@@ -377,6 +377,31 @@ class ReceiptRecord(
         )
 
 
+class RegionSummary(Record, frozen=True, kw_only=True):
+    """What is in a `PatchCL` annotation of an image now; ``x`` and ``y`` are its centroid, level 0.
+
+    ``area_mm2`` is that of its tissue where ``is_tissue``, else that of the annotation itself; None
+    where the image has no pixel size. ``per_mm2`` is the density of nuclei.
+    """
+
+    name: str
+    x: float
+    y: float
+    nuclei: int
+    area_mm2: float | None
+    is_tissue: bool
+    per_mm2: float | None
+
+
+class ImageSummary(Record, frozen=True, kw_only=True):
+    """What is in the `PatchCL` annotations of an image; ``problem`` is None unless it failed."""
+
+    id: str
+    image: str
+    regions: tuple[RegionSummary, ...] = ()
+    problem: str | None = None
+
+
 class RoisRecord(Record, frozen=True, kw_only=True, rename={"rois": "fields"}):
     """fields/<image>.json: the ROIs of an image to correct; ``made`` is UTC in ISO 8601."""
 
