@@ -7,8 +7,10 @@ import os
 import runpy
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ from patchcl_qupath.storage.geojson import read_areas
 ROOT = Path(__file__).parent.parent
 CASES = ROOT.parent / "shared" / "cases"
 OLD = "file:/E:/projects/p1/project.qpproj"  # of a project that moved
+HOME = "file:/home/old/project.qpproj"
 
 
 def one_line(problem: str | None) -> str:
@@ -111,6 +114,10 @@ def test_the_reported_project_of_lost_images() -> None:
         (["sub/patchcl/report/images/1/density.png"], ["x/density.png"], [None]),
         (["patchcl/a.tif", "data/a.tif", "slides/a.tif"], ["x/a.tif"], ["slides/a.tif"]),
         (["slides/data/a.tif"], ["x/a.tif"], ["slides/data/a.tif"]),
+        # Windows does not tell these names apart.
+        (["Slide.TIF"], ["x/slide.tif"], ["Slide.TIF"]),
+        (["A/Slide.TIF", "b/slide.TIF"], ["x/a/slide.tif"], ["A/Slide.TIF"]),
+        (["slide.TIF"], ["a/slide.tif", "b/Slide.tif"], [None, None]),
     ],
 )
 def test_one_file_is_never_taken_for_two_images(
@@ -120,6 +127,37 @@ def test_one_file_is_never_taken_for_two_images(
         touch(tmp_path / file)
     assert found(tmp_path, *stored) == expected
     assert found(tmp_path, *reversed(stored)) == expected[::-1]
+
+
+@pytest.mark.parametrize(("on_disk", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("place", ["study/prüfung.tif", "elsewhere/prüfung.tif"])
+def test_names_with_marks_are_found_as_any_system_writes_them(
+    tmp_path: Path, on_disk: str, stored: str, place: str
+) -> None:
+    """A letter with a mark is one character, or two where macOS wrote the name."""
+    folder = tmp_path / "moved"
+    slide = touch(folder / unicodedata.normalize(on_disk, place))
+    uri = "file:/home/old/study/" + quote(unicodedata.normalize(stored, "prüfung.tif"))
+    (entry,) = open_project(write_project(folder, HOME, builder(uri))).images()
+    assert entry.problem is None
+    assert entry.path.samefile(slide)
+
+
+def test_posix_tells_large_letters_from_small_ones(tmp_path: Path) -> None:
+    touch(tmp_path / "Slide.tif")
+    uri = "file:/home/old/slide.tif"
+    (entry,) = open_project(write_project(tmp_path, HOME, builder(uri))).images()
+    assert (entry.problem is None) == (tmp_path / "slide.tif").exists()  # as its disk does
+
+
+def test_projects_that_macos_left_its_files_beside(tmp_path: Path) -> None:
+    """On disks of other systems, macOS keeps a file ._NAME with the attributes of each file."""
+    path = write_project(tmp_path, HOME, builder("file:/home/old/a.tif"))
+    (tmp_path / f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    assert open_project(tmp_path).path == path
+    path.unlink()
+    with pytest.raises(ProjectError, match=r"holds no project"):
+        open_project(tmp_path)
 
 
 def test_images_that_cannot_be_told_apart_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import shapely
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.errors import StorageError
 from patchcl_qupath.execution.tile_store import TileStore
+from patchcl_qupath.storage import files
 from patchcl_qupath.storage.files import (
     atomic_write,
     exclusive_lock,
@@ -128,6 +130,91 @@ def test_errors_of_the_operating_system_are_explained(tmp_path, code, advice):
         writing(tmp_path / "wanted"),
     ):
         raise OSError(code, os.strerror(code))
+
+
+def test_windows_says_no_to_what_is_open_in_another_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WINDOWS", True)
+    denied = errors_of_replace(monkeypatch, 3)
+    write_bytes(tmp_path / "a.parquet", b"new")
+    assert len(denied) == 3  # a virus scanner has closed it by then
+    monkeypatch.setattr(files, "_BUSY_S", 0.1)
+    errors_of_replace(monkeypatch, 10**6)
+    with pytest.raises(StorageError, match=r"a\.parquet: another program has it open: close it"):
+        write_bytes(tmp_path / "a.parquet", b"newer")
+    assert (tmp_path / "a.parquet").read_bytes() == b"new"
+    long = tmp_path / ("x" * 200) / ("y" * 100)
+    missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    with pytest.raises(StorageError, match="longer than 259 characters: move"), writing(long):
+        raise missing
+    with pytest.raises(StorageError, match="No such file"), writing(tmp_path):
+        raise missing
+
+
+def errors_of_replace(monkeypatch, count, only=lambda _: True):
+    """Have the next renames fail, ``count`` of those that ``only`` chooses; -> those that did."""
+    denied = []
+    replace = Path.replace
+
+    def deny(path, other):
+        if only(path) and len(denied) < count:
+            denied.append(path)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return replace(path, other)
+
+    monkeypatch.setattr(Path, "replace", deny)
+    return denied
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    path = tmp_path / "results" / "1"
+    path.mkdir(parents=True)
+    (path / "old").touch()
+    denied = errors_of_replace(monkeypatch, 1, lambda path: path.suffix == ".partial")
+
+    def write():
+        with atomic_write(path) as new:
+            new.mkdir()
+            (new / "new").touch()
+
+    with pytest.raises(StorageError, match="no permission"):
+        write()
+    assert len(denied) == 1
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert [file.name for file in path.parent.iterdir()] == ["1"]
+
+
+def test_tiles_of_another_plan_that_cannot_be_removed_are_no_finished_ones(tmp_path, monkeypatch):
+    store = stored(tmp_path / "store", some_nuclei(1))
+    unlink = os.unlink
+
+    def deny(path, *more, **options):
+        if str(path).endswith(".parquet"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        unlink(path, *more, **options)
+
+    monkeypatch.setattr(os, "unlink", deny)
+    with pytest.raises(StorageError, match="no permission"):
+        TileStore.open(store.folder, {"another": "plan"})
+    monkeypatch.undo()
+    assert TileStore.open(store.folder, {"another": "plan"}).missing([TILE]) == [TILE]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
+def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch, code):
+    def acquire(_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.FileLock, "acquire", acquire)
+    if code == errno.EIO:
+        with pytest.raises(StorageError), exclusive_lock(tmp_path):
+            pass
+        return
+    with exclusive_lock(tmp_path):
+        write_bytes(tmp_path / "file", b"")
+
+
+def test_names_are_compared_as_one_system_writes_them():
+    assert files.readable("pru\u0308fung\n1") == "pr\u00fcfung 1"
 
 
 def test_a_file_in_place_of_a_folder_is_explained(tmp_path):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import shapely
 from numpy.typing import NDArray
 
@@ -193,10 +194,7 @@ def java_options(given: list[str]) -> list[str]:
         given = [*given, "-XX:TieredStopAtLevel=1"]
     if any(option.startswith("-Xmx") for option in given):
         return given
-    try:
-        half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, ValueError, OSError):  # Windows
-        half = MAX_MEMORY
+    half = psutil.virtual_memory().total // 2
     return [*given, f"-Xmx{min(half, MAX_MEMORY) >> 20}m"]
 
 

@@ -68,6 +68,11 @@ class StoredProject:
     images: tuple[StoredImage, ...]
 
 
+def project_files(folder: Path) -> list[Path]:
+    """The .qpproj files of a folder; not ._project.qpproj, which macOS writes on other disks."""
+    return sorted(folder.glob("[!.]*.qpproj"))
+
+
 def project_file(path: Path) -> Path:
     """The .qpproj file of a path: the file itself, or the only one of a folder.
 
@@ -78,7 +83,7 @@ def project_file(path: Path) -> Path:
     except OSError as error:
         raise ProjectError(f"{path} cannot be read: {error.strerror}") from error
     if is_folder:
-        found = sorted(path.glob("*.qpproj"))
+        found = project_files(path)
         if len(found) == 1:
             return found[0]
         many = "several projects, name one of them" if found else "no project (.qpproj)"

@@ -41,7 +41,7 @@ class Layout:
 
     def model_records(self) -> list[Path]:
         """The records of all models, sorted by name."""
-        return sorted(self.models.glob("*.json"))
+        return sorted(self.models.glob("[!.]*.json"))
 
     def run(self, run: str) -> Path:
         """The folder of a run."""
