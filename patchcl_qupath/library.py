@@ -86,7 +86,7 @@ def train(
     >>> model.mpp
     0.5
     """
-    folder = project.layout.models
+    folder = project.layout.model(name).parent
     check_writable(folder)
     with exclusive_lock(project.layout.root):
         model = pipeline.train(_entries(project, images), _config(settings), show or hide_progress)
@@ -199,7 +199,7 @@ def refine(
     with exclusive_lock(project.layout.root):
         progress = show or hide_progress
         refined = pipeline.refine(project, project.images(), model, labels_from, progress)
-        refined.save(project.layout.models, name)
+        refined.save(project.layout.model(name).parent, name)
     return refined
 
 

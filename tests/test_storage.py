@@ -11,7 +11,7 @@ import pytest
 import shapely
 
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
-from patchcl_qupath.errors import StorageError
+from patchcl_qupath.errors import ConfigError, StorageError
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.storage import files
 from patchcl_qupath.storage.files import (
@@ -21,6 +21,7 @@ from patchcl_qupath.storage.files import (
     write_bytes,
     writing,
 )
+from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.parquet import (
     read_nuclei,
     read_uncertainty_grid,
@@ -213,6 +214,19 @@ def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch, code):
         write_bytes(tmp_path / "file", b"")
 
 
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "a/b", r"a\b", "C:x", "a?", "con", "Nul.1", "end.", "end "]
+)
+def test_a_model_has_a_name_that_every_system_can_write(tmp_path, name):
+    with pytest.raises(ConfigError, match="a model cannot be named"):
+        Layout(tmp_path).model(name)
+
+
+@pytest.mark.parametrize("name", ["patchcl", "v1.2", "prüfung 3", "console", "a-b_c"])
+def test_names_of_models(tmp_path, name):
+    assert Layout(tmp_path).model(name) == tmp_path / "models" / f"{name}.pt"
+
+
 def test_names_are_compared_as_one_system_writes_them():
     assert files.readable("pru\u0308fung\n1") == "pr\u00fcfung 1"
 
@@ -226,6 +240,8 @@ def test_a_file_in_place_of_a_folder_is_explained(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 200 kB."""
+    if sys.platform != "linux":
+        pytest.skip("tmpfs is of Linux")
     disk = tmp_path / "disk"
     disk.mkdir()
     made = subprocess.run(

@@ -337,7 +337,7 @@ class _QuPath:
             ) from error
         # What cannot be read QuPath replaces by an empty image, and only logs it.
         file = project.path.parent / "data" / image.entry_id / "data.qpdata"
-        if file.exists() and Path(str(image_data.getLastSavedPath())) != file:
+        if file.exists() and not _is_same(Path(str(image_data.getLastSavedPath())), file):
             raise ImageError(damaged(file, image.backups))
         self._lap("open image")
         return project, entry, image_data
@@ -405,6 +405,14 @@ class _QuPath:
         now = time.perf_counter()
         self.seconds[step] = now - self._began
         self._began = now
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Whether two paths lead to one file: Java and Python may write one in several ways."""
+    try:
+        return path.samefile(other)
+    except OSError:
+        return False
 
 
 def damaged(data: Path, backups: Path) -> str:
