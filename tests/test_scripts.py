@@ -218,8 +218,15 @@ QP.getCurrentHierarchy().addObject(drawn)
 
 
 @pytest.mark.qupath
-def test_a_failed_run_is_reported(project: Path) -> None:
+@pytest.mark.parametrize("on_path", [False, True])
+def test_a_failed_run_is_reported(
+    project: Path, monkeypatch: pytest.MonkeyPatch, on_path: bool
+) -> None:
     command = project.parent / "ein Befehl, ü"
+    if on_path:  # as on Windows, where the folders of PATH may stand in quotes
+        command = project.parents[1] / "two words" / "patchcl-qp"
+        command.parent.mkdir()
+        monkeypatch.setenv("PATH", f'"{command.parent}"{os.pathsep}{os.environ["PATH"]}')
     command.write_text(COMMAND, "utf-8")
     command.chmod(0o755)
     script = project.parent / "scripts" / "run_patchcl.groovy"
@@ -229,7 +236,7 @@ def test_a_failed_run_is_reported(project: Path) -> None:
     refined.touch()
     settings(
         script,
-        command=f"'{command}'",
+        command="''" if on_path else f"'{command}'",
         what="'annotations'",
         within="['Größe, 1', 'Other']",
         options="[run: ['--mpp', '0.25 µm']]",
