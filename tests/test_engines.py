@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -36,6 +37,16 @@ def test_openvino_computes_what_torch_does(kind):
     assert found.shape == (4 if kind == "patchcl" else 2, 64, 48)
     assert expected.std() > 0.1
     assert np.abs(found - expected).max() < 1e-3  # random weights exaggerate
+
+
+def test_openvino_reports_its_use_to_nobody():
+    """Its import would start a process, which tells a web service of it."""
+    pytest.importorskip("openvino")
+    code = "import sys\nfrom patchcl_qupath.models import engines\n"
+    code += "print(engines.choose('openvino'))\n"
+    code += "print([name for name in sys.modules if 'openvino_telemetry' in name])\n"
+    shown = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert shown.splitlines()[1:] == ["[]"]
 
 
 class _Changed(NucleusNetwork):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import EngineChoice
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.models.network import SegmentationNetwork, device, folded
-from patchcl_qupath.models.openvino_model import openvino_model
+from patchcl_qupath.models.openvino_model import load_openvino, openvino_model
 
 Engine = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -109,9 +109,7 @@ def _torch(network: SegmentationNetwork) -> Engine:
 
 @cache
 def _core() -> Any:
-    import openvino
-
-    return openvino.Core()
+    return load_openvino().Core()
 
 
 def _has_bfloat16() -> bool:

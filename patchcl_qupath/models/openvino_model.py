@@ -8,7 +8,9 @@ each process. The networks here are of few operations, so that these are written
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,33 @@ from torch import Tensor, fx, nn
 from patchcl_qupath.models.network import SegmentationNetwork
 
 
+@cache
+def load_openvino() -> Any:
+    """The module openvino, imported without its telemetry.
+
+    That reports the import to a web service, in a process of its own: a fork of this one, which has
+    threads, or, from Python 3.14 on, one that runs the user's script again.
+    """
+    telemetry = sys.modules.get("openvino_telemetry")
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # as if not installed
+    try:
+        import openvino
+        import openvino.opset13
+    finally:
+        del sys.modules["openvino_telemetry"]
+        if telemetry is not None:
+            sys.modules["openvino_telemetry"] = telemetry
+    return openvino
+
+
 def openvino_model(network: SegmentationNetwork) -> Any:
     """``network.probabilities`` as an OpenVINO model, for one image of any height and width.
 
     The batch norms of the network are folded. Raises NotImplementedError for an operation that no
     network had so far: add it to ``_FUNCTIONS`` or ``_MODULES``.
     """
-    import openvino
-    from openvino import opset13
-
+    openvino = load_openvino()
+    opset13 = openvino.opset13
     with torch.no_grad():
         traced = fx.symbolic_trace(_Probabilities(network))
     pixels = opset13.parameter([1, 3, -1, -1], np.float32, name="pixels")
