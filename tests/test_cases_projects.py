@@ -195,6 +195,8 @@ def test_folders_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
     result = CliRunner().invoke(main, ["status", str(path), "--json"])
     assert result.exit_code == 0
     states = [image["state"] for image in json.loads(result.stdout)["images"]]
+    with pytest.raises(ProjectError, match="cannot be read: Permission denied"):
+        open_project(closed / "project.qpproj")
     assert states == [a.problem, "to do", long.problem, nul.problem]
 
 
