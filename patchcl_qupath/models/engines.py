@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.config import EngineChoice
 from patchcl_qupath.errors import ConfigError
-from patchcl_qupath.models.network import SegmentationNetwork, device, folded
+from patchcl_qupath.models.network import SegmentationNetwork, device, folded, to_channels_last
 from patchcl_qupath.models.openvino_model import load_openvino, openvino_model
 
 Engine = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -93,7 +93,7 @@ def start(kind: EngineKind, network: SegmentationNetwork) -> Engine:
 
 def _torch(network: SegmentationNetwork) -> Engine:
     network = network.to(device())
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.7 x as fast
+    to_channels_last(network)
     # A GPU has memory for a few tiles, and is busy with one; there may be dozens of threads.
     turn = threading.Lock() if device().type != "cpu" else nullcontext()
 
