@@ -20,10 +20,11 @@ from click.testing import CliRunner
 from PIL import Image
 from test_project import BIO_FORMATS, OPENSLIDE, builder, calibrated, touch, write_project
 
+import patchcl_qupath as pq
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import load_config
 from patchcl_qupath.datatypes import Box, ImageEntry
-from patchcl_qupath.errors import GroundTruthError, ProjectError, SlideError
+from patchcl_qupath.errors import GroundTruthError, ImageError, ProjectError, SlideError
 from patchcl_qupath.evaluation.ground_truth import read_ground_truth
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.arguments import parse_arguments
@@ -141,6 +142,18 @@ def test_names_with_marks_are_found_as_any_system_writes_them(
     (entry,) = open_project(write_project(folder, HOME, builder(uri))).images()
     assert entry.problem is None
     assert entry.path.samefile(slide)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_images_are_named_as_any_system_writes_them(tmp_path: Path, form: str) -> None:
+    uri = touch(tmp_path / "a.tif").as_uri()
+    named = entry_of(uri) | {"imageName": unicodedata.normalize("NFD", "prüfung")}
+    path = write_entries(tmp_path, named)
+    name = unicodedata.normalize(form, "prüfung")
+    result = CliRunner().invoke(main, ["status", str(path), "--image", name])
+    assert result.exit_code == 0, result.output
+    with pytest.raises(ImageError, match="has no nuclei"):
+        pq.read_nuclei(pq.open_project(path), name)
 
 
 def test_posix_tells_large_letters_from_small_ones(tmp_path: Path) -> None:

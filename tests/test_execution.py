@@ -26,6 +26,7 @@ from patchcl_qupath import cli, logs
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
+from patchcl_qupath.execution.jobs import _output_of
 from patchcl_qupath.execution.map_tiles import map_tiles
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import ATTEMPTS, job_cluster, open_workers
@@ -277,6 +278,11 @@ def test_job_that_is_not_described_is_asked_for(queue: Path) -> None:
         pytest.raises(ConfigError, match=r"write into .*jobqueue.yaml .*slurm: \{cores"),
     ):
         job_cluster("slurm")
+
+
+def test_a_list_of_jobs_with_a_character_cut_in_two() -> None:
+    code = "import sys; sys.stdout.buffer.write('12 R Größe'.encode()[:-2])"
+    assert _output_of([sys.executable, "-c", code]) == "12 R Grö\ufffd"
 
 
 def test_cluster_without_its_queue_or_package(monkeypatch: pytest.MonkeyPatch) -> None:
