@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import distributed
 import numpy as np
 import pytest
 import shapely
@@ -278,6 +279,22 @@ def test_job_that_is_not_described_is_asked_for(queue: Path) -> None:
         pytest.raises(ConfigError, match=r"write into .*jobqueue.yaml .*slurm: \{cores"),
     ):
         job_cluster("slurm")
+
+
+def test_threads_do_all_where_no_process_can_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a container without shared memory."""
+
+    async def fail(_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(distributed.Nanny, "start_unsafe", fail)
+    with open_workers(6) as workers:
+        assert workers.threads() == 6
+        _, failed, _ = segment(workers, third_time_lucky, tmp_path, tmp_path)
+    assert list(failed) == [5]
+    assert "no processes can be started (PermissionError(13, 'Permission denied'))" in caplog.text
 
 
 def test_a_list_of_jobs_with_a_character_cut_in_two() -> None:
