@@ -102,7 +102,7 @@ def test_a_small_memory_is_used_by_fewer_threads(gpu, monkeypatch, caplog):
 
     def probabilities(x):
         if not busy.acquire(blocking=False):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         try:
             return compute(x)
         finally:
@@ -119,7 +119,7 @@ def test_a_small_memory_is_used_by_fewer_threads(gpu, monkeypatch, caplog):
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
         RuntimeError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA"),
     ],
 )

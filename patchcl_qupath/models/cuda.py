@@ -82,7 +82,7 @@ class CudaEngine:
         while limit := self._limit:
             try:
                 return self.compute(pixels)
-            except torch.OutOfMemoryError as error:
+            except torch.cuda.OutOfMemoryError as error:
                 self._lower(limit, error)
             except RuntimeError as error:
                 self._lower(1, error)
