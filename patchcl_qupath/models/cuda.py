@@ -104,6 +104,7 @@ class CudaEngine:
         method: _Method,
         device: torch.device,
     ) -> None:
+        self.method = method
         self._fallback = fallback
         self._divisor = network.divisor
         self._halo = network.divisor * -(-network.receptive_radius_px // network.divisor)
