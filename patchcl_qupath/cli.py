@@ -281,7 +281,15 @@ def status(*, common: Common) -> None:
     help="Outlined nuclei: a folder with files named as the images (GeoJSON as QuPath exports it, "
     "or instance labels as PNG, TIFF or NPY), or the file of one image.",
 )
-def score(*, common: Common, ground_truth: Path) -> None:
+@click.option(
+    "--pictures",
+    is_flag=False,
+    flag_value="",
+    metavar="[DIR]",
+    help="Draw the errors of each image into this folder; without one, into patchcl/errors of the "
+    "project.",
+)
+def score(*, common: Common, ground_truth: Path, pictures: str | None) -> None:
     """Compare the nuclei of `run` in PROJECT with a ground truth, nuclei that people outlined.
 
     The ground truth must have every nucleus of an image, or of the regions that the run was
@@ -291,9 +299,12 @@ def score(*, common: Common, ground_truth: Path) -> None:
         project, entries = _open(common)
         from patchcl_qupath.evaluation.score import score as score_images
 
-        scored, without = score_images(project, entries, ground_truth)
+        folder = None
+        if pictures is not None:
+            folder = Path(pictures) if pictures else project.layout.errors
+        scored, without = score_images(project, entries, ground_truth, folder)
         console.report_scores(project, scored, without, as_json=common.as_json)
-    sys.exit(1 if any(image.problem for image in scored) else 0)
+    sys.exit(1 if any(image.problem or image.no_picture for image in scored) else 0)
 
 
 @main.command()

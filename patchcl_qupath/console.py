@@ -235,30 +235,61 @@ def _print_steps(project: Project) -> None:
 def report_scores(
     project: Project, scored: Sequence[ImageScore], without: Sequence[str], *, as_json: bool
 ) -> None:
-    """Scores of each image and their means; ``without`` are the images without ground truth."""
-    from patchcl_qupath.evaluation.score import SCORES, mean
+    """Scores and kinds of error of each image, their means and totals.
 
-    means = mean(scored)
+    ``without`` are the images without ground truth.
+    """
+    from patchcl_qupath.evaluation.score import kinds_in_total, mean, per_100_true
+
     if as_json:
-        path = str(project.path)
-        print_json({"project": path, "images": scored, "mean": means, "without": without})
+        print_json(
+            {
+                "project": str(project.path),
+                "images": scored,
+                "mean": mean(scored),
+                "kinds": kinds_in_total(scored),
+                "kinds_per_100_true": per_100_true(scored),
+                "without": without,
+            }
+        )
         return
-    if means:
-        rows = [
-            [image.image, f"{image.nuclei:,}", f"{image.true_nuclei:,}", *_figures(image.scores)]
-            for image in scored
-            if not image.problem
-        ]
-        titles = ["image", "nuclei", "true nuclei", *SCORES.values()]
-        print_table(titles, [*rows, ["mean", None, None, *_figures(means)]])
+    if done := [image for image in scored if not image.problem]:
+        _print_scores(done)
+        _print_kinds(done)
     for image in scored:
         if image.note:
             click.echo(f"Note: {image.image}: {image.note}")
+    if drawn := [Path(image.picture) for image in scored if image.picture]:
+        click.echo(f"Look at: {drawn[0].parent}")
     if without:
         click.echo(f"Without ground truth, left out: {', '.join(without)}")
     for image in scored:
-        if image.problem:
-            click.echo(f"Failed: {image.problem}", err=True)
+        if problem := image.problem or image.no_picture:
+            click.echo(f"Failed: {problem}", err=True)
+
+
+def _print_scores(scored: Sequence[ImageScore]) -> None:
+    """A row for each image, and the means."""
+    from patchcl_qupath.evaluation.score import SCORES, mean
+
+    rows = [
+        [image.image, f"{image.nuclei:,}", f"{image.true_nuclei:,}", *_figures(image.scores)]
+        for image in scored
+    ]
+    titles = ["image", "nuclei", "true nuclei", *SCORES.values()]
+    print_table(titles, [*rows, ["mean", None, None, *_figures(mean(scored))]])
+
+
+def _print_kinds(scored: Sequence[ImageScore]) -> None:
+    """A row of the kinds of error of each image, and those of all, per 100 true nuclei."""
+    from patchcl_qupath.evaluation.score import kinds_in_total, per_100_true
+
+    total, rates = kinds_in_total(scored), per_100_true(scored)
+    rows = [[image.image, *(f"{count:,}" for count in image.kinds.values())] for image in scored]
+    rows.append(["total", *(f"{count:,}" for count in total.values())])
+    if rates:
+        rows.append(["per 100 true", *(f"{rate:.1f}" for rate in rates.values())])
+    print_table(["image", *(kind.replace("_", " ") for kind in total)], rows)
 
 
 def _figures(scores: dict[str, float]) -> list[str]:

@@ -154,17 +154,23 @@ def read_nuclei(project: Project, image: str) -> Table:
     return read_geoarrow(path)
 
 
-def score(project: Project, ground_truth: str | Path) -> list[ImageScore]:
-    """Compare nuclei with those that people outlined: Dice, AJI, PQ, F1 at IoU 0.5.
+def score(
+    project: Project, ground_truth: str | Path, pictures: str | Path | None = None
+) -> list[ImageScore]:
+    """Compare nuclei with those that people outlined: Dice, AJI, PQ, F1 at IoU 0.5, errors by kind.
 
     ``ground_truth`` is a folder of files named as the images (GeoJSON, or instance labels as PNG,
-    TIFF or NPY), or the file of one image. Raises GroundTruthError.
+    TIFF or NPY), or the file of one image. With a folder ``pictures``, the errors of each image are
+    drawn into it. Raises GroundTruthError.
 
     >>> scored, = pq.score(project, "ground_truth")
     >>> sorted(scored.scores)
     ['aji', 'dice', 'f1', 'pq']
+    >>> list(scored.kinds)
+    ['right', 'badly_outlined', 'missed', 'merged', 'split', 'spurious']
     """
-    scored, _ = score_images(project, project.images(), Path(ground_truth))
+    folder = None if pictures is None else Path(pictures)
+    scored, _ = score_images(project, project.images(), Path(ground_truth), folder)
     return scored
 
 

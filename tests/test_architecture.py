@@ -21,7 +21,7 @@ def test_contributing_names_files_that_exist():
     rows = re.findall(r"(?m)^\| .* \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     names = {name for row in rows for name in re.findall(r"`(?:python )?([\w./]+\.\w+|\w+/)`", row)}
     assert len(names) > 20
-    places = (ROOT, ROOT / "patchcl_qupath", ROOT / "tests")
+    places = (ROOT, ROOT / "patchcl_qupath", ROOT / "tests", ROOT / "benchmarks")
     assert [name for name in names if not any((place / name).exists() for place in places)] == []
 
 

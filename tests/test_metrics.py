@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import shapely
 
-from patchcl_qupath.evaluation.metrics import Overlaps, aji, dice, f1, pq
+from patchcl_qupath.evaluation.metrics import Kind, Overlaps, aji, dice, f1, pq
 from patchcl_qupath.segmentation.contours import pixel_polygons
 
 NOTHING = np.zeros((4, 6), dtype=np.int32)
@@ -124,3 +124,93 @@ def test_nuclei_that_touch_do_not_overlap():
 def test_images_of_different_shapes_are_refused():
     with pytest.raises(ValueError, match="shapes"):
         aji(GROUND_TRUTH, GROUND_TRUTH[:2])
+
+
+def errors(seed):
+    """Two label images of rectangles, true and predicted ones, with errors of all kinds."""
+    rng = np.random.default_rng(seed)
+    prediction, ground_truth = np.zeros((2, 60, 60), np.int32)
+    for label in range(1, 41):
+        row, col = rng.integers(52, size=2)
+        height, width = rng.integers(2, 9, size=2)
+        ground_truth[row : row + height, col : col + width] = label
+        row, col = np.maximum(0, np.add((row, col), rng.integers(-2, 3, size=2)))
+        prediction[row : row + height, col : col + width] = label // 2 if label % 5 == 1 else label
+        prediction[row : row + height // 2, col : col + width] *= 1 if label % 3 else 50
+    prediction[ground_truth % 7 == 3] = 0
+    ground_truth[ground_truth == 9] = 0
+    return prediction, ground_truth
+
+
+NO_KIND = dict.fromkeys(map(str, Kind), 0)
+
+
+def test_kinds_of_a_case_worked_by_hand(compared):
+    # 1 is right; 2 holds most of both halves; 7 is missed; 5 lies on nothing.
+    kinds = compared(PREDICTION, GROUND_TRUTH).kinds
+    assert kinds == NO_KIND | {"right": 1, "split": 1, "missed": 1, "spurious": 1}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "ground_truth", "true_kinds"),
+    [
+        ([1, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2], ["merged", "merged"]),  # IoU 1/2 is no match
+        ([1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 2, 2], ["right", "merged"]),
+        ([1, 1, 0, 2, 2, 0], [3, 3, 3, 3, 3, 3], ["split"]),
+        ([1, 1, 1, 1, 2, 0], [3, 3, 3, 3, 3, 3], ["right"]),  # although in pieces
+        ([1, 0, 0, 0, 0, 0], [3, 3, 3, 3, 3, 3], ["missed"]),  # a sixth of it
+        ([1, 1, 0, 0, 0, 0], [3, 3, 3, 3, 3, 3], ["badly_outlined"]),  # a third, in one piece
+        ([1, 1, 1, 1, 1, 1], [3, 0, 0, 0, 0, 0], ["badly_outlined"]),  # far too large
+    ],
+)
+def test_kind_of_each_true_nucleus(compared, prediction, ground_truth, true_kinds):
+    sides = np.array([prediction]), np.array([ground_truth])
+    assert compared(*sides).true_kinds.tolist() == true_kinds
+
+
+@pytest.mark.parametrize(
+    ("prediction", "ground_truth", "spurious"),
+    [
+        ([1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0], [True]),  # a sixth of it is a nucleus
+        ([1, 1, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0], [False]),  # a fifth
+        ([1, 1, 1, 1, 1, 1], [1, 0, 2, 0, 0, 3], [False]),  # a sixth, three times
+        ([1, 1, 1, 0, 2, 2], [1, 1, 1, 0, 0, 0], [False, True]),
+    ],
+)
+def test_spurious_nuclei(compared, prediction, ground_truth, spurious):
+    sides = np.array([prediction]), np.array([ground_truth])
+    assert compared(*sides).spurious.tolist() == spurious
+    assert compared(*sides).kinds["spurious"] == sum(spurious)
+
+
+def test_kinds_where_one_side_is_empty(compared):
+    assert compared(NOTHING, NOTHING).kinds == NO_KIND
+    assert compared(NOTHING, GROUND_TRUTH).kinds == NO_KIND | {"missed": 3}
+    assert compared(GROUND_TRUTH, NOTHING).kinds == NO_KIND | {"spurious": 3}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_kinds_are_those_of_the_definition(seed):
+    """Nucleus by nucleus, mask by mask."""
+    prediction, ground_truth = errors(seed)
+    found = [prediction == label for label in np.unique(prediction[prediction > 0])]
+    true = [ground_truth == label for label in np.unique(ground_truth[ground_truth > 0])]
+    counts = dict(NO_KIND)
+    held = [sum((t & f).sum() > t.sum() / 2 for t in true) for f in found]
+    for t in true:
+        if any((t & f).sum() > (t | f).sum() / 2 for f in found):
+            kind = "right"
+        elif any((t & f).sum() > t.sum() / 2 and n > 1 for f, n in zip(found, held, strict=True)):
+            kind = "merged"
+        elif sum((t & f).sum() > f.sum() / 2 for f in found) > 1:
+            kind = "split"
+        elif (t & (prediction > 0)).sum() < t.sum() / 5:
+            kind = "missed"
+        else:
+            kind = "badly_outlined"
+        counts[kind] += 1
+    counts["spurious"] = sum((f & (ground_truth > 0)).sum() < f.sum() / 5 for f in found)
+    assert Overlaps.of_labels(prediction, ground_truth).kinds == counts
+    assert Overlaps.of_polygons(*map(pixel_polygons, (prediction, ground_truth))).kinds == counts
+    assert sum(counts.values()) - counts["spurious"] == len(true)
+    assert sum(count > 0 for count in counts.values()) > 3

@@ -18,9 +18,11 @@ from results import result_of
 
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import Config
-from patchcl_qupath.datatypes import ImageEntry, Nuclei
+from patchcl_qupath.datatypes import Box, ImageEntry, Nuclei
+from patchcl_qupath.evaluation import pictures
 from patchcl_qupath.evaluation.ground_truth import read_ground_truth
-from patchcl_qupath.project import open_project
+from patchcl_qupath.evaluation.metrics import Kind
+from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.storage.records import RegionRecord
 
 WIDTH, HEIGHT = 60, 40
@@ -57,6 +59,17 @@ def feature(geometry: shapely.Geometry, **more: Any) -> dict[str, Any]:
 def write_geojson(path: Path, polygons: Any = NUCLEI) -> None:
     features = [feature(polygon) for polygon in polygons]
     path.write_text(json.dumps({"type": "FeatureCollection", "features": features}), "utf-8")
+
+
+def tables(printed: str) -> list[list[list[str]]]:
+    """The cells of each row of each table, without its head."""
+    found: list[list[list[str]]] = []
+    for line in printed.splitlines():
+        if line.startswith("┏"):
+            found.append([])
+        if line.startswith("│"):
+            found[-1].append([cell.strip() for cell in line.split("│")[1:-1]])
+    return found
 
 
 @pytest.fixture
@@ -118,6 +131,114 @@ def test_ground_truth_of_every_kind_is_read(project: Path, ground_truth: Path, n
     assert outcome["without"] == ["b.svs"]
 
 
+def test_kinds_of_error_are_counted(project: Path, ground_truth: Path) -> None:
+    """Of a: the first is right, the second split, the third missed; one is spurious."""
+    halves = [shapely.box(10, 24, 18, 36), shapely.box(18, 24, 26, 36)]
+    write_nuclei(project, 0, np.array([NUCLEI[0], *halves, shapely.box(50, 0, 58, 8)]))
+    write_nuclei(project, 1, NUCLEI[:1])
+    write_geojson(ground_truth / "a.geojson")
+    write_geojson(ground_truth / "b.geojson", [])
+    result = call("score", project, "--ground-truth", ground_truth, "--json")
+    outcome = json.loads(result.stdout)
+    none = dict.fromkeys(["right", "badly_outlined", "missed", "merged", "split", "spurious"], 0)
+    kinds = none | {"right": 1, "split": 1, "missed": 1, "spurious": 1}
+    assert outcome["images"][0]["kinds"] == kinds
+    assert outcome["images"][1]["kinds"] == none | {"spurious": 1}
+    assert outcome["kinds"] == kinds | {"spurious": 2}
+    per_100 = {kind: 100 * count / 3 for kind, count in outcome["kinds"].items()}
+    assert outcome["kinds_per_100_true"] == pytest.approx(per_100)
+    only_spurious = call("score", project, "--ground-truth", ground_truth, "--image", "b.svs")
+    assert "per 100" not in only_spurious.output
+
+
+# True and predicted nuclei by the kind of the true one; each pair has a row of its own, from y.
+PAIRS = {
+    Kind.RIGHT: ([(2, 12)], [(2, 12)]),
+    Kind.BADLY_OUTLINED: ([(2, 22)], [(2, 9)]),
+    Kind.MISSED: ([(2, 12)], []),
+    Kind.MERGED: ([(2, 12), (12, 22)], [(2, 22)]),
+    Kind.SPLIT: ([(2, 22)], [(2, 12), (12, 22)]),
+    Kind.SPURIOUS: ([], [(2, 12)]),
+}
+
+
+def rectangles(side: int) -> list[shapely.Geometry]:
+    return [
+        shapely.box(x, 10 * row + 2, to, 10 * row + 8)
+        for row, pair in enumerate(PAIRS.values())
+        for x, to in pair[side]
+    ]
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, ground_truth: Path) -> Path:
+    """A project of one image, 60 x 80 px of 0.5 µm, with nuclei of all kinds."""
+    pixels = np.random.default_rng(0).integers(180, 200, (80, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "all kinds.png")
+    new = NewImage(tmp_path / "all kinds.png", [(60, 80)], (0.5, 0.5))
+    folder = init_project(tmp_path / "project", [new]).parent
+    write_nuclei(folder, 0, np.array(rectangles(1)))
+    write_geojson(ground_truth / "all kinds.geojson", rectangles(0))
+    return folder
+
+
+def test_errors_are_drawn_in_the_colour_of_their_kind(drawn: Path, ground_truth: Path) -> None:
+    result = call("score", drawn, "--ground-truth", ground_truth, "--json", "--pictures")
+    assert result.exit_code == 0, result.output
+    (image,) = json.loads(result.stdout)["images"]
+    assert set(image["kinds"].values()) == {1, 2}  # two are merged
+    path = drawn / "patchcl" / "errors" / "all kinds-1.png"
+    assert image["picture"] == str(path)
+    picture = Image.open(path)
+    assert picture.width >= 2 * 60
+    assert picture.height > 2 * 80  # with a legend
+    for row, kind in enumerate(PAIRS):
+        assert picture.getpixel((2 * 6, 2 * (10 * row + 2))) == pictures.COLOURS[kind], kind
+        assert picture.getpixel((2 * 50, 2 * (10 * row + 2))) != pictures.COLOURS[kind]
+    legend = np.asarray(picture)[2 * 80 :]
+    for colour in pictures.COLOURS.values():
+        assert (legend == colour).all(axis=-1).any()
+
+
+def test_pictures_go_where_one_says(drawn: Path, ground_truth: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "pictures"
+    result = call("score", drawn, "--ground-truth", ground_truth, "--pictures", folder)
+    assert result.exit_code == 0
+    assert [path.name for path in folder.iterdir()] == ["all kinds-1.png"]
+    assert f"Look at: {folder}" in result.output
+    assert not (drawn / "patchcl" / "errors").exists()
+
+
+def test_scores_need_no_pixels_but_pictures_do(
+    project: Path, ground_truth: Path, tmp_path: Path
+) -> None:
+    write_geojson(ground_truth / "a.geojson")
+    result = call("score", project, "--ground-truth", ground_truth, "--pictures", tmp_path / "p")
+    assert result.exit_code == 1
+    assert "1.000" in result.stdout
+    assert f"{tmp_path / 'a.svs'}" in result.stderr
+    assert "Look at" not in result.stdout
+
+
+def test_a_large_image_is_shown_where_its_true_nuclei_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slide:
+        shape = (1000, 800)
+
+    def shown(nuclei: list[shapely.Geometry], true: list[shapely.Geometry]) -> list[Box]:
+        return pictures._shown(Slide, np.array(nuclei), np.array(true))  # type: ignore[arg-type]
+
+    small, far = shapely.box(700, 10, 710, 20), shapely.box(5, 900, 15, 910)
+    assert shown([small], [small, far]) == [Box(0, 0, 1000, 800)]
+    monkeypatch.setattr(pictures, "_WHOLE_PX", 300)
+    monkeypatch.setattr(pictures, "_FIELD_PX", 100)
+    assert shown([far], [small]) == [Box(0, 684, 36, 726)]
+    assert shown([small, far], [small, far, far]) == [Box(0, 700, 100, 800), Box(900, 0, 1000, 100)]
+    assert shown([far], []) == [Box(884, 0, 926, 31)]
+    assert shown([], []) == [Box(450, 350, 550, 450)]
+    monkeypatch.setattr(pictures, "_FIELDS", 1)
+    assert shown([small, far], [small, far, far]) == [Box(900, 0, 1000, 100)]
+
+
 def test_one_geojson_is_the_ground_truth_of_one_image(project: Path, tmp_path: Path) -> None:
     (results,) = (project / "patchcl" / "results").glob("1/nuclei-*.geojson.gz")  # our own
     refused = call("score", project, "--ground-truth", results)
@@ -133,12 +254,18 @@ def test_the_table_has_images_and_their_mean(project: Path, ground_truth: Path) 
     write_geojson(ground_truth / "b.geojson")
     result = call("score", project, "--ground-truth", ground_truth)
     assert result.exit_code == 0
-    rows = [line.split() for line in result.stdout.splitlines() if "│" in line]
-    figures = {row[1]: [cell for cell in row[2:] if cell != "│"] for row in rows}
+    scores, kinds = tables(result.stdout)
+    figures = {row[0]: row[1:] for row in scores}
     assert figures["a.svs"] == ["3", "3", "1.000", "1.000", "1.000", "1.000"]
     # It has the first of three nuclei, of 120, 168 and 100 px.
     assert figures["b.svs"] == ["1", "3", f"{240 / 508:.3f}", f"{120 / 388:.3f}", "0.500", "0.500"]
-    assert figures["mean"] == ["0.736", "0.655", "0.750", "0.750"]
+    assert figures["mean"] == ["", "", "0.736", "0.655", "0.750", "0.750"]
+    assert kinds == [
+        ["a.svs", "3", "0", "0", "0", "0", "0"],
+        ["b.svs", "1", "0", "2", "0", "0", "0"],
+        ["total", "4", "0", "2", "0", "0", "0"],
+        ["per 100 true", "66.7", "0.0", "33.3", "0.0", "0.0", "0.0"],
+    ]
 
 
 def test_images_that_fail_do_not_stop_the_others(project: Path, ground_truth: Path) -> None:
@@ -152,6 +279,7 @@ def test_images_that_fail_do_not_stop_the_others(project: Path, ground_truth: Pa
     removed = call("score", project, "--ground-truth", ground_truth)
     assert "a.svs has no nuclei to score" in removed.output
     assert "mean" not in removed.output
+    assert "total" not in removed.output
 
 
 def test_damaged_results_are_reported(project: Path, ground_truth: Path) -> None:

@@ -1,4 +1,4 @@
-"""Agreement of predicted nuclei with ground truth: Dice, AJI, PQ, and F1 at IoU 0.5.
+"""Agreement of predicted nuclei with ground truth: Dice, AJI, PQ, F1 at IoU 0.5, kinds of error.
 
 Nuclei are label images, (H, W) integers in which 0 is background and each other value one nucleus;
 or polygons. Scores are between 0 and 1; they are 1 if neither side has a nucleus.
@@ -7,6 +7,7 @@ or polygons. Scores are between 0 and 1; they are 1 if neither side has a nucleu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +15,28 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Labels, Polygons
+
+MIN_IOU = 0.5  # of a match: more
+_MOST = 0.5  # fraction of a nucleus that lies in another: more is most of it
+_ON_NUCLEI = 0.2  # fraction of a nucleus that is covered: less is as good as nothing
+
+
+class Kind(StrEnum):
+    """What became of a nucleus: each true one is of one of the first five kinds.
+
+    RIGHT: a predicted nucleus has an IoU above 0.5 with it. MERGED: most of it lies in a predicted
+    nucleus that holds most of another true one, too. SPLIT: it holds most of several predicted
+    nuclei. MISSED: less than a fifth of it is predicted. BADLY_OUTLINED: all others. Of these the
+    first that fits. SPURIOUS are predicted nuclei, with less than a fifth of their area in true
+    ones. Most is more than half of the area.
+    """
+
+    RIGHT = "right"
+    BADLY_OUTLINED = "badly_outlined"
+    MISSED = "missed"
+    MERGED = "merged"
+    SPLIT = "split"
+    SPURIOUS = "spurious"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +139,57 @@ class Overlaps:
         nuclei = len(self.predicted) + len(self.true)
         return float(2 * self._matched.sum() / nuclei) if nuclei else 1.0
 
+    @cached_property
+    def true_kinds(self) -> NDArray[np.str_]:
+        """(T,) the kind of each true nucleus: all but SPURIOUS."""
+        most = self._fraction_of_true > _MOST
+        merged = np.zeros(len(self.true), dtype=bool)
+        merged[self.col[most & (self.held[self.row] > 1)]] = True
+        pieces = np.bincount(self.col[self._fraction_of_predicted > _MOST], None, len(self.true))
+        covered = np.bincount(self.col, self._fraction_of_true, len(self.true))
+        first_that_fits = {
+            Kind.RIGHT: self._best_iou(self.col, len(self.true)) > MIN_IOU,
+            Kind.MERGED: merged,
+            Kind.SPLIT: pieces > 1,
+            Kind.MISSED: covered < _ON_NUCLEI,
+        }
+        return np.select(
+            [*first_that_fits.values()], [*map(str, first_that_fits)], str(Kind.BADLY_OUTLINED)
+        )
+
+    @cached_property
+    def spurious(self) -> NDArray[np.bool_]:
+        """(P,) whether a predicted nucleus is of the kind SPURIOUS."""
+        covered = np.bincount(self.row, self._fraction_of_predicted, len(self.predicted))
+        return np.asarray(covered < _ON_NUCLEI)
+
+    @cached_property
+    def held(self) -> NDArray[np.intp]:
+        """(P,) the number of true nuclei of which a predicted one holds most."""
+        most = self._fraction_of_true > _MOST
+        return np.bincount(self.row[most], minlength=len(self.predicted))
+
+    @cached_property
+    def predicted_iou(self) -> NDArray[np.float64]:
+        """(P,) the largest IoU of each predicted nucleus with a true one."""
+        return self._best_iou(self.row, len(self.predicted))
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """The number of nuclei of each ``Kind``: true ones, and spurious predicted ones."""
+        counts = {str(kind): int(np.count_nonzero(self.true_kinds == kind)) for kind in Kind}
+        return counts | {str(Kind.SPURIOUS): int(np.count_nonzero(self.spurious))}
+
+    @property
+    def _fraction_of_true(self) -> NDArray[np.float64]:
+        """(K,) of each pair, the fraction of the true nucleus that is shared."""
+        return self.shared / self.true[self.col]
+
+    @property
+    def _fraction_of_predicted(self) -> NDArray[np.float64]:
+        """(K,) of each pair, the fraction of the predicted nucleus that is shared."""
+        return self.shared / self.predicted[self.row]
+
     @property
     def _union(self) -> NDArray[np.float64]:
         return self.predicted[self.row] + self.true[self.col] - self.shared
@@ -132,7 +206,13 @@ class Overlaps:
         """
         mutual = np.intersect1d(self._best(self.row), self._best(self.col))
         iou = self._iou[mutual]
-        return iou[iou > 0.5]
+        return iou[iou > MIN_IOU]
+
+    def _best_iou(self, nucleus: NDArray[np.intp], count: int) -> NDArray[np.float64]:
+        """(count,) the largest IoU of each nucleus; ``nucleus`` (K,) is ``row`` or ``col``."""
+        best = np.zeros(count)
+        np.maximum.at(best, nucleus, self._iou)
+        return best
 
     def _best(self, nucleus: NDArray[np.intp]) -> NDArray[np.intp]:
         """The pair with the largest IoU of each nucleus that is in a pair; of equal ones the first.

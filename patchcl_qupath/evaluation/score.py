@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ import shapely
 from patchcl_qupath.datatypes import ImageEntry, Polygons
 from patchcl_qupath.errors import ImageError, PatchCLError
 from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
-from patchcl_qupath.evaluation.metrics import Overlaps
+from patchcl_qupath.evaluation.metrics import Kind, Overlaps
+from patchcl_qupath.evaluation.pictures import draw_errors, picture_name
 from patchcl_qupath.project import Project
+from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.geojson import made_valid
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import Record, RemovedRecord, read_result
@@ -25,7 +28,9 @@ class ImageScore(Record, frozen=True, kw_only=True):
     """The agreement of one image's nuclei with ground truth.
 
     ``problem`` is None unless it failed; ``note`` is a message for people, or None; ``scores``,
-    between 0 and 1, have the names of SCORES.
+    between 0 and 1, have the names of SCORES; ``kinds`` are the numbers of nuclei of each
+    ``metrics.Kind``. ``picture`` is the path of the picture of its errors; ``no_picture`` the
+    reason why one that was asked for could not be drawn.
     """
 
     id: str
@@ -35,15 +40,36 @@ class ImageScore(Record, frozen=True, kw_only=True):
     nuclei: int | None = None
     true_nuclei: int | None = None
     scores: dict[str, float] = {}  # noqa: RUF012  # msgspec copies it
+    kinds: dict[str, int] = {}  # noqa: RUF012
+    picture: str | None = None
+    no_picture: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """The nuclei (P,) and true nuclei (T,) of an image, level 0, and their overlaps.
+
+    ``mpp`` (x, y) are µm/px at level 0 as in the run; ``notes`` are messages for people.
+    """
+
+    nuclei: Polygons
+    true: Polygons
+    overlaps: Overlaps
+    mpp: tuple[float, float]
+    notes: list[str]
 
 
 def score(
-    project: Project, entries: Sequence[ImageEntry], ground_truth: Path
+    project: Project,
+    entries: Sequence[ImageEntry],
+    ground_truth: Path,
+    pictures: Path | None = None,
 ) -> tuple[list[ImageScore], list[str]]:
     """Score the images that have ground truth in ``ground_truth``, a folder or a file.
 
-    Returns their scores, and the names of the images without ground truth. An image that fails has
-    a ``problem`` and does not stop the others. Raises GroundTruthError if no image has any.
+    Draws a picture of the errors of each into the folder ``pictures``, if one is given. Returns
+    their scores, and the names of the images without ground truth. An image that fails has a
+    ``problem`` and does not stop the others. Raises GroundTruthError if no image has any.
     """
     files = ground_truth_files(ground_truth, entries)
     scored, without = [], []
@@ -52,30 +78,34 @@ def score(
             without.append(entry.name)
             continue
         try:
-            scored.append(score_image(project, entry, files[entry.id]))
+            scored.append(score_image(project, entry, files[entry.id], pictures))
         except PatchCLError as error:
             scored.append(ImageScore(id=entry.id, image=entry.name, problem=str(error)))
     return scored, without
 
 
-def score_image(project: Project, entry: ImageEntry, files: Sequence[Path]) -> ImageScore:
-    """Score one image. Raises ImageError for its nuclei, GroundTruthError for the ground truth."""
-    nuclei, regions = _segmented(project, entry)
-    ground_truth = read_ground_truth(files, entry)
-    true, notes = ground_truth.polygons, [ground_truth.note] if ground_truth.note else []
-    if regions:
-        # A nucleus is inside if its centroid is, as in the run.
-        centroids = shapely.STRtree(shapely.centroid(true))
-        true = true[np.unique(centroids.query(regions, predicate="covers")[1])]
-        notes.append("only inside the analysis regions of the run")
-    overlaps = Overlaps.of_polygons(nuclei, true)
+def score_image(
+    project: Project, entry: ImageEntry, files: Sequence[Path], pictures: Path | None = None
+) -> ImageScore:
+    """Score one image. Raises ImageError for its nuclei, GroundTruthError for the ground truth,
+    StorageError for its picture."""
+    compared = _compare(project, entry, files)
+    picture, no_picture = None, None
+    if pictures is not None:
+        try:
+            picture = str(_draw(entry, compared, pictures))
+        except ImageError as error:  # the scores need no pixels
+            no_picture = str(error)
     return ImageScore(
         id=entry.id,
         image=entry.name,
-        note="; ".join(notes) or None,
-        nuclei=len(nuclei),
-        true_nuclei=len(true),
-        scores={name: getattr(overlaps, name) for name in SCORES},
+        note="; ".join(compared.notes) or None,
+        nuclei=len(compared.nuclei),
+        true_nuclei=len(compared.true),
+        scores={name: getattr(compared.overlaps, name) for name in SCORES},
+        kinds=compared.overlaps.kinds,
+        picture=picture,
+        no_picture=no_picture,
     )
 
 
@@ -85,8 +115,56 @@ def mean(scored: Sequence[ImageScore]) -> dict[str, float]:
     return {name: float(np.mean([s[name] for s in scores])) for name in SCORES} if scores else {}
 
 
-def _segmented(project: Project, entry: ImageEntry) -> tuple[Polygons, list[shapely.Geometry]]:
-    """The nuclei of the last run, level 0; and its analysis regions, if any. Raises ImageError."""
+def kinds_in_total(scored: Sequence[ImageScore]) -> dict[str, int]:
+    """The nuclei of each kind in all images that did not fail; empty if all failed."""
+    kinds = [image.kinds for image in scored if not image.problem]
+    return {str(kind): sum(each[kind] for each in kinds) for kind in Kind} if kinds else {}
+
+
+def per_100_true(scored: Sequence[ImageScore]) -> dict[str, float]:
+    """The nuclei of each kind in all images, per 100 true nuclei; empty without a true nucleus."""
+    true = sum(image.true_nuclei or 0 for image in scored if not image.problem)
+    kinds = kinds_in_total(scored)
+    return {kind: 100 * count / true for kind, count in kinds.items()} if true else {}
+
+
+def _compare(project: Project, entry: ImageEntry, files: Sequence[Path]) -> _Compared:
+    """Compare the nuclei of an image with its ground truth, in the analysis regions of the run.
+
+    Raises ImageError, GroundTruthError.
+    """
+    nuclei, regions, mpp = _segmented(project, entry)
+    ground_truth = read_ground_truth(files, entry)
+    true, notes = ground_truth.polygons, [ground_truth.note] if ground_truth.note else []
+    if regions:
+        # A nucleus is inside if its centroid is, as in the run.
+        centroids = shapely.STRtree(shapely.centroid(true))
+        true = true[np.unique(centroids.query(regions, predicate="covers")[1])]
+        notes.append("only inside the analysis regions of the run")
+    return _Compared(
+        nuclei=nuclei,
+        true=true,
+        overlaps=Overlaps.of_polygons(nuclei, true),
+        mpp=mpp,
+        notes=notes,
+    )
+
+
+def _draw(entry: ImageEntry, compared: _Compared, folder: Path) -> Path:
+    """Draw the errors of an image into a folder. Raises SlideError, StorageError."""
+    path = folder / picture_name(entry)
+    slide = Slide.open(replace(entry, mpp=compared.mpp))
+    draw_errors(path, slide, compared.nuclei, compared.true, compared.overlaps)
+    return path
+
+
+def _segmented(
+    project: Project, entry: ImageEntry
+) -> tuple[Polygons, list[shapely.Geometry], tuple[float, float]]:
+    """The nuclei of the last run, level 0; its analysis regions, if any; its µm/px (x, y) there.
+
+    Raises ImageError.
+    """
     folder = project.layout.results(entry.id)
     result = read_result(project.layout.result(entry.id))
     if isinstance(result, RemovedRecord) or not folder.exists():
@@ -101,4 +179,4 @@ def _segmented(project: Project, entry: ImageEntry) -> tuple[Polygons, list[shap
         raise ImageError(
             f"{entry.name}: its nuclei in {folder} cannot be read: do `patchcl-qp run` again"
         ) from error
-    return nuclei, regions
+    return nuclei, regions, result.slide.mpp

@@ -6,6 +6,7 @@ runs/<run>/<image>/                 finished tiles of an image (``execution.tile
 results/<image>/                    nuclei of an image (``project.results``)
 surveys/<image>.parquet             uncertainty grid of an image
 previews/<image>.png                a picture of an image's nuclei
+errors/<image>.png                  a picture of an image's errors, beside ground truth
 report/index.html                   the report
 report/outcomes/<image>.json        outcome of an image in its last run
 report/images/<image>/              pictures and figures of an image for the report
@@ -91,6 +92,11 @@ class Layout:
     def preview(self, image: str) -> Path:
         """A picture of an image's nuclei."""
         return self.previews / f"{image}.png"
+
+    @property
+    def errors(self) -> Path:
+        """The folder of pictures of errors."""
+        return self.root / "errors"
 
     @property
     def report(self) -> Path:

@@ -1,0 +1,170 @@
+"""CDCL with a few labelled images or ROIs, beside the label-free model and labels alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import shapely
+
+from bench.cache import code
+from bench.measure import Bench, Measures, progress, run_key, segment, without
+from bench.sets import ImageSet, project_of
+from patchcl_qupath.config import Config
+from patchcl_qupath.correction.labels import training_samples
+from patchcl_qupath.datatypes import Corrections, ImageEntry, Polygons
+from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
+from patchcl_qupath.evaluation.metrics import Kind, Overlaps
+from patchcl_qupath.evaluation.score import mean, per_100_true, score
+from patchcl_qupath.models.model import Model
+from patchcl_qupath.progress import Stage, counter
+from patchcl_qupath.project import Project
+from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
+from patchcl_qupath.storage.geojson import made_valid
+from patchcl_qupath.storage.parquet import read_nuclei
+from patchcl_qupath.training import cdcl, selftrain
+from patchcl_qupath.training.supervision import TrainingSample
+
+KINDS = ("label-free", "labels alone", "CDCL")
+# Numbers, or fractions, of labelled whole images; or numbers of labelled ROIs of 250 px.
+LABELLED: dict[str, tuple[int | Fraction, int | None]] = {
+    **{f"{k}-images": (k, None) for k in (1, 2, 4)},
+    **{f"{k}-fields": (k, 250) for k in (2, 4, 8)},
+    **{f"1/{k}-images": (Fraction(1, k), None) for k in (32, 16, 8)},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """The labelled images of a draw, by id, each with its labelled ROI, and their samples."""
+
+    corrections: dict[str, Corrections]
+    samples: list[TrainingSample]
+
+
+def few_labels(
+    bench: Bench, images: ImageSet, row: str, config: Config, draw: int
+) -> dict[str, Measures]:
+    """Measures by KINDS, on the images without labels; none if that are too few.
+
+    CDCL refines the label-free model; "labels alone" trains the same network on the labelled pixels
+    for as many steps. ``roi_recall`` is the fraction of the nuclei in the labelled ROIs that are
+    right.
+    """
+    count, side = LABELLED[row]
+    if isinstance(count, Fraction):
+        count = max(1, round(count * len(images.images)))
+    if count >= len(images.images):
+        return {}
+    start = bench.trained(images, config)
+    key = {
+        "few labels": [count, side, draw],
+        "labels": images.labels_digest,
+        "start": run_key(start, images),
+        "config": without(config, ("segment", "result", "engine")),
+        **code(
+            "pipeline.train",
+            "slides.prepare.training_crops",
+            "correction.labels.training_samples",
+            "training.cdcl.refine",
+            "training.selftrain.train_on",
+            "training.selftrain.pseudo_labelled_samples",
+            script=Path(__file__),
+        ),
+    }
+
+    def measure() -> dict[str, Measures]:
+        with project_of(images) as project:
+            drawn = _draw(project, images, config, count=count, side=side, draw=draw)
+            models = _models(project, start, drawn, draw)
+            return {
+                kind: _measured(project, images, model, drawn) for kind, model in models.items()
+            }
+
+    measures: dict[str, Measures] = bench.cache.value(key, measure)
+    return measures
+
+
+def _draw(
+    project: Project,
+    images: ImageSet,
+    config: Config,
+    *,
+    count: int,
+    side: int | None,
+    draw: int,
+) -> Drawn:
+    """Draw images at random, and in each a ROI."""
+    rng = np.random.default_rng(draw)
+    entries = project.images()
+    drawn: dict[str, Corrections] = {}
+    samples: list[TrainingSample] = []
+    for i in rng.choice(len(entries), size=count, replace=False):
+        image = prepare(entries[i], config)
+        nuclei = _true_nuclei(entries[i], images)
+        roi = _roi(image, nuclei, side, rng)
+        drawn[entries[i].id] = Corrections(rois=(roi,), nuclei=tuple(nuclei))
+        samples += training_samples(image, drawn[entries[i].id])
+    return Drawn(corrections=drawn, samples=samples)
+
+
+def _roi(
+    image: PreparedImage, nuclei: Polygons, side: int | None, rng: np.random.Generator
+) -> shapely.Geometry:
+    """A whole image, or a random square of ``side`` px, at most the image's, that has a nucleus."""
+    width, height = image.slide.size
+    if side is None or not len(nuclei):
+        return shapely.box(0, 0, width, height)
+    side = min(side, width, height)
+    while True:
+        x, y = rng.integers(width - side + 1), rng.integers(height - side + 1)
+        roi = shapely.box(x, y, x + side, y + side)
+        if shapely.intersects(nuclei, roi).any():
+            return roi
+
+
+def _models(project: Project, start: Model, drawn: Drawn, draw: int) -> dict[str, Model]:
+    """The models that are compared, by KINDS."""
+    config = start.config
+    alone = replace(config.selftrain, steps=config.cdcl.steps)
+    training = counter(progress, Stage.TRAINING_NETWORK)
+    trained = selftrain.train_on(drawn.samples, alone, draw, training)
+    unlabelled = pseudo_labelled_samples(project, start)
+    refining = counter(progress, Stage.REFINING)
+    refined = cdcl.refine(start, drawn.samples, unlabelled, refining, draw)
+    models = (start, replace(start, network=trained.network), refined)
+    return dict(zip(KINDS, models, strict=True))
+
+
+def pseudo_labelled_samples(project: Project, model: Model) -> list[TrainingSample]:
+    """Training samples with the model's pseudo-labels, from crops of the images."""
+    count = counter(progress, Stage.READING_CROPS)
+    crops = training_crops(project.images(), model.config, count)
+    count = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
+    return selftrain.pseudo_labelled_samples(crops, model, count)
+
+
+def _measured(project: Project, images: ImageSet, model: Model, drawn: Drawn) -> Measures:
+    """Run a model on all images; score those without labels, and the nuclei in labelled ROIs."""
+    assert images.ground_truth is not None
+    segment(project, model, project.images())
+    held_out = [entry for entry in project.images() if entry.id not in drawn.corrections]
+    scored, _ = score(project, held_out, images.ground_truth)
+    right, true = 0, 0
+    for id_, corrections in drawn.corrections.items():
+        found = made_valid(read_nuclei(project.layout.nuclei(id_)).polygons)
+        nuclei = np.array(corrections.nuclei)
+        drawn_there = nuclei[shapely.covers(corrections.rois[0], shapely.centroid(nuclei))]
+        right += Overlaps.of_polygons(found, drawn_there).kinds[Kind.RIGHT]
+        true += len(drawn_there)
+    recall = {"roi_recall": right / true} if true else {}
+    return {**mean(scored), **per_100_true(scored), **recall}
+
+
+def _true_nuclei(entry: ImageEntry, images: ImageSet) -> Polygons:
+    """The ground truth of an image, at level 0."""
+    assert images.ground_truth is not None
+    files = ground_truth_files(images.ground_truth, [entry])
+    return read_ground_truth(files[entry.id], entry).polygons
