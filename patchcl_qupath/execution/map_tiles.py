@@ -176,7 +176,7 @@ class _TileQueue:
 
     def _take(self) -> Iterator[tuple[Tile, Any]]:
         """Take what workers have done."""
-        for future in _ready(self._running):
+        for future in _ready(self._running, 0.01 if self.admission.is_pending else 0.1):
             if future not in self._given:  # it was taken back
                 continue
             given = self._given.pop(future)
@@ -203,11 +203,11 @@ class _TileQueue:
                     yield given.tile, error
 
 
-def _ready(running: Any) -> Any:
+def _ready(running: Any, patience_s: float) -> Any:
     """The futures that ended by now; waits for a moment if there are none."""
     if not running.has_ready():
         with running.thread_condition:
-            running.thread_condition.wait(timeout=0.1)  # as dask does
+            running.thread_condition.wait(timeout=patience_s)  # as dask does
     return running.next_batch(block=False)
 
 
