@@ -177,8 +177,9 @@ def run(
             act()
             act = None
     status = process.wait(timeout=10)
-    assert act is None, lines
-    assert not [line for line in lines if "Traceback" in line], lines
+    printed = "\n".join(lines)
+    assert act is None, printed
+    assert "Traceback" not in printed, printed
     return Ended(status, lines)
 
 

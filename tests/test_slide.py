@@ -293,7 +293,7 @@ def test_another_machine_may_have_another_file_there(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match=rf"a.tif: .* has {size} bytes, not 7: copy it there"):
         slide.check_same(7)
     path.unlink()
-    with pytest.raises(SlideError, match="a.tif is not at .*, as seen from .*: bring it back"):
+    with pytest.raises(SlideError, match=r"a.tif is not at .*, as seen from .*: bring it back"):
         slide.check_same(size)
 
 
@@ -303,7 +303,7 @@ def test_another_user_may_not_read_a_slide(tmp_path: Path) -> None:
     slide = Slide.open(entry(path))
     path.chmod(0)
     os.utime(path, ns=(1, 1))  # it is opened again
-    with pytest.raises(SlideError, match="may not be read by the user of .*: give that user the"):
+    with pytest.raises(SlideError, match=r"may not be read by the user of .*: give that user the"):
         slide.check_same(0)
 
 

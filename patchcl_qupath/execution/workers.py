@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from typing import Any
@@ -34,6 +34,8 @@ _GONE = (
 # A terminal sends Ctrl-C to all processes, but it is the run that ends the others.
 _NO_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
+_DASK_LOGS = ("distributed", "distributed.client", "tornado.application")
+
 _SETTINGS = {
     "distributed.worker.memory.spill": False,
     "distributed.admin.low-level-log-length": 0,
@@ -55,7 +57,7 @@ class Workers:
     scheduler: str | None = None
     _threads: dict[str, int] = field(default_factory=dict)  # by address, when last asked
     _warned: set[str] = field(default_factory=set)
-    _last_seen: list[float] = field(default_factory=lambda: [time.monotonic()])  # when, the last
+    _last_left: list[float] = field(default_factory=list)  # when the last one was found to be gone
 
     def present(self) -> dict[str, int]:
         """By address, how many threads the workers have that are there now; they come and go.
@@ -69,8 +71,6 @@ class Workers:
             logger.info("worker %s left", address)
         if self.scheduler and not now:
             self._check_patience(self.scheduler)
-        else:
-            self._last_seen[0] = time.monotonic()
         self._threads.clear()
         self._threads.update(now)
         return now
@@ -83,12 +83,13 @@ class Workers:
 
     def _check_patience(self, scheduler: str) -> None:
         """Raise ImageError where there was no worker for too long."""
-        if self._threads:
+        if self._threads or not self._last_left:
+            self._last_left[:] = [time.monotonic()]
             minutes = _NO_WORKER_S / 60
             logger.warning(
                 "no worker is left at %s: waiting %.0f minutes for one", scheduler, minutes
             )
-        if time.monotonic() > self._last_seen[0] + _NO_WORKER_S:
+        if time.monotonic() > self._last_left[0] + _NO_WORKER_S:
             raise ImageError(f"{no_worker(scheduler)}; finished tiles are kept")
 
 
@@ -172,7 +173,10 @@ def _at_scheduler(address: str) -> Iterator[Workers]:
             f"no Dask scheduler answers at {address}: start one with 'dask scheduler', "
             f"or leave out --scheduler to work on this machine ({error})"
         ) from error
-    with silence_logging_cmgr(logging.CRITICAL), client:  # what matters is in our own errors
+    with ExitStack() as stack:
+        for name in _DASK_LOGS:  # what matters is in our own errors
+            stack.enter_context(silence_logging_cmgr(logging.CRITICAL, name))
+        stack.enter_context(client)
         logger.info("connected to the Dask scheduler at %s", address)
         try:
             client.wait_for_workers(1, timeout=_NO_WORKER_S)
