@@ -14,27 +14,30 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HUB = "10.99.0.1"  # the address of the first machine; the others count on
+_COMMANDS = ("unshare", "nsenter", "setpriv", "ip", "bridge", "mount")
 _NAMESPACES = ["--net", "--mount", "--uts"]
+_ENDS_WITH_US = ["setpriv", "--pdeathsig", "KILL"]
 _AS_ROOT = [] if hasattr(os, "getuid") and os.getuid() == 0 else ["--user", "--map-root-user"]
 
 
 def problem() -> str | None:
     """Why there can be no such machines here; None if there can."""
-    missing = [
-        name for name in ("unshare", "nsenter", "ip", "bridge", "mount") if not shutil.which(name)
-    ]
-    if sys.platform != "linux" or missing:
-        return f"no Linux, or without {', '.join(missing)}" if missing else "no Linux"
+    if sys.platform != "linux":
+        return "this is not Linux"
+    if missing := [name for name in _COMMANDS if not shutil.which(name)]:
+        return f"without {', '.join(missing)}"
     try:
-        with network("probe"):
-            return None
-    except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+        with network("first", "second") as net:
+            net.machines[1].hide(Path("/tmp"))
+            net.isolate_workers()
+    except (OSError, RuntimeError) as error:
         return str(error)
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +48,12 @@ class Machine:
     address: str
     keeper: subprocess.Popen[str]
     stack: ExitStack
-    links: list[str] = field(default_factory=list)
 
     def command(self, *command: Any) -> list[str]:
         """A command that runs there."""
         user = ["--user", "--preserve-credentials"] if _AS_ROOT else []
         enter = ["nsenter", "--target", str(self.keeper.pid), *user, *_NAMESPACES]
-        return [*enter, *map(str, command)]
+        return [*enter, *_ENDS_WITH_US, *map(str, command)]
 
     def do(self, *command: Any) -> str:
         """Run a command there, and wait for it; -> what it prints. Raises RuntimeError."""
@@ -127,7 +129,14 @@ def network(*names: str) -> Iterator[Network]:
 
 
 def _machine(name: str, address: str, stack: ExitStack, unshare: list[str]) -> Machine:
-    keep = [*unshare, "sh", "-c", 'hostname "$0" && echo ready && exec sleep infinity', name]
+    keep = [
+        *unshare,
+        *_ENDS_WITH_US,
+        "sh",
+        "-c",
+        'hostname "$0" && echo ready && exec sleep infinity',
+        name,
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     keeper = subprocess.Popen(keep, text=True, **pipes)  # type: ignore[call-overload]
     stack.callback(_end, keeper)
