@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import shapely
 from click.testing import CliRunner
-from distributed import LocalCluster
+from distributed import LocalCluster, get_worker
 
 from patchcl_qupath import cli, logs
 from patchcl_qupath.config import CLUSTERS
@@ -71,7 +71,8 @@ def slow(_: None, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
 def is_first(place: Path) -> bool:
     """Whether this process was the first to ask."""
     own = place / str(os.getpid())
-    own.write_text(own.name)
+    if not own.exists():
+        own.write_text(own.name)
     with suppress(FileExistsError):
         os.link(own, place / "first")
     return (place / "first").read_text() == own.name
@@ -94,6 +95,16 @@ def break_others(place: Path, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seco
     if not is_first(place):
         (place / "broken").touch()
         raise OSError("no such file")
+    time.sleep(0.1)
+    return one_nucleus(tile), UNCERTAINTY, {}
+
+
+def forgetful(place: Path, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
+    """Once, a worker loses what all tiles share."""
+    with suppress(FileExistsError):
+        (place / "forgot").touch(exist_ok=False)
+        data = get_worker().data
+        del data[next(key for key in data if str(key).startswith("patchcl-qupath-"))]
     time.sleep(0.1)
     return one_nucleus(tile), UNCERTAINTY, {}
 
@@ -232,6 +243,14 @@ def test_worker_that_can_no_longer_do_its_tiles_loses_them_to_others(tmp_path: P
     with processes() as cluster, open_workers(scheduler=cluster.scheduler_address) as workers:
         store, failed, _ = segment(workers, break_others, tmp_path, tmp_path, check=check)
     assert (tmp_path / "broken").exists()
+    assert failed == {}
+    assert store.missing(TILES) == []
+
+
+def test_worker_that_lost_what_tiles_share_is_given_it_again(tmp_path: Path) -> None:
+    with processes() as cluster, open_workers(scheduler=cluster.scheduler_address) as workers:
+        store, failed, _ = segment(workers, forgetful, tmp_path, tmp_path)
+    assert (tmp_path / "forgot").exists()
     assert failed == {}
     assert store.missing(TILES) == []
 

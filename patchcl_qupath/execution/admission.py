@@ -33,7 +33,11 @@ _NODE_AND_VERSION = (
 
 
 class NotHeldError(Exception):
-    """A worker does not hold what all tiles share: it is another process at the old address."""
+    """A worker does not hold what all tiles share: it may be another process at the old address."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
 
 
 class _Step(Enum):
@@ -98,6 +102,12 @@ class Admission:
         if self.workers.are_elsewhere:
             for address in self.admitted.keys() - self._asked.keys():
                 self._begin(address)
+
+    def dismiss(self, address: str) -> None:
+        """Have a worker begin anew, as if it had just joined."""
+        self.admitted.pop(address, None)
+        if held := self._held.pop(address, None):
+            held.release()
 
     def _forget(self, present: dict[str, int]) -> None:
         tables: list[dict[str, Any]] = [self.admitted, self.refused, self._asked, self._held]
@@ -177,10 +187,11 @@ def held(name: str) -> Any:
     from distributed import get_worker
 
     worker = get_worker()
+    address = str(worker.contact_address)
     try:
-        return worker.data[_key(name, str(worker.contact_address))]
+        return worker.data[_key(name, address)]
     except KeyError:
-        raise NotHeldError from None
+        raise NotHeldError(address) from None
 
 
 def _key(name: str, address: str) -> str:

@@ -184,7 +184,8 @@ class _TileQueue:
                 case None:
                     logger.info("tile %s was lost with its worker", given.tile.name)
                     self._await(future, given)  # another worker makes it again
-                case NotHeldError():
+                case NotHeldError() as error:
+                    self.admission.dismiss(error.address)
                     yield from self._take_back(given.tile)
                 case Exception() as error:
                     self.admission.ask_again()
