@@ -397,7 +397,7 @@ def test_threads_do_all_where_no_process_can_be_started(
 
     monkeypatch.setattr(distributed.Nanny, "start_unsafe", fail)
     with open_workers(6) as workers:
-        assert workers.threads() == 6
+        assert sum(workers.client.nthreads().values()) == 6
         _, failed, _ = segment(workers, third_time_lucky, tmp_path, tmp_path)
     assert list(failed) == [5]
     assert "no processes can be started (PermissionError(13, 'Permission denied'))" in caplog.text
