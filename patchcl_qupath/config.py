@@ -462,6 +462,23 @@ class SegmentConfig(Settings):
         float,
         setting("Minimum prominence of a marker: its height above the highest saddle", "µm", ge=0),
     ] = 0.1
+    join_prominence_um: Annotated[
+        float,
+        setting(
+            "Prominence below which neighbours are joined if that does not change how well they "
+            "fit ellipses",
+            "µm",
+        ),
+    ] = 0.4
+    join_ellipse_um: Annotated[
+        float,
+        setting(
+            "What that prominence gains if their union is an ellipse and they had no overlap with "
+            "theirs; both 0 joins none",
+            "µm",
+            ge=0,
+        ),
+    ] = 8.0
     core_um: Annotated[
         float, setting("Elevation that a core probability of 1 adds", "µm", ge=0)
     ] = 3.0
