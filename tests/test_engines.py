@@ -10,8 +10,9 @@ from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import confidence
+from patchcl_qupath.models.network import device
 
-TORCH, FLOAT32, BFLOAT16 = EngineKind
+TORCH, FLOAT32, BFLOAT16, CUDA_FLOAT16 = EngineKind
 
 
 @pytest.fixture(params=EngineKind)
@@ -21,6 +22,8 @@ def engine(request):
         pytest.importorskip("openvino")
     if request.param == BFLOAT16 and engines.choose("openvino") != BFLOAT16:
         pytest.skip("this CPU does not multiply bfloat16")
+    if request.param == CUDA_FLOAT16 and device().type == "cpu":
+        pytest.skip("there is no GPU")
     return request.param
 
 
@@ -37,7 +40,7 @@ def test_openvino_computes_what_torch_does(kind):
 
 @pytest.mark.parametrize("kind", ["patchcl", "nucleus"])
 def test_a_tile_has_the_same_confidence_as_the_whole_to_the_bit(kind, engine):
-    if (kind, engine) == ("patchcl", TORCH):
+    if (kind, engine, device().type) == ("patchcl", TORCH, "cpu"):
         pytest.skip("may round the other way: test_network.py says how seldom")
     model = random_model(kind)
     whole = random_rgb(300, 258)
@@ -54,7 +57,7 @@ def test_a_tile_has_the_same_confidence_as_the_whole_to_the_bit(kind, engine):
 
 @pytest.mark.parametrize("kind", ["patchcl", "nucleus"])
 def test_bands_have_the_same_confidence_as_the_whole_to_the_bit(kind, engine, monkeypatch):
-    if (kind, engine) == ("patchcl", TORCH):
+    if (kind, engine, device().type) == ("patchcl", TORCH, "cpu"):
         pytest.skip("may round the other way: test_network.py says how seldom")
     model, whole = random_model(kind), random_rgb(301, 90)
     at_once = confidence(model, whole, NORMALISER, engine)
@@ -80,7 +83,7 @@ def test_an_engine_is_chosen_by_what_there_is(monkeypatch):
     assert engines.choose("torch") is TORCH
     assert engines.choose("openvino") in (FLOAT32, BFLOAT16)
     monkeypatch.setitem(sys.modules, "openvino", None)  # as if it were not installed
-    assert engines.choose("auto") is TORCH
+    assert engines.choose("auto") is (TORCH if device().type == "cpu" else CUDA_FLOAT16)
     with pytest.raises(ConfigError, match="pip install openvino"):
         engines.choose("openvino")
     with pytest.raises(ConfigError, match="install it on all workers"):
@@ -90,8 +93,8 @@ def test_an_engine_is_chosen_by_what_there_is(monkeypatch):
 def test_kinds_of_engine_are_named_as_in_version_0_1():
     """A run that was stopped resumes only if its engine has the name that it had then."""
     names = ["torch", "openvino float32", "openvino bfloat16"]
-    assert [str(kind) for kind in EngineKind] == names
-    assert json.loads(json.dumps([*EngineKind])) == names
+    assert [str(kind) for kind in EngineKind] == [*names, "torch cuda float16"]
+    assert json.loads(json.dumps([*EngineKind])) == [*EngineKind]
 
 
 def test_an_engine_is_kept_for_its_model_alone(engine):
