@@ -292,7 +292,7 @@ def test_crops_are_of_one_slide_by_its_id_and_not_by_its_stains():
     teacher = Model(network=Prediction(), config=Config())
     done = []
     crops = TrainingCrops(images, (normaliser,) * 3, ("1", "2", "1"))
-    samples = selftrain.pseudo_labelled_samples(crops, teacher, lambda *n: done.append(n))
+    samples = selftrain.pseudo_labelled(crops, teacher, lambda *n: done.append(n))
     assert done == [(2, 3), (3, 3)]
     for sample, image in zip(samples, images, strict=True):
         np.testing.assert_array_equal(sample.stains, normaliser.apply(image))

@@ -3,9 +3,10 @@
 Touching nuclei are separated by a steepest-ascent watershed of an elevation map, the distance to
 the background, raised in the cores of nuclei. Each pixel of the mask steps to its highest
 neighbour until it reaches a maximum; the pixels of one maximum (marker) are one nucleus. Maxima of
-low prominence are merged, and so are neighbours that are one ellipse together. Unlike a watershed that floods from a queue, this one depends on no pixel
-farther away than the nucleus, so that a nucleus has the same pixels in each tile that contains it.
-No step here depends on the tile as a whole.
+low prominence are merged, and so are neighbours that are one ellipse together. Unlike a watershed
+that floods from a queue, this one depends on no pixel farther away than the nucleus, so that a
+nucleus has the same pixels in each tile that contains it. No step here depends on the tile as a
+whole.
 
 F. Meyer, Topographic distance and watershed lines, Signal Processing 38 (1994).
 """
@@ -382,12 +383,13 @@ def _borders(
     low, high, height = [], [], []
     for row in range(rows):
         for col in range(cols):
+            here = basins[row, col]
             for r, c in ((row, col + 1), (row + 1, col)):
-                if r < rows and c < cols and basins[row, col] and basins[r, c]:
-                    if basins[row, col] != basins[r, c]:
-                        low.append(min(basins[row, col], basins[r, c]))
-                        high.append(max(basins[row, col], basins[r, c]))
-                        height.append(min(elevation[row, col], elevation[r, c]))
+                there = basins[r, c] if here and r < rows and c < cols else 0
+                if there and there != here:
+                    low.append(min(here, there))
+                    high.append(max(here, there))
+                    height.append(min(elevation[row, col], elevation[r, c]))
     return np.array(low, np.int64), np.array(high, np.int64), np.array(height, np.float32)
 
 
