@@ -198,7 +198,7 @@ def refine(
 ) -> None:
     """Refine a model of PROJECT with ROIs in which a person corrected all nuclei."""
     with _reporting_errors(common.as_json):
-        if new_name == name:
+        if new_name.casefold() == name.casefold():  # one file on Windows and macOS
             raise ConfigError(f"give the refined model another name than {name}: --as NAME")
         settings = load_config(reading.config)
         project, entries = _open(common, reading=reading, writing=writing)

@@ -1,16 +1,19 @@
 import json
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_network import NORMALISER, random_model, random_network, random_rgb
 
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import confidence
-from patchcl_qupath.models.network import device
+from patchcl_qupath.models.network import NucleusNetwork, device, folded
+from patchcl_qupath.models.openvino_model import openvino_model
 
 TORCH, FLOAT32, BFLOAT16, CUDA_FLOAT16 = EngineKind
 
@@ -36,6 +39,48 @@ def test_openvino_computes_what_torch_does(kind):
     assert found.shape == (4 if kind == "patchcl" else 2, 64, 48)
     assert expected.std() > 0.1
     assert np.abs(found - expected).max() < 1e-3  # random weights exaggerate
+
+
+def test_openvino_reports_its_use_to_nobody():
+    """Its import would start a process, which tells a web service of it."""
+    pytest.importorskip("openvino")
+    code = "import sys\nfrom patchcl_qupath.models import engines\n"
+    code += "print(engines.choose('openvino'))\n"
+    code += "print([name for name in sys.modules if 'openvino_telemetry' in name])\n"
+    shown = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert shown.splitlines()[1:] == ["[]"]
+
+
+class _Changed(NucleusNetwork):
+    """A network whose last step is a function of the test's choice."""
+
+    def __init__(self, step):
+        super().__init__((4, 6, 8))
+        self.step = step
+
+    def probabilities(self, x):
+        return self.step(self(x))
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        (torch.sigmoid, None),
+        (torch.exp, (NotImplementedError, "exp")),
+        (lambda x: x.tanh(), (NotImplementedError, "tanh")),
+        (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), (TypeError, "mode")),
+        (lambda x: F.max_pool2d(x, 2, padding=1), (TypeError, "padding")),
+    ],
+    ids=["sigmoid", "function", "method", "interpolation", "padding"],
+)
+def test_an_operation_that_openvino_is_not_told_of_is_refused_by_name(step, error):
+    pytest.importorskip("openvino")
+    network = folded(_Changed(step))
+    if error is None:
+        openvino_model(network)
+        return
+    with pytest.raises(error[0], match=error[1]):
+        openvino_model(network)
 
 
 @pytest.mark.parametrize("kind", ["patchcl", "nucleus"])

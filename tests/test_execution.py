@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import distributed
 import numpy as np
 import pytest
 import shapely
@@ -26,6 +27,7 @@ from patchcl_qupath import cli, logs
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
+from patchcl_qupath.execution.jobs import _output_of
 from patchcl_qupath.execution.map_tiles import map_tiles
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import ATTEMPTS, job_cluster, open_workers
@@ -224,6 +226,8 @@ def test_scheduler_that_dies_is_named(tmp_path: Path) -> None:
 @pytest.fixture
 def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stand-ins for the commands that queue a job and cancel it: they run it here, and kill it."""
+    if sys.platform == "win32":
+        pytest.skip("the stand-ins are scripts of a shell")
     folder = tmp_path / "bin"
     folder.mkdir()
     run = f'bash -c "$(cat "$1")" > {tmp_path}/job.log 2>&1'
@@ -240,7 +244,8 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def jobs(**settings: Any) -> Any:
     """As in ~/.config/dask/jobqueue.yaml."""
-    job = {"cores": 1, "memory": "1GB", "interface": "lo", **settings}
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    job = {"cores": 1, "memory": "1GB", "interface": loopback, **settings}
     pytest.importorskip("dask_jobqueue")  # which brings settings of its own
     return dask.config.set({f"jobqueue.{kind}.{k}": v for kind in CLUSTERS for k, v in job.items()})
 
@@ -274,6 +279,27 @@ def test_job_that_is_not_described_is_asked_for(queue: Path) -> None:
         pytest.raises(ConfigError, match=r"write into .*jobqueue.yaml .*slurm: \{cores"),
     ):
         job_cluster("slurm")
+
+
+def test_threads_do_all_where_no_process_can_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a container without shared memory."""
+
+    async def fail(_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(distributed.Nanny, "start_unsafe", fail)
+    with open_workers(6) as workers:
+        assert workers.threads() == 6
+        _, failed, _ = segment(workers, third_time_lucky, tmp_path, tmp_path)
+    assert list(failed) == [5]
+    assert "no processes can be started (PermissionError(13, 'Permission denied'))" in caplog.text
+
+
+def test_a_list_of_jobs_with_a_character_cut_in_two() -> None:
+    code = "import sys; sys.stdout.buffer.write('12 R Größe'.encode()[:-2])"
+    assert _output_of([sys.executable, "-c", code]) == "12 R Grö\ufffd"
 
 
 def test_cluster_without_its_queue_or_package(monkeypatch: pytest.MonkeyPatch) -> None:

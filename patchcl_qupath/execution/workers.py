@@ -126,27 +126,39 @@ def _in_queue(kind: str, count: int, notify: Callable[[str], None]) -> Iterator[
 
 @contextmanager
 def _on_this_machine(count: int) -> Iterator[Workers]:
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
-    processes, threads = _shared_out(count)
-    logger.info("%d processes of %d threads on this machine", processes, threads)
-    options: dict[str, Any] = {"processes": False}
-    if processes > 1:
-        options = {"preload": _NO_CTRL_C}
-        # What processes shared is cleaned up after Ctrl-C, without a warning.
-        os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:" + resource_tracker.__name__)
-    with (
-        LocalCluster(
-            n_workers=processes,
-            threads_per_worker=threads,
-            dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces
-            memory_limit=0,
-            silence_logs=logging.CRITICAL,
-            **options,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+    with _local_cluster(count) as cluster, Client(cluster) as client:
         yield Workers(client=client)
+
+
+def _local_cluster(count: int) -> Any:
+    """A cluster of ``count`` threads; all in this process where no others can be started."""
+    processes, threads = _shared_out(count)
+    if processes == 1:
+        return _started(1, threads, processes=False)
+    # What processes shared is cleaned up after Ctrl-C, without a warning.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:" + resource_tracker.__name__)
+    try:
+        return _started(processes, threads, preload=_NO_CTRL_C)
+    except (OSError, RuntimeError) as error:  # of Dask
+        cause = error.__cause__ or error
+        logger.warning("no processes can be started (%r): all threads are of this one", cause)
+        return _started(1, count, processes=False)
+
+
+def _started(count: int, threads: int, **options: Any) -> Any:
+    from distributed import LocalCluster
+
+    logger.info("%d processes of %d threads on this machine", count, threads)
+    return LocalCluster(
+        n_workers=count,
+        threads_per_worker=threads,
+        dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces
+        memory_limit=0,
+        silence_logs=logging.CRITICAL,
+        **options,
+    )
 
 
 def _shared_out(count: int) -> tuple[int, int]:

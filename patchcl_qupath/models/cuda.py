@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from patchcl_qupath.models.network import ConvBlock, SegmentationNetwork, folded
+from patchcl_qupath.models.network import ConvBlock, SegmentationNetwork, folded, to_channels_last
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ class _Slot:
     ) -> None:
         on_gpu = device.type == "cuda"
         self._network = deepcopy(network).to(device, dtype)
-        self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        to_channels_last(self._network)
         self._dtype = dtype
         # What lies outside of the pixels, by the columns of the maps: one at each stride.
         self._outside = {

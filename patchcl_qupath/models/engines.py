@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import platform
 import threading
-import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from functools import cache
@@ -19,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from patchcl_qupath.config import EngineChoice
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.models.cuda import cuda_engine
-from patchcl_qupath.models.network import SegmentationNetwork, device, folded
+from patchcl_qupath.models.network import SegmentationNetwork, device, folded, to_channels_last
+from patchcl_qupath.models.openvino_model import load_openvino, openvino_model
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +108,7 @@ def _torch(kind: EngineKind, network: SegmentationNetwork) -> Engine:
 
 
 def _torch_on_cpu(network: SegmentationNetwork) -> Engine:
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.7 x as fast
+    to_channels_last(network)
 
     def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
@@ -122,9 +121,7 @@ def _torch_on_cpu(network: SegmentationNetwork) -> Engine:
 
 @cache
 def _core() -> Any:
-    import openvino
-
-    return openvino.Core()
+    return load_openvino().Core()
 
 
 def _has_bfloat16() -> bool:
@@ -140,7 +137,7 @@ def _openvino(network: SegmentationNetwork, precision_hint: str) -> Engine:
         "ENABLE_CPU_PINNING": False,
     }
     with _STARTING:
-        model = _converted(network)
+        model = openvino_model(network)
     local = threading.local()
 
     def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -152,40 +149,3 @@ def _openvino(network: SegmentationNetwork, precision_hint: str) -> Engine:
         return np.array(local.request.infer({0: x})[0][0], np.float32)
 
     return run
-
-
-class _Probabilities(nn.Module):
-    """A network whose forward pass yields probabilities, as the frontend traces that alone."""
-
-    def __init__(self, network: SegmentationNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network.probabilities(x)
-
-
-def _converted(network: SegmentationNetwork) -> Any:
-    """A network as an OpenVINO model, for one image of any height and width.
-
-    This calls OpenVINO's torch frontend directly. ``openvino.convert_model`` calls it, too, but
-    also reports each conversion to a web service unless the user has opted out, and takes a second.
-    """
-    from openvino import PartialShape, Type
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
-    example = torch.zeros(1, 3, 8, 8)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the frontend still needs a trace
-        # Checking the trace imports torch.distributed: 0.6 s.
-        traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-            _Probabilities(network), example, check_trace=False
-        )
-    frontend = FrontEndManager().load_by_framework("pytorch")
-    decoder = TorchScriptPythonDecoder(traced, shared_memory=False)  # in use until the end
-    loaded = frontend.load(decoder)
-    (pixels,) = loaded.get_inputs()
-    loaded.set_partial_shape(pixels, PartialShape([1, 3, -1, -1]))
-    loaded.set_element_type(pixels, Type.f32)
-    return frontend.convert(loaded)

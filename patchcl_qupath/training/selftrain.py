@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from patchcl_qupath.config import SegmentConfig, SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models.model import Model, confidence
-from patchcl_qupath.models.network import NucleusNetwork, device
+from patchcl_qupath.models.network import NucleusNetwork, device, to_channels_last
 from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.prepare import TrainingCrops
@@ -112,7 +112,7 @@ def train_on(
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
         network = NucleusNetwork(settings.widths).to(device())
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    to_channels_last(network)
     average = ema_model(network, warmup_steps=1)
     # The scheduler multiplies the optimizer's rate with what its function returns.
     optimizer = torch.optim.AdamW(network.parameters(), 1.0, weight_decay=settings.weight_decay)
