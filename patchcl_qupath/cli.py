@@ -495,7 +495,8 @@ def _at_work(project: Project) -> Iterator[None]:
 @contextmanager
 def _reporting_errors(as_json: bool) -> Iterator[None]:
     """Errors meant for the user become one line, not a traceback."""
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what matters is in our own errors
+    for name in ("tifffile", "asyncio"):  # what matters is in our own errors
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     before = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield

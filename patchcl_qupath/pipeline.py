@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from patchcl_qupath.project import Project
 from patchcl_qupath.report.figures import write_figures, write_preview
 from patchcl_qupath.segmentation.segment_tile import (
     TileContext,
+    check_machine,
     postprocessing_margin_px,
     segment_tile,
 )
@@ -188,6 +189,12 @@ class Run:
             store=store,
             on_done=tile_progress.one_more,
             on_failed=tile_progress.one_failed,
+            check=partial(
+                check_machine,
+                replace(image.slide, void=None),
+                file_signature(entry.path).bytes,
+                self.engine,
+            ),
         )
         left_out = set(store.missing(tiles))
         segmented = SegmentedImage(

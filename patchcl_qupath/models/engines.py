@@ -88,13 +88,18 @@ def start(kind: EngineKind, network: SegmentationNetwork) -> Engine:
     Raises ConfigError on a machine without OpenVINO, where another machine chose it. On one without
     a GPU, the CPU does the same in float32, with a line in the log.
     """
+    check_installed(kind)
     if not kind.is_openvino:
         return _torch(kind, network)
-    if not find_spec("openvino"):
+    return _openvino(folded(network), _PRECISION_HINTS[kind])
+
+
+def check_installed(kind: EngineKind) -> None:
+    """Raise ConfigError on a machine without OpenVINO, where another machine chose it."""
+    if kind.is_openvino and not find_spec("openvino"):
         raise ConfigError(
             f"{platform.node()} has no OpenVINO: install it on all workers, or use --engine torch"
         )
-    return _openvino(folded(network), _PRECISION_HINTS[kind])
 
 
 def _torch(kind: EngineKind, network: SegmentationNetwork) -> Engine:
