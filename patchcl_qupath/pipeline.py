@@ -94,7 +94,7 @@ def refine(
     )
     crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-    unlabelled = selftrain.pseudo_labelled_samples(crops, start, choosing)
+    unlabelled = [crop.sample for crop in selftrain.pseudo_labelled(crops, start, choosing)]
     return cdcl.refine(start, corrected, unlabelled, counter(progress, Stage.REFINING), seed)
 
 
