@@ -335,14 +335,17 @@ static String findCommand(String command, Path folder) {
     boolean windows = System.getProperty('os.name').startsWith('Windows')
     String name = windows ? 'patchcl-qp.exe' : 'patchcl-qp'
     String bin = windows ? 'Scripts' : 'bin'
-    Path home = Paths.get(System.getProperty('user.home'))
-    List<Path> places = (System.getenv('PATH') ?: '').tokenize(File.pathSeparator).collect { Paths.get(it) }
+    File home = new File(System.getProperty('user.home'))
+    // Windows allows quotes in PATH, of which Paths.get makes an error.
+    String path = (System.getenv('PATH') ?: '').replace('"', '')
+    List<File> places = path.tokenize(File.pathSeparator).collect { new File(it) }
     // A QuPath that was not started from a terminal does not have the PATH of a terminal.
-    for (parent in [folder.getParent(), home, home.resolve('patchcl-qupath'), Paths.get('/opt/patchcl-qupath')])
+    File project = folder.getParent().toFile()
+    for (parent in [project, home, new File(home, 'patchcl-qupath'), new File('/opt/patchcl-qupath')])
         for (environment in ['.venv', 'venv'])
-            places << parent.resolve(environment).resolve(bin)
-    places.addAll([home.resolve('.local/bin'), Paths.get('/usr/local/bin'), Paths.get('/opt/homebrew/bin')])
-    Path found = places.collect { it.resolve(name) }.find { Files.isRegularFile(it) }
+            places << new File(parent, "${environment}/${bin}")
+    places.addAll([new File(home, '.local/bin'), new File('/usr/local/bin'), new File('/opt/homebrew/bin')])
+    File found = places.collect { new File(it, name) }.find { it.isFile() }
     if (found == null)
         throw new FileNotFoundException("No ${name} on PATH: run `patchcl-qp scripts PROJECT` in a terminal, " +
                 "or write its path after 'command' at the top of this script.")

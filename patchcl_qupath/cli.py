@@ -206,7 +206,7 @@ def refine(
 ) -> None:
     """Refine a model of PROJECT with ROIs in which a person corrected all nuclei."""
     with _reporting_errors(common.as_json):
-        if new_name == name:
+        if new_name.casefold() == name.casefold():  # one file on Windows and macOS
             raise ConfigError(f"give the refined model another name than {name}: --as NAME")
         settings = load_config(reading.config)
         project, entries = _open(common, reading=reading, writing=writing)
@@ -554,7 +554,8 @@ def _at_work(project: Project) -> Iterator[None]:
 @contextmanager
 def _reporting_errors(as_json: bool) -> Iterator[None]:
     """Errors meant for the user become one line, not a traceback."""
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what matters is in our own errors
+    for name in ("tifffile", "asyncio"):  # what matters is in our own errors
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     before = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield

@@ -276,7 +276,20 @@ class SelfTrainConfig(Settings):
             max_length=3,
         ),
     ] = (16, 24, 40)
-    steps: Annotated[int, setting("Training steps", ge=1)] = 1000
+    first_steps: Annotated[
+        int,
+        setting(
+            "Training steps of a first network, which finds the pseudo-labels of the next", ge=1
+        ),
+    ] = 600
+    steps: Annotated[int, setting("Training steps of the network that is kept", ge=1)] = 1000
+    touching: Annotated[
+        float,
+        setting(
+            "Copies that are pasted beside nuclei of every other crop, as a fraction of its nuclei",
+            ge=0,
+        ),
+    ] = 0.5
     batch: Annotated[int, setting("Crops per step", ge=1)] = 8
     crop_px: Annotated[int, setting("Side of a training crop, a multiple of 4", "px", ge=4)] = 128
     learning_rate: Annotated[
@@ -288,13 +301,13 @@ class SelfTrainConfig(Settings):
     ] = 1.35
     residual: Annotated[
         float, setting("Fraction of the residual stain that is subtracted from hematoxylin", ge=0)
-    ] = 0.2
+    ] = 0.1
     blur_um: Annotated[
         float, setting("Gaussian sigma that smooths the hematoxylin map", "µm", ge=0)
-    ] = 0.5
+    ] = 0.35
     background_radius_um: Annotated[
         float, setting("Gaussian sigma of the local background", "µm", gt=0)
-    ] = 10.0
+    ] = 6.0
     local_contrast: Annotated[
         float,
         setting(
@@ -308,7 +321,7 @@ class SelfTrainConfig(Settings):
             ge=0,
         ),
     ] = 0.85
-    levels: Annotated[int, setting("Thresholds of the component tree", ge=1, le=256)] = 18
+    levels: Annotated[int, setting("Thresholds of the component tree", ge=1, le=256)] = 24
     tree_threshold: Annotated[
         float,
         setting(
@@ -361,7 +374,7 @@ class SelfTrainConfig(Settings):
             "Minimum mean gradient along the contour, as a fraction of the slide's 95th percentile",
             ge=0,
         ),
-    ] = 0.35
+    ] = 0.15
 
 
 @dataclass(frozen=True)
@@ -470,6 +483,23 @@ class SegmentConfig(Settings):
         float,
         setting("Minimum prominence of a marker: its height above the highest saddle", "µm", ge=0),
     ] = 0.1
+    join_prominence_um: Annotated[
+        float,
+        setting(
+            "Prominence below which neighbours are joined if that does not change how well they "
+            "fit ellipses",
+            "µm",
+        ),
+    ] = 0.4
+    join_ellipse_um: Annotated[
+        float,
+        setting(
+            "What that prominence gains if their union is an ellipse and they had no overlap with "
+            "theirs; both 0 joins none",
+            "µm",
+            ge=0,
+        ),
+    ] = 8.0
     core_um: Annotated[
         float, setting("Elevation that a core probability of 1 adds", "µm", ge=0)
     ] = 3.0

@@ -26,7 +26,7 @@ from patchcl_qupath.report.page import write_report as write_page
 from patchcl_qupath.slides.openslide import one_of_each_slide
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.status import ImageStatus, image_status
-from patchcl_qupath.storage.files import check_writable, exclusive_lock
+from patchcl_qupath.storage.files import check_writable, exclusive_lock, readable
 from patchcl_qupath.storage.parquet import Table, read_geoarrow
 from patchcl_qupath.storage.records import ImageOutcome
 
@@ -86,7 +86,7 @@ def train(
     >>> model.mpp
     0.5
     """
-    folder = project.layout.models
+    folder = project.layout.model(name).parent
     check_writable(folder)
     with exclusive_lock(project.layout.root):
         model = pipeline.train(_entries(project, images), _config(settings), show or hide_progress)
@@ -205,7 +205,7 @@ def refine(
     with exclusive_lock(project.layout.root):
         progress = show or hide_progress
         refined = pipeline.refine(project, project.images(), model, labels_from, progress)
-        refined.save(project.layout.models, name)
+        refined.save(project.layout.model(name).parent, name)
     return refined
 
 
@@ -229,11 +229,11 @@ def write_report(project: Project) -> Path:
 
 def _entries(project: Project, images: Sequence[str]) -> list[ImageEntry]:
     """The images of these names or ids; all where there are none."""
-    entries = project.images()
+    entries, wanted = project.images(), {readable(name) for name in images}
     known = {key for entry in entries for key in (entry.id, entry.name)}
-    if unknown := sorted(set(images) - known):
+    if unknown := sorted(wanted - known):
         raise ProjectError(f"no image {', '.join(unknown)} in {project.path}")
-    return [e for e in entries if not images or {e.id, e.name} & set(images)]
+    return [e for e in entries if not wanted or {e.id, e.name} & wanted]
 
 
 def _config(settings: Settings) -> Config:

@@ -219,8 +219,8 @@ overrides = _bundle(
         click.option(
             "--engine",
             type=click.Choice([*map(str, EngineChoice)]),
-            help="What runs the network. Default: OpenVINO on CPUs, if it is installed, else "
-            "torch.",
+            help="What runs the network. Default: on a GPU torch in float16; on CPUs OpenVINO, if "
+            "it is installed, else torch in float32.",
         ),
         click.option(
             "--object-type",

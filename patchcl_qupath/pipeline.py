@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 
@@ -31,6 +31,7 @@ from patchcl_qupath.project import Project
 from patchcl_qupath.report.figures import write_figures, write_preview
 from patchcl_qupath.segmentation.segment_tile import (
     TileContext,
+    check_machine,
     postprocessing_margin_px,
     segment_tile,
 )
@@ -93,7 +94,7 @@ def refine(
     )
     crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-    unlabelled = selftrain.pseudo_labelled_samples(crops, start, choosing)
+    unlabelled = [crop.sample for crop in selftrain.pseudo_labelled(crops, start, choosing)]
     return cdcl.refine(start, corrected, unlabelled, counter(progress, Stage.REFINING), seed)
 
 
@@ -191,6 +192,12 @@ class Run:
             store=store,
             on_done=tile_progress.one_more,
             on_failed=tile_progress.one_failed,
+            check=partial(
+                check_machine,
+                replace(image.slide, void=None),
+                file_signature(entry.path).bytes,
+                self.engine,
+            ),
         )
         left_out = set(store.missing(tiles))
         segmented = SegmentedImage(

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = replace(
     Config(),
     patchcl=replace(Config().patchcl, max_steps=160, cooldown_steps=60, crops=32),
-    selftrain=replace(Config().selftrain, steps=120),
+    selftrain=replace(Config().selftrain, first_steps=60, steps=120),
 )
 # The same examples each time: a failure is one of the change that shows it.
 hypothesis.settings.register_profile(

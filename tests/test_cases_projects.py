@@ -7,8 +7,10 @@ import os
 import runpy
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -18,10 +20,11 @@ from click.testing import CliRunner
 from PIL import Image
 from test_project import BIO_FORMATS, OPENSLIDE, builder, calibrated, touch, write_project
 
+import patchcl_qupath as pq
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import load_config
 from patchcl_qupath.datatypes import Box, ImageEntry
-from patchcl_qupath.errors import GroundTruthError, ProjectError, SlideError
+from patchcl_qupath.errors import GroundTruthError, ImageError, ProjectError, SlideError
 from patchcl_qupath.evaluation.ground_truth import read_ground_truth
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.arguments import parse_arguments
@@ -33,6 +36,7 @@ from patchcl_qupath.storage.geojson import read_areas
 ROOT = Path(__file__).parent.parent
 CASES = ROOT.parent / "shared" / "cases"
 OLD = "file:/E:/projects/p1/project.qpproj"  # of a project that moved
+HOME = "file:/home/old/project.qpproj"
 
 
 def one_line(problem: str | None) -> str:
@@ -111,6 +115,10 @@ def test_the_reported_project_of_lost_images() -> None:
         (["sub/patchcl/report/images/1/density.png"], ["x/density.png"], [None]),
         (["patchcl/a.tif", "data/a.tif", "slides/a.tif"], ["x/a.tif"], ["slides/a.tif"]),
         (["slides/data/a.tif"], ["x/a.tif"], ["slides/data/a.tif"]),
+        # Windows does not tell these names apart.
+        (["Slide.TIF"], ["x/slide.tif"], ["Slide.TIF"]),
+        (["A/Slide.TIF", "b/slide.TIF"], ["x/a/slide.tif"], ["A/Slide.TIF"]),
+        (["slide.TIF"], ["a/slide.tif", "b/Slide.tif"], [None, None]),
     ],
 )
 def test_one_file_is_never_taken_for_two_images(
@@ -120,6 +128,49 @@ def test_one_file_is_never_taken_for_two_images(
         touch(tmp_path / file)
     assert found(tmp_path, *stored) == expected
     assert found(tmp_path, *reversed(stored)) == expected[::-1]
+
+
+@pytest.mark.parametrize(("on_disk", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("place", ["study/prüfung.tif", "elsewhere/prüfung.tif"])
+def test_names_with_marks_are_found_as_any_system_writes_them(
+    tmp_path: Path, on_disk: str, stored: str, place: str
+) -> None:
+    """A letter with a mark is one character, or two where macOS wrote the name."""
+    folder = tmp_path / "moved"
+    slide = touch(folder / unicodedata.normalize(on_disk, place))
+    uri = "file:/home/old/study/" + quote(unicodedata.normalize(stored, "prüfung.tif"))
+    (entry,) = open_project(write_project(folder, HOME, builder(uri))).images()
+    assert entry.problem is None
+    assert entry.path.samefile(slide)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_images_are_named_as_any_system_writes_them(tmp_path: Path, form: str) -> None:
+    uri = touch(tmp_path / "a.tif").as_uri()
+    named = entry_of(uri) | {"imageName": unicodedata.normalize("NFD", "prüfung")}
+    path = write_entries(tmp_path, named)
+    name = unicodedata.normalize(form, "prüfung")
+    result = CliRunner().invoke(main, ["status", str(path), "--image", name])
+    assert result.exit_code == 0, result.output
+    with pytest.raises(ImageError, match="has no nuclei"):
+        pq.read_nuclei(pq.open_project(path), name)
+
+
+def test_posix_tells_large_letters_from_small_ones(tmp_path: Path) -> None:
+    touch(tmp_path / "Slide.tif")
+    uri = "file:/home/old/slide.tif"
+    (entry,) = open_project(write_project(tmp_path, HOME, builder(uri))).images()
+    assert (entry.problem is None) == (tmp_path / "slide.tif").exists()  # as its disk does
+
+
+def test_projects_that_macos_left_its_files_beside(tmp_path: Path) -> None:
+    """On disks of other systems, macOS keeps a file ._NAME with the attributes of each file."""
+    path = write_project(tmp_path, HOME, builder("file:/home/old/a.tif"))
+    (tmp_path / f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    assert open_project(tmp_path).path == path
+    path.unlink()
+    with pytest.raises(ProjectError, match=r"holds no project"):
+        open_project(tmp_path)
 
 
 def test_images_that_cannot_be_told_apart_are_refused_in_one_line(tmp_path: Path) -> None:
@@ -134,20 +185,21 @@ def test_images_that_cannot_be_told_apart_are_refused_in_one_line(tmp_path: Path
         assert "(slide.tif): open the project in QuPath and fix the path" in problem
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Python asks Windows by other functions, too")
 def test_folders_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As root may read all, permissions are those that the test says."""
     good, closed = touch(tmp_path / "good.tif"), tmp_path / "closed"
     touch(closed / "a.tif")
     uris = [(closed / "a.tif").as_uri(), good.as_uri(), f"file:/{'x' * 300}.tif", "file:/a%00b"]
     path = write_project(tmp_path, "", *map(builder, uris))
-    before = Path.stat
+    before = os.stat
 
-    def stat(self: Path, **options: Any) -> os.stat_result:
-        if closed in self.parents:
-            raise PermissionError(13, "Permission denied", str(self))
-        return before(self, **options)
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(f"{closed}{os.sep}"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return before(path, **options)
 
-    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(os, "stat", stat)
     a, other, long, nul = open_project(path).images()
     assert "may not be read from here: ask for the permission" in one_line(a.problem)
     assert (other.problem, other.path) == (None, good)
@@ -156,6 +208,8 @@ def test_folders_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
     result = CliRunner().invoke(main, ["status", str(path), "--json"])
     assert result.exit_code == 0
     states = [image["state"] for image in json.loads(result.stdout)["images"]]
+    with pytest.raises(ProjectError, match="cannot be read: Permission denied"):
+        open_project(closed / "project.qpproj")
     assert states == [a.problem, "to do", long.problem, nul.problem]
 
 

@@ -47,6 +47,7 @@ max_steps = 60
 cooldown_steps = 30
 crops = 16
 [selftrain]
+first_steps = 20
 steps = 60
 [cdcl]
 steps = 10

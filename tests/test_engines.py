@@ -1,17 +1,21 @@
 import json
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_network import NORMALISER, random_model, random_network, random_rgb
 
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import confidence
+from patchcl_qupath.models.network import NucleusNetwork, device, folded
+from patchcl_qupath.models.openvino_model import openvino_model
 
-TORCH, FLOAT32, BFLOAT16 = EngineKind
+TORCH, FLOAT32, BFLOAT16, CUDA_FLOAT16 = EngineKind
 
 
 @pytest.fixture(params=EngineKind)
@@ -21,6 +25,8 @@ def engine(request):
         pytest.importorskip("openvino")
     if request.param == BFLOAT16 and engines.choose("openvino") != BFLOAT16:
         pytest.skip("this CPU does not multiply bfloat16")
+    if request.param == CUDA_FLOAT16 and device().type == "cpu":
+        pytest.skip("there is no GPU")
     return request.param
 
 
@@ -35,9 +41,51 @@ def test_openvino_computes_what_torch_does(kind):
     assert np.abs(found - expected).max() < 1e-3  # random weights exaggerate
 
 
+def test_openvino_reports_its_use_to_nobody():
+    """Its import would start a process, which tells a web service of it."""
+    pytest.importorskip("openvino")
+    code = "import sys\nfrom patchcl_qupath.models import engines\n"
+    code += "print(engines.choose('openvino'))\n"
+    code += "print([name for name in sys.modules if 'openvino_telemetry' in name])\n"
+    shown = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert shown.splitlines()[1:] == ["[]"]
+
+
+class _Changed(NucleusNetwork):
+    """A network whose last step is a function of the test's choice."""
+
+    def __init__(self, step):
+        super().__init__((4, 6, 8))
+        self.step = step
+
+    def probabilities(self, x):
+        return self.step(self(x))
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        (torch.sigmoid, None),
+        (torch.exp, (NotImplementedError, "exp")),
+        (lambda x: x.tanh(), (NotImplementedError, "tanh")),
+        (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), (TypeError, "mode")),
+        (lambda x: F.max_pool2d(x, 2, padding=1), (TypeError, "padding")),
+    ],
+    ids=["sigmoid", "function", "method", "interpolation", "padding"],
+)
+def test_an_operation_that_openvino_is_not_told_of_is_refused_by_name(step, error):
+    pytest.importorskip("openvino")
+    network = folded(_Changed(step))
+    if error is None:
+        openvino_model(network)
+        return
+    with pytest.raises(error[0], match=error[1]):
+        openvino_model(network)
+
+
 @pytest.mark.parametrize("kind", ["patchcl", "nucleus"])
 def test_a_tile_has_the_same_confidence_as_the_whole_to_the_bit(kind, engine):
-    if (kind, engine) == ("patchcl", TORCH):
+    if (kind, engine, device().type) == ("patchcl", TORCH, "cpu"):
         pytest.skip("may round the other way: test_network.py says how seldom")
     model = random_model(kind)
     whole = random_rgb(300, 258)
@@ -54,7 +102,7 @@ def test_a_tile_has_the_same_confidence_as_the_whole_to_the_bit(kind, engine):
 
 @pytest.mark.parametrize("kind", ["patchcl", "nucleus"])
 def test_bands_have_the_same_confidence_as_the_whole_to_the_bit(kind, engine, monkeypatch):
-    if (kind, engine) == ("patchcl", TORCH):
+    if (kind, engine, device().type) == ("patchcl", TORCH, "cpu"):
         pytest.skip("may round the other way: test_network.py says how seldom")
     model, whole = random_model(kind), random_rgb(301, 90)
     at_once = confidence(model, whole, NORMALISER, engine)
@@ -80,7 +128,7 @@ def test_an_engine_is_chosen_by_what_there_is(monkeypatch):
     assert engines.choose("torch") is TORCH
     assert engines.choose("openvino") in (FLOAT32, BFLOAT16)
     monkeypatch.setitem(sys.modules, "openvino", None)  # as if it were not installed
-    assert engines.choose("auto") is TORCH
+    assert engines.choose("auto") is (TORCH if device().type == "cpu" else CUDA_FLOAT16)
     with pytest.raises(ConfigError, match="pip install openvino"):
         engines.choose("openvino")
     with pytest.raises(ConfigError, match="install it on all workers"):
@@ -90,8 +138,8 @@ def test_an_engine_is_chosen_by_what_there_is(monkeypatch):
 def test_kinds_of_engine_are_named_as_in_version_0_1():
     """A run that was stopped resumes only if its engine has the name that it had then."""
     names = ["torch", "openvino float32", "openvino bfloat16"]
-    assert [str(kind) for kind in EngineKind] == names
-    assert json.loads(json.dumps([*EngineKind])) == names
+    assert [str(kind) for kind in EngineKind] == [*names, "torch cuda float16"]
+    assert json.loads(json.dumps([*EngineKind])) == [*EngineKind]
 
 
 def test_an_engine_is_kept_for_its_model_alone(engine):

@@ -10,22 +10,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dask
+import distributed
 import numpy as np
 import pytest
 import shapely
 from click.testing import CliRunner
-from distributed import LocalCluster
+from distributed import LocalCluster, get_worker
 
 from patchcl_qupath import cli, logs
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
+from patchcl_qupath.execution import admission
+from patchcl_qupath.execution import workers as execution_workers
+from patchcl_qupath.execution.jobs import _output_of
 from patchcl_qupath.execution.map_tiles import map_tiles
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import ATTEMPTS, job_cluster, open_workers
@@ -65,6 +70,47 @@ def slow(_: None, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
     return one_nucleus(tile), UNCERTAINTY, {}
 
 
+def is_first(place: Path) -> bool:
+    """Whether this process was the first to ask."""
+    own = place / str(os.getpid())
+    if not own.exists():
+        own.write_text(own.name)
+    with suppress(FileExistsError):
+        os.link(own, place / "first")
+    return (place / "first").read_text() == own.name
+
+
+def refuse_others(place: Path) -> None:
+    """A check that one process passes."""
+    if not is_first(place):
+        raise ConfigError("it came late")
+
+
+def refuse_broken(place: Path) -> None:
+    """A check that all processes pass until one is broken, and then one."""
+    if not is_first(place) and (place / "broken").exists():
+        raise ConfigError("its disk is gone")
+
+
+def break_others(place: Path, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
+    """Fails in all processes but one, from the first tile on."""
+    if not is_first(place):
+        (place / "broken").touch()
+        raise OSError("no such file")
+    time.sleep(0.1)
+    return one_nucleus(tile), UNCERTAINTY, {}
+
+
+def forgetful(place: Path, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
+    """Once, a worker loses what all tiles share."""
+    with suppress(FileExistsError):
+        (place / "forgot").touch(exist_ok=False)
+        data = get_worker().data
+        del data[next(key for key in data if str(key).startswith("patchcl-qupath-"))]
+    time.sleep(0.1)
+    return one_nucleus(tile), UNCERTAINTY, {}
+
+
 def environment() -> str:
     """What a process is set up with."""
     return f"{os.environ.get('OMP_WAIT_POLICY')}, level {logs.level_shown()}"
@@ -88,6 +134,7 @@ def segment(
     context: Any,
     folder: Path,
     on_done: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[TileStore, dict[int, str], Seconds]:
     """-> the finished tiles, why the others failed, and the seconds."""
     store = TileStore.open(folder / "store", {})
@@ -108,6 +155,7 @@ def segment(
             store=store,
             on_done=on_done,
             on_failed=note,
+            check=check,
         ),
     )
 
@@ -180,6 +228,66 @@ def test_processes_are_set_up_before_the_context_is_unpacked(
     assert not any("None" in stage for stage in seconds)
 
 
+def test_worker_that_fails_the_check_is_named_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    check = partial(refuse_others, tmp_path)
+    with processes() as cluster, open_workers(scheduler=cluster.scheduler_address) as workers:
+        for image in ("one", "two"):
+            store, failed, _ = segment(workers, slow, None, tmp_path / image, check=check)
+            assert failed == {}
+            assert store.missing(TILES) == []
+    assert caplog.text.count("is not used: it came late") == 1
+
+
+def test_worker_that_can_no_longer_do_its_tiles_loses_them_to_others(tmp_path: Path) -> None:
+    check = partial(refuse_broken, tmp_path)
+    with processes() as cluster, open_workers(scheduler=cluster.scheduler_address) as workers:
+        store, failed, _ = segment(workers, break_others, tmp_path, tmp_path, check=check)
+    assert (tmp_path / "broken").exists()
+    assert failed == {}
+    assert store.missing(TILES) == []
+
+
+def test_worker_that_lost_what_tiles_share_is_given_it_again(tmp_path: Path) -> None:
+    with processes() as cluster, open_workers(scheduler=cluster.scheduler_address) as workers:
+        store, failed, _ = segment(workers, forgetful, tmp_path, tmp_path)
+    assert (tmp_path / "forgot").exists()
+    assert failed == {}
+    assert store.missing(TILES) == []
+
+
+def test_workers_of_another_version_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = admission.__version__
+    monkeypatch.setattr(admission, "__version__", "9.9.9")
+    monkeypatch.setattr(admission, "_GRACE_S", 0.0)
+    one = f"worker tcp://.* is not used: it has patchcl-qupath {ours}, this machine 9.9.9: install"
+    with (
+        processes() as cluster,
+        open_workers(scheduler=cluster.scheduler_address) as workers,
+        pytest.raises(ImageError, match=f"no worker can be used: {one}"),
+    ):
+        segment(workers, slow, None, tmp_path)
+
+
+def test_scheduler_without_workers_is_waited_for_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with processes() as cluster, open_workers(scheduler=cluster.scheduler_address) as workers:
+        monkeypatch.setattr(execution_workers, "_NO_WORKER_S", 1.0)
+        for folder in (tmp_path, tmp_path / "next image"):
+            with pytest.raises(ImageError, match=r"there was no worker at .*finished tiles are"):
+                segment(workers, slow, None, folder, on_done=partial(cluster.scale, 0))
+        with (
+            pytest.raises(ConfigError, match=r"there was no worker at .* start one with 'dask w"),
+            open_workers(scheduler=cluster.scheduler_address),
+        ):
+            pass
+    assert caplog.text.count("no worker is left at") == 1
+
+
 def test_workers_and_failed_tiles_are_logged(
     client: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -224,6 +332,8 @@ def test_scheduler_that_dies_is_named(tmp_path: Path) -> None:
 @pytest.fixture
 def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stand-ins for the commands that queue a job and cancel it: they run it here, and kill it."""
+    if sys.platform == "win32":
+        pytest.skip("the stand-ins are scripts of a shell")
     folder = tmp_path / "bin"
     folder.mkdir()
     run = f'bash -c "$(cat "$1")" > {tmp_path}/job.log 2>&1'
@@ -240,7 +350,8 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def jobs(**settings: Any) -> Any:
     """As in ~/.config/dask/jobqueue.yaml."""
-    job = {"cores": 1, "memory": "1GB", "interface": "lo", **settings}
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    job = {"cores": 1, "memory": "1GB", "interface": loopback, **settings}
     pytest.importorskip("dask_jobqueue")  # which brings settings of its own
     return dask.config.set({f"jobqueue.{kind}.{k}": v for kind in CLUSTERS for k, v in job.items()})
 
@@ -274,6 +385,27 @@ def test_job_that_is_not_described_is_asked_for(queue: Path) -> None:
         pytest.raises(ConfigError, match=r"write into .*jobqueue.yaml .*slurm: \{cores"),
     ):
         job_cluster("slurm")
+
+
+def test_threads_do_all_where_no_process_can_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a container without shared memory."""
+
+    async def fail(_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(distributed.Nanny, "start_unsafe", fail)
+    with open_workers(6) as workers:
+        assert sum(workers.client.nthreads().values()) == 6
+        _, failed, _ = segment(workers, third_time_lucky, tmp_path, tmp_path)
+    assert list(failed) == [5]
+    assert "no processes can be started (PermissionError(13, 'Permission denied'))" in caplog.text
+
+
+def test_a_list_of_jobs_with_a_character_cut_in_two() -> None:
+    code = "import sys; sys.stdout.buffer.write('12 R Größe'.encode()[:-2])"
+    assert _output_of([sys.executable, "-c", code]) == "12 R Grö\ufffd"
 
 
 def test_cluster_without_its_queue_or_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,11 @@ import pytest
 from scipy import ndimage
 
 from patchcl_qupath.config import SegmentConfig
-from patchcl_qupath.segmentation.instances import _distance, instances
+from patchcl_qupath.segmentation.instances import (
+    _distance,
+    instances,
+    postprocessing_margin_um,
+)
 
 MPP = 0.5
 CONFIG = SegmentConfig()
@@ -43,6 +47,58 @@ def test_an_ellipse_is_not_cut_in_two():
     rows, cols = np.mgrid[:80, :120]
     confidence = (((rows - 40) / 8) ** 2 + ((cols - 60) / 20) ** 2 < 1).astype(np.float32)
     assert instances(confidence, MPP, CONFIG).max() == 1
+
+
+def two_cores(half_length, half_width):
+    """An ellipse (semi-axes in px) with two cores, which a prominence of about 0.3 µm separates."""
+    rows, cols = np.mgrid[:60, :100]
+    x = np.abs(cols - 50) / half_length
+    inside = ((rows - 30) / half_width) ** 2 + x**2 < 1
+    confidence = inside.astype(np.float32)
+    core = np.where(np.abs(x - 0.5) < 0.25, 1.0, 0.8) * confidence
+    return confidence, core.astype(np.float32)
+
+
+def test_parts_that_are_one_ellipse_are_joined_and_touching_discs_are_not():
+    apart = replace(CONFIG, join_prominence_um=0.0, join_ellipse_um=0.0)
+    confidence, core = two_cores(11, 6)
+    assert instances(confidence, MPP, apart, core=core).max() == 2
+    labels = instances(confidence, MPP, CONFIG, core=core)
+    np.testing.assert_array_equal(labels, confidence > 0.5)
+    waist = discs((60, 100), [(30, 44.5, 6), (30, 55.5, 6)]).round()
+    assert instances(waist, MPP, CONFIG, core=waist).max() == 2
+
+
+def test_no_more_is_joined_than_the_margin_of_a_tile_holds():
+    """Parts of 40 px, 20 µm, stay apart, unless nuclei may be so large that the margin holds it."""
+    confidence, core = two_cores(20, 9)
+    assert instances(confidence, MPP, CONFIG, core=core).max() == 2
+    large = replace(CONFIG, max_diameter_um=60.0)
+    assert postprocessing_margin_um(large) > postprocessing_margin_um(CONFIG)
+    assert instances(confidence, MPP, large, core=core).max() == 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nuclei_depend_on_no_pixel_beyond_the_margin(seed):
+    """A crowd of nuclei with uneven cores: cut beyond the margin, those in the middle stay."""
+    rng = np.random.default_rng(seed)
+    scene = discs((440, 440), rng.uniform([0, 0, 4], [440, 440, 11], (900, 3))).round()
+    noise = ndimage.gaussian_filter(rng.standard_normal(scene.shape), 2.5)
+    core = (scene * np.clip(0.6 + 2 * noise, 0, 1)).astype(np.float32)
+    config = replace(CONFIG, min_core=0.0)
+    margin = int(np.ceil(postprocessing_margin_um(config) / MPP))
+    whole = instances(scene, MPP, config, core=core)
+    cut = slice(160 - margin, 280 + margin)
+    part = instances(scene[cut, cut], MPP, config, core=core[cut, cut])
+
+    def owned(labels, origin):
+        pixels = [np.argwhere(labels == k) + origin for k in range(1, labels.max() + 1)]
+        inside = (p for p in pixels if ((p.mean(0) >= 160) & (p.mean(0) < 280)).all())
+        return sorted(p.tolist() for p in inside)
+
+    found = owned(whole, 0)
+    assert len(found) > 20
+    assert owned(part, 160 - margin) == found
 
 
 def test_labels_have_no_gaps_and_are_4_connected():

@@ -194,7 +194,7 @@ def test_killed_and_resumed_equals_uninterrupted(model, client, project_folder, 
         assert killed.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     killed.wait()
     assert not (project_folder / "patchcl" / "results").exists()
 

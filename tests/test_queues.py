@@ -23,7 +23,7 @@ from conftest import QUICK
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.errors import ConfigError
-from patchcl_qupath.execution import jobs, map_tiles
+from patchcl_qupath.execution import jobs, workers
 from patchcl_qupath.execution.workers import Workers, open_workers
 from patchcl_qupath.progress import Progress, ShowProgress, Stage, hide_progress
 from patchcl_qupath.project import open_project
@@ -102,7 +102,7 @@ def queue(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         pytest.skip(f"no {kind} whose node is this machine alone: .ci/queue starts one of slurm")
     pytest.importorskip("dask_jobqueue")  # which brings settings of its own
     monkeypatch.setattr(jobs, "_POLL_S", 1.0)
-    monkeypatch.setattr(map_tiles, "_FETCH_S", 2.0)
+    monkeypatch.setattr(workers, "_FETCH_S", 2.0)
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     job = {
         "name": NAME,

@@ -284,7 +284,7 @@ def test_refine_run_and_status_from_the_command_line(folder, model):
     assert (row["state"], row["model"]) == ("done", "refined")
 
     same = CliRunner().invoke(
-        cli.main, ["refine", str(folder), "--labels-from", "A", "--as", "patchcl"]
+        cli.main, ["refine", str(folder), "--labels-from", "A", "--as", "PatchCL"]
     )
     assert same.exit_code == 2
     assert "another name" in same.output

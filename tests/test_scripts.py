@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -66,6 +67,21 @@ def test_a_changed_script_is_kept(tmp_path: Path) -> None:
     assert changed.with_name("run_patchcl.groovy.bak").read_text() == "mine"
     assert changed.with_name("run_patchcl.groovy.bak1").read_text() == "mine again"
     assert "PatchCL" in changed.read_text("utf-8")
+
+
+def test_the_command_of_a_python_outside_of_an_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows, it is not beside Python, but in a folder of its own."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    name = "patchcl-qp.exe" if os.name == "nt" else "patchcl-qp"
+    folder = tmp_path / "Scripts"
+    folder.mkdir()
+    (folder / name).touch()
+    monkeypatch.setattr(scripts.sysconfig, "get_path", lambda _: str(folder))
+    copy_scripts(tmp_path / "project.qpproj")
+    text = (tmp_path / "scripts" / "run_patchcl.groovy").read_text("utf-8")
+    assert re.search(r"String command = '.*Scripts.*patchcl-qp", text)
 
 
 def test_a_windows_path_in_groovy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +218,15 @@ QP.getCurrentHierarchy().addObject(drawn)
 
 
 @pytest.mark.qupath
-def test_a_failed_run_is_reported(project: Path) -> None:
+@pytest.mark.parametrize("on_path", [False, True])
+def test_a_failed_run_is_reported(
+    project: Path, monkeypatch: pytest.MonkeyPatch, on_path: bool
+) -> None:
     command = project.parent / "ein Befehl, ü"
+    if on_path:  # as on Windows, where the folders of PATH may stand in quotes
+        command = project.parents[1] / "two words" / "patchcl-qp"
+        command.parent.mkdir()
+        monkeypatch.setenv("PATH", f'"{command.parent}"{os.pathsep}{os.environ["PATH"]}')
     command.write_text(COMMAND, "utf-8")
     command.chmod(0o755)
     script = project.parent / "scripts" / "run_patchcl.groovy"
@@ -213,7 +236,7 @@ def test_a_failed_run_is_reported(project: Path) -> None:
     refined.touch()
     settings(
         script,
-        command=f"'{command}'",
+        command="''" if on_path else f"'{command}'",
         what="'annotations'",
         within="['Größe, 1', 'Other']",
         options="[run: ['--mpp', '0.25 µm']]",

@@ -286,6 +286,27 @@ def test_a_pickled_slide_is_small_and_reads_the_same(sample_project: Path) -> No
             np.testing.assert_array_equal(got, pixels)
 
 
+def test_another_machine_may_have_another_file_there(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "a.tif", scene(300, 300, (0.5, 0.5)), (0.5, 0.5))
+    slide, size = Slide.open(entry(path)), path.stat().st_size
+    slide.check_same(size)
+    with pytest.raises(SlideError, match=rf"a.tif: .* has {size} bytes, not 7: copy it there"):
+        slide.check_same(7)
+    path.unlink()
+    with pytest.raises(SlideError, match=r"a.tif is not at .*, as seen from .*: bring it back"):
+        slide.check_same(size)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may read all")
+def test_another_user_may_not_read_a_slide(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "a.tif", scene(300, 300, (0.5, 0.5)), (0.5, 0.5))
+    slide = Slide.open(entry(path))
+    path.chmod(0)
+    os.utime(path, ns=(1, 1))  # it is opened again
+    with pytest.raises(SlideError, match=r"may not be read by the user of .*: give that user the"):
+        slide.check_same(0)
+
+
 def test_a_process_that_only_opens_slides_decodes_in_two_threads(tmp_path: Path) -> None:
     """And importing the module that opens them does not change the environment."""
     path = write_tiff(tmp_path / "a.tif", scene(300, 200, (0.5, 0.5)), factors=(1, 2))

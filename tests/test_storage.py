@@ -4,14 +4,16 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import shapely
 
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
-from patchcl_qupath.errors import StorageError
+from patchcl_qupath.errors import ConfigError, StorageError
 from patchcl_qupath.execution.tile_store import TileStore
+from patchcl_qupath.storage import files
 from patchcl_qupath.storage.files import (
     atomic_write,
     exclusive_lock,
@@ -19,6 +21,7 @@ from patchcl_qupath.storage.files import (
     write_bytes,
     writing,
 )
+from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.parquet import (
     read_nuclei,
     read_uncertainty_grid,
@@ -130,6 +133,104 @@ def test_errors_of_the_operating_system_are_explained(tmp_path, code, advice):
         raise OSError(code, os.strerror(code))
 
 
+def test_windows_says_no_to_what_is_open_in_another_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WINDOWS", True)
+    denied = errors_of_replace(monkeypatch, 3)
+    write_bytes(tmp_path / "a.parquet", b"new")
+    assert len(denied) == 3  # a virus scanner has closed it by then
+    monkeypatch.setattr(files, "_BUSY_S", 0.1)
+    errors_of_replace(monkeypatch, 10**6)
+    with pytest.raises(StorageError, match=r"a\.parquet: another program has it open: close it"):
+        write_bytes(tmp_path / "a.parquet", b"newer")
+    assert (tmp_path / "a.parquet").read_bytes() == b"new"
+    long = tmp_path / ("x" * 200) / ("y" * 100)
+    missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    with pytest.raises(StorageError, match="longer than 259 characters: move"), writing(long):
+        raise missing
+    with pytest.raises(StorageError, match="No such file"), writing(tmp_path):
+        raise missing
+
+
+def errors_of_replace(monkeypatch, count, only=lambda _: True):
+    """Have the next renames fail, ``count`` of those that ``only`` chooses; -> those that did."""
+    denied = []
+    replace = Path.replace
+
+    def deny(path, other):
+        if only(path) and len(denied) < count:
+            denied.append(path)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return replace(path, other)
+
+    monkeypatch.setattr(Path, "replace", deny)
+    return denied
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    path = tmp_path / "results" / "1"
+    path.mkdir(parents=True)
+    (path / "old").touch()
+    denied = errors_of_replace(monkeypatch, 1, lambda path: path.suffix == ".partial")
+
+    def write():
+        with atomic_write(path) as new:
+            new.mkdir()
+            (new / "new").touch()
+
+    with pytest.raises(StorageError, match="no permission"):
+        write()
+    assert len(denied) == 1
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert [file.name for file in path.parent.iterdir()] == ["1"]
+
+
+def test_tiles_of_another_plan_that_cannot_be_removed_are_no_finished_ones(tmp_path, monkeypatch):
+    store = stored(tmp_path / "store", some_nuclei(1))
+    unlink = os.unlink
+
+    def deny(path, *more, **options):
+        if str(path).endswith(".parquet"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        unlink(path, *more, **options)
+
+    monkeypatch.setattr(os, "unlink", deny)
+    with pytest.raises(StorageError, match="no permission"):
+        TileStore.open(store.folder, {"another": "plan"})
+    monkeypatch.undo()
+    assert TileStore.open(store.folder, {"another": "plan"}).missing([TILE]) == [TILE]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
+def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch, code):
+    def acquire(_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.FileLock, "acquire", acquire)
+    if code == errno.EIO:
+        with pytest.raises(StorageError), exclusive_lock(tmp_path):
+            pass
+        return
+    with exclusive_lock(tmp_path):
+        write_bytes(tmp_path / "file", b"")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "a/b", r"a\b", "C:x", "a?", "con", "Nul.1", "end.", "end "]
+)
+def test_a_model_has_a_name_that_every_system_can_write(tmp_path, name):
+    with pytest.raises(ConfigError, match="a model cannot be named"):
+        Layout(tmp_path).model(name)
+
+
+@pytest.mark.parametrize("name", ["patchcl", "v1.2", "prüfung 3", "console", "a-b_c"])
+def test_names_of_models(tmp_path, name):
+    assert Layout(tmp_path).model(name) == tmp_path / "models" / f"{name}.pt"
+
+
+def test_names_are_compared_as_one_system_writes_them():
+    assert files.readable("pru\u0308fung\n1") == "pr\u00fcfung 1"
+
+
 def test_a_file_in_place_of_a_folder_is_explained(tmp_path):
     (tmp_path / "patchcl").write_text("a file")
     with pytest.raises(StorageError, match="patchcl"):
@@ -139,6 +240,8 @@ def test_a_file_in_place_of_a_folder_is_explained(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 200 kB."""
+    if sys.platform != "linux":
+        pytest.skip("tmpfs is of Linux")
     disk = tmp_path / "disk"
     disk.mkdir()
     made = subprocess.run(

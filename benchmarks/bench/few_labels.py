@@ -70,7 +70,7 @@ def few_labels(
             "correction.labels.training_samples",
             "training.cdcl.refine",
             "training.selftrain.train_on",
-            "training.selftrain.pseudo_labelled_samples",
+            "training.selftrain.pseudo_labelled",
             script=Path(__file__),
         ),
     }
@@ -143,7 +143,7 @@ def pseudo_labelled_samples(project: Project, model: Model) -> list[TrainingSamp
     count = counter(progress, Stage.READING_CROPS)
     crops = training_crops(project.images(), model.config, count)
     count = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-    return selftrain.pseudo_labelled_samples(crops, model, count)
+    return [crop.sample for crop in selftrain.pseudo_labelled(crops, model, count)]
 
 
 def _measured(project: Project, images: ImageSet, model: Model, drawn: Drawn) -> Measures:

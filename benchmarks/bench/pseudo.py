@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +32,6 @@ from patchcl_qupath.project import Project
 from patchcl_qupath.slides.prepare import TrainingCrops, prepare, training_crops
 from patchcl_qupath.slides.tissue import sample_boxes
 from patchcl_qupath.training import selftrain
-from patchcl_qupath.training.supervision import targets
 
 # Names of the measures, and what they are.
 MEASURES = {
@@ -92,27 +90,10 @@ def pseudo_label_measures(bench: Bench, images: ImageSet, config: Config) -> Mea
 
 
 def pseudo_labelled(crops: TrainingCrops, teacher: Model) -> list[PseudoLabelled]:
-    """The pseudo-labels of crops, as self-training makes them.
-
-    A training sample does not hold its instances: they are noted where its target is made.
-    """
-    noted: list[Labels] = []
-
-    def note(labels: NDArray[np.int32], background: NDArray[np.bool_]) -> NDArray[np.uint8]:
-        noted.append(labels)
-        return targets(labels, background)
-
+    """The pseudo-labels of crops, as the first network of self-training is taught them."""
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-    with mock.patch.object(selftrain, "targets", note):
-        samples = selftrain.pseudo_labelled_samples(crops, teacher, choosing)
-    found = []
-    for sample in samples:
-        of_it = (each for each in reversed(noted) if np.array_equal(each > 0, sample.nucleus))
-        labels = next(of_it, None)
-        if labels is None:
-            sys.exit("pseudo-labels are made in another way than the benchmark expects")
-        found.append(PseudoLabelled(labels, sample.valid > 0))
-    return found
+    labelled = selftrain.pseudo_labelled(crops, teacher, choosing)
+    return [PseudoLabelled(crop.labels.nuclei, crop.sample.valid > 0) for crop in labelled]
 
 
 def _true_crops(

@@ -196,7 +196,7 @@ def expected_entropy(candidates: Candidates) -> Floats:
     """(N,) the entropy expected at each density: linear regression over usable candidates."""
     density, entropy = candidates.density[candidates.usable], candidates.entropy[candidates.usable]
     deviation = density - density.mean()
-    slope = deviation @ (entropy - entropy.mean()) / max(deviation @ deviation, 1e-9)
+    slope = deviation @ (entropy - entropy.mean()) / max(float(deviation @ deviation), 1e-9)
     return np.asarray(entropy.mean() + slope * (candidates.density - density.mean()))
 
 

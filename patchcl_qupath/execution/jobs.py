@@ -217,7 +217,12 @@ def _output_of(command: list[str]) -> str | None:
     """What a command of the queue prints; None if it fails."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_ANSWER_S, check=False
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",  # lists cut the names of jobs, in the middle of a character, too
+            timeout=_ANSWER_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

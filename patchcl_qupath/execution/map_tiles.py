@@ -10,16 +10,24 @@ import logging
 import pickle
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any, TypeVar
 
 from patchcl_qupath import logs
 from patchcl_qupath.datatypes import Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.errors import ImageError
+from patchcl_qupath.execution.admission import Admission, NotHeldError, held
 from patchcl_qupath.execution.tile_store import TileStore
-from patchcl_qupath.execution.workers import ATTEMPTS, Workers, set_environment
+from patchcl_qupath.execution.workers import (
+    ATTEMPTS,
+    Workers,
+    fetched,
+    scheduler_gone,
+    set_environment,
+)
 from patchcl_qupath.timing import Seconds, add_seconds, timed
 
 logger = logging.getLogger(__name__)
@@ -27,15 +35,12 @@ logger = logging.getLogger(__name__)
 Context = TypeVar("Context")
 TileTask = Callable[[Context, Tile], tuple[Nuclei, UncertaintyGrid, Seconds]]
 
-_GONE = (
-    "the Dask scheduler went away: start it and its workers again, then run again; finished tiles "
-    "are kept"
-)
-_FETCH_S = 30.0  # for what a tile's worker found to come here
 _AHEAD = 3  # tiles for each worker thread: enough to keep it busy, few to keep memory flat
+_WORKER_DIED = "its worker died each time: give workers more memory, or fewer threads"
 
 
 def map_tiles(
+    *,
     workers: Workers,
     task: TileTask[Context],
     context: Context,
@@ -43,44 +48,31 @@ def map_tiles(
     store: TileStore,
     on_done: Callable[[], None],
     on_failed: Callable[[Tile, Exception], None],
+    check: Callable[[], None] = lambda: None,
 ) -> Seconds:
     """Run ``task(context, tile)`` for each tile, and store the nuclei that it returns.
 
     Returns the seconds of all workers, by stage. ``on_done`` is called after each tile;
     ``on_failed`` in its place for one that failed ``ATTEMPTS`` times, with the last error. What
-    they raise ends the map; finished tiles stay. Raises ImageError if the scheduler goes away,
+    they raise ends the map; finished tiles stay. ``check`` is called on each worker of another
+    machine, and raises PatchCLError where that one cannot segment the tiles.
+
+    Raises ImageError if the scheduler goes away, or where no worker is left that can segment them;
     ConfigError where no jobs can be had any more.
     """
-    from distributed import as_completed
     from distributed.client import ClosedClientError
 
-    client = workers.client
-    # Made by a task and not scattered: should all workers die that hold it, it is made again.
     packed = zlib.compress(pickle.dumps((task, context)), level=1)
     make = partial(_Shared, packed, logs.level_shown())
-    waiting = iter(tiles)
-    submitted: dict[Any, Tile] = {}
-    running = as_completed(loop=client.loop)
     total: Seconds = {}
-
-    def submit_more(shared: Any) -> None:
-        wanted = _AHEAD * max(1, workers.threads()) - len(submitted)
-        for tile in islice(waiting, max(0, wanted)):
-            future = client.submit(_do, shared, tile, pure=False, retries=ATTEMPTS - 1)
-            submitted[future] = tile
-            running.add(future)
-
+    queue = _TileQueue(
+        admission=Admission(workers=workers, check=check, make=make), waiting=deque(tiles)
+    )
     try:
-        submit_more(shared := client.submit(make, pure=False))
-        while not running.is_empty():
+        while not queue.is_empty:
             workers.poll()
-            for future in _ready(running):
-                tile = submitted.pop(future)
-                match _outcome(future):
-                    case None:
-                        logger.info("tile %s was lost with its worker", tile.name)
-                        submitted[future] = tile  # another worker makes it again
-                        running.add(future)
+            for tile, result in queue.advance():
+                match result:
                     case Exception() as error:
                         logger.info("tile %s failed %d times: %s", tile.name, ATTEMPTS, error)
                         on_failed(tile, error)
@@ -89,19 +81,134 @@ def map_tiles(
                             store.write(tile, content)
                         add_seconds(total, seconds)
                         on_done()
-            submit_more(shared)
     except (OSError, ClosedClientError) as error:  # of Dask: those of writing have become ours
-        raise ImageError(_GONE) from error
+        raise scheduler_gone() from error
     finally:
-        client.cancel([*submitted])
+        queue.cancel()
     return total
 
 
-def _ready(running: Any) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class _Given:
+    """A tile that was given to a ``crew`` of workers, by address."""
+
+    tile: Tile
+    crew: frozenset[str]
+
+
+@dataclass(kw_only=True)
+class _TileQueue:
+    """The tiles that are not finished: those that are waiting, and those that workers have."""
+
+    admission: Admission
+    waiting: deque[Tile]
+    _given: dict[Any, _Given] = field(default_factory=dict)  # by future
+    _running: Any = None  # as_completed of the futures
+    _failed: list[tuple[_Given, Exception]] = field(default_factory=list)
+    _losses: Counter[str] = field(default_factory=Counter)  # by tile, of whole crews
+
+    def __post_init__(self) -> None:
+        from distributed import as_completed
+
+        self._running = as_completed(loop=self._client.loop)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all is done."""
+        return not (self.waiting or self._given or self._failed)
+
+    @property
+    def _client(self) -> Any:
+        return self.admission.workers.client
+
+    def advance(self) -> Iterator[tuple[Tile, Any]]:
+        """Give tiles to workers, wait for a moment, and yield tiles that are done or given up.
+
+        Each comes with what ``_do`` returned for it, or with an error.
+        """
+        self.admission.update()
+        crew = frozenset(self.admission.admitted)
+        yield from self._judge_failed()
+        yield from self._recover(crew)
+        if crew:
+            self._give(crew)
+        yield from self._take()
+
+    def cancel(self) -> None:
+        """Have workers forget what they were given."""
+        self._client.cancel([*self._given])
+
+    def _recover(self, crew: frozenset[str]) -> Iterator[tuple[Tile, Any]]:
+        """Take back tiles none of whose workers is left. Yields those that were lost too often."""
+        lost = [future for future, given in self._given.items() if not given.crew & crew]
+        if lost and crew:
+            self._client.cancel(lost)
+            for future in lost:
+                yield from self._take_back(self._given.pop(future).tile)
+
+    def _take_back(self, tile: Tile) -> Iterator[tuple[Tile, Any]]:
+        """Have a tile wait again. Yields it where that has happened too often."""
+        logger.info("tile %s was lost, and is given to others", tile.name)
+        self._losses[tile.name] += 1
+        if self._losses[tile.name] == ATTEMPTS:
+            yield tile, ImageError(_WORKER_DIED)
+        else:
+            self.waiting.appendleft(tile)
+
+    def _give(self, crew: frozenset[str]) -> None:
+        """Give workers as many of the waiting tiles as keep them busy."""
+        wanted = _AHEAD * sum(self.admission.admitted.values()) - len(self._given)
+        for _ in range(min(wanted, len(self.waiting))):
+            tile = self.waiting.popleft()
+            future = self._client.submit(
+                _do,
+                self.admission.name,
+                tile,
+                pure=False,
+                retries=ATTEMPTS - 1,
+                workers=[*crew],
+            )
+            self._await(future, _Given(tile=tile, crew=crew))
+
+    def _await(self, future: Any, given: _Given) -> None:
+        self._given[future] = given
+        self._running.add(future)
+
+    def _take(self) -> Iterator[tuple[Tile, Any]]:
+        """Take what workers have done."""
+        for future in _ready(self._running, 0.01 if self.admission.is_pending else 0.1):
+            if future not in self._given:  # it was taken back
+                continue
+            given = self._given.pop(future)
+            match _outcome(future):
+                case None:
+                    logger.info("tile %s was lost with its worker", given.tile.name)
+                    self._await(future, given)  # another worker makes it again
+                case NotHeldError() as error:
+                    self.admission.dismiss(error.address)
+                    yield from self._take_back(given.tile)
+                case Exception() as error:
+                    self.admission.ask_again()
+                    self._failed.append((given, error))
+                case result:
+                    yield given.tile, result
+
+    def _judge_failed(self) -> Iterator[tuple[Tile, Any]]:
+        """Give up tiles that failed, once it is known that this was not due to their workers."""
+        if self._failed and not self.admission.is_pending:
+            failed, self._failed = self._failed, []
+            for given, error in failed:
+                if given.crew & self.admission.refused.keys():
+                    self.waiting.appendleft(given.tile)
+                else:
+                    yield given.tile, error
+
+
+def _ready(running: Any, patience_s: float) -> Any:
     """The futures that ended by now; waits for a moment if there are none."""
     if not running.has_ready():
         with running.thread_condition:
-            running.thread_condition.wait(timeout=0.1)  # as dask does
+            running.thread_condition.wait(timeout=patience_s)  # as dask does
     return running.next_batch(block=False)
 
 
@@ -112,19 +219,8 @@ def _outcome(future: Any) -> tuple[bytes, Seconds] | Exception | None:
     """
     from distributed import KilledWorker
 
-    try:
-        content, seconds = future.result(timeout=_FETCH_S)
-    except Exception as error:
-        if isinstance(error, TimeoutError) and future.status != "error":
-            return None
-        if future.status != "error":
-            raise ImageError(_GONE) from error
-        if isinstance(error, KilledWorker):
-            return ImageError(
-                "its worker died each time: give workers more memory, or fewer threads"
-            )
-        return error
-    return content, seconds
+    found: tuple[bytes, Seconds] | Exception | None = fetched(future)
+    return ImageError(_WORKER_DIED) if isinstance(found, KilledWorker) else found
 
 
 class _Shared:
@@ -153,9 +249,10 @@ class _Shared:
             return self._unpacked
 
 
-def _do(shared: _Shared, tile: Tile) -> tuple[bytes, Seconds]:
-    """Segment a tile, on a worker."""
+def _do(name: str, tile: Tile) -> tuple[bytes, Seconds]:
+    """Segment a tile, on a worker that an Admission of that ``name`` admitted."""
     try:
+        shared: _Shared = held(name)
         task, context = shared.unpack()
         nuclei, uncertainty, seconds = task(context, tile)
         with timed(seconds, "encode"):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Nuclei, Polygons, Tile, UncertaintyGrid
-from patchcl_qupath.storage.files import digest, read_json, write_bytes, write_json, writing
+from patchcl_qupath.storage.files import (
+    digest,
+    read_json,
+    remove_folder,
+    write_bytes,
+    write_json,
+    writing,
+)
 from patchcl_qupath.storage.parquet import (
     from_table,
     grid_columns,
@@ -44,8 +50,8 @@ class TileStore:
         """Open for ``plan``, all that the content of a tile depends on; drop tiles of another."""
         plan_file = folder / "plan.json"
         if digest(read_json(plan_file)) != digest(plan):
+            remove_folder(folder)  # all of it: a tile that stays would count as finished
             with writing(folder):
-                shutil.rmtree(folder, ignore_errors=True)
                 (folder / "tiles").mkdir(parents=True, exist_ok=True)
             write_json(plan_file, plan)
         return cls(folder)

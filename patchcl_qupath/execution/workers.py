@@ -6,14 +6,15 @@ import logging
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from typing import Any
 
 from patchcl_qupath.config import CLUSTERS
-from patchcl_qupath.errors import ConfigError
+from patchcl_qupath.errors import ConfigError, ImageError
 from patchcl_qupath.execution.jobs import Jobs
 
 logger = logging.getLogger(__name__)
@@ -22,9 +23,18 @@ ATTEMPTS = 3  # at a tile, before it is left out
 
 _THREADS = 4  # in one process
 _ANSWER = "10s"  # for a scheduler to answer
+_FETCH_S = 30.0  # for what a task found to come here
+_NO_WORKER_S = 300.0  # for a worker to come, where it is others who start them
+
+_GONE = (
+    "the Dask scheduler went away: start it and its workers again, or mend the network, then run "
+    "again; finished tiles are kept"
+)
 
 # A terminal sends Ctrl-C to all processes, but it is the run that ends the others.
 _NO_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+
+_DASK_LOGS = ("distributed", "distributed.client", "tornado.application")
 
 _SETTINGS = {
     "distributed.worker.memory.spill": False,
@@ -35,22 +45,80 @@ _SETTINGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """What segments tiles: a Dask ``client``, and ``poll``, to be called while one waits."""
+    """What segments tiles: a Dask ``client``, and ``poll``, to be called while one waits.
+
+    ``are_elsewhere``: they are not part of this program, but may be on machines with another
+    version of it, and other files. ``scheduler`` is the address of a Dask cluster that others run.
+    """
 
     client: Any
     poll: Callable[[], None] = lambda: None
+    are_elsewhere: bool = False
+    scheduler: str | None = None
     _threads: dict[str, int] = field(default_factory=dict)  # by address, when last asked
+    _warned: set[str] = field(default_factory=set)
+    _last_left: list[float] = field(default_factory=list)  # when the last one was found to be gone
 
-    def threads(self) -> int:
-        """How many threads the workers have that are there now; they come and go."""
-        now = self.client.nthreads()
+    def present(self) -> dict[str, int]:
+        """By address, how many threads the workers have that are there now; they come and go.
+
+        Raises ImageError where there was none for minutes, and nobody is asked for one.
+        """
+        now: dict[str, int] = self.client.nthreads()
         for address in now.keys() - self._threads.keys():
             logger.info("worker %s joined, with %d threads", address, now[address])
         for address in self._threads.keys() - now.keys():
             logger.info("worker %s left", address)
+        if self.scheduler and not now:
+            self._check_patience(self.scheduler)
         self._threads.clear()
         self._threads.update(now)
-        return sum(now.values())
+        return now
+
+    def warn_once(self, warning: str) -> None:
+        """Log a warning, however many images it is true of."""
+        if warning not in self._warned:
+            self._warned.add(warning)
+            logger.warning(warning)
+
+    def _check_patience(self, scheduler: str) -> None:
+        """Raise ImageError where there was no worker for too long."""
+        if self._threads or not self._last_left:
+            self._last_left[:] = [time.monotonic()]
+            minutes = _NO_WORKER_S / 60
+            logger.warning(
+                "no worker is left at %s: waiting %.0f minutes for one", scheduler, minutes
+            )
+        if time.monotonic() > self._last_left[0] + _NO_WORKER_S:
+            raise ImageError(f"{no_worker(scheduler)}; finished tiles are kept")
+
+
+def no_worker(scheduler: str) -> str:
+    """What to do where a Dask cluster has no worker."""
+    return (
+        f"there was no worker at {scheduler} for {_NO_WORKER_S / 60:.0f} minutes: start one with "
+        f"'dask worker {scheduler}', or mend the network, then run again"
+    )
+
+
+def fetched(future: Any) -> Any:
+    """The result of a task that is done, or its error; None if it was lost with its worker.
+
+    Raises ImageError where the scheduler is gone.
+    """
+    try:
+        return future.result(timeout=_FETCH_S)
+    except Exception as error:
+        if future.status == "error":
+            return error
+        if isinstance(error, TimeoutError):
+            return None
+        raise scheduler_gone() from error
+
+
+def scheduler_gone() -> ImageError:
+    """The error where the connection to the scheduler is lost."""
+    return ImageError(_GONE)
 
 
 def set_environment() -> None:
@@ -75,7 +143,7 @@ def open_workers(
 
     ``count`` defaults to the number of cores, or to one job. Returns when there is a worker;
     ``notify`` is called with what jobs wait for. Raises ConfigError if the scheduler does not
-    answer, or where no jobs can be had.
+    answer or has no worker for minutes, or where no jobs can be had.
     """
     import dask
     import distributed  # noqa: F401  # its defaults first: config.set would remove them on exit
@@ -96,6 +164,7 @@ def open_workers(
 @contextmanager
 def _at_scheduler(address: str) -> Iterator[Workers]:
     from distributed import Client
+    from distributed.utils import silence_logging_cmgr
 
     try:
         client = Client(address, timeout=_ANSWER)
@@ -104,10 +173,16 @@ def _at_scheduler(address: str) -> Iterator[Workers]:
             f"no Dask scheduler answers at {address}: start one with 'dask scheduler', "
             f"or leave out --scheduler to work on this machine ({error})"
         ) from error
-    with client:
+    with ExitStack() as stack:
+        for name in _DASK_LOGS:  # what matters is in our own errors
+            stack.enter_context(silence_logging_cmgr(logging.CRITICAL, name))
+        stack.enter_context(client)
         logger.info("connected to the Dask scheduler at %s", address)
-        client.wait_for_workers(1)
-        yield Workers(client=client)
+        try:
+            client.wait_for_workers(1, timeout=_NO_WORKER_S)
+        except TimeoutError as error:
+            raise ConfigError(no_worker(address)) from error
+        yield Workers(client=client, are_elsewhere=True, scheduler=address)
 
 
 @contextmanager
@@ -119,34 +194,46 @@ def _in_queue(kind: str, count: int, notify: Callable[[str], None]) -> Iterator[
         jobs = Jobs(kind=kind, cluster=cluster, count=count, notify=notify)
         try:  # jobs that a killed run could not cancel end by themselves
             jobs.start()
-            yield Workers(client=client, poll=jobs.poll)
+            yield Workers(client=client, poll=jobs.poll, are_elsewhere=True)
         finally:
             jobs.cancel()
 
 
 @contextmanager
 def _on_this_machine(count: int) -> Iterator[Workers]:
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
-    processes, threads = _shared_out(count)
-    logger.info("%d processes of %d threads on this machine", processes, threads)
-    options: dict[str, Any] = {"processes": False}
-    if processes > 1:
-        options = {"preload": _NO_CTRL_C}
-        # What processes shared is cleaned up after Ctrl-C, without a warning.
-        os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:" + resource_tracker.__name__)
-    with (
-        LocalCluster(
-            n_workers=processes,
-            threads_per_worker=threads,
-            dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces
-            memory_limit=0,
-            silence_logs=logging.CRITICAL,
-            **options,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+    with _local_cluster(count) as cluster, Client(cluster) as client:
         yield Workers(client=client)
+
+
+def _local_cluster(count: int) -> Any:
+    """A cluster of ``count`` threads; all in this process where no others can be started."""
+    processes, threads = _shared_out(count)
+    if processes == 1:
+        return _started(1, threads, processes=False)
+    # What processes shared is cleaned up after Ctrl-C, without a warning.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:" + resource_tracker.__name__)
+    try:
+        return _started(processes, threads, preload=_NO_CTRL_C)
+    except (OSError, RuntimeError) as error:  # of Dask
+        cause = error.__cause__ or error
+        logger.warning("no processes can be started (%r): all threads are of this one", cause)
+        return _started(1, count, processes=False)
+
+
+def _started(count: int, threads: int, **options: Any) -> Any:
+    from distributed import LocalCluster
+
+    logger.info("%d processes of %d threads on this machine", count, threads)
+    return LocalCluster(
+        n_workers=count,
+        threads_per_worker=threads,
+        dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces
+        memory_limit=0,
+        silence_logs=logging.CRITICAL,
+        **options,
+    )
 
 
 def _shared_out(count: int) -> tuple[int, int]:

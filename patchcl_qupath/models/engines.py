@@ -1,4 +1,4 @@
-"""What runs a network: torch, on any device, or OpenVINO, on CPUs and about twice as fast.
+"""What runs a network: torch, on CPUs and GPUs, or OpenVINO, on CPUs and about twice as fast.
 
 An engine turns network input, normalised stains for one, (H, W, 3) in float32, into probabilities
 (C, H, W); H and W are multiples of the network's divisor. Threads may share an engine.
@@ -6,11 +6,10 @@ An engine turns network input, normalised stains for one, (H, W, 3) in float32, 
 
 from __future__ import annotations
 
+import logging
 import platform
 import threading
-import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from enum import StrEnum
 from functools import cache
 from importlib.util import find_spec
@@ -19,11 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from patchcl_qupath.config import EngineChoice
 from patchcl_qupath.errors import ConfigError
-from patchcl_qupath.models.network import SegmentationNetwork, device, folded
+from patchcl_qupath.models.cuda import cuda_engine
+from patchcl_qupath.models.network import SegmentationNetwork, device, folded, to_channels_last
+from patchcl_qupath.models.openvino_model import load_openvino, openvino_model
+
+logger = logging.getLogger(__name__)
 
 Engine = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -34,14 +36,15 @@ class EngineKind(StrEnum):
     Its text is part of the provenance of nuclei, and of the name of a run.
     """
 
-    TORCH = "torch"
+    TORCH = "torch"  # in float32, on a GPU if there is one
     OPENVINO_FLOAT32 = "openvino float32"
     OPENVINO_BFLOAT16 = "openvino bfloat16"
+    CUDA_FLOAT16 = "torch cuda float16"
 
     @property
     def is_openvino(self) -> bool:
         """Whether OpenVINO is the backend."""
-        return self is not EngineKind.TORCH
+        return self in _PRECISION_HINTS
 
 
 _PRECISION_HINTS = {EngineKind.OPENVINO_FLOAT32: "f32", EngineKind.OPENVINO_BFLOAT16: "bf16"}
@@ -57,13 +60,14 @@ _kept: dict[tuple[EngineKind, str], Engine] = {}  # by kind and the model's dige
 def choose(wanted: EngineChoice | str) -> EngineKind:
     """The engine for "auto", "torch" or "openvino" on this machine.
 
-    "auto" is OpenVINO where it is installed and there is no GPU. Raises ConfigError.
+    "auto" is torch in half precision on a GPU, if there is one; else OpenVINO, if it is installed.
+    "torch" computes in float32 on any device. Raises ConfigError.
     """
+    if wanted == EngineChoice.AUTO and device().type != "cpu":
+        return EngineKind.CUDA_FLOAT16
     if wanted == EngineChoice.OPENVINO and not find_spec("openvino"):
         raise ConfigError("there is no OpenVINO here: pip install openvino, or use --engine torch")
     if wanted == EngineChoice.TORCH or not find_spec("openvino"):
-        return EngineKind.TORCH
-    if wanted == EngineChoice.AUTO and device().type != "cpu":
         return EngineKind.TORCH
     return EngineKind.OPENVINO_BFLOAT16 if _has_bfloat16() else EngineKind.OPENVINO_FLOAT32
 
@@ -81,38 +85,48 @@ def of(kind: EngineKind, network: SegmentationNetwork, digest: str) -> Engine:
 def start(kind: EngineKind, network: SegmentationNetwork) -> Engine:
     """A new engine for a network.
 
-    Raises ConfigError on a machine without OpenVINO, where another machine chose it.
+    Raises ConfigError on a machine without OpenVINO, where another machine chose it. On one without
+    a GPU, the CPU does the same in float32, with a line in the log.
     """
+    check_installed(kind)
     if not kind.is_openvino:
-        return _torch(folded(network))
-    if not find_spec("openvino"):
-        raise ConfigError(
-            f"{platform.node()} has no OpenVINO: install it on all workers, or use --engine torch"
-        )
+        return _torch(kind, network)
     return _openvino(folded(network), _PRECISION_HINTS[kind])
 
 
-def _torch(network: SegmentationNetwork) -> Engine:
-    network = network.to(device())
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.7 x as fast
-    # A GPU has memory for a few tiles, and is busy with one; there may be dozens of threads.
-    turn = threading.Lock() if device().type != "cpu" else nullcontext()
+def check_installed(kind: EngineKind) -> None:
+    """Raise ConfigError on a machine without OpenVINO, where another machine chose it."""
+    if kind.is_openvino and not find_spec("openvino"):
+        raise ConfigError(
+            f"{platform.node()} has no OpenVINO: install it on all workers, or use --engine torch"
+        )
+
+
+def _torch(kind: EngineKind, network: SegmentationNetwork) -> Engine:
+    on_cpu = _torch_on_cpu(folded(network))
+    if device().type == "cpu":
+        if kind is EngineKind.CUDA_FLOAT16:
+            logger.warning("%s has no GPU, the CPU is used", platform.node())
+        return on_cpu
+    dtype = torch.float16 if kind is EngineKind.CUDA_FLOAT16 else torch.float32
+    return cuda_engine(network, fallback=on_cpu, dtype=dtype, device=device())
+
+
+def _torch_on_cpu(network: SegmentationNetwork) -> Engine:
+    to_channels_last(network)
 
     def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        with turn, torch.inference_mode():
-            x = torch.from_numpy(pixels).to(device()).permute(2, 0, 1)[None]  # (1, 3, H, W)
+        with torch.inference_mode():
+            x = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, H, W)
             x = x.contiguous(memory_format=torch.channels_last)
-            y = network.probabilities(x)[0]  # (C, H, W)
-            return np.asarray(y.cpu(), np.float32)
+            return network.probabilities(x)[0].numpy()  # (C, H, W)
 
     return run
 
 
 @cache
 def _core() -> Any:
-    import openvino
-
-    return openvino.Core()
+    return load_openvino().Core()
 
 
 def _has_bfloat16() -> bool:
@@ -128,7 +142,7 @@ def _openvino(network: SegmentationNetwork, precision_hint: str) -> Engine:
         "ENABLE_CPU_PINNING": False,
     }
     with _STARTING:
-        model = _converted(network)
+        model = openvino_model(network)
     local = threading.local()
 
     def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -140,40 +154,3 @@ def _openvino(network: SegmentationNetwork, precision_hint: str) -> Engine:
         return np.array(local.request.infer({0: x})[0][0], np.float32)
 
     return run
-
-
-class _Probabilities(nn.Module):
-    """A network whose forward pass yields probabilities, as the frontend traces that alone."""
-
-    def __init__(self, network: SegmentationNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network.probabilities(x)
-
-
-def _converted(network: SegmentationNetwork) -> Any:
-    """A network as an OpenVINO model, for one image of any height and width.
-
-    This calls OpenVINO's torch frontend directly. ``openvino.convert_model`` calls it, too, but
-    also reports each conversion to a web service unless the user has opted out, and takes a second.
-    """
-    from openvino import PartialShape, Type
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
-    example = torch.zeros(1, 3, 8, 8)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the frontend still needs a trace
-        # Checking the trace imports torch.distributed: 0.6 s.
-        traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-            _Probabilities(network), example, check_trace=False
-        )
-    frontend = FrontEndManager().load_by_framework("pytorch")
-    decoder = TorchScriptPythonDecoder(traced, shared_memory=False)  # in use until the end
-    loaded = frontend.load(decoder)
-    (pixels,) = loaded.get_inputs()
-    loaded.set_partial_shape(pixels, PartialShape([1, 3, -1, -1]))
-    loaded.set_element_type(pixels, Type.f32)
-    return frontend.convert(loaded)

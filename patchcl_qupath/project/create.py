@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.project.qpproj import project_files
 from patchcl_qupath.storage.files import write_json
 
 QUPATH_VERSION = "0.5.1"  # whose format is written; 0.4 and later read it
@@ -38,7 +39,7 @@ def init_project(folder: Path, images: Sequence[NewImage]) -> Path:
     Returns the path of project.qpproj. Raises ProjectError if the folder has a project, and
     StorageError if it cannot be written to.
     """
-    if existing := sorted(folder.glob("*.qpproj")):
+    if existing := project_files(folder):
         raise ProjectError(
             f"{existing[0]} is there already: add images to it in QuPath, or name another folder"
         )

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import shapely
 from numpy.typing import NDArray
 
@@ -209,10 +210,7 @@ def java_options(given: list[str]) -> list[str]:
         given = [*given, "-XX:TieredStopAtLevel=1"]
     if any(option.startswith("-Xmx") for option in given):
         return given
-    try:
-        half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, ValueError, OSError):  # Windows
-        half = MAX_MEMORY
+    half = psutil.virtual_memory().total // 2
     return [*given, f"-Xmx{min(half, MAX_MEMORY) >> 20}m"]
 
 
@@ -381,7 +379,7 @@ class _QuPath:
             ) from error
         # What cannot be read QuPath replaces by an empty image, and only logs it.
         file = project.path.parent / "data" / image.entry_id / "data.qpdata"
-        if file.exists() and Path(str(image_data.getLastSavedPath())) != file:
+        if file.exists() and not _is_same(Path(str(image_data.getLastSavedPath())), file):
             raise ImageError(damaged(file, image.backups))
         self._lap("open image")
         return project, entry, image_data
@@ -455,6 +453,14 @@ def _number(value: Any) -> float | None:
     """A measurement of QuPath; None where there is none."""
     number = float(value)
     return None if math.isnan(number) else number
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Whether two paths lead to one file: Java and Python may write one in several ways."""
+    try:
+        return path.samefile(other)
+    except OSError:
+        return False
 
 
 def damaged(data: Path, backups: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ntpath
 import os
 import posixpath
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,10 +57,12 @@ class Locator:
 
     def _in_place(self, stored: PurePath) -> Path | None:
         """The file at its stored path, or where it moved along with the project."""
-        if isinstance(stored, PureWindowsPath) == (os.name == "nt") and is_file(Path(stored)):
-            return Path(stored)
-        moved = self._moved_along(stored)
-        return moved if moved is not None and is_file(moved) else None
+        if isinstance(stored, PureWindowsPath) == (os.name == "nt"):
+            places = [Path(stored), self._moved_along(stored)]
+        else:
+            places = [self._moved_along(stored)]
+        spelled = (path for place in places if place is not None for path in _spellings(place))
+        return next(filter(is_file, spelled), None)
 
     def _moved_along(self, stored: PurePath) -> Path | None:
         """The path of a file that moved along with the project; None if it cannot be told."""
@@ -79,12 +82,12 @@ class Locator:
         taken = {os.path.realpath(place) for place in places.values() if place is not None}
         by_name: dict[str, list[PurePath]] = {}
         for path in places:
-            by_name.setdefault(path.name, []).append(path)
+            by_name.setdefault(_name(path.name, path), []).append(path)
         found = {}
-        for name, paths in by_name.items():
+        for paths in by_name.values():
             lost = [path for path in paths if places[path] is None]
-            files = self._files_by_name.get(name, []) if lost else []
             for path in lost:
+                files = self._files_named(path)
                 best = _best(path, files, alone=len(paths) == 1)
                 others = [other for other in lost if other != path]
                 if best is None or os.path.realpath(best) in taken or _claimed(best, path, others):
@@ -93,12 +96,23 @@ class Locator:
                     found[path] = Location(path=best)
         return found
 
+    def _files_named(self, stored: PurePath) -> list[Path]:
+        """Files of a stored path's name; only where there are none, those of its other spellings.
+
+        They are in the project's folder, and were not made by QuPath or by this program.
+        """
+        name = _name(stored.name, stored)
+        alike = self._files_by_name.get(name.casefold(), [])
+        same = [file for file in alike if _name(file.name, stored) == name]
+        return [file for file in same if file.name == stored.name] or same
+
     @cached_property
     def _files_by_name(self) -> dict[str, list[Path]]:
-        """Files in the project's folder, which were not made by QuPath or by this program."""
+        """Files in the project's folder, by their names as Windows compares them."""
         found: dict[str, list[Path]] = {}
         for file in _walk(self.folder, SEARCH_DEPTH):
-            found.setdefault(file.name, []).append(file)
+            name = _name(file.name, PureWindowsPath())
+            found.setdefault(name, []).append(file)
         return found
 
 
@@ -123,13 +137,28 @@ def _claimed(file: Path, stored: PurePath, others: Sequence[PurePath]) -> bool:
 
 def _common(file: Path, stored: PurePath) -> int:
     """How many parts of two paths are equal, from the end."""
-    windows = isinstance(stored, PureWindowsPath)
     count = 0
     for one, other in zip(reversed(file.parts), reversed(stored.parts), strict=False):
-        if one != other and not (windows and one.casefold() == other.casefold()):
+        if _name(one, stored) != _name(other, stored):
             break
         count += 1
     return count
+
+
+def _name(name: str, stored: PurePath) -> str:
+    """A name of a file or folder as the system of a stored path compares it.
+
+    Windows does not tell a from A. macOS writes é as e and a mark, others as one character.
+    """
+    name = unicodedata.normalize("NFC", name)
+    return name.casefold() if isinstance(stored, PureWindowsPath) else name
+
+
+def _spellings(path: Path) -> Iterator[Path]:
+    """A path, and how it would be written on another system, with letters that have marks."""
+    text = str(path)
+    for spelled in dict.fromkeys([text, *(unicodedata.normalize(f, text) for f in ("NFC", "NFD"))]):
+        yield Path(spelled)
 
 
 def _denied(stored: PurePath) -> bool:

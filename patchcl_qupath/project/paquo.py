@@ -37,7 +37,7 @@ from patchcl_qupath.project.jvm import (
     damaged,
 )
 from patchcl_qupath.project.protocol import Backend, BackendKind
-from patchcl_qupath.storage.files import copy_once, writing
+from patchcl_qupath.storage.files import copy_once, remove_folder, replace_file, writing
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import (
     FileSignature,
@@ -240,7 +240,7 @@ class PaquoProject:
         """Remove our nuclei from the image, except those that a person changed."""
         counts = self._change(entry, Remove(self._image(entry))).counts
         self.layout.rois(entry.id).unlink(missing_ok=True)
-        shutil.rmtree(self.layout.results(entry.id), ignore_errors=True)
+        remove_folder(self.layout.results(entry.id))
         self.layout.receipt(entry.id).unlink(missing_ok=True)
         return f"{counts['removed']:,} nuclei removed, {counts['kept']:,} other objects kept"
 
@@ -305,7 +305,7 @@ class PaquoProject:
             yield
         except BaseException:
             if existed:
-                before.replace(data)
+                replace_file(before, data)
             else:
                 data.unlink(missing_ok=True)
             _last_version(data).unlink(missing_ok=True)

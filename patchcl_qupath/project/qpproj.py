@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
@@ -68,23 +69,28 @@ class StoredProject:
     images: tuple[StoredImage, ...]
 
 
+def project_files(folder: Path) -> list[Path]:
+    """The .qpproj files of a folder; not ._project.qpproj, which macOS writes on other disks."""
+    return sorted(folder.glob("[!.]*.qpproj"))
+
+
 def project_file(path: Path) -> Path:
     """The .qpproj file of a path: the file itself, or the only one of a folder.
 
     Raises ProjectError.
     """
     try:
-        is_folder, exists = path.is_dir(), path.exists()
+        mode = path.stat().st_mode  # is_dir and exists say no to any error, from Python 3.14 on
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise ProjectError(f"{path} does not exist: give the path of a project.qpproj") from error
     except OSError as error:
         raise ProjectError(f"{path} cannot be read: {error.strerror}") from error
-    if is_folder:
-        found = sorted(path.glob("*.qpproj"))
+    if stat.S_ISDIR(mode):
+        found = project_files(path)
         if len(found) == 1:
             return found[0]
         many = "several projects, name one of them" if found else "no project (.qpproj)"
         raise ProjectError(f"{path} holds {many}")
-    if not exists:
-        raise ProjectError(f"{path} does not exist: give the path of a project.qpproj")
     if path.suffix.lower() != ".qpproj":
         raise ProjectError(
             f"{path.name} is not a QuPath project: make one of images with "

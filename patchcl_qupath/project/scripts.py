@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from importlib.resources import files
 from pathlib import Path
 
@@ -59,8 +60,10 @@ def _keep(path: Path) -> Path:
 def _this_command() -> str:
     """The patchcl-qp of this environment, '' if it was not installed as a command."""
     name = "patchcl-qp.exe" if os.name == "nt" else "patchcl-qp"
-    command = Path(sys.executable).parent / name
-    return str(command) if command.is_file() else ""
+    # Outside of a virtual environment, Windows has a folder for commands beside Python's.
+    folders = Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))
+    found = (folder / name for folder in folders if (folder / name).is_file())
+    return str(next(found, ""))
 
 
 def _escaped(text: str) -> str:

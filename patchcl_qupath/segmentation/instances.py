@@ -3,9 +3,10 @@
 Touching nuclei are separated by a steepest-ascent watershed of an elevation map, the distance to
 the background, raised in the cores of nuclei. Each pixel of the mask steps to its highest
 neighbour until it reaches a maximum; the pixels of one maximum (marker) are one nucleus. Maxima of
-low prominence are merged. Unlike a watershed that floods from a queue, this one depends on no pixel
-farther away than the nucleus, so that a nucleus has the same pixels in each tile that contains it.
-No step here depends on the tile as a whole.
+low prominence are merged, and so are neighbours that are one ellipse together. Unlike a watershed
+that floods from a queue, this one depends on no pixel farther away than the nucleus, so that a
+nucleus has the same pixels in each tile that contains it. No step here depends on the tile as a
+whole.
 
 F. Meyer, Topographic distance and watershed lines, Signal Processing 38 (1994).
 """
@@ -15,11 +16,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from patchcl_qupath.compiled import compiled, take
 from patchcl_qupath.config import SegmentConfig
 
 _CROSS = ndimage.generate_binary_structure(2, 1)  # pixels connect by edges, not by corners
+# Largest height and width of what is joined, relative to ``max_diameter_um``. Two thirds of it lie
+# beyond the centroid, and the neighbour that a nucleus may be joined to as far again: together the
+# two thirds of ``max_diameter_um`` that the margin of a tile holds.
+_MAX_JOINED = 0.4
 
 
 def postprocessing_margin_um(config: SegmentConfig) -> float:
@@ -28,7 +35,9 @@ def postprocessing_margin_um(config: SegmentConfig) -> float:
 
     A convex shape extends at most two thirds of its diameter from its centroid; the elevation of
     its outermost pixels depends on the mask up to ``max_depth_um`` farther, and smoothing and the
-    search for a higher maximum extend a little beyond that.
+    search for a higher maximum extend a little beyond that. Whether a nucleus is joined to a
+    neighbour depends on the whole neighbour, but such pairs are so small (``_MAX_JOINED``) that
+    they lie within the same margin.
     """
     beyond = 4 * config.smooth_um + config.marker_radius_um + 2 * config.open_radius_um
     return 2 / 3 * config.max_diameter_um + config.max_depth_um + beyond
@@ -55,6 +64,8 @@ def instances(
     near, far = _offsets(1.5), _offsets(config.marker_radius_um / mpp)
     basins, peak = _steepest_ascent(elevation, pieces, near, far)
     into = _merge_low_prominence(basins, peak, elevation, np.float32(config.min_prominence_um))
+    basins = take(into, basins)
+    into = _join_ellipses(basins, peak, elevation, mpp, config)
     return take(_number(basins, into, core, mpp, config), basins)
 
 
@@ -270,6 +281,116 @@ def _merge_low_prominence(
         while into[into[basin]] != into[basin]:
             into[basin] = into[into[basin]]
     return into
+
+
+def _join_ellipses(
+    basins: NDArray[np.int32],
+    peak: NDArray[np.float32],
+    elevation: NDArray[np.float32],
+    mpp: float,
+    config: SegmentConfig,
+) -> NDArray[np.int32]:
+    """The basin (N + 1,) that each basin is joined to; itself, unless it is one of several parts.
+
+    Neighbours are parts of one nucleus if the prominence of the lower maximum is below
+    ``join_prominence_um``, more by ``join_ellipse_um`` times what their union is more of an ellipse
+    than they are. Each pair is judged by itself, so that no nucleus depends on how others far away
+    were joined. Parts whose union would be too large stay apart.
+    """
+    sums, box = _moments(basins, len(peak))
+    low, high, saddle = _saddles(basins, elevation)
+    together = np.maximum(box[low], box[high])  # bottom, right, -top, -left
+    small = (together[:, :2] + together[:, 2:] + 1).max(axis=1, initial=0) * mpp
+    reach_um = _MAX_JOINED * config.max_diameter_um
+    apart = (_ellipticity(sums[low]) * sums[low, 0] + _ellipticity(sums[high]) * sums[high, 0]) / (
+        np.maximum(sums[low, 0] + sums[high, 0], 1)
+    )
+    gain = _ellipticity(sums[low] + sums[high]) - apart
+    prominence = np.minimum(peak[low], peak[high]) - saddle
+    join = prominence < config.join_prominence_um + config.join_ellipse_um * gain
+    join &= small <= reach_um
+    low, high = low[join], high[join]
+    pairs = coo_array((np.ones(len(low)), (low, high)), shape=(len(peak), len(peak)))
+    _, group = connected_components(pairs, directed=False)
+    # The highest maximum of a group is that of the nucleus; of equal ones the last.
+    order = np.lexsort((np.arange(len(peak)), peak))
+    highest = np.zeros(len(peak), np.int32)
+    highest[group[order]] = order
+    extent = np.full((len(peak), 4), -np.inf)
+    np.maximum.at(extent, group, box)
+    fits = ((extent[:, :2] + extent[:, 2:] + 1).max(axis=1) * mpp <= reach_um)[group]
+    return np.where(fits, highest[group], np.arange(len(peak))).astype(np.int32)
+
+
+def _ellipticity(sums: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The area of regions (N,) over that of the ellipse with their second moments: 1 for ellipses.
+
+    ``sums`` (N, 6) are those of ``_moments``. Central moments are exact integers, so that they do
+    not depend on where a tile begins.
+    """
+    n, row, col, row_row, col_col, row_col = sums.T
+    square = n.astype(np.float64) ** 2
+    rows = (n * row_row - row * row) + square / 12  # pixels are squares, not points
+    cols = (n * col_col - col * col) + square / 12
+    both = (n * row_col - row * col).astype(np.float64)
+    area = 4 * np.pi * np.sqrt(np.maximum(rows * cols - both * both, 1)) / np.maximum(n, 1)
+    return np.minimum(np.where(n > 0, n / np.maximum(area / np.maximum(n, 1), 1e-9), 0), 1)
+
+
+@compiled
+def _moments(basins: NDArray[np.int32], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of each basin (n, 6): the number of pixels, the sums of row, col, and of their products; and
+    (n, 4) its largest row and col, and largest -row and -col."""
+    sums = np.zeros((n, 6), np.int64)
+    box = np.full((n, 4), -(2**31))
+    for row in range(basins.shape[0]):
+        for col in range(basins.shape[1]):
+            basin = basins[row, col]
+            if basin:
+                sums[basin, 0] += 1
+                sums[basin, 1] += row
+                sums[basin, 2] += col
+                sums[basin, 3] += row * row
+                sums[basin, 4] += col * col
+                sums[basin, 5] += row * col
+                box[basin, 0] = max(box[basin, 0], row)
+                box[basin, 1] = max(box[basin, 1], col)
+                box[basin, 2] = max(box[basin, 2], -row)
+                box[basin, 3] = max(box[basin, 3], -col)
+    return sums, box
+
+
+def _saddles(
+    basins: NDArray[np.int32], elevation: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Pairs of basins with a common border, (K,) and (K,), and the highest pass along it, (K,)."""
+    low, high, height = _borders(basins, elevation)
+    if not len(low):
+        return low, high, height
+    order = np.lexsort((high, low))
+    low, high, height = low[order], high[order], height[order]
+    first = np.flatnonzero((np.diff(low, prepend=-1) != 0) | (np.diff(high, prepend=-1) != 0))
+    return low[first], high[first], np.maximum.reduceat(height, first)
+
+
+@compiled
+def _borders(
+    basins: NDArray[np.int32], elevation: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """The basins on both sides of each pixel edge between two, the smaller first; and the lower
+    elevation beside it."""
+    rows, cols = basins.shape
+    low, high, height = [], [], []
+    for row in range(rows):
+        for col in range(cols):
+            here = basins[row, col]
+            for r, c in ((row, col + 1), (row + 1, col)):
+                there = basins[r, c] if here and r < rows and c < cols else 0
+                if there and there != here:
+                    low.append(min(here, there))
+                    high.append(max(here, there))
+                    height.append(min(elevation[row, col], elevation[r, c]))
+    return np.array(low, np.int64), np.array(high, np.int64), np.array(height, np.float32)
 
 
 def _number(

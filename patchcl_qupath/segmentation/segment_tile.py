@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
+from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.segmentation.contours import centroids, nuclei_of_tile, to_level0
@@ -43,6 +44,12 @@ class TileContext:
     model: Model
     config: Config
     engine: EngineKind
+
+
+def check_machine(slide: Slide, size: int, engine: EngineKind) -> None:
+    """Raise PatchCLError on a machine that cannot segment tiles of a slide, of ``size`` bytes."""
+    slide.check_same(size)
+    engines.check_installed(engine)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from patchcl_qupath.slides.pixel_size import Pair, PixelSize, PixelSizeSource
 from patchcl_qupath.slides.pyramid import forget_pyramids, open_pyramid
 from patchcl_qupath.slides.void import VoidMask, void_blocks
 from patchcl_qupath.storage.files import is_file
+from patchcl_qupath.storage.records import file_signature
 
 MAX_SIDE_MM = 300  # the largest glass, for sections of a whole brain, has 200
 MPP_TOLERANCE = 0.1  # relative, within which the working grid is made of whole level-0 pixels
@@ -168,25 +169,47 @@ class Slide:
         x, y = self.downsample
         return replace(self, void=VoidMask.of(blocks, (x * px, y * px), self.origin)), raw
 
+    def check_same(self, size: int) -> None:
+        """Raise SlideError where the file cannot be read, or does not have ``size`` bytes.
+
+        For other machines: what they have at the path of the slide may be another file.
+        """
+        with _reopening():
+            self._pyramid()
+        found = file_signature(self.path).bytes
+        if found != size:
+            raise SlideError(
+                f"{self.name}: the file at {self.path}, as seen from {platform.node()}, has "
+                f"{found} bytes, not {size}: copy it there again, and run again"
+            )
+
     def _grid(self, shape: tuple[int, int], downsample: Pair) -> LevelGrid:
         """A grid over the image, on the coarsest level that is fine enough."""
-        try:
-            level = open_pyramid(self.path, self.selection).level_for(downsample)
-        except FileNotFoundError as error:
-            raise SlideError(
-                f"{self.name} is not at {self.path}, as seen from {platform.node()}: bring it "
-                "back, or share its folder with that machine, and run again"
-            ) from error
-        except Exception as error:
-            raise unreadable(self.name, error) from error
         return LevelGrid.of(
             self.name,
-            level=level,
+            level=self._pyramid().level_for(downsample),
             shape=shape,
             downsample=downsample,
             origin=self.origin,
             void=self.void,
         )
+
+    def _pyramid(self) -> Pyramid:
+        """The open file. Raises SlideError."""
+        try:
+            return open_pyramid(self.path, self.selection)
+        except FileNotFoundError as error:
+            raise SlideError(
+                f"{self.name} is not at {self.path}, as seen from {platform.node()}: bring it "
+                "back, or share its folder with that machine, and run again"
+            ) from error
+        except PermissionError as error:
+            raise SlideError(
+                f"{self.name} is at {self.path}, which may not be read by the user of "
+                f"{platform.node()}: give that user the permission, and run again"
+            ) from error
+        except Exception as error:
+            raise unreadable(self.name, error) from error
 
 
 def _frame(entry: ImageEntry, pyramid: Pyramid) -> tuple[tuple[int, int], tuple[int, int]]:

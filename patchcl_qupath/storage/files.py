@@ -10,6 +10,8 @@ import logging
 import os
 import re
 import shutil
+import time
+import unicodedata
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 ZARR_METADATA = ("zarr.json", ".zattrs", ".zgroup")  # of version 3, and of version 2
 
+WINDOWS = os.name == "nt"
+_BUSY_S = 2.0  # for another program to close a file: a virus scanner opens each new one
+_LONGEST = 259  # characters of a path on Windows, unless long paths are turned on
+
 _MAKE_ROOM = "make room and run again, finished tiles are kept"
 _COPY = "copy the project to a folder that you can write to"
 _ADVICE = {
@@ -35,7 +41,12 @@ _ADVICE = {
     errno.EROFS: f"it is read-only: {_COPY}",
     errno.EACCES: f"no permission to write there: {_COPY}",
     errno.EPERM: f"no permission to write there: {_COPY}",
+    errno.ENAMETOOLONG: "its name is too long: choose a shorter one",
 }
+_ON_WINDOWS = {
+    errno.EACCES: f"another program has it open: close it there; or no permission: {_COPY}",
+}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextmanager
@@ -44,8 +55,15 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, str(error))
-        raise StorageError(f"cannot write {path}: {advice}") from error
+        raise StorageError(f"cannot write {path}: {_advice(path, error)}") from error
+
+
+def _advice(path: Path, error: OSError) -> str:
+    """What to do about an error of the operating system; its own text where that is not known."""
+    if WINDOWS and len(str(path)) > _LONGEST and isinstance(error, FileNotFoundError):
+        return f"its path is longer than {_LONGEST} characters: move the project to a shorter one"
+    advice = _ADVICE | _ON_WINDOWS if WINDOWS else _ADVICE
+    return advice.get(error.errno or 0, str(error))
 
 
 @contextmanager
@@ -65,7 +83,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             else:
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
-                temporary.replace(path)
+                replace_file(temporary, path)
             logger.debug("wrote %s", path)
         finally:
             _remove(temporary)
@@ -109,6 +127,9 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
             ) from None
         except NotImplementedError:
             pass  # a file system without locks
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
     try:
         remove_partial_files(folder)
         yield
@@ -116,12 +137,40 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def replace_file(path: Path, other: Path) -> None:
+    """Rename a file or folder to ``other``, in place of a file that is there.
+
+    Windows refuses that while another program has one of them open: then it is tried for some time.
+    """
+    deadline = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            path.replace(other)
+            return
+        except PermissionError:
+            if not WINDOWS or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
 def _replace_folder(new: Path, path: Path) -> None:
     old = path.with_name(new.name + ".old")
     if path.exists():
-        path.replace(old)
-    new.replace(path)
+        replace_file(path, old)
+    try:
+        replace_file(new, path)
+    except OSError:
+        if old.exists():
+            replace_file(old, path)
+        raise
     _remove(old)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and all that is in it, if it is there. Raises StorageError."""
+    with writing(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 def _remove(path: Path) -> None:
@@ -149,11 +198,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def readable(text: str) -> str:
-    """Text as one line that can be printed and written: other characters become ? or a space.
+    """Text as one line that can be printed, written and compared: other characters become ? or a
+    space, and letters with marks one character each.
 
-    Names of files may hold bytes that are not UTF-8, which Python has as surrogates, and newlines.
+    Names of files may hold bytes that are not UTF-8, which Python has as surrogates, and newlines;
+    macOS writes é as e and a mark.
     """
-    line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", text)
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", unicodedata.normalize("NFC", text))
     return line.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -18,11 +18,17 @@ backups/<image>/                    copies of an image's data.qpdata before our 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from patchcl_qupath.errors import ConfigError
+
 RESULT, NUCLEI = "result.json", "nuclei.parquet"  # in an image's folder of results
 FIGURES = "figures.json"  # in its folder of figures
+
+_PORTS = [f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10)]
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *_PORTS}  # what Windows takes such a name for
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,18 @@ class Layout:
         return self.root / "models"
 
     def model(self, name: str) -> Path:
-        """A model's weights."""
+        """A model's weights. Raises ConfigError for a name that no file can have on some system."""
+        reserved = name.partition(".")[0].upper() in _DEVICES
+        if reserved or not re.fullmatch(r'(?!\.)[^<>:"/\\|?*\x00-\x1f]+(?<![. ])', name):
+            raise ConfigError(
+                f"a model cannot be named {name!r}, as not every system can name a file so: use "
+                "letters, digits, - and _"
+            )
         return self.models / f"{name}.pt"
 
     def model_records(self) -> list[Path]:
         """The records of all models, sorted by name."""
-        return sorted(self.models.glob("*.json"))
+        return sorted(self.models.glob("[!.]*.json"))
 
     def run(self, run: str) -> Path:
         """The folder of a run."""

@@ -4,7 +4,8 @@ Thresholds at many levels of a hematoxylin map make a component tree: a clump at
 into its nuclei at a higher one. The score of a component is its area, if it is convex, times the
 cube of its edge strength; the best disjoint components are kept, those of the largest total score.
 (As in C. Arteta et al., Learning to Detect Cells Using Non-overlapping Extremal Regions, MICCAI
-2012, but there the score is learnt from labels.)
+2012, but there the score is learnt from labels.) A component that holds several nuclei is then
+separated by its shape (``segmentation.instances``).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import shapely
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from patchcl_qupath.config import SelfTrainConfig
+from patchcl_qupath.config import SegmentConfig, SelfTrainConfig
 from patchcl_qupath.segmentation.contours import trace_contours
+from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.measurements import means
 
 Stains = NDArray[np.float32]
@@ -27,6 +29,8 @@ _WHITE = 245  # of a scan
 _GLASS_DENSITY = 0.05  # mean of the colours; less is no tissue
 _RING_UM = (1.0, 3.0)  # around a clump: glass or tissue?
 _FULL_SCORE = 0.2  # above the solidity at which a component scores 0
+_SEPARATION = SegmentConfig(min_area_um2=2, max_hole_um2=1)  # of components, which have no holes
+_BORDER_PX = 1.5  # width of what separates components that touch
 _CROSS = ndimage.generate_binary_structure(2, 1)  # 3 px wide
 
 
@@ -69,7 +73,7 @@ def pseudo_labels(
         background = ~mask & ((d < threshold) | (d < mean))
         tree = [_components(mask & (d > level), mpp, config) for level in levels]
         scores = [component_scores(labels, slope / steep, mpp, config) for labels in tree]
-        labels = best_disjoint_components(tree, scores)
+        labels = separated(best_disjoint_components(tree, scores), mpp)
         artefacts = artefact_mask(tree[0], labels, clear, mpp, config)
         labels, background = np.where(artefacts, 0, labels), background | artefacts
         mean_confidence = means(labels, int(labels.max(initial=0)), confidence)
@@ -157,6 +161,24 @@ def artefact_mask(
     artefacts = large | strand
     artefacts[0] = False
     return np.asarray(artefacts[clumps])
+
+
+def separated(labels: NDArray[np.int32], mpp: float) -> NDArray[np.int32]:
+    """Labels (H, W) of components, in which those of the shape of several nuclei are separated.
+
+    As in the tiles of a slide, but by the distance to the rim alone: a U-Net, which would show
+    cores of nuclei, is still to be trained.
+    """
+    wide = np.pad(labels, ((0, 1), (0, 1)), mode="edge")
+    border = np.zeros(labels.shape, np.bool_)  # of two components that touch
+    for beside in (wide[1:, :-1], wide[:-1, 1:]):
+        border |= (beside != labels) & (beside > 0)
+    inside = (labels > 0) & ~border
+    parts = instances(inside.astype(np.float32), mpp, _SEPARATION)
+    # What the borders took, and what was too small to be seen without it, goes to the nearest part.
+    distance, nearest = ndimage.distance_transform_edt(parts == 0, return_indices=True)
+    found = np.where((labels > 0) & (distance <= _BORDER_PX), parts[tuple(nearest)], 0)
+    return np.asarray(found, np.int32)
 
 
 def _without_fragments(found: list[PseudoLabels], min_fragment: float) -> list[PseudoLabels]:

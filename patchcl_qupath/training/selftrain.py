@@ -2,7 +2,9 @@
 
 PatchCL's confidence and the shape of a nucleus choose pseudo-labels (``pseudo_labels``): confident
 foreground and confident background. A U-Net, which sees texture, too, learns from these to find
-the other nuclei, and where one ends and the next begins.
+the other nuclei, and where one ends and the next begins. What it finds, separated by shape, teaches
+a second one: it has more of the nuclei, and better outlines, than the pseudo-labels that it was
+taught by.
 
 D.-H. Lee, Pseudo-Label: The Simple and Efficient Semi-Supervised Learning Method for Deep Neural
 Networks, ICML 2013 workshop.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -22,14 +25,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from patchcl_qupath.config import SelfTrainConfig
+from patchcl_qupath.config import SegmentConfig, SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models.model import Model, confidence
-from patchcl_qupath.models.network import NucleusNetwork, device
+from patchcl_qupath.models.network import NucleusNetwork, device, to_channels_last
 from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter
+from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.prepare import TrainingCrops
+from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.records import PatchCLLog, SelfTrainingLog
-from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
+from patchcl_qupath.training.pseudo_labels import PseudoLabels, is_glass, pseudo_labels
 from patchcl_qupath.training.supervision import (
     TrainingSample,
     augment_stains,
@@ -39,8 +44,10 @@ from patchcl_qupath.training.supervision import (
     targets,
     to_batch,
 )
+from patchcl_qupath.training.touching import with_touching_nuclei
 
 _WARMUP_STEPS = 20  # in which the learning rate rises
+_TURNS = 4  # of a crop, by 90 degrees, over which a network's probabilities are averaged
 
 
 class Trained(NamedTuple):
@@ -55,27 +62,43 @@ class Trained(NamedTuple):
 def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model:
     """Train a network on the pseudo-labels of ``teacher``, of PatchCL, in tissue crops.
 
-    Equal crops, teachers and numbers of threads give equal weights on one machine. Raises
-    TrainingError where no nucleus is pseudo-labelled.
+    A first network learns from these; what it finds in the crops are the pseudo-labels of the
+    second, which is returned. Equal crops, teachers and numbers of threads give equal weights on
+    one machine. Raises TrainingError where no nucleus is pseudo-labelled.
     """
-    config = teacher.config
-    choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-    samples = pseudo_labelled_samples(crops, teacher, choosing)
-    if not any(sample.nucleus.any() for sample in samples):
-        raise TrainingError("no clear nucleus was found: add images of cellular tissue")
-
+    config, settings = teacher.config, teacher.config.selftrain
     assert isinstance(teacher.training, PatchCLLog), "self-training begins with PatchCL"
-    step = counter(progress, Stage.TRAINING_NETWORK)
-    trained = train_on(samples, config.selftrain, config.patchcl.seed, step)
-    log = SelfTrainingLog(
-        patchcl=teacher.training,
-        nucleus_fraction=_fraction([sample.nucleus for sample in samples]),
-        labelled_fraction=_fraction([sample.valid for sample in samples]),
-        loss=trained.loss,
-        seconds=trained.seconds,
-        seconds_for_batches=trained.seconds_for_batches,
+    log = teacher.training
+    choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
+    training = counter(progress, Stage.TRAINING_NETWORK)
+    total, done = settings.first_steps + settings.steps, 0
+    rounds: list[Trained] = []
+    labelled: list[LabelledCrop] = []
+    for steps in (settings.first_steps, settings.steps):
+        labelled = pseudo_labelled(crops, teacher, choosing)
+        if not any(crop.labels.nuclei.any() for crop in labelled):
+            raise TrainingError("no clear nucleus was found: add images of cellular tissue")
+        samples = training_samples(labelled, settings.touching, config.patchcl.seed)
+        show = partial(_show_all, report=training, done=done, total=total)
+        rounds.append(train_on(samples, replace(settings, steps=steps), config.patchcl.seed, show))
+        teacher = Model(network=rounds[-1].network, config=config)
+        done += steps
+    return replace(
+        teacher,
+        training=SelfTrainingLog(
+            patchcl=log,
+            nucleus_fraction=_fraction([crop.sample.nucleus for crop in labelled]),
+            labelled_fraction=_fraction([crop.sample.valid for crop in labelled]),
+            loss=[loss for trained in rounds for loss in trained.loss],
+            seconds=round(sum(trained.seconds for trained in rounds), 1),
+            seconds_for_batches=round(sum(trained.seconds_for_batches for trained in rounds), 1),
+        ),
     )
-    return Model(network=trained.network, config=config, training=log)
+
+
+def _show_all(step: int, of: int, *, report: ShowCount, done: int, total: int) -> None:
+    """Report a step of one round as one of all rounds."""
+    report(done + step, total)
 
 
 def train_on(
@@ -89,7 +112,7 @@ def train_on(
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
         network = NucleusNetwork(settings.widths).to(device())
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    to_channels_last(network)
     average = ema_model(network, warmup_steps=1)
     # The scheduler multiplies the optimizer's rate with what its function returns.
     optimizer = torch.optim.AdamW(network.parameters(), 1.0, weight_decay=settings.weight_decay)
@@ -118,31 +141,83 @@ def train_on(
     )
 
 
-def pseudo_labelled_samples(
-    crops: TrainingCrops, teacher: Model, report: ShowCount
-) -> list[TrainingSample]:
-    """A training sample of each crop, in their order.
+class LabelledCrop(NamedTuple):
+    """Normalised stains (H, W, 3) of a crop, and its pseudo-labels."""
 
-    Thresholds of the pseudo-labels are those of all crops of a slide.
+    stains: NDArray[np.float32]
+    labels: PseudoLabels
+
+    @property
+    def sample(self) -> TrainingSample:
+        """What a network is trained on."""
+        return TrainingSample(self.stains, targets(self.labels.nuclei, self.labels.background))
+
+
+def pseudo_labelled(crops: TrainingCrops, teacher: Model, report: ShowCount) -> list[LabelledCrop]:
+    """The crops, in their order, with the pseudo-labels that a network can learn from ``teacher``.
+
+    A network that separates nuclei labels all pixels: with the nuclei that it finds itself. Those
+    of PatchCL, which does not, are confident components of the hematoxylin map
+    (``pseudo_labels``), whose thresholds are those of all crops of a slide.
     """
-    config = teacher.config
-    samples: dict[int, TrainingSample] = {}
+    found: dict[int, LabelledCrop] = {}
     for slide in dict.fromkeys(crops.slides):
         indices = [i for i in range(len(crops)) if crops.slides[i] == slide]
         of_slide = crops.select(indices)
-        pairs = [*zip(of_slide.images, of_slide.normalisers, strict=True)]
+        if teacher.network.core_channel is None:
+            labels = _of_patchcl(of_slide, teacher)
+        else:
+            labels = [
+                _of_network(teacher, image, normaliser)
+                for image, normaliser in zip(of_slide.images, of_slide.normalisers, strict=True)
+            ]
+        pairs = zip(of_slide.images, of_slide.normalisers, strict=True)
         stains = [normaliser.apply(image) for image, normaliser in pairs]
-        found = pseudo_labels(
-            crops=stains,
-            glass=[is_glass(image, config.slide.mpp, config.selftrain) for image, _ in pairs],
-            confidences=[confidence(teacher, *pair).nucleus for pair in pairs],
-            mpp=config.slide.mpp,
-            config=config.selftrain,
-        )
-        for i, crop, labels in zip(indices, stains, found, strict=True):
-            samples[i] = TrainingSample(crop, targets(labels.nuclei, labels.background))
-        report(len(samples), len(crops))
-    return [samples[i] for i in range(len(crops))]
+        found |= zip(indices, map(LabelledCrop, stains, labels), strict=True)
+        report(len(found), len(crops))
+    return [found[i] for i in range(len(crops))]
+
+
+def training_samples(
+    crops: Sequence[LabelledCrop], touching: float, seed: int
+) -> list[TrainingSample]:
+    """A sample of each crop; into every other one nuclei are pasted that touch others."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for i, crop in enumerate(crops):
+        pasted = LabelledCrop(*with_touching_nuclei(*crop, touching, rng)) if i % 2 else crop
+        samples.append(pasted.sample)
+    return samples
+
+
+def _of_patchcl(crops: TrainingCrops, teacher: Model) -> list[PseudoLabels]:
+    """The pseudo-labels of the crops of one slide, by PatchCL's confidence and by shape."""
+    config = teacher.config
+    pairs = [*zip(crops.images, crops.normalisers, strict=True)]
+    return pseudo_labels(
+        crops=[normaliser.apply(image) for image, normaliser in pairs],
+        glass=[is_glass(image, config.slide.mpp, config.selftrain) for image, _ in pairs],
+        confidences=[confidence(teacher, *pair).nucleus for pair in pairs],
+        mpp=config.slide.mpp,
+        config=config.selftrain,
+    )
+
+
+def _of_network(
+    teacher: Model, image: NDArray[np.uint8], normaliser: StainNormaliser
+) -> PseudoLabels:
+    """The nuclei that a network finds in a crop (H, W, 3), and the rest of it as background.
+
+    Probabilities are means over four turns of the crop: where they differ, the network is not sure.
+    """
+    nucleus, core = np.zeros((2, *image.shape[:2]), np.float32)
+    for turns in range(_TURNS):
+        found = confidence(teacher, np.rot90(image, turns), normaliser)
+        assert found.core is not None
+        nucleus += np.rot90(found.nucleus, -turns) / _TURNS
+        core += np.rot90(found.core, -turns) / _TURNS
+    nuclei = instances(nucleus, teacher.mpp, SegmentConfig(), teacher.threshold, core)
+    return PseudoLabels(nuclei, (nucleus < teacher.threshold) & (nuclei == 0))
 
 
 def learning_rate(step: int, settings: SelfTrainConfig) -> float:

@@ -1,0 +1,154 @@
+"""A network as an OpenVINO model, operation by operation.
+
+OpenVINO's own ways from torch cost more than they give: one needs ``torch.jit.trace``, which torch
+deprecates, and does not support on Python 3.14; the other ``torch.export``, which takes 20 s in
+each process. The networks here are of few operations, so that these are written down.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from patchcl_qupath.models.network import SegmentationNetwork
+
+
+@cache
+def load_openvino() -> Any:
+    """The module openvino, imported without its telemetry.
+
+    That reports the import to a web service, in a process of its own: a fork of this one, which has
+    threads, or, from Python 3.14 on, one that runs the user's script again.
+    """
+    telemetry = sys.modules.get("openvino_telemetry")
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # as if not installed
+    try:
+        import openvino
+        import openvino.opset13
+    finally:
+        del sys.modules["openvino_telemetry"]
+        if telemetry is not None:
+            sys.modules["openvino_telemetry"] = telemetry
+    return openvino
+
+
+def openvino_model(network: SegmentationNetwork) -> Any:
+    """``network.probabilities`` as an OpenVINO model, for one image of any height and width.
+
+    The batch norms of the network are folded. Raises NotImplementedError for an operation that no
+    network had so far: add it to ``_FUNCTIONS`` or ``_MODULES``.
+    """
+    openvino = load_openvino()
+    opset13 = openvino.opset13
+    with torch.no_grad():
+        traced = fx.symbolic_trace(_Probabilities(network))
+    pixels = opset13.parameter([1, 3, -1, -1], np.float32, name="pixels")
+    outputs: dict[fx.Node, Any] = {}
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            outputs[node] = pixels
+        elif node.op == "output":
+            result = opset13.result(outputs[node.args[0]])
+            return openvino.Model([result], [pixels], "network")
+        else:
+            convert, arguments = _converter(node, traced), fx.node.map_arg(node.args, outputs.get)
+            outputs[node] = convert(opset13, *arguments, **_settings(node))
+    raise AssertionError("a graph without an output")
+
+
+class _Probabilities(nn.Module):
+    """A network whose forward pass yields probabilities, as that alone is traced."""
+
+    def __init__(self, network: SegmentationNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network.probabilities(x)
+
+
+def _converter(node: fx.Node, traced: fx.GraphModule) -> Callable[..., Any]:
+    """What makes the OpenVINO node of a call, given the opset and the call's arguments."""
+    if node.op == "call_module":
+        module = traced.get_submodule(str(node.target))
+        if type(module) in _MODULES:
+            return lambda ops, x: _MODULES[type(module)](ops, x, module)
+    elif node.target in _FUNCTIONS:
+        return _FUNCTIONS[node.target]
+    raise NotImplementedError(f"no OpenVINO operation for {node.op} {node.target}")
+
+
+def _settings(node: fx.Node) -> dict[str, Any]:
+    """The settings of a call that are not torch's default."""
+    given = node.kwargs.items()
+    return {name: value for name, value in given if _DEFAULTS.get(name, _NONE) != value}
+
+
+def _convolution(ops: Any, x: Any, conv: nn.Conv2d) -> Any:
+    padding = conv.padding
+    assert not isinstance(padding, str)
+    assert (conv.groups, conv.padding_mode) == (1, "zeros")
+    weights = ops.constant(conv.weight.detach().numpy())
+    y = ops.convolution(x, weights, [*conv.stride], [*padding], [*padding], [*conv.dilation])
+    if conv.bias is None:
+        return y
+    return ops.add(y, ops.constant(conv.bias.detach().numpy().reshape(1, -1, 1, 1)))
+
+
+def _max_pool(ops: Any, x: Any, size: int) -> Any:
+    sides, none = [size, size], [0, 0]
+    return ops.max_pool(x, sides, [1, 1], none, none, sides).output(0)
+
+
+def _repeated(ops: Any, x: Any, scale_factor: int) -> Any:
+    """Each pixel ``scale_factor`` times, as torch's interpolation does by default."""
+    scales = ops.constant(np.full(2, scale_factor, np.float32))
+    axes = ops.constant(np.array([2, 3], np.int64))
+    return ops.interpolate(
+        x,
+        scales,
+        "nearest",
+        "scales",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+        axes=axes,
+    )
+
+
+# An operation that torch does in place is one of values here.
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    F.relu: lambda ops, x, inplace: ops.relu(x),
+    F.elu: lambda ops, x, inplace: ops.elu(x, 1.0),
+    F.max_pool2d: _max_pool,
+    F.interpolate: _repeated,
+    torch.cat: lambda ops, maps, dim: ops.concat(maps, dim),
+    torch.sigmoid: lambda ops, x: ops.sigmoid(x),
+    operator.add: lambda ops, x, y: ops.add(x, y),
+    "add_": lambda ops, x, y: ops.add(x, y),
+}
+_MODULES: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.Conv2d: _convolution,
+    nn.Identity: lambda ops, x, module: x,
+}
+_NONE = object()
+_DEFAULTS = {
+    "align_corners": None,
+    "alpha": 1.0,
+    "antialias": False,
+    "ceil_mode": False,
+    "dilation": 1,
+    "mode": "nearest",
+    "padding": 0,
+    "recompute_scale_factor": None,
+    "return_indices": False,
+    "size": None,
+    "stride": None,
+}
