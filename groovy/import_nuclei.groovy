@@ -8,7 +8,12 @@
  * stay as they are, nuclei that a person deleted stay deleted, and new nuclei in either place are left out. To restore
  * deleted nuclei, delete all nuclei, then run this script again.
  *
- * The nuclei lie in a locked annotation, 'PatchCL', with their number and density; after a run within regions
+ * Detections of other programs (QuPath's own, StarDist's) stay as they are, too, and new nuclei are added beside them.
+ * `patchcl-qp run --overlapping keep` leaves out new nuclei in their place, `--overlapping replace` removes those in
+ * whose place a new nucleus is added.
+ *
+ * The nuclei lie in a locked annotation, 'PatchCL', with their number and density, and with the numbers of nuclei that
+ * were found, added and left out; after a run within regions
  * (`--within`), in one for each region. The image shows the last run: a run within regions replaces one of the whole
  * image. After `patchcl-qp remove`, this script removes what it added, except objects that a person changed.
  *
@@ -48,6 +53,7 @@ import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjectTools
 import qupath.lib.objects.PathObjects
 import qupath.lib.objects.classes.PathClass
+import qupath.lib.objects.classes.PathClassTools
 import qupath.lib.objects.hierarchy.PathObjectHierarchy
 import qupath.lib.projects.Project
 import qupath.lib.projects.ProjectImageEntry
@@ -86,15 +92,18 @@ if (results.suggested != null)
 // QuPath saves after 'Run for project' and 'QuPath script --save', a person saves the open image.
 boolean savedByQuPath = getBinding().getVariables()[ScriptAttributes.BATCH_SAVE]
 boolean inWindow = QuPathGUI.getInstance() != null
-if (!savedByQuPath && !inWindow)
+boolean savedHere = !savedByQuPath && !inWindow
+if (savedHere)
     entry.saveImageData(imageData)
 writeReceipt(folder.resolve('imported').resolve(entry.getID() + '.json'), [
     image   : name,
     run     : text(results.result, 'run'),
     imported: OffsetDateTime.now().toString(),
+    saved   : savedHere,
+    in_words: inWords(counts),
 ] + counts)
-logger.info("${name}: ${counts.added} nuclei added, ${counts.left_out} left out where a person decided otherwise, " +
-        "${counts.removed} of an earlier import removed, ${counts.kept} other objects kept." +
+logger.info("${name}: ${inWords(counts)}; ${counts.removed} of an earlier import removed, ${counts.kept} other " +
+        'objects kept.' +
         (results.suggested == null ? '' : " ROIs to correct: ${counts.fields} new, ${counts.fields_kept} kept.") +
         (inWindow && !savedByQuPath ? ' Save the image to keep them.' : ''))
 
@@ -130,8 +139,10 @@ class ExistingObjects {
     final Set<PathObject> unchangedRegions = new LinkedHashSet<>()
     final Set<PathObject> unchangedNuclei = new LinkedHashSet<>()
     final List<PathObject> keptRois = []
-    final List<PathObject> kept = []   // all others
-    final Set<String> keptIds = new HashSet<>()   // of those others
+    final List<PathObject> kept = []   // a person's: drawn, changed, or made of nuclei of ours
+    final Set<String> keptIds = new HashSet<>()   // of those
+    final List<PathObject> foreign = []   // detections of other programs
+    boolean hasConverted   // whether cells, say, were made of nuclei of ours
 }
 
 
@@ -142,6 +153,14 @@ class NewObjects {
     List<PathObject> nuclei = []
     List<PathObject> rois = []
     List<PathObject> regions = []
+    final Map<String, Integer> leftOut = noneLeftOut()
+    final Map<PathObject, String> whyLeftOut = [:]   // the nuclei, and which of these reasons it is
+    List<PathObject> replaced = []   // objects of other programs
+
+    /** The reasons why nuclei are left out, as in the receipt; each with 0 of them. */
+    static Map<String, Integer> noneLeftOut() {
+        return [left_out_kept: 0, left_out_deleted: 0, left_out_others: 0, left_out_fields: 0]
+    }
 }
 
 
@@ -176,52 +195,132 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, ProjectImageEn
     Marks marks = readMarks(imageData)
     List<PathObject> suggestions = removing || suggested == null ? [] as List<PathObject> :
             suggestedRois(imageData, suggested)
-    ExistingObjects existing = sortObjects(imageData.getHierarchy().getAllObjects(false), marks, suggestions)
+    ExistingObjects existing = sortObjects(imageData.getHierarchy().getAllObjects(false), marks, suggestions, nuclei)
     Marks decided = decidedByPerson(existing, marks, removing)
 
     NewObjects added = new NewObjects()
     added.rois = newRois(suggestions, existing, decided)
-    added.nuclei = newNuclei(nuclei, existing, decided, maxOverlap).collect { PathObject nucleus ->
-        added.rois.any { PathObject roi -> liesIn(nucleus, roi) } ? toAnnotation(nucleus) : nucleus
+    chooseNuclei(added, nuclei, existing, decided, overlapping(result), maxOverlap)
+    List<PathObject> regions = removing ? [] as List<PathObject> : newRegions(imageData, entry, result)
+    added.regions = regions.findAll { PathObject region ->
+        !existing.keptIds.contains(region.getID().toString())   // a person changed it
     }
-    if (!removing)
-        added.regions = newRegions(imageData, entry, result).findAll { PathObject region ->
-            !existing.keptIds.contains(region.getID().toString())   // a person changed it
-        }
     Map<String, String> newMarks = marksAfter(existing, added, decided, suggestions)
     exchange(imageData, existing, added)
     writeMarks(imageData, newMarks)
-    return [added : added.nuclei.size(), left_out: nuclei.size() - added.nuclei.size(),
-            removed: existing.unchangedNuclei.size(), kept: existing.kept.size(),
-            fields: added.rois.size(), fields_kept: existing.keptRois.size()]
+    measureRegions(imageData, regions, nuclei, added)
+    countNuclei(imageData, toMarks(newMarks), result)
+    return [found   : nuclei.size(), added: added.nuclei.size(), left_out: added.whyLeftOut.size(),
+            removed : existing.unchangedNuclei.size(), replaced: added.replaced.size(),
+            kept    : existing.kept.size() + existing.foreign.size() - added.replaced.size(),
+            fields  : added.rois.size(), fields_kept: existing.keptRois.size()] + added.leftOut
+}
+
+/** What to do where nuclei overlap objects of other programs: 'both', 'keep' or 'replace', as the run was asked to. */
+static String overlapping(JsonObject result) {
+    JsonObject settings = result.getAsJsonObject('config')?.getAsJsonObject('result')
+    return settings?.get('overlapping')?.getAsString() ?: 'both'   // results of earlier versions have no such setting
+}
+
+/** The numbers of an import as a sentence. The same words are in patchcl_qupath/storage/records.py. */
+static String inWords(Map<String, Integer> counts) {
+    List<String> reasons = [
+        left_out_kept   : 'in place of objects of yours',
+        left_out_deleted: 'that you deleted',
+        left_out_others : 'in place of objects of other programs',
+        left_out_fields : 'in correction ROIs',
+    ].findAll { key, words -> counts[key] > 0 }.collect { key, words -> "${counts[key]} ${words}".toString() }
+    return "${counts.found} nuclei found, ${counts.added} added, ${counts.left_out} left out" +
+            (reasons ? ": ${reasons.join(', ')}" : '') +
+            (counts.replaced > 0 ? "; ${counts.replaced} objects of other programs replaced" : '')
 }
 
 /** Sorts the objects of an image by what a person did with them. */
 @CompileStatic
-static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, List<PathObject> suggestions) {
+static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, List<PathObject> suggestions,
+                                   List<PathObject> nuclei) {
     ExistingObjects existing = new ExistingObjects()
     sortRois(existing, all, marks, suggestions)
+    Set<PathObject> foreign = foreignObjects(all, marks, nuclei)
     Set<PathObject> rois = new HashSet<>(existing.unchangedRois)
     rois.addAll(existing.keptRois)
     for (PathObject pathObject : all) {
         if (rois.contains(pathObject))
             continue
+        if (foreign.contains(pathObject)) {
+            existing.foreign << pathObject
+            continue
+        }
         String id = pathObject.getID().toString()
         boolean isRegion = marks.regions.containsKey(id)
         String mark = isRegion ? marks.regions[id] : marks.nuclei[id]
-        // A person may draw within a region. A nucleus with a drawing within, or in an ROI, is a person's now.
+        // A person may draw within a region. A nucleus with a drawing within, or in an ROI, is a person's now. But
+        // QuPath's 'Resolve hierarchy' puts detections of other programs within annotations, without a person's doing.
         boolean unchanged = mark != null && mark.startsWith(digest(pathObject)) && (isRegion ||
-                pathObject.getChildObjects().every { PathObject child -> marks.contains(child.getID().toString()) } &&
+                pathObject.getChildObjects().every { PathObject child ->
+                    marks.contains(child.getID().toString()) || pathObject.isAnnotation() && foreign.contains(child)
+                } &&
                 !existing.keptRois.any { PathObject roi -> liesIn(pathObject, roi) })
         if (!unchanged) {
             existing.kept << pathObject
             existing.keptIds << id
+            existing.hasConverted |= mark == null && pathObject.isDetection()
         } else if (isRegion)
             existing.unchangedRegions << pathObject
         else
             existing.unchangedNuclei << pathObject
     }
     return existing
+}
+
+/**
+ * Detections that neither this program made nor a person drew: QuPath's own, StarDist's. A detection at the centroid of
+ * an imported nucleus that is gone was made of it, as cells are, and is a person's; so is one with the id of a new
+ * nucleus, whose file a person dragged into QuPath.
+ */
+@CompileStatic
+static Set<PathObject> foreignObjects(Collection<PathObject> all, Marks marks, List<PathObject> nuclei) {
+    Collection<PathObject> unknown = all.findAll { PathObject pathObject ->
+        pathObject.isDetection() && !marks.contains(pathObject.getID().toString())
+    }
+    if (unknown.isEmpty())
+        return Collections.emptySet()
+    STRtree gone = placesOfMissing(all, marks)
+    Set<UUID> newIds = new HashSet<>()
+    for (PathObject nucleus : nuclei)
+        newIds.add(nucleus.getID())
+    Set<PathObject> foreign = new LinkedHashSet<>()
+    for (PathObject pathObject : unknown)
+        if (!newIds.contains(pathObject.getID()) && !isConverted(pathObject, gone))
+            foreign.add(pathObject)
+    return foreign
+}
+
+/** Where imported nuclei were that are no longer in the image. */
+@CompileStatic
+static STRtree placesOfMissing(Collection<PathObject> all, Marks marks) {
+    Set<String> present = new HashSet<>()
+    for (PathObject pathObject : all)
+        present.add(pathObject.getID().toString())
+    STRtree gone = new STRtree()
+    marks.nuclei.each { String id, String mark ->
+        if (!present.contains(id)) {
+            Coordinate place = centroid(mark)
+            gone.insert(new Envelope(place), place)
+        }
+    }
+    return gone
+}
+
+/** Whether a detection has the contour of an imported nucleus that is gone, as a cell that was made of it. */
+@CompileStatic
+static boolean isConverted(PathObject pathObject, STRtree gone) {
+    ROI roi = PathObjectTools.getROI(pathObject, true)
+    if (roi == null || !roi.isArea())
+        return false
+    double x = roi.getCentroidX()
+    double y = roi.getCentroidY()
+    return !gone.query(new Envelope(x - 0.05d, x + 0.05d, y - 0.05d, y + 0.05d)).isEmpty()
 }
 
 /** Sorts the ROIs to correct: one is unchanged if nobody touched it or the nuclei in it. */
@@ -250,7 +349,7 @@ static Marks decidedByPerson(ExistingObjects existing, Marks marks, boolean remo
     decided.rois.putAll(marks.rois)
     for (PathObject nucleus : existing.unchangedNuclei)
         decided.nuclei.remove(nucleus.getID().toString())
-    boolean allDeleted = existing.unchangedNuclei.isEmpty() &&
+    boolean allDeleted = existing.unchangedNuclei.isEmpty() && !existing.hasConverted &&
             Collections.disjoint(decided.nuclei.keySet(), existing.keptIds)
     if (removing || allDeleted)
         decided.nuclei.clear()
@@ -268,27 +367,63 @@ static List<PathObject> newRois(List<PathObject> suggestions, ExistingObjects ex
     }
 }
 
-/** The nuclei to add: those where neither a kept object nor a decision of a person is in the way. */
+/** Sorts new nuclei into those to add, and those that are left out and why; and what they replace. */
 @CompileStatic
-static List<PathObject> newNuclei(List<PathObject> nuclei, ExistingObjects existing, Marks decided,
-                                  double maxOverlap) {
-    STRtree keptContours = new STRtree()
-    for (PathObject pathObject : existing.kept) {
+static void chooseNuclei(NewObjects added, List<PathObject> nuclei, ExistingObjects existing, Marks decided,
+                         String overlapping, double maxOverlap) {
+    STRtree kept = contours(existing.kept)
+    STRtree foreign = contours(overlapping == 'keep' ? existing.foreign : [] as List<PathObject>)
+    STRtree changedPlaces = new STRtree()
+    STRtree deletedPlaces = new STRtree()
+    decided.nuclei.each { String id, String mark ->
+        Coordinate place = centroid(mark)
+        (existing.keptIds.contains(id) ? changedPlaces : deletedPlaces).insert(new Envelope(place), place)
+    }
+    for (PathObject nucleus : nuclei) {
+        String id = nucleus.getID().toString()
+        ROI roi = nucleus.getROI()
+        String why = null
+        if (existing.keptRois.any { PathObject correctionRoi -> liesIn(nucleus, correctionRoi) })
+            why = 'left_out_fields'
+        else if (existing.keptIds.contains(id) || coversAny(roi, changedPlaces) || overlapsAny(roi, kept, maxOverlap))
+            why = 'left_out_kept'
+        else if (decided.nuclei.containsKey(id) || coversAny(roi, deletedPlaces))
+            why = 'left_out_deleted'
+        else if (overlapsAny(roi, foreign, maxOverlap))
+            why = 'left_out_others'
+        if (why != null) {
+            added.whyLeftOut[nucleus] = why
+            added.leftOut[why] = added.leftOut[why] + 1
+        } else
+            added.nuclei << (added.rois.any { PathObject correctionRoi -> liesIn(nucleus, correctionRoi) } ?
+                    toAnnotation(nucleus) : nucleus)
+    }
+    if (overlapping == 'replace')
+        added.replaced = replacedBy(added.nuclei, existing, maxOverlap)
+}
+
+/** The objects of other programs in the place of new nuclei, but for those that show the work of a person. */
+@CompileStatic
+static List<PathObject> replacedBy(List<PathObject> nuclei, ExistingObjects existing, double maxOverlap) {
+    STRtree places = contours(nuclei)
+    return existing.foreign.findAll { PathObject other ->
+        ROI roi = PathObjectTools.getROI(other, true)
+        !other.isLocked() && other.getName() == null && !other.hasChildObjects() && roi?.isArea() &&
+                overlapsAny(roi, places, maxOverlap) &&
+                !existing.keptRois.any { PathObject correctionRoi -> liesIn(other, correctionRoi) }
+    }
+}
+
+/** The contours of objects, those of the nuclei of cells, to be found by place. */
+@CompileStatic
+static STRtree contours(Collection<PathObject> objects) {
+    STRtree tree = new STRtree()
+    for (PathObject pathObject : objects) {
         ROI roi = PathObjectTools.getROI(pathObject, true)
         if (roi?.isArea())
-            keptContours.insert(envelope(roi), roi)
+            tree.insert(envelope(roi), roi)
     }
-    STRtree decidedPlaces = new STRtree()
-    for (String mark : decided.nuclei.values()) {
-        Coordinate place = centroid(mark)
-        decidedPlaces.insert(new Envelope(place), place)
-    }
-    return nuclei.findAll { PathObject nucleus ->
-        !decided.nuclei.containsKey(nucleus.getID().toString()) &&
-                !coversAny(nucleus.getROI(), decidedPlaces) &&
-                !overlapsAny(nucleus.getROI(), keptContours, maxOverlap) &&
-                !existing.keptRois.any { PathObject roi -> liesIn(nucleus, roi) }
-    }
+    return tree
 }
 
 /** The marks to keep with the image after an import. */
@@ -303,9 +438,12 @@ static Map<String, String> marksAfter(ExistingObjects existing, NewObjects added
         if (decided.rois.containsKey(id))
             marks[id] = decided.rois[id]
     }
+    List<PathObject> present = existing.kept + added.nuclei
+    Set<PathObject> replaced = new HashSet<>(added.replaced)
+    present.addAll(existing.foreign.findAll { PathObject other -> !replaced.contains(other) })
     for (PathObject roi : added.rois)
         marks[roi.getID().toString()] = digestAndCentroid(roi) + ' field ' +
-                contentDigest(roi, existing.kept + added.nuclei)
+                contentDigest(roi, present)
     for (PathObject region : added.regions)
         marks[region.getID().toString()] = digestAndCentroid(region) + ' region'
     return marks
@@ -316,6 +454,7 @@ static Map<String, String> marksAfter(ExistingObjects existing, NewObjects added
 static void exchange(ImageData<?> imageData, ExistingObjects existing, NewObjects added) {
     PathObjectHierarchy hierarchy = imageData.getHierarchy()
     remove(hierarchy, existing.unchangedRois)   // first: one may lie within a region, and hold others
+    remove(hierarchy, added.replaced)
     // Objects that a person drew within an old region are assigned to regions as the nuclei are.
     List<PathObject> members = []
     for (PathObject region : existing.unchangedRegions)
@@ -328,8 +467,6 @@ static void exchange(ImageData<?> imageData, ExistingObjects existing, NewObject
     remove(hierarchy, unchanged)
     // Filled before they are in the hierarchy: there, QuPath takes long over many annotations.
     List<PathObject> elsewhere = assignToRegions(members, added.regions)
-    for (PathObject region : added.regions)
-        measure(region, imageData)
     hierarchy.addObjects(elsewhere.findAll { PathObject pathObject -> pathObject.getParent() == null })   // new ones
     hierarchy.addObjects(added.regions)
     hierarchy.addObjects(added.rois)
@@ -452,35 +589,217 @@ static PathObject newRegion(String place, ROI roi, JsonObject part, JsonObject r
 /** Adds objects to the regions that hold their centroids; returns the objects outside all regions. */
 @CompileStatic
 static List<PathObject> assignToRegions(List<PathObject> objects, List<PathObject> regions) {
-    STRtree places = new STRtree()
-    for (PathObject region : regions)
-        places.insert(envelope(region.getROI()), region)
+    STRtree places = places(regions)
     Map<PathObject, List<PathObject>> members = [:]
     List<PathObject> elsewhere = []
     for (PathObject pathObject : objects) {
-        ROI roi = pathObject.getROI()
-        double x = roi.getCentroidX()
-        double y = roi.getCentroidY()
-        PathObject region = (PathObject) places.query(new Envelope(new Coordinate(x, y))).find {
-            ((PathObject) it).getROI().contains(x, y)
-        }
-        // A run decides by pixels: the contour of a nucleus on the border can have its centroid outside.
-        region = region ?: (PathObject) places.query(envelope(roi)).find {
-            ((PathObject) it).getROI().getGeometry().intersects(roi.getGeometry())
-        }
-        if (region == null)
+        List<PathObject> around = regionsOf(pathObject, places)
+        if (around.isEmpty())
             elsewhere << pathObject
         else
-            members.computeIfAbsent(region) { [] as List<PathObject> } << pathObject
+            members.computeIfAbsent(around.first()) { [] as List<PathObject> } << pathObject
     }
     members.each { PathObject region, List<PathObject> within -> region.addChildObjects(within) }
     return elsewhere
 }
 
-/** Measures number and density of the nuclei of a region, also in ROIs; per area of tissue, where that is known. */
-static void measure(PathObject region, ImageData<?> imageData) {
+@CompileStatic
+static STRtree places(Collection<PathObject> regions) {
+    STRtree places = new STRtree()
+    for (PathObject region : regions)
+        places.insert(envelope(region.getROI()), region)
+    return places
+}
+
+/**
+ * The regions that hold the centroid of an object. A run decides by pixels: the contour of a nucleus on the border can
+ * have its centroid outside of all regions, and then belongs to one that it meets.
+ */
+@CompileStatic
+static List<PathObject> regionsOf(PathObject pathObject, STRtree places) {
+    ROI roi = PathObjectTools.getROI(pathObject, true)
+    double x = roi.getCentroidX()
+    double y = roi.getCentroidY()
+    List<PathObject> around = []
+    for (Object region : places.query(new Envelope(new Coordinate(x, y))))
+        if (((PathObject) region).getROI().contains(x, y))
+            around << (PathObject) region
+    if (around.isEmpty()) {
+        Object near = places.query(envelope(roi)).find {
+            ((PathObject) it).getROI().getGeometry().intersects(roi.getGeometry())
+        }
+        if (near != null)
+            around << (PathObject) near
+    }
+    return around
+}
+
+/**
+ * Measures the regions of a run, also those that a person unlocked or renamed: the nuclei that are there, and how many
+ * were found, added and left out, for each reason.
+ */
+@CompileStatic
+static void measureRegions(ImageData<?> imageData, List<PathObject> regions, List<PathObject> nuclei,
+                           NewObjects added) {
+    Map<UUID, PathObject> fresh = [:]
+    for (PathObject region : regions)
+        fresh[region.getID()] = region
+    Collection<PathObject> shown = imageData.getHierarchy().getAnnotationObjects().findAll { PathObject annotation ->
+        fresh.containsKey(annotation.getID())
+    }
+    Map<PathObject, Map<String, Integer>> counts = [:]
+    for (PathObject region : shown) {
+        refreshTissue(region, fresh[region.getID()])
+        counts[region] = [found: 0, added: 0] + NewObjects.noneLeftOut()
+    }
+    STRtree places = places(shown)
+    for (PathObject nucleus : nuclei)
+        for (PathObject region : regionsOf(nucleus, places)) {
+            Map<String, Integer> count = counts[region]
+            String what = added.whyLeftOut[nucleus] ?: 'added'
+            count['found'] = count['found'] + 1
+            count[what] = count[what] + 1
+        }
+    counts.each { PathObject region, Map<String, Integer> count -> measureImport(region, count) }
+}
+
+/** Gives a region that a person kept the area of tissue of the last run; none if its shape is another one now. */
+static void refreshTissue(PathObject region, PathObject fresh) {
+    if (region === fresh)
+        return
+    String tissue = 'PatchCL: Tissue mm^2'
+    boolean sameShape = digest(PathObjects.createAnnotationObject(region.getROI())) ==
+            digest(PathObjects.createAnnotationObject(fresh.getROI()))
+    region.getMeasurementList().put(tissue, sameShape ? fresh.getMeasurementList().get(tissue) : Double.NaN)
+}
+
+/** Measures what an import did in a region: the same numbers as in its receipt, which are those of all regions. */
+static void measureImport(PathObject region, Map<String, Integer> count) {
+    def measured = region.getMeasurementList()
+    measured.put('PatchCL: Found', count.found)
+    measured.put('PatchCL: Added', count.added)
+    measured.put('PatchCL: Left out', count.found - count.added)
+    measured.put('PatchCL: Left out for objects of yours', count.left_out_kept)
+    measured.put('PatchCL: Left out as deleted by you', count.left_out_deleted)
+    measured.put('PatchCL: Left out for other programs', count.left_out_others)
+    measured.put('PatchCL: Left out in correction ROIs', count.left_out_fields)
+}
+
+/**
+ * Counts the nuclei in the 'PatchCL' regions of an image anew, as they are now: after nuclei were drawn, deleted, moved
+ * to other parents or made into cells. 'result' is the content of result.json, null without any. Returns what was
+ * measured of each region. groovy/summarise.groovy and patchcl-qp call this.
+ */
+static List<Map<String, Object>> summarise(ImageData<?> imageData, ProjectImageEntry<?> entry, JsonObject result) {
+    Marks marks = readMarks(imageData)
+    if (result != null && !result.has('removed')) {
+        Map<UUID, PathObject> fresh = newRegions(imageData, entry, result).collectEntries { [it.getID(), it] }
+        for (region in shownRegions(imageData, marks).findAll { fresh.containsKey(it.getID()) })
+            refreshTissue(region, fresh[region.getID()])
+    }
+    return countNuclei(imageData, marks, result).collect { region ->
+        def measured = region.getMeasurementList()
+        boolean hasTissue = !Double.isNaN(measured.get('PatchCL: Tissue mm^2'))
+        [name: region.getName() ?: region.getDisplayedName(), x: region.getROI().getCentroidX(),
+         y: region.getROI().getCentroidY(), nuclei: measured.get('PatchCL: Nuclei') as int, is_tissue: hasTissue,
+         area_mm2: measured.get(hasTissue ? 'PatchCL: Tissue mm^2' : 'PatchCL: Area mm^2'),
+         per_mm2: measured.get('PatchCL: Nuclei per mm^2')]
+    }
+}
+
+/** The annotations of earlier imports that hold nuclei, also those that a person unlocked, renamed or reshaped. */
+@CompileStatic
+static List<PathObject> shownRegions(ImageData<?> imageData, Marks marks) {
+    return imageData.getHierarchy().getAnnotationObjects().toList().findAll { PathObject annotation ->
+        marks.regions.containsKey(annotation.getID().toString())
+    }
+}
+
+/** Measures number and density of the nuclei in the regions, by position; returns the regions. */
+@CompileStatic
+static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObject result) {
+    List<PathObject> regions = shownRegions(imageData, marks)
+    if (regions.isEmpty())
+        return regions
+    Map<PathObject, Integer> counts = [:]
+    for (PathObject region : regions)
+        counts[region] = 0
+    STRtree places = places(regions)
+    boolean withForeign = result != null && overlapping(result) == 'keep'
+    nucleiPresent(imageData, marks, withForeign).each { PathObject nucleus, Boolean onBorder ->
+        for (PathObject region : regionsOf(nucleus, places))
+            if (onBorder || region.getROI().contains(nucleusX(nucleus), nucleusY(nucleus)))
+                counts[region] = counts[region] + 1
+    }
+    counts.each { PathObject region, Integer count -> measure(region, count, imageData) }
+    imageData.getHierarchy().fireObjectMeasurementsChangedEvent(imageData, regions)
+    return regions
+}
+
+@CompileStatic
+static double nucleusX(PathObject nucleus) {
+    return PathObjectTools.getROI(nucleus, true).getCentroidX()
+}
+
+@CompileStatic
+static double nucleusY(PathObject nucleus) {
+    return PathObjectTools.getROI(nucleus, true).getCentroidY()
+}
+
+/**
+ * The nuclei of an image, whatever their parent: those that were imported, cells that were made of them, and those that
+ * a person drew; and whether one on the border of a region belongs to it. Regions, ROIs and objects of a class that
+ * QuPath ignores ('Ignore*') are none. Detections of other programs are nuclei only where ours were left out for them.
+ */
+@CompileStatic
+static Map<PathObject, Boolean> nucleiPresent(ImageData<?> imageData, Marks marks, boolean withForeign) {
+    Collection<PathObject> all = imageData.getHierarchy().getAllObjects(false)
+    Set<PathObject> foreign = foreignObjects(all, marks, [] as List<PathObject>)
+    Map<PathObject, Boolean> nuclei = [:]
+    List<PathObject> drawn = []
+    for (PathObject pathObject : all) {
+        String id = pathObject.getID().toString()
+        ROI roi = PathObjectTools.getROI(pathObject, true)
+        boolean ignored = pathObject.getPathClass() != null &&   // of no class, QuPath says the same
+                PathClassTools.isIgnoredClass(pathObject.getPathClass())
+        if (roi == null || !roi.isArea() || ignored ||
+                marks.regions.containsKey(id) || marks.rois.containsKey(id) || isCorrectionRoi(pathObject))
+            continue
+        if (marks.nuclei.containsKey(id) || pathObject.isDetection() && !foreign.contains(pathObject))
+            nuclei[pathObject] = true
+        else if (withForeign && pathObject.isDetection() && !pathObject.isTile())
+            nuclei[pathObject] = false
+        else if (pathObject.isAnnotation())
+            drawn << pathObject
+    }
+    for (PathObject annotation : drawnNuclei(drawn, nuclei.keySet(), imageData))
+        nuclei[annotation] = false
+    return nuclei
+}
+
+/** Of the annotations that a person drew, the nuclei: at most 2,000 µm² large, and without several nuclei within. */
+@CompileStatic
+static List<PathObject> drawnNuclei(List<PathObject> drawn, Collection<PathObject> nuclei, ImageData<?> imageData) {
     def pixels = imageData.getServer().getPixelCalibration()
-    int count = region.getChildObjects().sum(0) { isCorrectionRoi(it) ? it.nChildObjects() : 1 }
+    double pixelArea = pixels.hasPixelSizeMicrons() ?
+            pixels.getPixelWidthMicrons() * pixels.getPixelHeightMicrons() : 0.25d * 0.25d
+    STRtree centroids = new STRtree()
+    for (PathObject nucleus : nuclei + drawn) {
+        Coordinate place = new Coordinate(nucleusX(nucleus), nucleusY(nucleus))
+        centroids.insert(new Envelope(place), place)
+    }
+    return drawn.findAll { PathObject annotation ->
+        ROI roi = annotation.getROI()
+        roi.getArea() * pixelArea <= 2000 && centroids.query(envelope(roi)).count {
+            Coordinate place = (Coordinate) it
+            roi.contains(place.x, place.y)
+        }.intValue() <= 2   // its own, and one of a nucleus that it was drawn over
+    }
+}
+
+/** Measures number and density of the nuclei of a region; per area of tissue, where that is known. */
+static void measure(PathObject region, int count, ImageData<?> imageData) {
+    def pixels = imageData.getServer().getPixelCalibration()
     def measured = region.getMeasurementList()
     double area = measured.get('PatchCL: Tissue mm^2')   // NaN where there is none
     if (Double.isNaN(area) && pixels.hasPixelSizeMicrons()) {
@@ -497,14 +816,22 @@ static String text(JsonObject result, String key) {
 }
 
 /** Reads the marks from a property of the image, which QuPath saves, discards and duplicates with the objects. */
+@CompileStatic
 static Marks readMarks(ImageData<?> imageData) {
-    Marks marks = new Marks()
     String lines = imageData.getProperty('patchcl.imported') ?: ''
-    lines.readLines().each {
-        String mark = it.substring(37)
+    Map<String, String> marks = [:]
+    for (String line : lines.readLines())
+        marks[line.substring(0, 36)] = line.substring(37)
+    return toMarks(marks)
+}
+
+@CompileStatic
+static Marks toMarks(Map<String, String> all) {
+    Marks marks = new Marks()
+    all.each { String id, String mark ->
         Map<String, String> kind = mark.endsWith(' region') ? marks.regions :
                 mark.contains(' field ') ? marks.rois : marks.nuclei
-        kind[it.substring(0, 36)] = mark
+        kind[id] = mark
     }
     return marks
 }

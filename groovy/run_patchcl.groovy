@@ -285,9 +285,16 @@ static String nextStep(Task task, boolean shown) {
         return 'The model was refined with the corrected ROIs.\n\nRun this script again to find nuclei with it.'
     if (task.what == 'suggest')
         return correctionSteps(task, shown)
-    return "The nuclei of ${task.entry.getImageName()} are " + (shown ? 'in the image: save it to keep them.' :
-            'ready: open the image, and run the script import nuclei.') +
+    String name = task.entry.getImageName()
+    return (shown ? "${name}: ${importedInWords(task)}.\n\nSave the image to keep them." :
+            "The nuclei of ${name} are ready: open the image, and run the script import nuclei.") +
             (task.oneImage ? '' : '\n\nFor others, open the script import nuclei, and choose Run > Run for project.')
+}
+
+/** What the import into the open image did: how many nuclei were found, added and left out, and why. */
+static String importedInWords(Task task) {
+    Path file = task.folder.resolve('imported').resolve(task.entry.getID() + '.json')
+    return JsonParser.parseString(Files.readString(file)).getAsJsonObject().get('in_words').getAsString()
 }
 
 /** Which ROIs were suggested, and how to correct them. Files call ROIs 'fields', as version 0.1 did. */

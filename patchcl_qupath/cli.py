@@ -6,6 +6,7 @@ What takes long to import is imported inside the commands, so that --help answer
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import signal
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
     from patchcl_qupath.datatypes import ImageEntry
     from patchcl_qupath.models.model import Model
     from patchcl_qupath.project import NewImage, Project
+    from patchcl_qupath.storage.records import ImageSummary
 
 logger = logging.getLogger("patchcl_qupath.cli")  # which may be run as __main__
+DEFAULT_MODEL = "patchcl"  # the one model that `run` trains by itself
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,7 +69,12 @@ def main() -> None:
     help="Only inside annotations of this class, read from QuPath, or from what "
     "groovy/export_regions.groovy exported of it; repeat for more.",
 )
-@click.option("--model", "name", default="patchcl", help="Name of the model; trained if missing.")
+@click.option(
+    "--model",
+    "name",
+    default=DEFAULT_MODEL,
+    help=f"Name of the model. Default: {DEFAULT_MODEL}, which is trained if it is missing.",
+)
 @click.option("--retrain", is_flag=True, help="Train the model anew even if there is one.")
 @options.pool
 @options.progress
@@ -84,8 +92,8 @@ def run(
 ) -> None:
     """Segment the nuclei of PROJECT (a .qpproj file or its folder).
 
-    Trains a model on the project's own slides first if it has none. A run that was stopped
-    resumes: finished tiles are reused.
+    Trains the default model on the project's own slides first if it is missing. A run that was
+    stopped resumes: finished tiles are reused.
     """
     with _reporting_errors(common.as_json):
         if pool.scheduler and pool.cluster:
@@ -120,7 +128,7 @@ def run(
 @options.common
 @options.reading
 @options.device
-@click.option("--model", "name", default="patchcl", help="Name to give the model.")
+@click.option("--model", "name", default=DEFAULT_MODEL, help="Name to give the model.")
 @options.seed
 def train(*, common: Common, reading: Reading, name: str, seed: int | None) -> None:
     """Train a model on the slides of PROJECT, without labels."""
@@ -181,7 +189,7 @@ def suggest(*, common: Common, writing: Writing, count: int) -> None:
     metavar="CLASS",
     help=f"Class of the ROIs in which every nucleus was corrected; default: {CORRECTED}.",
 )
-@click.option("--model", "name", default="patchcl", help="Name of the model to refine.")
+@click.option("--model", "name", default=DEFAULT_MODEL, help="Name of the model to refine.")
 @click.option("--as", "new_name", default="refined", help="Name of the refined model.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the training.")
 @options.progress
@@ -207,7 +215,7 @@ def refine(
         from patchcl_qupath.storage.files import check_writable
 
         with _at_work(project), showing() as progress:
-            start = Model.load(project.layout.model(name))
+            start = Model.load(_existing_model(project, name))
             path = project.layout.model(new_name)
             check_writable(path.parent)
             start = replace(start, config=replace(start.config, cdcl=settings.cdcl))
@@ -323,6 +331,24 @@ def remove(*, common: Common, writing: Writing) -> None:
 
 
 @main.command()
+@options.common
+@options.writing
+def summarise(*, common: Common, writing: Writing) -> None:
+    """Count the nuclei in the images of PROJECT anew, as they were last saved in QuPath.
+
+    After nuclei were drawn, deleted or made into cells: by position in the PatchCL annotations,
+    whose measurements are refreshed.
+    """
+    with _reporting_errors(common.as_json):
+        project, entries = _open(common, writing=writing)
+        click.echo(f"Nuclei are counted by {project.backend}", err=True)
+        with _at_work(project):
+            summaries = [_summarised(project, entry) for entry in entries]
+        console.report_summaries(project, summaries, as_json=common.as_json)
+    sys.exit(1 if any(summary.problem for summary in summaries) else 0)
+
+
+@main.command()
 @options.as_json
 @options.verbose
 @options.project_path
@@ -411,20 +437,43 @@ def _load_or_train(
     retrain: bool,
     progress: ShowProgress,
 ) -> Model:
-    """The project's model of that name; trained if there is none, or if ``retrain`` is set."""
+    """The project's model of that name; trained if ``retrain`` is set, or the default is missing.
+
+    Raises ConfigError for another name that no model has: a slip must not cost a training, and give
+    nuclei of a model that nobody asked for.
+    """
     from patchcl_qupath.models.model import Model
 
-    path = project.layout.model(name)
-    if retrain or not path.exists():
+    missing_default = name == DEFAULT_MODEL and not project.layout.model(name).exists()
+    if retrain or missing_default:
         return _train(project, entries, settings, name=name, progress=progress)
+    path = _existing_model(project, name)
     model = Model.load(path)
     if model.mpp != settings.slide.mpp:
         raise ConfigError(
             f"the model {name} was trained at {model.mpp} µm/px, the settings ask for "
-            f"{settings.slide.mpp}: pass --retrain, or --model with another name"
+            f"{settings.slide.mpp}: pass --retrain, or --model with the name of another"
         )
     logger.info("model %s loaded: %s", name, path)
     return model
+
+
+def _existing_model(project: Project, name: str) -> Path:
+    """The file of a model. Raises ConfigError for a name that no model has, with the nearest."""
+    path = project.layout.model(name)
+    if path.exists():
+        return path
+    names = [found.stem for found in project.layout.model_records() if found.stem != name]
+    by_lower = {other.lower(): other for other in names}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    if near:
+        hint = f"do you mean {by_lower[near[0]]}?"
+    else:
+        hint = f"it has {', '.join(names[:10]) or 'none'}."
+    raise ConfigError(
+        f"no model {name} in {project.path}: {hint} Only the model {DEFAULT_MODEL} is trained by "
+        f"itself: to have another, `patchcl-qp train {project.path} --model {name}`"
+    )
 
 
 def _train(
@@ -469,6 +518,16 @@ def _new_image(path: Path, mpp: float | None) -> NewImage:
 
     slide = Slide.open(ImageEntry("", path.name, path.resolve(), fallback_mpp=mpp))
     return NewImage(slide.path, slide.levels, None if slide.calibrated else slide.mpp_level0)
+
+
+def _summarised(project: Project, entry: ImageEntry) -> ImageSummary:
+    """Count the nuclei of an image anew; one that fails does not stop the others."""
+    from patchcl_qupath.storage.records import ImageSummary
+
+    try:
+        return ImageSummary(id=entry.id, image=entry.name, regions=project.summarise(entry))
+    except PatchCLError as error:
+        return ImageSummary(id=entry.id, image=entry.name, problem=str(error))
 
 
 def _removed(project: Project, entry: ImageEntry, as_json: bool) -> dict[str, Any]:

@@ -95,6 +95,14 @@ class ObjectType(StrEnum):
     DETECTION = "detection"
 
 
+class Overlapping(StrEnum):
+    """What to do with nuclei that overlap objects of other programs in QuPath, and with these."""
+
+    BOTH = "both"  # both are there
+    KEEP = "keep"  # nuclei in the place of such objects are left out
+    REPLACE = "replace"  # such objects in the place of nuclei are removed
+
+
 def setting(description: str, unit: str = "", **limits: Any) -> msgspec.Meta:
     """What a setting is: its description, for the guide; its unit; the limits of its value."""
     return msgspec.Meta(description=description, extra={"unit": unit}, **limits)
@@ -525,6 +533,13 @@ class ResultConfig(Settings):
             ge=0,
         ),
     ] = 20_000
+    overlapping: Annotated[
+        Overlapping,
+        setting(
+            "Where nuclei overlap detections of other programs (IoU above 0.5): `both` adds nuclei "
+            "beside them, `keep` leaves out these nuclei, `replace` removes these detections"
+        ),
+    ] = Overlapping.BOTH
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from patchcl_qupath.evaluation.score import ImageScore
     from patchcl_qupath.project import Project
     from patchcl_qupath.status import ImageStatus
-    from patchcl_qupath.storage.records import ImageOutcome
+    from patchcl_qupath.storage.records import ImageOutcome, ImageSummary
 
 _BARS = 8  # progress bars on the screen at once
 
@@ -126,6 +126,9 @@ def _print_done(outcomes: Sequence[ImageOutcome]) -> None:
     ]
     print_table(["image", "tissue mm²", "nuclei", "seconds", "tiles", "resumed"], rows)
     for outcome in outcomes:
+        if outcome.imported:
+            click.echo(f"In QuPath: {outcome.image}: {outcome.imported.in_words}")
+    for outcome in outcomes:
         if outcome.note:
             click.echo(f"Note: {outcome.image}: {outcome.note}")
 
@@ -137,7 +140,7 @@ def _print_places(project: Project, report: Path | None) -> None:
     if report is not None:
         click.echo(f"Report:  {report}")
     if project.backend.writes_into_qupath:
-        click.echo("Next:    open the project in QuPath: the nuclei are in its images")
+        click.echo("Next:    open the project in QuPath, and look at the nuclei that were added")
     else:
         click.echo(
             f"Next:    patchcl-qp scripts {project.path}, then open the project in\n"
@@ -178,6 +181,33 @@ def report_statuses(project: Project, statuses: Sequence[ImageStatus], *, as_jso
     ]
     titles = ["image", "state", "nuclei", "made (UTC)", "model", "ROIs corrected", "changed since"]
     print_table(titles, rows)
+    for status in statuses:
+        if status.imported:
+            click.echo(f"In QuPath: {status.image}: {status.imported.in_words}")
+
+
+def report_summaries(project: Project, summaries: Sequence[ImageSummary], *, as_json: bool) -> None:
+    """The nuclei in the regions of each image, as they are in QuPath now."""
+    if as_json:
+        print_json({"project": str(project.path), "images": summaries})
+        return
+    rows = [
+        [
+            summary.image,
+            region.name,
+            f"{region.nuclei:,}",
+            None if region.area_mm2 is None else f"{region.area_mm2:.2f}",
+            "tissue" if region.is_tissue else "region",
+            None if region.per_mm2 is None else f"{region.per_mm2:,.0f}",
+        ]
+        for summary in summaries
+        for region in summary.regions
+    ]
+    if rows:
+        print_table(["image", "annotation", "nuclei", "mm²", "of", "nuclei per mm²"], rows)
+    for summary in summaries:
+        if summary.problem:
+            click.echo(f"Failed: {summary.problem}", err=True)
 
 
 def report_suggestion(

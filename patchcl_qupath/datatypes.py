@@ -178,12 +178,14 @@ class CorrectionRoi:
 class QuPathSummary:
     """What QuPath has of an image, as it was last saved: the numbers of its fields by class.
 
-    ``is_current``: the nuclei and fields on disk are there; ``saved_later``: and then it was saved.
+    ``is_current``: the nuclei and fields on disk were imported; ``is_saved``: and the image was
+    saved with them; ``saved_later``: it was saved again, some time after.
     """
 
     to_correct: int
     corrected: int
     is_current: bool
+    is_saved: bool
     saved_later: bool
 
 

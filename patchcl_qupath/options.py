@@ -20,6 +20,7 @@ from patchcl_qupath.config import (
     Config,
     EngineChoice,
     ObjectType,
+    Overlapping,
     StainChoice,
 )
 from patchcl_qupath.progress import Progress, ShowProgress, Stage
@@ -100,6 +101,7 @@ class Overrides:
     object_type: str | None
     stain: str | None
     class_name: str | None
+    overlapping: str | None
     seed: int | None
 
     def of(self, config: Config) -> Config:
@@ -109,6 +111,8 @@ class Overrides:
             result = replace(result, object_type=ObjectType(self.object_type))
         if self.class_name is not None:
             result = replace(result, class_name=self.class_name)
+        if self.overlapping is not None:
+            result = replace(result, overlapping=Overlapping(self.overlapping))
         if self.stain is not None:
             slide = replace(slide, stain=StainChoice(self.stain))
         if self.seed is not None:
@@ -231,6 +235,12 @@ overrides = _bundle(
             "else h-e. Nuclei are found in any.",
         ),
         click.option("--class-name", help="Class of the nuclei in QuPath; default: Nucleus."),
+        click.option(
+            "--overlapping",
+            type=click.Choice([*map(str, Overlapping)]),
+            help="Where nuclei overlap detections of other programs in QuPath: add them beside "
+            "these (both, the default), leave them out (keep), or remove these (replace).",
+        ),
         seed,
     ],
 )

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
-from pathlib import Path
 
 import msgspec
 import shapely
@@ -44,6 +43,7 @@ from patchcl_qupath.storage.files import digest
 from patchcl_qupath.storage.parquet import write_uncertainty_grid
 from patchcl_qupath.storage.records import (
     ImageOutcome,
+    Imported,
     Provenance,
     RegionRecord,
     ResultRecord,
@@ -143,10 +143,13 @@ class Run:
             segmented, worker_seconds = self._segment(entry, image)
         result = self._result(entry, segmented)
         with timed(seconds, "write"):
-            folder = self._write(entry, segmented, result)
+            imported = self._write(entry, segmented, result)
         with timed(seconds, "pictures"):
             self._draw(segmented, result)
-        return self._outcome(entry, segmented, result, folder, seconds, worker_seconds)
+        outcome = self._outcome(entry, segmented, result, seconds, worker_seconds)
+        if imported is None:
+            return outcome
+        return msgspec.structs.replace(outcome, imported=imported)
 
     def _with_regions_and_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with what a person set in QuPath."""
@@ -208,15 +211,17 @@ class Run:
         assert len(segmented.tiles) + len(segmented.failed_tiles) == len(tiles), "a tile was lost"
         return segmented, worker_seconds
 
-    def _write(self, entry: ImageEntry, segmented: SegmentedImage, result: ResultRecord) -> Path:
+    def _write(
+        self, entry: ImageEntry, segmented: SegmentedImage, result: ResultRecord
+    ) -> Imported | None:
         """Write the nuclei into the project, and where they are uncertain."""
         nuclei = f"{segmented.count:,} nuclei"
         self.progress(Progress(stage=Stage.WRITING, image=entry.name, detail=nuclei))
-        folder = self.project.write(entry, segmented.nuclei(), self.config.result, result)
+        imported = self.project.write(entry, segmented.nuclei(), self.config.result, result)
         if segmented.uncertainty is not None:
             path = self.project.layout.uncertainty(entry.id)
             write_uncertainty_grid(path, segmented.uncertainty)
-        return folder
+        return imported
 
     def _draw(self, segmented: SegmentedImage, result: ResultRecord) -> None:
         """Draw the preview, and the pictures and figures of the report."""
@@ -284,7 +289,6 @@ class Run:
         entry: ImageEntry,
         segmented: SegmentedImage,
         result: ResultRecord,
-        folder: Path,
         main_seconds: Seconds,
         worker_seconds: Seconds,
     ) -> ImageOutcome:
@@ -299,7 +303,7 @@ class Run:
             tiles=tiles,
             tiles_resumed=segmented.resumed,
             failed_tiles=segmented.failed_tiles,
-            results=str(folder),
+            results=str(self.project.layout.results(entry.id)),
             preview=str(self.project.layout.preview(entry.id)),
             main_seconds=main_seconds,
             worker_seconds=worker_seconds,

@@ -7,7 +7,9 @@ import msgspec
 from patchcl_qupath import __version__
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
+from patchcl_qupath.project.imported import imported_nuclei
 from patchcl_qupath.storage.records import (
+    Imported,
     ModelRecord,
     Record,
     RemovedRecord,
@@ -26,15 +28,17 @@ class ImageStatus(
 ):
     """The state of an image: ``state`` is its progress in words, or its problem.
 
-    ``nuclei`` is their number, ``made`` the time of their run (UTC in ISO 8601), ``model`` the name
-    of its model. Of ``rois`` to correct, ``rois_corrected`` are done. ``changed`` lists changes
-    since the run.
+    ``nuclei`` is the number that was found, ``imported`` what became of them in QuPath, None where
+    the saved image does not have them. ``made`` is the time of their run (UTC in ISO 8601),
+    ``model`` the name of its model. Of ``rois`` to correct, ``rois_corrected`` are done.
+    ``changed`` lists changes since the run.
     """
 
     id: str
     image: str
     state: str
     nuclei: int | None = None
+    imported: Imported | None = None
     made: str | None = None
     model: str | None = None
     rois: int = 0
@@ -62,12 +66,15 @@ def image_status(project: Project, entry: ImageEntry) -> ImageStatus:
     changed = _changed(entry, result, models)
     if not qupath.is_current:
         changed.append("not in QuPath yet")
+    elif not qupath.is_saved:
+        changed.append("imported into QuPath, but not saved there")
     elif qupath.saved_later:
         changed.append("saved in QuPath")
     return msgspec.structs.replace(
         to_do,
         state=entry.problem or (f"done but for {failed} of its tiles" if failed else "done"),
         nuclei=result.nuclei,
+        imported=imported_nuclei(project, entry),
         made=result.made,
         model=_model_name(result, models),
         changed=tuple(changed),

@@ -361,6 +361,40 @@ def test_wrong_usage_is_one_line(tmp_path, monkeypatch, arguments, status, words
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "hint"),
+    [
+        ("run", "refind", "do you mean refined?"),
+        ("run", "REFIND", "do you mean refined?"),
+        ("run", "other", "it has patchcl, refined."),
+        ("refine", "patchlc", "do you mean patchcl?"),
+    ],
+)
+def test_a_model_that_does_not_exist_is_refused(tmp_path, command, name, hint):
+    """In one line, with the nearest name, and nothing is trained in its place."""
+    folder = copy_sample(tmp_path / "project")
+    models = folder / "patchcl" / "models"
+    models.mkdir(parents=True)
+    for there in ("patchcl", "refined"):
+        for suffix in (".pt", ".json"):
+            (models / f"{there}{suffix}").write_bytes(b"{}")
+    result = call(command, folder, "--model", name)
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
+    assert line.startswith(f"Error: no model {name} in {folder / 'project.qpproj'}: {hint} Only")
+    assert f"patchcl-qp train {folder / 'project.qpproj'} --model {name}" in line
+    assert len([*models.iterdir()]) == 4
+    assert not (folder / "patchcl" / "results").exists()
+
+
+def test_without_models_only_the_default_is_trained(tmp_path):
+    folder = copy_sample(tmp_path / "project")
+    result = call("run", folder, "--model", "refined")
+    assert result.exit_code == 2
+    assert "it has none. Only the model patchcl is trained by itself" in result.stderr
+    assert not [*(folder / "patchcl").rglob("*.pt")]
+
+
 def test_a_damaged_model_is_not_used(tmp_path):
     folder = tmp_path / "project"
     copy_sample(folder)

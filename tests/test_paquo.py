@@ -341,6 +341,8 @@ DRAW_LABELS = """
     draw(20, 20, 200, 'PatchCL: corrected')
     draw(0, 0, 2000, 'Tumor')   // contains the ROI: no nucleus
     draw(190, 100, 15, null)   // a nucleus that was missed
+    def other = ROIs.createRectangleROI(72, 72, 16, 16, ImagePlane.getDefaultPlane())
+    hierarchy.addObject(PathObjects.createDetectionObject(other))   // of another program
     entry.saveImageData(imageData)
     '1'
     """

@@ -93,7 +93,8 @@ def write_nuclei(folder: Path, image: int, polygons: Any, **changes: Any) -> Pat
     project = open_project(folder, backend="files")
     entry = project.images()[image]
     nuclei = Nuclei(polygons, {"Area µm^2": shapely.area(polygons).astype(np.float32)})
-    return project.write(entry, [nuclei], Config().result, result_of(len(polygons), **changes))
+    project.write(entry, [nuclei], Config().result, result_of(len(polygons), **changes))
+    return project.layout.results(entry.id)
 
 
 @pytest.fixture

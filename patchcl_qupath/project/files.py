@@ -19,6 +19,7 @@ import shapely
 
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, ResultConfig
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
+from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.drawn import read_corrected_rois, read_labels, read_regions, read_stains
 from patchcl_qupath.project.locate import Location, Locator
 from patchcl_qupath.project.protocol import Backend, BackendKind
@@ -33,7 +34,14 @@ from patchcl_qupath.project.qpproj import (
 from patchcl_qupath.slides.stains import H_DAB
 from patchcl_qupath.storage.files import read_json, readable
 from patchcl_qupath.storage.layout import Layout
-from patchcl_qupath.storage.records import ResultRecord, RoisRecord, write_record
+from patchcl_qupath.storage.records import (
+    ReceiptRecord,
+    RegionSummary,
+    ResultRecord,
+    RoisRecord,
+    read_record,
+    write_record,
+)
 
 SAVING_S = 10.0  # QuPath may save an import so long after the script that made it
 
@@ -119,13 +127,12 @@ class FilesProject:
         batches: Iterable[Nuclei],
         config: ResultConfig,
         result: ResultRecord,
-    ) -> Path:
-        """Replace an image's nuclei; see ``write_results``."""
+    ) -> None:
+        """Replace an image's nuclei on disk; see ``write_results``."""
         from patchcl_qupath.project.results import write_results  # loads pyarrow
 
         folder = self.layout.results(entry.id)
         write_results(folder=folder, batches=batches, config=config, result=result)
-        return folder
 
     def mark_rois(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:
         """Write the ROIs to correct to a file, for groovy/import_nuclei.groovy."""
@@ -142,12 +149,21 @@ class FilesProject:
         counts = as_object(objects.get("annotationClassificationCounts"))
         written = [self.layout.result(entry.id), self.layout.rois(entry.id)]
         made, imported = max(map(_modified, written)), _modified(self.layout.receipt(entry.id))
+        receipt = read_record(self.layout.receipt(entry.id), ReceiptRecord)
         saved = _modified(self.data(entry))
         return QuPathSummary(
             to_correct=_count(counts.get(TO_CORRECT)),
             corrected=_count(counts.get(CORRECTED)),
             is_current=imported >= made > 0,
+            is_saved=receipt is None or receipt.saved or saved >= imported,
             saved_later=saved > imported + SAVING_S,
+        )
+
+    def summarise(self, entry: ImageEntry) -> tuple[RegionSummary, ...]:
+        """Only QuPath can read an image's objects. Raises ImageError."""
+        raise ImageError(
+            f"{entry.name}: nuclei in QuPath are counted by QuPath: run groovy/summarise.groovy "
+            "there, or pass --qupath DIR"
         )
 
     def remove(self, entry: ImageEntry) -> str:

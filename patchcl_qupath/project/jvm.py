@@ -10,6 +10,7 @@ To add a question, write a dataclass, and a method of ``_QuPath`` that answers i
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -30,6 +31,7 @@ from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.scripts import read_script
 from patchcl_qupath.storage.files import copy_once
 from patchcl_qupath.storage.parquet import read_nuclei
+from patchcl_qupath.storage.records import RegionSummary
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,17 @@ class Remove:
     image: Image
 
 
+@dataclass(frozen=True, kw_only=True)
+class Summarise:
+    """Count the nuclei in the regions of the image anew, as groovy/summarise.groovy does.
+
+    ``results`` is the folder of results, which need not exist.
+    """
+
+    image: Image
+    results: Path
+
+
 @dataclass(frozen=True)
 class Export:
     """Write annotations to a file, as groovy/export_regions.groovy does.
@@ -105,18 +118,21 @@ class ExportStains:
     file: Path
 
 
-Question = Write | Remove | Export | ExportStains
+Question = Write | Remove | Summarise | Export | ExportStains
 
 
 @dataclass(frozen=True)
 class Done:
-    """The numbers of objects that were added, left_out, removed and kept; seconds of each step.
+    """The numbers of objects that were found, added, left out and why, removed and kept.
+
+    ``seconds`` are those of each step.
 
     Of an ``Export``: the number of annotations of each class, or of ROIs and nuclei.
     """
 
     counts: dict[str, int]
     seconds: dict[str, float] = field(default_factory=dict)
+    regions: tuple[RegionSummary, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -271,6 +287,8 @@ class _QuPath:
             counts = self._write(question)
         elif isinstance(question, Remove):
             counts = self._remove(question)
+        elif isinstance(question, Summarise):
+            return self._summarise(question)
         elif isinstance(question, ExportStains):
             counts = self._export_stains(question)
         else:
@@ -299,6 +317,28 @@ class _QuPath:
         none = self._class("java.util.ArrayList")()
         return self._replace(entry, image_data, none, result, None)
 
+    def _summarise(self, question: Summarise) -> Done:
+        _, entry, image_data = self._open(question.image)
+        file = question.results / "result.json"
+        result = self._json(file) if file.exists() else None
+        found = [
+            RegionSummary(
+                name=str(region["name"]),
+                x=float(region["x"]),
+                y=float(region["y"]),
+                nuclei=int(region["nuclei"]),
+                area_mm2=_number(region["area_mm2"]),
+                is_tissue=bool(region["is_tissue"]),
+                per_mm2=_number(region["per_mm2"]),
+            )
+            for region in self._import.summarise(image_data, entry, result)
+        ]
+        if found:
+            entry.saveImageData(image_data)
+        image_data.getServer().close()
+        self._lap("summarise")
+        return Done({}, regions=tuple(found))
+
     def _export(self, question: Export) -> dict[str, int]:
         _, _, image_data = self._open(question.image)
         file = self._class("java.io.File")(str(question.file)).toPath()
@@ -306,7 +346,9 @@ class _QuPath:
             none = self._class("java.util.ArrayList")()
             counts = self._regions.exportRegions(image_data, none, file)
         else:
-            counts = self._labels.exportLabels(image_data.getHierarchy(), question.roi_class, file)
+            ours = self._labels.imported(image_data)
+            hierarchy = image_data.getHierarchy()
+            counts = self._labels.exportLabels(hierarchy, ours, question.roi_class, file)
         image_data.getServer().close()
         return {str(name): int(count) for name, count in counts.items()}
 
@@ -405,6 +447,12 @@ class _QuPath:
         now = time.perf_counter()
         self.seconds[step] = now - self._began
         self._began = now
+
+
+def _number(value: Any) -> float | None:
+    """A measurement of QuPath; None where there is none."""
+    number = float(value)
+    return None if math.isnan(number) else number
 
 
 def _is_same(path: Path, other: Path) -> bool:

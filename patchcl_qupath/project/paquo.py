@@ -32,6 +32,7 @@ from patchcl_qupath.project.jvm import (
     Image,
     Process,
     Remove,
+    Summarise,
     Write,
     damaged,
 )
@@ -40,7 +41,9 @@ from patchcl_qupath.storage.files import copy_once, remove_folder, replace_file,
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import (
     FileSignature,
+    Imported,
     ReceiptRecord,
+    RegionSummary,
     ResultRecord,
     file_signature,
     read_record,
@@ -167,15 +170,15 @@ class PaquoProject:
         batches: Iterable[Nuclei],
         config: ResultConfig,
         result: ResultRecord,
-    ) -> Path:
+    ) -> Imported:
         """Replace an image's nuclei: on disk, and in QuPath those that nobody touched."""
         self.process.start()  # takes some seconds, as does writing the files
-        folder = self.files.write(entry, batches=batches, config=config, result=result)
+        self.files.write(entry, batches=batches, config=config, result=result)
         try:
-            self._import(entry, config, result.run)
+            return self._import(entry, config, result.run).nuclei
         except ImageError as error:
+            folder = self.layout.results(entry.id)
             raise ImageError(f"{error}. Meanwhile its nuclei are in {folder}") from error
-        return folder
 
     def corrected_rois(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
         """The ROIs marked as corrected that are saved, or were exported since then."""
@@ -221,6 +224,18 @@ class PaquoProject:
         """The state of an image in QuPath."""
         return self.files.qupath_summary(entry)
 
+    def summarise(self, entry: ImageEntry) -> tuple[RegionSummary, ...]:
+        """Count the nuclei in the `PatchCL` annotations of the image anew, and save it."""
+        receipt = self.layout.receipt(entry.id)
+        was_ours = not self.qupath_summary(entry).saved_later
+        image, results = self._image(entry), self.layout.results(entry.id)
+        regions = self._change(entry, Summarise(image=image, results=results)).regions
+        if not regions:
+            raise ImageError(f"{entry.name} has no PatchCL annotation: do `patchcl-qp run` first")
+        if was_ours and receipt.exists():
+            os.utime(receipt)  # a save of ours is not one of a person
+        return regions
+
     def remove(self, entry: ImageEntry) -> str:
         """Remove our nuclei from the image, except those that a person changed."""
         counts = self._change(entry, Remove(self._image(entry))).counts
@@ -250,7 +265,7 @@ class PaquoProject:
             last_version=_signature(_last_version(data)),
         )
 
-    def _change(self, entry: ImageEntry, question: Write | Remove) -> Done:
+    def _change(self, entry: ImageEntry, question: Write | Remove | Summarise) -> Done:
         """Have QuPath's process change an image; it is unchanged on an error (ImageError)."""
         self._check(entry)
         if self.stamps.get(entry.id) != self._stamps(entry):

@@ -13,7 +13,7 @@ from patchcl_qupath.config import BackendKind as BackendKind
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.storage.layout import Layout
-from patchcl_qupath.storage.records import ResultRecord
+from patchcl_qupath.storage.records import Imported, RegionSummary, ResultRecord
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,11 @@ class Project(Protocol):
         batches: Iterable[Nuclei],
         config: ResultConfig,
         result: ResultRecord,
-    ) -> Path:
-        """Replace an image's nuclei by ``result.nuclei`` others; returns the folder of results.
+    ) -> Imported | None:
+        """Replace an image's nuclei by ``result.nuclei`` others.
 
-        Nuclei that a person changed are kept. ``batches`` are read one at a time. Raises
+        Returns what became of them in QuPath; None where they wait to be imported. Nuclei that a
+        person changed are kept. ``batches`` are read one at a time. Raises
         StorageError; and ImageError if the nuclei cannot be written into the image, which is then
         unchanged.
         """
@@ -97,6 +98,12 @@ class Project(Protocol):
 
     def qupath_summary(self, entry: ImageEntry) -> QuPathSummary:
         """The state of an image in QuPath, read from files, without starting QuPath."""
+
+    def summarise(self, entry: ImageEntry) -> tuple[RegionSummary, ...]:
+        """Count the nuclei in the `PatchCL` annotations of an image anew, as it was last saved.
+
+        Raises ImageError where there are none, and without a QuPath.
+        """
 
     def remove(self, entry: ImageEntry) -> str:
         """Remove an image's nuclei and ROIs to correct, except those that a person changed.

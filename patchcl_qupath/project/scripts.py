@@ -17,6 +17,7 @@ NAMES = (
     "import_nuclei.groovy",
     "export_regions.groovy",
     "export_labels.groovy",
+    "summarise.groovy",
 )
 _COMMAND = "String command = ''"  # in the settings of run_patchcl.groovy
 

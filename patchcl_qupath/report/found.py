@@ -7,10 +7,12 @@ from pathlib import Path
 
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
+from patchcl_qupath.project.imported import imported_nuclei
 from patchcl_qupath.storage.layout import FIGURES
 from patchcl_qupath.storage.records import (
     FiguresRecord,
     ImageOutcome,
+    Imported,
     ModelRecord,
     RemovedRecord,
     ResultRecord,
@@ -24,7 +26,8 @@ from patchcl_qupath.storage.records import (
 class FoundImage:
     """One image; None is what is not known.
 
-    ``pictures`` is the folder of its pictures and figures. Where it is ``damaged``, there are
+    ``imported`` is what became of its nuclei in QuPath, None where the saved image does not have
+    them. ``pictures`` is the folder of its pictures and figures. Where it is ``damaged``, there are
     figures that cannot be read.
     """
 
@@ -32,6 +35,7 @@ class FoundImage:
     name: str
     pictures: Path
     result: ResultRecord | None = None
+    imported: Imported | None = None
     figures: FiguresRecord | None = None
     damaged: bool = False
     seconds: float | None = None
@@ -39,8 +43,18 @@ class FoundImage:
 
     @property
     def nuclei(self) -> int | None:
-        """Number of nuclei."""
+        """Number of nuclei that were found."""
         return self.result.nuclei if self.result else None
+
+    @property
+    def added(self) -> int | None:
+        """Number of those that were added to the image in QuPath."""
+        return self.imported.added if self.imported else None
+
+    @property
+    def left_out(self) -> int | None:
+        """Number of those that were not."""
+        return self.imported.left_out if self.imported else None
 
     @property
     def tissue_mm2(self) -> float | None:
@@ -49,7 +63,7 @@ class FoundImage:
 
     @property
     def density(self) -> float | None:
-        """Nuclei per mm² of tissue."""
+        """Nuclei that were found per mm² of tissue."""
         if self.result is None or not self.result.tissue_mm2:
             return None
         return self.result.nuclei / self.result.tissue_mm2
@@ -97,6 +111,9 @@ def find_image(project: Project, entry: ImageEntry) -> FoundImage:
     damaged = figures is None and (pictures / FIGURES).exists()
     if figures is not None and (figures.run, figures.nuclei) != (found.run, found.nuclei):
         figures = None
+    imported = imported_nuclei(project, entry)
+    if imported and imported.left_out:
+        warnings.append(f"in QuPath: {imported.in_words}")
     if figures is None and not damaged:
         warnings.append("its pictures were not made: run again")
     return FoundImage(
@@ -104,6 +121,7 @@ def find_image(project: Project, entry: ImageEntry) -> FoundImage:
         name=entry.name,
         pictures=pictures,
         result=found,
+        imported=imported,
         figures=figures,
         damaged=damaged,
         seconds=outcome.seconds if outcome and not outcome.problem else None,

@@ -62,8 +62,10 @@ class _Measure(NamedTuple):
 
 _MEASURES = (
     _Measure("tissue mm²", "tissue_mm2", ".2f"),
-    _Measure("nuclei", "nuclei", ",d"),
-    _Measure("nuclei per mm²", "density", ",.0f"),
+    _Measure("found", "nuclei", ",d"),
+    _Measure("added in QuPath", "added", ",d"),
+    _Measure("left out", "left_out", ",d"),
+    _Measure("found per mm²", "density", ",.0f"),
     _Measure("median area µm²", "median_area", ".1f"),
     _Measure("mean probability", "probability", ".2f"),
     _Measure("seconds", "seconds", ".1f"),

@@ -98,6 +98,44 @@ class RemovedRecord(Record, frozen=True, kw_only=True):
     files: tuple[str, ...] = ()
 
 
+class Imported(Record, frozen=True, kw_only=True, rename={"in_rois": "in_fields"}):
+    """What became in QuPath of the nuclei that a run ``found`` in an image.
+
+    Each was ``added`` or ``left_out``: in the place of an object that a person drew or changed
+    (``for_yours``), of a nucleus that a person ``deleted``, of an object of another program
+    (``for_others``), or in a correction ROI (``in_rois``). ``replaced`` are objects of other
+    programs that were removed for nuclei that were added.
+    """
+
+    found: int
+    added: int
+    left_out: int
+    for_yours: int = 0
+    deleted: int = 0
+    for_others: int = 0
+    in_rois: int = 0
+    replaced: int = 0
+
+    @property
+    def in_words(self) -> str:
+        """A sentence for people: the three numbers, and the reasons."""
+        reasons = [
+            f"{count:,} {words}"
+            for count, words in (
+                (self.for_yours, "in place of objects of yours"),
+                (self.deleted, "that you deleted"),
+                (self.for_others, "in place of objects of other programs"),
+                (self.in_rois, "in correction ROIs"),
+            )
+            if count
+        ]
+        return (
+            f"{self.found:,} nuclei found, {self.added:,} added, {self.left_out:,} left out"
+            + (f": {', '.join(reasons)}" if reasons else "")
+            + (f"; {self.replaced:,} objects of other programs replaced" if self.replaced else "")
+        )
+
+
 class ImageOutcome(
     Record,
     frozen=True,
@@ -108,7 +146,8 @@ class ImageOutcome(
 
     With ``failed_tiles``, the nuclei of all other tiles are written. ``seconds`` are wall time;
     ``main_seconds`` those of the run itself by stage, ``worker_seconds`` the sums over workers.
-    ``network_px`` is the number of working pixels that the network processed.
+    ``network_px`` is the number of working pixels that the network processed. ``imported`` is what
+    became of the nuclei in QuPath, unset where they wait to be imported.
     """
 
     id: str
@@ -126,6 +165,7 @@ class ImageOutcome(
     main_seconds: Seconds = {}
     worker_seconds: Seconds = {}
     network_px: int = 0
+    imported: Imported | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunRecord(Record, frozen=True, kw_only=True):
@@ -292,24 +332,74 @@ class FiguresRecord(
 
 
 class ReceiptRecord(
-    Record, frozen=True, kw_only=True, rename={"rois": "fields", "rois_kept": "fields_kept"}
+    Record,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    rename={"rois": "fields", "rois_kept": "fields_kept", "left_out_rois": "left_out_fields"},
 ):
     """imported/<image>.json: what an import into QuPath did, at a time in ISO 8601.
 
-    Numbers of nuclei that were ``added``, ``left_out`` where a person decided otherwise, and
-    ``removed``; of other objects ``kept``; of ROIs to correct that were marked, and that were kept.
-    groovy/import_nuclei.groovy writes it, too.
+    Numbers of nuclei that were ``added``, ``left_out`` and why (see ``Imported``), and ``removed``;
+    of objects of other programs ``replaced``; of other objects ``kept``; of ROIs to correct that
+    were marked, and that were kept. Not ``saved``: the image is saved by QuPath, or by a person,
+    later than this file, or not at all. groovy/import_nuclei.groovy writes it, too.
     """
 
     image: str
     run: str
     imported: str
+    saved: bool = True
     added: int
     left_out: int
+    left_out_kept: int = 0
+    left_out_deleted: int = 0
+    left_out_others: int = 0
+    left_out_rois: int = 0
     removed: int
+    replaced: int = 0
     kept: int
     rois: int
     rois_kept: int
+
+    @property
+    def nuclei(self) -> Imported:
+        """What became of the nuclei."""
+        return Imported(
+            found=self.added + self.left_out,
+            added=self.added,
+            left_out=self.left_out,
+            for_yours=self.left_out_kept,
+            deleted=self.left_out_deleted,
+            for_others=self.left_out_others,
+            in_rois=self.left_out_rois,
+            replaced=self.replaced,
+        )
+
+
+class RegionSummary(Record, frozen=True, kw_only=True):
+    """What is in a `PatchCL` annotation of an image now; ``x`` and ``y`` are its centroid, level 0.
+
+    ``area_mm2`` is that of its tissue where ``is_tissue``, else that of the annotation itself; None
+    where the image has no pixel size. ``per_mm2`` is the density of nuclei.
+    """
+
+    name: str
+    x: float
+    y: float
+    nuclei: int
+    area_mm2: float | None
+    is_tissue: bool
+    per_mm2: float | None
+
+
+class ImageSummary(Record, frozen=True, kw_only=True):
+    """What is in the `PatchCL` annotations of an image; ``problem`` is None unless it failed."""
+
+    id: str
+    image: str
+    regions: tuple[RegionSummary, ...] = ()
+    problem: str | None = None
 
 
 class RoisRecord(Record, frozen=True, kw_only=True, rename={"rois": "fields"}):
