@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from patchcl_qupath.config import Config
+from patchcl_qupath.config import Config, SegmentConfig
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
@@ -133,9 +133,20 @@ def _measure(
         threshold=context.model.threshold,
         stains=image.stains,
     )
+    kept = plausible(nuclei, settings, has_cores=predicted.core is not None)
+    at_level0 = to_level0(nuclei[kept], image.slide.downsample, image.id)
+    return at_level0, rows[owned][kept], cols[owned][kept]
+
+
+def plausible(nuclei: Nuclei, settings: SegmentConfig, has_cores: bool) -> NDArray[np.bool_]:
+    """(N,) which nuclei are neither strands nor, where the network has cores, small and unsure.
+
+    PatchCL's confidence is no probability, so that one threshold would not do.
+    """
     compact = nuclei.measurements["Solidity"] >= settings.min_solidity
-    at_level0 = to_level0(nuclei[compact], image.slide.downsample, image.id)
-    return at_level0, rows[owned][compact], cols[owned][compact]
+    large = nuclei.measurements["Area µm^2"] >= settings.small_area_um2
+    sure = nuclei.measurements["Detection probability"] >= settings.min_small_probability
+    return np.asarray(compact & (large | sure | (not has_cores)))
 
 
 def _in_tissue(image: PreparedImage, box: Box, rows: Pixels, cols: Pixels) -> NDArray[np.bool_]:
