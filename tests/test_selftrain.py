@@ -278,6 +278,28 @@ class Halves(NucleusNetwork):
         return (inside * side).expand(-1, 2, -1, -1)
 
 
+def test_a_first_network_that_finds_nothing_teaches_nothing(monkeypatch):
+    """The second learns from what the first one did: as if there were no first."""
+    images, _ = nuclei_images(2)
+    crops = TrainingCrops(tuple(images), (StainNormaliser.fit(images),) * 2, ("1",) * 2)
+    quick = replace(CONFIG, first_steps=1, steps=2, widths=(2, 2, 2))
+    config = replace(Config(), selftrain=quick)
+    teacher = Model(network=Prediction(), config=config, training=patchcl_log())
+    taught = []
+
+    def note(samples, settings, *rest):
+        taught.append(samples)
+        return train_on(samples, settings, *rest)
+
+    train_on = selftrain.train_on
+    monkeypatch.setattr(selftrain, "train_on", note)
+    model = selftrain.train(crops, teacher, hide_progress)
+    first, second = taught
+    for before, after in zip(first, second, strict=True):
+        np.testing.assert_array_equal(before.target, after.target)
+    assert model.training.nucleus_fraction > 0
+
+
 def test_the_nuclei_of_a_network_and_all_else_as_background_are_its_pseudo_labels():
     rgb = np.full((80, 80, 3), (225, 180, 205), np.uint8)
     ground_truth = discs((80, 80), [(25, 20, 8), (50, 60, 9)])

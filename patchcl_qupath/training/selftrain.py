@@ -47,6 +47,7 @@ from patchcl_qupath.training.supervision import (
 from patchcl_qupath.training.touching import with_touching_nuclei
 
 _WARMUP_STEPS = 20  # in which the learning rate rises
+_LEAST_FOUND = 0.5  # of the area of nuclei that the first network was taught
 _TURNS = 4  # of a crop, by 90 degrees, over which a network's probabilities are averaged
 
 
@@ -63,8 +64,9 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     """Train a network on the pseudo-labels of ``teacher``, of PatchCL, in tissue crops.
 
     A first network learns from these; what it finds in the crops are the pseudo-labels of the
-    second, which is returned. Equal crops, teachers and numbers of threads give equal weights on
-    one machine. Raises TrainingError where no nucleus is pseudo-labelled.
+    second, which is returned. A first network that finds far less than it was taught teaches none.
+    Equal crops, teachers and numbers of threads give equal weights on one machine. Raises
+    TrainingError where no nucleus is pseudo-labelled.
     """
     config, settings = teacher.config, teacher.config.selftrain
     assert isinstance(teacher.training, PatchCLLog), "self-training begins with PatchCL"
@@ -75,8 +77,10 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     rounds: list[Trained] = []
     labelled: list[LabelledCrop] = []
     for steps in (settings.first_steps, settings.steps):
-        labelled = pseudo_labelled(crops, teacher, choosing)
-        if not any(crop.labels.nuclei.any() for crop in labelled):
+        found = pseudo_labelled(crops, teacher, choosing)
+        if _nucleus_px(found) > _LEAST_FOUND * _nucleus_px(labelled):
+            labelled = found
+        if not labelled:
             raise TrainingError("no clear nucleus was found: add images of cellular tissue")
         samples = training_samples(labelled, settings.touching, config.patchcl.seed)
         show = partial(_show_all, report=training, done=done, total=total)
@@ -236,6 +240,11 @@ def _batch(
         stains.append(augment_stains(crop.stains, rng))
         target.append(crop.target)
     return to_batch(stains), to_batch(target)
+
+
+def _nucleus_px(crops: Sequence[LabelledCrop]) -> int:
+    """The number of pixels of nuclei in crops."""
+    return sum(int(np.count_nonzero(crop.labels.nuclei)) for crop in crops)
 
 
 def _fraction(masks: Sequence[NDArray[np.uint8]]) -> float:
