@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from patchcl_qupath.storage.records import ImageOutcome, ImageSummary
 
 _BARS = 8  # progress bars on the screen at once
+_ROWS = 40  # of a table of images, before those without nuclei are only counted
 
 
 @contextmanager
@@ -167,6 +168,11 @@ def report_statuses(project: Project, statuses: Sequence[ImageStatus], *, as_jso
     if as_json:
         print_json({"project": str(project.path), "images": statuses})
         return
+    shown, others = list(statuses), []
+    if len(statuses) > _ROWS:
+        shown = [status for status in statuses if status.nuclei is not None or status.rois]
+        others = [status for status in statuses if status.nuclei is None and not status.rois]
+        shown, others = shown[:_ROWS], shown[_ROWS:] + others
     rows = [
         [
             status.image,
@@ -177,13 +183,30 @@ def report_statuses(project: Project, statuses: Sequence[ImageStatus], *, as_jso
             f"{status.rois_corrected} of {status.rois}" if status.rois else None,
             "; ".join(status.changed),
         ]
-        for status in statuses
+        for status in shown
     ]
     titles = ["image", "state", "nuclei", "made (UTC)", "model", "ROIs corrected", "changed since"]
-    print_table(titles, rows)
-    for status in statuses:
+    if rows:
+        print_table(titles, rows)
+    for status in shown:
         if status.imported:
             click.echo(f"In QuPath: {status.image}: {status.imported.in_words}")
+    _print_others(others)
+
+
+def _print_others(statuses: Sequence[ImageStatus]) -> None:
+    """How many images are in each state; one of them where that is a problem."""
+    states: dict[str, list[ImageStatus]] = {}
+    for status in statuses:
+        names_image = status.image in status.state
+        advice = status.state.partition(": ")[2] if names_image else status.state
+        states.setdefault(advice or status.state, []).append(status)
+    for state, alike in states.items():
+        first = alike[0].state
+        such_as = "" if first == state else f", such as: {first}"
+        click.echo(f"{len(alike):,} images: {state if first == state else 'not usable'}{such_as}")
+    if states:
+        click.echo("All images: patchcl-qp status --json")
 
 
 def report_summaries(project: Project, summaries: Sequence[ImageSummary], *, as_json: bool) -> None:

@@ -161,6 +161,21 @@ def test_names_that_a_terminal_cannot_encode_are_shown_with_marks(tmp_path, char
     assert json.loads(as_json.stdout)["images"][0]["image"] == name
 
 
+def test_the_status_of_hundreds_of_images_is_on_one_screen(tmp_path):
+    """What is wrong with 300 images is said once, with their number."""
+    absent = [tmp_path / "elsewhere" / f"{i}.svs" for i in range(300)]
+    here = [tmp_path / f"here{i}.png" for i in range(20)]
+    for path in here:
+        Image.new("RGB", (64, 64), "white").save(path)
+    project = write_project(tmp_path / "project", [*absent, *here])
+    shown = call("status", project).stdout.splitlines()
+    assert len(shown) == 3
+    assert shown[0].startswith("300 images: not usable, such as: 0.svs is not at ")
+    assert "put the file beside the project" in shown[0]
+    assert shown[1:] == ["20 images: to do", "All images: patchcl-qp status --json"]
+    assert len(json.loads(call("status", project, "--json").stdout)["images"]) == 320
+
+
 @pytest.mark.parametrize(
     ("command", "old", "new"),
     [("suggest", ["--fields", "3"], "--rois"), ("score", ["--truth", "x"], "--ground-truth")],
