@@ -119,7 +119,7 @@ def test_a_tile_on_a_gpu_has_the_values_of_the_whole_to_the_bit(monkeypatch, kin
 
 
 def test_a_device_whose_values_depend_on_the_place_of_a_pixel_is_not_used(monkeypatch, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="patchcl_qupath")  # which an earlier command may have set
     monkeypatch.setattr(cuda.CudaEngine, "is_the_same_anywhere", lambda _: False)
     exact = on_cpu()
     engine = cuda.cuda_engine(network(), fallback=exact, dtype=torch.float32, device=CPU)
