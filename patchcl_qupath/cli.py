@@ -6,13 +6,14 @@ What takes long to import is imported inside the commands, so that --help answer
 
 from __future__ import annotations
 
+import _thread
 import difflib
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -573,11 +574,28 @@ def _reporting_errors(as_json: bool) -> Iterator[None]:
 
 def _interrupt(*_: Any) -> NoReturn:
     """Ctrl-C: end in good order, but not later than in a second, whatever is under way."""
+    sys.unraisablehook = _interrupt_again
+    _after(1.0, _leave)
+    _raise()
+
+
+def _raise(*_: Any) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    deadline = threading.Timer(1.0, _leave)
-    deadline.daemon = True
-    deadline.start()
     raise KeyboardInterrupt
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """Python ignores an interrupt that comes within a destructor: raise it anew."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, _raise)
+        _after(0.01, _thread.interrupt_main)
+
+
+def _after(seconds: float, call: Callable[[], Any]) -> None:
+    """Call something later, in a thread that nothing waits for."""
+    timer = threading.Timer(seconds, call)
+    timer.daemon = True
+    timer.start()
 
 
 def _leave() -> NoReturn:
