@@ -78,7 +78,7 @@ def pseudo_labels(
         labels, background = np.where(artefacts, 0, labels), background | artefacts
         mean_confidence = means(labels, int(labels.max(initial=0)), confidence)
         confident = np.append(False, mean_confidence >= config.min_confidence)
-        found.append(PseudoLabels(_keep(labels, confident), background & (labels == 0)))
+        found.append(PseudoLabels(keep_labels(labels, confident), background & (labels == 0)))
     return _without_fragments(found, config.min_fragment)
 
 
@@ -124,7 +124,7 @@ def _local_statistics(
     return mean, np.sqrt(np.maximum(square - mean * mean, 0))
 
 
-def _keep(labels: NDArray[np.int32], keep: NDArray[np.bool_]) -> NDArray[np.int32]:
+def keep_labels(labels: NDArray[np.int32], keep: NDArray[np.bool_]) -> NDArray[np.int32]:
     """Labels (H, W) without those that ``keep`` (N + 1,) has not, renumbered; 0 is background."""
     keep = keep.copy()
     keep[0] = False
@@ -192,7 +192,7 @@ def _without_fragments(found: list[PseudoLabels], min_fragment: float) -> list[P
         return found
     typical = every[np.searchsorted(np.cumsum(every), every.sum() / 2)]
     return [
-        PseudoLabels(_keep(labels.nuclei, area >= min_fragment * typical), labels.background)
+        PseudoLabels(keep_labels(labels.nuclei, area >= min_fragment * typical), labels.background)
         for labels, area in zip(found, areas, strict=True)
     ]
 
@@ -225,7 +225,7 @@ def component_scores(
     possible = (area >= config.min_area_um2) & (area <= config.max_area_um2)
     possible &= edge >= config.min_edge
     possible[0] = False
-    hulls = shapely.convex_hull(trace_contours(_keep(labels, possible)))
+    hulls = shapely.convex_hull(trace_contours(keep_labels(labels, possible)))
     solidity = area[possible] / (shapely.area(hulls) * mpp**2)  # that of a ring is low
     convex = np.clip((solidity - config.min_solidity) / _FULL_SCORE, 0, 1)
     scores = np.zeros(len(area))

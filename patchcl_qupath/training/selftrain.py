@@ -91,8 +91,10 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
         teacher,
         training=SelfTrainingLog(
             patchcl=log,
-            nucleus_fraction=_fraction([crop.sample.nucleus for crop in labelled]),
-            labelled_fraction=_fraction([crop.sample.valid for crop in labelled]),
+            nucleus_fraction=_fraction([crop.labels.nuclei > 0 for crop in labelled]),
+            labelled_fraction=_fraction(
+                [(crop.labels.nuclei > 0) | crop.labels.background for crop in labelled]
+            ),
             loss=[loss for trained in rounds for loss in trained.loss],
             seconds=round(sum(trained.seconds for trained in rounds), 1),
             seconds_for_batches=round(sum(trained.seconds_for_batches for trained in rounds), 1),
@@ -247,6 +249,6 @@ def _nucleus_px(crops: Sequence[LabelledCrop]) -> int:
     return sum(int(np.count_nonzero(crop.labels.nuclei)) for crop in crops)
 
 
-def _fraction(masks: Sequence[NDArray[np.uint8]]) -> float:
+def _fraction(masks: Sequence[NDArray[np.bool_]]) -> float:
     """Mean over crops of the fraction of pixels that is in the mask."""
     return round(float(np.mean([mask.mean() for mask in masks])), 4)

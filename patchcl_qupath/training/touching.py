@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from patchcl_qupath.segmentation.contours import trace_contours
-from patchcl_qupath.training.pseudo_labels import PseudoLabels, Stains
+from patchcl_qupath.training.pseudo_labels import PseudoLabels, Stains, keep_labels
 
 _MARGIN_PX = 2  # around a nucleus that is copied
 _MIN_SOLIDITY = 0.9  # of a nucleus that is copied
@@ -73,9 +73,7 @@ def with_touching_nuclei(
     seen = np.bincount(nuclei.ravel(), minlength=new + 1)
     keep = seen > 0
     keep[: count + 1] = seen[: count + 1] >= _MIN_SEEN * area
-    keep[0] = False
-    renumbered = np.where(keep, np.cumsum(keep), 0).astype(np.int32)
-    return stains, PseudoLabels(renumbered[nuclei], background)
+    return stains, PseudoLabels(keep_labels(nuclei, keep), background)
 
 
 def _clear_nuclei(stains: Stains, nuclei: NDArray[np.int32]) -> list[_Copy]:
