@@ -170,15 +170,12 @@ def pseudo_labelled(crops: TrainingCrops, teacher: Model, report: ShowCount) -> 
     for slide in dict.fromkeys(crops.slides):
         indices = [i for i in range(len(crops)) if crops.slides[i] == slide]
         of_slide = crops.select(indices)
-        if teacher.network.core_channel is None:
-            labels = _of_patchcl(of_slide, teacher)
-        else:
-            labels = [
-                _of_network(teacher, image, normaliser)
-                for image, normaliser in zip(of_slide.images, of_slide.normalisers, strict=True)
-            ]
-        pairs = zip(of_slide.images, of_slide.normalisers, strict=True)
+        pairs = [*zip(of_slide.images, of_slide.normalisers, strict=True)]
         stains = [normaliser.apply(image) for image, normaliser in pairs]
+        if teacher.network.core_channel is None:
+            labels = _of_patchcl(of_slide, stains, teacher)
+        else:
+            labels = [_of_network(teacher, *pair) for pair in pairs]
         found |= zip(indices, map(LabelledCrop, stains, labels), strict=True)
         report(len(found), len(crops))
     return [found[i] for i in range(len(crops))]
@@ -196,12 +193,14 @@ def training_samples(
     return samples
 
 
-def _of_patchcl(crops: TrainingCrops, teacher: Model) -> list[PseudoLabels]:
+def _of_patchcl(
+    crops: TrainingCrops, stains: Sequence[NDArray[np.float32]], teacher: Model
+) -> list[PseudoLabels]:
     """The pseudo-labels of the crops of one slide, by PatchCL's confidence and by shape."""
     config = teacher.config
     pairs = [*zip(crops.images, crops.normalisers, strict=True)]
     return pseudo_labels(
-        crops=[normaliser.apply(image) for image, normaliser in pairs],
+        crops=stains,
         glass=[is_glass(image, config.slide.mpp, config.selftrain) for image, _ in pairs],
         confidences=[confidence(teacher, *pair).nucleus for pair in pairs],
         mpp=config.slide.mpp,
