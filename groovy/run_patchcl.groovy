@@ -63,11 +63,13 @@ if (gui != null && Platform.isFxApplicationThread()) {
 }
 def imageData = QP.getCurrentImageData()
 boolean watched = gui != null && gui.getImageData() === imageData   // else it is one of many, or there is no window
+// Another script can ask for a task, such as 'refine', in its own thread: errors are then raised, and no message shown.
+String asked = getBinding().getVariables()['patchcl_task']
 
-reporting(watched) {
+reporting(watched && asked == null) {
     if (QP.getProject() == null || QP.getProjectEntry() == null)
         throw new IllegalStateException('Open an image of a project first.')
-    String chosen = what != 'ask' ? what : watched ? ask(within) : 'project'
+    String chosen = asked ?: what != 'ask' ? what : watched ? ask(within) : 'project'
     if (chosen == null)
         return   // the person closed the question
     Task task = new Task(what: chosen, within: within, project: QP.getProject(), entry: QP.getProjectEntry(),
@@ -81,8 +83,8 @@ reporting(watched) {
         arguments = commandLine(task, findCommand(command, task.folder), options)
         exportDrawings(task)
     }
-    Closure<?> work = { showResult(task, outcome ?: runTask(task, arguments, began), watched) }
-    if (watched)
+    Closure<?> work = { showResult(task, outcome ?: runTask(task, arguments, began), watched, asked != null) }
+    if (watched && asked == null)
         Thread.startDaemon('run_patchcl') { reporting(true, work) }   // while a script runs, QuPath's window is locked
     else
         work()
@@ -210,8 +212,8 @@ static TaskOutcome runTask(Task task, List<String> arguments, Instant began) {
     return outcome
 }
 
-/** Imports the result into the image, and reports the outcome. */
-void showResult(Task task, TaskOutcome outcome, boolean watched) {
+/** Imports the result into the image, and reports the outcome, which the script knows that asked for it. */
+void showResult(Task task, TaskOutcome outcome, boolean watched, boolean asked) {
     // Also after a failure: one image fails, the others are done. Some disks round times to 2 s.
     boolean found = task.what != 'refine' && Files.exists(task.result) &&
             !Files.getLastModifiedTime(task.result).toInstant().isBefore(outcome.began.minusSeconds(2))
@@ -222,6 +224,8 @@ void showResult(Task task, TaskOutcome outcome, boolean watched) {
         runBeside('import_nuclei.groovy')
     if (outcome.status == 'cancelled') {
         LoggerFactory.getLogger('run_patchcl').info('Cancelled. Start it again to resume.')
+        if (asked)
+            throw new IllegalStateException('Cancelled. Start it again to resume.')
         return
     }
     if (outcome.status == 'failed')
@@ -229,7 +233,7 @@ void showResult(Task task, TaskOutcome outcome, boolean watched) {
                 "All of its output is in ${task.log}.")
     if (task.subcommand == 'run' && !found)
         throw new IOException("No nuclei for ${task.entry.getImageName()}: see why in ${task.log}.")
-    if (watched)
+    if (watched && !asked)
         Dialogs.showMessageDialog('PatchCL', nextStep(task, shown))
 }
 

@@ -18,6 +18,7 @@ NAMES = (
     "export_regions.groovy",
     "export_labels.groovy",
     "summarise.groovy",
+    "review.groovy",
 )
 _COMMAND = "String command = ''"  # in the settings of run_patchcl.groovy
 

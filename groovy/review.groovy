@@ -1,0 +1,1069 @@
+/**
+ * Opens a small window beside the image, from which the suggested ROIs of the whole project are corrected one after the
+ * other, by keys. It opens the images, zooms to the ROI, walks through its nuclei by rising confidence, marks the ROI
+ * as corrected, and saves. When all are done, it refines the model, finds nuclei again, and shows what changed.
+ *
+ * `patchcl-qp suggest`, or the script run_patchcl, suggests the ROIs: annotations of class 'PatchCL: correct here'. Those
+ * that you drew and gave this class belong to them. The window lists the keys, which work in QuPath's main window, too,
+ * while this one is open. Closed and opened again, it goes on where it was (patchcl/review.json).
+ *
+ * Without a window, this script logs how many ROIs are left. The other scripts must lie beside this one.
+ *
+ * Needs QuPath 0.4 or later.
+ */
+
+import com.google.gson.JsonArray
+import com.google.gson.JsonObject
+import com.google.gson.JsonParser
+import java.awt.BasicStroke
+import java.awt.Graphics2D
+import java.awt.Shape
+import java.awt.geom.Path2D
+import java.awt.image.BufferedImage
+import java.nio.file.Files
+import java.nio.file.Path
+import java.nio.file.Paths
+import java.nio.file.StandardCopyOption
+import javafx.application.Platform
+import javafx.event.EventHandler
+import javafx.geometry.Insets
+import javafx.geometry.Pos
+import javafx.scene.Scene
+import javafx.scene.control.Button
+import javafx.scene.control.Label
+import javafx.scene.control.ProgressBar
+import javafx.scene.control.Separator
+import javafx.scene.control.TextInputControl
+import javafx.scene.input.KeyCode
+import javafx.scene.input.KeyEvent
+import javafx.scene.layout.GridPane
+import javafx.scene.layout.VBox
+import javafx.stage.Stage
+import javafx.stage.Window
+import org.locationtech.jts.geom.Geometry
+import org.slf4j.Logger
+import org.slf4j.LoggerFactory
+import qupath.lib.gui.QuPathGUI
+import qupath.lib.gui.dialogs.Dialogs
+import qupath.lib.gui.prefs.PathPrefs
+import qupath.lib.gui.viewer.OverlayOptions
+import qupath.lib.gui.viewer.QuPathViewer
+import qupath.lib.gui.viewer.overlays.AbstractOverlay
+import qupath.lib.gui.viewer.tools.PathTools
+import qupath.lib.images.ImageData
+import qupath.lib.io.GsonTools
+import qupath.lib.objects.PathObject
+import qupath.lib.objects.PathObjectTools
+import qupath.lib.objects.PathObjects
+import qupath.lib.objects.PathROIObject
+import qupath.lib.objects.classes.PathClass
+import qupath.lib.objects.classes.PathClassTools
+import qupath.lib.objects.hierarchy.PathObjectHierarchy
+import qupath.lib.projects.Project
+import qupath.lib.projects.ProjectImageEntry
+import qupath.lib.regions.ImagePlane
+import qupath.lib.regions.ImageRegion
+import qupath.lib.roi.GeometryTools
+import qupath.lib.roi.ROIs
+import qupath.lib.roi.interfaces.ROI
+import qupath.lib.scripting.QP
+import qupath.lib.scripting.ScriptAttributes
+
+// ---------------------------------------------------------------- settings
+String nucleusClass = ''   // class of the nuclei that you add; if empty, that of most nuclei in the ROI
+String folderName = 'patchcl'   // folder of patchcl-qp's results, beside project.qpproj
+// -------------------------------------------------------------------------
+
+def logger = LoggerFactory.getLogger('review')
+Project<?> project = QP.getProject()
+if (project == null) {
+    logger.warn('Open a project first.')
+    return
+}
+QuPathGUI gui = QuPathGUI.getInstance()
+Review review = new Review(project: project, folder: Paths.get(QP.buildPathInProject(folderName)),
+        nucleusClass: nucleusClass)
+review.findRois(QP.getCurrentImageData())
+if (gui == null) {
+    if (((getBinding().getVariables()[ScriptAttributes.BATCH_INDEX] ?: 0) as int) == 0)   // once for all images
+        logger.info("${review.inWords()}.")
+    return
+}
+if (review.rois.isEmpty()) {
+    Dialogs.showErrorMessage('PatchCL', Review.NO_ROIS)
+    return
+}
+String ownPath = getBinding().getVariables()[ScriptAttributes.FILE_PATH]
+OtherScripts scripts = new OtherScripts(loader: getClass().getClassLoader(), ownPath: ownPath)
+Platform.runLater { new ReviewWindow(gui, review, scripts).open() }
+
+
+/** A correction ROI of an image of the project. */
+class CorrectionRoi {
+
+    String image   // id of the image
+    String imageName
+    String id
+    String name
+    String description
+    double x, y, width, height
+    boolean corrected
+    boolean waiting   // it was suggested, and is not yet imported into the image
+
+    int getNumber() {   // of 'ROI 2 of 6'
+        def found = (name ?: '') =~ /\d+/
+        return found ? found[0] as int : Integer.MAX_VALUE
+    }
+}
+
+
+/**
+ * The correction of the ROIs of a project: which there are, which comes next, and what is done to the nuclei of the
+ * present one. Nothing of this needs a window.
+ */
+class Review {
+
+    static final String TO_CORRECT = 'PatchCL: correct here'
+    static final String CORRECTED = 'PatchCL: corrected'
+    static final String CONFIDENCE = 'Detection probability'
+    static final String NO_ROIS = "No image has a ROI of class '${TO_CORRECT}'.\n\nRun the script run patchcl, and " +
+            'choose \'Suggest ROIs to correct\'; or give this class to annotations of about 250 µm that you drew.'
+
+    Project<?> project
+    Path folder   // of the results
+    String nucleusClass = ''
+    List<CorrectionRoi> rois = []
+    int index = -1   // of the present ROI
+    ImageData<?> imageData   // of the present ROI
+    PathObject nucleus   // the present one, or null
+    List<PathObject> nuclei = []   // of the present ROI, by rising confidence
+    final Map<String, Set<String>> accepted = [:]   // by ROI: ids of nuclei
+    private final List<PathObject> visited = []
+    private final List<Closure<?>> undoing = []
+
+    // ------------------------------------------------ the ROIs of the project
+
+    /** Finds the ROIs of all images, in the order of the project, and where the review was when it was closed. */
+    void findRois(ImageData<?> open) {
+        String present = current?.id
+        ProjectImageEntry<?> openEntry = open == null ? null : project.getEntry(open)
+        rois = project.getImageList().collectMany { entry ->
+            boolean isOpen = entry.getID() == openEntry?.getID()
+            List<CorrectionRoi> suggested = suggestedRois(entry)
+            if (!isOpen && suggested.isEmpty() && !isListed(entry))
+                return []
+            PathObjectHierarchy hierarchy = isOpen ? open.getHierarchy() :
+                    entry.hasImageData() ? entry.readHierarchy() : new PathObjectHierarchy()
+            return sorted(inImage(entry, hierarchy) + suggested.findAll { roi ->
+                !hierarchy.getAnnotationObjects().any { it.getID().toString() == roi.id }
+            })
+        }
+        JsonObject state = readJson(stateFile)
+        if (accepted.isEmpty() && state?.has('accepted'))
+            state.getAsJsonObject('accepted').entrySet().each { each ->
+                accepted[each.key] = each.value.collect { it.getAsString() } as LinkedHashSet
+            }
+        String where = present ?: state?.has('roi') ? present ?: state.get('roi').getAsString() : null
+        index = where == null ? -1 : rois.findIndexOf { it.id == where }
+        if (index < 0)
+            index = rois.findIndexOf { !it.corrected }
+    }
+
+    /** Whether QuPath's summary of an image, which is quickly read, counts annotations of one of the classes. */
+    private boolean isListed(ProjectImageEntry<?> entry) {
+        if (!entry.hasImageData())
+            return false
+        Path summary = folder.resolveSibling('data').resolve(entry.getID()).resolve('summary.json')
+        if (!Files.exists(summary))
+            return true
+        String text = Files.readString(summary)
+        return text.contains('"' + TO_CORRECT + '"') || text.contains('"' + CORRECTED + '"')
+    }
+
+    /** The ROIs that were suggested for an image and are not imported. A person deleted those that were. */
+    private List<CorrectionRoi> suggestedRois(ProjectImageEntry<?> entry) {
+        Path file = folder.resolve('fields').resolve(entry.getID() + '.json')
+        Path receipt = folder.resolve('imported').resolve(entry.getID() + '.json')
+        if (!Files.exists(file) || Files.exists(receipt) &&
+                Files.getLastModifiedTime(receipt) >= Files.getLastModifiedTime(file))
+            return []
+        return readJson(file)?.getAsJsonArray('fields')?.collect {
+            JsonObject roi = it.getAsJsonObject()
+            def (x, y, width, height) = ['x', 'y', 'width', 'height'].collect { key -> roi.get(key).getAsDouble() }
+            new CorrectionRoi(image: entry.getID(), imageName: entry.getImageName(), id: roi.get('id').getAsString(),
+                    name: roi.get('name').getAsString(), description: roi.get('description').getAsString(),
+                    x: x, y: y, width: width, height: height, waiting: true)
+        } ?: []
+    }
+
+    private static List<CorrectionRoi> inImage(ProjectImageEntry<?> entry, PathObjectHierarchy hierarchy) {
+        return hierarchy.getAnnotationObjects().findAll { isCorrectionRoi(it) && it.getROI().isArea() }.collect {
+            ROI roi = it.getROI()
+            new CorrectionRoi(image: entry.getID(), imageName: entry.getImageName(), id: it.getID().toString(),
+                    name: it.getName(), description: it.getDescription(), x: roi.getBoundsX(), y: roi.getBoundsY(),
+                    width: roi.getBoundsWidth(), height: roi.getBoundsHeight(),
+                    corrected: it.getPathClass().toString() == CORRECTED)
+        }
+    }
+
+    static List<CorrectionRoi> sorted(List<CorrectionRoi> rois) {
+        return rois.sort { one, other ->
+            one.number <=> other.number ?: one.y <=> other.y ?: one.x <=> other.x
+        }
+    }
+
+    static boolean isCorrectionRoi(PathObject pathObject) {
+        return pathObject.getPathClass()?.toString() in [TO_CORRECT, CORRECTED]
+    }
+
+    CorrectionRoi getCurrent() {
+        return index >= 0 && index < rois.size() ? rois[index] : null
+    }
+
+    int getLeft() {
+        return rois.count { !it.corrected } as int
+    }
+
+    /** The ROIs that are left, as a sentence without its full stop. */
+    String inWords() {
+        if (rois.isEmpty())
+            return 'No ROIs to correct'
+        int images = rois.collect { it.image }.unique().size()
+        return "${rois.size()} ROIs in ${images} ${images == 1 ? 'image' : 'images'}: " +
+                "${rois.size() - left} corrected, ${left} left"
+    }
+
+    /** The number of the ROI that comes after the present one, of those that are not corrected; -1 if none is left. */
+    int nextUncorrected() {
+        List<Integer> order = (1..rois.size()).collect { (index + it) % rois.size() }
+        Integer next = order.find { int number -> !rois[number].corrected }
+        return next == null ? -1 : next
+    }
+
+    ProjectImageEntry<?> entryOf(CorrectionRoi roi) {
+        return project.getImageList().find { it.getID() == roi.image }
+    }
+
+    // ------------------------------------------------ the nuclei of the present ROI
+
+    /**
+     * Begins with a ROI in its image, as it is open. Nuclei there that are detections become annotations, which can be
+     * reshaped. Returns the annotation of the ROI; null if a person deleted it.
+     */
+    PathObject begin(int number, ImageData<?> image) {
+        index = number
+        imageData = image
+        nucleus = null
+        visited.clear()
+        undoing.clear()
+        PathObject roi = annotation
+        if (roi == null)
+            return null
+        current.waiting = false
+        toAnnotations(image, roi)
+        refresh()
+        writeState()
+        return roi
+    }
+
+    /** The annotation of the present ROI in its image. */
+    PathObject getAnnotation() {
+        return imageData?.getHierarchy()?.getAnnotationObjects()?.find { it.getID().toString() == current?.id }
+    }
+
+    Set<String> getSeen() {
+        return accepted.computeIfAbsent(current.id) { new LinkedHashSet<String>() }
+    }
+
+    /** Reads the nuclei of the ROI anew: a person can change them at any time. */
+    void refresh() {
+        PathObject roi = annotation
+        nuclei = roi == null ? [] : nucleiIn(imageData, roi)
+        if (nucleus != null && !nuclei.contains(nucleus))
+            nucleus = null
+    }
+
+    /** The nuclei in a ROI, in part or whole, by rising confidence; at last those that a person drew. */
+    static List<PathObject> nucleiIn(ImageData<?> imageData, PathObject roi) {
+        Set<String> regions = marks(imageData).findAll { it.endsWith(' region') }.collect { it.tokenize(' ')[0] } as Set
+        return imageData.getHierarchy().getAnnotationObjects().findAll {
+            it !== roi && isNucleusIn(it, roi) && !regions.contains(it.getID().toString())
+        }.sort { one, other ->
+            confidence(one) <=> confidence(other) ?: one.getROI().getCentroidY() <=> other.getROI().getCentroidY() ?:
+                    one.getROI().getCentroidX() <=> other.getROI().getCentroidX()
+        }
+    }
+
+    /** Whether an object lies in a ROI, in part or whole, and can be a nucleus. */
+    static boolean isNucleusIn(PathObject pathObject, PathObject roi) {
+        ROI contour = PathObjectTools.getROI(pathObject, true)
+        ROI outer = roi.getROI()
+        boolean near = contour?.isArea() &&
+                contour.getBoundsX() < outer.getBoundsX() + outer.getBoundsWidth() &&
+                outer.getBoundsX() < contour.getBoundsX() + contour.getBoundsWidth() &&
+                contour.getBoundsY() < outer.getBoundsY() + outer.getBoundsHeight() &&
+                outer.getBoundsY() < contour.getBoundsY() + contour.getBoundsHeight()
+        PathClass pathClass = pathObject.getPathClass()
+        return near && !isCorrectionRoi(pathObject) && contour.getArea() < outer.getArea() / 2 &&
+                (pathClass == null || !PathClassTools.isIgnoredClass(pathClass)) &&
+                contour.getGeometry().intersects(outer.getGeometry())
+    }
+
+    /** What the network found of a nucleus, from 0 to 1; infinite for one that a person drew. */
+    static double confidence(PathObject nucleus) {
+        double value = nucleus.getMeasurementList().get(CONFIDENCE)
+        return Double.isNaN(value) ? Double.POSITIVE_INFINITY : value
+    }
+
+    private static List<String> marks(ImageData<?> imageData) {
+        return (imageData.getProperty('patchcl.imported') ?: '').toString().readLines()
+    }
+
+    /** Makes annotations of the detections in a ROI; of those that were imported, where some were. */
+    static int toAnnotations(ImageData<?> imageData, PathObject roi) {
+        Set<String> ours = marks(imageData).collect { it.tokenize(' ')[0] } as Set
+        List<PathObject> detections = imageData.getHierarchy().getDetectionObjects().findAll {
+            (ours.isEmpty() || ours.contains(it.getID().toString())) && !it.hasChildObjects() && isNucleusIn(it, roi)
+        }
+        if (detections.isEmpty())
+            return 0
+        detections.groupBy { it.getParent() }.each { parent, children ->
+            parent.removeChildObjects(children)
+            parent.addChildObjects(children.collect { toAnnotation(it) })
+        }
+        imageData.getHierarchy().fireHierarchyChangedEvent(roi)
+        return detections.size()
+    }
+
+    static PathObject toAnnotation(PathObject detection) {
+        PathObject annotation = PathObjects.createAnnotationObject(PathObjectTools.getROI(detection, true),
+                detection.getPathClass(), detection.getMeasurementList())
+        annotation.setID(detection.getID())
+        annotation.setName(detection.getName())
+        annotation.setColor(detection.getColor())
+        annotation.setLocked(detection.isLocked())
+        return annotation
+    }
+
+    // ------------------------------------------------ what the keys do; each returns a message, or null
+
+    /** The present nucleus is right: goes to the one with the next higher confidence. */
+    String accept() {
+        refresh()
+        if (nucleus != null) {
+            seen << nucleus.getID().toString()
+            visited << nucleus
+        }
+        return toNext(nucleus)
+    }
+
+    private String toNext(PathObject from) {
+        int start = from == null ? 0 : nuclei.indexOf(from) + 1
+        List<PathObject> order = start < nuclei.size() ? nuclei.drop(start) + nuclei.take(start) : nuclei
+        nucleus = order.find { !seen.contains(it.getID().toString()) }
+        writeState()
+        return nucleus != null ? null : 'You have seen all nuclei here. Outline those that are missing, then press Y.'
+    }
+
+    /** Back to the nucleus before, as if it had not been accepted. */
+    String back() {
+        refresh()
+        visited.removeAll { !nuclei.contains(it) }
+        if (visited.isEmpty())
+            return 'There is no nucleus before this one.'
+        nucleus = visited.removeLast()
+        seen.remove(nucleus.getID().toString())
+        writeState()
+        return null
+    }
+
+    /** Deletes the present nucleus, and goes to the next one. */
+    String delete() {
+        refresh()
+        if (nucleus == null)
+            return 'No nucleus is selected: press E, or click one.'
+        if (nucleus.isLocked())
+            return 'This nucleus is locked: unlock it first.'
+        PathObject gone = nucleus, parent = nucleus.getParent()
+        PathObjectHierarchy hierarchy = imageData.getHierarchy()
+        int place = nuclei.indexOf(gone)
+        hierarchy.getSelectionModel().clearSelection()
+        hierarchy.removeObject(gone, true)
+        undoing << {
+            hierarchy.addObjectBelowParent(parent, gone, true)
+            nucleus = gone
+        }
+        refresh()
+        return toNext(place > 0 ? nuclei[place - 1] : null)
+    }
+
+    /** Adds a round nucleus of the median size of those in the ROI, with its centre at a point of the image. */
+    String insert(double x, double y) {
+        refresh()
+        List<Double> areas = nuclei.collect { it.getROI().getArea() }.sort()
+        double diameter = areas ? 2 * Math.sqrt(areas[areas.size().intdiv(2)] / Math.PI) : 8 / micronsPerPixel
+        ROI circle = ROIs.createEllipseROI(x - diameter / 2, y - diameter / 2, diameter, diameter,
+                ImagePlane.getDefaultPlane())
+        PathObject added = PathObjects.createAnnotationObject(circle, classOfNuclei())
+        PathObjectHierarchy hierarchy = imageData.getHierarchy()
+        hierarchy.addObject(added)
+        undoing << { hierarchy.removeObject(added, true) }
+        refresh()
+        nucleus = added
+        seen << added.getID().toString()
+        return 'Move it by Shift and the arrow keys; 1 makes it smaller, 2 larger.'
+    }
+
+    PathClass classOfNuclei() {
+        if (nucleusClass)
+            return PathClass.fromString(nucleusClass)
+        def counts = nuclei.countBy { it.getPathClass() }.findAll { pathClass, count -> pathClass != null }
+        return counts ? counts.max { it.value }.key : PathClass.fromString('Nucleus')
+    }
+
+    String move(double dx, double dy) {
+        return reshape { ROI roi -> roi.translate(dx / micronsPerPixel, dy / micronsPerPixel) }
+    }
+
+    /** Moves the contour outwards, or inwards, by this many µm. */
+    String grow(double microns) {
+        return reshape { ROI roi -> grown(roi, microns / micronsPerPixel) }
+    }
+
+    /** The contour, moved outwards by a distance in pixels, inwards if that is negative; the same if nothing is left. */
+    static ROI grown(ROI roi, double distance) {
+        Geometry geometry = roi.getGeometry().buffer(distance)
+        if (geometry.isEmpty() || geometry.getNumGeometries() > 1)
+            return roi
+        return GeometryTools.geometryToROI(geometry, roi.getImagePlane())
+    }
+
+    private String reshape(Closure<ROI> change) {
+        refresh()
+        if (nucleus == null)
+            return 'No nucleus is selected: press E, or click one.'
+        if (nucleus.isLocked())
+            return 'This nucleus is locked: unlock it first.'
+        PathObject changed = nucleus
+        ROI before = changed.getROI()
+        setContour(changed, change(before))
+        undoing << {
+            setContour(changed, before)
+            nucleus = changed
+        }
+        return null
+    }
+
+    private void setContour(PathObject pathObject, ROI roi) {
+        PathObject parent = pathObject.getParent()
+        PathObjectHierarchy hierarchy = imageData.getHierarchy()
+        hierarchy.removeObjectWithoutUpdate(pathObject, true)
+        ((PathROIObject) pathObject).setROI(roi)
+        hierarchy.addObjectBelowParent(parent, pathObject, true)
+        nucleus = pathObject
+    }
+
+    /** Takes back the last deletion, insertion or change of these keys. */
+    String undo() {
+        if (undoing.isEmpty())
+            return 'Nothing to undo here. Ctrl+Z is QuPath\'s own.'
+        undoing.removeLast().call()
+        refresh()
+        return null
+    }
+
+    double getMicronsPerPixel() {
+        def pixels = imageData.getServer().getPixelCalibration()
+        return pixels.hasPixelSizeMicrons() ? pixels.getAveragedPixelSizeMicrons().doubleValue() : 0.25d
+    }
+
+    /** Marks the ROI as corrected, and saves. */
+    void markCorrected() {
+        PathObject roi = annotation
+        if (roi.getPathClass().toString() != CORRECTED) {
+            roi.setPathClass(PathClass.fromString(CORRECTED))
+            imageData.getHierarchy().fireObjectClassificationsChangedEvent(roi, [roi])
+        }
+        current.corrected = true
+        save()
+    }
+
+    /** Saves the image, if anything in it changed. */
+    void save() {
+        if (imageData != null && imageData.isChanged())
+            project.getEntry(imageData).saveImageData(imageData)
+    }
+
+    // ------------------------------------------------ what is remembered
+
+    Path getStateFile() {
+        return folder.resolve('review.json')
+    }
+
+    void writeState() {
+        Files.createDirectories(folder)
+        Path temporary = Files.createTempFile(folder, 'review.json', '.partial')
+        Files.writeString(temporary, GsonTools.getInstance(true).toJson([
+            roi: current.id, nucleus: nucleus?.getID()?.toString(), accepted: accepted.findAll { id, nuclei -> nuclei },
+        ]))
+        Files.move(temporary, stateFile, StandardCopyOption.REPLACE_EXISTING)
+    }
+
+    /** The nucleus that was selected when the review was closed; null if there is none. */
+    PathObject remembered() {
+        String id = text(readJson(stateFile), 'nucleus')
+        return nuclei.find { it.getID().toString() == id }
+    }
+
+    private static String text(JsonObject json, String key) {
+        return json?.has(key) && !json.get(key).isJsonNull() ? json.get(key).getAsString() : null
+    }
+
+    /** The content of a JSON file; null if there is none, or it is damaged. */
+    static JsonObject readJson(Path file) {
+        try {
+            return Files.exists(file) ? JsonParser.parseString(Files.readString(file)).getAsJsonObject() : null
+        } catch (Exception ignored) {
+            return null
+        }
+    }
+
+    // ------------------------------------------------ what the refined model changed
+
+    /** What the refined model does in the corrected ROIs of an image, as patchcl-qp saved it; null without a run. */
+    JsonObject changes(String image) {
+        JsonObject found = readJson(folder.resolve('changes').resolve(image).resolve('changes.json'))
+        return found?.has('run') ? found : null
+    }
+
+    /** The same of the present ROI, by its place. */
+    JsonObject changesHere() {
+        return changes(current.image)?.getAsJsonArray('rois')?.collect { it.getAsJsonObject() }?.find { roi ->
+            def (x, y, width, height) = ['x', 'y', 'width', 'height'].collect { key -> roi.get(key).getAsDouble() }
+            Math.abs(x - current.x) + Math.abs(y - current.y) + Math.abs(width - current.width) +
+                    Math.abs(height - current.height) < 4
+        }
+    }
+
+    /** What the refined model does by itself of the corrections in all ROIs; null without a run of it. */
+    String changesInWords() {
+        List<JsonObject> all = rois.collect { it.image }.unique().collect { changes(it) }.findAll().collectMany {
+            it.getAsJsonArray('rois').collect { roi -> roi.getAsJsonObject() }
+        }
+        return all.isEmpty() ? null : inWords(all)
+    }
+
+    static String inWords(List<JsonObject> rois) {
+        Closure<Integer> sum = { String key -> rois.sum { it.get(key).getAsInt() } as int }
+        int made = sum('deleted') + sum('added') + sum('reshaped')
+        int now = sum('deleted_now') + sum('added_now') + sum('reshaped_now')
+        return "The new model makes ${now} of your ${made} corrections by itself: " +
+                "${sum('deleted_now')} of ${sum('deleted')} deleted, ${sum('added_now')} of ${sum('added')} added, " +
+                "${sum('reshaped_now')} of ${sum('reshaped')} reshaped"
+    }
+}
+
+
+/** The other scripts, which lie beside this one or in the project. */
+class OtherScripts {
+
+    ClassLoader loader
+    String ownPath
+
+    /** Runs a script for an image, in this thread. */
+    void run(String name, Project<?> project, ImageData<?> imageData, Map<String, Object> variables = [:]) {
+        List<Path> places = [Paths.get(project.getPath().toString()).resolveSibling('scripts').resolve(name)]
+        if (ownPath != null)
+            places.add(0, Paths.get(ownPath).resolveSibling(name))
+        Path script = places.find { Files.isRegularFile(it) }
+        if (script == null)
+            throw new FileNotFoundException("${name} must lie beside this script: `patchcl-qp scripts PROJECT` copies it.")
+        Binding binding = new Binding(new LinkedHashMap<>(variables))
+        binding.setVariable(ScriptAttributes.FILE_PATH, script.toString())
+        QP.setBatchProjectAndImage(project, imageData)
+        try {
+            new GroovyShell(loader, binding).evaluate(Files.readString(script), name)
+        } finally {
+            QP.resetBatchProjectAndImage()
+        }
+    }
+}
+
+
+/** Contours of the models before and after, over the image. */
+class ChangesOverlay extends AbstractOverlay {
+
+    List<Shape> before = []
+    List<Shape> after = []
+    ImageData<?> shownIn
+
+    ChangesOverlay(OverlayOptions options) {
+        super(options)
+    }
+
+    @Override
+    void paintOverlay(Graphics2D g2d, ImageRegion region, double downsample, ImageData<BufferedImage> imageData,
+                      boolean paintCompletely) {
+        if (imageData !== shownIn)
+            return
+        float px = (float) downsample
+        Graphics2D pen = (Graphics2D) g2d.create()
+        pen.setStroke(new BasicStroke(2.5f * px))
+        pen.setColor(new java.awt.Color(235, 120, 0))
+        before.each { pen.draw(it) }
+        pen.setStroke(new BasicStroke(2.5f * px, BasicStroke.CAP_BUTT, BasicStroke.JOIN_ROUND, 1f,
+                [6 * px, 4 * px] as float[], 0f))
+        pen.setColor(new java.awt.Color(0, 150, 255))
+        after.each { pen.draw(it) }
+        pen.dispose()
+    }
+
+    static List<Shape> shapes(JsonArray contours) {
+        return contours.collect { contour ->
+            List<Double> xy = contour.getAsJsonArray().collect { it.getAsDouble() }
+            Path2D path = new Path2D.Double()
+            path.moveTo(xy[0], xy[1])
+            for (int i = 2; i + 1 < xy.size(); i += 2)
+                path.lineTo(xy[i], xy[i + 1])
+            path.closePath()
+            path
+        }
+    }
+}
+
+
+/** The window: shows the state of a review, and hands keys on to it. */
+class ReviewWindow {
+
+    static final String TITLE = 'PatchCL: review'
+    private static final List<String> SHOWN = ['nothing', 'the model before', 'the refined model', 'both models']
+
+    final Logger logger = LoggerFactory.getLogger('review')
+    final QuPathGUI gui
+    final Review review
+    final OtherScripts scripts
+    Stage stage
+    private final Label place = new Label()
+    private final Label image = new Label()
+    private final Label why = new Label()
+    private final Label nucleusText = new Label()
+    private final Label message = new Label()
+    private final Label changes = new Label()
+    private final ProgressBar bar = new ProgressBar(0)
+    private final Button refineButton = new Button('Refine and find nuclei again (U)')
+    private final ChangesOverlay overlay
+    private int shown = 0
+    private boolean busy = false
+    private boolean asked = false   // whether to refine with some ROIs only
+    private List<Closure<?>> restoring = []
+    private final EventHandler<KeyEvent> keys = { KeyEvent event -> handle(event) } as EventHandler<KeyEvent>
+
+    ReviewWindow(QuPathGUI gui, Review review, OtherScripts scripts) {
+        this.gui = gui
+        this.review = review
+        this.scripts = scripts
+        overlay = new ChangesOverlay(viewer.getOverlayOptions())
+    }
+
+    QuPathViewer getViewer() {
+        return gui.getViewer()
+    }
+
+    /** Opens the window in place of one that is open, at the ROI where the review was. */
+    void open() {
+        Window.getWindows().findAll { it instanceof Stage && it.getTitle() == TITLE }.each {
+            it.fireEvent(new javafx.stage.WindowEvent(it, javafx.stage.WindowEvent.WINDOW_CLOSE_REQUEST))
+        }
+        offerClasses()
+        stage = new Stage()
+        stage.initOwner(gui.getStage())
+        stage.setTitle(TITLE)
+        Scene scene = new Scene(content(), 330, -1)
+        scene.addEventFilter(KeyEvent.ANY, keys)
+        gui.getStage().getScene().addEventFilter(KeyEvent.ANY, keys)
+        stage.setScene(scene)
+        stage.setOnCloseRequest { close() }
+        arrange()
+        stage.show()
+        placeBeside()
+        boolean corrected = review.left == 0
+        go(corrected && review.index < 0 ? 0 : review.index)
+        review.nucleus = review.remembered()
+        showNucleus(review.left == 0 ? allDone() : null)
+    }
+
+    private void close() {
+        gui.getStage().getScene().removeEventFilter(KeyEvent.ANY, keys)
+        viewer.getCustomOverlayLayers().remove(overlay)
+        restoring.reverse().each { it.call() }
+        if (isShown())
+            review.writeState()
+        saving { review.save() }
+        stage.close()
+    }
+
+    /** At the right border of QuPath's window, where the image is not covered as long as there is room. */
+    private void placeBeside() {
+        Stage main = gui.getStage()
+        def screen = javafx.stage.Screen.getScreensForRectangle(main.getX(), main.getY(), main.getWidth(),
+                main.getHeight()).find()?.getVisualBounds() ?: javafx.stage.Screen.getPrimary().getVisualBounds()
+        stage.setX(Math.min(main.getX() + main.getWidth(), screen.getMaxX() - stage.getWidth()))
+        stage.setY(Math.max(screen.getMinY(), Math.min(main.getY() + 60, screen.getMaxY() - stage.getHeight())))
+    }
+
+    private void offerClasses() {
+        def listed = gui.getAvailablePathClasses()   // the window keeps the project's list the same
+        listed.addAll([Review.TO_CORRECT, Review.CORRECTED].collect { PathClass.fromString(it) }.findAll {
+            !listed.contains(it)
+        })
+    }
+
+    /** Shows nuclei as contours without names, above all else; what was set before is restored at the end. */
+    private void arrange() {
+        OverlayOptions options = viewer.getOverlayOptions()
+        [
+            [options.showAnnotationsProperty(), true], [options.fillAnnotationsProperty(), false],
+            [options.showNamesProperty(), false], [options.showDetectionsProperty(), false],
+            [options.showPixelClassificationProperty(), false], [options.opacityProperty(), 1f],
+            [PathPrefs.autoSetAnnotationClassProperty(), PathPrefs.autoSetAnnotationClassProperty().get()],
+        ].each { property, value ->
+            def before = property.getValue()
+            restoring << { property.setValue(before) }
+            property.setValue(value)
+        }
+        def tool = gui.getToolManager().getSelectedTool()
+        restoring << { gui.getToolManager().setSelectedTool(tool) }
+    }
+
+    // ------------------------------------------------ what is in the window
+
+    private VBox content() {
+        place.setStyle('-fx-font-size: 1.3em; -fx-font-weight: bold')
+        nucleusText.setStyle('-fx-font-weight: bold')
+        changes.setStyle('-fx-text-fill: -fx-accent; -fx-font-weight: bold')
+        [image, why, nucleusText, message, changes].each { it.setWrapText(true) }
+        message.setMinHeight(52)
+        message.setAlignment(Pos.TOP_LEFT)
+        bar.setMaxWidth(Double.MAX_VALUE)
+        refineButton.setMaxWidth(Double.MAX_VALUE)
+        refineButton.setFocusTraversable(false)
+        refineButton.setOnAction { refineAndRun() }
+        VBox box = new VBox(6, place, bar, image, why, new Separator(), nucleusText, keyTable(), new Separator(),
+                message, changes, refineButton)
+        box.setPadding(new Insets(10))
+        return box
+    }
+
+    /** The keys, what they do in words, and what they do. QuPath 0.5 uses none of them, but B, for the same. */
+    private List<List<?>> keyList() {
+        return [
+            ['E', 'right: the next nucleus', KeyCode.E, { review.accept() }],
+            ['X', 'delete this nucleus', KeyCode.X, { review.delete() }],
+            ['Q', 'back to the one before', KeyCode.Q, { review.back() }],
+            ['1  2', 'contour smaller, larger', KeyCode.DIGIT1, { review.grow(-0.25d) }],
+            [null, null, KeyCode.DIGIT2, { review.grow(0.25d) }],
+            ['Shift+arrows', 'move it', null, null],
+            ['B', 'outline a missing one: brush', KeyCode.B, { brush() }],
+            ['I', 'a missing one, round, at the mouse', KeyCode.I, { insert() }],
+            ['Z', 'undo X, I, 1, 2, or a move', KeyCode.Z, { review.undo() }],
+            ['Y', 'ROI is corrected: to the next one', KeyCode.Y, { corrected() }],
+            ['J  K', 'ROI before, ROI after', KeyCode.J, { step(-1) }],
+            [null, null, KeyCode.K, { step(1) }],
+            ['T', 'show what a refined model changed', KeyCode.T, { toggle() }],
+            [null, null, KeyCode.U, { refineAndRun() }],
+        ]
+    }
+
+    private GridPane keyTable() {
+        GridPane grid = new GridPane()
+        grid.setHgap(8)
+        grid.setVgap(2)
+        keyList().findAll { it[0] }.eachWithIndex { row, number ->
+            Label key = new Label(row[0])
+            key.setStyle('-fx-font-weight: bold; -fx-font-family: monospace')
+            grid.addRow(number, key, new Label(row[1]))
+        }
+        return grid
+    }
+
+    private void show(String text) {
+        CorrectionRoi roi = review.current
+        int done = review.rois.size() - review.left
+        place.setText("ROI ${review.index + 1} of ${review.rois.size()}" + (roi.corrected ? ', corrected' : '') +
+                ", ${review.left} left")
+        bar.setProgress(done / (double) review.rois.size())
+        image.setText(roi.imageName)
+        why.setText(roi.description ?: '')
+        int seen = review.nuclei.count { review.seen.contains(it.getID().toString()) } as int
+        nucleusText.setText("${review.nuclei.size()} nuclei, ${seen} seen" + (review.nucleus == null ? '' :
+                Double.isInfinite(Review.confidence(review.nucleus)) ? '; this one is yours' :
+                        String.format('; this one: confidence %.2f', Review.confidence(review.nucleus))))
+        message.setText(text ?: '')
+        changes.setText(review.changesInWords() ?: '')
+        refineButton.setDisable(done == 0 || busy)
+        refineButton.setDefaultButton(review.left == 0)
+    }
+
+    // ------------------------------------------------ ROIs
+
+    /** Opens the image of a ROI, and zooms to it. */
+    private void go(int number) {
+        CorrectionRoi roi = review.rois[number]
+        review.index = number
+        ProjectImageEntry<?> entry = review.entryOf(roi)
+        if (!isOpen(roi)) {
+            saving { saveOpen() }
+            gui.openImageEntry(entry)
+        }
+        if (!isOpen(roi)) {
+            show("${roi.imageName} cannot be opened. K goes to the next ROI.")
+            return
+        }
+        if (roi.waiting)
+            scripts.run('import_nuclei.groovy', review.project, gui.getImageData())
+        PathObject annotation = review.begin(number, gui.getImageData())
+        if (annotation == null) {
+            show('This ROI is not in the image any more. K goes to the next one.')
+            return
+        }
+        zoom(annotation.getROI())
+        PathPrefs.autoSetAnnotationClassProperty().set(review.classOfNuclei())
+        gui.getToolManager().setSelectedTool(PathTools.MOVE)
+        showChanges()
+        showNucleus(roi.corrected ? 'This ROI is marked as corrected. You can go on correcting it.' : null)
+    }
+
+    private void zoom(ROI roi) {
+        double downsample = 1.12d * Math.max(roi.getBoundsWidth() / viewer.getWidth(),
+                roi.getBoundsHeight() / viewer.getHeight())
+        viewer.setDownsampleFactor(downsample)
+        viewer.setCenterPixelLocation(roi.getCentroidX(), roi.getCentroidY())
+    }
+
+    private boolean isOpen(CorrectionRoi roi) {
+        ImageData<?> open = gui.getImageData()
+        return open != null && review.project.getEntry(open)?.getID() == roi.image
+    }
+
+    /** Whether the image of the present ROI is the open one. */
+    private boolean isShown() {
+        return review.imageData != null && gui.getImageData() === review.imageData && review.annotation != null
+    }
+
+    private void saveOpen() {
+        ImageData<?> open = gui.getImageData()
+        if (open != null && open.isChanged())
+            review.project.getEntry(open)?.saveImageData(open)
+    }
+
+    private void saving(Closure<?> save) {
+        try {
+            save()
+        } catch (IOException e) {
+            logger.error('Not saved', e)
+            Dialogs.showErrorMessage('PatchCL', "The image was not saved: ${e.getMessage()}.\n\nNothing is lost yet: " +
+                    'it is still open. Make room on the disk, or ask for the permission to write, and save it.')
+        }
+    }
+
+    private String corrected() {
+        boolean saved = false
+        saving {
+            review.markCorrected()
+            saved = true
+        }
+        if (!saved)
+            return 'This ROI is marked, but the image is not saved.'
+        int next = review.nextUncorrected()
+        if (next < 0)
+            return allDone()
+        go(next)
+        return null
+    }
+
+    private String allDone() {
+        return review.changesInWords() != null ? 'J and K go through the ROIs; T shows the models before and after.' :
+                'All ROIs are corrected. U refines the model with them, and finds nuclei again.'
+    }
+
+    private String step(int by) {
+        saving { saveOpen() }
+        go(Math.floorMod(review.index + by, review.rois.size()))
+        return message.getText()
+    }
+
+    // ------------------------------------------------ nuclei
+
+    private void showNucleus(String text) {
+        def selection = viewer.getHierarchy()?.getSelectionModel()
+        if (review.nucleus != null) {
+            selection?.setSelectedObject(review.nucleus)
+            ROI roi = review.nucleus.getROI()
+            if (!viewer.getDisplayedRegionShape().contains(roi.getCentroidX(), roi.getCentroidY()))
+                viewer.setCenterPixelLocation(roi.getCentroidX(), roi.getCentroidY())
+        } else
+            selection?.clearSelection()
+        viewer.repaint()
+        show(text)
+    }
+
+    /** The brush draws a new nucleus where none is selected, and changes one that it begins in. */
+    private String brush() {
+        review.nucleus = null
+        gui.getToolManager().setSelectedTool(PathTools.BRUSH)
+        return 'Paint the nucleus. Within a contour, the brush enlarges it; with Alt, it cuts. E goes on.'
+    }
+
+    /** Adds a round nucleus at the mouse pointer, if that is in the ROI; else in the middle of the ROI. */
+    private String insert() {
+        ROI roi = review.annotation.getROI()
+        def pointer = viewer.getMousePosition()
+        def here = pointer == null ? null : viewer.componentPointToImagePoint(pointer, null, false)
+        if (here == null || !roi.contains(here.getX(), here.getY()))
+            return review.insert(roi.getCentroidX(), roi.getCentroidY())
+        return review.insert(here.getX(), here.getY())
+    }
+
+    // ------------------------------------------------ keys
+
+    private void handle(KeyEvent event) {
+        if (busy || event.getTarget() instanceof TextInputControl || event.isShortcutDown() || event.isAltDown() ||
+                event.isMetaDown())
+            return
+        Closure<String> action = actionOf(event)
+        if (action == null)
+            return
+        event.consume()   // also what QuPath would do when the key is released
+        if (event.getEventType() != KeyEvent.KEY_PRESSED)
+            return
+        try {
+            act(event.getCode(), action)
+        } catch (Exception e) {
+            logger.error('The key failed', e)
+            show("That did not work: ${e.getMessage()}")
+        }
+    }
+
+    private void act(KeyCode code, Closure<String> action) {
+        if (code in [KeyCode.J, KeyCode.K, KeyCode.U]) {
+            String text = action()
+            show(text)
+            return
+        }
+        if (!isShown()) {   // a person opened another image, or deleted the ROI
+            go(review.index)
+            return
+        }
+        PathObject selected = viewer.getSelectedObject()   // by a click
+        if (selected != null && selected !== review.nucleus) {
+            review.refresh()
+            if (review.nuclei.contains(selected))
+                review.nucleus = selected
+        }
+        int before = review.index
+        String text = action()
+        if (review.index == before || text != null)
+            showNucleus(text)
+    }
+
+    private Closure<String> actionOf(KeyEvent event) {
+        KeyCode code = event.getCode()
+        if (event.isShiftDown()) {
+            Map<KeyCode, List<Double>> directions = [(KeyCode.LEFT): [-1d, 0d], (KeyCode.RIGHT): [1d, 0d],
+                                                     (KeyCode.UP): [0d, -1d], (KeyCode.DOWN): [0d, 1d]]
+            List<Double> direction = directions[code]
+            return direction == null ? null : { review.move(0.5d * direction[0], 0.5d * direction[1]) }
+        }
+        return keyList().find { it[2] == code }?.get(3)
+    }
+
+    // ------------------------------------------------ refining, and what changed
+
+    /** Refines the model, finds nuclei in all images with it, and imports them: in QuPath's background. */
+    private String refineAndRun() {
+        if (review.rois.every { !it.corrected })
+            return 'No ROI is corrected yet.'
+        if (review.left > 0 && !asked) {
+            asked = true
+            return "${review.left} ROIs are not corrected yet. Press U again to refine with the others."
+        }
+        asked = false
+        saving { saveOpen() }
+        busy = true
+        show('Refining, and finding nuclei again. You can go on working, but not with these keys.')
+        ImageData<?> open = gui.getImageData()
+        Thread.startDaemon('review') {
+            String problem = null
+            try {
+                ['refine', 'project'].each {
+                    scripts.run('run_patchcl.groovy', review.project, open, [patchcl_task: it])
+                }
+                importOthers(open)
+            } catch (Exception e) {
+                logger.error('Refining, and finding nuclei again, failed', e)
+                problem = e.getMessage()
+            }
+            Platform.runLater { afterRun(problem) }
+        }
+        return message.getText()
+    }
+
+    /** Imports the new nuclei into the images that are not open, and saves these. */
+    private void importOthers(ImageData<?> open) {
+        String openId = open == null ? null : review.project.getEntry(open)?.getID()
+        for (entry in review.project.getImageList()) {
+            Path result = review.folder.resolve('results').resolve(entry.getID()).resolve('result.json')
+            Path receipt = review.folder.resolve('imported').resolve(entry.getID() + '.json')
+            boolean waiting = Files.exists(result) && (!Files.exists(receipt) ||
+                    Files.getLastModifiedTime(result) > Files.getLastModifiedTime(receipt))
+            if (!waiting || entry.getID() == openId)
+                continue
+            ImageData<?> imageData = entry.readImageData()
+            try {
+                scripts.run('import_nuclei.groovy', review.project, imageData,
+                        [(ScriptAttributes.BATCH_SAVE): true])
+                entry.saveImageData(imageData)
+            } finally {
+                imageData.getServer().close()
+            }
+        }
+    }
+
+    private void afterRun(String problem) {
+        busy = false
+        if (problem != null) {
+            show('Failed: see the message.')
+            Dialogs.showErrorMessage('PatchCL', problem)
+            return
+        }
+        saving { saveOpen() }
+        review.findRois(gui.getImageData())
+        shown = 3
+        go(review.index < 0 ? 0 : review.index)
+        show(changesText() ?: 'The nuclei of the refined model are in all images.')
+    }
+
+    private String toggle() {
+        if (review.changesHere() == null)
+            return 'No refined model has found nuclei in this ROI yet.'
+        shown = (shown + 1) % SHOWN.size()
+        showChanges()
+        return changesText()
+    }
+
+    private String changesText() {
+        JsonObject here = review.changesHere()
+        return here == null ? null : "Shown: ${SHOWN[shown]} (before: orange, refined: blue, dashed). Here: " +
+                "${Review.inWords([here])}."
+    }
+
+    private void showChanges() {
+        JsonObject here = review.changesHere()
+        overlay.shownIn = gui.getImageData()
+        overlay.before = here == null || !(shown in [1, 3]) ? [] : ChangesOverlay.shapes(here.getAsJsonArray('before'))
+        overlay.after = here == null || !(shown in [2, 3]) ? [] : ChangesOverlay.shapes(here.getAsJsonArray('after'))
+        if (!viewer.getCustomOverlayLayers().contains(overlay))
+            viewer.getCustomOverlayLayers().add(overlay)
+        viewer.repaint()
+    }
+}
