@@ -37,6 +37,7 @@ import javafx.scene.control.TextInputControl
 import javafx.scene.input.KeyCode
 import javafx.scene.input.KeyEvent
 import javafx.scene.layout.GridPane
+import javafx.scene.layout.Region
 import javafx.scene.layout.VBox
 import javafx.stage.Stage
 import javafx.stage.Window
@@ -606,13 +607,13 @@ class ChangesOverlay extends AbstractOverlay {
                       boolean paintCompletely) {
         if (imageData !== shownIn)
             return
-        float px = (float) downsample
+        float width = (float) (2.5d * downsample)
+        float[] dashes = [2.5d * width, 1.5d * width]
         Graphics2D pen = (Graphics2D) g2d.create()
-        pen.setStroke(new BasicStroke(2.5f * px))
+        pen.setStroke(new BasicStroke(width))
         pen.setColor(new java.awt.Color(235, 120, 0))
         before.each { pen.draw(it) }
-        pen.setStroke(new BasicStroke(2.5f * px, BasicStroke.CAP_BUTT, BasicStroke.JOIN_ROUND, 1f,
-                [6 * px, 4 * px] as float[], 0f))
+        pen.setStroke(new BasicStroke(width, BasicStroke.CAP_BUTT, BasicStroke.JOIN_ROUND, 1f, dashes, 0f))
         pen.setColor(new java.awt.Color(0, 150, 255))
         after.each { pen.draw(it) }
         pen.dispose()
@@ -674,11 +675,15 @@ class ReviewWindow {
         Window.getWindows().findAll { it instanceof Stage && it.getTitle() == TITLE }.each {
             it.fireEvent(new javafx.stage.WindowEvent(it, javafx.stage.WindowEvent.WINDOW_CLOSE_REQUEST))
         }
+        // The script editor, from which this was started, covers the image. What is in it stays there.
+        Window.getWindows().findAll { it instanceof Stage && it.getTitle()?.startsWith('Script Editor') }.each {
+            it.hide()
+        }
         offerClasses()
         stage = new Stage()
         stage.initOwner(gui.getStage())
         stage.setTitle(TITLE)
-        Scene scene = new Scene(content(), 330, -1)
+        Scene scene = new Scene(content(), 380, -1)
         scene.addEventFilter(KeyEvent.ANY, keys)
         gui.getStage().getScene().addEventFilter(KeyEvent.ANY, keys)
         stage.setScene(scene)
@@ -686,6 +691,7 @@ class ReviewWindow {
         arrange()
         stage.show()
         placeBeside()
+        stage.toFront()
         boolean corrected = review.left == 0
         go(corrected && review.index < 0 ? 0 : review.index)
         review.nucleus = review.remembered()
@@ -741,7 +747,10 @@ class ReviewWindow {
         place.setStyle('-fx-font-size: 1.3em; -fx-font-weight: bold')
         nucleusText.setStyle('-fx-font-weight: bold')
         changes.setStyle('-fx-text-fill: -fx-accent; -fx-font-weight: bold')
-        [image, why, nucleusText, message, changes].each { it.setWrapText(true) }
+        [image, why, nucleusText, message, changes].each {
+            it.setWrapText(true)
+            it.setMinHeight(Region.USE_PREF_SIZE)   // else long texts are cut
+        }
         message.setMinHeight(52)
         message.setAlignment(Pos.TOP_LEFT)
         bar.setMaxWidth(Double.MAX_VALUE)
@@ -764,7 +773,7 @@ class ReviewWindow {
             [null, null, KeyCode.DIGIT2, { review.grow(0.25d) }],
             ['Shift+arrows', 'move it', null, null],
             ['B', 'outline a missing one: brush', KeyCode.B, { brush() }],
-            ['I', 'a missing one, round, at the mouse', KeyCode.I, { insert() }],
+            ['I', 'add a round one, at the mouse', KeyCode.I, { insert() }],
             ['Z', 'undo X, I, 1, 2, or a move', KeyCode.Z, { review.undo() }],
             ['Y', 'ROI is corrected: to the next one', KeyCode.Y, { corrected() }],
             ['J  K', 'ROI before, ROI after', KeyCode.J, { step(-1) }],
@@ -789,11 +798,10 @@ class ReviewWindow {
     private void show(String text) {
         CorrectionRoi roi = review.current
         int done = review.rois.size() - review.left
-        place.setText("ROI ${review.index + 1} of ${review.rois.size()}" + (roi.corrected ? ', corrected' : '') +
-                ", ${review.left} left")
+        place.setText("${review.left} of ${review.rois.size()} ROIs left")
         bar.setProgress(done / (double) review.rois.size())
-        image.setText(roi.imageName)
-        why.setText(roi.description ?: '')
+        image.setText("${roi.imageName}: ${roi.name ?: 'a ROI without name'}${roi.corrected ? ', corrected' : ''}")
+        why.setText((roi.description ?: '').replaceAll(/, then set the ROI's class.*/, '.'))   // Y does that
         int seen = review.nuclei.count { review.seen.contains(it.getID().toString()) } as int
         nucleusText.setText("${review.nuclei.size()} nuclei, ${seen} seen" + (review.nucleus == null ? '' :
                 Double.isInfinite(Review.confidence(review.nucleus)) ? '; this one is yours' :
@@ -834,8 +842,8 @@ class ReviewWindow {
     }
 
     private void zoom(ROI roi) {
-        double downsample = 1.12d * Math.max(roi.getBoundsWidth() / viewer.getWidth(),
-                roi.getBoundsHeight() / viewer.getHeight())
+        double downsample = 1.12d * Math.max(roi.getBoundsWidth() / viewer.getView().getWidth(),
+                roi.getBoundsHeight() / viewer.getView().getHeight())
         viewer.setDownsampleFactor(downsample)
         viewer.setCenterPixelLocation(roi.getCentroidX(), roi.getCentroidY())
     }

@@ -129,6 +129,9 @@ def _print_done(outcomes: Sequence[ImageOutcome]) -> None:
     for outcome in outcomes:
         if outcome.imported:
             click.echo(f"In QuPath: {outcome.image}: {outcome.imported.in_words}")
+    corrections = [outcome.corrections for outcome in outcomes if outcome.corrections]
+    if corrections:
+        click.echo(f"Corrections: {corrections[0].total(corrections).in_words}")
     for outcome in outcomes:
         if outcome.note:
             click.echo(f"Note: {outcome.image}: {outcome.note}")

@@ -11,9 +11,10 @@ from typing import Any
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config, from_dict
+from patchcl_qupath.correction import changes
 from patchcl_qupath.correction import suggest as suggestions
 from patchcl_qupath.correction.suggest import Suggestion
-from patchcl_qupath.datatypes import ImageEntry
+from patchcl_qupath.datatypes import Corrections, ImageEntry
 from patchcl_qupath.errors import ImageError, ProjectError
 from patchcl_qupath.evaluation.score import ImageScore
 from patchcl_qupath.evaluation.score import score as score_images
@@ -204,8 +205,11 @@ def refine(
     """
     with exclusive_lock(project.layout.root):
         progress = show or hide_progress
-        refined = pipeline.refine(project, project.images(), model, labels_from, progress)
+        found: dict[str, Corrections] = {}
+        images = project.images()
+        refined = pipeline.refine(project, images, model, labels_from, progress, found=found)
         refined.save(project.layout.model(name).parent, name)
+        changes.begin(project.layout, found, refined.digest, name)
     return refined
 
 

@@ -16,8 +16,9 @@ import shapely
 
 from patchcl_qupath import __version__
 from patchcl_qupath.config import Config, Recipe, to_dict
+from patchcl_qupath.correction import changes
 from patchcl_qupath.correction.labels import read_corrected_samples
-from patchcl_qupath.datatypes import ImageEntry
+from patchcl_qupath.datatypes import Corrections, ImageEntry
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.execution.map_tiles import map_tiles
 from patchcl_qupath.execution.outcome import TileProgress, failed_image, note, write_outcomes
@@ -77,12 +78,14 @@ def refine(
     labels_from: str,
     progress: ShowProgress,
     seed: int = 0,
+    found: dict[str, Corrections] | None = None,
 ) -> Model:
     """Refine a model by CDCL with ROIs in which a person corrected all nuclei.
 
-    ROIs are annotations of class ``labels_from``. The images' other tissue is used, too, with the
-    model's own pseudo-labels. Raises ImageError for labels that cannot be trained on, TrainingError
-    where there are none, ConfigError for a model of PatchCL alone.
+    ROIs are annotations of class ``labels_from``; ``found`` takes them, by image. The images' other
+    tissue is used, too, with the model's own pseudo-labels. Raises ImageError for labels that
+    cannot be trained on, TrainingError where there are none, ConfigError for a model of PatchCL
+    alone.
     """
     if not start.network.can_be_refined:
         raise ConfigError(
@@ -90,7 +93,7 @@ def refine(
             'recipe = "selftrain", the default'
         )
     corrected = read_corrected_samples(
-        project, entries, start.config, labels_from, counter(progress, Stage.READING_ROIS)
+        project, entries, start.config, labels_from, counter(progress, Stage.READING_ROIS), found
     )
     crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
@@ -146,10 +149,11 @@ class Run:
             imported = self._write(entry, segmented, result)
         with timed(seconds, "pictures"):
             self._draw(segmented, result)
+            changed = changes.finish(self.project.layout, segmented, self.model.digest, result.run)
         outcome = self._outcome(entry, segmented, result, seconds, worker_seconds)
-        if imported is None:
-            return outcome
-        return msgspec.structs.replace(outcome, imported=imported)
+        known = {"imported": imported, "corrections": changed}
+        known = {name: value for name, value in known.items() if value is not None}
+        return msgspec.structs.replace(outcome, **known)
 
     def _with_regions_and_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with what a person set in QuPath."""

@@ -33,8 +33,11 @@ def read_corrected_samples(
     config: Config,
     labels_from: str,
     show_count: ShowCount,
+    found: dict[str, Corrections] | None = None,
 ) -> list[TrainingSample]:
     """One training sample for each annotation of class ``labels_from`` in a project.
+
+    ``found`` takes what was read, by the id of the image.
 
     Raises ImageError for labels that cannot be trained on; TrainingError if there are none;
     ConfigError for the class of ROIs that are still to be corrected, whose nuclei are predictions.
@@ -50,6 +53,8 @@ def read_corrected_samples(
         corrections = project.corrections(entry, labels_from)
         if corrections.rois:
             labelled.append((prepare(entry, config), corrections))
+            if found is not None:
+                found[entry.id] = corrections
     show_count(len(entries), len(entries))
     if not labelled:
         raise TrainingError(

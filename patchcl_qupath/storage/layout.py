@@ -12,6 +12,8 @@ report/outcomes/<image>.json        outcome of an image in its last run
 report/images/<image>/              pictures and figures of an image for the report
 regions/, stains/, labels/          exports of the Groovy scripts, by image
 fields/<image>.json                 ROIs to correct
+changes/<image>/                    its corrected ROIs, and what a refined model changed there
+review.json                         where groovy/review.groovy was when it was closed
 imported/<image>.json               receipt of an import into QuPath
 backups/<image>/                    copies of an image's data.qpdata before our first write
 """
@@ -26,6 +28,7 @@ from patchcl_qupath.errors import ConfigError
 
 RESULT, NUCLEI = "result.json", "nuclei.parquet"  # in an image's folder of results
 FIGURES = "figures.json"  # in its folder of figures
+CHANGES = "changes.json"  # in its folder of changes
 
 _PORTS = [f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10)]
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *_PORTS}  # what Windows takes such a name for
@@ -131,6 +134,15 @@ class Layout:
     def rois(self, image: str) -> Path:
         """The correction ROIs of an image that were suggested last."""
         return self.root / "fields" / f"{image}.json"
+
+    @property
+    def all_changes(self) -> Path:
+        """The folder of what a refined model changed."""
+        return self.root / "changes"
+
+    def changes(self, image: str) -> Path:
+        """The folder of an image's corrected ROIs, and of what a refined model changed there."""
+        return self.all_changes / image
 
     def receipt(self, image: str) -> Path:
         """The receipt of an import into QuPath."""

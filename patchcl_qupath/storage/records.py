@@ -7,6 +7,7 @@ Unknown keys, which a later version may write, are ignored.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,6 +137,85 @@ class Imported(Record, frozen=True, kw_only=True, rename={"in_rois": "in_fields"
         )
 
 
+class ChangeCounts(Record, frozen=True, kw_only=True):
+    """A person's corrections, and how many of them the refined model makes by itself (``_now``).
+
+    Of the nuclei of the model before, a person ``deleted`` some, ``reshaped`` some, ``added``
+    others, and ``kept`` the rest as they were. ``new`` are nuclei of the refined model that the
+    person has not.
+    """
+
+    deleted: int = 0
+    added: int = 0
+    reshaped: int = 0
+    kept: int = 0
+    deleted_now: int = 0
+    added_now: int = 0
+    reshaped_now: int = 0
+    kept_now: int = 0
+    new: int = 0
+
+    @staticmethod
+    def total(counts: Iterable[ChangeCounts]) -> ChangeCounts:
+        """The sums of counts."""
+        counts = list(counts)
+        names = ChangeCounts.__struct_fields__
+        return ChangeCounts(**{name: sum(getattr(one, name) for one in counts) for name in names})
+
+    @property
+    def made(self) -> int:
+        """The number of corrections."""
+        return self.deleted + self.added + self.reshaped
+
+    @property
+    def made_now(self) -> int:
+        """The number of those that the refined model makes by itself."""
+        return self.deleted_now + self.added_now + self.reshaped_now
+
+    @property
+    def in_words(self) -> str:
+        """A sentence for people."""
+        return (
+            f"the refined model makes {self.made_now:,} of your {self.made:,} corrections by "
+            f"itself: {self.deleted_now:,} of {self.deleted:,} deleted, {self.added_now:,} of "
+            f"{self.added:,} added, {self.reshaped_now:,} of {self.reshaped:,} reshaped; of "
+            f"{self.kept:,} nuclei that were right, it finds {self.kept_now:,}; new false ones: "
+            f"{self.new:,}"
+        )
+
+
+class RoiChangesRecord(ChangeCounts, frozen=True, kw_only=True):
+    """A corrected ROI: its bounding box at level 0, and contours of nuclei before and after.
+
+    Contours are [x, y, x, y, ...] at level 0: of the model ``before``, as a person ``corrected``
+    them, and of the refined model (``after``). ``picture`` is a file in the same folder, of the box
+    at the working resolution.
+    """
+
+    x: float
+    y: float
+    width: float
+    height: float
+    before: list[list[float]]
+    corrected: list[list[float]]
+    after: list[list[float]] = []
+    picture: str = ""
+
+
+class ChangesRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """changes/<image>/changes.json: the corrected ROIs of an image, for a refined model.
+
+    ``model`` is the digest of the refined model, ``made`` UTC in ISO 8601. ``run`` is that in which
+    the refined model segmented the image; empty before that.
+    """
+
+    model: str
+    model_name: str
+    made: str
+    run: str = ""
+    rois: tuple[RoiChangesRecord, ...]
+
+
 class ImageOutcome(
     Record,
     frozen=True,
@@ -147,7 +227,8 @@ class ImageOutcome(
     With ``failed_tiles``, the nuclei of all other tiles are written. ``seconds`` are wall time;
     ``main_seconds`` those of the run itself by stage, ``worker_seconds`` the sums over workers.
     ``network_px`` is the number of working pixels that the network processed. ``imported`` is what
-    became of the nuclei in QuPath, unset where they wait to be imported.
+    became of the nuclei in QuPath, unset where they wait to be imported. ``corrections`` are those
+    of a person that a refined model makes by itself, unset for other models.
     """
 
     id: str
@@ -166,6 +247,7 @@ class ImageOutcome(
     worker_seconds: Seconds = {}
     network_px: int = 0
     imported: Imported | msgspec.UnsetType = msgspec.UNSET
+    corrections: ChangeCounts | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunRecord(Record, frozen=True, kw_only=True):

@@ -1,0 +1,233 @@
+"""What refining changed: of a person's corrections, those that the refined model makes by itself.
+
+Refining saves the corrected ROIs with the nuclei of the model before (``begin``); the next run of
+the refined model adds its own (``finish``). The refined model was trained on these ROIs: the
+numbers show what it learnt, not how good it is elsewhere. Nothing here is read by training.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from patchcl_qupath.datatypes import Box, Corrections, Polygons, grid_to_level0
+from patchcl_qupath.segmentation.segmented_image import SegmentedImage
+from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.storage.files import atomic_write, to_jpeg
+from patchcl_qupath.storage.layout import CHANGES, Layout
+from patchcl_qupath.storage.parquet import read_nuclei
+from patchcl_qupath.storage.records import (
+    ChangeCounts,
+    ChangesRecord,
+    ResultRecord,
+    RoiChangesRecord,
+    read_record,
+    read_result,
+    write_record,
+)
+
+SAME_IOU = 0.5  # from it on, two contours are of one nucleus
+UNCHANGED_IOU = 0.99  # from it on, nobody reshaped it: files round coordinates
+_JPEG_QUALITY = 62
+
+Bools = NDArray[np.bool_]
+
+
+class _Matches(NamedTuple):
+    """For each contour of one set, the best match in another: its index, or -1, and IoU."""
+
+    best: NDArray[np.int64]
+    iou: NDArray[np.float64]
+
+    @property
+    def found(self) -> Bools:
+        """(N,) which have a match."""
+        return np.asarray(self.best >= 0)
+
+
+def begin(
+    layout: Layout, corrections: Mapping[str, Corrections], model: str, model_name: str
+) -> None:
+    """Save the corrected ROIs of images, by id, for the refined model of digest ``model``.
+
+    ROIs where the model before segmented nothing, as outside of the regions of its run, are left
+    out. What was saved for another refined model is removed. Raises StorageError.
+    """
+    shutil.rmtree(layout.all_changes, ignore_errors=True)
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    for image, labels in corrections.items():
+        result = read_result(layout.result(image))
+        if not isinstance(result, ResultRecord):
+            continue
+        nuclei = read_nuclei(layout.nuclei(image)).polygons
+        regions = [shapely.from_geojson(_json(region.geometry)) for region in result.regions]
+        rois = [roi for roi in labels.rois if not regions or _covers(regions, roi)]
+        if rois:
+            records = [_before(roi, nuclei, np.array(labels.nuclei, dtype=object)) for roi in rois]
+            record = ChangesRecord(
+                model=model, model_name=model_name, made=made, rois=tuple(records)
+            )
+            write_record(layout.changes(image) / CHANGES, record, compact=True)
+
+
+def finish(layout: Layout, segmented: SegmentedImage, model: str, run: str) -> ChangeCounts | None:
+    """Add the nuclei that the refined model found, and pictures of the ROIs.
+
+    Returns the counts of the image; None if it has no corrected ROIs, if they are for another
+    model, or if the run does not cover them. Raises StorageError.
+    """
+    image = segmented.image
+    folder = layout.changes(image.id)
+    record = read_record(folder / CHANGES, ChangesRecord)
+    if record is None or record.model != model:
+        return None
+    boxes = [_box(roi, image.slide) for roi in record.rois]
+    if image.region is not None and not all(
+        image.region.covers(shapely.box(box.col0, box.row0, box.col1, box.row1)) for box in boxes
+    ):
+        return None
+    rois = [
+        _after(roi, _at_level0(segmented.contours_in(box), box, image.slide), f"roi-{number}.jpg")
+        for number, (roi, box) in enumerate(zip(record.rois, boxes, strict=True))
+    ]
+    with atomic_write(folder) as new:
+        new.mkdir()
+        for roi, box in zip(rois, boxes, strict=True):
+            (new / roi.picture).write_bytes(to_jpeg(segmented.pixels(box), _JPEG_QUALITY))
+        finished = msgspec.structs.replace(record, run=run, rois=tuple(rois))
+        write_record(new / CHANGES, finished, compact=True)
+    return ChangeCounts.total(rois)
+
+
+def compare(
+    roi: shapely.Geometry, before: Polygons, corrected: Polygons, after: Polygons
+) -> ChangeCounts:
+    """Count the corrections in a ROI, and those that the refined model makes by itself.
+
+    Nuclei (N,) count where their centroid lies in the ROI. Two contours are of one nucleus from an
+    IoU of 0.5. A nucleus that was added counts as found where the refined model has it; one that
+    was reshaped, where the refined contour is nearer to the person's than the earlier one was; one
+    that was deleted, where the refined model has nothing but nuclei that the person has, too.
+    """
+    match_before, match_after = _match(corrected, before), _match(corrected, after)
+    here = _inside(corrected, roi)
+    kept = here & (match_before.iou >= UNCHANGED_IOU)
+    reshaped = here & match_before.found & ~kept
+    added = here & ~match_before.found
+    deleted = _inside(before, roi) & ~_match(before, corrected).found
+    false = after[~_match(after, corrected).found]
+    old_false = _touched(false, before[deleted])
+    return ChangeCounts(
+        deleted=int(deleted.sum()),
+        added=int(added.sum()),
+        reshaped=int(reshaped.sum()),
+        kept=int(kept.sum()),
+        deleted_now=int((~_touched(before[deleted], false)).sum()),
+        added_now=int((added & match_after.found).sum()),
+        reshaped_now=int((reshaped & (match_after.iou > match_before.iou)).sum()),
+        kept_now=int((kept & match_after.found).sum()),
+        new=int((_inside(false, roi) & ~old_false).sum()),
+    )
+
+
+def _match(contours: Polygons, others: Polygons) -> _Matches:
+    """The best match of each contour (N,), at SAME_IOU or more."""
+    best, iou = np.full(len(contours), -1), np.zeros(len(contours))
+    rows, cols = shapely.STRtree(others).query(contours, predicate="intersects")
+    both = shapely.area(shapely.intersection(contours[rows], others[cols]))
+    found = both / (shapely.area(contours[rows]) + shapely.area(others[cols]) - both)
+    for i in np.argsort(found, kind="stable"):  # the best one is last, and stays
+        if found[i] >= SAME_IOU:
+            best[rows[i]], iou[rows[i]] = cols[i], found[i]
+    return _Matches(best, iou)
+
+
+def _touched(contours: Polygons, others: Polygons) -> Bools:
+    """(N,) which are in the place of another: IoU of 0.5, or a centroid in the other."""
+    touched = _match(contours, others).found
+    tree = shapely.STRtree(others)
+    touched[tree.query(shapely.centroid(contours), predicate="within")[0]] = True
+    touched[tree.query(contours, predicate="contains")[0]] = True
+    centroids = shapely.STRtree(shapely.centroid(others))
+    touched[centroids.query(contours, predicate="contains")[0]] = True
+    return touched
+
+
+def _inside(contours: Polygons, roi: shapely.Geometry) -> Bools:
+    """(N,) whose centroid lies in a ROI."""
+    return np.asarray(shapely.covers(roi, shapely.centroid(contours)), dtype=bool)
+
+
+def _before(roi: shapely.Geometry, nuclei: Polygons, corrected: Polygons) -> RoiChangesRecord:
+    """The record of a ROI before the run of the refined model."""
+    here, theirs = (each[shapely.intersects(each, roi)] for each in (nuclei, corrected))
+    counts = compare(roi, here, theirs, np.empty(0, dtype=object))
+    x, y, x1, y1 = roi.bounds
+    return RoiChangesRecord(
+        x=x,
+        y=y,
+        width=x1 - x,
+        height=y1 - y,
+        before=_numbers(here),
+        corrected=_numbers(theirs),
+        deleted=counts.deleted,
+        added=counts.added,
+        reshaped=counts.reshaped,
+        kept=counts.kept,
+    )
+
+
+def _after(roi: RoiChangesRecord, nuclei: Polygons, picture: str) -> RoiChangesRecord:
+    """The record of a ROI with the nuclei that the refined model found in its bounding box."""
+    area = shapely.box(roi.x, roi.y, roi.x + roi.width, roi.y + roi.height)
+    before, corrected = _contours(roi.before), _contours(roi.corrected)
+    counts = compare(area, before, corrected, nuclei)
+    return msgspec.structs.replace(
+        roi, after=_numbers(nuclei), picture=picture, **msgspec.structs.asdict(counts)
+    )
+
+
+def _numbers(contours: Polygons) -> list[list[float]]:
+    """The corners of contours, [x, y, x, y, ...] each, in hundredths of a pixel."""
+    corners = [shapely.get_coordinates(shapely.get_exterior_ring(c))[:-1] for c in contours]
+    return [np.round(xy, 2).ravel().tolist() for xy in corners]
+
+
+def _contours(numbers: Sequence[Sequence[float]]) -> Polygons:
+    """The inverse of ``_numbers``."""
+    contours = np.empty(len(numbers), dtype=object)
+    contours[:] = [shapely.Polygon(np.reshape(xy, (-1, 2))).buffer(0) for xy in numbers]
+    return contours
+
+
+def _box(roi: RoiChangesRecord, slide: Slide) -> Box:
+    """The bounding box of a ROI on the working grid, clipped to the image."""
+    (x, y), (rows, cols) = slide.downsample, slide.shape
+    return Box(
+        max(0, math.floor(roi.y / y)),
+        max(0, math.floor(roi.x / x)),
+        min(rows, math.ceil((roi.y + roi.height) / y)),
+        min(cols, math.ceil((roi.x + roi.width) / x)),
+    )
+
+
+def _at_level0(contours: Polygons, box: Box, slide: Slide) -> Polygons:
+    """Contours (N,) in pixels of a box, at level 0."""
+    moved = shapely.transform(contours, lambda xy: xy + np.array([box.col0, box.row0]))
+    return np.asarray(grid_to_level0(moved, slide.downsample))
+
+
+def _covers(regions: Sequence[shapely.Geometry], roi: shapely.Geometry) -> bool:
+    return bool(shapely.union_all(regions).covers(roi))
+
+
+def _json(geometry: object) -> str:
+    return msgspec.json.encode(geometry).decode()
