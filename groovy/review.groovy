@@ -263,6 +263,8 @@ class Review {
         current.waiting = false
         toAnnotations(image, roi)
         refresh()
+        if (!current.corrected)
+            nucleus = nuclei.find { !seen.contains(it.getID().toString()) }
         writeState()
         return roi
     }
@@ -507,13 +509,18 @@ class Review {
         Files.writeString(temporary, GsonTools.getInstance(true).toJson([
             roi: current.id, nucleus: nucleus?.getID()?.toString(), accepted: accepted.findAll { id, nuclei -> nuclei },
         ]))
-        Files.move(temporary, stateFile, StandardCopyOption.REPLACE_EXISTING)
+        Files.move(temporary, stateFile, StandardCopyOption.ATOMIC_MOVE)   // else it is deleted first
     }
 
-    /** The nucleus that was selected when the review was closed; null if there is none. */
-    PathObject remembered() {
-        String id = text(readJson(stateFile), 'nucleus')
-        return nuclei.find { it.getID().toString() == id }
+    /** The id of the nucleus that was selected when the review was closed; null if there was none. */
+    String rememberedNucleus() {
+        return text(readJson(stateFile), 'nucleus')
+    }
+
+    /** Selects a nucleus of the present ROI by its id, if it is still there. */
+    void select(String id) {
+        nucleus = nuclei.find { it.getID().toString() == id } ?: nucleus
+        writeState()
     }
 
     private static String text(JsonObject json, String key) {
@@ -692,10 +699,12 @@ class ReviewWindow {
         stage.show()
         placeBeside()
         stage.toFront()
-        boolean corrected = review.left == 0
-        go(corrected && review.index < 0 ? 0 : review.index)
-        review.nucleus = review.remembered()
-        showNucleus(review.left == 0 ? allDone() : null)
+        String nucleus = review.rememberedNucleus()
+        go(Math.max(0, review.index))
+        if (isShown()) {
+            review.select(nucleus)
+            showNucleus(review.left == 0 ? allDone() : null)
+        }
     }
 
     private void close() {
@@ -841,11 +850,17 @@ class ReviewWindow {
         showNucleus(roi.corrected ? 'This ROI is marked as corrected. You can go on correcting it.' : null)
     }
 
+    /** Shows a ROI as large as it can be, in the part of the viewer that this window leaves free. */
     private void zoom(ROI roi) {
-        double downsample = 1.12d * Math.max(roi.getBoundsWidth() / viewer.getView().getWidth(),
-                roi.getBoundsHeight() / viewer.getView().getHeight())
+        def view = viewer.getView()
+        def onScreen = view.localToScreen(view.getBoundsInLocal())
+        double covered = onScreen == null ? 0 : Math.max(0d, onScreen.getMaxX() - stage.getX())
+        if (covered > view.getWidth() / 2)
+            covered = 0
+        double downsample = 1.1d * Math.max(roi.getBoundsWidth() / (view.getWidth() - covered),
+                roi.getBoundsHeight() / view.getHeight())
         viewer.setDownsampleFactor(downsample)
-        viewer.setCenterPixelLocation(roi.getCentroidX(), roi.getCentroidY())
+        viewer.setCenterPixelLocation(roi.getCentroidX() + covered / 2 * downsample, roi.getCentroidY())
     }
 
     private boolean isOpen(CorrectionRoi roi) {

@@ -68,9 +68,7 @@ class Robot:
             if not self._runs():
                 pytest.skip("this QuPath has no window that starts")
             self.wait(lambda: self.window("Set image type"), _STARTED, "image")
-            self.focus("Set image type")
-            self.press("Return")
-            time.sleep(1)
+            self.accept_image_type()
             self.place(title, 0, 0, 1000, 860)
             self.focus(title)
         except BaseException:
@@ -97,6 +95,13 @@ class Robot:
         """The id of a visible window; empty if there is none."""
         found = self._xdotool("search", "--onlyvisible", "--name", title)
         return found.split("\n")[0]
+
+    def accept_image_type(self) -> None:
+        """Answer QuPath's question at the first opening of an image, as it proposes."""
+        while self.window("Set image type"):
+            self.focus("Set image type")
+            self.press("Return")
+            time.sleep(1)
 
     def place(self, title: str, x: int, y: int, width: int, height: int) -> None:
         """Move and resize a window."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.imported import imported_nuclei
-from patchcl_qupath.storage.layout import FIGURES
+from patchcl_qupath.storage.layout import CHANGES, FIGURES
 from patchcl_qupath.storage.records import (
+    ChangesRecord,
     FiguresRecord,
     ImageOutcome,
     Imported,
@@ -27,7 +28,8 @@ class FoundImage:
     """One image; None is what is not known.
 
     ``imported`` is what became of its nuclei in QuPath, None where the saved image does not have
-    them. ``pictures`` is the folder of its pictures and figures. Where it is ``damaged``, there are
+    them. ``pictures`` is the folder of its pictures and figures. ``changes`` are those that a
+    refined model made in corrected ROIs, with pictures in ``changes_folder``. Where it is ``damaged``, there are
     figures that cannot be read.
     """
 
@@ -37,6 +39,8 @@ class FoundImage:
     result: ResultRecord | None = None
     imported: Imported | None = None
     figures: FiguresRecord | None = None
+    changes: ChangesRecord | None = None
+    changes_folder: Path
     damaged: bool = False
     seconds: float | None = None
     warnings: tuple[str, ...] = ()
@@ -106,8 +110,18 @@ def find_image(project: Project, entry: ImageEntry) -> FoundImage:
     pictures = layout.figures(entry.id)
     figures = read_record(pictures / FIGURES, FiguresRecord)
     warnings = _warnings(entry, found, outcome)
+    folder = layout.changes(entry.id)
     if not isinstance(found, ResultRecord):
-        return FoundImage(id=entry.id, name=entry.name, pictures=pictures, warnings=tuple(warnings))
+        return FoundImage(
+            id=entry.id,
+            name=entry.name,
+            pictures=pictures,
+            changes_folder=folder,
+            warnings=tuple(warnings),
+        )
+    changes = read_record(folder / CHANGES, ChangesRecord)
+    if changes is not None and changes.run != found.run:
+        changes = None
     damaged = figures is None and (pictures / FIGURES).exists()
     if figures is not None and (figures.run, figures.nuclei) != (found.run, found.nuclei):
         figures = None
@@ -123,6 +137,8 @@ def find_image(project: Project, entry: ImageEntry) -> FoundImage:
         result=found,
         imported=imported,
         figures=figures,
+        changes=changes,
+        changes_folder=folder,
         damaged=damaged,
         seconds=outcome.seconds if outcome and not outcome.problem else None,
         warnings=tuple(warnings),

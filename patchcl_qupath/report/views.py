@@ -18,7 +18,12 @@ from patchcl_qupath.project import Project
 from patchcl_qupath.report.charts import Chart, histogram
 from patchcl_qupath.report.figures import CONTOUR_UNITS
 from patchcl_qupath.report.found import FoundImage, FoundRun
-from patchcl_qupath.storage.records import FieldOfViewRecord, FiguresRecord, ResultRecord
+from patchcl_qupath.storage.records import (
+    FieldOfViewRecord,
+    FiguresRecord,
+    ResultRecord,
+    RoiChangesRecord,
+)
 
 _LISTED = 10  # images at most whose names a run lists
 
@@ -181,14 +186,30 @@ class Pictures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoiView:
+    """A corrected ROI before and after refining; contours are SVG paths in a frame of ``view``."""
+
+    record: RoiChangesRecord
+    picture: Picture
+    view: tuple[int, int]
+    before: str
+    corrected: str
+    after: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageView:
-    """An image; ``damaged`` if there are files of pictures and figures that cannot be shown."""
+    """An image; ``damaged`` if there are files of pictures and figures that cannot be shown.
+
+    ``rois`` are its corrected ROIs, if a refined model segmented it.
+    """
 
     id: str
     name: str
     nuclei: int | None
     warnings: tuple[str, ...]
     pictures: Pictures | None
+    rois: tuple[RoiView, ...]
     damaged: bool
 
     @classmethod
@@ -198,13 +219,15 @@ class ImageView:
         if image.result is not None and image.figures is not None:
             pictures = guarded(_pictures, image, image.result, image.figures, number=number)
             damaged = pictures is None
+        rois = guarded(_rois, image)
         return cls(
             id=image.id,
             name=image.name,
             nuclei=image.nuclei,
             warnings=image.warnings,
             pictures=pictures,
-            damaged=damaged,
+            rois=rois or (),
+            damaged=damaged or rois is None,
         )
 
 
@@ -257,6 +280,37 @@ def _field_of_view(record: FieldOfViewRecord, image: FoundImage) -> FovView:
         picture=Picture.of_file(image.pictures / f"field-{number}.jpg", alt, size),
         view=(record.width * CONTOUR_UNITS, record.height * CONTOUR_UNITS),
         contours="".join(_path(contour) for contour in record.contours),
+    )
+
+
+def _rois(image: FoundImage) -> tuple[RoiView, ...]:
+    rois = image.changes.rois if image.changes else ()
+    return tuple(_roi(record, image) for record in rois)
+
+
+def _roi(record: RoiChangesRecord, image: FoundImage) -> RoiView:
+    number = int(record.picture.removeprefix("roi-").removesuffix(".jpg"))  # no other path
+    alt = (
+        f"corrected ROI of {image.name}, at x {record.x:,.0f}, y {record.y:,.0f} px: "
+        f"{record.in_words}"
+    )
+    view = (round(record.width * CONTOUR_UNITS), round(record.height * CONTOUR_UNITS))
+    return RoiView(
+        record=record,
+        picture=Picture.of_file(image.changes_folder / f"roi-{number}.jpg", alt),
+        view=view,
+        before=_paths(record.before, record),
+        corrected=_paths(record.corrected, record),
+        after=_paths(record.after, record),
+    )
+
+
+def _paths(contours: Sequence[Sequence[float]], roi: RoiChangesRecord) -> str:
+    """Contours at level 0 as an SVG path in the frame of a ROI."""
+    corner = (roi.x, roi.y)
+    return "".join(
+        _path([round((v - corner[i % 2]) * CONTOUR_UNITS) for i, v in enumerate(contour)])
+        for contour in contours
     )
 
 

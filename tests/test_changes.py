@@ -1,0 +1,174 @@
+"""What refining changed: corrections counted on discs in known places, saved, printed, reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapely
+from click.testing import CliRunner
+from conftest import copy_sample
+
+from patchcl_qupath import cli, pipeline
+from patchcl_qupath.correction.changes import compare
+from patchcl_qupath.datatypes import Polygons
+from patchcl_qupath.storage.parquet import read_nuclei
+from patchcl_qupath.storage.records import ChangeCounts, ChangesRecord, read_record
+
+ROI = shapely.box(0, 0, 200, 100)
+
+
+def discs(*places: tuple[float, ...]) -> Polygons:
+    """Discs of x, y and, unless it is 8, radius."""
+    found = np.empty(len(places), dtype=object)
+    found[:] = [shapely.Point(x, y).buffer(*(radius or [8])) for x, y, *radius in places]
+    return found
+
+
+def counts(**expected: int) -> ChangeCounts:
+    return ChangeCounts(**expected)
+
+
+KEPT, GONE, SMALL, LARGE, NEW = (20, 50), (60, 50), (100, 50, 7), (100, 50, 9), (140, 50)
+BEFORE, CORRECTED = discs(KEPT, GONE, SMALL), discs(KEPT, LARGE, NEW)
+MADE = {"deleted": 1, "added": 1, "reshaped": 1, "kept": 1}
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        (discs(), {**MADE, "deleted_now": 1}),
+        (BEFORE, {**MADE, "kept_now": 1}),
+        (
+            CORRECTED,
+            {**MADE, "deleted_now": 1, "added_now": 1, "reshaped_now": 1, "kept_now": 1},
+        ),
+        # A smaller nucleus in the place of a false one is still false, and no new one.
+        (discs(KEPT, (62, 50, 4)), {**MADE, "kept_now": 1}),
+        # A false nucleus elsewhere, and one outside of the ROI.
+        (discs(KEPT, (180, 80), (300, 50)), {**MADE, "deleted_now": 1, "kept_now": 1, "new": 1}),
+        # Farther from the person's contour than the model before; too far from the one added.
+        (discs((100, 50, 6.9), (148, 50)), {**MADE, "deleted_now": 1, "new": 1}),
+    ],
+)
+def test_corrections_that_a_model_makes(after: Polygons, expected: dict[str, int]) -> None:
+    assert compare(ROI, BEFORE, CORRECTED, after) == counts(**expected)
+
+
+def test_a_merged_nucleus_is_no_false_one() -> None:
+    """Two were deleted and one drawn over both: the same one of the model is right."""
+    before, corrected = discs((50, 50, 5), (60, 50, 5)), discs((55, 50, 9))
+    found = compare(ROI, before, corrected, corrected)
+    assert found == counts(deleted=2, added=1, deleted_now=2, added_now=1)
+
+
+def test_a_nucleus_counts_where_its_centroid_is() -> None:
+    """On the border of the ROI, and moved by less than a hundredth of a pixel by a file."""
+    border, outside = discs((2, 50), (-2, 80)), discs((2.005, 50), (-2, 80))
+    assert compare(ROI, border, outside, outside) == counts(kept=1, kept_now=1)
+    assert compare(ROI, discs(), discs(), discs()) == counts()
+
+
+def test_a_sentence_and_a_sum() -> None:
+    one = ChangeCounts(deleted=6, added=4, reshaped=2, kept=1000, deleted_now=5, kept_now=990)
+    assert ChangeCounts.total([one, one]).made == 24
+    assert one.in_words == (
+        "the refined model makes 5 of your 12 corrections by itself: 5 of 6 deleted, 0 of 4 "
+        "added, 0 of 2 reshaped; of 1,000 nuclei that were right, it finds 990; new false ones: 0"
+    )
+
+
+def export(folder: Path, rois: list[shapely.Geometry], nuclei: Polygons) -> None:
+    """What groovy/export_labels.groovy writes."""
+    features = [
+        {
+            "type": "Feature",
+            "geometry": json.loads(shapely.to_geojson(geometry)),
+            "properties": {"objectType": "annotation", "classification": {"name": name}},
+        }
+        for name, geometries in (("PatchCL: corrected", rois), ("Nucleus", nuclei))
+        for geometry in geometries
+    ]
+    path = folder / "patchcl" / "labels" / "1.geojson"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}), "utf-8")
+
+
+@pytest.fixture(scope="module")
+def story(model: pipeline.Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run, corrections, refining and a run of the refined model -> the folder, its output."""
+    folder = tmp_path_factory.mktemp("changes") / "project"
+    copy_sample(folder)
+    model.save(folder / "patchcl" / "models", "patchcl")
+    settings = folder / "quick.toml"
+    settings.write_text("[cdcl]\nsteps = 4\n[patchcl]\ncrops = 4\n", "utf-8")
+
+    def call(*arguments: object) -> str:
+        result = CliRunner().invoke(cli.main, [*map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    call("run", folder, "--backend", "files")
+    nuclei = read_nuclei(folder / "patchcl" / "results" / "1" / "nuclei.parquet").polygons
+    x, y = shapely.get_coordinates(shapely.centroid(nuclei)).mean(axis=0).round()
+    roi = shapely.box(x - 150, y - 100, x + 150, y + 100)
+    here = nuclei[shapely.intersects(nuclei, roi)]
+    inside = np.flatnonzero(shapely.within(here, roi))
+    alone = [
+        here[k] for k in inside if shapely.distance(here[k], np.delete(here, k)).min() > 3
+    ]
+    assert len(alone) > 5
+    drawn = [n for n in here if n not in alone[:3]]  # one is deleted, two are reshaped
+    export(folder, [roi], [*drawn, *(n.buffer(1.5) for n in alone[1:3])])
+    call("refine", folder, "--config", settings)
+    record = read_record(folder / "patchcl" / "changes" / "1" / "changes.json", ChangesRecord)
+    assert record is not None
+    assert not record.run
+    (saved,) = record.rois
+    assert (saved.deleted, saved.added, saved.reshaped) == (1, 0, 2)
+    assert len(saved.corrected) == len(saved.before) - 1
+    call("run", folder, "--backend", "files")  # another model than the refined one
+    again = read_record(folder / "patchcl" / "changes" / "1" / "changes.json", ChangesRecord)
+    assert again == record
+    return folder, call("run", folder, "--backend", "files", "--model", "refined")
+
+
+def test_a_run_of_the_refined_model_says_what_it_corrects(story: tuple[Path, str]) -> None:
+    folder, shown = story
+    changes = folder / "patchcl" / "changes" / "1"
+    record = read_record(changes / "changes.json", ChangesRecord)
+    assert record is not None
+    assert record.run
+    (roi,) = record.rois
+    assert f"Corrections: {roi.in_words}" in shown
+    assert roi.after
+    assert (changes / roi.picture).stat().st_size > 1000
+    again = ["run", str(folder), "--backend", "files", "--model", "refined", "--json"]
+    outcome = json.loads(CliRunner().invoke(cli.main, again).stdout)["images"][0]
+    assert outcome["corrections"]["deleted"] == 1
+    assert outcome["corrections"]["deleted_now"] == roi.deleted_now
+
+
+def test_the_report_shows_corrected_rois_before_and_after(story: tuple[Path, str]) -> None:
+    folder, _ = story
+    page = (folder / "patchcl" / "report" / "index.html").read_text("utf-8")
+    assert page.count('<svg class="roi"') == 2
+    assert page.count("<image ") == page.count("<use ") == 1
+    assert "corrections by itself" in page
+
+
+def test_a_damaged_file_of_changes_leaves_a_page(story: tuple[Path, str]) -> None:
+    folder, _ = story
+    path = folder / "patchcl" / "changes" / "1" / "changes.json"
+    text = path.read_text("utf-8")
+    try:
+        for damaged in (text[:100], text.replace("roi-0.jpg", "../../secret.jpg")):
+            path.write_text(damaged, "utf-8")
+            result = CliRunner().invoke(cli.main, ["report", str(folder)])
+            assert result.exit_code == 0, result.output
+            page = (folder / "patchcl" / "report" / "index.html").read_text("utf-8")
+            assert '<svg class="roi"' not in page
+    finally:
+        path.write_text(text, "utf-8")
