@@ -3,9 +3,9 @@
  * other, by keys. It opens the images, zooms to the ROI, walks through its nuclei by rising confidence, marks the ROI
  * as corrected, and saves. When all are done, it refines the model, finds nuclei again, and shows what changed.
  *
- * `patchcl-qp suggest`, or the script run_patchcl, suggests the ROIs: annotations of class 'PatchCL: correct here'. Those
- * that you drew and gave this class belong to them. The window lists the keys, which work in QuPath's main window, too,
- * while this one is open. Closed and opened again, it goes on where it was (patchcl/review.json).
+ * `patchcl-qp suggest`, or the script run_patchcl, suggests the ROIs: annotations of class 'PatchCL: correct here'.
+ * Those that you drew and gave this class belong to them. The window lists the keys, which work in QuPath's main
+ * window, too, while this one is open. Closed and opened again, it goes on where it was (patchcl/review.json).
  *
  * Without a window, this script logs how many ROIs are left. The other scripts must lie beside this one.
  *
@@ -127,7 +127,7 @@ class Review {
     static final String TO_CORRECT = 'PatchCL: correct here'
     static final String CORRECTED = 'PatchCL: corrected'
     static final String CONFIDENCE = 'Detection probability'
-    static final String NO_ROIS = "No image has a ROI of class '${TO_CORRECT}'.\n\nRun the script run patchcl, and " +
+    static final String NO_ROIS = "No image has an ROI of class '${TO_CORRECT}'.\n\nRun the script run patchcl, and " +
             'choose \'Suggest ROIs to correct\'; or give this class to annotations of about 250 µm that you drew.'
 
     Project<?> project
@@ -248,7 +248,7 @@ class Review {
     // ------------------------------------------------ the nuclei of the present ROI
 
     /**
-     * Begins with a ROI in its image, as it is open. Nuclei there that are detections become annotations, which can be
+     * Begins with an ROI in its image, as it is open. Nuclei there that are detections become annotations, which can be
      * reshaped. Returns the annotation of the ROI; null if a person deleted it.
      */
     PathObject begin(int number, ImageData<?> image) {
@@ -286,7 +286,7 @@ class Review {
             nucleus = null
     }
 
-    /** The nuclei in a ROI, in part or whole, by rising confidence; at last those that a person drew. */
+    /** The nuclei in an ROI, in part or whole, by rising confidence; at last those that a person drew. */
     static List<PathObject> nucleiIn(ImageData<?> imageData, PathObject roi) {
         Set<String> regions = marks(imageData).findAll { it.endsWith(' region') }.collect { it.tokenize(' ')[0] } as Set
         return imageData.getHierarchy().getAnnotationObjects().findAll {
@@ -297,7 +297,7 @@ class Review {
         }
     }
 
-    /** Whether an object lies in a ROI, in part or whole, and can be a nucleus. */
+    /** Whether an object lies in an ROI, in part or whole, and can be a nucleus. */
     static boolean isNucleusIn(PathObject pathObject, PathObject roi) {
         ROI contour = PathObjectTools.getROI(pathObject, true)
         ROI outer = roi.getROI()
@@ -322,7 +322,7 @@ class Review {
         return (imageData.getProperty('patchcl.imported') ?: '').toString().readLines()
     }
 
-    /** Makes annotations of the detections in a ROI; of those that were imported, where some were. */
+    /** Makes annotations of the detections in an ROI; of those that were imported, where some were. */
     static int toAnnotations(ImageData<?> imageData, PathObject roi) {
         Set<String> ours = marks(imageData).collect { it.tokenize(' ')[0] } as Set
         List<PathObject> detections = imageData.getHierarchy().getDetectionObjects().findAll {
@@ -433,7 +433,7 @@ class Review {
         return reshape { ROI roi -> grown(roi, microns / micronsPerPixel) }
     }
 
-    /** The contour, moved outwards by a distance in pixels, inwards if that is negative; the same if nothing is left. */
+    /** The contour, moved outwards by a distance in pixels, inwards if negative; the same if nothing is left. */
     static ROI grown(ROI roi, double distance) {
         Geometry geometry = roi.getGeometry().buffer(distance)
         if (geometry.isEmpty() || geometry.getNumGeometries() > 1)
@@ -449,21 +449,27 @@ class Review {
             return 'This nucleus is locked: unlock it first.'
         PathObject changed = nucleus
         ROI before = changed.getROI()
-        setContour(changed, change(before))
-        undoing << {
-            setContour(changed, before)
-            nucleus = changed
-        }
+        Map<String, Number> measured = new LinkedHashMap<>(changed.getMeasurements())
+        setContour(changed, change(before), measured.findAll { name, value -> !isOfContour(name) })
+        undoing << { setContour(changed, before, measured) }
         return null
     }
 
-    private void setContour(PathObject pathObject, ROI roi) {
+    /** Sets a contour and measurements: with a new contour, QuPath removes them all. */
+    private void setContour(PathObject pathObject, ROI roi, Map<String, Number> measured) {
         PathObject parent = pathObject.getParent()
         PathObjectHierarchy hierarchy = imageData.getHierarchy()
         hierarchy.removeObjectWithoutUpdate(pathObject, true)
         ((PathROIObject) pathObject).setROI(roi)
+        measured.each { name, value -> pathObject.getMeasurementList().put(name, value.doubleValue()) }
         hierarchy.addObjectBelowParent(parent, pathObject, true)
         nucleus = pathObject
+    }
+
+    /** Whether a measurement is of the contour or of the pixels in it, as patchcl-qp measures them. */
+    private static boolean isOfContour(String name) {
+        return name in ['Area µm^2', 'Length µm', 'Circularity', 'Solidity', 'Max diameter µm',
+                        'Min diameter µm'] || name ==~ /.*: (Mean|Std\.Dev\.|Min|Max)/
     }
 
     /** Takes back the last deletion, insertion or change of these keys. */
@@ -585,7 +591,8 @@ class OtherScripts {
             places.add(0, Paths.get(ownPath).resolveSibling(name))
         Path script = places.find { Files.isRegularFile(it) }
         if (script == null)
-            throw new FileNotFoundException("${name} must lie beside this script: `patchcl-qp scripts PROJECT` copies it.")
+            throw new FileNotFoundException("${name} must lie beside this script: `patchcl-qp scripts PROJECT` " +
+                    'copies it.')
         Binding binding = new Binding(new LinkedHashMap<>(variables))
         binding.setVariable(ScriptAttributes.FILE_PATH, script.toString())
         QP.setBatchProjectAndImage(project, imageData)
@@ -746,6 +753,12 @@ class ReviewWindow {
             restoring << { property.setValue(before) }
             property.setValue(value)
         }
+        if (gui.metaClass.respondsTo(gui, 'getViewerManager'))   // since QuPath 0.5: what lies over the image
+            [gui.getViewerManager().showOverviewProperty(), gui.getViewerManager().showLocationProperty()].each {
+                boolean before = it.getValue()
+                restoring << { it.setValue(before) }
+                it.setValue(false)
+            }
         def tool = gui.getToolManager().getSelectedTool()
         restoring << { gui.getToolManager().setSelectedTool(tool) }
     }
@@ -809,11 +822,11 @@ class ReviewWindow {
         int done = review.rois.size() - review.left
         place.setText("${review.left} of ${review.rois.size()} ROIs left")
         bar.setProgress(done / (double) review.rois.size())
-        image.setText("${roi.imageName}: ${roi.name ?: 'a ROI without name'}${roi.corrected ? ', corrected' : ''}")
+        image.setText("${roi.imageName}: ${roi.name ?: 'an ROI without name'}${roi.corrected ? ', corrected' : ''}")
         why.setText((roi.description ?: '').replaceAll(/, then set the ROI's class.*/, '.'))   // Y does that
         int seen = review.nuclei.count { review.seen.contains(it.getID().toString()) } as int
         nucleusText.setText("${review.nuclei.size()} nuclei, ${seen} seen" + (review.nucleus == null ? '' :
-                Double.isInfinite(Review.confidence(review.nucleus)) ? '; this one is yours' :
+                Double.isInfinite(Review.confidence(review.nucleus)) ? '; this one was drawn' :
                         String.format('; this one: confidence %.2f', Review.confidence(review.nucleus))))
         message.setText(text ?: '')
         changes.setText(review.changesInWords() ?: '')
@@ -823,7 +836,7 @@ class ReviewWindow {
 
     // ------------------------------------------------ ROIs
 
-    /** Opens the image of a ROI, and zooms to it. */
+    /** Opens the image of an ROI, and zooms to it. */
     private void go(int number) {
         CorrectionRoi roi = review.rois[number]
         review.index = number
@@ -850,7 +863,7 @@ class ReviewWindow {
         showNucleus(roi.corrected ? 'This ROI is marked as corrected. You can go on correcting it.' : null)
     }
 
-    /** Shows a ROI as large as it can be, in the part of the viewer that this window leaves free. */
+    /** Shows an ROI as large as it can be, in the part of the viewer that this window leaves free. */
     private void zoom(ROI roi) {
         def view = viewer.getView()
         def onScreen = view.localToScreen(view.getBoundsInLocal())

@@ -67,7 +67,7 @@ class Robot:
             self.wait(lambda: self.window(title) or not self._runs(), _STARTED, title)
             if not self._runs():
                 pytest.skip("this QuPath has no window that starts")
-            self.wait(lambda: self.window("Set image type"), _STARTED, "image")
+            time.sleep(1)
             self.accept_image_type()
             self.place(title, 0, 0, 1000, 860)
             self.focus(title)

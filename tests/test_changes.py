@@ -116,9 +116,7 @@ def story(model: pipeline.Model, tmp_path_factory: pytest.TempPathFactory) -> tu
     roi = shapely.box(x - 150, y - 100, x + 150, y + 100)
     here = nuclei[shapely.intersects(nuclei, roi)]
     inside = np.flatnonzero(shapely.within(here, roi))
-    alone = [
-        here[k] for k in inside if shapely.distance(here[k], np.delete(here, k)).min() > 3
-    ]
+    alone = [here[k] for k in inside if shapely.distance(here[k], np.delete(here, k)).min() > 3]
     assert len(alone) > 5
     drawn = [n for n in here if n not in alone[:3]]  # one is deleted, two are reshaped
     export(folder, [roi], [*drawn, *(n.buffer(1.5) for n in alone[1:3])])

@@ -1,0 +1,326 @@
+"""groovy/review.groovy: its logic in a real QuPath without a window, and its window by a robot."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import qupath
+from results import result_of
+from robot import Robot
+
+from patchcl_qupath.config import ResultConfig
+from patchcl_qupath.project.results import write_results
+from patchcl_qupath.project.scripts import copy_scripts, read_script
+from patchcl_qupath.storage.records import ChangesRecord, RoiChangesRecord, write_record
+
+pytestmark = pytest.mark.qupath
+
+SLIDE = Path(__file__).parent.parent / "sample_project" / "CMU-1-Small-Region.svs"
+
+# Of each image: a ROI with six nuclei of falling confidence from left to right; beside them a
+# drawing of a person, a vessel, an ignored one, and a nucleus outside.
+PREPARE = """
+import qupath.lib.objects.PathObjects
+import qupath.lib.objects.classes.PathClass
+import qupath.lib.regions.ImagePlane
+import qupath.lib.roi.ROIs
+
+def square = { double x, double y, double side, String name ->
+    def roi = ROIs.createRectangleROI(x, y, side, side, ImagePlane.getDefaultPlane())
+    PathObjects.createAnnotationObject(roi, name ? PathClass.fromString(name) : null)
+}
+def roi = square(100, 100, 300, 'PatchCL: correct here')
+roi.setLocked(true)
+roi.setName("ROI ${entry.getImageName() == 'one.svs' ? 2 : 1} of 2")
+def nuclei = (0..5).collect { k ->
+    def nucleus = square(110 + 40 * k, 120, 20, 'Nucleus')
+    nucleus.setName("nucleus ${k}")
+    nucleus.getMeasurementList().put('Detection probability', 0.9 - 0.1 * k)
+    nucleus.getMeasurementList().put('Area µm^2', 100)
+    nucleus.getMeasurementList().put('my score', k)
+    nucleus
+}
+def others = [
+    square(110, 200, 20, 'Nucleus'), square(150, 150, 240, null), square(110, 300, 20, 'Ignore*'),
+    square(500, 500, 20, 'Nucleus'),
+]
+others[0].setName('drawn')
+hierarchy.addObjects([roi] + nuclei + others)
+// Else the window asks for the type.
+imageData.setImageType(qupath.lib.images.ImageData.ImageType.BRIGHTFIELD_H_E)
+entry.saveImageData(imageData)
+'[]'
+"""
+
+# A review of these images, in a folder of its own; 'look' adds a line to what is returned.
+REVIEW = """
+def loader = new GroovyClassLoader(getClass().getClassLoader())
+loader.parseClass(new File('SCRIPT'))
+def project = qupath.lib.projects.ProjectIO.loadProject(
+        new File('PROJECT'), java.awt.image.BufferedImage)
+def create = {
+    def made = loader.loadClass('Review').getDeclaredConstructor().newInstance()
+    made.project = project
+    made.folder = java.nio.file.Paths.get('PROJECT').resolveSibling('patchcl')
+    made.findRois(null)
+    made
+}
+def review = create()
+def open = { number ->
+    review.begin(number, review.entryOf(review.rois[number]).readImageData())
+}
+def lines = []
+def look = { message = null ->
+    lines << [message: message, nucleus: review.nucleus?.getName(), nuclei: review.nuclei.size(),
+              seen: review.seen.size()]
+}
+"""
+END = """
+groovy.json.JsonOutput.toJson(lines)
+"""
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[qupath.Session]:
+    """One QuPath for all tests of this module."""
+    session = qupath.Session()
+    yield session
+    session.close()
+
+
+@pytest.fixture
+def project(session: qupath.Session, tmp_path: Path) -> Path:
+    """A project of two images, each with a ROI to correct."""
+    project = qupath.make_project(tmp_path / "ein Projekt, ü", SLIDE, ["one.svs", "two.svs"])
+    session.run(project, PREPARE)
+    return project
+
+
+def review(session: qupath.Session, project: Path, actions: str) -> list[Any]:
+    """What a review does, line by line."""
+    script = project.with_name("review.groovy")
+    script.write_text(read_script("review.groovy"), "utf-8")
+    head = REVIEW.replace("SCRIPT", str(script)).replace("PROJECT", str(project))
+    # Once: the session runs a script for each image.
+    once = f"if (entry.getImageName() != 'one.svs') return '[]'\n{head}{actions}{END}"
+    lines: list[Any] = session.run(project, once)["one.svs"]
+    return lines
+
+
+def names(lines: list[Any]) -> list[str | None]:
+    return [line["nucleus"] for line in lines]
+
+
+def test_nuclei_come_by_rising_confidence_and_drawn_ones_last(
+    session: qupath.Session, project: Path
+) -> None:
+    lines = review(session, project, "open(0); look(); 7.times { look(review.accept()) }")
+    assert names(lines) == [*(f"nucleus {k}" for k in (5, 4, 3, 2, 1, 0)), "drawn", None]
+    assert lines[0]["nuclei"] == 7  # neither the vessel, nor the ignored one, nor the one outside
+    assert lines[-1]["seen"] == 7
+    assert "You have seen all nuclei" in lines[-1]["message"]
+
+
+def test_keys_delete_add_reshape_and_undo(session: qupath.Session, project: Path) -> None:
+    actions = """
+    open(0); look(); look(review.accept()); look(review.back()); look(review.delete())
+    look(review.undo()); look(review.delete())
+    def before = review.nucleus.getROI()
+    review.grow(0.5)
+    def measured = review.nucleus.getMeasurements()
+    lines << measured.collectEntries { name, value -> [name, value as float] }
+    lines << review.nucleus.getROI().getArea() / before.getArea()
+    review.move(1, -2)
+    lines << [review.nucleus.getROI().getCentroidX() - before.getCentroidX(),
+              review.nucleus.getROI().getCentroidY() - before.getCentroidY()]
+    look(review.undo()); review.undo()
+    lines << (review.nucleus.getROI() == before && review.nucleus.getMeasurements().size() == 3)
+    look(review.insert(250, 300))
+    lines << [review.nucleus.getROI().getArea(), review.nucleus.getPathClass().toString()]
+    look(review.undo()); look(review.accept())
+    3.times { look(review.undo()) }
+    review.nucleus.setLocked(true)
+    look(review.delete()); look(review.grow(1))
+    """
+    lines = review(session, project, actions)
+    start, accepted, back, deleted, undone, again, kept, growth, moved, *rest = lines
+    assert names([start, accepted, back]) == ["nucleus 5", "nucleus 4", "nucleus 5"]
+    assert [line["seen"] for line in (start, accepted, back)] == [0, 1, 0]
+    assert (deleted["nucleus"], deleted["nuclei"]) == ("nucleus 4", 6)
+    assert (undone["nucleus"], undone["nuclei"]) == ("nucleus 5", 7)
+    assert again["nucleus"] == "nucleus 4"
+    # QuPath removes all measurements with a contour: those of a person are kept.
+    assert kept == {"Detection probability": pytest.approx(0.5), "my score": 4}
+    assert growth == pytest.approx((4 * 20 + 400 + 3.14) / 400, abs=0.01)  # 0.5 µm is 1 px here
+    assert moved == pytest.approx([2, -4], abs=0.05)
+    assert rest[1] is True
+    inserted, (area, class_name) = rest[2], rest[3]
+    assert "Shift and the arrow keys" in inserted["message"]
+    assert area == pytest.approx(400, rel=0.01)
+    assert class_name == "Nucleus"
+    assert rest[4]["nuclei"] == 6
+    locked = rest[-2:]
+    assert all("is locked" in line["message"] for line in locked)
+
+
+def test_it_goes_through_all_images_and_remembers_where_it_was(
+    session: qupath.Session, project: Path
+) -> None:
+    actions = """
+    lines << review.rois.collect { [it.imageName, it.name, it.corrected] }
+    lines << review.inWords()
+    open(0); review.accept(); review.accept(); review.markCorrected()
+    lines << review.nextUncorrected()
+    open(1); review.accept(); look()
+    review = create()
+    lines << review.inWords()
+    lines << [review.index, review.nextUncorrected()]
+    def remembered = review.rememberedNucleus()
+    open(review.index); review.select(remembered); look()
+    review.markCorrected()
+    lines << [review.left, review.nextUncorrected()]
+    """
+    lines = review(session, project, actions)
+    assert lines[0] == [["one.svs", "ROI 2 of 2", False], ["two.svs", "ROI 1 of 2", False]]
+    assert lines[1] == "2 ROIs in 2 images: 0 corrected, 2 left"
+    assert lines[2] == 1
+    before, words, where, after, left = lines[3:]
+    assert words == "2 ROIs in 2 images: 1 corrected, 1 left"
+    assert where == [1, 1]
+    assert before == after
+    assert (after["nucleus"], after["seen"]) == ("nucleus 4", 1)
+    assert left == [0, -1]
+    classes = """
+    def annotations = hierarchy.getAnnotationObjects()
+    groovy.json.JsonOutput.toJson(annotations.collect { it.getPathClass()?.toString() })
+    """
+    for saved in session.run(project, classes).values():
+        assert saved.count("PatchCL: corrected") == 1
+        assert "PatchCL: correct here" not in saved
+
+
+def test_detections_become_annotations_with_all_they_had(
+    session: qupath.Session, project: Path
+) -> None:
+    detect = """
+    def found = hierarchy.getAnnotationObjects().findAll { it.getName()?.startsWith('nucleus') }
+    hierarchy.removeObjects(found, true)
+    hierarchy.addObjects(found.collect {
+        def detection = qupath.lib.objects.PathObjects.createDetectionObject(
+                it.getROI(), it.getPathClass(), it.getMeasurementList())
+        detection.setID(it.getID()); detection.setName(it.getName())
+        detection
+    })
+    entry.saveImageData(imageData)
+    '[]'
+    """
+    session.run(project, detect)
+    lines = review(
+        session,
+        project,
+        "open(0); look(); 6.times { look(review.accept()) }\n"
+        "lines << review.nuclei.every { it.isAnnotation() }",
+    )
+    assert names(lines[:-2]) == [f"nucleus {k}" for k in (5, 4, 3, 2, 1, 0)]
+    assert lines[-1] is True
+
+
+def test_without_a_window_it_logs_what_is_left(project: Path) -> None:
+    copy_scripts(project)
+    log = qupath.run_script(project, project.parent / "scripts" / "review.groovy")
+    assert "ERROR" not in log, log
+    assert log.count("2 ROIs in 2 images: 0 corrected, 2 left.") == 1
+
+
+# In place of patchcl-qp: says what it was called for, and has results and changes ready.
+COMMAND = f"""#!{sys.executable}
+import json, pathlib, sys
+patchcl = pathlib.Path(sys.argv[2]).parent / "patchcl"
+with open(patchcl / "called.txt", "a") as file:
+    print(sys.argv[1], "--model refined" in " ".join(sys.argv), file=file)
+print(json.dumps({{"stage": "pretending", "done": 1, "total": 1}}), file=sys.stderr)
+if sys.argv[1] == "refine":
+    (patchcl / "models").mkdir()
+    (patchcl / "models" / "refined.pt").touch()
+else:
+    (patchcl / "changes.later").rename(patchcl / "changes")
+    for path in patchcl.glob("results/*/result.json"):
+        path.touch()
+"""
+
+LOOK = """
+groovy.json.JsonOutput.toJson(hierarchy.getAllObjects(false).collect {
+    [it.getName(), it.getPathClass()?.toString(), it.getROI().getArea()]
+})
+"""
+
+
+def state(project: Path) -> dict[str, Any]:
+    """Where the review is."""
+    path = project.parent / "patchcl" / "review.json"
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found
+
+
+def test_two_rois_are_corrected_by_keys_alone(
+    session: qupath.Session, project: Path, tmp_path: Path
+) -> None:
+    """Real keys in a real window: to the refined model's nuclei in all images, saved."""
+    patchcl = project.parent / "patchcl"
+    command = tmp_path / "command"
+    command.write_text(COMMAND, "utf-8")
+    command.chmod(0o755)
+    copy_scripts(project)
+    script = project.parent / "scripts" / "run_patchcl.groovy"
+    changed, count = re.subn(
+        "(?m)^String command = .*", f"String command = '{command}'", script.read_text("utf-8")
+    )
+    assert count == 1
+    script.write_text(changed, "utf-8")
+    for number in ("1", "2"):
+        found = qupath.nuclei(10, 20, number)
+        write_results(patchcl / "results" / number, [found], ResultConfig(), result_of(len(found)))
+        roi = RoiChangesRecord(
+            x=100, y=100, width=300, height=300, before=[], corrected=[], deleted=1
+        )
+        record = ChangesRecord(model="m", model_name="refined", made="", run="r", rois=(roi,))
+        write_record(patchcl / "changes.later" / number / "changes.json", record)
+    with Robot(project, "one.svs", tmp_path) as robot:
+        robot.run_script("review")
+        robot.wait(lambda: state(project).get("nucleus"), 60, "review")
+        robot.focus("PatchCL: review")
+        first = state(project)["roi"]
+        robot.press("e", "x", "2", "e", "e", "i", "shift+Left")
+        robot.wait(lambda: len(state(project)["accepted"].get(first, [])) >= 3, 20, "nuclei")
+        robot.keys = 0
+        robot.press("y")
+        robot.wait(lambda: state(project)["roi"] != first, 30, "next ROI")
+        assert robot.keys == 1  # beside the corrections
+        second = state(project)["roi"]
+        robot.press("e")
+        robot.wait(lambda: second in state(project)["accepted"], 20, "nucleus")
+        robot.press("y", "u")
+        receipts = [patchcl / "imported" / f"{number}.json" for number in ("1", "2")]
+        robot.wait(lambda: all(path.exists() for path in receipts), 60, "import")
+        robot.wait(lambda: robot.text().count("Image data written") >= 4, 20, "saved image")
+    assert (patchcl / "called.txt").read_text("utf-8").split("\n") == [
+        "refine False",
+        "run True",
+        "",
+    ]
+    saved = session.run(project, LOOK)
+    for image, objects in saved.items():
+        classes = [class_name for _, class_name, _ in objects]
+        assert classes.count("PatchCL: corrected") == 1
+        assert "PatchCL: correct here" not in classes
+        assert len(objects) > 100  # with the nuclei of the refined model
+        found = {name: area for name, _, area in objects if name and name.startswith("nucleus")}
+        kept = {f"nucleus {k}" for k in range(6)} - ({"nucleus 4"} if image == "one.svs" else set())
+        assert found.keys() == kept
+        assert found["nucleus 3"] == pytest.approx(420.2 if image == "one.svs" else 400, abs=5)
