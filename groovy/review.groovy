@@ -126,6 +126,7 @@ class Review {
 
     static final String TO_CORRECT = 'PatchCL: correct here'
     static final String CORRECTED = 'PatchCL: corrected'
+    static final double MAX_SHARED = 0.2   // of the smaller of two nuclei, at most in another
     static final String CONFIDENCE = 'Detection probability'
     static final String NO_ROIS = "No image has an ROI of class '${TO_CORRECT}'.\n\nRun the script run patchcl, and " +
             'choose \'Suggest ROIs to correct\'; or give this class to annotations of about 250 µm that you drew.'
@@ -484,6 +485,30 @@ class Review {
     double getMicronsPerPixel() {
         def pixels = imageData.getServer().getPixelCalibration()
         return pixels.hasPixelSizeMicrons() ? pixels.getAveragedPixelSizeMicrons().doubleValue() : 0.25d
+    }
+
+    /** Why patchcl-qp could not refine with the ROI as it is, null if it could; selects the nucleus in question. */
+    String problem() {
+        refresh()
+        if (nuclei.isEmpty())
+            return 'There is no nucleus in this ROI, so that it cannot be used: outline those there are, or ' +
+                    'delete the ROI.'
+        PathObject twice = nuclei.find { one ->
+            nuclei.any { other -> one !== other && overlap(one.getROI(), other.getROI()) }
+        }
+        if (twice == null)
+            return null
+        nucleus = twice
+        return 'This nucleus overlaps another one: delete one of them (X), or make it smaller (1). Then press Y.'
+    }
+
+    /** Whether two contours share more than a fifth of the smaller one, as patchcl-qp refuses it. */
+    private static boolean overlap(ROI one, ROI other) {
+        if (one.getArea() > other.getArea() || !one.getGeometry().getEnvelopeInternal().intersects(
+                other.getGeometry().getEnvelopeInternal()))
+            return false   // the smaller of two is asked
+        double shared = one.getGeometry().intersection(other.getGeometry()).getArea()
+        return shared > MAX_SHARED * one.getGeometry().getArea()
     }
 
     /** Marks the ROI as corrected, and saves. */
@@ -903,6 +928,9 @@ class ReviewWindow {
     }
 
     private String corrected() {
+        String problem = review.problem()
+        if (problem != null)
+            return problem
         boolean saved = false
         saving {
             review.markCorrected()
