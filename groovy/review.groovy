@@ -29,7 +29,9 @@ import javafx.event.EventHandler
 import javafx.geometry.Insets
 import javafx.geometry.Pos
 import javafx.scene.Scene
+import javafx.scene.control.Alert
 import javafx.scene.control.Button
+import javafx.scene.control.ButtonType
 import javafx.scene.control.Label
 import javafx.scene.control.ProgressBar
 import javafx.scene.control.Separator
@@ -45,7 +47,6 @@ import org.locationtech.jts.geom.Geometry
 import org.slf4j.Logger
 import org.slf4j.LoggerFactory
 import qupath.lib.gui.QuPathGUI
-import qupath.lib.gui.dialogs.Dialogs
 import qupath.lib.gui.prefs.PathPrefs
 import qupath.lib.gui.viewer.OverlayOptions
 import qupath.lib.gui.viewer.QuPathViewer
@@ -81,17 +82,18 @@ if (project == null) {
     logger.warn('Open a project first.')
     return
 }
+if (((getBinding().getVariables()[ScriptAttributes.BATCH_INDEX] ?: 0) as int) > 0)
+    return   // the first image of a batch does all
 QuPathGUI gui = QuPathGUI.getInstance()
 Review review = new Review(project: project, folder: Paths.get(QP.buildPathInProject(folderName)),
         nucleusClass: nucleusClass)
 review.findRois(QP.getCurrentImageData())
 if (gui == null) {
-    if (((getBinding().getVariables()[ScriptAttributes.BATCH_INDEX] ?: 0) as int) == 0)   // once for all images
-        logger.info("${review.inWords()}.")
+    logger.info("${review.inWords()}.")
     return
 }
 if (review.rois.isEmpty()) {
-    Dialogs.showErrorMessage('PatchCL', Review.NO_ROIS)
+    Platform.runLater { ReviewWindow.tell(gui.getStage(), Review.NO_ROIS) }
     return
 }
 String ownPath = getBinding().getVariables()[ScriptAttributes.FILE_PATH]
@@ -705,6 +707,17 @@ class ReviewWindow {
         overlay = new ChangesOverlay(viewer.getOverlayOptions())
     }
 
+    /** Shows a message until it is closed. QuPath's own dialogs have other names in each version. */
+    static void tell(Window owner, String text) {
+        Alert alert = new Alert(Alert.AlertType.WARNING, text, ButtonType.OK)
+        alert.initOwner(owner)
+        alert.setTitle('PatchCL')
+        alert.setHeaderText(null)
+        alert.setResizable(true)
+        alert.getDialogPane().setMinHeight(Region.USE_PREF_SIZE)
+        alert.showAndWait()
+    }
+
     QuPathViewer getViewer() {
         return gui.getViewer()
     }
@@ -856,7 +869,7 @@ class ReviewWindow {
         message.setText(text ?: '')
         changes.setText(review.changesInWords() ?: '')
         refineButton.setDisable(done == 0 || busy)
-        refineButton.setDefaultButton(review.left == 0)
+        refineButton.setDefaultButton(review.left == 0 && review.changesInWords() == null)   // for Enter
     }
 
     // ------------------------------------------------ ROIs
@@ -922,8 +935,8 @@ class ReviewWindow {
             save()
         } catch (IOException e) {
             logger.error('Not saved', e)
-            Dialogs.showErrorMessage('PatchCL', "The image was not saved: ${e.getMessage()}.\n\nNothing is lost yet: " +
-                    'it is still open. Make room on the disk, or ask for the permission to write, and save it.')
+            tell(stage, "The image was not saved: ${e.getMessage()}.\n\nNothing is lost yet: it is still open. " +
+                    'Make room on the disk, or ask for the permission to write, and save it.')
         }
     }
 
@@ -1074,13 +1087,17 @@ class ReviewWindow {
 
     /** Imports the new nuclei into the images that are not open, and saves these. */
     private void importOthers(ImageData<?> open) {
-        String openId = open == null ? null : review.project.getEntry(open)?.getID()
+        // What is open in any viewer could change, and would be overwritten by a person's next save.
+        def viewers = gui.metaClass.respondsTo(gui, 'getAllViewers') ? gui.getAllViewers() : gui.getViewers()
+        Set<String> openIds = (viewers.collect { it.getImageData() } + [open]).findAll().collect {
+            review.project.getEntry(it)?.getID()
+        } as Set
         for (entry in review.project.getImageList()) {
             Path result = review.folder.resolve('results').resolve(entry.getID()).resolve('result.json')
             Path receipt = review.folder.resolve('imported').resolve(entry.getID() + '.json')
             boolean waiting = Files.exists(result) && (!Files.exists(receipt) ||
                     Files.getLastModifiedTime(result) > Files.getLastModifiedTime(receipt))
-            if (!waiting || entry.getID() == openId)
+            if (!waiting || openIds.contains(entry.getID()))
                 continue
             ImageData<?> imageData = entry.readImageData()
             try {
@@ -1097,7 +1114,7 @@ class ReviewWindow {
         busy = false
         if (problem != null) {
             show('Failed: see the message.')
-            Dialogs.showErrorMessage('PatchCL', problem)
+            tell(stage, problem)
             return
         }
         saving { saveOpen() }
