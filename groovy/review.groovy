@@ -655,7 +655,7 @@ class ChangesOverlay extends AbstractOverlay {
         pen.setColor(new java.awt.Color(235, 120, 0))
         before.each { pen.draw(it) }
         pen.setStroke(new BasicStroke(width, BasicStroke.CAP_BUTT, BasicStroke.JOIN_ROUND, 1f, dashes, 0f))
-        pen.setColor(new java.awt.Color(0, 150, 255))
+        pen.setColor(new java.awt.Color(0, 220, 255))
         after.each { pen.draw(it) }
         pen.dispose()
     }
@@ -869,6 +869,7 @@ class ReviewWindow {
         message.setText(text ?: '')
         changes.setText(review.changesInWords() ?: '')
         refineButton.setDisable(done == 0 || busy)
+        stage.sizeToScene()   // for longer texts
         refineButton.setDefaultButton(review.left == 0 && review.changesInWords() == null)   // for Enter
     }
 
@@ -1134,7 +1135,7 @@ class ReviewWindow {
 
     private String changesText() {
         JsonObject here = review.changesHere()
-        return here == null ? null : "Shown: ${SHOWN[shown]} (before: orange, refined: blue, dashed). Here: " +
+        return here == null ? null : "Shown: ${SHOWN[shown]} (before: orange, refined: light blue, dashed). Here: " +
                 "${Review.inWords([here])}."
     }
 

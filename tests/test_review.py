@@ -317,22 +317,22 @@ def test_two_rois_are_corrected_by_keys_alone(
         write_record(patchcl / "changes.later" / number / "changes.json", record)
     with Robot(project, "one.svs", tmp_path) as robot:
         robot.run_script("review")
-        robot.wait(lambda: state(project).get("nucleus"), 60, "review")
+        robot.wait(lambda: state(project).get("nucleus"), 120, "review")
         robot.focus("PatchCL: review")
         first = state(project)["roi"]
         robot.press("e", "x", "2", "e", "e", "i", "shift+Left")
-        robot.wait(lambda: len(state(project)["accepted"].get(first, [])) >= 3, 20, "nuclei")
+        robot.wait(lambda: len(state(project)["accepted"].get(first, [])) >= 3, 60, "nuclei")
         robot.keys = 0
         robot.press("y")
-        robot.wait(lambda: state(project)["roi"] != first, 30, "next ROI")
+        robot.wait(lambda: state(project)["roi"] != first, 60, "next ROI")
         assert robot.keys == 1  # beside the corrections
         second = state(project)["roi"]
         robot.press("e")
-        robot.wait(lambda: second in state(project)["accepted"], 20, "nucleus")
+        robot.wait(lambda: second in state(project)["accepted"], 60, "nucleus")
         robot.press("y", "u")
         receipts = [patchcl / "imported" / f"{number}.json" for number in ("1", "2")]
-        robot.wait(lambda: all(path.exists() for path in receipts), 60, "import")
-        robot.wait(lambda: robot.text().count("Image data written") >= 4, 20, "saved image")
+        robot.wait(lambda: all(path.exists() for path in receipts), 120, "import")
+        robot.wait(lambda: robot.text().count("Image data written") >= 4, 60, "saved image")
     assert (patchcl / "called.txt").read_text("utf-8").split("\n") == [
         "refine False",
         "run True",
