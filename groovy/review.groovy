@@ -143,6 +143,7 @@ class Review {
     List<PathObject> nuclei = []   // of the present ROI, by rising confidence
     final Map<String, Set<String>> accepted = [:]   // by ROI: ids of nuclei
     private final List<PathObject> visited = []
+    private List<PathObject> protectedObjects = []   // locked for as long as the ROI is the present one
     private final List<Closure<?>> undoing = []
 
     // ------------------------------------------------ the ROIs of the project
@@ -255,6 +256,7 @@ class Review {
      * reshaped. Returns the annotation of the ROI; null if a person deleted it.
      */
     PathObject begin(int number, ImageData<?> image) {
+        release()
         index = number
         imageData = image
         nucleus = null
@@ -268,8 +270,35 @@ class Review {
         refresh()
         if (!current.corrected)
             nucleus = nuclei.find { !seen.contains(it.getID().toString()) }
+        protect()
         writeState()
         return roi
+    }
+
+    /**
+     * Locks the ROI, and regions around it or in it, such as a tumour: where the brush begins in one, it would change
+     * that, in place of drawing a nucleus.
+     */
+    void protect() {
+        release()
+        PathObject roi = annotation
+        protectedObjects = roi == null ? [] : imageData.getHierarchy().getAnnotationObjects().findAll {
+            !it.isLocked() && it.getROI()?.isArea() && !nuclei.contains(it) && boxesMeet(it.getROI(), roi.getROI())
+        }
+        protectedObjects*.setLocked(true)
+    }
+
+    /** Unlocks what was locked. */
+    void release() {
+        protectedObjects*.setLocked(false)
+        protectedObjects = []
+    }
+
+    static boolean boxesMeet(ROI one, ROI other) {
+        return one.getBoundsX() < other.getBoundsX() + other.getBoundsWidth() &&
+                other.getBoundsX() < one.getBoundsX() + one.getBoundsWidth() &&
+                one.getBoundsY() < other.getBoundsY() + other.getBoundsHeight() &&
+                other.getBoundsY() < one.getBoundsY() + one.getBoundsHeight()
     }
 
     /** The annotation of the present ROI in its image. */
@@ -304,13 +333,9 @@ class Review {
     static boolean isNucleusIn(PathObject pathObject, PathObject roi) {
         ROI contour = PathObjectTools.getROI(pathObject, true)
         ROI outer = roi.getROI()
-        boolean near = contour?.isArea() &&
-                contour.getBoundsX() < outer.getBoundsX() + outer.getBoundsWidth() &&
-                outer.getBoundsX() < contour.getBoundsX() + contour.getBoundsWidth() &&
-                contour.getBoundsY() < outer.getBoundsY() + outer.getBoundsHeight() &&
-                outer.getBoundsY() < contour.getBoundsY() + contour.getBoundsHeight()
         PathClass pathClass = pathObject.getPathClass()
-        return near && !isCorrectionRoi(pathObject) && contour.getArea() < outer.getArea() / 2 &&
+        return contour?.isArea() && boxesMeet(contour, outer) && !isCorrectionRoi(pathObject) &&
+                contour.getArea() < outer.getArea() / 2 &&
                 (pathClass == null || !PathClassTools.isIgnoredClass(pathClass)) &&
                 contour.getGeometry().intersects(outer.getGeometry())
     }
@@ -524,10 +549,16 @@ class Review {
         save()
     }
 
-    /** Saves the image, if anything in it changed. */
+    /** Saves the image, if anything in it changed; what was locked for the ROI is saved as it was before. */
     void save() {
-        if (imageData != null && imageData.isChanged())
+        if (imageData == null || !imageData.isChanged())
+            return
+        release()
+        try {
             project.getEntry(imageData).saveImageData(imageData)
+        } finally {
+            protect()
+        }
     }
 
     // ------------------------------------------------ what is remembered
@@ -759,6 +790,7 @@ class ReviewWindow {
         if (isShown())
             review.writeState()
         saving { review.save() }
+        review.release()
         stage.close()
     }
 
@@ -927,7 +959,9 @@ class ReviewWindow {
 
     private void saveOpen() {
         ImageData<?> open = gui.getImageData()
-        if (open != null && open.isChanged())
+        if (open != null && open === review.imageData)
+            review.save()
+        else if (open != null && open.isChanged())
             review.project.getEntry(open)?.saveImageData(open)
     }
 
@@ -1067,6 +1101,7 @@ class ReviewWindow {
         }
         asked = false
         saving { saveOpen() }
+        review.release()   // else the import would take them for changed
         busy = true
         show('Refining, and finding nuclei again. You can go on working, but not with these keys.')
         ImageData<?> open = gui.getImageData()

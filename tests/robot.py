@@ -91,6 +91,16 @@ class Robot:
             self.keys += 1
             time.sleep(self.pause)
 
+    def drag(self, *places: tuple[int, int]) -> None:
+        """Drag the mouse from place to place on the screen, with the left button pressed."""
+        first, *rest = places
+        self._xdotool("mousemove", *map(str, first), "mousedown", "1")
+        for place in rest:
+            self._xdotool("mousemove", *map(str, place))
+            time.sleep(0.1)
+        self._xdotool("mouseup", "1")
+        time.sleep(0.3)
+
     def window(self, title: str) -> str:
         """The id of a visible window; empty if there is none."""
         found = self._xdotool("search", "--onlyvisible", "--name", title)

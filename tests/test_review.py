@@ -52,6 +52,7 @@ def others = [
     square(500, 500, 20, 'Nucleus'),
 ]
 others[0].setName('drawn')
+others[1].setName('vessel')
 hierarchy.addObjects([roi] + nuclei + others)
 // Else the window asks for the type.
 imageData.setImageType(qupath.lib.images.ImageData.ImageType.BRIGHTFIELD_H_E)
@@ -280,7 +281,8 @@ else:
 
 LOOK = """
 groovy.json.JsonOutput.toJson(hierarchy.getAllObjects(false).collect {
-    [it.getName(), it.getPathClass()?.toString(), it.getROI().getArea()]
+    [it.getName(), it.getPathClass()?.toString(), it.getROI().getArea(), it.isLocked(),
+     it.getROI().getCentroidX(), it.getROI().getCentroidY()]
 })
 """
 
@@ -322,6 +324,8 @@ def test_two_rois_are_corrected_by_keys_alone(
         first = state(project)["roi"]
         robot.press("e", "x", "2", "e", "e", "i", "shift+Left")
         robot.wait(lambda: len(state(project)["accepted"].get(first, [])) >= 3, 60, "nuclei")
+        robot.press("b")
+        robot.drag((690, 560), (692, 560), (694, 562))  # in the middle of the ROI, in the vessel
         robot.keys = 0
         robot.press("y")
         robot.wait(lambda: state(project)["roi"] != first, 60, "next ROI")
@@ -340,11 +344,19 @@ def test_two_rois_are_corrected_by_keys_alone(
     ]
     saved = session.run(project, LOOK)
     for image, objects in saved.items():
-        classes = [class_name for _, class_name, _ in objects]
+        classes = [class_name for _, class_name, *_ in objects]
         assert classes.count("PatchCL: corrected") == 1
         assert "PatchCL: correct here" not in classes
         assert len(objects) > 100  # with the nuclei of the refined model
-        found = {name: area for name, _, area in objects if name and name.startswith("nucleus")}
+        named = {name: rest for name, *rest in objects if name}
         kept = {f"nucleus {k}" for k in range(6)} - ({"nucleus 4"} if image == "one.svs" else set())
-        assert found.keys() == kept
-        assert found["nucleus 3"] == pytest.approx(440.8 if image == "one.svs" else 400, abs=5)
+        assert {name for name in named if name.startswith("nucleus")} == kept
+        area = named["nucleus 3"][1]
+        assert area == pytest.approx(440.8 if image == "one.svs" else 400, abs=5)
+        assert named["vessel"][:3] == [None, 240 * 240, False]  # the brush began in it
+        new = [
+            class_name
+            for name, class_name, _, _, x, y in objects
+            if not name and 200 < x < 300 and 200 < y < 330
+        ]
+        assert new.count("Nucleus") == (2 if image == "one.svs" else 0)  # by I and by the brush
