@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import shapely
 from click.testing import CliRunner
-from conftest import copy_sample
+from PIL import Image
 
 from patchcl_qupath import cli, pipeline
 from patchcl_qupath.correction.changes import compare
-from patchcl_qupath.datatypes import Polygons
+from patchcl_qupath.datatypes import Box, Polygons
+from patchcl_qupath.project import NewImage, init_project, open_project
+from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import ChangeCounts, ChangesRecord, read_record
 
+SAMPLE = Path(__file__).parent.parent / "sample_project"
 ROI = shapely.box(0, 0, 200, 100)
 
 
@@ -99,8 +102,12 @@ def export(folder: Path, rois: list[shapely.Geometry], nuclei: Polygons) -> None
 @pytest.fixture(scope="module")
 def story(model: pipeline.Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run, corrections, refining and a run of the refined model -> the folder, its output."""
-    folder = tmp_path_factory.mktemp("changes") / "project"
-    copy_sample(folder)
+    files = tmp_path_factory.mktemp("changes")
+    folder = files / "project"
+    (entry,) = open_project(SAMPLE, backend="files").images()
+    picture = Image.fromarray(Slide.open(entry).read(Box(900, 500, 1500, 1100)))
+    picture.save(files / "part.png")
+    init_project(folder, [NewImage(files / "part.png", [picture.size], (0.5, 0.5))])
     model.save(folder / "patchcl" / "models", "patchcl")
     settings = folder / "quick.toml"
     settings.write_text("[cdcl]\nsteps = 4\n[patchcl]\ncrops = 4\n", "utf-8")
@@ -112,8 +119,7 @@ def story(model: pipeline.Model, tmp_path_factory: pytest.TempPathFactory) -> tu
 
     call("run", folder, "--backend", "files")
     nuclei = read_nuclei(folder / "patchcl" / "results" / "1" / "nuclei.parquet").polygons
-    x, y = shapely.get_coordinates(shapely.centroid(nuclei)).mean(axis=0).round()
-    roi = shapely.box(x - 150, y - 100, x + 150, y + 100)
+    roi = shapely.box(150, 200, 450, 400)
     here = nuclei[shapely.intersects(nuclei, roi)]
     inside = np.flatnonzero(shapely.within(here, roi))
     alone = [here[k] for k in inside if shapely.distance(here[k], np.delete(here, k)).min() > 3]
