@@ -481,18 +481,10 @@ class SegmentConfig(Settings):
             "Minimum mean optical density of hematoxylin; gaps between red cells have less", ge=0
         ),
     ] = 0.05
-    small_area_um2: Annotated[
+    min_probability: Annotated[
         float,
-        setting(
-            "Area below which a nucleus needs `min_small_probability`: what lies on no nucleus is "
-            "most often small and unsure",
-            "µm²",
-            ge=0,
-        ),
-    ] = 12.0
-    min_small_probability: Annotated[
-        float, fraction("Minimum mean probability of such a small nucleus")
-    ] = 0.9
+        fraction("Minimum probability of a nucleus, `Detection probability`, by calibrated models"),
+    ] = 0.35
     max_hole_um2: Annotated[
         float, setting("Holes in a nucleus below this area are filled", "µm²", ge=0)
     ] = 40.0
