@@ -35,9 +35,7 @@ class _Threshold(SegmentationNetwork):
         self.steepness = torch.nn.Parameter(torch.tensor(20.0))
 
     def probabilities(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(
-            self.steepness * (x[:, [0, 0]] - torch.tensor([0.5, 0.5])[:, None, None])
-        )
+        return torch.sigmoid(self.steepness * (x[:, [0, 0]] - 0.5))
 
     forward = probabilities
 
@@ -69,9 +67,8 @@ def test_what_is_found_in_every_view_is_more_probable() -> None:
     trained = calibrated(model, crops, lambda *count: reported.append(count))
     assert reported == [(1, 2), (2, 2)]
     assert trained.calibration is not None
-    maps = model.network.probabilities(
-        torch.from_numpy(normaliser.apply(image)).permute(2, 0, 1)[None]
-    )
+    stains = torch.from_numpy(normaliser.apply(image)).permute(2, 0, 1)[None]
+    maps = model.network.probabilities(stains)
     found = Confidence(*maps[0].detach().numpy())
     labels = ndimage.label(found.nucleus > 0.5)[0].astype(np.int32)
     probability = nucleus_probability(trained, labels, found, trained.mpp)

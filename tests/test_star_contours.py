@@ -80,7 +80,8 @@ def test_component_that_nothing_overlaps_stays() -> None:
     bar[10:12, 10:40] = 1  # too thin for a score
     labels = found(pale_nuclei((60, 60)), bar)
     assert labels.max() == 2
-    assert len(np.unique(labels[bar > 0])) == 1 and labels[10, 10] > 0
+    assert len(np.unique(labels[bar > 0])) == 1
+    assert labels[10, 10] > 0
 
 
 @pytest.mark.parametrize(
