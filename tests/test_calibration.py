@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from patchcl_qupath.config import Config
+from patchcl_qupath.config import Config, EngineChoice
 from patchcl_qupath.models.model import Calibration, Confidence, Model, features_of
 from patchcl_qupath.models.network import NucleusNetwork, SegmentationNetwork
 from patchcl_qupath.segmentation.probability import nucleus_features, nucleus_probability
@@ -21,7 +21,7 @@ from patchcl_qupath.slides.stains import StainNormaliser, unmix_hed
 from patchcl_qupath.training.calibration import calibrated, logistic_regression
 
 SIDE = 240
-EVEN = Calibration(0.0, 0.0, 0.0, 0.0)
+TORCH = Config(engine=EngineChoice.TORCH)
 
 
 class _Threshold(SegmentationNetwork):
@@ -61,7 +61,7 @@ def slide() -> tuple[NDArray[np.uint8], StainNormaliser, NDArray[np.bool_]]:
 
 def test_what_is_found_in_every_view_is_more_probable() -> None:
     image, normaliser, dark = slide()
-    model = Model(network=_Threshold().eval(), config=Config())
+    model = Model(network=_Threshold().eval(), config=TORCH)
     reported: list[tuple[int, int]] = []
     crops = TrainingCrops((image, image), (normaliser, normaliser), ("1", "1"))
     trained = calibrated(model, crops, lambda *count: reported.append(count))
@@ -80,7 +80,7 @@ def test_what_is_found_in_every_view_is_more_probable() -> None:
 
 def test_few_nuclei_are_no_ground_for_a_calibration() -> None:
     image, normaliser, _ = slide()
-    model = Model(network=_Threshold().eval(), config=Config())
+    model = Model(network=_Threshold().eval(), config=TORCH)
     crops = TrainingCrops((image[:90, :90],), (normaliser,), ("1",))
     assert calibrated(model, crops, lambda *count: None) is model
 

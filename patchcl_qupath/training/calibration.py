@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from patchcl_qupath.models import engines
+from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Calibration, Confidence, Model, confidence
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.segmentation.instances import instances
@@ -48,14 +50,15 @@ def calibrated(model: Model, crops: TrainingCrops, report: ShowCount) -> Model:
     """
     chosen = crops.select([*np.linspace(0, len(crops) - 1, min(len(crops), _CROPS)).astype(int)])
     rng = np.random.default_rng(model.config.patchcl.seed)
+    engine = engines.choose(model.config.engine)
     features, agreement = [], []
     for i, (image, normaliser) in enumerate(zip(chosen.images, chosen.normalisers, strict=True)):
-        found = confidence(model, image, normaliser)
+        found = confidence(model, image, normaliser, engine)
         labels = _instances(model, found)
         features.append(nucleus_features(labels, found, model.mpp))
         overlaps = [
             _overlaps(labels, _instances(model, view))
-            for view in _views(model, image, normaliser, rng)
+            for view in _views(model, image, normaliser, engine, rng)
         ]
         agreement.append(np.mean(overlaps, axis=0))
         report(i + 1, len(chosen))
@@ -85,17 +88,21 @@ def logistic_regression(x: NDArray[np.float64], y: NDArray[np.float64]) -> Calib
 
 
 def _views(
-    model: Model, image: NDArray[np.uint8], normaliser: StainNormaliser, rng: np.random.Generator
+    model: Model,
+    image: NDArray[np.uint8],
+    normaliser: StainNormaliser,
+    engine: EngineKind,
+    rng: np.random.Generator,
 ) -> Iterator[Confidence]:
     """What the network makes of a crop (H, W, 3) that is stained, focused or scaled otherwise."""
     for _ in range(_STAIN_VIEWS):
-        yield confidence(model, image, _restained(normaliser, rng))
+        yield confidence(model, image, _restained(normaliser, rng), engine)
     blurred = ndimage.gaussian_filter(image, (_BLUR_PX, _BLUR_PX, 0))
-    yield confidence(model, blurred, normaliser)
+    yield confidence(model, blurred, normaliser, engine)
     height, width = image.shape[:2]
     for scale in _SCALES:
         scaled = _resized(image, (round(height * scale), round(width * scale)))
-        found = confidence(model, np.rint(scaled).astype(np.uint8), normaliser)
+        found = confidence(model, np.rint(scaled).astype(np.uint8), normaliser, engine)
         assert found.core is not None
         maps = _resized(np.stack([found.nucleus, found.core], axis=-1), (height, width))
         yield Confidence(maps[..., 0], maps[..., 1])
