@@ -481,6 +481,17 @@ class SegmentConfig(Settings):
             "Minimum mean optical density of hematoxylin; gaps between red cells have less", ge=0
         ),
     ] = 0.05
+    min_hematoxylin_on_glass: Annotated[
+        float,
+        setting(
+            "The same where more than `max_glass` of the surroundings is glass: membranes of fat "
+            "cells have less",
+            ge=0,
+        ),
+    ] = 0.3
+    max_glass: Annotated[
+        float, fraction("Fraction of the square of 8 µm around pixels of a nucleus that is glass")
+    ] = 0.3
     min_probability: Annotated[
         float,
         fraction("Minimum probability of a nucleus, `Detection probability`, by calibrated models"),
