@@ -29,8 +29,8 @@ class FoundImage:
 
     ``imported`` is what became of its nuclei in QuPath, None where the saved image does not have
     them. ``pictures`` is the folder of its pictures and figures. ``changes`` are those that a
-    refined model made in corrected ROIs, with pictures in ``changes_folder``. Where it is ``damaged``, there are
-    figures that cannot be read.
+    refined model made in corrected ROIs, with pictures in ``changes_folder``. Where it is
+    ``damaged``, there are figures that cannot be read.
     """
 
     id: str
