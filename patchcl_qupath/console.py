@@ -292,7 +292,12 @@ def report_scores(
 
     ``without`` are the images without ground truth.
     """
-    from patchcl_qupath.evaluation.score import kinds_in_total, mean, per_100_true
+    from patchcl_qupath.evaluation.score import (
+        kinds_in_total,
+        mean,
+        per_100_true,
+        reliability_in_total,
+    )
 
     if as_json:
         print_json(
@@ -302,6 +307,7 @@ def report_scores(
                 "mean": mean(scored),
                 "kinds": kinds_in_total(scored),
                 "kinds_per_100_true": per_100_true(scored),
+                "reliability": reliability_in_total(scored),
                 "without": without,
             }
         )
@@ -309,6 +315,7 @@ def report_scores(
     if done := [image for image in scored if not image.problem]:
         _print_scores(done)
         _print_kinds(done)
+        _print_reliability(done)
     for image in scored:
         if image.note:
             click.echo(f"Note: {image.image}: {image.note}")
@@ -343,6 +350,23 @@ def _print_kinds(scored: Sequence[ImageScore]) -> None:
     if rates:
         rows.append(["per 100 true", *(f"{rate:.1f}" for rate in rates.values())])
     print_table(["image", *(kind.replace("_", " ") for kind in total)], rows)
+
+
+def _print_reliability(scored: Sequence[ImageScore]) -> None:
+    """How often nuclei of each range of detection probability are right."""
+    from patchcl_qupath.evaluation.score import reliability_in_total
+
+    rows = [
+        [
+            f"{each.low:.1f} to {each.high:.1f}",
+            f"{each.nuclei:,}",
+            f"{each.mean_probability:.2f}",
+            f"{each.right / each.nuclei:.2f}",
+        ]
+        for each in reliability_in_total(scored)
+        if each.nuclei
+    ]
+    print_table(["detection probability", "nuclei", "mean", "right"], rows)
 
 
 def _figures(scores: dict[str, float]) -> list[str]:
