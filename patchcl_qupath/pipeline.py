@@ -16,7 +16,11 @@ import shapely
 
 from patchcl_qupath import __version__
 from patchcl_qupath.config import Config, Recipe, to_dict
-from patchcl_qupath.correction.labels import read_corrected_samples
+from patchcl_qupath.correction.labels import (
+    ShowCorrected,
+    read_corrected_samples,
+    show_no_image,
+)
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.execution.map_tiles import map_tiles
@@ -77,10 +81,12 @@ def refine(
     labels_from: str,
     progress: ShowProgress,
     seed: int = 0,
+    show: ShowCorrected = show_no_image,
 ) -> Model:
     """Refine a model by CDCL with ROIs in which a person corrected all nuclei.
 
-    ROIs are annotations of class ``labels_from``. The images' other tissue is used, too, with the
+    ROIs are annotations of class ``labels_from``; ``show`` is called with what was read from those
+    of each image. The images' other tissue is used, too, with the
     model's own pseudo-labels. Raises ImageError for labels that cannot be trained on, TrainingError
     where there are none, ConfigError for a model of PatchCL alone.
     """
@@ -90,7 +96,12 @@ def refine(
             'recipe = "selftrain", the default'
         )
     corrected = read_corrected_samples(
-        project, entries, start.config, labels_from, counter(progress, Stage.READING_ROIS)
+        project,
+        entries,
+        start.config,
+        labels_from=labels_from,
+        show_count=counter(progress, Stage.READING_ROIS),
+        show=show,
     )
     crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)

@@ -238,7 +238,7 @@ def test_labels_are_read(folder):
                 feature(INSIDE, "Nucleus"),
                 feature(shapely.Point(605, 700).buffer(12), None),
             ],
-            r"two nuclei overlap at x 60\d, y 700 px \(1 such pairs\)",
+            r"nuclei overlap in 1 places: delete one of each pair.*: at x 60\d, y 700 px",
         ),
         ([{"geometry": 1}], "is damaged: run groovy/export_labels.groovy"),
     ],
