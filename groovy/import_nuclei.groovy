@@ -18,9 +18,10 @@
  * image. After `patchcl-qp remove`, this script removes what it added, except objects that a person changed.
  *
  * After `patchcl-qp suggest`, it also adds the suggested ROIs: locked annotations of class 'PatchCL: correct here', in
- * which all nuclei are annotations, to be corrected. Set the class of a finished ROI to 'PatchCL: corrected'. From
- * then on, no nucleus that overlaps an ROI is added or removed. An ROI in which nobody changed anything is removed when
- * others are suggested.
+ * which all nuclei are annotations, to be corrected: also those that you classified or locked, and cells, of which the
+ * nucleus remains. The same is done in an ROI of that class that you drew. Set the class of a finished ROI to
+ * 'PatchCL: corrected'. From then on, no nucleus that overlaps an ROI is added or removed. An ROI in which nobody
+ * changed anything is removed when others are suggested.
  *
  * Writes a receipt for each image, patchcl/imported/<image id>.json, with the run that the image shows.
  *
@@ -49,6 +50,7 @@ import qupath.lib.images.ImageData
 import qupath.lib.io.GsonTools
 import qupath.lib.io.PathIO
 import qupath.lib.objects.PathAnnotationObject
+import qupath.lib.objects.PathCellObject
 import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjectTools
 import qupath.lib.objects.PathObjects
@@ -105,6 +107,7 @@ writeReceipt(folder.resolve('imported').resolve(entry.getID() + '.json'), [
 logger.info("${name}: ${inWords(counts)}; ${counts.removed} of an earlier import removed, ${counts.kept} other " +
         'objects kept.' +
         (results.suggested == null ? '' : " ROIs to correct: ${counts.fields} new, ${counts.fields_kept} kept.") +
+        (counts.reshapable == 0 ? '' : " Detections that became annotations there: ${counts.reshapable}.") +
         (inWindow && !savedByQuPath ? ' Save the image to keep them.' : ''))
 
 
@@ -156,6 +159,7 @@ class NewObjects {
     final Map<String, Integer> leftOut = noneLeftOut()
     final Map<PathObject, String> whyLeftOut = [:]   // the nuclei, and which of these reasons it is
     List<PathObject> replaced = []   // objects of other programs
+    final Map<PathObject, PathObject> reshapable = [:]   // detections in ROIs to correct, and annotations for them
 
     /** The reasons why nuclei are left out, as in the receipt; each with 0 of them. */
     static Map<String, Integer> noneLeftOut() {
@@ -201,6 +205,7 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, ProjectImageEn
     NewObjects added = new NewObjects()
     added.rois = newRois(suggestions, existing, decided)
     chooseNuclei(added, nuclei, existing, decided, overlapping(result), maxOverlap)
+    makeReshapable(added, existing, marks, overlapping(result) == 'keep')
     List<PathObject> regions = removing ? [] as List<PathObject> : newRegions(imageData, entry, result)
     added.regions = regions.findAll { PathObject region ->
         !existing.keptIds.contains(region.getID().toString())   // a person changed it
@@ -213,7 +218,8 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, ProjectImageEn
     return [found   : nuclei.size(), added: added.nuclei.size(), left_out: added.whyLeftOut.size(),
             removed : existing.unchangedNuclei.size(), replaced: added.replaced.size(),
             kept    : existing.kept.size() + existing.foreign.size() - added.replaced.size(),
-            fields  : added.rois.size(), fields_kept: existing.keptRois.size()] + added.leftOut
+            fields  : added.rois.size(), fields_kept: existing.keptRois.size(),
+            reshapable: added.reshapable.size()] + added.leftOut
 }
 
 /** What to do where nuclei overlap objects of other programs: 'both', 'keep' or 'replace', as the run was asked to. */
@@ -470,6 +476,22 @@ static void exchange(ImageData<?> imageData, ExistingObjects existing, NewObject
     hierarchy.addObjects(elsewhere.findAll { PathObject pathObject -> pathObject.getParent() == null })   // new ones
     hierarchy.addObjects(added.regions)
     hierarchy.addObjects(added.rois)
+    exchangeOneByOne(hierarchy, added.reshapable)
+}
+
+/** Puts each object in the place of another, below its parent and with its children. */
+@CompileStatic
+static void exchangeOneByOne(PathObjectHierarchy hierarchy, Map<PathObject, PathObject> successors) {
+    if (successors.isEmpty())
+        return
+    hierarchy.getSelectionModel().deselectObjects(successors.keySet())
+    successors.each { PathObject old, PathObject successor ->
+        PathObject parent = old.getParent()
+        successor.addChildObjects(new ArrayList<PathObject>(old.getChildObjects()))
+        parent.removeChildObject(old)
+        parent.addChildObject(successor)
+    }
+    hierarchy.fireHierarchyChangedEvent(hierarchy.getRootObject())
 }
 
 @CompileStatic
@@ -532,6 +554,46 @@ static PathObject toAnnotation(PathObject nucleus) {
     PathObject annotation = PathObjects.createAnnotationObject(
             nucleus.getROI(), nucleus.getPathClass(), nucleus.getMeasurementList())
     annotation.setID(nucleus.getID())
+    return annotation
+}
+
+/**
+ * Makes annotations of the detections of a person in ROIs to correct: new ones, and those that a person drew. Objects
+ * of other programs stay, except where these are the nuclei.
+ */
+@CompileStatic
+static void makeReshapable(NewObjects added, ExistingObjects existing, Marks marks, boolean withForeign) {
+    PathClass toCorrect = roiClasses().first()
+    List<PathObject> rois = added.rois + existing.keptRois.findAll { PathObject roi ->
+        roi.getPathClass() == toCorrect && !marks.rois.containsKey(roi.getID().toString())
+    }
+    if (rois.isEmpty())
+        return
+    Map<PathObject, PathObject> made = added.reshapable
+    for (PathObject pathObject : withForeign ? existing.kept + existing.foreign : existing.kept)
+        if (isOutlined(pathObject) && rois.any { PathObject roi -> liesIn(pathObject, roi) })
+            made[pathObject] = withAllOf(pathObject)
+    existing.kept.replaceAll { PathObject pathObject -> made[pathObject] ?: pathObject }
+    existing.foreign.replaceAll { PathObject pathObject -> made[pathObject] ?: pathObject }
+}
+
+/** Whether an object is a detection of a nucleus, or a cell that has one. */
+@CompileStatic
+static boolean isOutlined(PathObject pathObject) {
+    return pathObject.isDetection() && !pathObject.isTile() &&
+            (!(pathObject instanceof PathCellObject) || ((PathCellObject) pathObject).getNucleusROI() != null)
+}
+
+/** A detection as an annotation, with all that a person put on it; a cell as its nucleus. */
+@CompileStatic
+static PathObject withAllOf(PathObject detection) {
+    PathObject annotation = PathObjects.createAnnotationObject(
+            PathObjectTools.getROI(detection, true), detection.getPathClass(), detection.getMeasurementList())
+    annotation.setID(detection.getID())
+    annotation.setName(detection.getName())
+    if (detection.getColor() != null)
+        annotation.setColor(detection.getColor())
+    annotation.setLocked(detection.isLocked())
     return annotation
 }
 

@@ -342,7 +342,8 @@ class ReceiptRecord(
 
     Numbers of nuclei that were ``added``, ``left_out`` and why (see ``Imported``), and ``removed``;
     of objects of other programs ``replaced``; of other objects ``kept``; of ROIs to correct that
-    were marked, and that were kept. Not ``saved``: the image is saved by QuPath, or by a person,
+    were marked, and that were kept; of detections in them that became annotations, which a person
+    can reshape (``reshapable``). Not ``saved``: the image is saved by QuPath, or by a person,
     later than this file, or not at all. groovy/import_nuclei.groovy writes it, too.
     """
 
@@ -361,6 +362,7 @@ class ReceiptRecord(
     kept: int
     rois: int
     rois_kept: int
+    reshapable: int = 0
 
     @property
     def nuclei(self) -> Imported:
