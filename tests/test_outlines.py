@@ -15,6 +15,7 @@ from patchcl_qupath.config import CORRECTED, TO_CORRECT, Config
 from patchcl_qupath.correction import labels
 from patchcl_qupath.datatypes import Corrections, ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
+from patchcl_qupath.evaluation.ground_truth import read_ground_truth
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.drawn import read_corrected_rois, read_labels, read_regions
 from patchcl_qupath.slides.prepare import prepare
@@ -248,6 +249,21 @@ def test_an_unknown_pixel_size_is_a_usual_one(tmp_path: Path) -> None:
         found = read(tmp_path, feature(vessel), feature(nucleus), pixel_size_um=sides)
         assert found.left_out == {**NONE, "regions": 1}
         assert places(found.nuclei) == {(60, 60)}
+
+
+def test_ignored_objects_are_no_ground_truth_either(tmp_path: Path) -> None:
+    file = tmp_path / "a.geojson"
+    objects = [
+        *map(feature, grid()),
+        feature(disc(200, 400), "Ignore*"),
+        feature(shapely.box(0, 0, 9, 9), None, "tile"),
+    ]
+    file.write_text(json.dumps({"type": "FeatureCollection", "features": objects}))
+    truth = read_ground_truth([file], ImageEntry("1", "a.svs", tmp_path, size=(600, 600)))
+    assert places(truth.polygons) == places(grid())
+    assert truth.note == (
+        "objects left out of a class that QuPath ignores, such as Ignore*: 1; tiles left out: 1"
+    )
 
 
 # ---------------------------------------------------------------- training samples
