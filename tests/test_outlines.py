@@ -166,9 +166,9 @@ def test_all_overlapping_pairs_of_all_rois_are_listed(tmp_path: Path) -> None:
         read(tmp_path, feature(second, CORRECTED), *map(feature, [*twice, *grid()[3:]]))
     advice = "delete one of each pair, save, and run again"
     assert str(raised.value).splitlines() == [
-        f"a.svs: in the ROI at x 250, y 250 px, nuclei overlap in 2 places: {advice}: "
+        f"a.svs: nuclei overlap in 2 places of the ROI at x 250, y 250 px: {advice}: "
         "at x 140, y 60 px; at x 62, y 60 px",
-        f"a.svs: in the ROI at x 800, y 200 px, nuclei overlap in 1 places: {advice}: "
+        f"a.svs: nuclei overlap in 1 places of the ROI at x 800, y 200 px: {advice}: "
         "at x 701, y 60 px",
     ]
 

@@ -184,7 +184,7 @@ def _overlaps(rois: Polygons, found: Outlines) -> list[str]:
         if len(here):
             places = "; ".join(sorted(_place(part) for part in here))
             problems.append(
-                f"in the ROI {_place(roi)}, nuclei overlap in {len(here)} places: delete one of "
+                f"nuclei overlap in {len(here)} places of the ROI {_place(roi)}: delete one of "
                 f"each pair, save, and run again: {places}"
             )
     return problems
@@ -206,15 +206,21 @@ def _without_nuclei(
         if len(tree.query(roi, predicate="intersects")):
             continue
         gone = _count(deleted.get(id_)) if isinstance(deleted, dict) else 0
-        unclear = _unclear(roi, found, gone > 0)
-        if unclear or not (worked or gone):
-            instead = f", but {unclear}" if unclear else ""
-            text = f"the ROI {_place(roi)} has no nuclei{instead}: outline all of them, or delete"
-            messages.append((f"{text} the ROI", True))
-            continue
-        how = f", {gone:,} were deleted there" if gone else ""
-        text = f"the ROI {_place(roi)} has no nuclei{how}: all of it is taken as background"
-        messages.append((f"{text}; if that is not meant, outline them and refine again", False))
+        place = _place(roi)
+        if unclear := _unclear(roi, found, gone > 0):
+            text = (
+                f"the ROI {place} has no nuclei, but {unclear}: outline all nuclei, or delete the "
+                "ROI"
+            )
+        elif worked or gone:
+            how = f", {gone:,} were deleted there" if gone else ""
+            text = (
+                f"the ROI {place} has no nuclei{how}: all of it is taken as background; if that is "
+                "not meant, outline them and refine again"
+            )
+        else:
+            text = f"the ROI {place} has no nuclei: outline all of them, or delete the ROI"
+        messages.append((text, bool(unclear) or not (worked or gone)))
     return messages
 
 
