@@ -4,18 +4,19 @@
  *
  *     QuPath script -p project.qpproj import_nuclei.groovy
  *
- * The script can be run repeatedly. Objects of an earlier import are replaced. Objects that a person drew or changed
- * stay as they are, nuclei that a person deleted stay deleted, and new nuclei in either place are left out. To restore
- * deleted nuclei, delete all nuclei, then run this script again.
+ * The script can be run repeatedly. Nuclei of an earlier import are replaced; what a person or a command of QuPath put
+ * on them (class, foreign measurements, name, colour, metadata, children) is carried over to the new nucleus in their
+ * place. Objects that a person drew, reshaped or locked stay as they are, nuclei that a person deleted stay deleted, and
+ * new nuclei in either place are left out. To restore deleted nuclei, delete all nuclei, then run this script again.
  *
  * Detections of other programs (QuPath's own, StarDist's) stay as they are, too, and new nuclei are added beside them.
  * `patchcl-qp run --overlapping keep` leaves out new nuclei in their place, `--overlapping replace` removes those in
  * whose place a new nucleus is added.
  *
  * The nuclei lie in a locked annotation, 'PatchCL', with their number and density, and with the numbers of nuclei that
- * were found, added and left out; after a run within regions
- * (`--within`), in one for each region. The image shows the last run: a run within regions replaces one of the whole
- * image. After `patchcl-qp remove`, this script removes what it added, except objects that a person changed.
+ * were found, added and left out; after a run within regions (`--within`), in one for each region: such a run replaces
+ * what lies in these regions, and nothing else. Where a person nested nuclei in annotations or TMA cores, the new ones
+ * are nested again. After `patchcl-qp remove`, this script removes what it added, except objects that a person changed.
  *
  * After `patchcl-qp suggest`, it also adds the suggested ROIs: locked annotations of class 'PatchCL: correct here', in
  * which all nuclei are annotations, to be corrected. Set the class of a finished ROI to 'PatchCL: corrected'. From

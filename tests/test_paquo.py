@@ -418,7 +418,7 @@ def test_failed_save_restores_the_data(path: Path, monkeypatch: pytest.MonkeyPat
     before = data.read_bytes()
     project, entry = opened(path, Process(None, path.with_name("qupath.log")))
 
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         data.rename(data.with_name("data.qpdata.bkp"))
         data.write_bytes(b"half")
         raise ImageError("a.svs: the disk is full")

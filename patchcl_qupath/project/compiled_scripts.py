@@ -19,6 +19,8 @@ from patchcl_qupath.storage.files import digest
 
 logger = logging.getLogger(__name__)
 
+_NAME = "class.txt"  # the name of the script's class, which lies beside it
+
 
 def compiled_script(name: str, java_class: Any) -> Any:
     """The class of a Groovy script, such as ``import_nuclei.groovy``.
@@ -30,7 +32,7 @@ def compiled_script(name: str, java_class: Any) -> Any:
     folder = cache_folder() / digest([text, *_versions(java_class)])
     try:
         if folder.is_dir():
-            return _load(name, folder, java_class)
+            return _load(folder, java_class)
     except Exception as error:  # Java's: a class file that is damaged
         logger.debug("damaged classes in %s: %r", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
@@ -62,13 +64,14 @@ def _versions(java_class: Any) -> list[str]:
     return [str(version) for version in (groovy, java, qupath)]
 
 
-def _load(name: str, folder: Path, java_class: Any) -> Any:
+def _load(folder: Path, java_class: Any) -> Any:
     """The class that was compiled into a folder."""
+    name = (folder / _NAME).read_text(encoding="utf-8")
     file = java_class("java.io.File")(str(folder))
     urls = java_class("java.net.URL")[:]([file.toURI().toURL()])
     parent = java_class("groovy.lang.GroovyClassLoader")()
     loader = java_class("java.net.URLClassLoader")(urls, parent)
-    return java_class(loader.loadClass(name.removesuffix(".groovy")))
+    return java_class(loader.loadClass(name))
 
 
 def _compile_into(folder: Path, name: str, text: str, java_class: Any) -> Any:
@@ -80,9 +83,10 @@ def _compile_into(folder: Path, name: str, text: str, java_class: Any) -> Any:
         config.setTargetDirectory(java_class("java.io.File")(str(new)))
         parent = java_class("groovy.lang.GroovyClassLoader")()
         loader = java_class("groovy.lang.GroovyClassLoader")(parent, config)
-        script = java_class(loader.parseClass(text, name))
+        script = loader.parseClass(text, name)
+        (new / _NAME).write_text(str(script.getName()), encoding="utf-8")
         with suppress(OSError):  # another process was faster
             new.rename(folder)
-        return script
+        return java_class(script)
     finally:
         shutil.rmtree(new, ignore_errors=True)
