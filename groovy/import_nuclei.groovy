@@ -1360,8 +1360,8 @@ static Map<PathObject, Boolean> nucleiPresent(ImageData<?> imageData, Marks mark
             nuclei[pathObject] = true
         else if (withForeign && pathObject.isDetection() && !pathObject.isTile())
             nuclei[pathObject] = false
-        else if (pathObject.isAnnotation())
-            drawn << pathObject
+        else if (pathObject.isAnnotation() && !marks.nuclei.containsKey(pathObject.getParent().getID().toString()))
+            drawn << pathObject   // but for what was drawn within a nucleus
     }
     for (PathObject annotation : drawnNuclei(drawn, nuclei.keySet(), imageData))
         nuclei[annotation] = false

@@ -45,7 +45,6 @@ UNSAID = Imported(found=210, added=210, left_out=0)
 
 EDIT = """
 import qupath.lib.objects.PathObjects
-import qupath.lib.objects.TMACoreObject
 import qupath.lib.objects.classes.PathClass
 import qupath.lib.objects.hierarchy.DefaultTMAGrid
 import qupath.lib.regions.ImagePlane
@@ -82,12 +81,12 @@ switch (entry.getImageName()) {
     case 'resolved':
         draw(square(0, 0, 210, 300), 'Tumor')
         draw(square(210, 100, 300, 100), 'Stroma')
-        draw(square(20, 20, 60), 'Necrosis')
+        draw(square(20, 20, 110), 'Necrosis')
         hierarchy.resolveHierarchy()
         draw(square(300, 500, 100), 'Tumor')   // nothing is in it yet
         break
     case 'cores':
-        def cores = [new TMACoreObject(120d, 120d, 200d, false), new TMACoreObject(360d, 120d, 200d, false)]
+        def cores = [120d, 360d].collect { PathObjects.createTMACoreObject(it, 120d, 200d, false) }
         hierarchy.setTMAGrid(DefaultTMAGrid.create(cores, 2))
         hierarchy.resolveHierarchy()
         break
@@ -118,8 +117,11 @@ import qupath.lib.io.GsonTools
 import qupath.lib.objects.PathObjectTools
 
 RESOLVE
-def named = { it.isRootObject() ? 'root' : it.isTMACore() ? 'core ' + it.getROI().getCentroidX() as int :
-    it.getName() ?: it.getPathClass()?.toString() ?: it.getMeasurements()['index']?.toString() }
+def named = {
+    def index = it.getMeasurements()['index']
+    it.isRootObject() ? 'root' : it.isTMACore() ? "core ${it.getROI().getCentroidX() as int}".toString() :
+        it.getName() ?: index != null ? (index as int).toString() : it.getPathClass()?.toString()
+}
 def objects = hierarchy.getAllObjects(false).findAll { !it.isTMACore() }.collect { [
     id: it.getID().toString(),
     type: it.isAnnotation() ? 'annotation' : it.isCell() ? 'cell' : 'detection',
