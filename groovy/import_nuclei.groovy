@@ -33,6 +33,7 @@ import com.google.gson.JsonObject
 import com.google.gson.JsonParser
 import groovy.transform.CompileStatic
 import java.lang.reflect.Method
+import java.nio.ByteBuffer
 import java.nio.charset.StandardCharsets
 import java.nio.file.Files
 import java.nio.file.Path
@@ -69,6 +70,7 @@ import qupath.lib.objects.hierarchy.PathObjectHierarchy
 import qupath.lib.projects.Project
 import qupath.lib.projects.ProjectImageEntry
 import qupath.lib.regions.ImagePlane
+import qupath.lib.roi.PolygonROI
 import qupath.lib.roi.ROIs
 import qupath.lib.roi.RectangleROI
 import qupath.lib.roi.interfaces.ROI
@@ -149,12 +151,21 @@ class ImageResults {
 @CompileStatic
 class Marks {
 
-    final Map<String, String> nuclei = [:]
-    final Map<String, String> regions = [:]
-    final Map<String, String> rois = [:]
+    final Map<UUID, String> nuclei = [:]
+    final Map<UUID, String> regions = [:]
+    final Map<UUID, String> rois = [:]
 
-    boolean contains(String id) {
+    boolean contains(UUID id) {
         return nuclei.containsKey(id) || regions.containsKey(id) || rois.containsKey(id)
+    }
+
+    void add(UUID id, String mark) {
+        if (mark.endsWith(' region'))
+            regions.put(id, mark)
+        else if (mark.indexOf(' field ', 17) > 0)
+            rois.put(id, mark)
+        else
+            nuclei.put(id, mark)
     }
 }
 
@@ -256,15 +267,21 @@ class Areas {
         return objects.isEmpty()
     }
 
-    List<PathObject> holding(double x, double y) {
+    /** Whether there is one area, which is the whole image. */
+    boolean isWhole(int width, int height) {
+        ROI roi = objects.size() == 1 ? objects.first().getROI() : null
+        return roi instanceof RectangleROI && roi.getBoundsX() <= 0 && roi.getBoundsY() <= 0 &&
+                roi.getBoundsX() + roi.getBoundsWidth() >= width && roi.getBoundsY() + roi.getBoundsHeight() >= height
+    }
+
+    List<PathObject> holding(Coordinate place) {
         if (objects.isEmpty())
             return Collections.emptyList()
-        Coordinate place = new Coordinate(x, y)
         List<PathObject> found = new ArrayList<>(2)
         List<?> near = objects.size() == 1 ? objects : tree.query(new Envelope(place))
         for (Object one : near) {
             IndexedPointInAreaLocator locator = locators.get(one)
-            boolean holds = locator == null ? ((PathObject) one).getROI().contains(x, y) :
+            boolean holds = locator == null ? ((PathObject) one).getROI().contains(place.x, place.y) :
                     locator.locate(place) != Location.EXTERIOR
             if (holds)
                 found.add((PathObject) one)
@@ -309,7 +326,8 @@ class ExistingObjects {
     final List<PathObject> outsideRegions = []
     final List<PathObject> keptRois = []
     final List<PathObject> kept = []   // a person's: drawn, reshaped, locked, or made of nuclei of ours
-    final Set<String> keptIds = new HashSet<>()   // of those
+    final Set<UUID> keptIds = new HashSet<>()   // of those
+    final Set<UUID> intactIds = new HashSet<>()   // of imported nuclei with their contour
     final List<PathObject> foreign = []   // detections of other programs
     final Set<PathObject> parents = identitySet()   // annotations and cores in which nuclei of ours are nested
     boolean hasConverted   // whether cells, say, were made of nuclei of ours
@@ -348,6 +366,15 @@ class NewObjects {
 }
 
 
+/** The nuclei that are in an image. */
+@CompileStatic
+class PresentNuclei {
+
+    final List<PathObject> onBorder = []   // one on the border of a region belongs to it
+    final List<PathObject> others = []
+}
+
+
 /** What an import is going to do: nothing is changed yet. */
 @CompileStatic
 class Replacement {
@@ -358,7 +385,7 @@ class Replacement {
     ExistingObjects existing
     NewObjects added
     Given given
-    Map<String, String> marks   // after the import
+    Map<UUID, String> marks   // after the import
     final Map<PathObject, PathObject> successors = [:]   // of annotated nuclei
     final List<PathObject> stayed = []   // annotated nuclei without a successor: they are kept,
     final List<PathObject> lost = []   // or removed
@@ -430,12 +457,12 @@ static Replacement planReplacement(ImageData<?> imageData, ProjectImageEntry<?> 
     takeFromOutside(existing, added, scope, maxOverlap)
     findSuccessors(plan, maxOverlap, removing || keep || keepsWork(result))
     for (PathObject nucleus : plan.stayed)
-        decided.nuclei[nucleus.getID().toString()] = marks.nuclei[nucleus.getID().toString()]
+        decided.nuclei[nucleus.getID()] = marks.nuclei[nucleus.getID()]
     convertToAnnotations(plan)
     if (overlapping(result) == 'replace')
         added.replaced = replacedBy(added.nuclei, existing, maxOverlap)
     added.regions = plan.regions.findAll { PathObject region ->
-        !existing.keptIds.contains(region.getID().toString())   // a person changed it
+        !existing.keptIds.contains(region.getID())   // a person changed it
     }
     plan.marks = marksAfter(plan, marks, decided, suggestions)
     return plan
@@ -518,19 +545,20 @@ static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, Give
             existing.foreign << pathObject
             continue
         }
-        String id = pathObject.getID().toString()
-        String mark = marks.nuclei[id]
+        UUID id = pathObject.getID()
+        String mark = marks.nuclei.get(id)
         if (mark != null && hasItsContour(pathObject, mark, given) && !liesInAny(pathObject, existing.keptRois)) {
             Additions additions = additionsTo(pathObject, marks, given, foreign)
+            existing.intactIds.add(id)
             PathObject parent = pathObject.getParent()
-            if (parent != null && !parent.isRootObject() && !marks.contains(parent.getID().toString()))
-                existing.parents << parent
+            if (parent != null && !parent.isRootObject() && !marks.contains(parent.getID()))
+                existing.parents.add(parent)
             if (scope != null && !isInScope(pathObject, scope))
                 existing.outside[pathObject] = additions
             else if (additions != null)
                 existing.annotated[pathObject] = additions
             else
-                existing.unchangedNuclei << pathObject
+                existing.unchangedNuclei.add(pathObject)
         } else if (marks.regions[id]?.startsWith(digest(pathObject))) {
             if (scope == null || isCovered(pathObject, scope))
                 existing.unchangedRegions << pathObject
@@ -568,7 +596,7 @@ static Additions additionsTo(PathObject nucleus, Marks marks, Given given, Set<P
     for (PathObject child : nucleus.getChildObjects())
         if (nucleus.isAnnotation() && foreign.contains(child))
             additions.strays << child
-        else if (!marks.contains(child.getID().toString()))
+        else if (!marks.contains(child.getID()))
             additions.children << child
     return additions.isWork() || additions.strays ? additions : null
 }
@@ -578,7 +606,7 @@ static Additions additionsTo(PathObject nucleus, Marks marks, Given given, Set<P
 static boolean isInScope(PathObject nucleus, Areas scope) {
     // By its parent, too: pixels decide in a run, and the centroid of a contour on the border may be outside.
     PathObject parent = nucleus.getParent()
-    return scope.holding(nucleusX(nucleus), nucleusY(nucleus)) ||
+    return !scope.holding(centroidOf(nucleus)).isEmpty() ||
             parent != null && scope.objects.any { PathObject region -> region.getID() == parent.getID() }
 }
 
@@ -601,9 +629,10 @@ static boolean isCovered(PathObject region, Areas scope) {
  */
 @CompileStatic
 static Set<PathObject> foreignObjects(Collection<PathObject> all, Marks marks, List<PathObject> nuclei) {
-    Collection<PathObject> unknown = all.findAll { PathObject pathObject ->
-        pathObject.isDetection() && !marks.contains(pathObject.getID().toString())
-    }
+    List<PathObject> unknown = []
+    for (PathObject pathObject : all)
+        if (pathObject.isDetection() && !marks.contains(pathObject.getID()))
+            unknown.add(pathObject)
     if (unknown.isEmpty())
         return Collections.emptySet()
     STRtree gone = placesOfMissing(all, marks)
@@ -620,11 +649,11 @@ static Set<PathObject> foreignObjects(Collection<PathObject> all, Marks marks, L
 /** Where imported nuclei were that are no longer in the image. */
 @CompileStatic
 static STRtree placesOfMissing(Collection<PathObject> all, Marks marks) {
-    Set<String> present = new HashSet<>()
+    Set<UUID> present = new HashSet<>()
     for (PathObject pathObject : all)
-        present.add(pathObject.getID().toString())
+        present.add(pathObject.getID())
     STRtree gone = new STRtree()
-    marks.nuclei.each { String id, String mark ->
+    marks.nuclei.each { UUID id, String mark ->
         if (!present.contains(id)) {
             Coordinate place = centroid(mark)
             gone.insert(new Envelope(place), place)
@@ -648,7 +677,7 @@ static boolean isConverted(PathObject pathObject, STRtree gone) {
 @CompileStatic
 static void sortRois(ExistingObjects existing, Collection<PathObject> all, Marks marks, List<PathObject> suggestions) {
     for (PathObject roi : all) {
-        String mark = marks.rois[roi.getID().toString()]
+        String mark = marks.rois.isEmpty() ? null : marks.rois.get(roi.getID())
         if (mark == null && !isCorrectionRoi(roi))
             continue
         boolean unchanged = mark != null && mark.startsWith(digest(roi)) && mark.endsWith(contentDigest(roi, all))
@@ -665,19 +694,14 @@ static void sortRois(ExistingObjects existing, Collection<PathObject> all, Marks
  */
 @CompileStatic
 static Marks decidedByPerson(ExistingObjects existing, Marks marks, Areas scope, boolean removing) {
-    Set<String> others = new HashSet<>()
-    for (Collection<PathObject> intact : [existing.unchangedNuclei, existing.annotated.keySet(),
-                                          existing.outside.keySet()])
-        for (PathObject nucleus : intact)
-            others.add(nucleus.getID().toString())
     Marks decided = new Marks()
-    for (Map.Entry<String, String> entry : marks.nuclei.entrySet())
-        if (!others.contains(entry.key))
-            decided.nuclei[entry.key] = entry.value
+    for (Map.Entry<UUID, String> entry : marks.nuclei.entrySet())
+        if (!existing.intactIds.contains(entry.key))
+            decided.nuclei.put(entry.key, entry.value)
     decided.rois.putAll(marks.rois)
-    Map<String, String> here = scope == null ? decided.nuclei : decided.nuclei.findAll { String id, String mark ->
+    Map<UUID, String> here = scope == null ? decided.nuclei : decided.nuclei.findAll { UUID id, String mark ->
         Coordinate place = centroid(mark)
-        !scope.holding(place.x, place.y).isEmpty()
+        !scope.holding(place).isEmpty()
     }
     boolean allDeleted = existing.unchangedNuclei.isEmpty() && existing.annotated.isEmpty() &&
             !existing.hasConverted && Collections.disjoint(here.keySet(), existing.keptIds)
@@ -692,7 +716,7 @@ static Marks decidedByPerson(ExistingObjects existing, Marks marks, Areas scope,
 @CompileStatic
 static List<PathObject> newRois(List<PathObject> suggestions, ExistingObjects existing, Marks decided) {
     return suggestions.findAll { PathObject roi ->
-        !decided.rois.containsKey(roi.getID().toString()) &&
+        !decided.rois.containsKey(roi.getID()) &&
                 !existing.keptRois.any { PathObject other -> intersect(roi.getROI(), other.getROI()) }
     }
 }
@@ -705,12 +729,12 @@ static void chooseNuclei(NewObjects added, List<PathObject> nuclei, ExistingObje
     STRtree foreign = contours(overlapping == 'keep' ? existing.foreign : [] as List<PathObject>)
     STRtree changedPlaces = new STRtree()
     STRtree deletedPlaces = new STRtree()
-    decided.nuclei.each { String id, String mark ->
+    decided.nuclei.each { UUID id, String mark ->
         Coordinate place = centroid(mark)
         (existing.keptIds.contains(id) ? changedPlaces : deletedPlaces).insert(new Envelope(place), place)
     }
     for (PathObject nucleus : nuclei) {
-        String id = nucleus.getID().toString()
+        UUID id = nucleus.getID()
         ROI roi = nucleus.getROI()
         if (liesInAny(nucleus, existing.keptRois))
             added.leaveOut(nucleus, 'left_out_fields')
@@ -737,7 +761,8 @@ static void takeFromOutside(ExistingObjects existing, NewObjects added, Areas sc
     for (PathObject nucleus : added.nuclei)
         for (Object other : near.query(envelope(nucleus.getROI()))) {
             PathObject old = (PathObject) other
-            boolean inPlace = nucleus.getROI().contains(nucleusX(old), nucleusY(old)) ||
+            Coordinate place = centroidOf(old)
+            boolean inPlace = nucleus.getROI().contains(place.x, place.y) ||
                     overlap(nucleus.getROI(), old.getROI(), maxOverlap) > maxOverlap
             if (!inPlace || !existing.outside.containsKey(old))
                 continue
@@ -775,7 +800,7 @@ static void findSuccessors(Replacement plan, double maxOverlap, boolean keep) {
     predecessors.each { PathObject successor, PathObject old -> plan.successors[old] = successor }
     plan.existing.kept.addAll(plan.stayed)
     for (PathObject old : plan.stayed)
-        plan.existing.keptIds << old.getID().toString()
+        plan.existing.keptIds << old.getID()
 }
 
 /** Leaves out new nuclei in the place of those that stay; returns the nuclei that lose their successor by that. */
@@ -788,7 +813,7 @@ static List<PathObject> leaveOutInPlaceOf(List<PathObject> stay, NewObjects adde
     STRtree kept = contours(stay)
     STRtree places = new STRtree()
     for (PathObject nucleus : stay) {
-        Coordinate place = new Coordinate(nucleusX(nucleus), nucleusY(nucleus))
+        Coordinate place = centroidOf(nucleus)
         places.insert(new Envelope(place), place)
     }
     added.nuclei = added.nuclei.findAll { PathObject nucleus ->
@@ -934,35 +959,31 @@ static STRtree contours(Collection<PathObject> objects) {
 
 /** The marks to keep with the image after an import. */
 @CompileStatic
-static Map<String, String> marksAfter(Replacement plan, Marks marks, Marks decided, List<PathObject> suggestions) {
+static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided, List<PathObject> suggestions) {
     ExistingObjects existing = plan.existing
     NewObjects added = plan.added
-    Map<String, String> after = new LinkedHashMap<>(decided.nuclei)
-    for (PathObject nucleus : existing.outside.keySet()) {
-        String id = nucleus.getID().toString()
-        after[id] = marks.nuclei[id]
-    }
+    Map<UUID, String> after = new LinkedHashMap<>(decided.nuclei)
+    for (PathObject nucleus : existing.outside.keySet())
+        after.put(nucleus.getID(), marks.nuclei.get(nucleus.getID()))
     for (PathObject nucleus : added.nuclei)   // as a run made them, without what they take over
-        after[nucleus.getID().toString()] = digestAndCentroid(nucleus)
-    for (PathObject roi : existing.keptRois + suggestions) {
-        String id = roi.getID().toString()
-        if (decided.rois.containsKey(id))
-            after[id] = decided.rois[id]
-    }
+        after.put(nucleus.getID(), digestAndCentroid(nucleus))
+    for (PathObject roi : existing.keptRois + suggestions)
+        if (decided.rois.containsKey(roi.getID()))
+            after.put(roi.getID(), decided.rois.get(roi.getID()))
     if (!added.rois.isEmpty()) {
         Set<PathObject> replaced = new HashSet<>(added.replaced)
         List<PathObject> present = existing.kept + added.nuclei + existing.outside.keySet()
         present.addAll(existing.foreign.findAll { PathObject other -> !replaced.contains(other) })
         for (PathObject roi : added.rois)
-            after[roi.getID().toString()] = digestAndCentroid(roi) + ' field ' + contentDigest(roi, present)
+            after[roi.getID()] = digestAndCentroid(roi) + ' field ' + contentDigest(roi, present)
     }
     for (PathObject region : existing.kept + existing.outsideRegions) {
-        String mark = marks.regions[region.getID().toString()]
+        String mark = marks.regions.get(region.getID())
         if (mark != null)
-            after[region.getID().toString()] = mark
+            after.put(region.getID(), mark)
     }
     for (PathObject region : added.regions)
-        after[region.getID().toString()] = digestAndCentroid(region) + ' region'
+        after[region.getID()] = digestAndCentroid(region) + ' region'
     return after
 }
 
@@ -1000,9 +1021,11 @@ static void exchange(ImageData<?> imageData, Replacement plan) {
 
     // Filled before they are in the hierarchy: there, QuPath takes long over many annotations.
     Areas regions = new Areas(added.regions + held)
-    List<PathObject> elsewhere = assign(added.nuclei, regions, parents)
+    int width = imageData.getServer().getWidth()
+    int height = imageData.getServer().getHeight()
+    List<PathObject> elsewhere = assign(added.nuclei, regions, parents, width, height)
     Areas all = new Areas(added.regions + held + existing.outsideRegions)
-    elsewhere.addAll(assign(homeless, all, new Areas([])))
+    elsewhere.addAll(assign(homeless, all, new Areas([]), width, height))
     hierarchy.addObjects(elsewhere)
     places.each { PathObject region, PathObject parent -> parent.addChildObject(region) }
     hierarchy.addObjects(added.regions.findAll { PathObject region -> !places.containsKey(region) })
@@ -1027,7 +1050,7 @@ static List<PathObject> parentsFor(PathObjectHierarchy hierarchy, Replacement pl
     return hierarchy.getAllObjects(false).findAll { PathObject other ->
         other.getROI()?.isArea() && (parents.contains(other) || cores && other.isTMACore() ||
                 other.isAnnotation() && classes.contains(other.getPathClass()) &&
-                !plan.marks.containsKey(other.getID().toString()))
+                !plan.marks.containsKey(other.getID()))
     }.toList()
 }
 
@@ -1059,8 +1082,8 @@ static List<PathClass> roiClasses() {
 
 @CompileStatic
 static boolean isCorrectionRoi(PathObject pathObject) {
-    return pathObject.isAnnotation() && pathObject.getROI()?.isArea() &&
-            roiClasses().contains(pathObject.getPathClass())
+    return pathObject.isAnnotation() && pathObject.getPathClass()?.toString()?.startsWith('PatchCL: ') &&
+            roiClasses().contains(pathObject.getPathClass()) && pathObject.getROI()?.isArea()
 }
 
 /** The ROIs that patchcl-qp suggested, cropped to the image. */
@@ -1186,13 +1209,17 @@ static PathObject newRegion(String place, ROI roi, JsonObject part, JsonObject r
  * annotations, annotations as a whole. Returns the objects outside all.
  */
 @CompileStatic
-static List<PathObject> assign(List<PathObject> objects, Areas regions, Areas parents) {
+static List<PathObject> assign(List<PathObject> objects, Areas regions, Areas parents, int width, int height) {
     Map<PathObject, List<PathObject>> members = [:]
     List<PathObject> elsewhere = []
+    if (parents.isEmpty() && regions.isWhole(width, height)) {   // most imports
+        regions.objects.first().addChildObjects(objects)
+        return elsewhere
+    }
     for (PathObject pathObject : objects) {
         PathObject smallest = null
         if (!parents.isEmpty())
-            for (PathObject parent : parents.holding(nucleusX(pathObject), nucleusY(pathObject)))
+            for (PathObject parent : parents.holding(centroidOf(pathObject)))
                 if (parent.getROI().getArea() > 2 * pathObject.getROI().getArea() &&
                         (!pathObject.isAnnotation() || parents.covers(parent, pathObject.getROI())))
                     smallest = smaller(smallest, parent)
@@ -1218,7 +1245,7 @@ static PathObject smaller(PathObject one, PathObject other) {
  */
 @CompileStatic
 static List<PathObject> regionsOf(PathObject pathObject, Areas regions) {
-    List<PathObject> around = regions.holding(nucleusX(pathObject), nucleusY(pathObject))
+    List<PathObject> around = regions.holding(centroidOf(pathObject))
     if (!around.isEmpty())
         return around
     PathObject near = regions.meeting(PathObjectTools.getROI(pathObject, true))
@@ -1243,7 +1270,9 @@ static void measureRegions(ImageData<?> imageData, Replacement plan) {
         counts[region] = [found: 0, added: 0] + NewObjects.noneLeftOut()
     }
     Areas areas = new Areas(shown)
-    for (PathObject nucleus : plan.nuclei)
+    if (areas.isWhole(imageData.getServer().getWidth(), imageData.getServer().getHeight()))
+        counts[shown.first()] = [found: plan.nuclei.size(), added: plan.added.nuclei.size()] + plan.added.leftOut
+    else for (PathObject nucleus : plan.nuclei)
         for (PathObject region : regionsOf(nucleus, areas)) {
             Map<String, Integer> count = counts[region]
             String what = plan.added.whyLeftOut[nucleus] ?: 'added'
@@ -1301,7 +1330,7 @@ static List<Map<String, Object>> summarise(ImageData<?> imageData, ProjectImageE
 @CompileStatic
 static List<PathObject> shownRegions(ImageData<?> imageData, Marks marks) {
     return imageData.getHierarchy().getAnnotationObjects().toList().findAll { PathObject annotation ->
-        marks.regions.containsKey(annotation.getID().toString())
+        marks.regions.containsKey(annotation.getID())
     }
 }
 
@@ -1316,75 +1345,99 @@ static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObj
         counts[region] = 0
     Areas areas = new Areas(regions)
     boolean withForeign = result != null && overlapping(result) == 'keep'
-    nucleiPresent(imageData, marks, withForeign).each { PathObject nucleus, Boolean onBorder ->
-        List<PathObject> around = onBorder ? regionsOf(nucleus, areas) :
-                areas.holding(nucleusX(nucleus), nucleusY(nucleus))
-        for (PathObject region : around)
-            counts[region] = counts[region] + 1
+    PresentNuclei present = nucleiPresent(imageData, marks, withForeign)
+    if (areas.isWhole(imageData.getServer().getWidth(), imageData.getServer().getHeight()))
+        counts[regions.first()] = present.onBorder.size() + present.others.size()
+    else {
+        for (PathObject nucleus : present.onBorder)
+            for (PathObject region : regionsOf(nucleus, areas))
+                counts[region] = counts[region] + 1
+        for (PathObject nucleus : present.others)
+            for (PathObject region : areas.holding(centroidOf(nucleus)))
+                counts[region] = counts[region] + 1
     }
     counts.each { PathObject region, Integer count -> measure(region, count, imageData) }
     imageData.getHierarchy().fireObjectMeasurementsChangedEvent(imageData, regions)
     return regions
 }
 
+/** The centroid of an object, or of the nucleus of a cell. QuPath's own takes long: it looks for crossings, too. */
 @CompileStatic
-static double nucleusX(PathObject nucleus) {
-    return PathObjectTools.getROI(nucleus, true).getCentroidX()
-}
-
-@CompileStatic
-static double nucleusY(PathObject nucleus) {
-    return PathObjectTools.getROI(nucleus, true).getCentroidY()
+static Coordinate centroidOf(PathObject nucleus) {
+    ROI roi = PathObjectTools.getROI(nucleus, true)
+    if (!(roi instanceof PolygonROI))
+        return new Coordinate(roi.getCentroidX(), roi.getCentroidY())
+    List<Point2> points = roi.getAllPoints()
+    Point2 first = points.get(0)
+    double area = 0, x = 0, y = 0
+    double lastX = 0, lastY = 0   // relative to the first, for their digits
+    for (int k = 0; k < points.size(); k++) {   // by index: Groovy's loop over a list checks each one's class
+        Point2 point = points.get(k)
+        double nextX = point.getX() - first.getX()
+        double nextY = point.getY() - first.getY()
+        double cross = lastX * nextY - nextX * lastY
+        area += cross
+        x += (lastX + nextX) * cross
+        y += (lastY + nextY) * cross
+        lastX = nextX
+        lastY = nextY
+    }
+    if (area == 0d)
+        return new Coordinate(roi.getCentroidX(), roi.getCentroidY())
+    return new Coordinate(first.getX() + x / (3 * area), first.getY() + y / (3 * area))
 }
 
 /**
  * The nuclei of an image, whatever their parent: those that were imported, cells that were made of them, and those that
- * a person drew; and whether one on the border of a region belongs to it. Regions, ROIs and objects of a class that
- * QuPath ignores ('Ignore*') are none. Detections of other programs are nuclei only where ours were left out for them.
+ * a person drew. Regions, ROIs and objects of a class that QuPath ignores ('Ignore*') are none. Detections of other
+ * programs are nuclei only where ours were left out for them.
  */
 @CompileStatic
-static Map<PathObject, Boolean> nucleiPresent(ImageData<?> imageData, Marks marks, boolean withForeign) {
+static PresentNuclei nucleiPresent(ImageData<?> imageData, Marks marks, boolean withForeign) {
     Collection<PathObject> all = imageData.getHierarchy().getAllObjects(false)
     Set<PathObject> foreign = foreignObjects(all, marks, [] as List<PathObject>)
-    Map<PathObject, Boolean> nuclei = [:]
+    PresentNuclei present = new PresentNuclei()
     List<PathObject> drawn = []
     for (PathObject pathObject : all) {
-        String id = pathObject.getID().toString()
+        UUID id = pathObject.getID()
         ROI roi = PathObjectTools.getROI(pathObject, true)
         boolean ignored = pathObject.getPathClass() != null &&   // of no class, QuPath says the same
                 PathClassTools.isIgnoredClass(pathObject.getPathClass())
-        if (roi == null || !roi.isArea() || ignored ||
-                marks.regions.containsKey(id) || marks.rois.containsKey(id) || isCorrectionRoi(pathObject))
+        if (roi == null || !roi.isArea() || ignored)
             continue
-        if (marks.nuclei.containsKey(id) || pathObject.isDetection() && !foreign.contains(pathObject))
-            nuclei[pathObject] = true
+        if (marks.nuclei.containsKey(id))
+            present.onBorder.add(pathObject)
+        else if (marks.contains(id) || isCorrectionRoi(pathObject))
+            continue
+        else if (pathObject.isDetection() && !foreign.contains(pathObject))
+            present.onBorder.add(pathObject)
         else if (withForeign && pathObject.isDetection() && !pathObject.isTile())
-            nuclei[pathObject] = false
-        else if (pathObject.isAnnotation() && !marks.nuclei.containsKey(pathObject.getParent().getID().toString()))
-            drawn << pathObject   // but for what was drawn within a nucleus
+            present.others.add(pathObject)
+        else if (pathObject.isAnnotation() && !marks.nuclei.containsKey(pathObject.getParent().getID()))
+            drawn.add(pathObject)   // but for what was drawn within a nucleus
     }
-    for (PathObject annotation : drawnNuclei(drawn, nuclei.keySet(), imageData))
-        nuclei[annotation] = false
-    return nuclei
+    present.others.addAll(drawnNuclei(drawn, present, imageData))
+    return present
 }
 
 /** Of the annotations that a person drew, the nuclei: at most 2,000 µm² large, and without several nuclei within. */
 @CompileStatic
-static List<PathObject> drawnNuclei(List<PathObject> drawn, Collection<PathObject> nuclei, ImageData<?> imageData) {
+static List<PathObject> drawnNuclei(List<PathObject> drawn, PresentNuclei present, ImageData<?> imageData) {
     def pixels = imageData.getServer().getPixelCalibration()
     double pixelArea = pixels.hasPixelSizeMicrons() ?
             pixels.getPixelWidthMicrons() * pixels.getPixelHeightMicrons() : 0.25d * 0.25d
-    STRtree centroids = new STRtree()
-    for (PathObject nucleus : nuclei + drawn) {
-        Coordinate place = new Coordinate(nucleusX(nucleus), nucleusY(nucleus))
-        centroids.insert(new Envelope(place), place)
-    }
-    return drawn.findAll { PathObject annotation ->
-        ROI roi = annotation.getROI()
-        roi.getArea() * pixelArea <= 2000 && centroids.query(envelope(roi)).count {
-            Coordinate place = (Coordinate) it
-            roi.contains(place.x, place.y)
-        }.intValue() <= 2   // its own, and one of a nucleus that it was drawn over
+    Areas areas = new Areas(drawn.findAll { PathObject annotation ->
+        annotation.getROI().getArea() * pixelArea <= 2000
+    })
+    if (areas.isEmpty())
+        return areas.objects
+    Map<PathObject, Integer> within = new IdentityHashMap<>()
+    for (Collection<PathObject> objects : [present.onBorder, present.others, drawn])
+        for (PathObject nucleus : objects)
+            for (PathObject annotation : areas.holding(centroidOf(nucleus)))
+                within.merge(annotation, 1) { Integer one, Integer other -> one + other }
+    return areas.objects.findAll { PathObject annotation ->
+        (within[annotation] ?: 0) <= 2   // its own, and one of a nucleus that it was drawn over
     }
 }
 
@@ -1410,25 +1463,26 @@ static String text(JsonObject result, String key) {
 @CompileStatic
 static Marks readMarks(ImageData<?> imageData) {
     String lines = imageData.getProperty('patchcl.imported') ?: ''
-    Map<String, String> marks = [:]
-    for (String line : lines.readLines())
-        marks[line.substring(0, 36)] = line.substring(37)
-    return toMarks(marks)
-}
-
-@CompileStatic
-static Marks toMarks(Map<String, String> all) {
     Marks marks = new Marks()
-    all.each { String id, String mark ->
-        Map<String, String> kind = mark.endsWith(' region') ? marks.regions :
-                mark.contains(' field ') ? marks.rois : marks.nuclei
-        kind[id] = mark
-    }
+    for (String line : lines.readLines())
+        marks.add(UUID.fromString(line.substring(0, 36)), line.substring(37))
     return marks
 }
 
-static void writeMarks(ImageData<?> imageData, Map<String, String> marks) {
-    imageData.setProperty('patchcl.imported', marks.collect { id, mark -> id + ' ' + mark }.join('\n'))
+@CompileStatic
+static Marks toMarks(Map<UUID, String> all) {
+    Marks marks = new Marks()
+    for (Map.Entry<UUID, String> entry : all.entrySet())
+        marks.add(entry.key, entry.value)
+    return marks
+}
+
+@CompileStatic
+static void writeMarks(ImageData<?> imageData, Map<UUID, String> marks) {
+    StringBuilder text = new StringBuilder()
+    for (Map.Entry<UUID, String> entry : marks.entrySet())
+        text.append(text.length() > 0 ? '\n' : '').append(entry.key).append(' ').append(entry.value)
+    imageData.setProperty('patchcl.imported', text.toString())
 }
 
 /** Reads what imports gave nuclei, with what this one gives; of images of version 0.1, the names that it gave. */
@@ -1479,13 +1533,14 @@ static void writeReceipt(Path file, Map receipt) {
 
 @CompileStatic
 static String digestAndCentroid(PathObject pathObject) {
-    ROI roi = pathObject.getROI()
-    return digest(pathObject) + ' ' + (float) roi.getCentroidX() + ' ' + (float) roi.getCentroidY()
+    Coordinate place = centroidOf(pathObject)
+    return digest(pathObject) + ' ' + (float) place.x + ' ' + (float) place.y
 }
 
+@CompileStatic
 static Coordinate centroid(String digestAndCentroid) {
-    def (_, x, y) = digestAndCentroid.tokenize(' ')
-    return new Coordinate(x as double, y as double)
+    String[] parts = digestAndCentroid.split(' ')
+    return new Coordinate(Double.parseDouble(parts[1]), Double.parseDouble(parts[2]))
 }
 
 /**
@@ -1508,24 +1563,26 @@ static String pristineDigest(PathObject nucleus, String className) {
 
 @CompileStatic
 static String digestWith(PathObject pathObject, String className, String name, Integer color, String description) {
-    def bytes = new ByteArrayOutputStream(256)
-    def data = new DataOutputStream(bytes)
     ROI roi = pathObject.getROI()
-    if (roi != null)
-        for (Point2 point : roi.getAllPoints()) {
-            data.writeFloat((float) point.getX())
-            data.writeFloat((float) point.getY())
-        }
-    List<Object> rest = [pathObject.isAnnotation(), className, name, color, pathObject.isLocked()]
+    List<Point2> points = roi == null ? Collections.<Point2> emptyList() : roi.getAllPoints()
+    StringBuilder text = new StringBuilder(64)
+    text.append('[').append(pathObject.isAnnotation()).append(', ').append(className).append(', ').append(name)
+            .append(', ').append((Object) color).append(', ').append(pathObject.isLocked())
     if (pathObject.isAnnotation())
-        rest.add(description)
-    data.write(rest.toString().getBytes(StandardCharsets.UTF_8))
-    return sha(bytes.toByteArray())
+        text.append(', ').append(description)
+    byte[] rest = text.append(']').toString().getBytes(StandardCharsets.UTF_8)
+    ByteBuffer bytes = ByteBuffer.allocate(8 * points.size() + rest.length)
+    for (int k = 0; k < points.size(); k++) {   // by index, as in centroidOf
+        Point2 point = points.get(k)
+        bytes.putFloat((float) point.getX()).putFloat((float) point.getY())
+    }
+    return sha(bytes.put(rest).array())
 }
 
 @CompileStatic
 static String sha(byte[] bytes) {
-    return MessageDigest.getInstance('SHA-256').digest(bytes).encodeHex().toString().substring(0, 16)
+    long head = ByteBuffer.wrap(MessageDigest.getInstance('SHA-256').digest(bytes)).getLong()
+    return HexFormat.of().toHexDigits(head)
 }
 
 @CompileStatic
