@@ -1367,12 +1367,11 @@ static Coordinate centroidOf(PathObject nucleus) {
     ROI roi = PathObjectTools.getROI(nucleus, true)
     if (!(roi instanceof PolygonROI))
         return new Coordinate(roi.getCentroidX(), roi.getCentroidY())
-    List<Point2> points = roi.getAllPoints()
-    Point2 first = points.get(0)
+    Point2[] points = pointsOf(roi)
+    Point2 first = points[0]
     double area = 0, x = 0, y = 0
     double lastX = 0, lastY = 0   // relative to the first, for their digits
-    for (int k = 0; k < points.size(); k++) {   // by index: Groovy's loop over a list checks each one's class
-        Point2 point = points.get(k)
+    for (Point2 point : points) {
         double nextX = point.getX() - first.getX()
         double nextY = point.getY() - first.getY()
         double cross = lastX * nextY - nextX * lastY
@@ -1564,19 +1563,23 @@ static String pristineDigest(PathObject nucleus, String className) {
 @CompileStatic
 static String digestWith(PathObject pathObject, String className, String name, Integer color, String description) {
     ROI roi = pathObject.getROI()
-    List<Point2> points = roi == null ? Collections.<Point2> emptyList() : roi.getAllPoints()
+    Point2[] points = pointsOf(roi)
     StringBuilder text = new StringBuilder(64)
     text.append('[').append(pathObject.isAnnotation()).append(', ').append(className).append(', ').append(name)
             .append(', ').append((Object) color).append(', ').append(pathObject.isLocked())
     if (pathObject.isAnnotation())
         text.append(', ').append(description)
     byte[] rest = text.append(']').toString().getBytes(StandardCharsets.UTF_8)
-    ByteBuffer bytes = ByteBuffer.allocate(8 * points.size() + rest.length)
-    for (int k = 0; k < points.size(); k++) {   // by index, as in centroidOf
-        Point2 point = points.get(k)
+    ByteBuffer bytes = ByteBuffer.allocate(8 * points.length + rest.length)
+    for (Point2 point : points)
         bytes.putFloat((float) point.getX()).putFloat((float) point.getY())
-    }
     return sha(bytes.put(rest).array())
+}
+
+/** The corners of a contour, as an array: Groovy checks the class of each element of a list. */
+@CompileStatic
+static Point2[] pointsOf(ROI roi) {
+    return roi == null ? new Point2[0] : roi.getAllPoints().toArray(new Point2[0])
 }
 
 @CompileStatic
