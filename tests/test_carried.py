@@ -22,6 +22,7 @@ import qupath
 import shapely
 from qupath import by_index, nuclei
 from results import result_of
+from slides import write_tiff
 
 from patchcl_qupath.config import Config, ObjectType, ResultConfig, to_dict
 from patchcl_qupath.datatypes import Nuclei
@@ -32,7 +33,6 @@ from patchcl_qupath.storage.records import Imported, RegionRecord
 pytestmark = pytest.mark.qupath
 
 ROOT = Path(__file__).parent.parent
-SLIDE = ROOT / "sample_project" / "CMU-1-Small-Region.svs"
 IMAGES = ["classified", "held", "scored", "resolved", "cores", "cells", "renamed", "regions"]
 GONE = {9, *range(50, 60)}  # nuclei that the third run does not find
 LARGE = 900  # one of the third run, around nucleus 9
@@ -170,7 +170,11 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
     ``resolved`` are the objects as QuPath itself would nest them after the third run.
     """
-    path = qupath.make_project(tmp_path_factory.mktemp("carried") / "project", SLIDE, IMAGES)
+    folder = tmp_path_factory.mktemp("carried")
+    rows, columns = np.mgrid[:920, :460]
+    pixels = np.stack([rows % 256, columns % 256, 255 - rows % 256], axis=-1).astype(np.uint8)
+    slide = write_tiff(folder / "a.tif", pixels, (0.5, 0.5), tile_px=256)  # opens sooner
+    path = qupath.make_project(folder / "project", slide, IMAGES)
     session = qupath.Session()
     seen, told, written, logs, receipts = [], [], [], [], []
     for run in (1, 2, 3):

@@ -222,7 +222,7 @@ def test_no_new_nucleus_where_a_person_decided(story: SimpleNamespace) -> None:
     assert first["left_out"] == again["left_out"] == 4
     assert first["removed"] == len(old) - 3
     assert again["removed"] == again["added"] == first["added"] == len(new) - 4
-    assert first["kept"] == again["kept"] == 4  # "by hand" and "region", too
+    assert first["kept"] == again["kept"] == 5  # those drawn, too
     assert (first["classes"], first["notes"]) == (again["classes"], again["notes"]) == (1, 4)
 
 

@@ -303,6 +303,8 @@ class PaquoProject:
         """Restore an image's data on an error; back them up before our first write."""
         before = data.with_name(data.name + ".patchcl-before")
         existed = data.exists()
+        with writing(before):  # and QuPath can write there, too
+            before.parent.mkdir(parents=True, exist_ok=True)
         if existed:
             copy_once(data, self.layout.backups(entry.id) / data.name)
             with writing(before):
