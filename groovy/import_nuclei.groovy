@@ -43,6 +43,7 @@ import java.security.MessageDigest
 import java.time.LocalDateTime
 import java.time.OffsetDateTime
 import java.time.format.DateTimeFormatter
+import java.util.stream.IntStream
 import javafx.application.Platform
 import org.locationtech.jts.algorithm.locate.IndexedPointInAreaLocator
 import org.locationtech.jts.geom.Coordinate
@@ -208,6 +209,18 @@ class Additions {
     /** Whether it is more than a class. */
     boolean isMore() {
         return hasNote || measurements || children
+    }
+}
+
+
+/** SHA-256; asking Java for it anew takes as long as a short digest. */
+@CompileStatic
+class Sha {
+
+    private static final MessageDigest UNUSED = MessageDigest.getInstance('SHA-256')
+
+    static byte[] digest(byte[] bytes) {
+        return ((MessageDigest) UNUSED.clone()).digest(bytes)
     }
 }
 
@@ -538,7 +551,14 @@ static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, Give
     Set<PathObject> foreign = foreignObjects(all, marks, nuclei)
     Set<PathObject> rois = new HashSet<>(existing.unchangedRois)
     rois.addAll(existing.keptRois)
-    for (PathObject pathObject : all) {
+    PathObject[] objects = all.toArray(new PathObject[0])
+    boolean[] intact = new boolean[objects.length]
+    IntStream.range(0, objects.length).parallel().forEach { int k ->   // digests are what takes long
+        String mark = marks.nuclei.get(objects[k].getID())
+        intact[k] = mark != null && hasItsContour(objects[k], mark, given)
+    }
+    for (int k = 0; k < objects.length; k++) {
+        PathObject pathObject = objects[k]
         if (rois.contains(pathObject))
             continue
         if (foreign.contains(pathObject)) {
@@ -546,8 +566,7 @@ static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, Give
             continue
         }
         UUID id = pathObject.getID()
-        String mark = marks.nuclei.get(id)
-        if (mark != null && hasItsContour(pathObject, mark, given) && !liesInAny(pathObject, existing.keptRois)) {
+        if (intact[k] && !liesInAny(pathObject, existing.keptRois)) {
             Additions additions = additionsTo(pathObject, marks, given, foreign)
             existing.intactIds.add(id)
             PathObject parent = pathObject.getParent()
@@ -567,7 +586,7 @@ static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, Give
         } else {
             existing.kept << pathObject
             existing.keptIds << id
-            existing.hasConverted |= mark == null && !marks.regions.containsKey(id) && pathObject.isDetection()
+            existing.hasConverted |= !marks.nuclei.containsKey(id) && !marks.regions.containsKey(id) && pathObject.isDetection()
         }
     }
     return existing
@@ -965,8 +984,11 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
     Map<UUID, String> after = new LinkedHashMap<>(decided.nuclei)
     for (PathObject nucleus : existing.outside.keySet())
         after.put(nucleus.getID(), marks.nuclei.get(nucleus.getID()))
-    for (PathObject nucleus : added.nuclei)   // as a run made them, without what they take over
-        after.put(nucleus.getID(), digestAndCentroid(nucleus))
+    PathObject[] nuclei = added.nuclei.toArray(new PathObject[0])
+    String[] digests = new String[nuclei.length]   // as a run made them, without what they take over
+    IntStream.range(0, nuclei.length).parallel().forEach { int k -> digests[k] = digestAndCentroid(nuclei[k]) }
+    for (int k = 0; k < nuclei.length; k++)
+        after.put(nuclei[k].getID(), digests[k])
     for (PathObject roi : existing.keptRois + suggestions)
         if (decided.rois.containsKey(roi.getID()))
             after.put(roi.getID(), decided.rois.get(roi.getID()))
@@ -1107,7 +1129,7 @@ static List<PathObject> suggestedRois(ImageData<?> imageData, JsonObject suggest
 static String askToKeep(String warning) {
     Class<?> dialogs = ['qupath.fx.dialogs.Dialogs', 'qupath.lib.gui.dialogs.Dialogs'].findResult { name ->
         try {
-            Class.forName(name, true, QuPathGUI.getClassLoader())   // of QuPath 0.5 and later, and of 0.4
+            Class.forName(name, true, QuPathGUI.class.getClassLoader())   // of QuPath 0.5 and later, and of 0.4
         } catch (ClassNotFoundException ignored) {
             null
         }
@@ -1584,8 +1606,7 @@ static Point2[] pointsOf(ROI roi) {
 
 @CompileStatic
 static String sha(byte[] bytes) {
-    long head = ByteBuffer.wrap(MessageDigest.getInstance('SHA-256').digest(bytes)).getLong()
-    return HexFormat.of().toHexDigits(head)
+    return HexFormat.of().toHexDigits(ByteBuffer.wrap(Sha.digest(bytes)).getLong())
 }
 
 @CompileStatic

@@ -134,10 +134,12 @@ def test_a_qupath_that_was_given_must_be_one(tmp_path: Path) -> None:
 
 
 def test_memory_is_limited_unless_the_user_sets_it() -> None:
-    _, limit = java_options([])
+    *_, limit = java_options([])
     assert limit.startswith("-Xmx")
     assert int(limit.removeprefix("-Xmx").removesuffix("m")) <= 4096
-    assert java_options(["-Xmx9g"]) == ["-Xmx9g", "-XX:TieredStopAtLevel=1"]
+    quick = ["-XX:TieredStopAtLevel=1", "-XX:+UseParallelGC"]
+    assert java_options(["-Xmx9g"]) == ["-Xmx9g", *quick]
+    assert java_options(["-Xmx9g", "-XX:+UseZGC"]) == ["-Xmx9g", "-XX:+UseZGC", quick[0]]
 
 
 def test_nuclei_become_arrays() -> None:

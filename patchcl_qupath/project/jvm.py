@@ -224,10 +224,12 @@ class Process:
 
 
 def java_options(given: list[str]) -> list[str]:
-    """Options of the JVM: those given, and by default the quick compiler and a limit of memory."""
+    """Options of the JVM: those given, and by default what is quick, and a limit of memory."""
     if not any(option.startswith("-XX:TieredStopAtLevel") for option in given):
         # Java's quick compiler alone: the thorough one costs a short run more than it gives back.
         given = [*given, "-XX:TieredStopAtLevel=1"]
+    if not any(option.startswith("-XX:+Use") and option.endswith("GC") for option in given):
+        given = [*given, "-XX:+UseParallelGC"]  # nobody waits for a pause of it
     if any(option.startswith("-Xmx") for option in given):
         return given
     half = psutil.virtual_memory().total // 2
