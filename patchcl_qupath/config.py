@@ -555,8 +555,8 @@ class ResultConfig(Settings):
     keep: Annotated[
         bool,
         setting(
-            "Keep every earlier nucleus that carries a class, measurements or notes of a person and "
-            "that no new nucleus replaces; otherwise only where these were put on it by hand"
+            "Keep every earlier nucleus that carries a class, measurements or notes of a person "
+            "and that no new nucleus replaces; otherwise only where these were put on it by hand"
         ),
     ] = False
 

@@ -41,6 +41,7 @@ REGIONS = [
     shapely.box(-300, 400, 420, 700),  # beyond the image's edge
     shapely.box(0, 140, 420, 500),  # over both
 ]
+NOWHERE = shapely.Polygon()
 UNSAID = Imported(found=210, added=210, left_out=0)
 
 EDIT = """
@@ -119,7 +120,8 @@ import qupath.lib.objects.PathObjectTools
 RESOLVE
 def named = {
     def index = it.getMeasurements()['index']
-    it.isRootObject() ? 'root' : it.isTMACore() ? "core ${it.getROI().getCentroidX() as int}".toString() :
+    it.isRootObject() ? 'root' :
+        it.isTMACore() ? "core ${it.getROI().getCentroidX() as int}".toString() :
         it.getName() ?: index != null ? (index as int).toString() : it.getPathClass()?.toString()
 }
 def objects = hierarchy.getAllObjects(false).findAll { !it.isTMACore() }.collect { [
@@ -309,9 +311,7 @@ def test_what_is_lost_is_said_before_and_kept_in_a_file(story: Any) -> None:
 
 
 def test_keep_removes_nothing_of_a_person(story: Any) -> None:
-    expected = Imported(
-        found=199, added=199, left_out=0, classes=199, stayed=len(GONE)
-    )
+    expected = Imported(found=199, added=199, left_out=0, classes=199, stayed=len(GONE))
     assert story.told[2]["held"] == expected
     before, after = shown(story, 2, "held"), shown(story, 3, "held")
     assert after.keys() == before.keys()
@@ -321,9 +321,7 @@ def test_keep_removes_nothing_of_a_person(story: Any) -> None:
 def test_measurements_and_notes_move_to_the_successor(story: Any) -> None:
     assert story.told[1]["scored"] == msgspec.structs.replace(UNSAID, classes=2, notes=8)
     # 50 and 9 are not found again, and stay; the one around 9 is left out.
-    expected = Imported(
-        found=200, added=199, left_out=1, for_yours=1, classes=2, notes=6, stayed=2
-    )
+    expected = Imported(found=200, added=199, left_out=1, for_yours=1, classes=2, notes=6, stayed=2)
     assert story.told[2]["scored"] == expected
     assert "scored:" not in story.logs[2].replace("scored: 200 nuclei found", "")
     for run in (2, 3):
@@ -406,7 +404,7 @@ def test_regions_add_up(story: Any) -> None:
     runs = story.written
     first, second, third = REGIONS
 
-    def within(run: int, *, region: Any, without: Any = shapely.Polygon()) -> set[str]:
+    def within(run: int, *, region: Any, without: Any = NOWHERE) -> set[str]:
         found = runs[run - 1]["regions"]
         middle = shapely.centroid(found.polygons)
         inside = shapely.contains(region, middle) & ~shapely.contains(without, middle)

@@ -215,9 +215,7 @@ def test_no_new_nucleus_where_a_person_decided(story: SimpleNamespace) -> None:
         drawn = ("by hand", "region", "within 7", "PatchCL")
         shown = {o["id"] for o in later[EDITED] if o.get("name") not in drawn}
         left_out = {0, 1, 3, by_hand}
-        assert shown == {old[0], old[3]} | {
-            id_ for k, id_ in enumerate(new) if k not in left_out
-        }
+        assert shown == {old[0], old[3]} | {id_ for k, id_ in enumerate(new) if k not in left_out}
     first, again = story.receipts[1][EDITED], story.receipts[2][EDITED]
     assert first["left_out"] == again["left_out"] == 4
     assert first["removed"] == len(old) - 3

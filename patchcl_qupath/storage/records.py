@@ -357,8 +357,9 @@ class ReceiptRecord(
 
     Numbers of nuclei that were ``added``, ``left_out`` and why (see ``Imported``), and ``removed``;
     of objects of other programs ``replaced``; of what a person had put on nuclei, in four numbers
-    (see ``Imported``); of other objects ``kept``; of ROIs to correct that were marked, and kept. Not ``saved``: the image is saved by QuPath, or by a person,
-    later than this file, or not at all. groovy/import_nuclei.groovy writes it, too.
+    (see ``Imported``); of other objects ``kept``; of ROIs to correct that were marked, and kept.
+    Not ``saved``: the image is saved by QuPath, or by a person, later than this file, or not at
+    all. groovy/import_nuclei.groovy writes it, too.
     """
 
     image: str
