@@ -140,6 +140,22 @@ def objects = hierarchy.getAllObjects(false).findAll { !it.isTMACore() }.collect
 ] }
 GsonTools.getInstance().toJson(objects)
 """
+ASK = """
+import groovy.json.JsonOutput
+import qupath.lib.objects.PathObjects
+import qupath.lib.regions.ImagePlane
+import qupath.lib.roi.ROIs
+
+if (entry.getImageName() != 'regions')
+    return '[]'
+def script = new GroovyClassLoader(getClass().getClassLoader()).parseClass(new File('SCRIPT'))
+def upper = ROIs.createRectangleROI(0, 0, 420, 140, ImagePlane.getDefaultPlane())
+def lower = ROIs.createRectangleROI(0, 600, 420, 140, ImagePlane.getDefaultPlane())
+def asked = { List rois -> script.replacedInWords(imageData,
+    rois?.collect { PathObjects.createAnnotationObject(it) }) }
+JsonOutput.toJson([asked(null), asked([upper, lower]), asked([lower])])
+"""
+ASK = ASK.replace("SCRIPT", (ROOT / "groovy" / "run_patchcl.groovy").as_posix())
 RESOLVED = LOOK.replace("RESOLVE", "hierarchy.resolveHierarchy()")
 LOOK = LOOK.replace("RESOLVE", "")
 
@@ -208,6 +224,7 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         )
         if run == 1:
             session.run(path, EDIT)
+            asked = session.run(path, ASK)["regions"]
     resolved = session.run(path, RESOLVED)
     session.close()
     return SimpleNamespace(
@@ -217,6 +234,7 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         logs=logs,
         receipts=receipts,
         resolved=resolved,
+        asked=asked,
         backups=files.layout.root / "backups",
     )
 
@@ -421,6 +439,16 @@ def test_regions_add_up(story: Any) -> None:
     classes = [o["class_name"] for o in shown_with_twins(story, 3)]
     assert classes.count("Tumor") == 2
     assert story.receipts[2]["regions"]["kept"] == len(expected)
+
+
+def test_the_window_asks_before_it_replaces(story: Any) -> None:
+    whole, some, none = story.asked
+    assert whole.startswith("The 50 nuclei of earlier runs in this image are replaced by new ones.")
+    assert some.startswith(
+        "Of 50 nuclei of earlier runs, the 30 in 2 annotations are replaced by new ones. "
+        "All others stay."
+    )
+    assert none is None
 
 
 def shown_with_twins(story: Any, run: int) -> list[dict[str, Any]]:

@@ -486,8 +486,9 @@ class _QuPath:
             image_data, entry, objects, result, suggested, MAX_OVERLAP, backups, False
         )
         if (warning := plan.getWarning()) is not None:
-            advice = "To keep them in the image, run again with --keep"
-            pipe.send(Notice(f"{warning}; they are kept in {plan.getLostFile()}. {advice}"))
+            file = plan.getLostFile()
+            advice = f"; they are kept in {file}. To keep them in the image, run again with --keep"
+            pipe.send(Notice(f"{warning}{advice}"))
         self._lap("plan")
         counts = self._import.replaceNuclei(image_data, plan)
         self._lap("replace")
