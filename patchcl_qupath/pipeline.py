@@ -57,6 +57,7 @@ from patchcl_qupath.storage.records import (
 )
 from patchcl_qupath.timing import Seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
+from patchcl_qupath.training.calibration import calibrated
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ def train(entries: Sequence[ImageEntry], config: Config, progress: ShowProgress)
     model = patchcl.train(crops, config, count)
     if config.recipe is not Recipe.SELFTRAIN:
         return model
-    return selftrain.train(crops, model, progress)
+    model = selftrain.train(crops, model, progress)
+    return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
 
 
 def refine(
@@ -106,7 +108,8 @@ def refine(
     crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
     unlabelled = [crop.sample for crop in selftrain.pseudo_labelled(crops, start, choosing)]
-    return cdcl.refine(start, corrected, unlabelled, counter(progress, Stage.REFINING), seed)
+    model = cdcl.refine(start, corrected, unlabelled, counter(progress, Stage.REFINING), seed)
+    return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
 
 
 @dataclass(frozen=True, kw_only=True)
