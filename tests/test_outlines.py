@@ -301,16 +301,16 @@ def test_a_roi_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.Monk
 
 def samples(folder: Path, **options: Any) -> Any:
     project = open_project(folder, "files")
-    shown: list[labels.CorrectedImage] = []
+    read: dict[str, Corrections] = {}
     found = labels.read_corrected_samples(
         project,
         project.images(),
         Config(),
         labels_from=options.get("labels_from", CORRECTED),
         show_count=lambda *_: None,
-        show=shown.append,
+        found=read,
     )
-    return found, shown
+    return found, labels.corrected_images(project.images(), read)
 
 
 def export(folder: Path, *features: dict[str, Any]) -> None:
