@@ -117,7 +117,15 @@ def test_no_labels_no_contours():
     rgb = np.zeros((20, 30, 3), dtype=np.uint8)
     assert len(trace_contours(empty)) == 0
     none = np.zeros(0, dtype=bool)
-    nuclei = nuclei_of_tile(empty, none, rgb, np.zeros((20, 30), np.float32), tile, (0.5, 0.5))
+    nuclei = nuclei_of_tile(
+        labels=empty,
+        owned=none,
+        probability=np.zeros(0),
+        rgb=rgb,
+        confidence=np.zeros((20, 30), np.float32),
+        tile=tile,
+        mpp=(0.5, 0.5),
+    )
     assert len(nuclei) == 0
     assert len(to_level0(nuclei, (2, 2), "1")) == 0
 
@@ -176,9 +184,8 @@ def test_intensities_are_qupath_s_optical_densities_of_the_pixels_inside(stains)
     labels[1:3, 1:3] = 1
     labels[0, 5] = 2
     rgb = np.random.default_rng(0).integers(30, 255, (4, 6, 3)).astype(np.uint8)
-    confidence = np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6)
     polygons = trace_contours(labels)
-    values = measure(polygons, labels, rgb, confidence, stains)
+    values = measure(polygons, labels, rgb, np.array([0.75, 0.5]), stains)
     found = densities(rgb, stains)
     assert tuple(found) == stains.names
     for name, density in found.items():
@@ -188,7 +195,7 @@ def test_intensities_are_qupath_s_optical_densities_of_the_pixels_inside(stains)
         assert values[f"{name}: Min"][0] == inside.min()
         assert values[f"{name}: Max"][0] == inside.max()
         assert values[f"{name}: Std.Dev."][1] == 0
-    assert values["Detection probability"][0] == pytest.approx(confidence[1:3, 1:3].mean())
+    assert values["Detection probability"].tolist() == [0.75, 0.5]
 
 
 @pytest.mark.parametrize(

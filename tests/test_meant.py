@@ -25,6 +25,7 @@ from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.project.jvm import Process
 from patchcl_qupath.project.paquo import PaquoProject
+from patchcl_qupath.segmentation.measurements import shape_measurements
 
 pytestmark = pytest.mark.qupath
 
@@ -264,3 +265,29 @@ def test_both_backends_read_and_show_the_same(story: Story) -> None:
         for image in (story.marked[by] for by in BACKENDS)
     ]
     assert shown[0] == shown[1]
+
+
+MEASURE = """
+import qupath.lib.analysis.features.ObjectMeasurements
+import qupath.lib.objects.PathObjects
+
+def pixels = imageData.getServer().getPixelCalibration()
+def nucleus = hierarchy.getAllObjects(false).find { it.getMeasurements()['index'] == 3 }
+def copy = PathObjects.createDetectionObject(nucleus.getROI())
+ObjectMeasurements.addShapeMeasurements(copy, pixels)
+groovy.json.JsonOutput.toJson([
+    mpp: [pixels.getPixelWidthMicrons(), pixels.getPixelHeightMicrons()],
+    measured: copy.getMeasurements().collectEntries { k, v -> [k, v] },
+])
+"""
+
+
+def test_shapes_are_measured_and_named_as_by_this_qupath(story: Story) -> None:
+    """In each version: 0.6 renamed measurements of cells, and none of these."""
+    found = story.session.run(story.path, MEASURE)["paquo"]
+    scale = np.array(found["mpp"])
+    polygon = shapely.transform(story.written.polygons[3], lambda xy: xy * scale)
+    ours = shape_measurements(np.array([polygon], dtype=object))
+    assert ours.keys() == found["measured"].keys()
+    for name, value in found["measured"].items():
+        assert ours[name][0] == pytest.approx(value, rel=0.01), name

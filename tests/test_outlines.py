@@ -10,12 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import shapely
+from click.testing import CliRunner
+from test_network import selftraining_log
 
+from patchcl_qupath import pipeline
+from patchcl_qupath.cli import main
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, Config
 from patchcl_qupath.correction import labels
 from patchcl_qupath.datatypes import Corrections, ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
 from patchcl_qupath.evaluation.ground_truth import read_ground_truth
+from patchcl_qupath.models.model import Model
+from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.drawn import read_corrected_rois, read_labels, read_regions
 from patchcl_qupath.slides.prepare import prepare
@@ -301,16 +307,16 @@ def test_a_roi_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.Monk
 
 def samples(folder: Path, **options: Any) -> Any:
     project = open_project(folder, "files")
-    shown: list[labels.CorrectedImage] = []
+    read: dict[str, Corrections] = {}
     found = labels.read_corrected_samples(
         project,
         project.images(),
         Config(),
         labels_from=options.get("labels_from", CORRECTED),
         show_count=lambda *_: None,
-        show=shown.append,
+        found=read,
     )
-    return found, shown
+    return found, labels.corrected_images(project.images(), read)
 
 
 def export(folder: Path, *features: dict[str, Any]) -> None:
@@ -335,6 +341,43 @@ def test_what_was_read_is_shown(folder: Path) -> None:
     assert (image.rois, image.nuclei) == (2, 9)
     assert image.left_out == {**NONE, "ignored": 3, "regions": 1, "points": 2}
     assert len(image.notes) == 1
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_refine_reports_what_was_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    """In words and in JSON; nothing is trained here."""
+    config = Config()
+    widths = config.selftrain.widths
+    start = Model(network=NucleusNetwork(widths), config=config, training=selftraining_log())
+    start.save(folder / "patchcl" / "models", "patchcl")
+    monkeypatch.setattr(pipeline, "training_crops", lambda *_: [])
+    monkeypatch.setattr(pipeline.selftrain, "pseudo_labelled", lambda *_: [])
+    monkeypatch.setattr(pipeline.cdcl, "refine", lambda *_: start)
+    monkeypatch.setattr(pipeline, "calibrated", lambda model, *_: model)
+    vessel = feature(disc(250, 250, 100), "Vessel")
+    export(
+        folder, feature(ROI, CORRECTED), feature(EMPTY, CORRECTED), *map(feature, grid()), vessel
+    )
+    options = ["--json"] if as_json else []
+    shown = CliRunner().invoke(main, ["refine", str(folder), "--backend", "files", *options])
+    assert shown.exit_code == 0, shown.output
+    if not as_json:
+        said = "2 ROIs with 9 nuclei; no nuclei, left out: 1 region or vessel"
+        assert f"Corrected: {SLIDE.name}: {said}\n" in shown.stdout
+        assert f"Note: {SLIDE.name}: the ROI at x 800, y 200 px has no nuclei" in shown.stdout
+        return
+    (image,) = json.loads(shown.stdout)["corrected"]
+    (note,) = image.pop("notes")
+    assert note.startswith("the ROI at x 800, y 200 px has no nuclei")
+    assert image == {
+        "id": "1",
+        "image": SLIDE.name,
+        "fields": 2,
+        "nuclei": 9,
+        "left_out": {**NONE, "regions": 1},
+    }
 
 
 def test_rois_without_any_nucleus_teach_nothing(folder: Path) -> None:

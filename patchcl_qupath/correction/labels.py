@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import shapely
@@ -28,8 +27,6 @@ MIN_ROI_UM = 16.0  # a narrower ROI contains no whole nucleus
 SAME_IOU = 0.5  # above it, two contours are of one nucleus
 
 LabelledImage = tuple[PreparedImage, Corrections]
-
-logger = logging.getLogger(__name__)
 
 MAX_ROI_MM2 = 10.0  # the box around a larger ROI does not fit into the memory of a small machine
 _LEFT_OUT = {  # what each kind of object is called, one of it and several
@@ -71,25 +68,18 @@ class CorrectedImage(Record, frozen=True, kw_only=True, rename={"rois": "fields"
         )
 
 
-ShowCorrected = Callable[[CorrectedImage], None]
-
-
-def show_no_image(image: CorrectedImage) -> None:
-    """Show nobody what was read."""
-
-
 def read_corrected_samples(
     project: Project,
     entries: Sequence[ImageEntry],
     config: Config,
     labels_from: str,
     show_count: ShowCount,
-    show: ShowCorrected = show_no_image,
+    found: dict[str, Corrections] | None = None,
 ) -> list[TrainingSample]:
     """One training sample for each annotation of class ``labels_from`` in a project.
 
-    ``show`` is called with what was read of each image. Raises ImageError for labels that cannot be
-    trained on, with the problems of all images; TrainingError if there are none; ConfigError for
+    ``found`` takes what was read, by the id of the image. Raises ImageError for labels that cannot
+    be trained on, with the problems of all images; TrainingError if there are none; ConfigError for
     the class of ROIs that are still to be corrected, whose nuclei are predictions.
     """
     if class_name(labels_from) == TO_CORRECT:
@@ -108,7 +98,8 @@ def read_corrected_samples(
             continue
         if corrections.rois:
             labelled.append((prepare(entry, config), corrections))
-            _show(entry, corrections, show)
+            if found is not None:
+                found[entry.id] = corrections
     show_count(len(entries), len(entries))
     if problems:
         raise ImageError("\n".join(problems))
@@ -126,18 +117,22 @@ def read_corrected_samples(
     return [sample for image, labels in labelled for sample in training_samples(image, labels)]
 
 
-def _show(entry: ImageEntry, corrections: Corrections, show: ShowCorrected) -> None:
-    """Show what was read of an image, and log it."""
-    image = CorrectedImage(
-        id=entry.id,
-        image=entry.name,
-        rois=len(corrections.rois),
-        nuclei=len(corrections.nuclei),
-        left_out=corrections.left_out,
-        notes=corrections.without_nuclei,
-    )
-    logger.info("%s: %s", entry.name, image.in_words)
-    show(image)
+def corrected_images(
+    entries: Sequence[ImageEntry], found: Mapping[str, Corrections]
+) -> list[CorrectedImage]:
+    """What was ``found`` in the corrected ROIs of images, by id, in numbers and words."""
+    return [
+        CorrectedImage(
+            id=entry.id,
+            image=entry.name,
+            rois=len(found[entry.id].rois),
+            nuclei=len(found[entry.id].nuclei),
+            left_out=found[entry.id].left_out,
+            notes=found[entry.id].without_nuclei,
+        )
+        for entry in entries
+        if entry.id in found
+    ]
 
 
 def check_agreement(images: Sequence[LabelledImage]) -> None:

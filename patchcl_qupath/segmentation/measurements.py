@@ -15,15 +15,15 @@ def measure(
     polygons_um: Polygons,
     labels: NDArray[np.int32],
     rgb: NDArray[np.uint8],
-    confidence: NDArray[np.float32],
+    probability: NDArray[np.float64],
     stains: StainVectors = H_E,
 ) -> dict[str, NDArray[np.float32]]:
     """Measurements of labels 1..N under QuPath's own names -> name: (N,) float32.
 
-    ``polygons_um`` (N,) are their contours in µm; ``labels`` (H, W), ``rgb`` (H, W, 3) and
-    ``confidence`` (H, W) belong to the same tile. Shapes are defined as in QuPath's
-    ``ObjectMeasurements`` (0.3 and later); optical densities are those of ``stains``, at the
-    working resolution, over the pixels of the nucleus.
+    ``polygons_um`` (N,) are their contours in µm, ``probability`` (N,) those that they are nuclei;
+    ``labels`` (H, W) and ``rgb`` (H, W, 3) belong to the same tile. Shapes are defined as in
+    QuPath's ``ObjectMeasurements`` (0.3 and later); optical densities are those of ``stains``, at
+    the working resolution, over the pixels of the nucleus.
     """
     named = shape_measurements(polygons_um)
     n = len(polygons_um)
@@ -32,7 +32,7 @@ def measure(
             ("Mean", "Std.Dev.", "Min", "Max"), _statistics(labels, n, density), strict=True
         ):
             named[f"{stain}: {name}"] = per_nucleus
-    named["Detection probability"] = means(labels, n, confidence)
+    named["Detection probability"] = probability
     return {name: values.astype(np.float32) for name, values in named.items()}
 
 
@@ -56,6 +56,18 @@ def means(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> NDA
                 count[label] += 1
                 total[label] += values[row, col]
     return total[1:] / np.maximum(count[1:], 1)
+
+
+@compiled
+def maxima(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Largest (n,) of the values (H, W) in labels 1..n (H, W); 0 for a label without pixels."""
+    largest = np.zeros(n + 1)
+    for row in range(labels.shape[0]):
+        for col in range(labels.shape[1]):
+            label = labels[row, col]
+            if label:
+                largest[label] = max(largest[label], values[row, col])
+    return largest[1:]
 
 
 @compiled

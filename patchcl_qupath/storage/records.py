@@ -209,6 +209,7 @@ class ModelRecord(Record, frozen=True, kw_only=True):
     threshold: float
     config: dict[str, Any]
     training: dict[str, Any]
+    calibration: tuple[float, ...] | None = None
 
 
 class ChannelsRecord(Record, frozen=True, kw_only=True):
