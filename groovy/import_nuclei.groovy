@@ -469,7 +469,7 @@ static Replacement planReplacement(ImageData<?> imageData, ProjectImageEntry<?> 
     chooseNuclei(added, nuclei, existing, decided, overlapping(result), maxOverlap)
     takeFromOutside(existing, added, scope, maxOverlap)
     findSuccessors(plan, maxOverlap, removing || keep || keepsWork(result))
-    for (PathObject nucleus : plan.stayed)
+    for (PathObject nucleus : removing ? [] as List<PathObject> : plan.stayed)
         decided.nuclei[nucleus.getID()] = marks.nuclei[nucleus.getID()]
     convertToAnnotations(plan)
     if (overlapping(result) == 'replace')
@@ -999,9 +999,10 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
         for (PathObject roi : added.rois)
             after[roi.getID()] = digestAndCentroid(roi) + ' field ' + contentDigest(roi, present)
     }
+    boolean removing = plan.result.has('removed')   // what stays is a person's from then on
     for (PathObject region : existing.kept + existing.outsideRegions) {
         String mark = marks.regions.get(region.getID())
-        if (mark != null)
+        if (mark != null && !removing)
             after.put(region.getID(), mark)
     }
     for (PathObject region : added.regions)
