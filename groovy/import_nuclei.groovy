@@ -441,8 +441,8 @@ static ImageResults readResults(String image, Path resultFile, Path roisFile) {
 
 /**
  * Finds out how the nuclei of a run replace those of earlier imports; nothing is changed yet. 'result' is the content
- * of result.json, 'suggested' that of the file of ROIs to correct, null without any; 'backups' is the folder for what is
- * removed of a person's work, 'keep' whether nothing of it may be. patchcl-qp calls this, too, when it writes by
+ * of result.json, 'suggested' that of the file of ROIs to correct, null without any; 'backups' is the folder for what
+ * is removed of a person's work, 'keep' whether nothing of it may be. patchcl-qp calls this, too, when it writes by
  * itself, and then replaceNuclei. In files and marks, ROIs are called 'fields', as in version 0.1.
  */
 @CompileStatic
