@@ -6,8 +6,8 @@
  *
  * The script can be run repeatedly. Nuclei of an earlier import are replaced; what a person or a command of QuPath put
  * on them (class, foreign measurements, name, colour, metadata, children) is carried over to the new nucleus in their
- * place. Objects that a person drew, reshaped or locked stay as they are, nuclei that a person deleted stay deleted, and
- * new nuclei in either place are left out. To restore deleted nuclei, delete all nuclei, then run this script again.
+ * place. Objects that a person drew, reshaped or locked stay as they are, nuclei that a person deleted stay deleted,
+ * and new nuclei in either place are left out. To restore deleted nuclei, delete all nuclei, then run this again.
  *
  * Detections of other programs (QuPath's own, StarDist's) stay as they are, too, and new nuclei are added beside them.
  * `patchcl-qp run --overlapping keep` leaves out new nuclei in their place, `--overlapping replace` removes those in
@@ -328,8 +328,8 @@ class Areas {
 
 
 /**
- * The objects of an image before an import. Of imported nuclei with the contour that they were given, the unchanged ones
- * are those that nobody touched, and annotated ones have additions. A nucleus outside lies in no region of the run.
+ * The objects of an image before an import. Of imported nuclei with the contour that they were given, the unchanged
+ * ones are those that nobody touched, and annotated ones have additions. One outside lies in no region of the run.
  */
 @CompileStatic
 class ExistingObjects {
@@ -444,10 +444,10 @@ static ImageResults readResults(String image, Path resultFile, Path roisFile) {
 }
 
 /**
- * Finds out how the nuclei of a run replace those of earlier imports; nothing is changed yet. 'result' is the content of
- * result.json, 'suggested' that of the file of ROIs to correct, null without any; 'backups' is the folder for what is
- * removed of a person's work, 'keep' whether nothing of it may be. patchcl-qp calls this, too, when it writes by itself,
- * and then replaceNuclei. In files and marks, ROIs are called 'fields', as in version 0.1.
+ * Finds out how the nuclei of a run replace those of earlier imports; nothing is changed yet. 'result' is the content
+ * of result.json, 'suggested' that of the file of ROIs to correct, null without any; 'backups' is the folder for what
+ * is removed of a person's work, 'keep' whether nothing of it may be. patchcl-qp calls this, too, when it writes by
+ * itself, and then replaceNuclei. In files and marks, ROIs are called 'fields', as in version 0.1.
  */
 @CompileStatic
 static Replacement planReplacement(ImageData<?> imageData, ProjectImageEntry<?> entry, List<PathObject> nuclei,
@@ -473,7 +473,7 @@ static Replacement planReplacement(ImageData<?> imageData, ProjectImageEntry<?> 
     chooseNuclei(added, nuclei, existing, decided, overlapping(result), maxOverlap)
     takeFromOutside(existing, added, scope, maxOverlap)
     findSuccessors(plan, maxOverlap, removing || keep || keepsWork(result))
-    for (PathObject nucleus : plan.stayed)
+    for (PathObject nucleus : removing ? [] as List<PathObject> : plan.stayed)
         decided.nuclei[nucleus.getID()] = marks.nuclei[nucleus.getID()]
     convertToAnnotations(plan)
     makeReshapable(plan, marks)
@@ -592,7 +592,7 @@ static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, Give
         } else {
             existing.kept << pathObject
             existing.keptIds << id
-            existing.hasConverted |= !marks.nuclei.containsKey(id) && !marks.regions.containsKey(id) && pathObject.isDetection()
+            existing.hasConverted |= pathObject.isDetection() && !marks.contains(id)
         }
     }
     return existing
@@ -1006,9 +1006,10 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
         for (PathObject roi : added.rois)
             after[roi.getID()] = digestAndCentroid(roi) + ' field ' + contentDigest(roi, present)
     }
+    boolean removing = plan.result.has('removed')   // what stays is a person's from then on
     for (PathObject region : existing.kept + existing.outsideRegions) {
         String mark = marks.regions.get(region.getID())
-        if (mark != null)
+        if (mark != null && !removing)
             after.put(region.getID(), mark)
     }
     for (PathObject region : added.regions)
@@ -1076,8 +1077,8 @@ static void exchangeOneByOne(PathObjectHierarchy hierarchy, Map<PathObject, Path
 }
 
 /**
- * The annotations and TMA cores for new nuclei to be nested in: those in which nuclei were, and others of their classes.
- * There are none where nobody resolved the hierarchy.
+ * The annotations and TMA cores for new nuclei to be nested in: those in which nuclei were, and others of their
+ * classes. There are none where nobody resolved the hierarchy.
  */
 @CompileStatic
 static List<PathObject> parentsFor(PathObjectHierarchy hierarchy, Replacement plan) {
@@ -1680,7 +1681,9 @@ static Envelope envelope(ROI roi) {
 /** Whether one of the places lies inside the contour. */
 @CompileStatic
 static boolean coversAny(ROI roi, STRtree places) {
-    return !places.isEmpty() && places.query(envelope(roi)).any { roi.contains(((Coordinate) it).x, ((Coordinate) it).y) }
+    return !places.isEmpty() && places.query(envelope(roi)).any {
+        roi.contains(((Coordinate) it).x, ((Coordinate) it).y)
+    }
 }
 
 /** Whether the IoU with one of the contours is more than maxOverlap. */

@@ -324,14 +324,17 @@ static String nextStep(Task task, boolean shown) {
     if (task.what == 'suggest')
         return correctionSteps(task, shown)
     String name = task.entry.getImageName()
-    return (shown ? "${name}: ${importedInWords(task)}.\n\nSave the image to keep them." :
+    String imported = shown ? importedInWords(task) : null
+    return (imported != null ? "${name}: ${imported}.\n\nSave the image to keep them." :
             "The nuclei of ${name} are ready: open the image, and run the script import nuclei.") +
             (task.oneImage ? '' : '\n\nFor others, open the script import nuclei, and choose Run > Run for project.')
 }
 
-/** What the import into the open image did: how many nuclei were found, added and left out, and why. */
+/** What the import into the open image did, with the numbers of nuclei; null where a person decided against it. */
 static String importedInWords(Task task) {
     Path file = task.folder.resolve('imported').resolve(task.entry.getID() + '.json')
+    if (!Files.exists(file) || Files.getLastModifiedTime(file) < Files.getLastModifiedTime(task.result))
+        return null
     return JsonParser.parseString(Files.readString(file)).getAsJsonObject().get('in_words').getAsString()
 }
 

@@ -81,7 +81,7 @@ switch (entry.getImageName()) {
         break
     case 'resolved':
         draw(square(0, 0, 210, 300), 'Tumor')
-        draw(square(210, 100, 300, 100), 'Stroma')
+        draw(square(210, 100, 200, 100), 'Stroma')
         draw(square(20, 20, 110), 'Necrosis')
         hierarchy.resolveHierarchy()
         draw(square(300, 500, 100), 'Tumor')   // nothing is in it yet
