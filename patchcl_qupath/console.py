@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
+    from patchcl_qupath.correction.labels import CorrectedImage
     from patchcl_qupath.correction.suggest import SuggestedRoi, Suggestion
     from patchcl_qupath.evaluation.score import ImageScore
     from patchcl_qupath.project import Project
@@ -283,6 +284,15 @@ def _print_steps(project: Project) -> None:
     click.echo("Next:")
     for number, step in enumerate(steps, start=1):
         click.echo(f"  {number}. {step}")
+
+
+def print_corrected(images: Sequence[CorrectedImage]) -> None:
+    """What was read from the corrected ROIs of each image, and what was left out."""
+    for image in images:
+        click.echo(f"Corrected: {image.image}: {image.in_words}")
+    for image in images:
+        for note in image.notes:
+            click.echo(f"Note: {image.image}: {note}")
 
 
 def report_scores(
