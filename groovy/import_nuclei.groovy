@@ -4,42 +4,55 @@
  *
  *     QuPath script -p project.qpproj import_nuclei.groovy
  *
- * The script can be run repeatedly. Objects of an earlier import are replaced. Objects that a person drew or changed
- * stay as they are, nuclei that a person deleted stay deleted, and new nuclei in either place are left out. To restore
- * deleted nuclei, delete all nuclei, then run this script again.
+ * The script can be run repeatedly. Nuclei of an earlier import are replaced; what a person or a command of QuPath put
+ * on them (class, foreign measurements, name, colour, metadata, children) is carried over to the new nucleus in their
+ * place. Objects that a person drew, reshaped or locked stay as they are, nuclei that a person deleted stay deleted,
+ * and new nuclei in either place are left out. To restore deleted nuclei, delete all nuclei, then run this again.
  *
  * Detections of other programs (QuPath's own, StarDist's) stay as they are, too, and new nuclei are added beside them.
  * `patchcl-qp run --overlapping keep` leaves out new nuclei in their place, `--overlapping replace` removes those in
  * whose place a new nucleus is added.
  *
  * The nuclei lie in a locked annotation, 'PatchCL', with their number and density, and with the numbers of nuclei that
- * were found, added and left out; after a run within regions
- * (`--within`), in one for each region. The image shows the last run: a run within regions replaces one of the whole
- * image. After `patchcl-qp remove`, this script removes what it added, except objects that a person changed.
+ * were found, added and left out; after a run within regions (`--within`), in one for each region: such a run replaces
+ * what lies in these regions, and nothing else. Where a person nested nuclei in annotations or TMA cores, the new ones
+ * are nested again. After `patchcl-qp remove`, this script removes what it added, except objects that a person changed.
  *
  * After `patchcl-qp suggest`, it also adds the suggested ROIs: locked annotations of class 'PatchCL: correct here', in
- * which all nuclei are annotations, to be corrected. Set the class of a finished ROI to 'PatchCL: corrected'. From
- * then on, no nucleus that overlaps an ROI is added or removed. An ROI in which nobody changed anything is removed when
- * others are suggested.
+ * which all nuclei are annotations, to be corrected: also those that you classified or locked, and cells, of which the
+ * nucleus remains. The same is done in an ROI of that class that you drew. Set the class of a finished ROI to
+ * 'PatchCL: corrected'. From then on, no nucleus that overlaps an ROI is added or removed. An ROI in which nobody
+ * changed anything is removed when others are suggested.
  *
  * Writes a receipt for each image, patchcl/imported/<image id>.json, with the run that the image shows.
  *
  * Needs QuPath 0.4 or later.
  */
 
+import com.google.gson.JsonElement
 import com.google.gson.JsonObject
 import com.google.gson.JsonParser
 import groovy.transform.CompileStatic
+import java.lang.reflect.Method
+import java.nio.ByteBuffer
 import java.nio.charset.StandardCharsets
 import java.nio.file.Files
 import java.nio.file.Path
 import java.nio.file.Paths
 import java.nio.file.StandardCopyOption
 import java.security.MessageDigest
+import java.time.LocalDateTime
 import java.time.OffsetDateTime
+import java.time.format.DateTimeFormatter
+import java.util.stream.IntStream
 import javafx.application.Platform
+import org.locationtech.jts.algorithm.locate.IndexedPointInAreaLocator
 import org.locationtech.jts.geom.Coordinate
 import org.locationtech.jts.geom.Envelope
+import org.locationtech.jts.geom.Geometry
+import org.locationtech.jts.geom.Location
+import org.locationtech.jts.geom.prep.PreparedGeometry
+import org.locationtech.jts.geom.prep.PreparedGeometryFactory
 import org.locationtech.jts.index.strtree.STRtree
 import org.slf4j.LoggerFactory
 import qupath.lib.common.ColorTools
@@ -48,7 +61,9 @@ import qupath.lib.gui.QuPathGUI
 import qupath.lib.images.ImageData
 import qupath.lib.io.GsonTools
 import qupath.lib.io.PathIO
+import qupath.lib.measurements.MeasurementList
 import qupath.lib.objects.PathAnnotationObject
+import qupath.lib.objects.PathCellObject
 import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjectTools
 import qupath.lib.objects.PathObjects
@@ -58,7 +73,9 @@ import qupath.lib.objects.hierarchy.PathObjectHierarchy
 import qupath.lib.projects.Project
 import qupath.lib.projects.ProjectImageEntry
 import qupath.lib.regions.ImagePlane
+import qupath.lib.roi.PolygonROI
 import qupath.lib.roi.ROIs
+import qupath.lib.roi.RectangleROI
 import qupath.lib.roi.interfaces.ROI
 import qupath.lib.scripting.QP
 import qupath.lib.scripting.ScriptAttributes
@@ -85,13 +102,29 @@ if (!Files.exists(resultFile)) {
 
 // Read everything before anything is changed: a damaged file must not cost the nuclei shown now.
 ImageResults results = readResults(name, resultFile, folder.resolve('fields').resolve(entry.getID() + '.json'))
-def counts = replaceNuclei(imageData, entry, results.nuclei, results.result, results.suggested, maxOverlap)
-if (results.suggested != null)
-    offerClasses(QP.getProject(), roiClasses())
-
 // QuPath saves after 'Run for project' and 'QuPath script --save', a person saves the open image.
 boolean savedByQuPath = getBinding().getVariables()[ScriptAttributes.BATCH_SAVE]
 boolean inWindow = QuPathGUI.getInstance() != null
+Path backups = folder.resolve('backups').resolve(entry.getID())
+def planned = { boolean keep ->
+    planReplacement(imageData, entry, results.nuclei, results.result, results.suggested, maxOverlap, backups, keep)
+}
+def replacement = planned(false)
+if (replacement.warning != null && inWindow && !savedByQuPath) {
+    String answer = askToKeep("${name}: ${replacement.warning}.")
+    if (answer == null) {
+        logger.info("${name}: nothing was changed.")
+        return
+    }
+    if (answer == 'keep')
+        replacement = planned(true)
+} else if (replacement.warning != null)
+    logger.warn("${name}: ${replacement.warning}; they are kept in ${replacement.lostFile}. " +
+            'To keep them in the image: `patchcl-qp run --keep`.')
+def counts = replaceNuclei(imageData, replacement)
+if (results.suggested != null)
+    offerClasses(QP.getProject(), roiClasses())
+
 boolean savedHere = !savedByQuPath && !inWindow
 if (savedHere)
     entry.saveImageData(imageData)
@@ -105,6 +138,7 @@ writeReceipt(folder.resolve('imported').resolve(entry.getID() + '.json'), [
 logger.info("${name}: ${inWords(counts)}; ${counts.removed} of an earlier import removed, ${counts.kept} other " +
         'objects kept.' +
         (results.suggested == null ? '' : " ROIs to correct: ${counts.fields} new, ${counts.fields_kept} kept.") +
+        (counts.reshapable == 0 ? '' : " Detections that became annotations there: ${counts.reshapable}.") +
         (inWindow && !savedByQuPath ? ' Save the image to keep them.' : ''))
 
 
@@ -121,28 +155,207 @@ class ImageResults {
 @CompileStatic
 class Marks {
 
-    final Map<String, String> nuclei = [:]
-    final Map<String, String> regions = [:]
-    final Map<String, String> rois = [:]
+    final Map<UUID, String> nuclei = [:]
+    final Map<UUID, String> regions = [:]
+    final Map<UUID, String> rois = [:]
 
-    boolean contains(String id) {
+    boolean contains(UUID id) {
         return nuclei.containsKey(id) || regions.containsKey(id) || rois.containsKey(id)
+    }
+
+    void add(UUID id, String mark) {
+        if (mark.endsWith(' region'))
+            regions.put(id, mark)
+        else if (mark.indexOf(' field ', 17) > 0)
+            rois.put(id, mark)
+        else
+            nuclei.put(id, mark)
     }
 }
 
 
-/** The objects of an image before an import. Unchanged objects are imported ones that nobody touched. */
+/** The classes and measurements that imports gave nuclei: all others are a person's, or of a command of QuPath. */
+@CompileStatic
+class Given {
+
+    final Set<String> classes = new LinkedHashSet<>()
+    final Set<String> measurements = new LinkedHashSet<>()
+    private List<String> lastNames
+    private List<String> lastForeign
+
+    /** Of names of measurements, those that imports did not give. Nuclei of one kind share their list of names. */
+    List<String> foreign(List<String> names) {
+        if (!names.is(lastNames)) {
+            lastNames = names
+            lastForeign = names.findAll { String name -> !measurements.contains(name) }
+        }
+        return lastForeign
+    }
+}
+
+
+/** What somebody put on an imported nucleus, whose contour is as it was. */
+@CompileStatic
+class Additions {
+
+    boolean hasClass
+    boolean hasNote   // a name, a colour, a description or other metadata
+    List<String> measurements = []
+    List<PathObject> children = []   // drawn within
+    List<PathObject> strays = []   // within, by QuPath's 'Resolve hierarchy': detections of other programs
+
+    /** Whether a person misses it where it is gone. */
+    boolean isWork() {
+        return hasClass || isMore()
+    }
+
+    /** Whether it is more than a class. */
+    boolean isMore() {
+        return hasNote || measurements || children
+    }
+}
+
+
+/** SHA-256; asking Java for it anew takes as long as a short digest. */
+@CompileStatic
+class Sha {
+
+    private static final MessageDigest UNUSED = MessageDigest.getInstance('SHA-256')
+
+    static byte[] digest(byte[] bytes) {
+        return ((MessageDigest) UNUSED.clone()).digest(bytes)
+    }
+}
+
+
+/** The metadata of objects, of which an annotation's description is one. Methods of QuPath that are not public read it:
+ * the public one makes a map for each object, which is then saved. */
+@CompileStatic
+class Metadata {
+
+    private static final Method READ = method('getUnmodifiableMetadataMap')
+    private static final Method STORE = method('storeMetadataValue', String, String)
+
+    static Map<String, String> of(PathObject pathObject) {
+        return (Map<String, String>) (READ == null ? pathObject.getMetadata() : READ.invoke(pathObject))
+    }
+
+    static void put(PathObject pathObject, Map<String, String> values) {
+        values.each { String key, String value ->
+            if (STORE == null)
+                pathObject.getMetadata().put(key, value)
+            else
+                STORE.invoke(pathObject, key, value)
+        }
+    }
+
+    private static Method method(String name, Class<?>... types) {
+        Method found = (Method) PathObject.getDeclaredMethods().find { Method method ->
+            method.getName() == name && Arrays.equals(method.getParameterTypes(), types)
+        }
+        found?.setAccessible(true)
+        return found
+    }
+}
+
+
+/** Areas, and which of them hold a point; quick for areas of many corners and for many points. */
+@CompileStatic
+class Areas {
+
+    final List<PathObject> objects
+    private final STRtree tree = new STRtree()
+    private final Map<PathObject, IndexedPointInAreaLocator> locators = new IdentityHashMap<>()
+    private final Map<PathObject, PreparedGeometry> prepared = new IdentityHashMap<>()
+
+    Areas(Collection<PathObject> objects) {
+        this.objects = objects.toList()
+        for (PathObject pathObject : objects) {
+            ROI roi = pathObject.getROI()
+            tree.insert(new Envelope(roi.getBoundsX(), roi.getBoundsX() + roi.getBoundsWidth(),
+                    roi.getBoundsY(), roi.getBoundsY() + roi.getBoundsHeight()), pathObject)
+            if (!(roi instanceof RectangleROI))
+                locators[pathObject] = new IndexedPointInAreaLocator(roi.getGeometry())
+        }
+    }
+
+    boolean isEmpty() {
+        return objects.isEmpty()
+    }
+
+    /** Whether there is one area, which is the whole image. */
+    boolean isWhole(int width, int height) {
+        ROI roi = objects.size() == 1 ? objects.first().getROI() : null
+        return roi instanceof RectangleROI && roi.getBoundsX() <= 0 && roi.getBoundsY() <= 0 &&
+                roi.getBoundsX() + roi.getBoundsWidth() >= width && roi.getBoundsY() + roi.getBoundsHeight() >= height
+    }
+
+    List<PathObject> holding(Coordinate place) {
+        if (objects.isEmpty())
+            return Collections.emptyList()
+        List<PathObject> found = new ArrayList<>(2)
+        List<?> near = objects.size() == 1 ? objects : tree.query(new Envelope(place))
+        for (Object one : near) {
+            IndexedPointInAreaLocator locator = locators.get(one)
+            boolean holds = locator == null ? ((PathObject) one).getROI().contains(place.x, place.y) :
+                    locator.locate(place) != Location.EXTERIOR
+            if (holds)
+                found.add((PathObject) one)
+        }
+        return found
+    }
+
+    /** The first area that meets a contour; null if none does. */
+    PathObject meeting(ROI roi) {
+        if (objects.isEmpty())
+            return null
+        return (PathObject) tree.query(envelope(roi)).find { geometry((PathObject) it).intersects(roi.getGeometry()) }
+    }
+
+    boolean covers(PathObject area, ROI roi) {
+        return geometry(area).covers(roi.getGeometry())
+    }
+
+    private PreparedGeometry geometry(PathObject area) {
+        return prepared.computeIfAbsent(area) { PreparedGeometryFactory.prepare(area.getROI().getGeometry()) }
+    }
+
+    private static Envelope envelope(ROI roi) {
+        return new Envelope(roi.getBoundsX(), roi.getBoundsX() + roi.getBoundsWidth(),
+                roi.getBoundsY(), roi.getBoundsY() + roi.getBoundsHeight())
+    }
+}
+
+
+/**
+ * The objects of an image before an import. Of imported nuclei with the contour that they were given, the unchanged
+ * ones are those that nobody touched, and annotated ones have additions. One outside lies in no region of the run.
+ */
 @CompileStatic
 class ExistingObjects {
 
     final List<PathObject> unchangedRois = []   // without those that are suggested again
-    final Set<PathObject> unchangedRegions = new LinkedHashSet<>()
-    final Set<PathObject> unchangedNuclei = new LinkedHashSet<>()
+    final Set<PathObject> unchangedRegions = identitySet()   // without those outside
+    final Set<PathObject> unchangedNuclei = identitySet()
+    final Map<PathObject, Additions> annotated = [:]
+    final Map<PathObject, Additions> outside = [:]   // with null where nobody touched it
+    final List<PathObject> outsideRegions = []
     final List<PathObject> keptRois = []
-    final List<PathObject> kept = []   // a person's: drawn, changed, or made of nuclei of ours
-    final Set<String> keptIds = new HashSet<>()   // of those
+    final List<PathObject> kept = []   // a person's: drawn, reshaped, locked, or made of nuclei of ours
+    final Set<UUID> keptIds = new HashSet<>()   // of those
+    final Set<UUID> intactIds = new HashSet<>()   // of imported nuclei with their contour
     final List<PathObject> foreign = []   // detections of other programs
+    final Set<PathObject> parents = identitySet()   // annotations and cores in which nuclei of ours are nested
     boolean hasConverted   // whether cells, say, were made of nuclei of ours
+
+    static Set<PathObject> identitySet() {
+        return Collections.newSetFromMap(new IdentityHashMap<PathObject, Boolean>())
+    }
+
+    /** The number of imported nuclei with the contour that they were given. */
+    int getIntact() {
+        return unchangedNuclei.size() + annotated.size() + outside.size()
+    }
 }
 
 
@@ -156,10 +369,57 @@ class NewObjects {
     final Map<String, Integer> leftOut = noneLeftOut()
     final Map<PathObject, String> whyLeftOut = [:]   // the nuclei, and which of these reasons it is
     List<PathObject> replaced = []   // objects of other programs
+    final Map<PathObject, PathObject> reshapable = [:]   // detections in ROIs to correct, and annotations for them
+
+    void leaveOut(PathObject nucleus, String why) {
+        whyLeftOut[nucleus] = why
+        leftOut[why] = leftOut[why] + 1
+    }
 
     /** The reasons why nuclei are left out, as in the receipt; each with 0 of them. */
     static Map<String, Integer> noneLeftOut() {
         return [left_out_kept: 0, left_out_deleted: 0, left_out_others: 0, left_out_fields: 0]
+    }
+}
+
+
+/** The nuclei that are in an image. */
+@CompileStatic
+class PresentNuclei {
+
+    final List<PathObject> onBorder = []   // one on the border of a region belongs to it
+    final List<PathObject> others = []
+}
+
+
+/** What an import is going to do: nothing is changed yet. */
+@CompileStatic
+class Replacement {
+
+    JsonObject result   // of the run
+    List<PathObject> nuclei   // of the run
+    List<PathObject> regions   // of the run, also those that are in the image as a person's
+    ExistingObjects existing
+    NewObjects added
+    Given given
+    Map<UUID, String> marks   // after the import
+    final Map<PathObject, PathObject> successors = [:]   // of annotated nuclei
+    final List<PathObject> stayed = []   // annotated nuclei without a successor: they are kept,
+    final List<PathObject> lost = []   // or removed
+    Path lostFile   // to which the removed ones are written
+
+    /** What a person loses, as a sentence; null if nothing is lost. */
+    String getWarning() {
+        if (lost.isEmpty())
+            return null
+        int classes = (int) lost.count { PathObject nucleus -> existing.annotated[nucleus].hasClass }
+        int more = (int) lost.count { PathObject nucleus -> existing.annotated[nucleus].isMore() }
+        List<String> what = []
+        if (classes > 0)
+            what << "${classes} with a class of yours".toString()
+        if (more > 0)
+            what << "${more} with measurements or notes of yours".toString()
+        return "${lost.size()} nuclei that no new nucleus replaces are removed: ${what.join(', ')}"
     }
 }
 
@@ -184,93 +444,207 @@ static ImageResults readResults(String image, Path resultFile, Path roisFile) {
 }
 
 /**
- * Replaces the nuclei of earlier imports; returns how many were added, left out, removed and kept. 'result' is the
- * content of result.json, 'suggested' that of the file of ROIs to correct, null without any. patchcl-qp calls this,
- * too, when it writes by itself. In files and marks, ROIs are called 'fields', as in version 0.1.
+ * Finds out how the nuclei of a run replace those of earlier imports; nothing is changed yet. 'result' is the content
+ * of result.json, 'suggested' that of the file of ROIs to correct, null without any; 'backups' is the folder for what
+ * is removed of a person's work, 'keep' whether nothing of it may be. patchcl-qp calls this, too, when it writes by
+ * itself, and then replaceNuclei. In files and marks, ROIs are called 'fields', as in version 0.1.
  */
 @CompileStatic
-static Map<String, Integer> replaceNuclei(ImageData<?> imageData, ProjectImageEntry<?> entry, List<PathObject> nuclei,
-                                          JsonObject result, JsonObject suggested, double maxOverlap) {
+static Replacement planReplacement(ImageData<?> imageData, ProjectImageEntry<?> entry, List<PathObject> nuclei,
+                                   JsonObject result, JsonObject suggested, double maxOverlap, Path backups,
+                                   boolean keep) {
     boolean removing = result.has('removed')   // by patchcl-qp remove
     Marks marks = readMarks(imageData)
     List<PathObject> suggestions = removing || suggested == null ? [] as List<PathObject> :
             suggestedRois(imageData, suggested)
-    ExistingObjects existing = sortObjects(imageData.getHierarchy().getAllObjects(false), marks, suggestions, nuclei)
-    Marks decided = decidedByPerson(existing, marks, removing)
+    Replacement plan = new Replacement(result: result, nuclei: nuclei, added: new NewObjects())
+    plan.regions = removing ? [] as List<PathObject> : newRegions(imageData, entry, result)
+    plan.given = readGiven(imageData, nuclei)
+    plan.lostFile = backups.resolve('removed-' + DateTimeFormatter.ofPattern('yyyyMMdd-HHmmss')
+            .format(LocalDateTime.now()) + '.geojson')
+    Areas scope = removing || !result.has('regions') ? null : new Areas(plan.regions)   // null: the whole image
+    ExistingObjects existing = sortObjects(imageData.getHierarchy().getAllObjects(false), marks, plan.given,
+            suggestions, nuclei, scope)
+    plan.existing = existing
+    Marks decided = decidedByPerson(existing, marks, scope, removing)
 
-    NewObjects added = new NewObjects()
+    NewObjects added = plan.added
     added.rois = newRois(suggestions, existing, decided)
     chooseNuclei(added, nuclei, existing, decided, overlapping(result), maxOverlap)
-    List<PathObject> regions = removing ? [] as List<PathObject> : newRegions(imageData, entry, result)
-    added.regions = regions.findAll { PathObject region ->
-        !existing.keptIds.contains(region.getID().toString())   // a person changed it
+    takeFromOutside(existing, added, scope, maxOverlap)
+    findSuccessors(plan, maxOverlap, removing || keep || keepsWork(result))
+    for (PathObject nucleus : removing ? [] as List<PathObject> : plan.stayed)
+        decided.nuclei[nucleus.getID()] = marks.nuclei[nucleus.getID()]
+    convertToAnnotations(plan)
+    makeReshapable(plan, marks)
+    if (overlapping(result) == 'replace')
+        added.replaced = replacedBy(added.nuclei, existing, maxOverlap)
+    added.regions = plan.regions.findAll { PathObject region ->
+        !existing.keptIds.contains(region.getID())   // a person changed it
     }
-    Map<String, String> newMarks = marksAfter(existing, added, decided, suggestions)
-    exchange(imageData, existing, added)
-    writeMarks(imageData, newMarks)
-    measureRegions(imageData, regions, nuclei, added)
-    countNuclei(imageData, toMarks(newMarks), result)
-    return [found   : nuclei.size(), added: added.nuclei.size(), left_out: added.whyLeftOut.size(),
-            removed : existing.unchangedNuclei.size(), replaced: added.replaced.size(),
-            kept    : existing.kept.size() + existing.foreign.size() - added.replaced.size(),
-            fields  : added.rois.size(), fields_kept: existing.keptRois.size()] + added.leftOut
+    plan.marks = marksAfter(plan, marks, decided, suggestions)
+    return plan
+}
+
+/** Replaces nuclei as planned; returns how many were added, left out, removed and kept. */
+@CompileStatic
+static Map<String, Integer> replaceNuclei(ImageData<?> imageData, Replacement plan) {
+    ExistingObjects existing = plan.existing
+    NewObjects added = plan.added
+    if (!plan.lost.isEmpty())
+        writeObjects(plan.lostFile, plan.lost)
+    Map<String, Integer> carried = [classes: 0, notes: 0]
+    plan.successors.each { PathObject nucleus, PathObject successor ->
+        Additions additions = existing.annotated[nucleus]
+        handOver(nucleus, additions, successor)
+        carried.classes = carried.classes + (additions.hasClass ? 1 : 0)
+        carried.notes = carried.notes + (additions.isMore() ? 1 : 0)
+    }
+    exchange(imageData, plan)
+    writeMarks(imageData, plan.marks)
+    writeGiven(imageData, plan.given)
+    measureRegions(imageData, plan)
+    countNuclei(imageData, toMarks(plan.marks), plan.result)
+    return [found   : plan.nuclei.size(), added: added.nuclei.size(), left_out: added.whyLeftOut.size(),
+            removed : existing.unchangedNuclei.size() + existing.annotated.size() - plan.stayed.size(),
+            replaced: added.replaced.size(), stayed: plan.stayed.size(), lost: plan.lost.size(),
+            kept    : existing.kept.size() + existing.outside.size() + existing.foreign.size() -
+                    added.replaced.size(),
+            fields  : added.rois.size(), fields_kept: existing.keptRois.size(),
+            reshapable: added.reshapable.size()] + carried + added.leftOut
 }
 
 /** What to do where nuclei overlap objects of other programs: 'both', 'keep' or 'replace', as the run was asked to. */
+@CompileStatic
 static String overlapping(JsonObject result) {
-    JsonObject settings = result.getAsJsonObject('config')?.getAsJsonObject('result')
-    return settings?.get('overlapping')?.getAsString() ?: 'both'   // results of earlier versions have no such setting
+    return setting(result, 'overlapping')?.getAsString() ?: 'both'   // results of earlier versions have no such setting
+}
+
+/** Whether the run was asked to remove no nucleus with a class, measurements or notes of a person. */
+@CompileStatic
+static boolean keepsWork(JsonObject result) {
+    return setting(result, 'keep')?.getAsBoolean() ?: false
+}
+
+@CompileStatic
+static JsonElement setting(JsonObject result, String name) {
+    return result.getAsJsonObject('config')?.getAsJsonObject('result')?.get(name)
 }
 
 /** The numbers of an import as a sentence. The same words are in patchcl_qupath/storage/records.py. */
 static String inWords(Map<String, Integer> counts) {
-    List<String> reasons = [
-        left_out_kept   : 'in place of objects of yours',
-        left_out_deleted: 'that you deleted',
-        left_out_others : 'in place of objects of other programs',
-        left_out_fields : 'in correction ROIs',
-    ].findAll { key, words -> counts[key] > 0 }.collect { key, words -> "${counts[key]} ${words}".toString() }
+    def listed = { Map<String, String> words ->
+        words.findAll { key, text -> counts[key] > 0 }.collect { key, text -> "${counts[key]} ${text}".toString() }
+                .join(', ')
+    }
+    String reasons = listed(left_out_kept: 'in place of objects of yours', left_out_deleted: 'that you deleted',
+            left_out_others: 'in place of objects of other programs', left_out_fields: 'in correction ROIs')
+    String carried = listed(classes: 'classes', notes: 'nuclei with measurements or notes')
+    String alone = listed(stayed: 'kept', lost: 'removed')
     return "${counts.found} nuclei found, ${counts.added} added, ${counts.left_out} left out" +
-            (reasons ? ": ${reasons.join(', ')}" : '') +
-            (counts.replaced > 0 ? "; ${counts.replaced} objects of other programs replaced" : '')
+            (reasons ? ": ${reasons}" : '') +
+            (counts.replaced > 0 ? "; ${counts.replaced} objects of other programs replaced" : '') +
+            (carried ? "; carried over: ${carried}" : '') +
+            (alone ? "; of yours without a new nucleus: ${alone}" : '')
 }
 
-/** Sorts the objects of an image by what a person did with them. */
+/** Sorts the objects of an image by what a person did with them, and by whether the run looked there. */
 @CompileStatic
-static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, List<PathObject> suggestions,
-                                   List<PathObject> nuclei) {
+static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, Given given, List<PathObject> suggestions,
+                                   List<PathObject> nuclei, Areas scope) {
     ExistingObjects existing = new ExistingObjects()
     sortRois(existing, all, marks, suggestions)
     Set<PathObject> foreign = foreignObjects(all, marks, nuclei)
     Set<PathObject> rois = new HashSet<>(existing.unchangedRois)
     rois.addAll(existing.keptRois)
-    for (PathObject pathObject : all) {
+    PathObject[] objects = all.toArray(new PathObject[0])
+    boolean[] intact = new boolean[objects.length]
+    IntStream.range(0, objects.length).parallel().forEach { int k ->   // digests are what takes long
+        String mark = marks.nuclei.get(objects[k].getID())
+        intact[k] = mark != null && hasItsContour(objects[k], mark, given)
+    }
+    for (int k = 0; k < objects.length; k++) {
+        PathObject pathObject = objects[k]
         if (rois.contains(pathObject))
             continue
         if (foreign.contains(pathObject)) {
             existing.foreign << pathObject
             continue
         }
-        String id = pathObject.getID().toString()
-        boolean isRegion = marks.regions.containsKey(id)
-        String mark = isRegion ? marks.regions[id] : marks.nuclei[id]
-        // A person may draw within a region. A nucleus with a drawing within, or in an ROI, is a person's now. But
-        // QuPath's 'Resolve hierarchy' puts detections of other programs within annotations, without a person's doing.
-        boolean unchanged = mark != null && mark.startsWith(digest(pathObject)) && (isRegion ||
-                pathObject.getChildObjects().every { PathObject child ->
-                    marks.contains(child.getID().toString()) || pathObject.isAnnotation() && foreign.contains(child)
-                } &&
-                !existing.keptRois.any { PathObject roi -> liesIn(pathObject, roi) })
-        if (!unchanged) {
+        UUID id = pathObject.getID()
+        if (intact[k] && !liesInAny(pathObject, existing.keptRois)) {
+            Additions additions = additionsTo(pathObject, marks, given, foreign)
+            existing.intactIds.add(id)
+            PathObject parent = pathObject.getParent()
+            if (parent != null && !parent.isRootObject() && !marks.contains(parent.getID()))
+                existing.parents.add(parent)
+            if (scope != null && !isInScope(pathObject, scope))
+                existing.outside[pathObject] = additions
+            else if (additions != null)
+                existing.annotated[pathObject] = additions
+            else
+                existing.unchangedNuclei.add(pathObject)
+        } else if (marks.regions[id]?.startsWith(digest(pathObject))) {
+            if (scope == null || isCovered(pathObject, scope))
+                existing.unchangedRegions << pathObject
+            else
+                existing.outsideRegions << pathObject
+        } else {
             existing.kept << pathObject
             existing.keptIds << id
-            existing.hasConverted |= mark == null && pathObject.isDetection()
-        } else if (isRegion)
-            existing.unchangedRegions << pathObject
-        else
-            existing.unchangedNuclei << pathObject
+            existing.hasConverted |= pathObject.isDetection() && !marks.contains(id)
+        }
     }
     return existing
+}
+
+/** Whether an imported nucleus has the contour and kind that it was given, and is not locked. */
+@CompileStatic
+static boolean hasItsContour(PathObject nucleus, String mark, Given given) {
+    String own = String.valueOf(nucleus.getPathClass())
+    if (given.classes.contains(own) && mark.startsWith(pristineDigest(nucleus, own)))
+        return true
+    return given.classes.any { String other -> other != own && mark.startsWith(pristineDigest(nucleus, other)) }
+}
+
+/** What somebody put on an imported nucleus; null without anything. */
+@CompileStatic
+static Additions additionsTo(PathObject nucleus, Marks marks, Given given, Set<PathObject> foreign) {
+    boolean hasClass = !given.classes.contains(String.valueOf(nucleus.getPathClass()))
+    boolean hasNote = nucleus.getName() != null || nucleus.getColor() != null ||
+            Metadata.of(nucleus).values().any { String value -> value }
+    List<String> measurements = given.foreign(nucleus.getMeasurementList().getMeasurementNames())
+    if (!hasClass && !hasNote && measurements.isEmpty() && !nucleus.hasChildObjects())
+        return null
+    Additions additions = new Additions(hasClass: hasClass, hasNote: hasNote, measurements: measurements)
+    // QuPath's 'Resolve hierarchy' puts detections of other programs within annotations, without a person's doing.
+    for (PathObject child : nucleus.getChildObjects())
+        if (nucleus.isAnnotation() && foreign.contains(child))
+            additions.strays << child
+        else if (!marks.contains(child.getID()))
+            additions.children << child
+    return additions.isWork() || additions.strays ? additions : null
+}
+
+/** Whether a run looked for a nucleus: its centroid is in a region of the run. */
+@CompileStatic
+static boolean isInScope(PathObject nucleus, Areas scope) {
+    // By its parent, too: pixels decide in a run, and the centroid of a contour on the border may be outside.
+    PathObject parent = nucleus.getParent()
+    return !scope.holding(centroidOf(nucleus)).isEmpty() ||
+            parent != null && scope.objects.any { PathObject region -> region.getID() == parent.getID() }
+}
+
+/** Whether a region of an earlier run is one of this run, or lies within those. */
+@CompileStatic
+static boolean isCovered(PathObject region, Areas scope) {
+    if (scope.objects.any { PathObject other -> other.getID() == region.getID() })
+        return true
+    Geometry rest = region.getROI().getGeometry()
+    for (PathObject other : scope.objects)
+        if (other.getROI().getGeometry().intersects(rest))
+            rest = rest.difference(other.getROI().getGeometry())
+    return rest.getArea() < 0.001d * region.getROI().getArea()
 }
 
 /**
@@ -280,9 +654,10 @@ static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, List
  */
 @CompileStatic
 static Set<PathObject> foreignObjects(Collection<PathObject> all, Marks marks, List<PathObject> nuclei) {
-    Collection<PathObject> unknown = all.findAll { PathObject pathObject ->
-        pathObject.isDetection() && !marks.contains(pathObject.getID().toString())
-    }
+    List<PathObject> unknown = []
+    for (PathObject pathObject : all)
+        if (pathObject.isDetection() && !marks.contains(pathObject.getID()))
+            unknown.add(pathObject)
     if (unknown.isEmpty())
         return Collections.emptySet()
     STRtree gone = placesOfMissing(all, marks)
@@ -299,11 +674,11 @@ static Set<PathObject> foreignObjects(Collection<PathObject> all, Marks marks, L
 /** Where imported nuclei were that are no longer in the image. */
 @CompileStatic
 static STRtree placesOfMissing(Collection<PathObject> all, Marks marks) {
-    Set<String> present = new HashSet<>()
+    Set<UUID> present = new HashSet<>()
     for (PathObject pathObject : all)
-        present.add(pathObject.getID().toString())
+        present.add(pathObject.getID())
     STRtree gone = new STRtree()
-    marks.nuclei.each { String id, String mark ->
+    marks.nuclei.each { UUID id, String mark ->
         if (!present.contains(id)) {
             Coordinate place = centroid(mark)
             gone.insert(new Envelope(place), place)
@@ -327,7 +702,7 @@ static boolean isConverted(PathObject pathObject, STRtree gone) {
 @CompileStatic
 static void sortRois(ExistingObjects existing, Collection<PathObject> all, Marks marks, List<PathObject> suggestions) {
     for (PathObject roi : all) {
-        String mark = marks.rois[roi.getID().toString()]
+        String mark = marks.rois.isEmpty() ? null : marks.rois.get(roi.getID())
         if (mark == null && !isCorrectionRoi(roi))
             continue
         boolean unchanged = mark != null && mark.startsWith(digest(roi)) && mark.endsWith(contentDigest(roi, all))
@@ -343,17 +718,21 @@ static void sortRois(ExistingObjects existing, Collection<PathObject> all, Marks
  * And marks of the ROIs of earlier imports, which are not added again.
  */
 @CompileStatic
-static Marks decidedByPerson(ExistingObjects existing, Marks marks, boolean removing) {
+static Marks decidedByPerson(ExistingObjects existing, Marks marks, Areas scope, boolean removing) {
     Marks decided = new Marks()
-    decided.nuclei.putAll(marks.nuclei)
+    for (Map.Entry<UUID, String> entry : marks.nuclei.entrySet())
+        if (!existing.intactIds.contains(entry.key))
+            decided.nuclei.put(entry.key, entry.value)
     decided.rois.putAll(marks.rois)
-    for (PathObject nucleus : existing.unchangedNuclei)
-        decided.nuclei.remove(nucleus.getID().toString())
-    boolean allDeleted = existing.unchangedNuclei.isEmpty() && !existing.hasConverted &&
-            Collections.disjoint(decided.nuclei.keySet(), existing.keptIds)
+    Map<UUID, String> here = scope == null ? decided.nuclei : decided.nuclei.findAll { UUID id, String mark ->
+        Coordinate place = centroid(mark)
+        !scope.holding(place).isEmpty()
+    }
+    boolean allDeleted = existing.unchangedNuclei.isEmpty() && existing.annotated.isEmpty() &&
+            !existing.hasConverted && Collections.disjoint(here.keySet(), existing.keptIds)
     if (removing || allDeleted)
-        decided.nuclei.clear()
-    if (removing || allDeleted && existing.keptRois.isEmpty())
+        decided.nuclei.keySet().removeAll(here.keySet().toList())
+    if (removing || allDeleted && existing.keptRois.isEmpty() && existing.outside.isEmpty())
         decided.rois.clear()
     return decided
 }
@@ -362,12 +741,12 @@ static Marks decidedByPerson(ExistingObjects existing, Marks marks, boolean remo
 @CompileStatic
 static List<PathObject> newRois(List<PathObject> suggestions, ExistingObjects existing, Marks decided) {
     return suggestions.findAll { PathObject roi ->
-        !decided.rois.containsKey(roi.getID().toString()) &&
+        !decided.rois.containsKey(roi.getID()) &&
                 !existing.keptRois.any { PathObject other -> intersect(roi.getROI(), other.getROI()) }
     }
 }
 
-/** Sorts new nuclei into those to add, and those that are left out and why; and what they replace. */
+/** Sorts new nuclei into those to add, and those that are left out and why. */
 @CompileStatic
 static void chooseNuclei(NewObjects added, List<PathObject> nuclei, ExistingObjects existing, Marks decided,
                          String overlapping, double maxOverlap) {
@@ -375,31 +754,208 @@ static void chooseNuclei(NewObjects added, List<PathObject> nuclei, ExistingObje
     STRtree foreign = contours(overlapping == 'keep' ? existing.foreign : [] as List<PathObject>)
     STRtree changedPlaces = new STRtree()
     STRtree deletedPlaces = new STRtree()
-    decided.nuclei.each { String id, String mark ->
+    decided.nuclei.each { UUID id, String mark ->
         Coordinate place = centroid(mark)
         (existing.keptIds.contains(id) ? changedPlaces : deletedPlaces).insert(new Envelope(place), place)
     }
     for (PathObject nucleus : nuclei) {
-        String id = nucleus.getID().toString()
+        UUID id = nucleus.getID()
         ROI roi = nucleus.getROI()
-        String why = null
-        if (existing.keptRois.any { PathObject correctionRoi -> liesIn(nucleus, correctionRoi) })
-            why = 'left_out_fields'
+        if (liesInAny(nucleus, existing.keptRois))
+            added.leaveOut(nucleus, 'left_out_fields')
         else if (existing.keptIds.contains(id) || coversAny(roi, changedPlaces) || overlapsAny(roi, kept, maxOverlap))
-            why = 'left_out_kept'
+            added.leaveOut(nucleus, 'left_out_kept')
         else if (decided.nuclei.containsKey(id) || coversAny(roi, deletedPlaces))
-            why = 'left_out_deleted'
+            added.leaveOut(nucleus, 'left_out_deleted')
         else if (overlapsAny(roi, foreign, maxOverlap))
-            why = 'left_out_others'
-        if (why != null) {
-            added.whyLeftOut[nucleus] = why
-            added.leftOut[why] = added.leftOut[why] + 1
-        } else
-            added.nuclei << (added.rois.any { PathObject correctionRoi -> liesIn(nucleus, correctionRoi) } ?
-                    toAnnotation(nucleus) : nucleus)
+            added.leaveOut(nucleus, 'left_out_others')
+        else
+            added.nuclei.add(nucleus)
     }
-    if (overlapping == 'replace')
-        added.replaced = replacedBy(added.nuclei, existing, maxOverlap)
+}
+
+/** Nuclei outside of the run's regions are replaced where a new nucleus is in their place: they lie on the border. */
+@CompileStatic
+static void takeFromOutside(ExistingObjects existing, NewObjects added, Areas scope, double maxOverlap) {
+    if (existing.outside.isEmpty())
+        return
+    STRtree near = new STRtree()
+    for (PathObject nucleus : existing.outside.keySet())
+        if (scope.meeting(nucleus.getROI()) != null)
+            near.insert(envelope(nucleus.getROI()), nucleus)
+    for (PathObject nucleus : added.nuclei)
+        for (Object other : near.query(envelope(nucleus.getROI()))) {
+            PathObject old = (PathObject) other
+            Coordinate place = centroidOf(old)
+            boolean inPlace = nucleus.getROI().contains(place.x, place.y) ||
+                    overlap(nucleus.getROI(), old.getROI(), maxOverlap) > maxOverlap
+            if (!inPlace || !existing.outside.containsKey(old))
+                continue
+            Additions additions = existing.outside.remove(old)
+            if (additions == null)
+                existing.unchangedNuclei << old
+            else
+                existing.annotated[old] = additions
+        }
+}
+
+/**
+ * Finds the new nuclei that take over what somebody put on earlier ones: the same nucleus, or the one with the largest
+ * IoU above maxOverlap. Without a successor, a nucleus stays if that was put on it by hand, or with 'keep'.
+ */
+@CompileStatic
+static void findSuccessors(Replacement plan, double maxOverlap, boolean keep) {
+    Map<PathObject, Additions> annotated = plan.existing.annotated
+    if (annotated.isEmpty())
+        return
+    Map<PathObject, PathObject> predecessors = [:]   // by successor
+    match(annotated.keySet(), plan.added.nuclei, maxOverlap).each { PathObject old, PathObject successor ->
+        predecessors[successor] = old
+    }
+    Closure<Boolean> isByHand = byHand(plan.existing)
+    List<PathObject> alone = annotated.keySet().toList() - predecessors.values()
+    while (!alone.isEmpty()) {
+        List<PathObject> stay = alone.findAll { PathObject old ->
+            annotated[old].isWork() && (keep || isByHand(annotated[old]))
+        }
+        plan.stayed.addAll(stay)
+        plan.lost.addAll((alone - stay).findAll { PathObject old -> annotated[old].isWork() })
+        alone = leaveOutInPlaceOf(stay, plan.added, predecessors, maxOverlap)
+    }
+    predecessors.each { PathObject successor, PathObject old -> plan.successors[old] = successor }
+    plan.existing.kept.addAll(plan.stayed)
+    for (PathObject old : plan.stayed)
+        plan.existing.keptIds << old.getID()
+}
+
+/** Leaves out new nuclei in the place of those that stay; returns the nuclei that lose their successor by that. */
+@CompileStatic
+static List<PathObject> leaveOutInPlaceOf(List<PathObject> stay, NewObjects added,
+                                          Map<PathObject, PathObject> predecessors, double maxOverlap) {
+    List<PathObject> alone = []
+    if (stay.isEmpty())
+        return alone
+    STRtree kept = contours(stay)
+    STRtree places = new STRtree()
+    for (PathObject nucleus : stay) {
+        Coordinate place = centroidOf(nucleus)
+        places.insert(new Envelope(place), place)
+    }
+    added.nuclei = added.nuclei.findAll { PathObject nucleus ->
+        boolean free = !coversAny(nucleus.getROI(), places) && !overlapsAny(nucleus.getROI(), kept, maxOverlap)
+        if (!free) {
+            added.leaveOut(nucleus, 'left_out_kept')
+            PathObject old = predecessors.remove(nucleus)
+            if (old != null)
+                alone << old
+        }
+        return free
+    }
+    return alone
+}
+
+/**
+ * Whether additions were made by hand. A class or a measurement that more than half of the nuclei have, and at least
+ * twenty, was given by a command or a classifier of QuPath.
+ */
+@CompileStatic
+static Closure<Boolean> byHand(ExistingObjects existing) {
+    int many = Math.max(20, existing.getIntact().intdiv(2) + 1)
+    int classes = 0
+    Map<String, Integer> measured = [:]
+    for (Collection<Additions> all : [existing.annotated.values(), existing.outside.values()])
+        for (Additions additions : all)
+            if (additions != null) {
+                classes += additions.hasClass ? 1 : 0
+                for (String name : additions.measurements)
+                    measured.merge(name, 1) { Integer one, Integer other -> one + other }
+            }
+    return { Additions additions ->
+        additions.hasNote || additions.children || additions.hasClass && classes < many ||
+                additions.measurements.any { String name -> measured[name] < many }
+    }
+}
+
+/** The new nucleus that each earlier one has become, one for one: of equal id, or of the largest IoU. */
+@CompileStatic
+static Map<PathObject, PathObject> match(Collection<PathObject> earlier, List<PathObject> nuclei, double maxOverlap) {
+    Map<UUID, PathObject> byId = [:]
+    for (PathObject old : earlier)
+        byId[old.getID()] = old
+    Map<PathObject, PathObject> successors = [:]
+    List<PathObject> others = []
+    for (PathObject nucleus : nuclei) {
+        PathObject same = byId[nucleus.getID()]
+        if (same != null)
+            successors[same] = nucleus
+        else
+            others << nucleus
+    }
+    STRtree tree = new STRtree()
+    for (PathObject old : earlier)
+        if (!successors.containsKey(old))
+            tree.insert(envelope(old.getROI()), old)
+    if (tree.isEmpty())
+        return successors
+    List<Tuple3<Double, PathObject, PathObject>> pairs = []
+    for (PathObject nucleus : others)
+        for (Object old : tree.query(envelope(nucleus.getROI()))) {
+            double iou = overlap(nucleus.getROI(), ((PathObject) old).getROI(), maxOverlap)
+            if (iou > maxOverlap)
+                pairs << new Tuple3<Double, PathObject, PathObject>(iou, (PathObject) old, nucleus)
+        }
+    Set<PathObject> taken = ExistingObjects.identitySet()
+    pairs.sort { Tuple3<Double, PathObject, PathObject> pair -> -pair.v1 }
+    for (Tuple3<Double, PathObject, PathObject> pair : pairs)
+        if (!successors.containsKey(pair.v2) && taken.add(pair.v3))
+            successors[pair.v2] = pair.v3
+    return successors
+}
+
+/** Makes annotations of new nuclei in suggested ROIs, and of successors that a detection cannot be. */
+@CompileStatic
+static void convertToAnnotations(Replacement plan) {
+    Map<PathObject, PathObject> predecessors = new IdentityHashMap<>()
+    plan.successors.each { PathObject old, PathObject successor -> predecessors[successor] = old }
+    NewObjects added = plan.added
+    if (added.rois.isEmpty() && predecessors.isEmpty())
+        return
+    added.nuclei = added.nuclei.collect { PathObject nucleus ->
+        PathObject old = predecessors[nucleus]
+        Additions additions = old == null ? null : plan.existing.annotated[old]
+        // QuPath shows neither the description nor the children of a detection.
+        boolean convert = old != null && old.isAnnotation() && (additions.hasNote || additions.children) ||
+                liesInAny(nucleus, added.rois)
+        PathObject made = convert ? toAnnotation(nucleus) : nucleus
+        if (old != null)
+            plan.successors[old] = made
+        return made
+    }
+}
+
+/** Gives a new nucleus what somebody put on an earlier one. */
+@CompileStatic
+static void handOver(PathObject old, Additions additions, PathObject successor) {
+    if (additions.hasClass) {
+        double probability = old.getClassProbability()
+        if (Double.isNaN(probability))
+            successor.setPathClass(old.getPathClass())
+        else
+            successor.setPathClass(old.getPathClass(), probability)
+    }
+    if (additions.hasNote) {
+        successor.setName(old.getName())
+        if (old.getColor() != null)
+            successor.setColor(old.getColor())
+        Metadata.put(successor, Metadata.of(old))
+    }
+    if (additions.measurements) {
+        MeasurementList measured = successor.getMeasurementList()
+        for (String name : additions.measurements)
+            measured.put(name, old.getMeasurementList().get(name))
+        measured.close()
+    }
+    successor.addChildObjects(additions.children + (successor.isAnnotation() ? additions.strays : []))
 }
 
 /** The objects of other programs in the place of new nuclei, but for those that show the work of a person. */
@@ -410,7 +966,7 @@ static List<PathObject> replacedBy(List<PathObject> nuclei, ExistingObjects exis
         ROI roi = PathObjectTools.getROI(other, true)
         !other.isLocked() && other.getName() == null && !other.hasChildObjects() && roi?.isArea() &&
                 overlapsAny(roi, places, maxOverlap) &&
-                !existing.keptRois.any { PathObject correctionRoi -> liesIn(other, correctionRoi) }
+                !liesInAny(other, existing.keptRois)
     }
 }
 
@@ -428,48 +984,130 @@ static STRtree contours(Collection<PathObject> objects) {
 
 /** The marks to keep with the image after an import. */
 @CompileStatic
-static Map<String, String> marksAfter(ExistingObjects existing, NewObjects added, Marks decided,
-                                      List<PathObject> suggestions) {
-    Map<String, String> marks = new LinkedHashMap<>(decided.nuclei)
-    for (PathObject nucleus : added.nuclei)
-        marks[nucleus.getID().toString()] = digestAndCentroid(nucleus)
-    for (PathObject roi : existing.keptRois + suggestions) {
-        String id = roi.getID().toString()
-        if (decided.rois.containsKey(id))
-            marks[id] = decided.rois[id]
+static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided, List<PathObject> suggestions) {
+    ExistingObjects existing = plan.existing
+    NewObjects added = plan.added
+    Map<UUID, String> after = new LinkedHashMap<>(decided.nuclei)
+    for (PathObject nucleus : existing.outside.keySet())
+        after.put(nucleus.getID(), marks.nuclei.get(nucleus.getID()))
+    PathObject[] nuclei = added.nuclei.toArray(new PathObject[0])
+    String[] digests = new String[nuclei.length]   // as a run made them, without what they take over
+    IntStream.range(0, nuclei.length).parallel().forEach { int k -> digests[k] = digestAndCentroid(nuclei[k]) }
+    for (int k = 0; k < nuclei.length; k++)
+        after.put(nuclei[k].getID(), digests[k])
+    for (PathObject roi : existing.keptRois + suggestions)
+        if (decided.rois.containsKey(roi.getID()))
+            after.put(roi.getID(), decided.rois.get(roi.getID()))
+    if (!added.rois.isEmpty()) {
+        Set<PathObject> replaced = new HashSet<>(added.replaced)
+        List<PathObject> present = existing.kept + added.nuclei + existing.outside.keySet()
+        present.addAll(existing.foreign.findAll { PathObject other -> !replaced.contains(other) })
+        present.replaceAll { PathObject other -> added.reshapable[other] ?: other }
+        for (PathObject roi : added.rois)
+            after[roi.getID()] = digestAndCentroid(roi) + ' field ' + contentDigest(roi, present)
     }
-    List<PathObject> present = existing.kept + added.nuclei
-    Set<PathObject> replaced = new HashSet<>(added.replaced)
-    present.addAll(existing.foreign.findAll { PathObject other -> !replaced.contains(other) })
-    for (PathObject roi : added.rois)
-        marks[roi.getID().toString()] = digestAndCentroid(roi) + ' field ' +
-                contentDigest(roi, present)
+    boolean removing = plan.result.has('removed')   // what stays is a person's from then on
+    for (PathObject region : existing.kept + existing.outsideRegions) {
+        String mark = marks.regions.get(region.getID())
+        if (mark != null && !removing)
+            after.put(region.getID(), mark)
+    }
     for (PathObject region : added.regions)
-        marks[region.getID().toString()] = digestAndCentroid(region) + ' region'
-    return marks
+        after[region.getID()] = digestAndCentroid(region) + ' region'
+    return after
 }
 
-/** Removes the unchanged objects from the image, and adds the new ones. */
+/** Removes the replaced objects from the image, and adds the new ones. */
 @CompileStatic
-static void exchange(ImageData<?> imageData, ExistingObjects existing, NewObjects added) {
+static void exchange(ImageData<?> imageData, Replacement plan) {
     PathObjectHierarchy hierarchy = imageData.getHierarchy()
+    ExistingObjects existing = plan.existing
+    NewObjects added = plan.added
     remove(hierarchy, existing.unchangedRois)   // first: one may lie within a region, and hold others
     remove(hierarchy, added.replaced)
-    // Objects that a person drew within an old region are assigned to regions as the nuclei are.
-    List<PathObject> members = []
-    for (PathObject region : existing.unchangedRegions)
-        members.addAll(region.getChildObjects().findAll { PathObject child ->
-            !existing.unchangedNuclei.contains(child)
-        })
-    members.addAll(added.nuclei)
-    Set<PathObject> unchanged = new LinkedHashSet<>(existing.unchangedNuclei)
-    unchanged.addAll(existing.unchangedRegions)
-    remove(hierarchy, unchanged)
+    List<PathObject> held = existing.kept.findAll { PathObject other ->   // regions of ours that a person changed
+        plan.regions.any { PathObject region -> region.getID() == other.getID() }
+    }
+    Areas parents = new Areas(parentsFor(hierarchy, plan))
+    Map<PathObject, PathObject> places = parentsOfRegions(existing, added)
+
+    Set<PathObject> gone = ExistingObjects.identitySet()
+    gone.addAll(existing.unchangedNuclei)
+    gone.addAll(existing.unchangedRegions)
+    gone.addAll(existing.annotated.keySet())
+    gone.removeAll(plan.stayed)
+    List<PathObject> homeless = []   // what a person drew within those, say
+    List<PathObject> tops = []   // with which the others go
+    for (PathObject old : gone) {
+        if (old.hasChildObjects())
+            for (PathObject child : old.getChildObjects())
+                if (!gone.contains(child))
+                    homeless << child
+        if (!gone.contains(old.getParent()))
+            tops << old
+    }
+    hierarchy.getSelectionModel().deselectObjects(gone)
+    hierarchy.removeObjects(tops, false)
+
     // Filled before they are in the hierarchy: there, QuPath takes long over many annotations.
-    List<PathObject> elsewhere = assignToRegions(members, added.regions)
-    hierarchy.addObjects(elsewhere.findAll { PathObject pathObject -> pathObject.getParent() == null })   // new ones
-    hierarchy.addObjects(added.regions)
+    Areas regions = new Areas(added.regions + held)
+    int width = imageData.getServer().getWidth()
+    int height = imageData.getServer().getHeight()
+    List<PathObject> elsewhere = assign(added.nuclei, regions, parents, width, height)
+    Areas all = new Areas(added.regions + held + existing.outsideRegions)
+    elsewhere.addAll(assign(homeless, all, new Areas([]), width, height))
+    hierarchy.addObjects(elsewhere)
+    places.each { PathObject region, PathObject parent -> parent.addChildObject(region) }
+    hierarchy.addObjects(added.regions.findAll { PathObject region -> !places.containsKey(region) })
     hierarchy.addObjects(added.rois)
+    exchangeOneByOne(hierarchy, added.reshapable)
+    hierarchy.fireHierarchyChangedEvent(hierarchy.getRootObject())   // of what was added within others
+}
+
+/** Puts each object in the place of another, below its parent and with its children. */
+@CompileStatic
+static void exchangeOneByOne(PathObjectHierarchy hierarchy, Map<PathObject, PathObject> successors) {
+    hierarchy.getSelectionModel().deselectObjects(successors.keySet())
+    successors.each { PathObject old, PathObject successor ->
+        PathObject parent = old.getParent()
+        successor.addChildObjects(new ArrayList<PathObject>(old.getChildObjects()))
+        parent.removeChildObject(old)
+        parent.addChildObject(successor)
+    }
+}
+
+/**
+ * The annotations and TMA cores for new nuclei to be nested in: those in which nuclei were, and others of their
+ * classes. There are none where nobody resolved the hierarchy.
+ */
+@CompileStatic
+static List<PathObject> parentsFor(PathObjectHierarchy hierarchy, Replacement plan) {
+    Set<PathObject> parents = plan.existing.parents.findAll { PathObject parent ->
+        parent.isTMACore() || parent.isAnnotation() && !isCorrectionRoi(parent)
+    }.toSet()
+    if (parents.isEmpty())
+        return []
+    Set<PathClass> classes = parents.findAll { PathObject parent -> parent.isAnnotation() }
+            .collect { PathObject parent -> parent.getPathClass() }.findAll { PathClass one -> one != null }.toSet()
+    boolean cores = parents.any { PathObject parent -> parent.isTMACore() }
+    return hierarchy.getAllObjects(false).findAll { PathObject other ->
+        other.getROI()?.isArea() && (parents.contains(other) || cores && other.isTMACore() ||
+                other.isAnnotation() && classes.contains(other.getPathClass()) &&
+                !plan.marks.containsKey(other.getID()))
+    }.toList()
+}
+
+/** The parents of the regions that are there again, where these are nested in other objects. */
+@CompileStatic
+static Map<PathObject, PathObject> parentsOfRegions(ExistingObjects existing, NewObjects added) {
+    Map<UUID, PathObject> parents = [:]
+    for (PathObject region : existing.unchangedRegions) {
+        PathObject parent = region.getParent()
+        if (parent != null && !parent.isRootObject() && !existing.unchangedRegions.contains(parent))
+            parents[region.getID()] = parent
+    }
+    return added.regions.findAll { PathObject region -> parents.containsKey(region.getID()) }
+            .collectEntries { PathObject region -> [region, parents[region.getID()]] }
 }
 
 @CompileStatic
@@ -487,8 +1125,8 @@ static List<PathClass> roiClasses() {
 
 @CompileStatic
 static boolean isCorrectionRoi(PathObject pathObject) {
-    return pathObject.isAnnotation() && pathObject.getROI()?.isArea() &&
-            roiClasses().contains(pathObject.getPathClass())
+    return pathObject.isAnnotation() && pathObject.getPathClass()?.toString()?.startsWith('PatchCL: ') &&
+            roiClasses().contains(pathObject.getPathClass()) && pathObject.getROI()?.isArea()
 }
 
 /** The ROIs that patchcl-qp suggested, cropped to the image. */
@@ -506,6 +1144,20 @@ static List<PathObject> suggestedRois(ImageData<?> imageData, JsonObject suggest
         roi.setLocked(true)
         roi
     }
+}
+
+/** Asks what to do with nuclei that carry work of a person: 'keep', 'remove', or null, to change nothing. */
+static String askToKeep(String warning) {
+    Class<?> dialogs = ['qupath.fx.dialogs.Dialogs', 'qupath.lib.gui.dialogs.Dialogs'].findResult { name ->
+        try {
+            Class.forName(name, true, QuPathGUI.class.getClassLoader())   // of QuPath 0.5 and later, and of 0.4
+        } catch (ClassNotFoundException ignored) {
+            null
+        }
+    }
+    Map<String, String> choices = ['Keep them': 'keep', 'Remove them; a copy is kept in a file': 'remove']
+    List<String> names = choices.keySet() as List
+    return choices[dialogs.showChoiceDialog('PatchCL', warning, names, names.first())]
 }
 
 /** Adds classes to the list from which a person chooses in QuPath. */
@@ -533,6 +1185,57 @@ static PathObject toAnnotation(PathObject nucleus) {
             nucleus.getROI(), nucleus.getPathClass(), nucleus.getMeasurementList())
     annotation.setID(nucleus.getID())
     return annotation
+}
+
+/**
+ * Makes annotations of the detections of a person in ROIs to correct: new ones, and those that a person drew. Objects
+ * of other programs stay, except where these are the nuclei.
+ */
+@CompileStatic
+static void makeReshapable(Replacement plan, Marks marks) {
+    ExistingObjects existing = plan.existing
+    PathClass toCorrect = roiClasses().first()
+    List<PathObject> rois = plan.added.rois + existing.keptRois.findAll { PathObject roi ->
+        roi.getPathClass() == toCorrect && !marks.rois.containsKey(roi.getID())
+    }
+    if (rois.isEmpty())
+        return
+    List<PathObject> detections = existing.kept + existing.outside.keySet() + plan.stayed
+    if (overlapping(plan.result) == 'keep')
+        detections.addAll(existing.foreign)
+    for (PathObject pathObject : detections)
+        if (isOutlined(pathObject) && liesInAny(pathObject, rois))
+            plan.added.reshapable[pathObject] = withAllOf(pathObject)
+}
+
+/** Whether an object is a detection of a nucleus, or a cell that has one. */
+@CompileStatic
+static boolean isOutlined(PathObject pathObject) {
+    return pathObject.isDetection() && !pathObject.isTile() &&
+            (!(pathObject instanceof PathCellObject) || ((PathCellObject) pathObject).getNucleusROI() != null)
+}
+
+/** A detection as an annotation, with all that a person put on it; a cell as its nucleus. */
+@CompileStatic
+static PathObject withAllOf(PathObject detection) {
+    PathObject annotation = PathObjects.createAnnotationObject(
+            PathObjectTools.getROI(detection, true), detection.getPathClass(), detection.getMeasurementList())
+    annotation.setID(detection.getID())
+    annotation.setName(detection.getName())
+    if (detection.getColor() != null)
+        annotation.setColor(detection.getColor())
+    annotation.setLocked(detection.isLocked())
+    Metadata.put(annotation, Metadata.of(detection))
+    return annotation
+}
+
+/** Whether an object lies in one of the ROIs, in part or whole. */
+@CompileStatic
+static boolean liesInAny(PathObject pathObject, List<PathObject> correctionRois) {
+    for (PathObject roi : correctionRois)
+        if (liesIn(pathObject, roi))
+            return true
+    return false
 }
 
 /** Whether an object lies in an ROI, in part or whole. An object that is not much smaller is no nucleus. */
@@ -586,29 +1289,39 @@ static PathObject newRegion(String place, ROI roi, JsonObject part, JsonObject r
     return region
 }
 
-/** Adds objects to the regions that hold their centroids; returns the objects outside all regions. */
+/**
+ * Adds objects to the smallest area that holds them, as QuPath does: of regions, by the centroid; of a person's
+ * annotations, annotations as a whole. Returns the objects outside all.
+ */
 @CompileStatic
-static List<PathObject> assignToRegions(List<PathObject> objects, List<PathObject> regions) {
-    STRtree places = places(regions)
+static List<PathObject> assign(List<PathObject> objects, Areas regions, Areas parents, int width, int height) {
     Map<PathObject, List<PathObject>> members = [:]
     List<PathObject> elsewhere = []
+    if (parents.isEmpty() && regions.isWhole(width, height)) {   // most imports
+        regions.objects.first().addChildObjects(objects)
+        return elsewhere
+    }
     for (PathObject pathObject : objects) {
-        List<PathObject> around = regionsOf(pathObject, places)
-        if (around.isEmpty())
-            elsewhere << pathObject
+        PathObject smallest = null
+        if (!parents.isEmpty())
+            for (PathObject parent : parents.holding(centroidOf(pathObject)))
+                if (parent.getROI().getArea() > 2 * pathObject.getROI().getArea() &&
+                        (!pathObject.isAnnotation() || parents.covers(parent, pathObject.getROI())))
+                    smallest = smaller(smallest, parent)
+        for (PathObject region : regionsOf(pathObject, regions))
+            smallest = smaller(smallest, region)
+        if (smallest == null)
+            elsewhere.add(pathObject)
         else
-            members.computeIfAbsent(around.first()) { [] as List<PathObject> } << pathObject
+            members.computeIfAbsent(smallest) { [] as List<PathObject> }.add(pathObject)
     }
     members.each { PathObject region, List<PathObject> within -> region.addChildObjects(within) }
     return elsewhere
 }
 
 @CompileStatic
-static STRtree places(Collection<PathObject> regions) {
-    STRtree places = new STRtree()
-    for (PathObject region : regions)
-        places.insert(envelope(region.getROI()), region)
-    return places
+static PathObject smaller(PathObject one, PathObject other) {
+    return one == null || other.getROI().getArea() < one.getROI().getArea() ? other : one
 }
 
 /**
@@ -616,33 +1329,22 @@ static STRtree places(Collection<PathObject> regions) {
  * have its centroid outside of all regions, and then belongs to one that it meets.
  */
 @CompileStatic
-static List<PathObject> regionsOf(PathObject pathObject, STRtree places) {
-    ROI roi = PathObjectTools.getROI(pathObject, true)
-    double x = roi.getCentroidX()
-    double y = roi.getCentroidY()
-    List<PathObject> around = []
-    for (Object region : places.query(new Envelope(new Coordinate(x, y))))
-        if (((PathObject) region).getROI().contains(x, y))
-            around << (PathObject) region
-    if (around.isEmpty()) {
-        Object near = places.query(envelope(roi)).find {
-            ((PathObject) it).getROI().getGeometry().intersects(roi.getGeometry())
-        }
-        if (near != null)
-            around << (PathObject) near
-    }
-    return around
+static List<PathObject> regionsOf(PathObject pathObject, Areas regions) {
+    List<PathObject> around = regions.holding(centroidOf(pathObject))
+    if (!around.isEmpty())
+        return around
+    PathObject near = regions.meeting(PathObjectTools.getROI(pathObject, true))
+    return near == null ? around : [near]
 }
 
 /**
- * Measures the regions of a run, also those that a person unlocked or renamed: the nuclei that are there, and how many
- * were found, added and left out, for each reason.
+ * Measures the regions of a run, also those that a person unlocked or renamed: how many nuclei were found, added and
+ * left out, for each reason.
  */
 @CompileStatic
-static void measureRegions(ImageData<?> imageData, List<PathObject> regions, List<PathObject> nuclei,
-                           NewObjects added) {
+static void measureRegions(ImageData<?> imageData, Replacement plan) {
     Map<UUID, PathObject> fresh = [:]
-    for (PathObject region : regions)
+    for (PathObject region : plan.regions)
         fresh[region.getID()] = region
     Collection<PathObject> shown = imageData.getHierarchy().getAnnotationObjects().findAll { PathObject annotation ->
         fresh.containsKey(annotation.getID())
@@ -652,11 +1354,13 @@ static void measureRegions(ImageData<?> imageData, List<PathObject> regions, Lis
         refreshTissue(region, fresh[region.getID()])
         counts[region] = [found: 0, added: 0] + NewObjects.noneLeftOut()
     }
-    STRtree places = places(shown)
-    for (PathObject nucleus : nuclei)
-        for (PathObject region : regionsOf(nucleus, places)) {
+    Areas areas = new Areas(shown)
+    if (areas.isWhole(imageData.getServer().getWidth(), imageData.getServer().getHeight()))
+        counts[shown.first()] = [found: plan.nuclei.size(), added: plan.added.nuclei.size()] + plan.added.leftOut
+    else for (PathObject nucleus : plan.nuclei)
+        for (PathObject region : regionsOf(nucleus, areas)) {
             Map<String, Integer> count = counts[region]
-            String what = added.whyLeftOut[nucleus] ?: 'added'
+            String what = plan.added.whyLeftOut[nucleus] ?: 'added'
             count['found'] = count['found'] + 1
             count[what] = count[what] + 1
         }
@@ -711,7 +1415,7 @@ static List<Map<String, Object>> summarise(ImageData<?> imageData, ProjectImageE
 @CompileStatic
 static List<PathObject> shownRegions(ImageData<?> imageData, Marks marks) {
     return imageData.getHierarchy().getAnnotationObjects().toList().findAll { PathObject annotation ->
-        marks.regions.containsKey(annotation.getID().toString())
+        marks.regions.containsKey(annotation.getID())
     }
 }
 
@@ -724,11 +1428,17 @@ static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObj
     Map<PathObject, Integer> counts = [:]
     for (PathObject region : regions)
         counts[region] = 0
-    STRtree places = places(regions)
+    Areas areas = new Areas(regions)
     boolean withForeign = result != null && overlapping(result) == 'keep'
-    nucleiPresent(imageData, marks, withForeign).each { PathObject nucleus, Boolean onBorder ->
-        for (PathObject region : regionsOf(nucleus, places))
-            if (onBorder || region.getROI().contains(nucleusX(nucleus), nucleusY(nucleus)))
+    PresentNuclei present = nucleiPresent(imageData, marks, withForeign)
+    if (areas.isWhole(imageData.getServer().getWidth(), imageData.getServer().getHeight()))
+        counts[regions.first()] = present.onBorder.size() + present.others.size()
+    else {
+        for (PathObject nucleus : present.onBorder)
+            for (PathObject region : regionsOf(nucleus, areas))
+                counts[region] = counts[region] + 1
+        for (PathObject nucleus : present.others)
+            for (PathObject region : areas.holding(centroidOf(nucleus)))
                 counts[region] = counts[region] + 1
     }
     counts.each { PathObject region, Integer count -> measure(region, count, imageData) }
@@ -736,64 +1446,82 @@ static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObj
     return regions
 }
 
+/** The centroid of an object, or of the nucleus of a cell. QuPath's own takes long: it looks for crossings, too. */
 @CompileStatic
-static double nucleusX(PathObject nucleus) {
-    return PathObjectTools.getROI(nucleus, true).getCentroidX()
-}
-
-@CompileStatic
-static double nucleusY(PathObject nucleus) {
-    return PathObjectTools.getROI(nucleus, true).getCentroidY()
+static Coordinate centroidOf(PathObject nucleus) {
+    ROI roi = PathObjectTools.getROI(nucleus, true)
+    if (!(roi instanceof PolygonROI))
+        return new Coordinate(roi.getCentroidX(), roi.getCentroidY())
+    Point2[] points = pointsOf(roi)
+    Point2 first = points[0]
+    double area = 0, x = 0, y = 0
+    double lastX = 0, lastY = 0   // relative to the first, for their digits
+    for (Point2 point : points) {
+        double nextX = point.getX() - first.getX()
+        double nextY = point.getY() - first.getY()
+        double cross = lastX * nextY - nextX * lastY
+        area += cross
+        x += (lastX + nextX) * cross
+        y += (lastY + nextY) * cross
+        lastX = nextX
+        lastY = nextY
+    }
+    if (area == 0d)
+        return new Coordinate(roi.getCentroidX(), roi.getCentroidY())
+    return new Coordinate(first.getX() + x / (3 * area), first.getY() + y / (3 * area))
 }
 
 /**
  * The nuclei of an image, whatever their parent: those that were imported, cells that were made of them, and those that
- * a person drew; and whether one on the border of a region belongs to it. Regions, ROIs and objects of a class that
- * QuPath ignores ('Ignore*') are none. Detections of other programs are nuclei only where ours were left out for them.
+ * a person drew. Regions, ROIs and objects of a class that QuPath ignores ('Ignore*') are none. Detections of other
+ * programs are nuclei only where ours were left out for them.
  */
 @CompileStatic
-static Map<PathObject, Boolean> nucleiPresent(ImageData<?> imageData, Marks marks, boolean withForeign) {
+static PresentNuclei nucleiPresent(ImageData<?> imageData, Marks marks, boolean withForeign) {
     Collection<PathObject> all = imageData.getHierarchy().getAllObjects(false)
     Set<PathObject> foreign = foreignObjects(all, marks, [] as List<PathObject>)
-    Map<PathObject, Boolean> nuclei = [:]
+    PresentNuclei present = new PresentNuclei()
     List<PathObject> drawn = []
     for (PathObject pathObject : all) {
-        String id = pathObject.getID().toString()
+        UUID id = pathObject.getID()
         ROI roi = PathObjectTools.getROI(pathObject, true)
         boolean ignored = pathObject.getPathClass() != null &&   // of no class, QuPath says the same
                 PathClassTools.isIgnoredClass(pathObject.getPathClass())
-        if (roi == null || !roi.isArea() || ignored ||
-                marks.regions.containsKey(id) || marks.rois.containsKey(id) || isCorrectionRoi(pathObject))
+        if (roi == null || !roi.isArea() || ignored)
             continue
-        if (marks.nuclei.containsKey(id) || pathObject.isDetection() && !foreign.contains(pathObject))
-            nuclei[pathObject] = true
+        if (marks.nuclei.containsKey(id))
+            present.onBorder.add(pathObject)
+        else if (marks.contains(id) || isCorrectionRoi(pathObject))
+            continue
+        else if (pathObject.isDetection() && !foreign.contains(pathObject))
+            present.onBorder.add(pathObject)
         else if (withForeign && pathObject.isDetection() && !pathObject.isTile())
-            nuclei[pathObject] = false
-        else if (pathObject.isAnnotation())
-            drawn << pathObject
+            present.others.add(pathObject)
+        else if (pathObject.isAnnotation() && !marks.nuclei.containsKey(pathObject.getParent().getID()))
+            drawn.add(pathObject)   // but for what was drawn within a nucleus
     }
-    for (PathObject annotation : drawnNuclei(drawn, nuclei.keySet(), imageData))
-        nuclei[annotation] = false
-    return nuclei
+    present.others.addAll(drawnNuclei(drawn, present, imageData))
+    return present
 }
 
 /** Of the annotations that a person drew, the nuclei: at most 2,000 µm² large, and without several nuclei within. */
 @CompileStatic
-static List<PathObject> drawnNuclei(List<PathObject> drawn, Collection<PathObject> nuclei, ImageData<?> imageData) {
+static List<PathObject> drawnNuclei(List<PathObject> drawn, PresentNuclei present, ImageData<?> imageData) {
     def pixels = imageData.getServer().getPixelCalibration()
     double pixelArea = pixels.hasPixelSizeMicrons() ?
             pixels.getPixelWidthMicrons() * pixels.getPixelHeightMicrons() : 0.25d * 0.25d
-    STRtree centroids = new STRtree()
-    for (PathObject nucleus : nuclei + drawn) {
-        Coordinate place = new Coordinate(nucleusX(nucleus), nucleusY(nucleus))
-        centroids.insert(new Envelope(place), place)
-    }
-    return drawn.findAll { PathObject annotation ->
-        ROI roi = annotation.getROI()
-        roi.getArea() * pixelArea <= 2000 && centroids.query(envelope(roi)).count {
-            Coordinate place = (Coordinate) it
-            roi.contains(place.x, place.y)
-        }.intValue() <= 2   // its own, and one of a nucleus that it was drawn over
+    Areas areas = new Areas(drawn.findAll { PathObject annotation ->
+        annotation.getROI().getArea() * pixelArea <= 2000
+    })
+    if (areas.isEmpty())
+        return areas.objects
+    Map<PathObject, Integer> within = new IdentityHashMap<>()
+    for (Collection<PathObject> objects : [present.onBorder, present.others, drawn])
+        for (PathObject nucleus : objects)
+            for (PathObject annotation : areas.holding(centroidOf(nucleus)))
+                within.merge(annotation, 1) { Integer one, Integer other -> one + other }
+    return areas.objects.findAll { PathObject annotation ->
+        (within[annotation] ?: 0) <= 2   // its own, and one of a nucleus that it was drawn over
     }
 }
 
@@ -819,25 +1547,65 @@ static String text(JsonObject result, String key) {
 @CompileStatic
 static Marks readMarks(ImageData<?> imageData) {
     String lines = imageData.getProperty('patchcl.imported') ?: ''
-    Map<String, String> marks = [:]
-    for (String line : lines.readLines())
-        marks[line.substring(0, 36)] = line.substring(37)
-    return toMarks(marks)
-}
-
-@CompileStatic
-static Marks toMarks(Map<String, String> all) {
     Marks marks = new Marks()
-    all.each { String id, String mark ->
-        Map<String, String> kind = mark.endsWith(' region') ? marks.regions :
-                mark.contains(' field ') ? marks.rois : marks.nuclei
-        kind[id] = mark
-    }
+    for (String line : lines.readLines())
+        marks.add(UUID.fromString(line.substring(0, 36)), line.substring(37))
     return marks
 }
 
-static void writeMarks(ImageData<?> imageData, Map<String, String> marks) {
-    imageData.setProperty('patchcl.imported', marks.collect { id, mark -> id + ' ' + mark }.join('\n'))
+@CompileStatic
+static Marks toMarks(Map<UUID, String> all) {
+    Marks marks = new Marks()
+    for (Map.Entry<UUID, String> entry : all.entrySet())
+        marks.add(entry.key, entry.value)
+    return marks
+}
+
+@CompileStatic
+static void writeMarks(ImageData<?> imageData, Map<UUID, String> marks) {
+    StringBuilder text = new StringBuilder()
+    for (Map.Entry<UUID, String> entry : marks.entrySet())
+        text.append(text.length() > 0 ? '\n' : '').append(entry.key).append(' ').append(entry.value)
+    imageData.setProperty('patchcl.imported', text.toString())
+}
+
+/** Reads what imports gave nuclei, with what this one gives; of images of version 0.1, the names that it gave. */
+@CompileStatic
+static Given readGiven(ImageData<?> imageData, List<PathObject> nuclei) {
+    Given given = new Given()
+    String lines = imageData.getProperty('patchcl.given')
+    if (lines == null) {
+        given.classes.add('Nucleus')
+        given.measurements.addAll(['Area µm^2', 'Length µm', 'Circularity', 'Solidity', 'Max diameter µm',
+                                   'Min diameter µm', 'Detection probability'])
+        for (String stain : ['Hematoxylin', 'Eosin', 'DAB', 'Residual'])
+            for (String statistic : ['Mean', 'Std.Dev.', 'Min', 'Max'])
+                given.measurements.add(stain + ': ' + statistic)
+    } else
+        for (String line : lines.readLines())
+            (line.startsWith('class ') ? given.classes : given.measurements).add(line.substring(line.indexOf(' ') + 1))
+    if (!nuclei.isEmpty()) {
+        given.classes.add(String.valueOf(nuclei.first().getPathClass()))
+        given.measurements.addAll(nuclei.first().getMeasurementList().getMeasurementNames())
+    }
+    return given
+}
+
+@CompileStatic
+static void writeGiven(ImageData<?> imageData, Given given) {
+    imageData.setProperty('patchcl.given', (given.classes.collect { String name -> 'class ' + name } +
+            given.measurements.collect { String name -> 'measurement ' + name }).join('\n'))
+}
+
+/** Writes objects to a file that can be dragged into QuPath. */
+@CompileStatic
+static void writeObjects(Path file, Collection<PathObject> objects) {
+    Files.createDirectories(file.getParent())
+    Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')
+    Files.newOutputStream(temporary).withCloseable { OutputStream stream ->
+        PathIO.exportObjectsAsGeoJSON(stream, objects, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
+    }
+    Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
 }
 
 static void writeReceipt(Path file, Map receipt) {
@@ -849,13 +1617,14 @@ static void writeReceipt(Path file, Map receipt) {
 
 @CompileStatic
 static String digestAndCentroid(PathObject pathObject) {
-    ROI roi = pathObject.getROI()
-    return digest(pathObject) + ' ' + (float) roi.getCentroidX() + ' ' + (float) roi.getCentroidY()
+    Coordinate place = centroidOf(pathObject)
+    return digest(pathObject) + ' ' + (float) place.x + ' ' + (float) place.y
 }
 
+@CompileStatic
 static Coordinate centroid(String digestAndCentroid) {
-    def (_, x, y) = digestAndCentroid.tokenize(' ')
-    return new Coordinate(x as double, y as double)
+    String[] parts = digestAndCentroid.split(' ')
+    return new Coordinate(Double.parseDouble(parts[1]), Double.parseDouble(parts[2]))
 }
 
 /**
@@ -864,25 +1633,43 @@ static Coordinate centroid(String digestAndCentroid) {
  */
 @CompileStatic
 static String digest(PathObject pathObject) {
-    def bytes = new ByteArrayOutputStream()
-    def data = new DataOutputStream(bytes)
+    String description = pathObject instanceof PathAnnotationObject ?
+            ((PathAnnotationObject) pathObject).getDescription() : null
+    return digestWith(pathObject, String.valueOf(pathObject.getPathClass()), pathObject.getName(),
+            pathObject.getColor(), description)
+}
+
+/** The digest that a nucleus had when it was imported, if its contour is as it was then. */
+@CompileStatic
+static String pristineDigest(PathObject nucleus, String className) {
+    return digestWith(nucleus, className, null, null, null)
+}
+
+@CompileStatic
+static String digestWith(PathObject pathObject, String className, String name, Integer color, String description) {
     ROI roi = pathObject.getROI()
-    if (roi != null)
-        for (Point2 point : roi.getAllPoints()) {
-            data.writeFloat((float) point.getX())
-            data.writeFloat((float) point.getY())
-        }
-    List<Object> rest = [pathObject.isAnnotation(), pathObject.getPathClass(), pathObject.getName(),
-                         pathObject.getColor(), pathObject.isLocked()]
-    if (pathObject instanceof PathAnnotationObject)
-        rest << ((PathAnnotationObject) pathObject).getDescription()
-    data.write(rest.toString().getBytes(StandardCharsets.UTF_8))
-    return sha(bytes.toByteArray())
+    Point2[] points = pointsOf(roi)
+    StringBuilder text = new StringBuilder(64)
+    text.append('[').append(pathObject.isAnnotation()).append(', ').append(className).append(', ').append(name)
+            .append(', ').append((Object) color).append(', ').append(pathObject.isLocked())
+    if (pathObject.isAnnotation())
+        text.append(', ').append(description)
+    byte[] rest = text.append(']').toString().getBytes(StandardCharsets.UTF_8)
+    ByteBuffer bytes = ByteBuffer.allocate(8 * points.length + rest.length)
+    for (Point2 point : points)
+        bytes.putFloat((float) point.getX()).putFloat((float) point.getY())
+    return sha(bytes.put(rest).array())
+}
+
+/** The corners of a contour, as an array: Groovy checks the class of each element of a list. */
+@CompileStatic
+static Point2[] pointsOf(ROI roi) {
+    return roi == null ? new Point2[0] : roi.getAllPoints().toArray(new Point2[0])
 }
 
 @CompileStatic
 static String sha(byte[] bytes) {
-    return MessageDigest.getInstance('SHA-256').digest(bytes).encodeHex().toString().substring(0, 16)
+    return HexFormat.of().toHexDigits(ByteBuffer.wrap(Sha.digest(bytes)).getLong())
 }
 
 @CompileStatic
@@ -894,20 +1681,33 @@ static Envelope envelope(ROI roi) {
 /** Whether one of the places lies inside the contour. */
 @CompileStatic
 static boolean coversAny(ROI roi, STRtree places) {
-    return places.query(envelope(roi)).any { roi.contains(((Coordinate) it).x, ((Coordinate) it).y) }
+    return !places.isEmpty() && places.query(envelope(roi)).any {
+        roi.contains(((Coordinate) it).x, ((Coordinate) it).y)
+    }
 }
 
-/** Whether the intersection with one of the contours is more than maxOverlap of the union. */
+/** Whether the IoU with one of the contours is more than maxOverlap. */
 @CompileStatic
 static boolean overlapsAny(ROI roi, STRtree contours, double maxOverlap) {
-    double area = roi.getArea()
-    return contours.query(envelope(roi)).any {
-        ROI other = (ROI) it
-        double otherArea = other.getArea()
-        // Cheap first: the areas alone exclude a match of a nucleus with a large annotation.
-        if (Math.min(area, otherArea) <= maxOverlap * Math.max(area, otherArea))
-            return false
-        double shared = roi.getGeometry().intersection(other.getGeometry()).getArea()
-        return shared > maxOverlap * (area + otherArea - shared)
-    }
+    if (contours.isEmpty())
+        return false
+    for (Object other : contours.query(envelope(roi)))
+        if (overlap(roi, (ROI) other, maxOverlap) > maxOverlap)
+            return true
+    return false
+}
+
+/** The IoU of two contours; 0 where it cannot be above 'least', which is found out cheaply. */
+@CompileStatic
+static double overlap(ROI one, ROI other, double least) {
+    double area = one.getArea()
+    double otherArea = other.getArea()
+    double larger = Math.max(area, otherArea)
+    if (Math.min(area, otherArea) <= least * larger)
+        return 0d
+    Envelope both = envelope(one).intersection(envelope(other))
+    if (both.getArea() <= least * larger)
+        return 0d
+    double shared = one.getGeometry().intersection(other.getGeometry()).getArea()
+    return shared / (area + otherArea - shared)
 }

@@ -143,6 +143,7 @@ class Review {
     List<PathObject> nuclei = []   // of the present ROI, by rising confidence
     final Map<String, Set<String>> accepted = [:]   // by ROI: ids of nuclei
     private final List<PathObject> visited = []
+    private boolean askedIfEmpty = false
     private List<PathObject> protectedObjects = []   // locked for as long as the ROI is the present one
     private final List<Closure<?>> undoing = []
 
@@ -262,6 +263,7 @@ class Review {
         nucleus = null
         visited.clear()
         undoing.clear()
+        askedIfEmpty = false
         PathObject roi = annotation
         if (roi == null)
             return null
@@ -514,12 +516,16 @@ class Review {
         return pixels.hasPixelSizeMicrons() ? pixels.getAveragedPixelSizeMicrons().doubleValue() : 0.25d
     }
 
-    /** Why patchcl-qp could not refine with the ROI as it is, null if it could; selects the nucleus in question. */
+    /**
+     * Why patchcl-qp could not refine with the ROI as it is, null if it could; selects the nucleus in question. Of an
+     * empty ROI, a person is asked once.
+     */
     String problem() {
         refresh()
-        if (nuclei.isEmpty())
-            return 'There is no nucleus in this ROI, so that it cannot be used: outline those there are, or ' +
-                    'delete the ROI.'
+        if (nuclei.isEmpty() && !askedIfEmpty) {
+            askedIfEmpty = true
+            return 'There is no nucleus in this ROI: all of it is taken as background. If that is right, press Y again.'
+        }
         PathObject twice = nuclei.find { one ->
             nuclei.any { other -> one !== other && overlap(one.getROI(), other.getROI()) }
         }

@@ -41,8 +41,10 @@ import qupath.lib.gui.QuPathGUI
 import qupath.lib.gui.dialogs.Dialogs
 import qupath.lib.images.ImageData
 import qupath.lib.io.GsonTools
+import qupath.lib.objects.PathObject
 import qupath.lib.projects.Project
 import qupath.lib.projects.ProjectImageEntry
+import qupath.lib.roi.interfaces.ROI
 import qupath.lib.scripting.QP
 import qupath.lib.scripting.ScriptAttributes
 
@@ -75,6 +77,9 @@ reporting(watched && asked == null) {
     Task task = new Task(what: chosen, within: within, project: QP.getProject(), entry: QP.getProjectEntry(),
             imageData: imageData, folder: Paths.get(QP.buildPathInProject(folderName)))
     check(task)
+    String before = watched && task.subcommand == 'run' ? replacedInWords(imageData, regionsOf(task)) : null
+    if (before != null && !Dialogs.showConfirmDialog('PatchCL', before))
+        return
     // For the whole project it is started once: for the first image of this batch.
     TaskOutcome outcome = !task.oneImage && isLaterInBatch() ? outcomeOfBatch(task) : null
     Instant began = Instant.now()
@@ -143,6 +148,39 @@ static void check(Task task) {
     if (task.what == 'annotations' && task.within.isEmpty() && !QP.getSelectedObjects().any { it.isAnnotation() })
         throw new IllegalStateException('Select annotations first, or name classes after \'within\' at the top of ' +
                 'this script.')
+}
+
+/** The annotations in which nuclei are to be found; null for the whole image. */
+static List<PathObject> regionsOf(Task task) {
+    if (task.what != 'annotations')
+        return null
+    Collection<PathObject> all = task.within.isEmpty() ? QP.getSelectedObjects() :
+            task.imageData.getHierarchy().getAnnotationObjects().findAll {
+                it.getPathClass()?.toString() in task.within
+            }
+    return all.findAll { it.isAnnotation() && it.getROI()?.isArea() }.toList()
+}
+
+/** What a run replaces of the nuclei in the image, for a person to agree to; null if there is nothing to replace. */
+static String replacedInWords(ImageData<?> imageData, List<PathObject> regions) {
+    // import_nuclei.groovy lists the objects that it added in this property: a line for each, its id first.
+    String imported = imageData.getProperty('patchcl.imported') ?: ''
+    Set<String> ours = imported.readLines().findAll { !it.endsWith(' region') && !it.contains(' field ') }
+            .collect { it.substring(0, 36) }.toSet()
+    List<PathObject> nuclei = imageData.getHierarchy().getAllObjects(false).findAll {
+        ours.contains(it.getID().toString())
+    }.toList()
+    int replaced = (int) nuclei.count { PathObject nucleus ->
+        ROI roi = nucleus.getROI()
+        regions == null || regions.any { it.getROI().contains(roi.getCentroidX(), roi.getCentroidY()) }
+    }
+    if (replaced == 0)
+        return null
+    String what = regions == null ? "The ${replaced} nuclei of earlier runs in this image" :
+            "Of ${nuclei.size()} nuclei of earlier runs, the ${replaced} in ${regions.size()} annotations"
+    return "${what} are replaced by new ones.${regions == null ? '' : ' All others stay.'}\n\n" +
+            'Classes, measurements and notes that you gave them are carried over. ' +
+            'Nuclei that you reshaped, locked or drew stay as they are.'
 }
 
 /** Whether the script runs for an image of a batch that is not the first. */
@@ -254,7 +292,7 @@ static void reporting(boolean watched, Closure<?> work) {
  */
 boolean importInWindow(Task task) {
     Stage stage = null
-    def opened = new FutureTask<?>({ stage = openWaitingWindow() }, null)
+    def opened = new FutureTask<Object>({ stage = openWaitingWindow() }, null)
     Platform.runLater(opened)
     opened.get()
     QP.setBatchProjectAndImage(task.project, task.imageData)
@@ -290,14 +328,17 @@ static String nextStep(Task task, boolean shown) {
     if (task.what == 'suggest')
         return correctionSteps(task, shown)
     String name = task.entry.getImageName()
-    return (shown ? "${name}: ${importedInWords(task)}.\n\nSave the image to keep them." :
+    String imported = shown ? importedInWords(task) : null
+    return (imported != null ? "${name}: ${imported}.\n\nSave the image to keep them." :
             "The nuclei of ${name} are ready: open the image, and run the script import nuclei.") +
             (task.oneImage ? '' : '\n\nFor others, open the script import nuclei, and choose Run > Run for project.')
 }
 
-/** What the import into the open image did: how many nuclei were found, added and left out, and why. */
+/** What the import into the open image did, with the numbers of nuclei; null where a person decided against it. */
 static String importedInWords(Task task) {
     Path file = task.folder.resolve('imported').resolve(task.entry.getID() + '.json')
+    if (!Files.exists(file) || Files.getLastModifiedTime(file) < Files.getLastModifiedTime(task.result))
+        return null
     return JsonParser.parseString(Files.readString(file)).getAsJsonObject().get('in_words').getAsString()
 }
 

@@ -213,6 +213,7 @@ def refine(
         project, entries = _open(common, reading=reading, writing=writing)
         from patchcl_qupath import pipeline
         from patchcl_qupath.correction import changes
+        from patchcl_qupath.correction.labels import corrected_images
         from patchcl_qupath.models.model import Model
         from patchcl_qupath.storage.files import check_writable
 
@@ -226,9 +227,11 @@ def refine(
             model.save(path.parent, new_name)
             changes.begin(project.layout, found, model.digest, new_name)
             logger.info("model %s refined and saved: %s", new_name, path)
+        corrected = corrected_images(entries, found)
         if common.as_json:
-            console.print_json({"model": str(path), "digest": model.digest})
+            console.print_json({"model": str(path), "digest": model.digest, "corrected": corrected})
         else:
+            console.print_corrected(corrected)
             click.echo(
                 f"Model: {path}\nNext:  patchcl-qp run {common.project_path} --model {new_name}"
             )

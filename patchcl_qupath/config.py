@@ -573,6 +573,13 @@ class ResultConfig(Settings):
             "beside them, `keep` leaves out these nuclei, `replace` removes these detections"
         ),
     ] = Overlapping.BOTH
+    keep: Annotated[
+        bool,
+        setting(
+            "Keep every earlier nucleus that carries a class, measurements or notes of a person "
+            "and that no new nucleus replaces; otherwise only where these were put on it by hand"
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

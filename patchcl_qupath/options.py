@@ -102,6 +102,7 @@ class Overrides:
     stain: str | None
     class_name: str | None
     overlapping: str | None
+    keep: bool
     seed: int | None
 
     def of(self, config: Config) -> Config:
@@ -113,6 +114,8 @@ class Overrides:
             result = replace(result, class_name=self.class_name)
         if self.overlapping is not None:
             result = replace(result, overlapping=Overlapping(self.overlapping))
+        if self.keep:
+            result = replace(result, keep=True)
         if self.stain is not None:
             slide = replace(slide, stain=StainChoice(self.stain))
         if self.seed is not None:
@@ -240,6 +243,12 @@ overrides = _bundle(
             type=click.Choice([*map(str, Overlapping)]),
             help="Where nuclei overlap detections of other programs in QuPath: add them beside "
             "these (both, the default), leave them out (keep), or remove these (replace).",
+        ),
+        click.option(
+            "--keep",
+            is_flag=True,
+            help="Keep every nucleus of an earlier run that carries a class, measurements or notes "
+            "of yours, also where no new nucleus takes these over.",
         ),
         seed,
     ],

@@ -95,7 +95,12 @@ def refine(
             'recipe = "selftrain", the default'
         )
     corrected = read_corrected_samples(
-        project, entries, start.config, labels_from, counter(progress, Stage.READING_ROIS), found
+        project,
+        entries,
+        start.config,
+        labels_from=labels_from,
+        show_count=counter(progress, Stage.READING_ROIS),
+        found=found,
     )
     crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)

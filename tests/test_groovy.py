@@ -192,19 +192,19 @@ def test_new_results_replace_old_ones(story: SimpleNamespace, image: str) -> Non
 
 
 def test_the_work_of_a_person_is_kept(story: SimpleNamespace) -> None:
-    """What was changed or drawn stays as it was, to the last point."""
-    old = story.written[0][EDITED].uuids.tolist()
+    """What was reshaped or drawn stays as it was, to the last point; the rest has a new contour."""
+    old, new = (written[EDITED].uuids.tolist() for written in story.written)
     for later in story.seen[1:]:
         shown = {o["id"]: o for o in later[EDITED]}
         assert shown[old[0]]["area"] == 16
-        assert shown[old[2]]["class_name"] == "Tumor: Positive"
+        assert shown[new[2]]["class_name"] == "Tumor: Positive"
         assert shown[old[3]]["locked"]
-        assert shown[old[4]]["name"] == "look at this"
-        assert {old[5], old[6], old[7]} <= shown.keys()
+        assert shown[new[4]]["name"] == "look at this"
+        assert {new[5], new[6], new[7]} <= shown.keys()
         named = {o.get("name"): o for o in shown.values()}
         assert named["region"]["area"] == 250_000
         assert named["by hand"]["area"] == 256
-        assert named["within 7"]["parent"] == old[7]
+        assert named["within 7"]["parent"] == new[7]
 
 
 def test_no_new_nucleus_where_a_person_decided(story: SimpleNamespace) -> None:
@@ -214,15 +214,14 @@ def test_no_new_nucleus_where_a_person_decided(story: SimpleNamespace) -> None:
     for later in story.seen[1:]:
         drawn = ("by hand", "region", "within 7", "PatchCL")
         shown = {o["id"] for o in later[EDITED] if o.get("name") not in drawn}
-        left_out = {*range(8), by_hand}
-        assert shown == {old[k] for k in (0, 2, 3, 4, 5, 6, 7)} | {
-            id_ for k, id_ in enumerate(new) if k not in left_out
-        }
+        left_out = {0, 1, 3, by_hand}
+        assert shown == {old[0], old[3]} | {id_ for k, id_ in enumerate(new) if k not in left_out}
     first, again = story.receipts[1][EDITED], story.receipts[2][EDITED]
-    assert first["left_out"] == again["left_out"] == 9
-    assert first["removed"] == len(old) - 8
-    assert again["removed"] == again["added"] == first["added"] == len(new) - 9
-    assert first["kept"] == again["kept"] == 10
+    assert first["left_out"] == again["left_out"] == 4
+    assert first["removed"] == len(old) - 3
+    assert again["removed"] == again["added"] == first["added"] == len(new) - 4
+    assert first["kept"] == again["kept"] == 5  # those drawn, too
+    assert (first["classes"], first["notes"]) == (again["classes"], again["notes"]) == (1, 4)
 
 
 def test_importing_again_changes_nothing(story: SimpleNamespace) -> None:

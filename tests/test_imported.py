@@ -107,10 +107,10 @@ entry.saveImageData(imageData)
 )
 
 FIRST = Imported(found=210, added=209, left_out=1, for_yours=1)  # the one drawn by hand
-# Nuclei 0 and 2 were changed, a cell was made of 3, 1 was deleted.
-BESIDE = Imported(found=210, added=205, left_out=5, for_yours=4, deleted=1)
-THEIRS = Imported(found=210, added=194, left_out=16, for_yours=4, deleted=1, for_others=11)
-OURS = Imported(found=210, added=205, left_out=5, for_yours=4, deleted=1, replaced=10)  # 1 locked
+# Nucleus 0 was reshaped, a cell was made of 3, 1 was deleted; 2 has a class.
+BESIDE = Imported(found=210, added=206, left_out=4, for_yours=3, deleted=1, classes=1)
+THEIRS = msgspec.structs.replace(BESIDE, added=195, left_out=15, for_others=11)
+OURS = msgspec.structs.replace(BESIDE, replaced=10)  # one of theirs is locked
 SECOND = {"beside.svs": BESIDE, "theirs.svs": THEIRS, "ours.svs": OURS}
 
 
@@ -340,3 +340,8 @@ def test_numbers_in_words() -> None:
         "programs, 69 in correction ROIs; 5 objects of other programs replaced"
     )
     assert Imported(found=2, added=2, left_out=0).in_words == "2 nuclei found, 2 added, 0 left out"
+    carried = Imported(found=2, added=2, left_out=0, classes=1400, notes=3, stayed=2, lost=1)
+    assert carried.in_words == (
+        "2 nuclei found, 2 added, 0 left out; carried over: 1,400 classes, 3 nuclei with "
+        "measurements or notes; of yours without a new nucleus: 2 kept, 1 removed"
+    )

@@ -30,12 +30,14 @@ from slides import write_tiff
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import CORRECTED, ResultConfig
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Nuclei
-from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
+from patchcl_qupath.errors import ConfigError, ImageError, ProjectError, StorageError
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.project import paquo as backend
+from patchcl_qupath.project.compiled_scripts import cache_folder
 from patchcl_qupath.project.jvm import Process, contour_vertices, java_options, uuid_halves
 from patchcl_qupath.project.paquo import PaquoProject, find_qupath
 from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.status import image_status
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
@@ -132,10 +134,12 @@ def test_a_qupath_that_was_given_must_be_one(tmp_path: Path) -> None:
 
 
 def test_memory_is_limited_unless_the_user_sets_it() -> None:
-    _, limit = java_options([])
+    *_, limit = java_options([])
     assert limit.startswith("-Xmx")
     assert int(limit.removeprefix("-Xmx").removesuffix("m")) <= 4096
-    assert java_options(["-Xmx9g"]) == ["-Xmx9g", "-XX:TieredStopAtLevel=1"]
+    quick = ["-XX:TieredStopAtLevel=1", "-XX:+UseParallelGC"]
+    assert java_options(["-Xmx9g"]) == ["-Xmx9g", *quick]
+    assert java_options(["-Xmx9g", "-XX:+UseZGC"]) == ["-Xmx9g", "-XX:+UseZGC", quick[0]]
 
 
 def test_nuclei_become_arrays() -> None:
@@ -270,6 +274,47 @@ def test_image_that_qupath_changed_is_not_written_to(
 
 
 @pytest.mark.qupath
+def test_image_that_qupath_saves_meanwhile_is_not_written_over(
+    path: Path, process: Process, session: qupath.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it was looked at, and before it is saved: seconds, or minutes of a large image."""
+    write(*opened(path, process), FEW)
+    project, entry = opened(path, process)
+    ask = process.ask
+
+    def ask_while_a_person_saves(*question: Any) -> Any:
+        session.run(path, DRAW)
+        return ask(*question)
+
+    monkeypatch.setattr(process, "ask", ask_while_a_person_saves)
+    with pytest.raises(ImageError, match=r"a\.svs: QuPath saved the image while this was done"):
+        write(project, entry, FEW[:5])
+    shown = session.run(path, LOOK)["a.svs"]
+    assert shown["count"] == len(FEW) + 2  # the region, and what the person drew
+    data = path.parent / "data" / "1"
+    assert [file.name for file in data.glob("data*")] == ["data.qpdata"]
+
+
+def test_a_save_right_after_ours_is_told(path: Path) -> None:
+    """Of an image that QuPath's window had open meanwhile: it has written over our nuclei."""
+    project = open_project(path, "files")
+    (entry,) = project.images()
+    project.write(entry, [FEW], ResultConfig(), result_of(len(FEW)))
+    data = project.data(entry)
+    data.parent.mkdir(parents=True)
+    data.touch()
+    receipt = {"image": "a.svs", "run": "r", "imported": "now", "added": 20, "left_out": 0}
+    receipt |= {"removed": 0, "kept": 0, "fields": 0, "fields_kept": 0}
+    file = project.layout.receipt(entry.id)
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(receipt))
+    saved = file.stat().st_mtime
+    for seconds, changed in [(0, False), (2, True)]:
+        os.utime(data, (saved + seconds, saved + seconds))
+        assert ("saved in QuPath" in image_status(project, entry).changed) == changed
+
+
+@pytest.mark.qupath
 @pytest.mark.parametrize("harm", ["text", "half", "zeros"])
 def test_damaged_image_data_are_not_changed(path: Path, process: Process, harm: str) -> None:
     write(*opened(path, process), FEW)
@@ -370,7 +415,7 @@ def test_labels_are_all_nuclei_in_rois(
     project.layout.labels(entry.id).unlink()
     script = SAMPLE.parent / "groovy" / "export_labels.groovy"
     log = qupath.run_script(path, script)
-    assert "a.svs: 1 ROIs with 13 contours exported to" in log, log
+    assert "a.svs: 1 ROIs with 12 contours exported to" in log, log
     again = open_project(path, "files").corrections(entry, CORRECTED)
     assert {n.wkt for n in again.nuclei} == {n.wkt for n in found.nuclei}
     assert project.corrections(entry, "Tumor").rois[0].area == 2000**2  # of another class
@@ -418,7 +463,7 @@ def test_failed_save_restores_the_data(path: Path, monkeypatch: pytest.MonkeyPat
     before = data.read_bytes()
     project, entry = opened(path, Process(None, path.with_name("qupath.log")))
 
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         data.rename(data.with_name("data.qpdata.bkp"))
         data.write_bytes(b"half")
         raise ImageError("a.svs: the disk is full")
@@ -429,6 +474,49 @@ def test_failed_save_restores_the_data(path: Path, monkeypatch: pytest.MonkeyPat
         write(project, entry, FEW)
     assert data.read_bytes() == before
     assert [file.name for file in data.parent.iterdir()] == ["data.qpdata"]
+
+
+def test_folder_of_images_that_cannot_be_written_to(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "find_qupath", lambda _: "no version")
+    (path.parent / "data").touch()  # a file: also root cannot make folders in it
+    project, entry = opened(path, Process(None, path.with_name("qupath.log")))
+    monkeypatch.setattr(project.process, "start", lambda: None)
+    with pytest.raises(StorageError, match=r"cannot write .*data\.qpdata"):
+        write(project, entry, FEW)
+    assert (project.layout.results(entry.id) / "nuclei.parquet").exists()
+
+
+@pytest.mark.qupath
+def test_scripts_are_compiled_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged classes, and a folder that cannot be made, cost time and nothing else."""
+    cache = path.parent / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    if cache_folder() != cache / "patchcl-qupath" / "groovy":
+        pytest.skip("a folder of the system")
+
+    def written(found: Nuclei) -> None:
+        own = Process(None, path.with_name("qupath.log"))
+        project, entry = opened(path, own)
+        write(project, entry, found)
+        own.close()
+        receipt = json.loads(project.layout.receipt(entry.id).read_text("utf-8"))
+        assert receipt["added"] == len(found)
+
+    written(FEW)
+    classes = {file: file.stat().st_mtime_ns for file in cache_folder().rglob("*.class")}
+    scripts = {file.parent for file in classes}
+    assert len(scripts) == 2  # neither of those that export
+    damaged = next(file for file in classes if file.name == "import_nuclei.class")
+    damaged.write_bytes(b"no class")
+    written(FEW[:3])
+    assert damaged.read_bytes() != b"no class"
+    others = [file for file in classes if file.parent != damaged.parent]
+    assert {file: file.stat().st_mtime_ns for file in others} == {f: classes[f] for f in others}
+    shutil.rmtree(cache)
+    cache.touch()
+    written(FEW[:4])
 
 
 @pytest.mark.qupath

@@ -15,7 +15,7 @@ from results import result_of
 from robot import Robot
 
 from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.project.drawn import MAX_SHARED
+from patchcl_qupath.project.outlines import MAX_SHARED
 from patchcl_qupath.project.results import write_results
 from patchcl_qupath.project.scripts import copy_scripts, read_script
 from patchcl_qupath.storage.records import ChangesRecord, RoiChangesRecord, write_record
@@ -219,15 +219,16 @@ def test_a_roi_that_cannot_be_used_is_not_marked(session: qupath.Session, projec
     review.undo()
     lines << review.problem()
     7.times { review.accept(); review.select(review.nuclei[0].getID().toString()); review.delete() }
-    lines << [review.nuclei.size(), review.problem()]
+    lines << [review.nuclei.size(), review.problem(), review.problem()]
     """
-    right, overlapping, where, undone, (left, without) = review(session, project, actions)
+    right, overlapping, where, undone, (left, without, asked) = review(session, project, actions)
     assert right is undone is None
     assert f"MAX_SHARED = {MAX_SHARED} " in read_script("review.groovy")
     assert "overlaps another one" in overlapping
     assert where["nucleus"] in ("nucleus 0", None)
     assert left == 0
-    assert "no nucleus in this ROI" in without
+    assert "all of it is taken as background" in without
+    assert asked is None
 
 
 def test_detections_become_annotations_with_all_they_had(
@@ -313,7 +314,7 @@ def test_two_rois_are_corrected_by_keys_alone(
         found = qupath.nuclei(10, 20, number)
         write_results(patchcl / "results" / number, [found], ResultConfig(), result_of(len(found)))
         roi = RoiChangesRecord(
-            x=100, y=100, width=300, height=300, before=[], corrected=[], deleted=1
+            x=100, y=100, width=300, height=300, geometry={}, before=[], corrected=[], deleted=1
         )
         record = ChangesRecord(model="m", model_name="refined", made="", run="r", rois=(roi,))
         write_record(patchcl / "changes.later" / number / "changes.json", record)

@@ -7,6 +7,7 @@ numbers show what it learnt, not how good it is elsewhere. Nothing here is read 
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -68,10 +69,14 @@ def begin(
         if not isinstance(result, ResultRecord):
             continue
         nuclei = read_nuclei(layout.nuclei(image)).polygons
-        regions = [shapely.from_geojson(_json(region.geometry)) for region in result.regions]
+        regions = [shapely.from_geojson(json.dumps(region.geometry)) for region in result.regions]
         rois = [roi for roi in labels.rois if not regions or _covers(regions, roi)]
         if rois:
-            records = [_before(roi, nuclei, np.array(labels.nuclei, dtype=object)) for roi in rois]
+            drawn, ignored = (
+                np.array(labels.nuclei, dtype=object),
+                shapely.union_all(labels.ignored),
+            )
+            records = [_before(roi, roi - ignored, nuclei, drawn) for roi in rois]
             record = ChangesRecord(
                 model=model, model_name=model_name, made=made, rois=tuple(records)
             )
@@ -166,16 +171,19 @@ def _inside(contours: Polygons, roi: shapely.Geometry) -> Bools:
     return np.asarray(shapely.covers(roi, shapely.centroid(contours)), dtype=bool)
 
 
-def _before(roi: shapely.Geometry, nuclei: Polygons, corrected: Polygons) -> RoiChangesRecord:
-    """The record of a ROI before the run of the refined model."""
-    here, theirs = (each[shapely.intersects(each, roi)] for each in (nuclei, corrected))
-    counts = compare(roi, here, theirs, np.empty(0, dtype=object))
+def _before(
+    roi: shapely.Geometry, area: shapely.Geometry, nuclei: Polygons, corrected: Polygons
+) -> RoiChangesRecord:
+    """The record of a ROI, and of the area of it that counts, before the refined model's run."""
+    here, theirs = (each[shapely.intersects(each, area)] for each in (nuclei, corrected))
+    counts = compare(area, here, theirs, np.empty(0, dtype=object))
     x, y, x1, y1 = roi.bounds
     return RoiChangesRecord(
         x=x,
         y=y,
         width=x1 - x,
         height=y1 - y,
+        geometry=json.loads(shapely.to_geojson(area)),
         before=_numbers(here),
         corrected=_numbers(theirs),
         deleted=counts.deleted,
@@ -187,7 +195,8 @@ def _before(roi: shapely.Geometry, nuclei: Polygons, corrected: Polygons) -> Roi
 
 def _after(roi: RoiChangesRecord, nuclei: Polygons, picture: str) -> RoiChangesRecord:
     """The record of a ROI with the nuclei that the refined model found in its bounding box."""
-    area = shapely.box(roi.x, roi.y, roi.x + roi.width, roi.y + roi.height)
+    area = shapely.from_geojson(json.dumps(roi.geometry))
+    nuclei = nuclei[shapely.intersects(nuclei, area)]
     before, corrected = _contours(roi.before), _contours(roi.corrected)
     counts = compare(area, before, corrected, nuclei)
     return msgspec.structs.replace(
@@ -227,7 +236,3 @@ def _at_level0(contours: Polygons, box: Box, slide: Slide) -> Polygons:
 
 def _covers(regions: Sequence[shapely.Geometry], roi: shapely.Geometry) -> bool:
     return bool(shapely.union_all(regions).covers(roi))
-
-
-def _json(geometry: object) -> str:
-    return msgspec.json.encode(geometry).decode()

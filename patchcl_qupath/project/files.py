@@ -43,7 +43,7 @@ from patchcl_qupath.storage.records import (
     write_record,
 )
 
-SAVING_S = 10.0  # QuPath may save an import so long after the script that made it
+SAVING_S = 10.0  # QuPath may save an import so long after the script that made it but did not save
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class FilesProject:
 
     def corrections(self, entry: ImageEntry, roi_class: str) -> Corrections:
         """The ROIs and nuclei that groovy/export_labels.groovy exported."""
-        return read_labels(self.layout.labels(entry.id), entry.name, roi_class)
+        return read_labels(self.layout.labels(entry.id), entry.name, roi_class, entry.mpp)
 
     def corrected_rois(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
         """The ROIs marked as corrected that groovy/export_labels.groovy exported."""
@@ -151,12 +151,13 @@ class FilesProject:
         made, imported = max(map(_modified, written)), _modified(self.layout.receipt(entry.id))
         receipt = read_record(self.layout.receipt(entry.id), ReceiptRecord)
         saved = _modified(self.data(entry))
+        saving = 0.0 if receipt is None or receipt.saved else SAVING_S
         return QuPathSummary(
             to_correct=_count(counts.get(TO_CORRECT)),
             corrected=_count(counts.get(CORRECTED)),
             is_current=imported >= made > 0,
             is_saved=receipt is None or receipt.saved or saved >= imported,
-            saved_later=saved > imported + SAVING_S,
+            saved_later=saved > imported + saving,
         )
 
     def summarise(self, entry: ImageEntry) -> tuple[RegionSummary, ...]:

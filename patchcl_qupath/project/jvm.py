@@ -16,6 +16,7 @@ import os
 import signal
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,10 +29,10 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.errors import ImageError
-from patchcl_qupath.project.scripts import read_script
+from patchcl_qupath.project.compiled_scripts import compiled_script
 from patchcl_qupath.storage.files import copy_once
 from patchcl_qupath.storage.parquet import read_nuclei
-from patchcl_qupath.storage.records import RegionSummary
+from patchcl_qupath.storage.records import FileSignature, RegionSummary, file_signature
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,9 @@ _USUAL_CLASSES = (  # of QuPath's StandardPathClasses
 class Image:
     """An image of a project, and the present path of its slide: the project may have moved.
 
-    ``backups`` is the folder for copies of the image's data.
+    ``backups`` is the folder for copies of the image's data, and of nuclei that are removed.
+    ``data`` is the signature of data.qpdata when it was last looked at, None where there is none: a
+    file that changed since then is not written over.
     """
 
     project: Path
@@ -62,6 +65,7 @@ class Image:
     name: str
     slide: Path
     backups: Path
+    data: FileSignature | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +140,22 @@ class Done:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """Something to tell a person before it is done; the answer follows."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Failed:
-    """The problem with the image; nothing was saved."""
+    """The problem with the image; ``saving`` is whether its data may have been written to."""
 
     problem: str
+    saving: bool = False
+
+
+class NotWrittenError(ImageError):
+    """Something failed before the image's data were written to: they are as whoever left them."""
 
 
 class Process:
@@ -155,13 +171,16 @@ class Process:
         self._process: Any = None
         self._pipe: Connection | None = None
 
-    def ask(self, question: Question) -> Done:
-        """The answer; raises ImageError."""
+    def ask(self, question: Question, notify: Callable[[str], None] = logger.warning) -> Done:
+        """The answer; ``notify`` gets what is to be told before it is done. Raises ImageError."""
         self.start()
         assert self._pipe is not None
         try:
             self._pipe.send(question)
             answer = self._pipe.recv()
+            while isinstance(answer, Notice):
+                notify(answer.text)
+                answer = self._pipe.recv()
         except (EOFError, OSError) as error:
             self.close()
             raise ImageError(
@@ -173,7 +192,8 @@ class Process:
             self.close(patience=0.5)  # it ends by itself once it saved; the image is given back
             raise
         if isinstance(answer, Failed):
-            raise ImageError(f"{question.image.name}: {answer.problem}")
+            kind = ImageError if answer.saving else NotWrittenError
+            raise kind(f"{question.image.name}: {answer.problem}")
         assert isinstance(answer, Done)
         self.seconds = answer.seconds
         return answer
@@ -204,10 +224,12 @@ class Process:
 
 
 def java_options(given: list[str]) -> list[str]:
-    """Options of the JVM: those given, and by default the quick compiler and a limit of memory."""
+    """Options of the JVM: those given, and by default what is quick, and a limit of memory."""
     if not any(option.startswith("-XX:TieredStopAtLevel") for option in given):
         # Java's quick compiler alone: the thorough one costs a short run more than it gives back.
         given = [*given, "-XX:TieredStopAtLevel=1"]
+    if not any(option.startswith("-XX:+Use") and option.endswith("GC") for option in given):
+        given = [*given, "-XX:+UseParallelGC"]  # nobody waits for a pause of it
     if any(option.startswith("-Xmx") for option in given):
         return given
     half = psutil.virtual_memory().total // 2
@@ -234,12 +256,13 @@ def _serve(pipe: Connection, qupath: Path | None, log: Path) -> None:
             os._exit(0)  # Java's own end would wait for QuPath's threads
         answer: Done | Failed
         try:
-            answer = java.answer(question) if java else Failed(problem)
+            answer = java.answer(question, pipe) if java else Failed(problem)
         except ImageError as error:
             answer = Failed(str(error))
         except Exception as error:  # of Java, too: its exceptions cannot be pickled
             traceback.print_exc()
-            answer = Failed(f"QuPath raised {type(error).__name__}: {error}; see {log}")
+            saving = java is not None and java.saving
+            answer = Failed(f"QuPath raised {type(error).__name__}: {error}; see {log}", saving)
         try:
             pipe.send(answer)
         except OSError:  # whoever asked was stopped
@@ -254,7 +277,9 @@ class _QuPath:
         from paquo.jpype_backend import start_jvm
 
         self.seconds: dict[str, float] = {}
+        self.saving = False  # whether the image of the last question was written to
         self._began = time.perf_counter()
+        self._scripts: dict[str, Any] = {}
         kwargs = to_kwargs(settings)
         if qupath is not None:
             kwargs["qupath_dir"] = str(qupath)
@@ -269,24 +294,15 @@ class _QuPath:
         LogManager.setInfo()  # paquo's import set it to debug: all properties of each image
         self._project = QuPathProject
         self._class = JClass
-        loader = JClass("groovy.lang.GroovyClassLoader")()
-        self._import, self._regions, self._labels, self._columns = (
-            JClass(loader.parseClass(read_script(name), name))
-            for name in (
-                "import_nuclei.groovy",
-                "export_regions.groovy",
-                "export_labels.groovy",
-                "columns.groovy",
-            )
-        )
-        self._lap("compile scripts")
+        self._lap("load QuPath")
 
-    def answer(self, question: Question) -> Done:
+    def answer(self, question: Question, pipe: Connection) -> Done:
         self._began = time.perf_counter()
+        self.saving = False
         if isinstance(question, Write):
-            counts = self._write(question)
+            counts = self._write(question, pipe)
         elif isinstance(question, Remove):
-            counts = self._remove(question)
+            counts = self._remove(question, pipe)
         elif isinstance(question, Summarise):
             return self._summarise(question)
         elif isinstance(question, ExportStains):
@@ -296,7 +312,31 @@ class _QuPath:
         seconds, self.seconds = self.seconds, {}
         return Done(counts, seconds)
 
-    def _write(self, question: Write) -> dict[str, int]:
+    def _script(self, name: str) -> Any:
+        """The compiled class of a Groovy script; only those that are needed are loaded."""
+        if name not in self._scripts:
+            self._lap("wait")
+            self._scripts[name] = compiled_script(name, self._class)
+            self._lap("load scripts")
+        return self._scripts[name]
+
+    @property
+    def _import(self) -> Any:
+        return self._script("import_nuclei.groovy")
+
+    @property
+    def _regions(self) -> Any:
+        return self._script("export_regions.groovy")
+
+    @property
+    def _labels(self) -> Any:
+        return self._script("export_labels.groovy")
+
+    @property
+    def _columns(self) -> Any:
+        return self._script("columns.groovy")
+
+    def _write(self, question: Write, pipe: Connection) -> dict[str, int]:
         result = self._json(question.results / "result.json")
         suggested = self._json(question.rois) if question.rois.exists() else None
         nuclei = read_nuclei(question.results / "nuclei.parquet")
@@ -308,14 +348,14 @@ class _QuPath:
         self._lap("make objects")
         if suggested is not None:
             self._list(project, *self._import.roiClasses())
-        return self._replace(entry, image_data, objects, result, suggested)
+        return self._replace(question.image, pipe, entry, image_data, objects, result, suggested)
 
-    def _remove(self, question: Remove) -> dict[str, int]:
+    def _remove(self, question: Remove, pipe: Connection) -> dict[str, int]:
         _, entry, image_data = self._open(question.image)
         result = self._class("com.google.gson.JsonObject")()
         result.addProperty("removed", "all")
         none = self._class("java.util.ArrayList")()
-        return self._replace(entry, image_data, none, result, None)
+        return self._replace(question.image, pipe, entry, image_data, none, result, None)
 
     def _summarise(self, question: Summarise) -> Done:
         _, entry, image_data = self._open(question.image)
@@ -334,7 +374,7 @@ class _QuPath:
             for region in self._import.summarise(image_data, entry, result)
         ]
         if found:
-            entry.saveImageData(image_data)
+            self._save(question.image, entry, image_data)
         image_data.getServer().close()
         self._lap("summarise")
         return Done({}, regions=tuple(found))
@@ -378,7 +418,7 @@ class _QuPath:
                 f"QuPath cannot open {image.slide} ({error}): open the image in QuPath to see why"
             ) from error
         # What cannot be read QuPath replaces by an empty image, and only logs it.
-        file = project.path.parent / "data" / image.entry_id / "data.qpdata"
+        file = _data_file(image)
         if file.exists() and not _is_same(Path(str(image_data.getLastSavedPath())), file):
             raise ImageError(damaged(file, image.backups))
         self._lap("open image")
@@ -432,21 +472,58 @@ class _QuPath:
         )
 
     def _replace(
-        self, entry: Any, image_data: Any, objects: Any, result: Any, suggested: Any
+        self,
+        image: Image,
+        pipe: Connection,
+        entry: Any,
+        image_data: Any,
+        objects: Any,
+        result: Any,
+        suggested: Any,
     ) -> dict[str, int]:
-        counts = self._import.replaceNuclei(
-            image_data, entry, objects, result, suggested, MAX_OVERLAP
+        backups = self._class("java.io.File")(str(image.backups)).toPath()
+        plan = self._import.planReplacement(
+            image_data, entry, objects, result, suggested, MAX_OVERLAP, backups, False
         )
+        if (warning := plan.getWarning()) is not None:
+            file = plan.getLostFile()
+            advice = f"; they are kept in {file}. To keep them in the image, run again with --keep"
+            pipe.send(Notice(f"{warning}{advice}"))
+        self._lap("plan")
+        counts = self._import.replaceNuclei(image_data, plan)
         self._lap("replace")
-        entry.saveImageData(image_data)
+        self._save(image, entry, image_data)
         image_data.getServer().close()
         self._lap("save")
         return {str(key): int(value) for key, value in counts.items()}
 
+    def _save(self, image: Image, entry: Any, image_data: Any) -> None:
+        """Save the image, unless somebody else did so since it was looked at."""
+        if data_signature(_data_file(image)) != image.data:
+            raise ImageError(
+                "QuPath saved the image while this was done, and nothing was written into it: "
+                "close it in QuPath and run again"
+            )
+        self.saving = True
+        entry.saveImageData(image_data)
+
     def _lap(self, step: str) -> None:
         now = time.perf_counter()
-        self.seconds[step] = now - self._began
+        self.seconds[step] = self.seconds.get(step, 0.0) + now - self._began
         self._began = now
+
+
+def _data_file(image: Image) -> Path:
+    """QuPath's file of an image's objects."""
+    return image.project.parent / "data" / image.entry_id / "data.qpdata"
+
+
+def data_signature(path: Path) -> FileSignature | None:
+    """The signature of a file; None if it is missing."""
+    try:
+        return file_signature(path)
+    except OSError:
+        return None
 
 
 def _number(value: Any) -> float | None:

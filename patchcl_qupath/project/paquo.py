@@ -7,6 +7,7 @@ image that changed since the project was opened is not written to.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,11 +32,13 @@ from patchcl_qupath.project.jvm import (
     Export,
     ExportStains,
     Image,
+    NotWrittenError,
     Process,
     Remove,
     Summarise,
     Write,
     damaged,
+    data_signature,
 )
 from patchcl_qupath.project.protocol import Backend, BackendKind
 from patchcl_qupath.storage.files import copy_once, remove_folder, replace_file, writing
@@ -45,10 +49,11 @@ from patchcl_qupath.storage.records import (
     ReceiptRecord,
     RegionSummary,
     ResultRecord,
-    file_signature,
     read_record,
     write_record,
 )
+
+logger = logging.getLogger(__name__)
 
 OLDEST = (0, 4)  # the first QuPath whose objects have ids
 
@@ -197,8 +202,10 @@ class PaquoProject:
         if not self.layout.rois(entry.id).exists():
             return done
         receipt = self._import(entry, from_dict(result.config).result, result.run)
+        made = f"; {receipt.reshapable:,} detections became annotations" * bool(receipt.reshapable)
         return (
             f"{receipt.rois} of {len(rois)} new ROIs marked, {receipt.rois_kept} earlier ones kept"
+            f"{made}"
         )
 
     def _import(self, entry: ImageEntry, config: ResultConfig, run: str) -> ReceiptRecord:
@@ -255,14 +262,15 @@ class PaquoProject:
             name=entry.name,
             slide=entry.path.resolve(),
             backups=self.layout.backups(entry.id),
+            data=data_signature(self.files.data(entry)),
         )
 
     def _stamps(self, entry: ImageEntry) -> FileStamps:
         data = self.files.data(entry)
         return FileStamps(
-            project=_signature(self.path),
-            data=_signature(data),
-            last_version=_signature(_last_version(data)),
+            project=data_signature(self.path),
+            data=data_signature(data),
+            last_version=data_signature(_last_version(data)),
         )
 
     def _change(self, entry: ImageEntry, question: Write | Remove | Summarise) -> Done:
@@ -275,7 +283,7 @@ class PaquoProject:
             )
         data = self.files.data(entry)
         with self._restored_on_error(entry, data):
-            done = self.process.ask(question)
+            done = self.process.ask(question, partial(logger.warning, "%s: %s", entry.name))
         self.stamps[entry.id] = self._stamps(entry)
         return done
 
@@ -297,12 +305,16 @@ class PaquoProject:
         """Restore an image's data on an error; back them up before our first write."""
         before = data.with_name(data.name + ".patchcl-before")
         existed = data.exists()
+        with writing(before):  # and QuPath can write there, too
+            before.parent.mkdir(parents=True, exist_ok=True)
         if existed:
             copy_once(data, self.layout.backups(entry.id) / data.name)
             with writing(before):
                 _link(data, before)
         try:
             yield
+        except NotWrittenError:
+            raise  # what is there now may be somebody else's
         except BaseException:
             if existed:
                 replace_file(before, data)
@@ -317,14 +329,6 @@ class PaquoProject:
 def _last_version(data: Path) -> Path:
     """The path to which QuPath moves the old data while it saves the new."""
     return data.with_name(data.name + ".bkp")
-
-
-def _signature(path: Path) -> FileSignature | None:
-    """The signature of a file; None if it is missing."""
-    try:
-        return file_signature(path)
-    except OSError:
-        return None
 
 
 def _link(path: Path, other: Path) -> None:

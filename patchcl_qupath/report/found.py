@@ -126,7 +126,7 @@ def find_image(project: Project, entry: ImageEntry) -> FoundImage:
     if figures is not None and (figures.run, figures.nuclei) != (found.run, found.nuclei):
         figures = None
     imported = imported_nuclei(project, entry)
-    if imported and imported.left_out:
+    if imported and (imported.left_out or imported.stayed or imported.lost):
         warnings.append(f"in QuPath: {imported.in_words}")
     if figures is None and not damaged:
         warnings.append("its pictures were not made: run again")

@@ -106,6 +106,10 @@ class Imported(Record, frozen=True, kw_only=True, rename={"in_rois": "in_fields"
     (``for_yours``), of a nucleus that a person ``deleted``, of an object of another program
     (``for_others``), or in a correction ROI (``in_rois``). ``replaced`` are objects of other
     programs that were removed for nuclei that were added.
+
+    Nuclei that were added took over ``classes`` of earlier ones, and ``notes``: measurements,
+    names, colours, descriptions, or drawings within. Earlier nuclei with such that no new nucleus
+    replaces ``stayed`` in the image, or were removed, and are ``lost``.
     """
 
     found: int
@@ -116,24 +120,30 @@ class Imported(Record, frozen=True, kw_only=True, rename={"in_rois": "in_fields"
     for_others: int = 0
     in_rois: int = 0
     replaced: int = 0
+    classes: int = 0
+    notes: int = 0
+    stayed: int = 0
+    lost: int = 0
 
     @property
     def in_words(self) -> str:
-        """A sentence for people: the three numbers, and the reasons."""
-        reasons = [
-            f"{count:,} {words}"
-            for count, words in (
-                (self.for_yours, "in place of objects of yours"),
-                (self.deleted, "that you deleted"),
-                (self.for_others, "in place of objects of other programs"),
-                (self.in_rois, "in correction ROIs"),
-            )
-            if count
-        ]
+        """A sentence for people: the three numbers, the reasons, and what became of their work."""
+        reasons = _listed(
+            (self.for_yours, "in place of objects of yours"),
+            (self.deleted, "that you deleted"),
+            (self.for_others, "in place of objects of other programs"),
+            (self.in_rois, "in correction ROIs"),
+        )
+        carried = _listed(
+            (self.classes, "classes"), (self.notes, "nuclei with measurements or notes")
+        )
+        alone = _listed((self.stayed, "kept"), (self.lost, "removed"))
         return (
             f"{self.found:,} nuclei found, {self.added:,} added, {self.left_out:,} left out"
-            + (f": {', '.join(reasons)}" if reasons else "")
+            + (f": {reasons}" if reasons else "")
             + (f"; {self.replaced:,} objects of other programs replaced" if self.replaced else "")
+            + (f"; carried over: {carried}" if carried else "")
+            + (f"; of yours without a new nucleus: {alone}" if alone else "")
         )
 
 
@@ -187,6 +197,7 @@ class ChangeCounts(Record, frozen=True, kw_only=True):
 class RoiChangesRecord(ChangeCounts, frozen=True, kw_only=True):
     """A corrected ROI: its bounding box at level 0, and contours of nuclei before and after.
 
+    ``geometry`` is GeoJSON at level 0: the ROI without areas of classes that QuPath ignores.
     Contours are [x, y, x, y, ...] at level 0: of the model ``before``, as a person ``corrected``
     them, and of the refined model (``after``). ``picture`` is a file in the same folder, of the box
     at the working resolution.
@@ -196,6 +207,7 @@ class RoiChangesRecord(ChangeCounts, frozen=True, kw_only=True):
     y: float
     width: float
     height: float
+    geometry: dict[str, Any]
     before: list[list[float]]
     corrected: list[list[float]]
     after: list[list[float]] = []
@@ -214,6 +226,11 @@ class ChangesRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
     made: str
     run: str = ""
     rois: tuple[RoiChangesRecord, ...]
+
+
+def _listed(*numbers: tuple[int, str]) -> str:
+    """The numbers that are not 0, each with its words."""
+    return ", ".join(f"{count:,} {words}" for count, words in numbers if count)
 
 
 class ImageOutcome(
@@ -424,9 +441,11 @@ class ReceiptRecord(
     """imported/<image>.json: what an import into QuPath did, at a time in ISO 8601.
 
     Numbers of nuclei that were ``added``, ``left_out`` and why (see ``Imported``), and ``removed``;
-    of objects of other programs ``replaced``; of other objects ``kept``; of ROIs to correct that
-    were marked, and that were kept. Not ``saved``: the image is saved by QuPath, or by a person,
-    later than this file, or not at all. groovy/import_nuclei.groovy writes it, too.
+    of objects of other programs ``replaced``; of what a person had put on nuclei, in four numbers
+    (see ``Imported``); of other objects ``kept``; of ROIs to correct that were marked, and kept; of
+    detections in them that became annotations, which a person can reshape (``reshapable``). Not
+    ``saved``: the image is saved by QuPath, or by a person, later than this file, or not at all.
+    groovy/import_nuclei.groovy writes it, too.
     """
 
     image: str
@@ -441,9 +460,14 @@ class ReceiptRecord(
     left_out_rois: int = 0
     removed: int
     replaced: int = 0
+    classes: int = 0
+    notes: int = 0
+    stayed: int = 0
+    lost: int = 0
     kept: int
     rois: int
     rois_kept: int
+    reshapable: int = 0
 
     @property
     def nuclei(self) -> Imported:
@@ -457,6 +481,10 @@ class ReceiptRecord(
             for_others=self.left_out_others,
             in_rois=self.left_out_rois,
             replaced=self.replaced,
+            classes=self.classes,
+            notes=self.notes,
+            stayed=self.stayed,
+            lost=self.lost,
         )
 
 
