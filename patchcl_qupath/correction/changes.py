@@ -62,6 +62,9 @@ def begin(
     ROIs where the model before segmented nothing, as outside of the regions of its run, are left
     out. What was saved for another refined model is removed. Raises StorageError.
     """
+    earlier = {
+        image: read_record(layout.changes(image) / CHANGES, ChangesRecord) for image in corrections
+    }
     shutil.rmtree(layout.all_changes, ignore_errors=True)
     made = datetime.now(UTC).isoformat(timespec="seconds")
     for image, labels in corrections.items():
@@ -76,7 +79,10 @@ def begin(
                 np.array(labels.nuclei, dtype=object),
                 shapely.union_all(labels.ignored),
             )
-            records = [_before(roi, roi - ignored, nuclei, drawn) for roi in rois]
+            records = [
+                _before(roi, roi - ignored, _known(roi, earlier[image], nuclei), drawn)
+                for roi in rois
+            ]
             record = ChangesRecord(
                 model=model, model_name=model_name, made=made, rois=tuple(records)
             )
@@ -169,6 +175,18 @@ def _touched(contours: Polygons, others: Polygons) -> Bools:
 def _inside(contours: Polygons, roi: shapely.Geometry) -> Bools:
     """(N,) whose centroid lies in a ROI."""
     return np.asarray(shapely.covers(roi, shapely.centroid(contours)), dtype=bool)
+
+
+def _known(roi: shapely.Geometry, earlier: ChangesRecord | None, nuclei: Polygons) -> Polygons:
+    """The nuclei that a person was given to correct: of a ROI that was used before, those of then.
+
+    The last run is that of another model: all of its contours differ a little from the person's.
+    """
+    for known in earlier.rois if earlier else ():
+        box = (known.x, known.y, known.x + known.width, known.y + known.height)
+        if np.allclose(box, roi.bounds, atol=0.5, rtol=0):
+            return _contours(known.before)
+    return nuclei
 
 
 def _before(
