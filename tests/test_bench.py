@@ -329,7 +329,7 @@ def test_true_labels_of_crops_lie_where_the_crops_do(data: Path) -> None:
 def test_level0_pixels_of_a_crop(
     first: int, last: int, downsample: float, begin: int, px: list[int]
 ) -> None:
-    found, index = pseudo._level0(first, last, downsample)
+    found, index = pseudo.level0(first, last, downsample)
     assert (found, index.tolist()) == (begin, px)
 
 
