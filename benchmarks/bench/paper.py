@@ -10,7 +10,7 @@ and of 1 px. ``CHOICES`` lead from the choice without labels to that one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -46,8 +46,9 @@ CHOICES = (
     "stopping by labels",
     "start by labels",
     PUBLISHED,  # start, stopping and channel, by labels
-    "by labels, threshold too",
+    "by labels + threshold",
 )
+_PUBLISHED_THRESHOLD = 0.5
 _THRESHOLDS = tuple(np.linspace(0.1, 0.9, 17).round(2).tolist())
 _DISCS = tuple(disk(radius) for radius in (3, 1))  # type: ignore[no-untyped-call]
 
@@ -70,21 +71,22 @@ class _Image(NamedTuple):
         return 2 * int((found & self.true).sum()) / total if total else 1.0
 
 
+Channel = tuple[int, bool]  # of a network, and whether it is inverted
+
+
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """A snapshot, and the mean Dice (C, 2) over images of its channels, as they are and inverted:
-    of confidences above 0.5, and of these masks opened and closed."""
+    """A snapshot, and its mean Dice over images: ``published`` (C,) that of each channel where it
+    is above 0.5; ``label_free`` that of the channel chosen without labels, opened and closed."""
 
     snapshot: Snapshot
-    plain: NDArray[np.float64]
-    opened: NDArray[np.float64]
+    published: NDArray[np.float64]
+    label_free: float
 
     @property
-    def channel(self) -> tuple[int, int]:
-        """The channel that is chosen without labels, and whether it is inverted."""
-        scores = np.nan_to_num(self.snapshot.scores)
-        channel = int(np.argmax(np.abs(scores)))
-        return channel, int(scores[channel] < 0)
+    def score(self) -> float:
+        """That by which it is chosen without labels."""
+        return self.snapshot.score
 
 
 def choices(bench: Bench, images: ImageSet, config: Config) -> dict[str, float]:
@@ -132,46 +134,67 @@ def by_choice(
     judged: Sequence[Judged], images: Sequence[_Image], config: Config
 ) -> dict[str, float]:
     """The Dice by CHOICES of the snapshots of a training."""
-    best = max(judged, key=lambda each: each.snapshot.score)
-    stopped = [each for each in judged if each.snapshot.start == best.snapshot.start]
+
+    def of_start(start: int) -> list[Judged]:
+        return [each for each in judged if each.snapshot.start == start]
+
+    def score(each: Judged) -> float:
+        return each.score
+
+    best = max(judged, key=score)
     starts = {each.snapshot.start for each in judged}
-    of_starts = [
-        max(
-            (each for each in judged if each.snapshot.start == start),
-            key=lambda each: each.snapshot.score,
-        )
-        for start in starts
-    ]
-    published = max(judged, key=lambda each: each.plain[:, 0].max())
-    channel = int(published.plain[:, 0].argmax())
-    dice = (
-        best.opened[best.channel],
-        _at_best_threshold(best.snapshot.network, best.channel, images, config),
-        best.opened.max(),
-        max(each.opened[each.channel] for each in stopped),
-        max(each.opened[each.channel] for each in of_starts),
-        published.opened[channel, 0],
-        _at_best_threshold(published.snapshot.network, (channel, 0), images, config),
+    published = max(judged, key=lambda each: float(each.published.max()))
+    network, own = best.snapshot.network, _label_free(best.snapshot)
+    theirs = (published.snapshot.network, (int(published.published.argmax()), False))
+    channels = [(i, inverted) for i in range(len(best.published)) for inverted in (False, True)]
+    found = (
+        best.label_free,
+        max(_dice(network, own, images, config, _THRESHOLDS)),
+        max(_dice(network, each, images, config)[0] for each in channels),
+        max(each.label_free for each in of_start(best.snapshot.start)),
+        max(max(of_start(start), key=score).label_free for start in starts),
+        _dice(*theirs, images, config)[0],
+        max(_dice(*theirs, images, config, _THRESHOLDS)),
     )
-    return dict(zip(CHOICES, map(float, dice), strict=True))
+    return dict(zip(CHOICES, found, strict=True))
 
 
 def judge(snapshot: Snapshot, images: Sequence[_Image], config: Config) -> Judged:
-    """The Dice of each channel of a snapshot."""
-
-    def both(image: _Image, channel: NDArray[np.float32], change: Callable[[Mask], Mask]) -> object:
-        return [image.dice(change(mask)) for mask in (channel > 0.5, channel < 0.5)]
-
-    plain, opened = [], []
+    """Hold a snapshot against labels."""
+    plain = []
     for image in images:
         maps = _maps(snapshot.network, image, config)
-        plain.append([both(image, channel, lambda mask: mask) for channel in maps])
-        opened.append([both(image, channel, opened_and_closed) for channel in maps])
+        plain.append([image.dice(channel > _PUBLISHED_THRESHOLD) for channel in maps])
     return Judged(
         snapshot=snapshot,
-        plain=np.mean(np.array(plain, np.float64), axis=0),
-        opened=np.mean(np.array(opened, np.float64), axis=0),
+        published=np.mean(plain, axis=0),
+        label_free=_dice(snapshot.network, _label_free(snapshot), images, config)[0],
     )
+
+
+def _label_free(snapshot: Snapshot) -> Channel:
+    """The channel of a snapshot that is chosen without labels."""
+    scores = np.nan_to_num(snapshot.scores)
+    channel = int(np.argmax(np.abs(scores)))
+    return channel, bool(scores[channel] < 0)
+
+
+def _dice(
+    network: ConfidenceNetwork,
+    channel: Channel,
+    images: Sequence[_Image],
+    config: Config,
+    thresholds: Sequence[float] = (_PUBLISHED_THRESHOLD,),
+) -> list[float]:
+    """The mean Dice over images of a channel above each threshold, opened and closed."""
+    index, inverted = channel
+    dice = []
+    for image in images:
+        values = _maps(network, image, config)[index]
+        values = 1 - values if inverted else values
+        dice.append([image.dice(opened_and_closed(values > each)) for each in thresholds])
+    mean: list[float] = np.mean(dice, axis=0).tolist()
+    return mean
 
 
 def opened_and_closed(mask: Mask) -> Mask:
@@ -180,19 +203,6 @@ def opened_and_closed(mask: Mask) -> Mask:
         mask = ndimage.binary_opening(mask, disc)
         mask = ndimage.binary_closing(mask, disc)
     return mask
-
-
-def _at_best_threshold(
-    network: ConfidenceNetwork, channel: tuple[int, int], images: Sequence[_Image], config: Config
-) -> float:
-    """The largest Dice over thresholds of a channel, which may be inverted."""
-    index, inverted = channel
-    dice = []
-    for image in images:
-        values = _maps(network, image, config)[index]
-        values = 1 - values if inverted else values
-        dice.append([image.dice(opened_and_closed(values > each)) for each in _THRESHOLDS])
-    return float(np.mean(dice, axis=0).max())
 
 
 def _maps(network: ConfidenceNetwork, image: _Image, config: Config) -> NDArray[np.float32]:
