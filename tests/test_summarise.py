@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def test_nuclei_are_counted_where_they_are(tmp_path: Path, session: qupath.Sessi
     assert session.run(path, LOOK)["a.svs"]["measured"]["PatchCL: Nuclei"] == 210
     session.run(path, EDIT)
     assert session.run(path, LOOK)["a.svs"]["in_tumor"] > 50
+    os.utime(path.parent / "patchcl" / "imported" / "1.json")  # as if the edits were older
 
     command = ["summarise", str(path), "--backend", "paquo"]
     done = CliRunner().invoke(main, [*command, "--json"], catch_exceptions=False)
