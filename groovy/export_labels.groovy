@@ -7,22 +7,29 @@
  * An ROI is an annotation of the class below: one that `patchcl-qp suggest` chose and that you marked as done, or one
  * that you drew (squares of about 250 µm are large enough). Correct every nucleus in it: reshape contours, delete
  * false nuclei, draw missing ones. The nuclei in an ROI then are the ground truth, the rest of it is background. The
- * image is not changed.
+ * image is not changed. All objects in the ROIs are exported; `patchcl-qp refine` reports which of them it does not
+ * read as nuclei, such as regions, points, and objects of a class that QuPath ignores.
  *
  * Writes patchcl/labels/<image id>.geojson.
  *
  * Needs QuPath 0.4 or later.
  */
 
+import com.google.gson.JsonObject
+import com.google.gson.JsonParser
+import java.nio.charset.StandardCharsets
 import java.nio.file.Files
 import java.nio.file.Path
 import java.nio.file.Paths
 import java.nio.file.StandardCopyOption
+import java.text.Normalizer
 import org.slf4j.LoggerFactory
 import qupath.lib.images.ImageData
+import qupath.lib.io.GsonTools
 import qupath.lib.io.PathIO
 import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjectTools
+import qupath.lib.objects.classes.PathClass
 import qupath.lib.objects.hierarchy.PathObjectHierarchy
 import qupath.lib.roi.interfaces.ROI
 import qupath.lib.scripting.QP
@@ -46,7 +53,7 @@ for (other in batchIndex > 0 ? [entry] : QP.getProject().getImageList()) {   // 
     boolean isOpen = other.getID() == entry.getID()
     def hierarchy = isOpen ? imageData.getHierarchy() : other.readHierarchy()
     // Reading all of an image takes longer, and needs its slide.
-    boolean corrected = hierarchy.getAnnotationObjects().any { it.getPathClass()?.toString() == roiClass }
+    boolean corrected = hierarchy.getAnnotationObjects().any { isOfClass(it, roiClass) }
     def data = isOpen ? imageData : corrected ? other.readImageData() : null
     Map<String, Integer> counts = exportLabels(hierarchy, imported(data), roiClass, file)
     if (!isOpen)
@@ -56,63 +63,121 @@ for (other in batchIndex > 0 ? [entry] : QP.getProject().getImageList()) {   // 
 }
 
 
-/**
- * The objects that import_nuclei.groovy added to an image, by a line of this property: their ids, and the places of
- * their centroids, at which cells are that were made of them.
- */
-static Set<String> imported(ImageData<?> imageData) {
+/** What import_nuclei.groovy added to an image, and the size of its pixels in µm, null without one. */
+class ImportedNuclei {
+
+    final Map<String, List<Double>> centroids = [:]   // of nuclei, by id
+    final Set<String> places = []   // of these, at which cells are that were made of them
+    final Set<String> regions = []   // ids of annotations that hold nuclei
+    List<Double> pixelSize
+
+    /** Whether an object was imported, or made of a nucleus that was. */
+    boolean contains(PathObject pathObject) {
+        ROI roi = PathObjectTools.getROI(pathObject, true)
+        return centroids.containsKey(pathObject.getID().toString()) ||
+                isNear(roi.getCentroidX(), roi.getCentroidY(), places)
+    }
+
+    /** Whether a point lies within 0.1 px of one of the places. */
+    static boolean isNear(double x, double y, Set<String> places) {
+        return [-0.1d, 0.1d].any { dx -> [-0.1d, 0.1d].any { dy -> places.contains(place(x + dx, y + dy)) } }
+    }
+
+    /** A square of 0.2 px that holds a point, as text. */
+    static String place(double x, double y) {
+        return "${Math.round(5 * x)} ${Math.round(5 * y)}".toString()
+    }
+}
+
+
+/** What was imported into an image, by a line for each object of a property of the image. */
+static ImportedNuclei imported(ImageData<?> imageData) {
+    ImportedNuclei found = new ImportedNuclei()
+    def pixels = imageData?.getServer()?.getPixelCalibration()
+    if (pixels?.hasPixelSizeMicrons())
+        found.pixelSize = [pixels.getPixelWidthMicrons(), pixels.getPixelHeightMicrons()]
     String lines = imageData?.getProperty('patchcl.imported') ?: ''
-    Set<String> found = [] as Set
     for (line in lines.readLines()) {
         def (id, _, x, y) = line.tokenize(' ')
-        found << id << place(x as double, y as double)
+        if (line.endsWith(' region'))
+            found.regions << id
+        else if (!line.contains(' field ')) {
+            found.centroids[id] = [x as double, y as double]
+            found.places << ImportedNuclei.place(x as double, y as double)
+        }
     }
     return found
 }
 
-/** A square of 0.2 px that holds a point, as text. */
-static String place(double x, double y) {
-    return "${Math.round(5 * x)} ${Math.round(5 * y)}".toString()
-}
-
-/** Whether a detection was imported, or made of a nucleus that was. */
-static boolean isOurs(PathObject pathObject, Set<String> imported) {
-    ROI roi = PathObjectTools.getROI(pathObject, true)
-    return imported.contains(pathObject.getID().toString()) || [-0.1d, 0.1d].any { dx ->
-        [-0.1d, 0.1d].any { dy -> imported.contains(place(roi.getCentroidX() + dx, roi.getCentroidY() + dy)) }
-    }
+/** Whether an annotation is of a class, however a person wrote its name. */
+static boolean isOfClass(PathObject pathObject, String name) {
+    def composed = { Object text -> Normalizer.normalize(text.toString(), Normalizer.Form.NFC) }
+    PathClass own = pathObject.getPathClass()
+    return own != null && composed(own) == composed(PathClass.fromString(name))
 }
 
 /**
- * Writes a file with the corrected ROIs of an image, and with the nuclei that lie in them, in part or whole; returns
+ * Writes a file with the corrected ROIs of an image, and with all objects that lie in them, in part or whole; returns
  * the numbers of both. Where nuclei were imported, these are what a person corrects: detections of other programs
- * beside them are left out. patchcl-qp calls this, too, when it reads by itself.
+ * beside them are listed in the file, and not counted. patchcl-qp calls this, too, when it reads by itself.
  */
-static Map<String, Integer> exportLabels(PathObjectHierarchy hierarchy, Set<String> imported, String roiClass,
+static Map<String, Integer> exportLabels(PathObjectHierarchy hierarchy, ImportedNuclei imported, String roiClass,
                                          Path file) {
-    List<PathObject> rois = hierarchy.getAnnotationObjects().toList().findAll {
-        it.getROI()?.isArea() && it.getPathClass()?.toString() == roiClass
-    }
-    List<PathObject> nuclei = hierarchy.getAllObjects(false).toList().findAll { PathObject pathObject ->
+    Collection<PathObject> all = hierarchy.getAllObjects(false)
+    List<PathObject> rois = all.findAll {
+        it.isAnnotation() && it.getROI()?.isArea() && isOfClass(it, roiClass)
+    }.toList()
+    List<PathObject> objects = all.findAll { PathObject pathObject ->
         ROI roi = PathObjectTools.getROI(pathObject, true)
-        (pathObject.isAnnotation() || pathObject.isDetection()) && roi?.isArea() && !rois.contains(pathObject) &&
-                rois.any { PathObject other -> intersect(roi, other.getROI()) } &&
-                (pathObject.isAnnotation() || !imported || isOurs(pathObject, imported))
+        (pathObject.isAnnotation() || pathObject.isDetection()) && roi != null && !roi.isEmpty() &&
+                !rois.contains(pathObject) && !imported.regions.contains(pathObject.getID().toString()) &&
+                rois.any { PathObject other -> intersect(roi, other.getROI()) }
+    }.toList()
+    List<PathObject> others = !imported.centroids ? [] : objects.findAll { PathObject pathObject ->
+        pathObject.isDetection() && !imported.contains(pathObject)
     }
+    JsonObject content = toJson(rois + objects)
+    content.add('patchcl', GsonTools.getInstance().toJsonTree([
+        pixel_size_um : imported.pixelSize,
+        imported      : imported.centroids.size(),
+        deleted       : deletedNuclei(all, rois, imported),
+        other_programs: others*.getID()*.toString(),
+    ]))
     Files.createDirectories(file.getParent())
     Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')
-    Files.newOutputStream(temporary).withCloseable {
-        PathIO.exportObjectsAsGeoJSON(it, rois + nuclei, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
-    }
+    Files.writeString(temporary, GsonTools.getInstance().toJson(content))
     Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
-    return [rois: rois.size(), nuclei: nuclei.size()]
+    int contours = objects.count { PathObjectTools.getROI(it, true).isArea() }
+    return [rois: rois.size(), nuclei: contours - others.size()]
 }
 
-/** Whether two contours overlap or touch; most pairs are excluded cheaply, by their bounding boxes. */
+/** Objects as GeoJSON. */
+static JsonObject toJson(List<PathObject> objects) {
+    def bytes = new ByteArrayOutputStream()
+    PathIO.exportObjectsAsGeoJSON(bytes, objects, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
+    return JsonParser.parseString(new String(bytes.toByteArray(), StandardCharsets.UTF_8)).getAsJsonObject()
+}
+
+/** By the id of each ROI, how many imported nuclei a person deleted in it. */
+static Map<String, Integer> deletedNuclei(Collection<PathObject> all, List<PathObject> rois, ImportedNuclei imported) {
+    Set<String> present = all.collect { it.getID().toString() } as Set
+    Set<String> places = all.findAll { it.isDetection() && it.getROI() != null }.collect {
+        ROI roi = PathObjectTools.getROI(it, true)
+        ImportedNuclei.place(roi.getCentroidX(), roi.getCentroidY())
+    } as Set   // cells that were made of nuclei
+    def gone = imported.centroids.findAll { id, xy ->
+        !present.contains(id) && !ImportedNuclei.isNear(xy[0], xy[1], places)
+    }
+    return rois.collectEntries { PathObject roi ->
+        [roi.getID().toString(), gone.values().count { roi.getROI().contains(it[0], it[1]) }]
+    }
+}
+
+/** Whether two shapes overlap or touch; most pairs are excluded cheaply, by their bounding boxes. */
 static boolean intersect(ROI one, ROI other) {
-    boolean near = one.getBoundsX() < other.getBoundsX() + other.getBoundsWidth() &&
-            other.getBoundsX() < one.getBoundsX() + one.getBoundsWidth() &&
-            one.getBoundsY() < other.getBoundsY() + other.getBoundsHeight() &&
-            other.getBoundsY() < one.getBoundsY() + one.getBoundsHeight()
+    boolean near = one.getBoundsX() <= other.getBoundsX() + other.getBoundsWidth() &&
+            other.getBoundsX() <= one.getBoundsX() + one.getBoundsWidth() &&
+            one.getBoundsY() <= other.getBoundsY() + other.getBoundsHeight() &&
+            other.getBoundsY() <= one.getBoundsY() + one.getBoundsHeight()
     return near && one.getGeometry().intersects(other.getGeometry())
 }

@@ -19,9 +19,10 @@
  * are nested again. After `patchcl-qp remove`, this script removes what it added, except objects that a person changed.
  *
  * After `patchcl-qp suggest`, it also adds the suggested ROIs: locked annotations of class 'PatchCL: correct here', in
- * which all nuclei are annotations, to be corrected. Set the class of a finished ROI to 'PatchCL: corrected'. From
- * then on, no nucleus that overlaps an ROI is added or removed. An ROI in which nobody changed anything is removed when
- * others are suggested.
+ * which all nuclei are annotations, to be corrected: also those that you classified or locked, and cells, of which the
+ * nucleus remains. The same is done in an ROI of that class that you drew. Set the class of a finished ROI to
+ * 'PatchCL: corrected'. From then on, no nucleus that overlaps an ROI is added or removed. An ROI in which nobody
+ * changed anything is removed when others are suggested.
  *
  * Writes a receipt for each image, patchcl/imported/<image id>.json, with the run that the image shows.
  *
@@ -62,6 +63,7 @@ import qupath.lib.io.GsonTools
 import qupath.lib.io.PathIO
 import qupath.lib.measurements.MeasurementList
 import qupath.lib.objects.PathAnnotationObject
+import qupath.lib.objects.PathCellObject
 import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjectTools
 import qupath.lib.objects.PathObjects
@@ -136,6 +138,7 @@ writeReceipt(folder.resolve('imported').resolve(entry.getID() + '.json'), [
 logger.info("${name}: ${inWords(counts)}; ${counts.removed} of an earlier import removed, ${counts.kept} other " +
         'objects kept.' +
         (results.suggested == null ? '' : " ROIs to correct: ${counts.fields} new, ${counts.fields_kept} kept.") +
+        (counts.reshapable == 0 ? '' : " Detections that became annotations there: ${counts.reshapable}.") +
         (inWindow && !savedByQuPath ? ' Save the image to keep them.' : ''))
 
 
@@ -366,6 +369,7 @@ class NewObjects {
     final Map<String, Integer> leftOut = noneLeftOut()
     final Map<PathObject, String> whyLeftOut = [:]   // the nuclei, and which of these reasons it is
     List<PathObject> replaced = []   // objects of other programs
+    final Map<PathObject, PathObject> reshapable = [:]   // detections in ROIs to correct, and annotations for them
 
     void leaveOut(PathObject nucleus, String why) {
         whyLeftOut[nucleus] = why
@@ -472,6 +476,7 @@ static Replacement planReplacement(ImageData<?> imageData, ProjectImageEntry<?> 
     for (PathObject nucleus : removing ? [] as List<PathObject> : plan.stayed)
         decided.nuclei[nucleus.getID()] = marks.nuclei[nucleus.getID()]
     convertToAnnotations(plan)
+    makeReshapable(plan, marks)
     if (overlapping(result) == 'replace')
         added.replaced = replacedBy(added.nuclei, existing, maxOverlap)
     added.regions = plan.regions.findAll { PathObject region ->
@@ -505,7 +510,8 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, Replacement pl
             replaced: added.replaced.size(), stayed: plan.stayed.size(), lost: plan.lost.size(),
             kept    : existing.kept.size() + existing.outside.size() + existing.foreign.size() -
                     added.replaced.size(),
-            fields  : added.rois.size(), fields_kept: existing.keptRois.size()] + carried + added.leftOut
+            fields  : added.rois.size(), fields_kept: existing.keptRois.size(),
+            reshapable: added.reshapable.size()] + carried + added.leftOut
 }
 
 /** What to do where nuclei overlap objects of other programs: 'both', 'keep' or 'replace', as the run was asked to. */
@@ -996,6 +1002,7 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
         Set<PathObject> replaced = new HashSet<>(added.replaced)
         List<PathObject> present = existing.kept + added.nuclei + existing.outside.keySet()
         present.addAll(existing.foreign.findAll { PathObject other -> !replaced.contains(other) })
+        present.replaceAll { PathObject other -> added.reshapable[other] ?: other }
         for (PathObject roi : added.rois)
             after[roi.getID()] = digestAndCentroid(roi) + ' field ' + contentDigest(roi, present)
     }
@@ -1053,7 +1060,20 @@ static void exchange(ImageData<?> imageData, Replacement plan) {
     places.each { PathObject region, PathObject parent -> parent.addChildObject(region) }
     hierarchy.addObjects(added.regions.findAll { PathObject region -> !places.containsKey(region) })
     hierarchy.addObjects(added.rois)
+    exchangeOneByOne(hierarchy, added.reshapable)
     hierarchy.fireHierarchyChangedEvent(hierarchy.getRootObject())   // of what was added within others
+}
+
+/** Puts each object in the place of another, below its parent and with its children. */
+@CompileStatic
+static void exchangeOneByOne(PathObjectHierarchy hierarchy, Map<PathObject, PathObject> successors) {
+    hierarchy.getSelectionModel().deselectObjects(successors.keySet())
+    successors.each { PathObject old, PathObject successor ->
+        PathObject parent = old.getParent()
+        successor.addChildObjects(new ArrayList<PathObject>(old.getChildObjects()))
+        parent.removeChildObject(old)
+        parent.addChildObject(successor)
+    }
 }
 
 /**
@@ -1164,6 +1184,48 @@ static PathObject toAnnotation(PathObject nucleus) {
     PathObject annotation = PathObjects.createAnnotationObject(
             nucleus.getROI(), nucleus.getPathClass(), nucleus.getMeasurementList())
     annotation.setID(nucleus.getID())
+    return annotation
+}
+
+/**
+ * Makes annotations of the detections of a person in ROIs to correct: new ones, and those that a person drew. Objects
+ * of other programs stay, except where these are the nuclei.
+ */
+@CompileStatic
+static void makeReshapable(Replacement plan, Marks marks) {
+    ExistingObjects existing = plan.existing
+    PathClass toCorrect = roiClasses().first()
+    List<PathObject> rois = plan.added.rois + existing.keptRois.findAll { PathObject roi ->
+        roi.getPathClass() == toCorrect && !marks.rois.containsKey(roi.getID())
+    }
+    if (rois.isEmpty())
+        return
+    List<PathObject> detections = existing.kept + existing.outside.keySet() + plan.stayed
+    if (overlapping(plan.result) == 'keep')
+        detections.addAll(existing.foreign)
+    for (PathObject pathObject : detections)
+        if (isOutlined(pathObject) && liesInAny(pathObject, rois))
+            plan.added.reshapable[pathObject] = withAllOf(pathObject)
+}
+
+/** Whether an object is a detection of a nucleus, or a cell that has one. */
+@CompileStatic
+static boolean isOutlined(PathObject pathObject) {
+    return pathObject.isDetection() && !pathObject.isTile() &&
+            (!(pathObject instanceof PathCellObject) || ((PathCellObject) pathObject).getNucleusROI() != null)
+}
+
+/** A detection as an annotation, with all that a person put on it; a cell as its nucleus. */
+@CompileStatic
+static PathObject withAllOf(PathObject detection) {
+    PathObject annotation = PathObjects.createAnnotationObject(
+            PathObjectTools.getROI(detection, true), detection.getPathClass(), detection.getMeasurementList())
+    annotation.setID(detection.getID())
+    annotation.setName(detection.getName())
+    if (detection.getColor() != null)
+        annotation.setColor(detection.getColor())
+    annotation.setLocked(detection.isLocked())
+    Metadata.put(annotation, Metadata.of(detection))
     return annotation
 }
 

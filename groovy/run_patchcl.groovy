@@ -288,7 +288,7 @@ static void reporting(boolean watched, Closure<?> work) {
  */
 boolean importInWindow(Task task) {
     Stage stage = null
-    def opened = new FutureTask<?>({ stage = openWaitingWindow() }, null)
+    def opened = new FutureTask<Object>({ stage = openWaitingWindow() }, null)
     Platform.runLater(opened)
     opened.get()
     QP.setBatchProjectAndImage(task.project, task.imageData)

@@ -34,7 +34,7 @@ from patchcl_qupath.options import Common, Overrides, Pool, Reading, Showing, Wr
 from patchcl_qupath.progress import ShowProgress
 
 if TYPE_CHECKING:
-    from patchcl_qupath.datatypes import ImageEntry
+    from patchcl_qupath.datatypes import Corrections, ImageEntry
     from patchcl_qupath.models.model import Model
     from patchcl_qupath.project import NewImage, Project
     from patchcl_qupath.storage.records import ImageSummary
@@ -212,6 +212,7 @@ def refine(
         settings = load_config(reading.config)
         project, entries = _open(common, reading=reading, writing=writing)
         from patchcl_qupath import pipeline
+        from patchcl_qupath.correction.labels import corrected_images
         from patchcl_qupath.models.model import Model
         from patchcl_qupath.storage.files import check_writable
 
@@ -220,12 +221,15 @@ def refine(
             path = project.layout.model(new_name)
             check_writable(path.parent)
             start = replace(start, config=replace(start.config, cdcl=settings.cdcl))
-            model = pipeline.refine(project, entries, start, labels_from, progress, seed)
+            found: dict[str, Corrections] = {}
+            model = pipeline.refine(project, entries, start, labels_from, progress, seed, found)
             model.save(path.parent, new_name)
             logger.info("model %s refined and saved: %s", new_name, path)
+        corrected = corrected_images(entries, found)
         if common.as_json:
-            console.print_json({"model": str(path), "digest": model.digest})
+            console.print_json({"model": str(path), "digest": model.digest, "corrected": corrected})
         else:
+            console.print_corrected(corrected)
             click.echo(
                 f"Model: {path}\nNext:  patchcl-qp run {common.project_path} --model {new_name}"
             )

@@ -302,6 +302,13 @@ class SelfTrainConfig(Settings):
     residual: Annotated[
         float, setting("Fraction of the residual stain that is subtracted from hematoxylin", ge=0)
     ] = 0.1
+    brown: Annotated[
+        float,
+        setting(
+            "Weight of a brown chromogen, relative to that of hematoxylin, on slides that have one",
+            ge=0,
+        ),
+    ] = 0.7
     blur_um: Annotated[
         float, setting("Gaussian sigma that smooths the hematoxylin map", "µm", ge=0)
     ] = 0.35
@@ -349,6 +356,17 @@ class SelfTrainConfig(Settings):
         float,
         fraction("Solidity at which a component scores 0; it scores its full area at 0.2 more"),
     ] = 0.75
+    contour_threshold: Annotated[
+        float,
+        setting(
+            "Minimum mean hematoxylin within a star-convex contour, as a fraction of the slide's "
+            "Otsu threshold",
+            ge=0,
+        ),
+    ] = 0.85
+    min_contour_um2: Annotated[
+        float, setting("Minimum area of a star-convex contour", "µm²", gt=0)
+    ] = 12.0
     min_clump_um2: Annotated[
         float,
         setting(
@@ -463,18 +481,21 @@ class SegmentConfig(Settings):
             "Minimum mean optical density of hematoxylin; gaps between red cells have less", ge=0
         ),
     ] = 0.05
-    small_area_um2: Annotated[
+    min_hematoxylin_on_glass: Annotated[
         float,
         setting(
-            "Area below which a nucleus needs `min_small_probability`: what lies on no nucleus is "
-            "most often small and unsure",
-            "µm²",
+            "The same where more than `max_glass` of the surroundings is glass: membranes of fat "
+            "cells have less",
             ge=0,
         ),
-    ] = 12.0
-    min_small_probability: Annotated[
-        float, fraction("Minimum mean probability of such a small nucleus")
-    ] = 0.9
+    ] = 0.3
+    max_glass: Annotated[
+        float, fraction("Fraction of the square of 8 µm around pixels of a nucleus that is glass")
+    ] = 0.3
+    min_probability: Annotated[
+        float,
+        fraction("Minimum probability of a nucleus, `Detection probability`, by calibrated models"),
+    ] = 0.35
     max_hole_um2: Annotated[
         float, setting("Holes in a nucleus below this area are filled", "µm²", ge=0)
     ] = 40.0

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
+    from patchcl_qupath.correction.labels import CorrectedImage
     from patchcl_qupath.correction.suggest import SuggestedRoi, Suggestion
     from patchcl_qupath.evaluation.score import ImageScore
     from patchcl_qupath.project import Project
@@ -285,6 +286,15 @@ def _print_steps(project: Project) -> None:
         click.echo(f"  {number}. {step}")
 
 
+def print_corrected(images: Sequence[CorrectedImage]) -> None:
+    """What was read from the corrected ROIs of each image, and what was left out."""
+    for image in images:
+        click.echo(f"Corrected: {image.image}: {image.in_words}")
+    for image in images:
+        for note in image.notes:
+            click.echo(f"Note: {image.image}: {note}")
+
+
 def report_scores(
     project: Project, scored: Sequence[ImageScore], without: Sequence[str], *, as_json: bool
 ) -> None:
@@ -292,7 +302,12 @@ def report_scores(
 
     ``without`` are the images without ground truth.
     """
-    from patchcl_qupath.evaluation.score import kinds_in_total, mean, per_100_true
+    from patchcl_qupath.evaluation.score import (
+        kinds_in_total,
+        mean,
+        per_100_true,
+        reliability_in_total,
+    )
 
     if as_json:
         print_json(
@@ -302,6 +317,7 @@ def report_scores(
                 "mean": mean(scored),
                 "kinds": kinds_in_total(scored),
                 "kinds_per_100_true": per_100_true(scored),
+                "reliability": reliability_in_total(scored),
                 "without": without,
             }
         )
@@ -309,6 +325,7 @@ def report_scores(
     if done := [image for image in scored if not image.problem]:
         _print_scores(done)
         _print_kinds(done)
+        _print_reliability(done)
     for image in scored:
         if image.note:
             click.echo(f"Note: {image.image}: {image.note}")
@@ -343,6 +360,23 @@ def _print_kinds(scored: Sequence[ImageScore]) -> None:
     if rates:
         rows.append(["per 100 true", *(f"{rate:.1f}" for rate in rates.values())])
     print_table(["image", *(kind.replace("_", " ") for kind in total)], rows)
+
+
+def _print_reliability(scored: Sequence[ImageScore]) -> None:
+    """How often nuclei of each range of detection probability are right."""
+    from patchcl_qupath.evaluation.score import reliability_in_total
+
+    rows = [
+        [
+            f"{each.low:.1f} to {each.high:.1f}",
+            f"{each.nuclei:,}",
+            f"{each.mean_probability:.2f}",
+            f"{each.right / each.nuclei:.2f}",
+        ]
+        for each in reliability_in_total(scored)
+        if each.nuclei
+    ]
+    print_table(["detection probability", "nuclei", "mean", "right"], rows)
 
 
 def _figures(scores: dict[str, float]) -> list[str]:

@@ -191,13 +191,19 @@ class QuPathSummary:
 
 @dataclass(frozen=True)
 class Corrections:
-    """What a person says of an image, level 0: ``fields`` in which all ``nuclei`` are outlined.
+    """The ``rois`` of an image, at level 0, in which a person outlined all ``nuclei``.
 
-    Both are valid polygons or multipolygons. Nuclei may reach out of a field.
+    ROIs are valid polygons, nuclei such without holes; they may reach out of a ROI. ``ignored`` are
+    areas of a class that QuPath ignores: neither nucleus nor background. ``left_out`` are the
+    numbers of objects in ROIs that are no nuclei, by kind; ``without_nuclei`` remarks on ROIs in
+    which there is none.
     """
 
     rois: tuple[shapely.Geometry, ...] = ()
     nuclei: tuple[shapely.Geometry, ...] = ()
+    ignored: tuple[shapely.Geometry, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
+    without_nuclei: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

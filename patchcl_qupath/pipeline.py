@@ -17,7 +17,7 @@ import shapely
 from patchcl_qupath import __version__
 from patchcl_qupath.config import Config, Recipe, to_dict
 from patchcl_qupath.correction.labels import read_corrected_samples
-from patchcl_qupath.datatypes import ImageEntry
+from patchcl_qupath.datatypes import Corrections, ImageEntry
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.execution.map_tiles import map_tiles
 from patchcl_qupath.execution.outcome import TileProgress, failed_image, note, write_outcomes
@@ -53,6 +53,7 @@ from patchcl_qupath.storage.records import (
 )
 from patchcl_qupath.timing import Seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
+from patchcl_qupath.training.calibration import calibrated
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ def train(entries: Sequence[ImageEntry], config: Config, progress: ShowProgress)
     model = patchcl.train(crops, config, count)
     if config.recipe is not Recipe.SELFTRAIN:
         return model
-    return selftrain.train(crops, model, progress)
+    model = selftrain.train(crops, model, progress)
+    return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
 
 
 def refine(
@@ -77,12 +79,14 @@ def refine(
     labels_from: str,
     progress: ShowProgress,
     seed: int = 0,
+    found: dict[str, Corrections] | None = None,
 ) -> Model:
     """Refine a model by CDCL with ROIs in which a person corrected all nuclei.
 
-    ROIs are annotations of class ``labels_from``. The images' other tissue is used, too, with the
-    model's own pseudo-labels. Raises ImageError for labels that cannot be trained on, TrainingError
-    where there are none, ConfigError for a model of PatchCL alone.
+    ROIs are annotations of class ``labels_from``; ``found`` takes them, by image. The images' other
+    tissue is used, too, with the model's own pseudo-labels. Raises ImageError for labels that
+    cannot be trained on, TrainingError where there are none, ConfigError for a model of PatchCL
+    alone.
     """
     if not start.network.can_be_refined:
         raise ConfigError(
@@ -90,12 +94,18 @@ def refine(
             'recipe = "selftrain", the default'
         )
     corrected = read_corrected_samples(
-        project, entries, start.config, labels_from, counter(progress, Stage.READING_ROIS)
+        project,
+        entries,
+        start.config,
+        labels_from=labels_from,
+        show_count=counter(progress, Stage.READING_ROIS),
+        found=found,
     )
     crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
     unlabelled = [crop.sample for crop in selftrain.pseudo_labelled(crops, start, choosing)]
-    return cdcl.refine(start, corrected, unlabelled, counter(progress, Stage.REFINING), seed)
+    model = cdcl.refine(start, corrected, unlabelled, counter(progress, Stage.REFINING), seed)
+    return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ class Stage(StrEnum):
     TRAINING_PATCHCL = "training PatchCL"
     CHOOSING_PSEUDO_LABELS = "choosing pseudo-labels"
     TRAINING_NETWORK = "training the segmentation network"
+    CALIBRATING = "calibrating probabilities"
     READING_ROIS = "reading corrected ROIs"
     REFINING = "refining the segmentation network"
     WAITING_FOR_WORKERS = "waiting for workers"

@@ -2,11 +2,13 @@
 
 import hashlib
 import uuid
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import shapely
 
+from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.datatypes import Box, Nuclei, Tile
 from patchcl_qupath.segmentation import contours
 from patchcl_qupath.segmentation.contours import (
@@ -16,7 +18,12 @@ from patchcl_qupath.segmentation.contours import (
     to_level0,
     trace_contours,
 )
-from patchcl_qupath.segmentation.measurements import mean_hematoxylin, measure, shape_measurements
+from patchcl_qupath.segmentation.measurements import (
+    glass_around,
+    has_hematoxylin,
+    measure,
+    shape_measurements,
+)
 from patchcl_qupath.slides.stains import H_DAB, H_E, densities
 
 
@@ -117,7 +124,15 @@ def test_no_labels_no_contours():
     rgb = np.zeros((20, 30, 3), dtype=np.uint8)
     assert len(trace_contours(empty)) == 0
     none = np.zeros(0, dtype=bool)
-    nuclei = nuclei_of_tile(empty, none, rgb, np.zeros((20, 30), np.float32), tile, (0.5, 0.5))
+    nuclei = nuclei_of_tile(
+        labels=empty,
+        owned=none,
+        probability=np.zeros(0),
+        rgb=rgb,
+        confidence=np.zeros((20, 30), np.float32),
+        tile=tile,
+        mpp=(0.5, 0.5),
+    )
     assert len(nuclei) == 0
     assert len(to_level0(nuclei, (2, 2), "1")) == 0
 
@@ -176,9 +191,8 @@ def test_intensities_are_qupath_s_optical_densities_of_the_pixels_inside(stains)
     labels[1:3, 1:3] = 1
     labels[0, 5] = 2
     rgb = np.random.default_rng(0).integers(30, 255, (4, 6, 3)).astype(np.uint8)
-    confidence = np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6)
     polygons = trace_contours(labels)
-    values = measure(polygons, labels, rgb, confidence, stains)
+    values = measure(polygons, labels, rgb, np.array([0.75, 0.5]), stains)
     found = densities(rgb, stains)
     assert tuple(found) == stains.names
     for name, density in found.items():
@@ -188,7 +202,7 @@ def test_intensities_are_qupath_s_optical_densities_of_the_pixels_inside(stains)
         assert values[f"{name}: Min"][0] == inside.min()
         assert values[f"{name}: Max"][0] == inside.max()
         assert values[f"{name}: Std.Dev."][1] == 0
-    assert values["Detection probability"][0] == pytest.approx(confidence[1:3, 1:3].mean())
+    assert values["Detection probability"].tolist() == [0.75, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -240,14 +254,26 @@ def test_contours_at_touching_nuclei_and_at_the_border_stay_between_pixels():
     assert shapely.equals_exact(plain, exact, 1e-9).all()
 
 
-def test_hematoxylin_is_the_mean_over_each_nucleus():
-    labels = disc_labels((60, 60), [(15, 15), (40, 40)], 8)
-    rgb = np.full((60, 60, 3), 255, dtype=np.uint8)
-    for label, amount in ((1, 0.5), (2, 0.0)):
-        density = amount * np.array([0.65111, 0.70119, 0.29049])
-        rgb[labels == label] = np.round(255 * 10**-density)
-    assert mean_hematoxylin(labels, rgb) == pytest.approx([0.5, 0], abs=0.01)
-    assert len(mean_hematoxylin(np.zeros_like(labels), rgb)) == 0
+def test_nuclei_have_hematoxylin_and_on_glass_more_of_it():
+    labels = disc_labels((120, 120), [(20, 20), (20, 80), (80, 20), (80, 80)], 5)
+    amounts = {1: 0.2, 2: 0.02, 3: 0.2, 4: 0.4}  # two in stroma, two on glass
+    vector = np.array([0.65111, 0.70119, 0.29049])
+    rgb = np.full((120, 120, 3), 240, dtype=np.uint8)
+    rgb[:50] = (230, 150, 190)
+    for label, amount in amounts.items():
+        rgb[labels == label] = np.round(255 * 10 ** -(amount * vector))
+    config = SegmentConfig(min_hematoxylin=0.05, min_hematoxylin_on_glass=0.3, max_glass=0.3)
+    assert has_hematoxylin(labels, rgb, 0.5, config).tolist() == [True, False, False, True]
+    anywhere = replace(config, max_glass=1.0)
+    assert has_hematoxylin(labels, rgb, 0.5, anywhere).tolist() == [True, False, True, True]
+    assert len(has_hematoxylin(np.zeros_like(labels), rgb, 0.5, config)) == 0
+
+
+def test_glass_around_a_pixel_is_the_same_in_each_tile():
+    rgb = np.random.default_rng(0).integers(200, 256, (90, 110, 3)).astype(np.uint8)
+    whole, part = glass_around(rgb, 0.5), glass_around(rgb[13:, 29:], 0.5)
+    assert whole.min() < whole.max()
+    assert np.array_equal(whole[30:80, 50:100], part[17:67, 21:71])
 
 
 def test_ids_are_uuids_of_version_5():

@@ -4,17 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import shapely
 from scipy import ndimage
 
 from patchcl_qupath.config import SegmentConfig
-from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.segmentation.instances import (
     _distance,
     instances,
     postprocessing_margin_um,
 )
-from patchcl_qupath.segmentation.segment_tile import plausible
 
 MPP = 0.5
 CONFIG = SegmentConfig()
@@ -195,18 +192,3 @@ def test_distances_are_exact_up_to_the_maximum(shape, most):
 
 def test_a_mask_without_background_has_no_small_distance():
     assert (_distance(np.ones((40, 50), dtype=bool), 6.0) >= 6).all()
-
-
-def test_strands_and_small_unsure_nuclei_are_left_out() -> None:
-    squares = shapely.box([0] * 6, [0] * 6, [1] * 6, [1] * 6)
-    measured = {
-        "Area µm^2": np.array([40, 40, 8, 8, 12, 8.0]),
-        "Solidity": np.array([0.9, 0.5, 0.9, 0.9, 0.9, 0.5]),
-        "Detection probability": np.array([0.7, 0.99, 0.85, 0.95, 0.6, 0.99]),
-    }
-    nuclei = Nuclei(squares, measured)
-    assert plausible(nuclei, CONFIG, has_cores=True).tolist() == [1, 0, 0, 1, 1, 0]
-    # PatchCL's confidence is no probability.
-    assert plausible(nuclei, CONFIG, has_cores=False).tolist() == [1, 0, 1, 1, 1, 0]
-    any_size = replace(CONFIG, small_area_um2=0.0)
-    assert plausible(nuclei, any_size, has_cores=True).tolist() == [1, 0, 1, 1, 1, 0]

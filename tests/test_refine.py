@@ -238,7 +238,7 @@ def test_labels_are_read(folder):
                 feature(INSIDE, "Nucleus"),
                 feature(shapely.Point(605, 700).buffer(12), None),
             ],
-            r"two nuclei overlap at x 60\d, y 700 px \(1 such pairs\)",
+            r"nuclei overlap in 1 places of the ROI .*: delete one of each.*: at x 60\d, y 700 px",
         ),
         ([{"geometry": 1}], "is damaged: run groovy/export_labels.groovy"),
     ],
@@ -266,7 +266,9 @@ def test_a_model_of_patchcl_alone_is_refused(folder, model):
 def test_refine_run_and_status_from_the_command_line(folder, model):
     """A model is refined beside the first, and either can be run."""
     model.save(folder / "patchcl" / "models", "patchcl")
-    export(folder, feature(ROI, "Done"), feature(INSIDE, "Nucleus"), feature(ACROSS, "Nucleus"))
+    line = feature(shapely.LineString([(450, 550), (500, 600)]), "Note")
+    nuclei = (feature(INSIDE, "Nucleus"), feature(ACROSS, "Nucleus"))
+    export(folder, feature(ROI, "Done"), *nuclei, line)
     settings = folder / "settings.toml"
     settings.write_text("[cdcl]\nsteps = 6\n[patchcl]\ncrops = 4\n", "utf-8")
 
@@ -278,6 +280,9 @@ def test_refine_run_and_status_from_the_command_line(folder, model):
     before = (folder / "patchcl" / "models" / "patchcl.pt").read_bytes()
     shown = call("refine", folder, "--labels-from", "Done", "--config", settings)
     assert "--model refined" in shown.stdout
+    assert f"Corrected: {SLIDE.name}: 1 ROI with 2 nuclei; no nuclei, left out: 1 line" in (
+        shown.stdout
+    )
     assert (folder / "patchcl" / "models" / "patchcl.pt").read_bytes() == before
     call("run", folder, "--model", "refined")
     (row,) = json.loads(call("status", folder, "--json").stdout)["images"]

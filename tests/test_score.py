@@ -92,7 +92,9 @@ def write_nuclei(folder: Path, image: int, polygons: Any, **changes: Any) -> Pat
     """Write nuclei as a run does."""
     project = open_project(folder, backend="files")
     entry = project.images()[image]
-    nuclei = Nuclei(polygons, {"Area µm^2": shapely.area(polygons).astype(np.float32)})
+    area = shapely.area(polygons).astype(np.float32)
+    probability = np.linspace(0.95, 0.41, len(area), dtype=np.float32)
+    nuclei = Nuclei(polygons, {"Area µm^2": area, "Detection probability": probability})
     project.write(entry, [nuclei], Config().result, result_of(len(polygons), **changes))
     return project.layout.results(entry.id)
 
@@ -148,6 +150,15 @@ def test_kinds_of_error_are_counted(project: Path, ground_truth: Path) -> None:
     assert outcome["kinds"] == kinds | {"spurious": 2}
     per_100 = {kind: 100 * count / 3 for kind, count in outcome["kinds"].items()}
     assert outcome["kinds_per_100_true"] == pytest.approx(per_100)
+    bins = {each["low"]: each for each in outcome["reliability"] if each["nuclei"]}
+    assert {low: (each["nuclei"], each["right"]) for low, each in bins.items()} == {
+        0.9: (2, 1),  # the first of each image
+        0.7: (1, 0),
+        0.5: (1, 0),
+        0.4: (1, 0),
+    }
+    assert bins[0.9]["mean_probability"] == pytest.approx(0.95)
+    assert [each["high"] for each in bins.values()] == [0.5, 0.6, 0.8, 1.0]
     only_spurious = call("score", project, "--ground-truth", ground_truth, "--image", "b.svs")
     assert "per 100" not in only_spurious.output
 
@@ -255,7 +266,7 @@ def test_the_table_has_images_and_their_mean(project: Path, ground_truth: Path) 
     write_geojson(ground_truth / "b.geojson")
     result = call("score", project, "--ground-truth", ground_truth)
     assert result.exit_code == 0
-    scores, kinds = tables(result.stdout)
+    scores, kinds, reliability = tables(result.stdout)
     figures = {row[0]: row[1:] for row in scores}
     assert figures["a.svs"] == ["3", "3", "1.000", "1.000", "1.000", "1.000"]
     # It has the first of three nuclei, of 120, 168 and 100 px.
@@ -266,6 +277,11 @@ def test_the_table_has_images_and_their_mean(project: Path, ground_truth: Path) 
         ["b.svs", "1", "0", "2", "0", "0", "0"],
         ["total", "4", "0", "2", "0", "0", "0"],
         ["per 100 true", "66.7", "0.0", "33.3", "0.0", "0.0", "0.0"],
+    ]
+    assert reliability == [  # without the bins that have no nucleus
+        ["0.4 to 0.5", "1", "0.41", "1.00"],
+        ["0.6 to 0.7", "1", "0.68", "1.00"],
+        ["0.9 to 1.0", "2", "0.95", "1.00"],
     ]
 
 

@@ -379,7 +379,8 @@ class Story:
             qupath.run_script(path, GROOVY / "export_labels.groovy")
             settings = path.with_name("settings.toml")
             settings.write_text("[cdcl]\nsteps = 4\n[patchcl]\ncrops = 4\n", "utf-8")
-            call("refine", path, "--config", settings)
+            shown = call("refine", path, "--config", settings, "--json")
+            self.refined = json.loads(shown.stdout)
         self.labels = self.opened()[0].corrections(entry, CORRECTED)
         self.suggestions.append(suggest(*self.opened(), 3))
         self.seen.append(self.look())
@@ -517,6 +518,10 @@ def test_refine_trains_with_corrected_rois(story: Story) -> None:
     nuclei = story.within(first, 1)
     assert "by hand" in {o.get("name") for o in nuclei.values()}
     assert len(story.labels.nuclei) == len(nuclei)
+    if story.by == "files":
+        (read,) = story.refined["corrected"]
+        assert (read["id"], read["fields"], read["nuclei"]) == ("1", 1, len(nuclei))
+        assert not any(read["left_out"].values())
     drawn = shapely.union_all([contour(o).buffer(0) for o in nuclei.values()])
     read = shapely.union_all(story.labels.nuclei)
     assert drawn.symmetric_difference(read).area < 0.01 * drawn.area

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,10 +22,16 @@ from patchcl_qupath.evaluation.score import mean, per_100_true, score
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import Stage, counter
 from patchcl_qupath.project import Project
-from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
+from patchcl_qupath.slides.prepare import (
+    PreparedImage,
+    TrainingCrops,
+    prepare,
+    training_crops,
+)
 from patchcl_qupath.storage.geojson import made_valid
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.training import cdcl, selftrain
+from patchcl_qupath.training.calibration import calibrated
 from patchcl_qupath.training.supervision import TrainingSample
 
 KINDS = ("label-free", "labels alone", "CDCL")
@@ -69,6 +76,7 @@ def few_labels(
             "slides.prepare.training_crops",
             "correction.labels.training_samples",
             "training.cdcl.refine",
+            "training.calibration.calibrated",
             "training.selftrain.train_on",
             "training.selftrain.pseudo_labelled",
             script=Path(__file__),
@@ -131,19 +139,24 @@ def _models(project: Project, start: Model, drawn: Drawn, draw: int) -> dict[str
     alone = replace(config.selftrain, steps=config.cdcl.steps)
     training = counter(progress, Stage.TRAINING_NETWORK)
     trained = selftrain.train_on(drawn.samples, alone, draw, training)
-    unlabelled = pseudo_labelled_samples(project, start)
-    refining = counter(progress, Stage.REFINING)
-    refined = cdcl.refine(start, drawn.samples, unlabelled, refining, draw)
-    models = (start, replace(start, network=trained.network), refined)
+    crops = training_crops(project.images(), config, counter(progress, Stage.READING_CROPS))
+    refined = refined_on(start, drawn.samples, crops, draw)
+    labelled_alone = replace(start, network=trained.network, calibration=None)
+    calibrating = counter(progress, Stage.CALIBRATING)
+    models = (start, calibrated(labelled_alone, crops, calibrating), refined)
     return dict(zip(KINDS, models, strict=True))
 
 
-def pseudo_labelled_samples(project: Project, model: Model) -> list[TrainingSample]:
-    """Training samples with the model's pseudo-labels, from crops of the images."""
-    count = counter(progress, Stage.READING_CROPS)
-    crops = training_crops(project.images(), model.config, count)
-    count = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-    return [crop.sample for crop in selftrain.pseudo_labelled(crops, model, count)]
+def refined_on(
+    start: Model, labelled: Sequence[TrainingSample] | None, crops: TrainingCrops, seed: int
+) -> Model:
+    """CDCL as the pipeline does it, with crops as the unlabelled ones, and, without samples, as
+    the labelled ones, too."""
+    choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
+    unlabelled = [crop.sample for crop in selftrain.pseudo_labelled(crops, start, choosing)]
+    refining = counter(progress, Stage.REFINING)
+    model = cdcl.refine(start, labelled or unlabelled, unlabelled, refining, seed)
+    return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
 
 
 def _measured(project: Project, images: ImageSet, model: Model, drawn: Drawn) -> Measures:

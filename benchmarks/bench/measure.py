@@ -19,7 +19,13 @@ from bench.sets import ImageSet, project_of
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config, to_dict
 from patchcl_qupath.datatypes import ImageEntry
-from patchcl_qupath.evaluation.score import ImageScore, mean, per_100_true, score
+from patchcl_qupath.evaluation.score import (
+    ImageScore,
+    mean,
+    per_100_true,
+    reliability_in_total,
+    score,
+)
 from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import Model
@@ -89,7 +95,12 @@ class Bench:
         """
         scored = self.scored(model, images, name)
         empty = {f"{each.name}_per_mm2": self.per_mm2(model, each, name) for each in self.empty}
-        return {**mean(scored), **per_100_true(scored), **empty}
+        right = {
+            f"right_of_{each.low:g}": each.right / each.nuclei
+            for each in reliability_in_total(scored)
+            if each.nuclei
+        }
+        return {**mean(scored), **per_100_true(scored), **empty, **right}
 
     def scored(self, model: Model, images: ImageSet, name: str) -> list[ImageScore]:
         """The scores of a model's nuclei in each image of a labelled set."""

@@ -12,14 +12,14 @@ from typing import Any
 
 from bench import otsu
 from bench.cache import code
-from bench.few_labels import LABELLED, few_labels, pseudo_labelled_samples
+from bench.few_labels import LABELLED, few_labels, refined_on
 from bench.measure import Bench, Measures, progress, run_key, seeded, without
 from bench.pseudo import pseudo_label_measures
 from bench.sets import ImageSet, project_of
 from patchcl_qupath.config import Config, PatchCLConfig, Recipe
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import Stage, counter
-from patchcl_qupath.training import cdcl
+from patchcl_qupath.slides.prepare import training_crops
 
 BASELINE = "otsu"
 DEFAULT = "selftrain"
@@ -104,8 +104,8 @@ def _refined_without_labels(bench: Bench, images: ImageSet, start: Model, seed: 
 
     def refine() -> Model:
         with project_of(images) as project:
-            samples = pseudo_labelled_samples(project, start)
-        refining = counter(progress, Stage.REFINING)
-        return cdcl.refine(start, samples, samples, refining, seed)
+            count = counter(progress, Stage.READING_CROPS)
+            crops = training_crops(project.images(), start.config, count)
+        return refined_on(start, None, crops, seed)
 
     return bench.cache.model(key, start.config, refine)

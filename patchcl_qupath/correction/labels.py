@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import shapely
@@ -19,12 +19,53 @@ from patchcl_qupath.segmentation.tiling import bounds
 from patchcl_qupath.slides.prepare import PreparedImage, on_grid, prepare
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import inside_region
+from patchcl_qupath.storage.geojson import class_name
+from patchcl_qupath.storage.records import Record
 from patchcl_qupath.training.supervision import TrainingSample, targets
 
 MIN_ROI_UM = 16.0  # a narrower ROI contains no whole nucleus
 SAME_IOU = 0.5  # above it, two contours are of one nucleus
 
 LabelledImage = tuple[PreparedImage, Corrections]
+
+MAX_ROI_MM2 = 10.0  # the box around a larger ROI does not fit into the memory of a small machine
+_LEFT_OUT = {  # what each kind of object is called, one of it and several
+    "ignored": ("object of a class that QuPath ignores", "objects of a class that QuPath ignores"),
+    "regions": ("region or vessel", "regions or vessels"),
+    "points": ("point", "points"),
+    "lines": ("line", "lines"),
+    "tiles": ("tile", "tiles"),
+    "cells_without_nucleus": ("cell without a nucleus", "cells without a nucleus"),
+    "other_programs": ("detection of another program", "detections of other programs"),
+    "specks": ("speck", "specks"),
+}
+
+
+class CorrectedImage(Record, frozen=True, kw_only=True, rename={"rois": "fields"}):
+    """What was read from the corrected ROIs of an image.
+
+    ``left_out`` are the numbers of objects in them that are no nuclei, by kind. ``notes`` are
+    remarks for people on ROIs without a nucleus, which are taken as background.
+    """
+
+    id: str
+    image: str
+    rois: int
+    nuclei: int
+    left_out: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def in_words(self) -> str:
+        """A line for people."""
+        left_out = [
+            f"{count:,} {_LEFT_OUT[kind][count > 1]}"
+            for kind, count in self.left_out.items()
+            if count
+        ]
+        return f"{self.rois:,} ROI{'s' * (self.rois != 1)} with {self.nuclei:,} nuclei" + (
+            f"; no nuclei, left out: {', '.join(left_out)}" if left_out else ""
+        )
 
 
 def read_corrected_samples(
@@ -33,32 +74,65 @@ def read_corrected_samples(
     config: Config,
     labels_from: str,
     show_count: ShowCount,
+    found: dict[str, Corrections] | None = None,
 ) -> list[TrainingSample]:
     """One training sample for each annotation of class ``labels_from`` in a project.
 
-    Raises ImageError for labels that cannot be trained on; TrainingError if there are none;
-    ConfigError for the class of ROIs that are still to be corrected, whose nuclei are predictions.
+    ``found`` takes what was read, by the id of the image. Raises ImageError for labels that cannot
+    be trained on, with the problems of all images; TrainingError if there are none; ConfigError for
+    the class of ROIs that are still to be corrected, whose nuclei are predictions.
     """
-    if labels_from == TO_CORRECT:
+    if class_name(labels_from) == TO_CORRECT:
         raise ConfigError(
             f"ROIs of class {TO_CORRECT} are still to be corrected: set the class of those that "
             f"are corrected to {CORRECTED}, save, and refine with --labels-from '{CORRECTED}'"
         )
-    labelled = []
+    labelled: list[LabelledImage] = []
+    problems = []
     for done, entry in enumerate(entries):
         show_count(done, len(entries))
-        corrections = project.corrections(entry, labels_from)
+        try:
+            corrections = project.corrections(entry, labels_from)
+        except ImageError as error:  # a person hears of all images at once
+            problems.append(str(error))
+            continue
         if corrections.rois:
             labelled.append((prepare(entry, config), corrections))
+            if found is not None:
+                found[entry.id] = corrections
     show_count(len(entries), len(entries))
+    if problems:
+        raise ImageError("\n".join(problems))
     if not labelled:
         raise TrainingError(
             f"no image has an annotation of class {labels_from}: have some suggested by "
             "`patchcl-qp suggest`, or draw some in QuPath, correct every nucleus in them, set "
             "that class, and save (without a QuPath here, run groovy/export_labels.groovy there)"
         )
+    if not any(labels.nuclei for _, labels in labelled):
+        raise TrainingError(
+            f"no ROI of class {labels_from} has a nucleus: correct one with nuclei, too"
+        )
     check_agreement(labelled)
     return [sample for image, labels in labelled for sample in training_samples(image, labels)]
+
+
+def corrected_images(
+    entries: Sequence[ImageEntry], found: Mapping[str, Corrections]
+) -> list[CorrectedImage]:
+    """What was ``found`` in the corrected ROIs of images, by id, in numbers and words."""
+    return [
+        CorrectedImage(
+            id=entry.id,
+            image=entry.name,
+            rois=len(found[entry.id].rois),
+            nuclei=len(found[entry.id].nuclei),
+            left_out=found[entry.id].left_out,
+            notes=found[entry.id].without_nuclei,
+        )
+        for entry in entries
+        if entry.id in found
+    ]
 
 
 def check_agreement(images: Sequence[LabelledImage]) -> None:
@@ -84,16 +158,17 @@ def check_agreement(images: Sequence[LabelledImage]) -> None:
 def _in_file(labels: Corrections, image: PreparedImage) -> Corrections:
     """Labels in pixels of the file: two images of one slide may be cropped differently."""
     origin = np.array(image.slide.origin)
-    rois, nuclei = (
+    rois, nuclei, ignored = (
         tuple(shapely.transform(area, lambda xy: xy + origin) for area in areas)
-        for areas in (labels.rois, labels.nuclei)
+        for areas in (labels.rois, labels.nuclei, labels.ignored)
     )
-    return Corrections(rois=rois, nuclei=nuclei)
+    return Corrections(rois=rois, nuclei=nuclei, ignored=ignored)
 
 
 def _disagreement(one: Corrections, other: Corrections) -> shapely.Geometry | None:
     """A nucleus, more than half of it in ROIs of both, that only one of the two has; or None."""
     shared = shapely.union_all(one.rois) & shapely.union_all(other.rois)
+    shared -= shapely.union_all(one.ignored + other.ignored)
     nuclei = [np.array(labels.nuclei, dtype=object) for labels in (one, other)]
     inside = [shapely.intersection(areas, shared) for areas in nuclei]
     row, col = shapely.STRtree(inside[1]).query(inside[0], predicate="intersects")
@@ -112,9 +187,10 @@ def _disagreement(one: Corrections, other: Corrections) -> shapely.Geometry | No
 def training_samples(image: PreparedImage, labels: Corrections) -> list[TrainingSample]:
     """One training sample for each ROI of an image, at the model's pixel size.
 
-    Pixels of a ROI outside nuclei are background; pixels outside the ROI are unlabelled. Raises
-    ImageError for a ROI that is too small or outside the image, and for an image with larger pixels
-    than the model's: it would have to be interpolated, and would train the model on blur.
+    Pixels of a ROI outside nuclei are background, except in ignored areas; these, and pixels
+    outside the ROI, are unlabelled. Raises ImageError for a ROI that is too small, too large or
+    outside the image, and for an image with larger pixels than the model's: it would have to be
+    interpolated, and would train the model on blur.
     """
     slide = image.slide
     if min(slide.downsample) < 1:
@@ -126,6 +202,7 @@ def training_samples(image: PreparedImage, labels: Corrections) -> list[Training
     if image.normaliser is None:
         raise ImageError(f"{slide.name} shows no tissue, but has labelled ROIs: delete them")
     nuclei = np.array([level0_to_grid(n, slide.downsample) for n in labels.nuclei], dtype=object)
+    ignored = [level0_to_grid(area, slide.downsample) for area in labels.ignored]
     samples = []
     for roi in labels.rois:
         roi = on_grid(roi, slide)
@@ -133,6 +210,8 @@ def training_samples(image: PreparedImage, labels: Corrections) -> list[Training
         labelled = _pixels(roi, box)
         painted = _painted(nuclei[shapely.intersects(nuclei, roi)], box)
         painted[~labelled] = 0
+        for area in ignored:
+            labelled &= ~_pixels(area, box)
         stains = image.normaliser.apply(slide.read(box))
         target = targets(painted, labelled & (painted == 0))
         samples.append(TrainingSample(stains, target))
@@ -140,12 +219,18 @@ def training_samples(image: PreparedImage, labels: Corrections) -> list[Training
 
 
 def _bounding_box(roi: shapely.Geometry, slide: Slide) -> Box:
-    """The box of a ROI on the working grid. Raises ImageError if it is narrow or outside."""
+    """The box of a ROI on the working grid. Raises ImageError if it is narrow, huge or outside."""
     x0, y0, x1, y1 = roi.bounds if roi.area else (0, 0, 0, 0)
     if min(x1 - x0, y1 - y0) * slide.mpp < MIN_ROI_UM:
         raise ImageError(
             f"{slide.name}: a labelled ROI is less than {MIN_ROI_UM:g} µm wide, or outside the "
             "image: draw it larger, 250 µm say"
+        )
+    mm2 = (x1 - x0) * (y1 - y0) * slide.mpp**2 / 1e6
+    if mm2 > MAX_ROI_MM2:
+        raise ImageError(
+            f"{slide.name}: a labelled ROI needs a box of {mm2:,.0f} mm², more than {MAX_ROI_MM2:g}"
+            ": draw smaller ones, 250 µm wide say"
         )
     return Box(math.floor(y0), math.floor(x0), math.ceil(y1), math.ceil(x1))
 

@@ -24,7 +24,7 @@ from patchcl_qupath.errors import GroundTruthError
 from patchcl_qupath.segmentation.contours import pixel_polygons
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import readable
-from patchcl_qupath.storage.geojson import holds_several, read_areas
+from patchcl_qupath.storage.geojson import holds_several, read_objects
 
 GEOJSON = (".geojson", ".geojson.gz")
 SUFFIXES = (*GEOJSON, ".png", ".tif", ".tiff", ".npy")
@@ -116,23 +116,31 @@ def _nuclei(path: Path, entry: ImageEntry) -> GroundTruth:
     Analysis regions, which QuPath exports together with the cells in them, are left out.
     """
     try:
-        _, areas = read_areas(path)
+        objects = read_objects(path)
     except Exception as error:  # not gzip, not JSON, of any other form
         raise _unreadable(path, entry, error, "export it again") from error
-    polygons: Polygons = areas[~shapely.is_missing(areas)]
-    if len(areas) and not len(polygons):
+    has_area = ~shapely.is_missing(objects.areas)
+    if len(has_area) and not has_area.any():
         raise GroundTruthError(
             f"{entry.name}: {path} holds no polygon: nuclei must be outlined, not marked by points"
         )
+    ignored = has_area & np.char.endswith(objects.classes, "*")  # as in QuPath
+    tile = has_area & ~ignored & (objects.kinds == "tile")
+    polygons: Polygons = objects.areas[has_area & ~ignored & ~tile]
     is_region = holds_several(polygons)
-    regions, others = np.count_nonzero(is_region), len(areas) - len(polygons)
-    notes = []
-    if regions:
-        notes.append(
-            f"true contours left out since they contain several others, as regions do: {regions}"
+    notes = [
+        f"{words}: {count}"
+        for words, count in (
+            (
+                "true contours left out since they contain several others, as regions do",
+                np.count_nonzero(is_region),
+            ),
+            ("objects without area left out, such as points and lines", (~has_area).sum()),
+            ("objects left out of a class that QuPath ignores, such as Ignore*", ignored.sum()),
+            ("tiles left out", tile.sum()),
         )
-    if others:
-        notes.append(f"objects without area left out, such as points and lines: {others}")
+        if count
+    ]
     return GroundTruth(polygons[~is_region], "; ".join(notes) or None)
 
 

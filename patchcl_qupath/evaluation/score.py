@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import shapely
+from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import ImageEntry, Polygons
 from patchcl_qupath.errors import ImageError, PatchCLError
 from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
-from patchcl_qupath.evaluation.metrics import Kind, Overlaps
+from patchcl_qupath.evaluation.metrics import MIN_IOU, Kind, Overlaps
 from patchcl_qupath.evaluation.pictures import draw_errors, picture_name
 from patchcl_qupath.project import Project
 from patchcl_qupath.slides.slide import Slide
@@ -21,7 +23,20 @@ from patchcl_qupath.storage.geojson import made_valid
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import Record, RemovedRecord, read_result
 
+# Lower ends of the bins in which detection probabilities are held against how many are right.
+BINS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SCORES = {"dice": "Dice", "aji": "AJI", "pq": "PQ", "f1": "F1 at IoU 0.5"}
+
+
+class Bin(Record, frozen=True, kw_only=True):
+    """Of predicted nuclei with a detection probability from ``low`` to ``high``: how many there
+    are, how many are right, and the mean of their probabilities."""
+
+    low: float
+    high: float
+    nuclei: int
+    right: int
+    mean_probability: float | None
 
 
 class ImageScore(Record, frozen=True, kw_only=True):
@@ -29,7 +44,8 @@ class ImageScore(Record, frozen=True, kw_only=True):
 
     ``problem`` is None unless it failed; ``note`` is a message for people, or None; ``scores``,
     between 0 and 1, have the names of SCORES; ``kinds`` are the numbers of nuclei of each
-    ``metrics.Kind``. ``picture`` is the path of the picture of its errors; ``no_picture`` the
+    ``metrics.Kind``; ``reliability`` compares detection probabilities with how often they are
+    right. ``picture`` is the path of the picture of its errors; ``no_picture`` the
     reason why one that was asked for could not be drawn.
     """
 
@@ -41,6 +57,7 @@ class ImageScore(Record, frozen=True, kw_only=True):
     true_nuclei: int | None = None
     scores: dict[str, float] = {}  # noqa: RUF012  # msgspec copies it
     kinds: dict[str, int] = {}  # noqa: RUF012
+    reliability: tuple[Bin, ...] = ()
     picture: str | None = None
     no_picture: str | None = None
 
@@ -53,6 +70,7 @@ class _Compared:
     """
 
     nuclei: Polygons
+    probability: NDArray[np.float32]  # (P,)
     true: Polygons
     overlaps: Overlaps
     mpp: tuple[float, float]
@@ -104,6 +122,7 @@ def score_image(
         true_nuclei=len(compared.true),
         scores={name: getattr(compared.overlaps, name) for name in SCORES},
         kinds=compared.overlaps.kinds,
+        reliability=_reliability(compared),
         picture=picture,
         no_picture=no_picture,
     )
@@ -128,12 +147,51 @@ def per_100_true(scored: Sequence[ImageScore]) -> dict[str, float]:
     return {kind: 100 * count / true for kind, count in kinds.items()} if true else {}
 
 
+def reliability_in_total(scored: Sequence[ImageScore]) -> list[Bin]:
+    """The bins of all images that did not fail, added up; empty if all failed."""
+    images = [image.reliability for image in scored if not image.problem]
+    return [_added(bins) for bins in zip(*images, strict=True)]
+
+
+def _added(bins: Sequence[Bin]) -> Bin:
+    """Bins of one range in one."""
+    nuclei = sum(each.nuclei for each in bins)
+    total = sum(each.nuclei * (each.mean_probability or 0) for each in bins)
+    return Bin(
+        low=bins[0].low,
+        high=bins[0].high,
+        nuclei=nuclei,
+        right=sum(each.right for each in bins),
+        mean_probability=total / nuclei if nuclei else None,
+    )
+
+
+def _reliability(compared: _Compared) -> tuple[Bin, ...]:
+    """How often the nuclei of each bin of detection probability are right."""
+    right = compared.overlaps.predicted_iou > MIN_IOU
+    of_bin = np.digitize(compared.probability, BINS) - 1
+    bins = []
+    for k, (low, high) in enumerate(pairwise((*BINS, 1.0))):
+        here = of_bin == k
+        count = int(np.count_nonzero(here))
+        bins.append(
+            Bin(
+                low=low,
+                high=high,
+                nuclei=count,
+                right=int(np.count_nonzero(right & here)),
+                mean_probability=float(compared.probability[here].mean()) if count else None,
+            )
+        )
+    return tuple(bins)
+
+
 def _compare(project: Project, entry: ImageEntry, files: Sequence[Path]) -> _Compared:
     """Compare the nuclei of an image with its ground truth, in the analysis regions of the run.
 
     Raises ImageError, GroundTruthError.
     """
-    nuclei, regions, mpp = _segmented(project, entry)
+    nuclei, probability, regions, mpp = _segmented(project, entry)
     ground_truth = read_ground_truth(files, entry)
     true, notes = ground_truth.polygons, [ground_truth.note] if ground_truth.note else []
     if regions:
@@ -143,6 +201,7 @@ def _compare(project: Project, entry: ImageEntry, files: Sequence[Path]) -> _Com
         notes.append("only inside the analysis regions of the run")
     return _Compared(
         nuclei=nuclei,
+        probability=probability,
         true=true,
         overlaps=Overlaps.of_polygons(nuclei, true),
         mpp=mpp,
@@ -160,8 +219,9 @@ def _draw(entry: ImageEntry, compared: _Compared, folder: Path) -> Path:
 
 def _segmented(
     project: Project, entry: ImageEntry
-) -> tuple[Polygons, list[shapely.Geometry], tuple[float, float]]:
-    """The nuclei of the last run, level 0; its analysis regions, if any; its µm/px (x, y) there.
+) -> tuple[Polygons, NDArray[np.float32], list[shapely.Geometry], tuple[float, float]]:
+    """The nuclei of the last run, level 0, and their detection probabilities; its analysis regions,
+    if any; its µm/px (x, y) there.
 
     Raises ImageError.
     """
@@ -174,9 +234,11 @@ def _segmented(
             raise ValueError("result.json is damaged")
         regions = [shapely.from_geojson(json.dumps(region.geometry)) for region in result.regions]
         # Contours are rounded to 0.01 px, which may have folded one.
-        nuclei = made_valid(read_nuclei(project.layout.nuclei(entry.id)).polygons)
+        nuclei = read_nuclei(project.layout.nuclei(entry.id))
+        probability = nuclei.measurements["Detection probability"]
+        polygons = made_valid(nuclei.polygons)
     except Exception as error:  # readers of damaged files raise anything
         raise ImageError(
             f"{entry.name}: its nuclei in {folder} cannot be read: do `patchcl-qp run` again"
         ) from error
-    return nuclei, regions, result.slide.mpp
+    return polygons, probability, regions, result.slide.mpp

@@ -69,7 +69,7 @@ def choose(wanted: EngineChoice | str) -> EngineKind:
         raise ConfigError("there is no OpenVINO here: pip install openvino, or use --engine torch")
     if wanted == EngineChoice.TORCH or not find_spec("openvino"):
         return EngineKind.TORCH
-    return EngineKind.OPENVINO_BFLOAT16 if _has_bfloat16() else EngineKind.OPENVINO_FLOAT32
+    return EngineKind.OPENVINO_BFLOAT16 if multiplies_bfloat16() else EngineKind.OPENVINO_FLOAT32
 
 
 def of(kind: EngineKind, network: SegmentationNetwork, digest: str) -> Engine:
@@ -129,9 +129,11 @@ def _core() -> Any:
     return load_openvino().Core()
 
 
-def _has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16, twice as fast as float32."""
-    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16, twice as fast as float32; not known without OpenVINO."""
+    return bool(find_spec("openvino")) and (
+        "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    )
 
 
 def _openvino(network: SegmentationNetwork, precision_hint: str) -> Engine:

@@ -31,6 +31,7 @@ from patchcl_qupath.storage.records import (
 )
 
 _FORMAT = "patchcl-qupath model 2"
+_PROBABILITIES = (0.5, 0.999)  # of what is nucleus; nearer to 1, log-odds mean nothing
 _BAND_PX = 2**20  # of an image, about, that a network is run on at once
 
 # How a network of a model file is made, by its name there.
@@ -48,13 +49,47 @@ class Confidence(NamedTuple):
     core: NDArray[np.float32] | None
 
 
+class Calibration(NamedTuple):
+    """How often a nucleus is right: a logistic regression on what the network makes of it.
+
+    The weights are those of the log-odds of its mean probability, of the logarithm of its area in
+    µm², and of the log-odds of the largest core probability in it.
+    """
+
+    intercept: float
+    probability: float
+    area: float
+    core: float
+
+    def __call__(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The probability (N,) that nuclei are right; ``features`` (N, 3) of ``features_of``."""
+        logits = self.intercept + features @ np.array(self[1:])
+        return np.asarray(1 / (1 + np.exp(-logits)))
+
+
+def features_of(
+    mean_probability: NDArray[np.float64],
+    area_um2: NDArray[np.float64],
+    largest_core: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """What a calibration sees of nuclei, (N, 3)."""
+
+    def log_odds(p: NDArray[np.float64]) -> NDArray[np.float64]:
+        p = np.clip(p, *_PROBABILITIES)
+        return np.asarray(np.log(p / (1 - p)))
+
+    logarithm = np.log(np.maximum(area_um2, 1.0))
+    return np.stack([log_odds(mean_probability), logarithm, log_odds(largest_core)], axis=-1)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Model:
     """A trained network, with all that is needed to use it, and the settings that made it.
 
     ``channel`` is the map of the network that shows nuclei; where it is ``inverted``, it is low on
-    them. A pixel with more confidence than ``threshold`` is nucleus. ``training`` is the log, for
-    people and reports. All was chosen without labels (see ``training.patchcl``).
+    them. A pixel with more confidence than ``threshold`` is nucleus. ``calibration``, where there
+    is one, makes the probability of a nucleus from those of its pixels. ``training`` is the log,
+    for people and reports. All was chosen without labels (see ``training.patchcl``).
     """
 
     network: SegmentationNetwork
@@ -62,6 +97,7 @@ class Model:
     channel: int = 0
     inverted: bool = False
     threshold: float = 0.5
+    calibration: Calibration | None = None
     training: TrainingLog | None = None
 
     @property
@@ -86,7 +122,7 @@ class Model:
 
     @cached_property
     def digest(self) -> str:
-        """Hexadecimal digest of all that a confidence depends on."""
+        """Hexadecimal digest of all that nuclei depend on."""
         depends = [
             self.config.patchcl.dilations,
             self.input,
@@ -94,6 +130,7 @@ class Model:
             self.channel,
             self.inverted,
             self.threshold,
+            *([] if self.calibration is None else [self.calibration]),
         ]
         digest = hashlib.sha256(json.dumps(depends).encode())
         for name, values in self.network.state_dict().items():
@@ -109,6 +146,7 @@ class Model:
             channel=self.channel,
             inverted=self.inverted,
             threshold=self.threshold,
+            calibration=self.calibration,
             config=to_dict(self.config),
             training={} if self.training is None else to_plain(self.training),
         )
@@ -151,6 +189,7 @@ class Model:
                 channel=stored["channel"],
                 inverted=stored["inverted"],
                 threshold=stored["threshold"],
+                calibration=_calibration(stored.get("calibration")),
                 training=training_log(stored["training"]),
             )
             if model.digest != stored["digest"]:
@@ -159,6 +198,11 @@ class Model:
             reason = "it is damaged, no model at all, or of another version"
             raise ModelError(f"{path} cannot be used: {reason}; {advice}") from error
         return model
+
+
+def _calibration(stored: list[float] | None) -> Calibration | None:
+    """That of a model file; models of version 0.1 have none."""
+    return None if stored is None else Calibration(*stored)
 
 
 def confidence(

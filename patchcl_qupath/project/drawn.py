@@ -13,15 +13,28 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import CORRECTED, TO_CORRECT
 from patchcl_qupath.datatypes import Corrections, Polygons, StainKind, StainVectors
 from patchcl_qupath.errors import ImageError
+from patchcl_qupath.project.outlines import (
+    UNKNOWN_PIXEL_UM2,
+    Kind,
+    Outlines,
+    overlapping,
+    pieces_of,
+    sort_outlines,
+)
 from patchcl_qupath.slides.stains import flaw, without_rounding
-from patchcl_qupath.storage.geojson import holds_several, read_areas
+from patchcl_qupath.storage.geojson import Objects, class_name, read_areas, read_objects
 
 _KINDS = {  # by QuPath's image type
     "BRIGHTFIELD_H_E": StainKind.H_E,
     "BRIGHTFIELD_H_DAB": StainKind.H_DAB,
 }
 SELECTED = "(selected)"  # class under which the selected annotations are exported
-MAX_SHARED = 0.2  # fraction of the smaller of two nuclei; with more, one of them is a duplicate
+OUR_REGION = "PatchCL"  # the name of annotations of no class that hold imported nuclei
+_UNCLEAR = {  # how a person may have marked nuclei, without outlines
+    Kind.POINTS: "points",
+    Kind.CELLS: "cells without a nucleus",
+    Kind.OTHERS: "detections of other programs",
+}
 
 
 def read_regions(
@@ -45,7 +58,7 @@ def read_regions(
     for name, area in zip(names.tolist(), areas, strict=True):
         if name and area is not None:
             found.setdefault(name, []).append(area)
-    wanted = {name: found[name] for name in classes if name in found}
+    wanted = {name: found[class_name(name)] for name in classes if class_name(name) in found}
     if not wanted:
         others = (
             f"annotations of class {', '.join(sorted(found))}" if found else "none with a class"
@@ -94,62 +107,140 @@ def _triple(numbers: Sequence[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def read_labels(path: Path, image: str, roi_class: str) -> Corrections:
+def read_labels(
+    path: Path, image: str, roi_class: str, mpp: tuple[float, float] | None = None
+) -> Corrections:
     """The ROIs of an image, and the nuclei in them, that groovy/export_labels.groovy exported.
 
-    None for an image that was never exported. Raises ImageError for a file that is damaged, for a
-    ROI without nuclei, and for nuclei that overlap.
+    None for an image that was never exported. ``mpp`` is the pixel size (x, y) at level 0; None if
+    only QuPath has it. Raises ImageError for a file that is damaged, and for all that cannot be
+    meant so: ROIs in which nothing was outlined, and nuclei that overlap.
     """
-    names, areas = _exported(path, image)
-    is_roi = names == roi_class
-    others = areas[~is_roi & ~np.isin(names, (TO_CORRECT, CORRECTED))]
-    nuclei = others[~holds_several(others)]
-    labels = Corrections(rois=tuple(areas[is_roi]), nuclei=tuple(nuclei))
-    check_labels(labels, image)
-    return labels
+    objects = _exported(path, image)
+    if objects is None:
+        return Corrections()
+    is_roi = objects.classes == class_name(roi_class)
+    marked = objects.take(is_roi & ~shapely.is_missing(objects.areas))
+    rois, owner = pieces_of(marked.areas)
+    if not len(rois):
+        return Corrections()
+    ours = np.isin(objects.classes, (TO_CORRECT, CORRECTED))
+    ours |= (objects.names == OUR_REGION) & (objects.classes == "")
+    others = objects.take(~is_roi & ~ours)
+    found = sort_outlines(others, shapely.union_all(rois), _pixel_um2(objects, mpp))
+    without = _without_nuclei(rois, marked.ids[owner], found, objects)
+    problems = _overlaps(rois, found) + [text for text, is_problem in without if is_problem]
+    if problems:
+        raise ImageError("\n".join(f"{image}: {problem}" for problem in problems))
+    return Corrections(
+        rois=tuple(rois),
+        nuclei=found.nuclei,
+        ignored=found.ignored,
+        left_out=found.left_out,
+        without_nuclei=tuple(text for text, _ in without),
+    )
 
 
 def read_corrected_rois(path: Path, image: str) -> tuple[shapely.Geometry, ...]:
     """The ROIs of such a file that are marked as corrected. Raises ImageError if it is damaged."""
-    names, areas = _exported(path, image)
-    return tuple(areas[names == CORRECTED])
+    objects = _exported(path, image)
+    if objects is None:
+        return ()
+    marked = (objects.classes == CORRECTED) & ~shapely.is_missing(objects.areas)
+    rois, _ = pieces_of(objects.areas[marked])
+    return tuple(rois)
 
 
-def _exported(path: Path, image: str) -> tuple[NDArray[np.str_], Polygons]:
-    """Classes (N,) and areas (N,) that groovy/export_labels.groovy exported; empty without file."""
+def _exported(path: Path, image: str) -> Objects | None:
+    """The objects that groovy/export_labels.groovy exported; None without a file."""
     if not path.exists():
-        return np.empty(0, dtype=str), np.empty(0, dtype=object)
+        return None
     try:
-        names, areas = read_areas(path)
+        return read_objects(path)
     except Exception as error:  # not JSON, of any other form
         raise ImageError(
             f"{image}: {path} is damaged: run groovy/export_labels.groovy on it in QuPath again"
         ) from error
-    is_area = ~shapely.is_missing(areas)
-    return names[is_area], areas[is_area]
 
 
-def check_labels(labels: Corrections, image: str) -> None:
-    """Raise ImageError for a ROI without nuclei, and for nuclei that overlap."""
-    nuclei = np.array(labels.nuclei, dtype=object)
-    tree = shapely.STRtree(nuclei)
-    for roi in labels.rois:
-        if not len(tree.query(roi, predicate="intersects")):
-            raise ImageError(
-                f"{image}: the ROI {_place(roi)} has no nuclei: outline all of them, or delete "
-                "the ROI"
+def _pixel_um2(objects: Objects, mpp: tuple[float, float] | None) -> float:
+    """The area of a pixel at level 0: in the project, else in the export, else a usual one."""
+    sides = mpp or objects.more.get("pixel_size_um")
+    try:
+        width, height = map(float, sides)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return UNKNOWN_PIXEL_UM2
+    area = width * height
+    return area if np.isfinite(area) and area > 0 else UNKNOWN_PIXEL_UM2
+
+
+def _overlaps(rois: Polygons, found: Outlines) -> list[str]:
+    """The problem of each ROI in which nuclei overlap, with all places."""
+    shared = overlapping(np.array(found.nuclei, dtype=object))
+    problems = []
+    for roi in rois:
+        here = shared[shapely.intersects(shared, roi)]
+        shared = shared[~shapely.intersects(shared, roi)]
+        if len(here):
+            places = "; ".join(sorted(_place(part) for part in here))
+            problems.append(
+                f"nuclei overlap in {len(here)} places of the ROI {_place(roi)}: delete one of "
+                f"each pair, save, and run again: {places}"
             )
-    one, other = tree.query(nuclei, predicate="intersects")
-    one, other = one[one < other], other[one < other]
-    shared = shapely.area(shapely.intersection(nuclei[one], nuclei[other]))
-    smaller = np.minimum(shapely.area(nuclei[one]), shapely.area(nuclei[other]))
-    bad = np.flatnonzero(shared > MAX_SHARED * smaller)
-    if len(bad):
-        place = _place(nuclei[one[bad[0]]])
-        raise ImageError(
-            f"{image}: two nuclei overlap {place} ({len(bad)} such pairs): delete one of each, "
-            "save, and run again"
-        )
+    return problems
+
+
+def _without_nuclei(
+    rois: Polygons, ids: NDArray[np.str_], found: Outlines, objects: Objects
+) -> list[tuple[str, bool]]:
+    """For each ROI in which no nucleus is outlined, a message, and whether it is a problem.
+
+    It is a statement, "no nucleus here", if a person deleted those that were there, or if the image
+    has nuclei elsewhere; not if what is there may be how a person marked nuclei.
+    """
+    tree = shapely.STRtree(np.array(found.nuclei, dtype=object))
+    worked = bool(found.nuclei) or _count(objects.more.get("imported")) > 0
+    deleted = objects.more.get("deleted")
+    messages = []
+    for roi, id_ in zip(rois, ids, strict=True):
+        if len(tree.query(roi, predicate="intersects")):
+            continue
+        gone = _count(deleted.get(id_)) if isinstance(deleted, dict) else 0
+        place = _place(roi)
+        if unclear := _unclear(roi, found, gone > 0):
+            text = (
+                f"the ROI {place} has no nuclei, but {unclear}: outline all nuclei, or delete the "
+                "ROI"
+            )
+        elif worked or gone:
+            how = f", {gone:,} were deleted there" if gone else ""
+            text = (
+                f"the ROI {place} has no nuclei{how}: all of it is taken as background; if that is "
+                "not meant, outline them and refine again"
+            )
+        else:
+            text = f"the ROI {place} has no nuclei: outline all of them, or delete the ROI"
+        messages.append((text, bool(unclear) or not (worked or gone)))
+    return messages
+
+
+def _unclear(roi: shapely.Geometry, found: Outlines, all_deleted: bool) -> str:
+    """What may mark nuclei in a ROI without outlines of them, in words; "" for nothing.
+
+    Where a person deleted nuclei, detections of other programs are not such marks.
+    """
+    words = []
+    for kind, name in _UNCLEAR.items():
+        here = [shape & roi for of, shape in found.unclear if of is kind and shape.intersects(roi)]
+        count = sum(shapely.get_num_coordinates(here)) if kind is Kind.POINTS else len(here)
+        if count and not (all_deleted and kind is Kind.OTHERS):
+            words.append(f"{count:,} {name}")
+    return " and ".join(words)
+
+
+def _count(value: object) -> int:
+    """A number of the export; 0 for anything else."""
+    return value if isinstance(value, int) else 0
 
 
 def _place(geometry: shapely.Geometry) -> str:

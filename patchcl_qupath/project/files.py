@@ -111,7 +111,7 @@ class FilesProject:
 
     def corrections(self, entry: ImageEntry, roi_class: str) -> Corrections:
         """The ROIs and nuclei that groovy/export_labels.groovy exported."""
-        return read_labels(self.layout.labels(entry.id), entry.name, roi_class)
+        return read_labels(self.layout.labels(entry.id), entry.name, roi_class, entry.mpp)
 
     def corrected_rois(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
         """The ROIs marked as corrected that groovy/export_labels.groovy exported."""

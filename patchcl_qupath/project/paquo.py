@@ -202,8 +202,10 @@ class PaquoProject:
         if not self.layout.rois(entry.id).exists():
             return done
         receipt = self._import(entry, from_dict(result.config).result, result.run)
+        made = f"; {receipt.reshapable:,} detections became annotations" * bool(receipt.reshapable)
         return (
             f"{receipt.rois} of {len(rois)} new ROIs marked, {receipt.rois_kept} earlier ones kept"
+            f"{made}"
         )
 
     def _import(self, entry: ImageEntry, config: ResultConfig, run: str) -> ReceiptRecord:

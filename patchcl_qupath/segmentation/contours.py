@@ -257,6 +257,7 @@ def _tidy(polygons: Polygons) -> Polygons:
 def nuclei_of_tile(
     labels: NDArray[np.int32],
     owned: NDArray[np.bool_],
+    probability: NDArray[np.float64],
     rgb: NDArray[np.uint8],
     confidence: NDArray[np.float32],
     tile: Tile,
@@ -266,15 +267,15 @@ def nuclei_of_tile(
 ) -> Nuclei:
     """Contours and measurements of those of labels 1..N that are ``owned`` (N,), in their order.
 
-    Contours are on the working grid, where confidence is ``threshold``. ``labels``, ``rgb`` and
-    ``confidence`` cover the tile's read box; ``mpp`` is (x, y) in µm per working pixel; ``stains``
-    are measured.
+    ``probability`` (N,) is that of each label to be a nucleus. Contours are on the working grid,
+    where confidence is ``threshold``. ``labels``, ``rgb`` and ``confidence`` cover the tile's read
+    box; ``mpp`` is (x, y) in µm per working pixel; ``stains`` are measured.
     """
     renumbered = np.concatenate([[0], np.where(owned, np.cumsum(owned), 0)]).astype(np.int32)
     labels = take(renumbered, labels)
     polygons = trace_contours(labels, confidence, threshold)
     polygons_um = grid_to_level0(polygons, mpp)  # µm are pixels of 1 µm
-    measurements = measure(polygons_um, labels, rgb, confidence, stains)
+    measurements = measure(polygons_um, labels, rgb, probability[owned], stains)
     return Nuclei(tile_to_grid(polygons, tile), measurements)
 
 

@@ -5,25 +5,30 @@ from __future__ import annotations
 import numpy as np
 import shapely
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from patchcl_qupath.compiled import compiled
+from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.datatypes import Polygons, StainVectors
 from patchcl_qupath.slides.stains import H_E, densities, hematoxylin
+
+_GLASS = 225  # grey of a pixel that lets nearly all light through
+_AROUND_UM = 8.0
 
 
 def measure(
     polygons_um: Polygons,
     labels: NDArray[np.int32],
     rgb: NDArray[np.uint8],
-    confidence: NDArray[np.float32],
+    probability: NDArray[np.float64],
     stains: StainVectors = H_E,
 ) -> dict[str, NDArray[np.float32]]:
     """Measurements of labels 1..N under QuPath's own names -> name: (N,) float32.
 
-    ``polygons_um`` (N,) are their contours in µm; ``labels`` (H, W), ``rgb`` (H, W, 3) and
-    ``confidence`` (H, W) belong to the same tile. Shapes are defined as in QuPath's
-    ``ObjectMeasurements`` (0.3 and later); optical densities are those of ``stains``, at the
-    working resolution, over the pixels of the nucleus.
+    ``polygons_um`` (N,) are their contours in µm, ``probability`` (N,) those that they are nuclei;
+    ``labels`` (H, W) and ``rgb`` (H, W, 3) belong to the same tile. Shapes are defined as in
+    QuPath's ``ObjectMeasurements`` (0.3 and later); optical densities are those of ``stains``, at
+    the working resolution, over the pixels of the nucleus.
     """
     named = shape_measurements(polygons_um)
     n = len(polygons_um)
@@ -32,17 +37,31 @@ def measure(
             ("Mean", "Std.Dev.", "Min", "Max"), _statistics(labels, n, density), strict=True
         ):
             named[f"{stain}: {name}"] = per_nucleus
-    named["Detection probability"] = means(labels, n, confidence)
+    named["Detection probability"] = probability
     return {name: values.astype(np.float32) for name, values in named.items()}
 
 
-def mean_hematoxylin(labels: NDArray[np.int32], rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Mean optical density of hematoxylin in labels 1..N (H, W), (N,).
+def has_hematoxylin(
+    labels: NDArray[np.int32], rgb: NDArray[np.uint8], mpp: float, config: SegmentConfig
+) -> NDArray[np.bool_]:
+    """(N,) whether labels 1..N (H, W) have the hematoxylin of nuclei; on glass more is asked for.
 
-    By QuPath's default vector, whatever stains are measured: an object without hematoxylin is no
-    nucleus.
+    By QuPath's default vector, whatever stains are measured, in pixels (H, W, 3) of ``mpp`` µm.
     """
-    return means(labels, int(labels.max(initial=0)), hematoxylin(rgb))
+    count = int(labels.max(initial=0))
+    amount = means(labels, count, hematoxylin(rgb))
+    on_glass = means(labels, count, glass_around(rgb, mpp)) > config.max_glass
+    least = np.where(on_glass, config.min_hematoxylin_on_glass, config.min_hematoxylin)
+    return np.asarray(amount >= least)
+
+
+def glass_around(rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.float32]:
+    """The fraction (H, W) of glass in the square of 8 µm around each pixel (H, W, 3)."""
+    side = 2 * round(_AROUND_UM / 2 / mpp) + 1
+    glass = rgb.astype(np.uint16).sum(axis=-1) > 3 * _GLASS
+    # Whole numbers of pixels: sums of fractions would depend on where a tile begins.
+    pixels = np.rint(ndimage.uniform_filter(glass.astype(np.float64), side) * side**2)
+    return np.asarray(pixels / side**2, np.float32)
 
 
 @compiled
@@ -56,6 +75,18 @@ def means(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> NDA
                 count[label] += 1
                 total[label] += values[row, col]
     return total[1:] / np.maximum(count[1:], 1)
+
+
+@compiled
+def maxima(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Largest (n,) of the values (H, W) in labels 1..n (H, W); 0 for a label without pixels."""
+    largest = np.zeros(n + 1)
+    for row in range(labels.shape[0]):
+        for col in range(labels.shape[1]):
+            label = labels[row, col]
+            if label:
+                largest[label] = max(largest[label], values[row, col])
+    return largest[1:]
 
 
 @compiled

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from patchcl_qupath.config import Config, SegmentConfig
+from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
-from patchcl_qupath.models.model import Model, confidence
+from patchcl_qupath.models.model import Confidence, Model, confidence
 from patchcl_qupath.segmentation.contours import centroids, nuclei_of_tile, to_level0
 from patchcl_qupath.segmentation.instances import instances, postprocessing_margin_um
-from patchcl_qupath.segmentation.measurements import mean_hematoxylin
+from patchcl_qupath.segmentation.measurements import has_hematoxylin
+from patchcl_qupath.segmentation.probability import nucleus_probability
 from patchcl_qupath.segmentation.uncertainty import (
     bin_px,
     merge_grids,
@@ -122,10 +123,16 @@ def _measure(
     image, settings, tile = context.image, context.config.segment, predicted.tile
     rows, cols = centroids(labels, tile)
     owned = tile.write.holds(rows, cols) & _in_tissue(image, tile.write, rows, cols)
-    owned &= mean_hematoxylin(labels, predicted.rgb) >= settings.min_hematoxylin
+    if not (image.normaliser and image.normaliser.has_brown):  # brown nuclei have none
+        owned &= has_hematoxylin(labels, predicted.rgb, image.slide.mpp, settings)
+    found = Confidence(predicted.probability, predicted.core)
+    probability = nucleus_probability(context.model, labels, found, image.slide.mpp)
+    if context.model.calibration is not None:
+        owned &= probability >= settings.min_probability
     nuclei = nuclei_of_tile(
         labels=labels,
         owned=owned,
+        probability=probability,
         rgb=predicted.rgb,
         confidence=predicted.probability,
         tile=tile,
@@ -133,20 +140,9 @@ def _measure(
         threshold=context.model.threshold,
         stains=image.stains,
     )
-    kept = plausible(nuclei, settings, has_cores=predicted.core is not None)
-    at_level0 = to_level0(nuclei[kept], image.slide.downsample, image.id)
-    return at_level0, rows[owned][kept], cols[owned][kept]
-
-
-def plausible(nuclei: Nuclei, settings: SegmentConfig, has_cores: bool) -> NDArray[np.bool_]:
-    """(N,) which nuclei are neither strands nor, where the network has cores, small and unsure.
-
-    PatchCL's confidence is no probability, so that one threshold would not do.
-    """
-    compact = nuclei.measurements["Solidity"] >= settings.min_solidity
-    large = nuclei.measurements["Area µm^2"] >= settings.small_area_um2
-    sure = nuclei.measurements["Detection probability"] >= settings.min_small_probability
-    return np.asarray(compact & (large | sure | (not has_cores)))
+    compact = nuclei.measurements["Solidity"] >= settings.min_solidity  # strands are not
+    at_level0 = to_level0(nuclei[compact], image.slide.downsample, image.id)
+    return at_level0, rows[owned][compact], cols[owned][compact]
 
 
 def _in_tissue(image: PreparedImage, box: Box, rows: Pixels, cols: Pixels) -> NDArray[np.bool_]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,41 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Polygons
+from patchcl_qupath.storage.files import readable
 
 _COLLECTION = 7  # GEOS's number of the type
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objects:
+    """The objects of a GeoJSON file as columns, (N,) each.
+
+    ``classes`` are QuPath's, "" without one; ``areas`` valid polygons and multipolygons, for a cell
+    those of its nucleus, None without area; ``shapes`` what was drawn, None where it cannot be
+    read. ``kinds`` are QuPath's types, such as annotation, detection, cell, tile; ``ids`` and
+    ``names`` its ids and names, "" without one. ``whole_cells`` are cells without a nucleus.
+    ``more`` is what groovy/export_labels.groovy wrote beside the objects.
+    """
+
+    classes: NDArray[np.str_]
+    areas: Polygons
+    shapes: Polygons
+    kinds: NDArray[np.str_]
+    ids: NDArray[np.str_]
+    names: NDArray[np.str_]
+    whole_cells: NDArray[np.bool_]
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, rows: NDArray[np.bool_]) -> Objects:
+        """The objects of some rows."""
+        return replace(
+            self,
+            **{
+                column.name: getattr(self, column.name)[rows]
+                for column in fields(self)
+                if column.name != "more"
+            },
+        )
 
 
 def read_areas(path: Path) -> tuple[NDArray[np.str_], Polygons]:
@@ -28,14 +62,40 @@ def read_areas(path: Path) -> tuple[NDArray[np.str_], Polygons]:
 
     Raises OSError, and any Exception for a file of another form.
     """
+    objects = read_objects(path)
+    return objects.classes, objects.areas
+
+
+def read_objects(path: Path) -> Objects:
+    """All objects of a file such as ``read_areas`` reads. Raises what that does."""
     data = path.read_bytes()
     text = gzip.decompress(data) if path.suffix.lower() == ".gz" else data
-    features = list(_features(json.loads(text.decode("utf-8-sig"))))
+    content = json.loads(text.decode("utf-8-sig"))
+    features = list(_features(content))
+    properties = [feature.get("properties") or {} for feature in features]
+    nuclei = [bool(feature.get("nucleusGeometry")) for feature in features]
     drawn = [feature.get("nucleusGeometry") or feature["geometry"] for feature in features]
     texts = np.array([json.dumps(geometry) if geometry else None for geometry in drawn], object)
-    areas = made_valid(_polygonal(shapely.from_geojson(texts)))
+    shapes = shapely.from_geojson(texts)
+    areas = made_valid(_polygonal(shapes))
     areas[~(_is_polygonal(areas) & (shapely.area(areas) > 0))] = None
-    return np.array([_class(feature) for feature in features], dtype=str), areas
+    kinds = _texts(own.get("objectType") or own.get("object_type") for own in properties)
+    more = content.get("patchcl") if isinstance(content, dict) else None
+    return Objects(
+        classes=np.array([_class(feature) for feature in features], dtype=str),
+        areas=areas,
+        shapes=np.asarray(shapes, dtype=object),
+        kinds=kinds,
+        ids=_texts(feature.get("id") for feature in features),
+        names=_texts(own.get("name") for own in properties),
+        whole_cells=(kinds == "cell") & ~np.array(nuclei, dtype=bool),
+        more=more if isinstance(more, dict) else {},
+    )
+
+
+def _texts(values: Iterator[Any]) -> NDArray[np.str_]:
+    """Values (N,) that are texts; "" for others."""
+    return np.array([value if isinstance(value, str) else "" for value in values], dtype=str)
 
 
 def _features(content: Any) -> Iterator[dict[str, Any]]:
@@ -105,6 +165,11 @@ def holds_several(polygons: Polygons) -> NDArray[np.bool_]:
     return np.bincount(outer, minlength=len(polygons)) > 1
 
 
+def class_name(text: str) -> str:
+    """A class as QuPath writes its name, ``Tumor: Positive``, however a person wrote it."""
+    return ": ".join(_class_names(readable(text)))
+
+
 def _class(feature: dict[str, Any]) -> str:
     """The class of a feature, by QuPath's name, such as ``Tumor: Positive``; "" without one."""
     return ": ".join(_class_names((feature.get("properties") or {}).get("classification")))
@@ -120,9 +185,10 @@ def _class_names(classification: Any) -> list[str]:
     if not isinstance(classification, dict):
         names = [classification] if isinstance(classification, str) else []
     elif classification.get("parentClass"):
-        return [*_class_names(classification["parentClass"]), str(classification["name"])]
+        parent, name = classification["parentClass"], str(classification["name"])
+        return [*_class_names(parent), readable(name)]
     else:
         names = [classification.get("name")] if classification.get("name") else []
         names = names or classification.get("names") or []
-    parts = [part.strip() for name in names for part in str(name).split(":")]
+    parts = [part.strip() for name in names for part in readable(str(name)).split(":")]
     return [part for part in parts if part]

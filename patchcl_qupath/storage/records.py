@@ -209,6 +209,7 @@ class ModelRecord(Record, frozen=True, kw_only=True):
     threshold: float
     config: dict[str, Any]
     training: dict[str, Any]
+    calibration: tuple[float, ...] | None = None
 
 
 class ChannelsRecord(Record, frozen=True, kw_only=True):
@@ -357,9 +358,10 @@ class ReceiptRecord(
 
     Numbers of nuclei that were ``added``, ``left_out`` and why (see ``Imported``), and ``removed``;
     of objects of other programs ``replaced``; of what a person had put on nuclei, in four numbers
-    (see ``Imported``); of other objects ``kept``; of ROIs to correct that were marked, and kept.
-    Not ``saved``: the image is saved by QuPath, or by a person, later than this file, or not at
-    all. groovy/import_nuclei.groovy writes it, too.
+    (see ``Imported``); of other objects ``kept``; of ROIs to correct that were marked, and kept; of
+    detections in them that became annotations, which a person can reshape (``reshapable``). Not
+    ``saved``: the image is saved by QuPath, or by a person, later than this file, or not at all.
+    groovy/import_nuclei.groovy writes it, too.
     """
 
     image: str
@@ -381,6 +383,7 @@ class ReceiptRecord(
     kept: int
     rois: int
     rois_kept: int
+    reshapable: int = 0
 
     @property
     def nuclei(self) -> Imported:

@@ -37,6 +37,7 @@ from patchcl_qupath.training.supervision import (
     augment_stains,
     bce_dice_loss,
     ema_model,
+    mixed_precision,
     random_crop,
     to_batch,
 )
@@ -135,7 +136,8 @@ def _losses(
     settings: CDCLConfig,
 ) -> dict[str, Tensor]:
     """The losses of a step by name; those that need the teacher where ``weight`` is not 0."""
-    logits, features = student.logits_and_features(torch.cat([labelled.strong, unlabelled.strong]))
+    strong = torch.cat([labelled.strong, unlabelled.strong])
+    logits, features = _in_float32(student, strong)
     n = len(labelled.strong)
     losses = {
         "labelled": bce_dice_loss(logits[:n], labelled.target),
@@ -145,7 +147,7 @@ def _losses(
         return losses
     logits = logits[n:]
     with torch.no_grad():
-        teacher_logits, teacher_features = teacher.logits_and_features(unlabelled.weak)
+        teacher_logits, teacher_features = _in_float32(teacher, unlabelled.weak)
         probability = torch.sigmoid(teacher_logits)  # (B, 2, H, W)
         teacher_points = patches(projection(teacher_features), settings)  # (N, D)
     foreground = (probability[:, :1] > 0.5).float()  # (B, 1, H, W)
@@ -162,6 +164,13 @@ def _losses(
         "entropy": weight * settings.entropy_weight * entropy(logits),
         "contrast": settings.contrast_weight * distance,
     }
+
+
+def _in_float32(network: SegmentationNetwork, stains: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and features of stains (B, 3, S, S), whatever the precision within the network."""
+    with mixed_precision():
+        logits, features = network.logits_and_features(stains)
+    return logits.float(), features.float()
 
 
 def consistency(logits: Tensor, teacher_probability: Tensor, settings: CDCLConfig) -> Tensor:

@@ -5,7 +5,8 @@ into its nuclei at a higher one. The score of a component is its area, if it is 
 cube of its edge strength; the best disjoint components are kept, those of the largest total score.
 (As in C. Arteta et al., Learning to Detect Cells Using Non-overlapping Extremal Regions, MICCAI
 2012, but there the score is learnt from labels.) A component that holds several nuclei is then
-separated by its shape (``segmentation.instances``).
+separated by its shape (``segmentation.instances``). Nuclei that are no component, since they are
+seen by their rim alone, are found by their contour (``star_contours``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from patchcl_qupath.config import SegmentConfig, SelfTrainConfig
 from patchcl_qupath.segmentation.contours import trace_contours
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.measurements import means
+from patchcl_qupath.training.star_contours import with_star_contours
 
 Stains = NDArray[np.float32]
 _WHITE = 245  # of a scan
@@ -47,14 +49,16 @@ def pseudo_labels(
     confidences: Sequence[NDArray[np.float32]],
     mpp: float,
     config: SelfTrainConfig,
+    has_brown: bool = False,
 ) -> list[PseudoLabels]:
     """Pseudo-labels of the crops of one slide.
 
     Of each crop: normalised stains (H, W, 3), glass (H, W) and PatchCL's confidence (H, W).
-    ``mpp`` is in µm per pixel. All thresholds come from the crops together: a crop without nuclei
-    must not yield its own darkest spots.
+    ``mpp`` is in µm per pixel. Where the slide ``has_brown``, brown nuclei count, too. All
+    thresholds come from the crops together: a crop without nuclei must not yield its own darkest
+    spots.
     """
-    densities = [density(crop, mpp, config) for crop in crops]
+    densities = [density(crop, mpp, config, has_brown) for crop in crops]
     slopes = [np.hypot(ndimage.sobel(d, 0), ndimage.sobel(d, 1)) for d in densities]
     pixels = _pixels(densities)
     threshold = otsu(pixels)
@@ -75,7 +79,17 @@ def pseudo_labels(
         scores = [component_scores(labels, slope / steep, mpp, config) for labels in tree]
         labels = separated(best_disjoint_components(tree, scores), mpp)
         artefacts = artefact_mask(tree[0], labels, clear, mpp, config)
-        labels, background = np.where(artefacts, 0, labels), background | artefacts
+        labels = np.where(artefacts, 0, labels)
+        labels = with_star_contours(
+            labels=keep_labels(labels, np.bincount(labels.ravel()) > 0),
+            density=d,
+            steep=steep,
+            min_density=config.contour_threshold * threshold,
+            excluded=artefacts,
+            areas_um2=(config.min_contour_um2, config.max_area_um2),
+            mpp=mpp,
+        )
+        background |= artefacts
         mean_confidence = means(labels, int(labels.max(initial=0)), confidence)
         confident = np.append(False, mean_confidence >= config.min_confidence)
         found.append(PseudoLabels(keep_labels(labels, confident), background & (labels == 0)))
@@ -88,10 +102,18 @@ def is_glass(rgb: NDArray[np.uint8], mpp: float, config: SelfTrainConfig) -> NDA
     return np.asarray(ndimage.gaussian_filter(light, config.blur_um / mpp) < _GLASS_DENSITY)
 
 
-def density(stains: Stains, mpp: float, config: SelfTrainConfig) -> NDArray[np.float32]:
-    """Hematoxylin (H, W), less a fraction of the residual stain; smoothed."""
-    hematoxylin = stains[..., 0] - config.residual * stains[..., 2]
-    return np.asarray(ndimage.gaussian_filter(hematoxylin, config.blur_um / mpp), np.float32)
+def density(
+    stains: Stains, mpp: float, config: SelfTrainConfig, has_brown: bool = False
+) -> NDArray[np.float32]:
+    """Hematoxylin (H, W), less a fraction of the residual stain; smoothed.
+
+    With a brown chromogen, which is residual, the larger of the two.
+    """
+    if has_brown:
+        nuclear = np.maximum(stains[..., 0], config.brown * stains[..., 2])
+    else:
+        nuclear = stains[..., 0] - config.residual * stains[..., 2]
+    return np.asarray(ndimage.gaussian_filter(nuclear, config.blur_um / mpp), np.float32)
 
 
 def otsu(values: NDArray[np.float32]) -> float:

@@ -40,6 +40,7 @@ from patchcl_qupath.training.supervision import (
     augment_stains,
     bce_dice_loss,
     ema_model,
+    mixed_precision,
     random_crop,
     targets,
     to_batch,
@@ -129,7 +130,9 @@ def train_on(
         asked = time.perf_counter()
         stains, target = _batch(samples, settings, rng)
         waited += time.perf_counter() - asked
-        loss = bce_dice_loss(network(stains), target)
+        with mixed_precision():
+            logits = network(stains)
+        loss = bce_dice_loss(logits.float(), target)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -205,6 +208,7 @@ def _of_patchcl(
         confidences=[confidence(teacher, *pair).nucleus for pair in pairs],
         mpp=config.slide.mpp,
         config=config.selftrain,
+        has_brown=crops.normalisers[0].has_brown,
     )
 
 

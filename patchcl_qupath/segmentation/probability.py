@@ -1,0 +1,35 @@
+"""The probability of a nucleus: how often what looks like it to the network is right."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchcl_qupath.models.model import Confidence, Model, features_of
+from patchcl_qupath.segmentation.measurements import maxima, means
+
+
+def nucleus_probability(
+    model: Model, labels: NDArray[np.int32], found: Confidence, mpp: float
+) -> NDArray[np.float64]:
+    """The probability (N,) that labels 1..N (H, W) are nuclei, with the right outline.
+
+    ``found`` is what the model made of the same pixels, at ``mpp`` µm per pixel. By a model without
+    calibration, the mean probability of its pixels.
+    """
+    if model.calibration is None:
+        return means(labels, int(labels.max(initial=0)), found.nucleus)
+    return model.calibration(nucleus_features(labels, found, mpp))
+
+
+def nucleus_features(
+    labels: NDArray[np.int32], found: Confidence, mpp: float
+) -> NDArray[np.float64]:
+    """What a calibration sees of labels 1..N (H, W), (N, 3)."""
+    assert found.core is not None, "a network without cores is not calibrated"
+    count = int(labels.max(initial=0))
+    return features_of(
+        mean_probability=means(labels, count, found.nucleus),
+        area_um2=np.asarray(np.bincount(labels.ravel(), minlength=count + 1)[1:] * mpp**2),
+        largest_core=maxima(labels, count, found.core),
+    )

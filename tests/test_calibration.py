@@ -1,0 +1,125 @@
+"""The probability of a nucleus: calibrated without labels, by views that agree."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from patchcl_qupath.config import Config, EngineChoice
+from patchcl_qupath.models.model import Calibration, Confidence, Model, features_of
+from patchcl_qupath.models.network import NucleusNetwork, SegmentationNetwork
+from patchcl_qupath.segmentation.probability import nucleus_features, nucleus_probability
+from patchcl_qupath.slides.prepare import TrainingCrops
+from patchcl_qupath.slides.stains import StainNormaliser, unmix_hed
+from patchcl_qupath.training.calibration import calibrated, logistic_regression
+
+SIDE = 240
+TORCH = Config(engine=EngineChoice.TORCH)
+
+
+class _Threshold(SegmentationNetwork):
+    """Nuclei are where hematoxylin is above 0.5: what is far above stays so in each view."""
+
+    receptive_radius_px = 0
+    core_channel = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steepness = torch.nn.Parameter(torch.tensor(20.0))
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.steepness * (x[:, [0, 0]] - 0.5))
+
+    forward = probabilities
+
+
+def places(count: int = 8) -> list[tuple[int, int]]:
+    return [(15 + 30 * row, 15 + 30 * col) for row in range(count) for col in range(count)]
+
+
+def slide() -> tuple[NDArray[np.uint8], StainNormaliser, NDArray[np.bool_]]:
+    """A crop of dark and of pale discs, in turn; its normaliser; where the dark ones are."""
+    rows, cols = np.mgrid[:SIDE, :SIDE]
+    grey, dark = np.full((SIDE, SIDE), 240.0), np.zeros((SIDE, SIDE), np.bool_)
+    for k, (row, col) in enumerate(places()):
+        disc = np.hypot(rows - row, cols - col) < 8
+        grey[disc] = 60 if k % 2 else 120
+        dark |= disc & bool(k % 2)
+    image = ndimage.gaussian_filter(grey, 0.7).astype(np.uint8)[..., None].repeat(3, axis=-1)
+    hematoxylin = unmix_hed(image)[..., 0]
+    low, pale = float(hematoxylin.min()), float(hematoxylin[15, 15])
+    high = low + (pale - low) / 0.55  # pale discs are just above the network's threshold
+    return image, StainNormaliser((low, 0.0, 0.0), (high, 1.0, 1.0)), dark
+
+
+def test_what_is_found_in_every_view_is_more_probable() -> None:
+    image, normaliser, dark = slide()
+    model = Model(network=_Threshold().eval(), config=TORCH)
+    reported: list[tuple[int, int]] = []
+    crops = TrainingCrops((image, image), (normaliser, normaliser), ("1", "1"))
+    trained = calibrated(model, crops, lambda *count: reported.append(count))
+    assert reported == [(1, 2), (2, 2)]
+    assert trained.calibration is not None
+    stains = torch.from_numpy(normaliser.apply(image)).permute(2, 0, 1)[None]
+    maps = model.network.probabilities(stains)
+    found = Confidence(*maps[0].detach().numpy())
+    labels = ndimage.label(found.nucleus > 0.5)[0].astype(np.int32)
+    probability = nucleus_probability(trained, labels, found, trained.mpp)
+    assert len(probability) == 64
+    is_dark = np.array([dark[labels == k].any() for k in range(1, 65)])
+    assert probability[is_dark].min() > probability[~is_dark].max() + 0.2
+    assert calibrated(model, crops, lambda *count: None).calibration == trained.calibration
+
+
+def test_few_nuclei_are_no_ground_for_a_calibration() -> None:
+    image, normaliser, _ = slide()
+    model = Model(network=_Threshold().eval(), config=TORCH)
+    crops = TrainingCrops((image[:90, :90],), (normaliser,), ("1",))
+    assert calibrated(model, crops, lambda *count: None) is model
+
+
+def test_regression_recovers_the_probabilities_it_was_given() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(4000, 3)) * [1.0, 0.5, 2.0]
+    true = Calibration(0.3, 1.2, -0.8, 0.4)
+    fitted = logistic_regression(features, true(features))
+    assert np.abs(fitted(features) - true(features)).max() < 0.02
+
+
+def test_regression_on_features_that_do_not_differ_is_their_mean() -> None:
+    fitted = logistic_regression(np.ones((100, 3)), np.full(100, 0.7))
+    assert fitted(np.ones((1, 3)))[0] == pytest.approx(0.7, abs=0.01)
+
+
+def test_features_are_log_odds_and_logarithms_of_the_area() -> None:
+    labels = np.array([[1, 1, 0], [1, 1, 2]], np.int32)
+    nucleus = np.array([[0.6, 0.8, 0.1], [0.6, 0.8, 1.0]], np.float32)
+    core = np.array([[0.1, 0.9, 0.0], [0.2, 0.3, 0.5]], np.float32)
+    features = nucleus_features(labels, Confidence(nucleus, core), mpp=0.5)
+    assert features[0] == pytest.approx([np.log(0.7 / 0.3), 0, np.log(9)], abs=1e-5)
+    assert features[1] == pytest.approx([np.log(999), 0, 0], abs=1e-5)
+    assert np.isfinite(features_of(np.zeros(1), np.zeros(1), np.zeros(1))).all()
+
+
+def test_without_calibration_the_probability_is_the_mean_of_the_pixels() -> None:
+    labels = np.array([[1, 1, 0]], np.int32)
+    found = Confidence(np.array([[0.6, 0.8, 0.1]], np.float32), None)
+    model = Model(network=NucleusNetwork((2, 2, 2)).eval(), config=Config())
+    assert nucleus_probability(model, labels, found, 0.5) == pytest.approx([0.7])
+
+
+def test_model_keeps_its_calibration(tmp_path: Path) -> None:
+    config = replace(Config(), selftrain=replace(Config().selftrain, widths=(2, 2, 2)))
+    plain = Model(network=NucleusNetwork((2, 2, 2)).eval(), config=config)
+    model = replace(plain, calibration=Calibration(0.5, 1.0, -1.0, 2.0))
+    loaded = Model.load(model.save(tmp_path, "one"))
+    assert loaded.calibration == model.calibration
+    assert loaded.digest == model.digest != plain.digest
+    assert Model.load(plain.save(tmp_path, "two")).calibration is None
