@@ -813,13 +813,17 @@ static void findSuccessors(Replacement plan, double maxOverlap, boolean keep) {
         predecessors[successor] = old
     }
     Closure<Boolean> isByHand = byHand(plan.existing)
-    List<PathObject> alone = annotated.keySet().toList() - predecessors.values()
+    Set<PathObject> matched = ExistingObjects.identitySet()   // a difference of lists compares each with each
+    matched.addAll(predecessors.values())
+    List<PathObject> alone = annotated.keySet().toList().findAll { PathObject old -> !matched.contains(old) }
     while (!alone.isEmpty()) {
         List<PathObject> stay = alone.findAll { PathObject old ->
             annotated[old].isWork() && (keep || isByHand(annotated[old]))
         }
         plan.stayed.addAll(stay)
-        plan.lost.addAll((alone - stay).findAll { PathObject old -> annotated[old].isWork() })
+        plan.lost.addAll(alone.findAll { PathObject old ->
+            annotated[old].isWork() && !keep && !isByHand(annotated[old])
+        })
         alone = leaveOutInPlaceOf(stay, plan.added, predecessors, maxOverlap)
     }
     predecessors.each { PathObject successor, PathObject old -> plan.successors[old] = successor }

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import quality
-from bench import code, measure, pseudo
+from bench import code, measure, paper, pseudo
 from bench.cache import Cache
 from bench.code import code_digest, reached
 from bench.pseudo import PseudoLabelled, TrueLabels
@@ -25,7 +25,9 @@ from patchcl_qupath.config import Config, PatchCLConfig, Recipe
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
 from patchcl_qupath.slides.prepare import training_crops
+from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.training import patchcl
+from patchcl_qupath.training.patchcl import Snapshot
 
 SIDE = 384  # px of 0.25 µm
 
@@ -329,8 +331,118 @@ def test_true_labels_of_crops_lie_where_the_crops_do(data: Path) -> None:
 def test_level0_pixels_of_a_crop(
     first: int, last: int, downsample: float, begin: int, px: list[int]
 ) -> None:
-    found, index = pseudo._level0(first, last, downsample)
+    found, index = pseudo.level0(first, last, downsample)
     assert (found, index.tolist()) == (begin, px)
+
+
+# ------------------------------------------------------------------ the paper's choices
+
+
+def watched(start: int, step: int, scores: list[float]) -> Snapshot:
+    return Snapshot(start, step, ConfidenceNetwork(2, 2, (1,)), np.array(scores, np.float32))
+
+
+def test_each_choice_by_labels_is_made_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    nucleus = np.zeros((48, 48), bool)
+    nucleus[6:42, 6:42] = True
+    image = paper._Image(
+        np.zeros((48, 48, 3), np.uint8),
+        StainNormaliser((0, 0, 0), (1, 1, 1)),
+        nucleus,
+        np.ix_(range(48), range(48)),
+    )
+
+    def confident(rows: int, value: float = 0.8) -> Any:
+        """Confidence in the first rows, of 3 px, of the nucleus."""
+        return np.where(nucleus & (np.arange(48)[:, None] < 6 + 3 * rows), value, 0.1)
+
+    snapshots = [
+        watched(0, 1, [0.2, -0.5]),  # the largest score: what is left out by channel 1
+        watched(0, 2, [0.3, 0.1]),
+        watched(1, 1, [0.1, -0.4]),
+        watched(1, 2, [0.2, 0.3]),
+    ]
+    maps = [
+        [confident(9), 1 - confident(6)],
+        [confident(8), confident(12, 0.4)],
+        [confident(3), 1 - confident(7)],
+        [confident(11), confident(5)],
+    ]
+    of = {id(each.network): np.array(found) for each, found in zip(snapshots, maps, strict=True)}
+    monkeypatch.setattr(paper, "_maps", lambda network, *_: of[id(network)])
+    judged = [paper.judge(each, [image], Config()) for each in snapshots]
+
+    def dice(rows: int) -> float:
+        return image.dice(paper.opened_and_closed(confident(rows) > 0.5))
+
+    found = paper.by_choice(judged, [image], Config())
+    assert [*found] == [*paper.CHOICES]
+    expected = {
+        "label-free": 6,
+        "threshold by labels": 6,
+        "channel by labels": 9,
+        "stopping by labels": 8,
+        "start by labels": 7,
+        "by labels": 11,
+        "by labels + threshold": 11,
+    }
+    assert found == pytest.approx({choice: dice(rows) for choice, rows in expected.items()})
+    assert 0 < found["label-free"] < found["start by labels"] < found["by labels"] < 1
+
+
+def test_a_threshold_by_labels_is_that_of_the_largest_dice(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = np.zeros((24, 24), bool)
+    true[4:16, 4:16] = True
+    image = paper._Image(
+        np.zeros((24, 24, 3), np.uint8),
+        StainNormaliser((0, 0, 0), (1, 1, 1)),
+        np.kron(true, np.ones((2, 2))) > 0,  # at level 0
+        np.ix_(*[np.arange(48) // 2] * 2),
+    )
+    unsure = np.where(true, 0.3, 0.05)[None]
+    monkeypatch.setattr(paper, "_maps", lambda *_: unsure)
+    judged = [paper.judge(watched(0, 1, [0.7]), [image], Config())]
+    found = paper.by_choice(judged, [image], Config())
+    assert found["label-free"] == found["by labels"] == 0
+    opened = image.dice(paper.opened_and_closed(true))
+    assert found["threshold by labels"] == found["by labels + threshold"] == opened > 0.9
+
+
+def test_masks_are_opened_and_closed_with_discs_of_3_and_1_px() -> None:
+    mask = np.zeros((40, 40), bool)
+    mask[5:16, 5:16] = True
+    mask[9:12, 9:12] = False  # a hole
+    mask[30:34, 30:34] = True  # a speck
+    found = paper.opened_and_closed(mask)
+    assert not found[25:].any()
+    assert found.sum() == 0  # no disc of 3 px fits beside the hole
+    mask[9:12, 9:12] = True
+    assert mask[:20].sum() - paper.opened_and_closed(mask).sum() == 4 * 6  # the corners
+
+
+def test_the_row_of_the_paper_trains_once_and_keeps_its_model(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainings = []
+
+    def train(crops: Any, config: Config, report: Any = None, watch: Any = None) -> Model:
+        trainings.append(config)
+        model = untrained(config)
+        assert isinstance(model.network, ConfidenceNetwork)
+        watch(Snapshot(0, 15, model.network, np.array([0.5, 0.1, 0, 0], np.float32)))
+        return model
+
+    monkeypatch.setattr(patchcl, "train", train)
+    arguments = ["--data", str(data), "--cache", str(tmp_path / "cache"), "--sets", "lgg28"]
+    arguments += ["--rows", "paper-by-labels", "paper", "--images", "1", "--json"]
+    quality.main(arguments)
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [*rows] == [f"paper: {choice}" for choice in paper.CHOICES] + ["paper"]
+    (config,) = trainings
+    assert config.patchcl == PatchCLConfig.paper()
+    ((alone,),) = rows["paper"].values()
+    ((chosen,),) = rows["paper: label-free"].values()
+    assert alone["semantic_dice"] == pytest.approx(chosen["semantic_dice"], abs=0.01)
 
 
 # ------------------------------------------------------------------ comparison

@@ -114,10 +114,93 @@ def test_a_seed_repeats_a_training_and_leaves_other_random_numbers_alone():
 
 
 @pytest.mark.parametrize("similarity", MEASURES)
-def test_each_measure_of_the_paper_trains(similarity):
+def test_each_measure_of_the_paper_trains(similarity, monkeypatch):
+    monkeypatch.setattr(patchcl, "_STARTS", 2)
     model = trained(config(similarity=similarity, patches=20, max_steps=3))
     assert model.training.skipped_steps + len(model.training.loss) == 3
     assert np.isfinite(model.training.loss).all()
+    assert model.threshold == 0.5
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """Few short starts, with a snapshot at each step."""
+    for name, value in {"_STARTS": 3, "_TRIAL_STEPS": 2, "_KEPT_STARTS": 2}.items():
+        monkeypatch.setattr(patchcl, name, value)
+    monkeypatch.setattr(patchcl, "_SNAPSHOT_STEPS", 1)
+    return config(similarity="mse", patches=20, max_steps=4)
+
+
+def test_the_best_snapshot_of_several_starts_is_chosen_without_labels(starts, monkeypatch):
+    scores = {  # start and step: the second start never gets better, the third gets worse again
+        (0, 1): 0.1,
+        (0, 2): 0.3,
+        (0, 3): 0.2,
+        (0, 4): 0.4,
+        (1, 1): 0.1,
+        (1, 2): 0.1,
+        (2, 1): 0.2,
+        (2, 2): 0.25,
+        (2, 3): -0.9,
+        (2, 4): 0.3,
+    }
+    trial = [(start, step) for start in range(3) for step in (1, 2)]
+    order, networks = iter([*trial, (0, 3), (0, 4), (2, 3), (2, 4)]), {}
+
+    def score(network, crops, settings):
+        at = next(order)
+        networks[at] = [weights.detach().clone() for weights in network.parameters()]
+        return np.array([0.05, -0.05, scores[at], 0.0], np.float32)
+
+    monkeypatch.setattr(patchcl, "mask_correlations", score)
+    watched, counts = [], []
+    crops = crops_of([tissue(seed)[0] for seed in range(3)])
+    model = patchcl.train(crops, starts, lambda *steps: counts.append(steps), watched.append)
+    assert [(each.start, each.step) for each in watched] == [*networks]
+    assert counts == [(step, 10) for step in range(1, 11)]
+    assert (model.channel, model.inverted) == (2, True)
+    assert model.training.steps == 3
+    assert len(model.training.loss) + model.training.skipped_steps == 3
+    first, same = next(model.network.parameters()), networks[2, 3][0]
+    torch.testing.assert_close(first, same, rtol=0, atol=0)
+
+
+def test_starts_differ_and_the_first_is_that_of_the_seed(starts):
+    watched = []
+    crops = crops_of([tissue(seed)[0] for seed in range(3)])
+    patchcl.train(crops, starts, watch=watched.append)
+    assert len(watched) == 10
+    steps = patchcl._steps(crops, starts, starts.patchcl.seed)
+    next(steps)
+    expected = next(next(steps).network.parameters())
+    found = {(each.start, each.step): next(each.network.parameters()) for each in watched}
+    torch.testing.assert_close(found[0, 2], expected, rtol=0, atol=0)
+    assert not torch.equal(found[1, 2], expected)
+
+
+class Fixed(torch.nn.Module):
+    """In place of a network: nuclei, all else, nothing, and the nuclei of the right half."""
+
+    def forward(self, x):
+        dark = (x[:, 1:2] < 0.35).float()  # nuclei have the least green
+        half = torch.where(torch.arange(x.shape[3]) < 80, 0.0, dark)
+        return torch.cat([dark, 1 - dark, torch.zeros_like(dark), half], dim=1)
+
+
+def test_a_mask_is_scored_by_the_hematoxylin_that_it_explains():
+    images = [tissue(seed)[0] for seed in range(2)]
+    published = replace(Config(), patchcl=PatchCLConfig.paper())
+    nuclei, others, nothing, half = patchcl.mask_correlations(Fixed(), crops_of(images), published)
+    assert nuclei > 0.7
+    assert others == pytest.approx(-nuclei)
+    assert nothing == 0
+    assert 0.2 < half < nuclei - 0.1
+
+
+def test_blank_images_are_an_error_with_the_settings_of_the_paper(starts):
+    blank = [np.full((100, 100, 3), 240, dtype=np.uint8)]
+    with pytest.raises(TrainingError, match="blank"):
+        trained(starts, blank)
 
 
 def test_paper_settings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def test_nuclei_are_counted_where_they_are(tmp_path: Path, session: qupath.Sessi
     assert session.run(path, LOOK)["a.svs"]["measured"]["PatchCL: Nuclei"] == 210
     session.run(path, EDIT)
     assert session.run(path, LOOK)["a.svs"]["in_tumor"] > 50
+    os.utime(path.parent / "patchcl" / "imported" / "1.json")  # as if the edits were older
 
     command = ["summarise", str(path), "--backend", "paquo"]
     done = CliRunner().invoke(main, [*command, "--json"], catch_exceptions=False)
@@ -114,11 +116,11 @@ def test_nuclei_are_counted_where_they_are(tmp_path: Path, session: qupath.Sessi
     assert session.run(path, LOOK)["a.svs"]["measured"]["PatchCL: Nuclei"] == COUNT
 
     imported = write(2)
-    assert (imported.added, imported.for_yours, imported.deleted) == (198, 11, 1)
+    assert (imported.added, imported.for_yours, imported.deleted) == (199, 10, 1)
     shown = session.run(path, LOOK)["a.svs"]
     assert shown["name"] == "my slide"
-    assert shown["measured"]["PatchCL: Nuclei"] == COUNT  # 198, 10 cells, and the one drawn
-    assert shown["measured"]["PatchCL: Added"] == 198
+    assert shown["measured"]["PatchCL: Nuclei"] == COUNT  # 198, 10 cells, the one drawn
+    assert shown["measured"]["PatchCL: Added"] == 199  # the ignored one, too
 
 
 @pytest.mark.qupath

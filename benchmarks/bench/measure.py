@@ -58,18 +58,12 @@ class Bench:
 
     def trained(self, images: ImageSet, config: Config) -> Model:
         """A model trained on a set without labels, as `patchcl-qp run` does."""
-        key = {
-            "model": "label-free",
-            "images": images.digest,
-            "config": without(config, _NOT_OF_TRAINING),
-            **code("pipeline.train"),
-        }
 
         def train() -> Model:
             with project_of(images) as project, self.patchcl_kept():
                 return pipeline.train(project.images(), config, progress)
 
-        return self.cache.model(key, config, train)
+        return self.cache.model(training_key(images, config), config, train)
 
     @contextmanager
     def patchcl_kept(self) -> Iterator[None]:
@@ -137,6 +131,16 @@ class Bench:
         if self.pictures is not None:
             return float(run()) / images.mm2
         return float(self.cache.value(run_key(model, images), run)) / images.mm2
+
+
+def training_key(images: ImageSet, config: Config) -> dict[str, Any]:
+    """What a model that is trained on a set without labels depends on."""
+    return {
+        "model": "label-free",
+        "images": images.digest,
+        "config": without(config, _NOT_OF_TRAINING),
+        **code("pipeline.train"),
+    }
 
 
 def run_key(model: Model, images: ImageSet) -> dict[str, Any]:

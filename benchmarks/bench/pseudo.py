@@ -121,14 +121,14 @@ def _true_crops(
         for box in boxes:
             if not np.array_equal(image.slide.read(box), crops.images[done]):
                 sys.exit("crops are drawn in another way than the benchmark expects")
-            top, rows = _level0(box.row0, box.row1, y)
-            left, cols = _level0(box.col0, box.col1, x)
+            top, rows = level0(box.row0, box.row1, y)
+            left, cols = level0(box.col0, box.col1, x)
             inside = labels[top : top + len(rows), left : left + len(cols)]
             yield TrueLabels(inside, np.ix_(rows, cols))
             done += 1
 
 
-def _level0(first: int, last: int, downsample: float) -> tuple[int, NDArray[np.intp]]:
+def level0(first: int, last: int, downsample: float) -> tuple[int, NDArray[np.intp]]:
     """The first level-0 px of working px ``first`` to ``last``; of each, its working px in them.
 
     A level-0 px belongs to the working px that its centre lies in.

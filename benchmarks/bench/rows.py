@@ -14,6 +14,7 @@ from bench import otsu
 from bench.cache import code
 from bench.few_labels import LABELLED, few_labels, refined_on
 from bench.measure import Bench, Measures, progress, run_key, seeded, without
+from bench.paper import choices, semantic_dice
 from bench.pseudo import pseudo_label_measures
 from bench.sets import ImageSet, project_of
 from patchcl_qupath.config import Config, PatchCLConfig, Recipe
@@ -24,6 +25,7 @@ from patchcl_qupath.slides.prepare import training_crops
 BASELINE = "otsu"
 DEFAULT = "selftrain"
 PSEUDO_LABELS = "pseudo-labels"
+BY_LABELS = "paper-by-labels"  # the paper's training, and what each choice by labels would bring
 
 
 def with_(**settings: Any) -> Callable[[Config], Config]:
@@ -49,7 +51,7 @@ ABLATED: dict[str, Callable[[Config], Config]] = {
     "fragments": with_(min_fragment=0.0),
     "contrast": lambda config: config,  # then CDCL with pseudo-labels in place of labels
 }
-ROWS = (BASELINE, *TRAINED, *ABLATED, *LABELLED)
+ROWS = (BASELINE, *TRAINED, *ABLATED, BY_LABELS, *LABELLED)
 
 
 def measured(
@@ -66,6 +68,9 @@ def measured(
         if row in LABELLED:
             few = few_labels(bench, images, row, config, seed)
             yield {f"{row}, {kind}": measures for kind, measures in few.items()}
+        elif row == BY_LABELS:
+            dice = choices(bench, images, paper(seeded(config, seed)))
+            yield {f"paper: {choice}": {"semantic_dice": value} for choice, value in dice.items()}
         elif row == PSEUDO_LABELS:
             yield {row: pseudo_label_measures(bench, images, seeded(config, seed))}
         else:
@@ -73,7 +78,10 @@ def measured(
             model = bench.trained(images, changed)
             if row == "contrast":
                 model = _refined_without_labels(bench, images, model, seed)
-            yield {row: bench.measured(model, images, f"{row}-{seed}")}
+            measures = bench.measured(model, images, f"{row}-{seed}")
+            if changed.recipe is not Recipe.SELFTRAIN:
+                measures["semantic_dice"] = semantic_dice(bench, images, model)
+            yield {row: measures}
 
 
 def _of_baseline(bench: Bench, images: ImageSet, config: Config) -> Measures:

@@ -47,7 +47,8 @@ _TITLES = {Kind.BADLY_OUTLINED: "bad outl."}
 KINDS = tuple(Column(kind, _TITLES.get(kind, str(kind)), 1, kind is Kind.RIGHT) for kind in Kind)
 ON_EMPTY = tuple(Column(f"{name}_per_mm2", name.replace("_", "+"), 0, False) for name in EMPTY)
 IN_ROIS = Column("roi_recall", "in ROIs", 3, True)
-QUALITY = (*SCORES, *KINDS, *ON_EMPTY, IN_ROIS)
+SEMANTIC = Column("semantic_dice", "sem. Dice", 3, True)
+QUALITY = (*SCORES, *KINDS, *ON_EMPTY, IN_ROIS, SEMANTIC)
 PSEUDO_LABELS = (
     Column("nucleus", "nucleus", 2, True),
     Column("background", "background", 2, True),

@@ -283,7 +283,7 @@ class RunRecord(Record, frozen=True, kw_only=True):
     images: list[ImageOutcome]
 
 
-class ModelRecord(Record, frozen=True, kw_only=True):
+class ModelRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
     """models/NAME.json: a model without its weights."""
 
     digest: str

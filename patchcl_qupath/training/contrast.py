@@ -117,7 +117,7 @@ def contrast_patches(
     weights = _pick(weights.view(len(index), channels, *weights.shape[1:]), index)  # (C, N, p * p)
     patches = _pick(pixels, index).view(*positive.shape, 3, -1) * weights[:, :, None]
     represent, compare = MEASURES[settings.similarity]
-    points = represent(patches.view(-1, 3, side, side), features)  # (C * N, ...)
+    points = represent(patches.reshape(-1, 3, side, side), features)  # (C * N, ...)
     chosen = torch.multinomial(positive.float(), _ANCHORS, True, generator=generator)  # (C, A)
     chosen = chosen + positive.shape[1] * torch.arange(channels, device=device())[:, None]
     similar = compare(points[chosen.flatten()], points)  # (C * A, C * N)

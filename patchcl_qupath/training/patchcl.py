@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -46,13 +47,28 @@ _SHOWN_PX = 192  # side of the crop that the report shows the channels of
 _VALIDATION_CROPS = 32  # crops on which channel and threshold are chosen
 _TYPICAL_LOGIT = 1.5  # a confidence of 0.82
 
+# With the measures of the paper (see ``_best_start``).
+_PUBLISHED_THRESHOLD = 0.5
+_STARTS = 10
+_SEEDS = 1000  # between the seeds of two starts
+_TRIAL_STEPS = 45  # of all starts
+_KEPT_STARTS = 2  # that go on
+_SNAPSHOT_STEPS = 15  # between two snapshots; 5 epochs of the paper's data
+_JUDGED_CROPS = 12  # crops that a snapshot is scored on
 
-def train(crops: TrainingCrops, config: Config, report: ShowCount | None = None) -> Model:
+
+def train(
+    crops: TrainingCrops,
+    config: Config,
+    report: ShowCount | None = None,
+    watch: Watch | None = None,
+) -> Model:
     """Train PatchCL on tissue crops at ``config.slide.mpp``, without labels.
 
     Crops may differ in size; those narrower than a patch are left out. Equal crops, settings and
-    numbers of threads give equal weights on one machine. Raises TrainingError where nothing can be
-    learnt from the crops.
+    numbers of threads give equal weights on one machine. With the measures of the paper, there are
+    several starts (``_best_start``); ``watch`` is called with each snapshot of them. Raises
+    TrainingError where nothing can be learnt from the crops.
     """
     settings = config.patchcl
     wide = [min(image.shape[:2]) >= settings.patch_px for image in crops.images]
@@ -63,8 +79,14 @@ def train(crops: TrainingCrops, config: Config, report: ShowCount | None = None)
     crops = crops.select(usable)
     validation = crops.select(_validation_crops(len(crops)))
 
-    trained = _train_network(crops, config, report)
+    as_published = settings.similarity in MEASURES
+    if as_published:
+        snapshot, trained = _best_start(crops, config, report, watch)
+    else:
+        trained = _train_network(crops, config, report)
     correlation, logit = _channel_scores(trained.network, validation, config)
+    if as_published:
+        correlation = snapshot.scores
     if not np.isfinite(correlation).all():
         raise TrainingError("the images look blank: add some with stained tissue to train on")
     channel = int(np.argmax(np.abs(correlation)))
@@ -79,10 +101,6 @@ def train(crops: TrainingCrops, config: Config, report: ShowCount | None = None)
         channel=channel,
         inverted=bool(correlation[channel] < 0),
     )
-    predictions = [
-        confidence(model, image, normaliser).nucleus.ravel()
-        for image, normaliser in zip(validation.images, validation.normalisers, strict=True)
-    ]
     log = PatchCLLog(
         steps=trained.steps,
         skipped_steps=trained.steps - len(trained.contrasts),
@@ -93,25 +111,46 @@ def train(crops: TrainingCrops, config: Config, report: ShowCount | None = None)
         positive_negative=[round(c.positive_negative, 4) for c in trained.contrasts],
         channels=_channels(model, validation),
     )
-    return replace(model, threshold=otsu(np.concatenate(predictions)), training=log)
+    threshold = _PUBLISHED_THRESHOLD if as_published else _otsu_threshold(model, validation)
+    return replace(model, threshold=threshold, training=log)
+
+
+def _otsu_threshold(model: Model, crops: TrainingCrops) -> float:
+    predictions = [
+        confidence(model, image, normaliser).nucleus.ravel()
+        for image, normaliser in zip(crops.images, crops.normalisers, strict=True)
+    ]
+    return otsu(np.concatenate(predictions))
 
 
 class _Trained(NamedTuple):
-    """A network after training; steps in all; when it converged; each step's contrast."""
+    """A network after some steps, of ``last``; when it converged; each step's contrast."""
 
     network: ConfidenceNetwork
     steps: int
+    last: int
     converged_at: int | None
     contrasts: list[Contrast]  # of the steps that were not skipped
 
 
 def _train_network(crops: TrainingCrops, config: Config, report: ShowCount | None) -> _Trained:
     """Train until convergence and a cooldown, or for ``max_steps``."""
+    for trained in _steps(crops, config, config.patchcl.seed):
+        if report:
+            report(trained.steps, trained.last)
+    return trained
+
+
+def _steps(crops: TrainingCrops, config: Config, seed: int) -> Iterator[_Trained]:
+    """Train step by step, until convergence and a cooldown, or for ``max_steps``.
+
+    Yields one and the same network after each step.
+    """
     settings = config.patchcl
-    rng = np.random.default_rng(settings.seed)
-    generator = torch.Generator(device()).manual_seed(settings.seed)
+    rng = np.random.default_rng(seed)
+    generator = torch.Generator(device()).manual_seed(seed)
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(seed)
         network = ConfidenceNetwork.of(settings).to(device())
         features = FeatureNetwork(settings.patch_px).to(device())
     both = nn.ModuleList([network, features]).parameters()
@@ -145,9 +184,72 @@ def _train_network(crops: TrainingCrops, config: Config, report: ShowCount | Non
                 last = min(last, step + settings.cooldown_steps)
         optimizer.step()  # without gradients, in a step that is skipped, nothing changes
         scheduler.step()
-        if report:
-            report(step, last)
-    return _Trained(network, step, converged_at, log)
+        yield _Trained(network, step, last, converged_at, log)
+
+
+class Snapshot(NamedTuple):
+    """The network of a start, counted from 0, after some steps.
+
+    ``scores`` are those of its channels, which need no label: ``mask_correlations``.
+    """
+
+    start: int
+    step: int
+    network: ConfidenceNetwork
+    scores: NDArray[np.float32]  # (C,)
+
+    @property
+    def score(self) -> float:
+        """That of its best channel."""
+        return float(np.nan_to_num(np.abs(self.scores)).max())
+
+
+Watch = Callable[[Snapshot], None]
+
+
+def _best_start(
+    crops: TrainingCrops, config: Config, report: ShowCount | None, watch: Watch | None
+) -> tuple[Snapshot, _Trained]:
+    """Train from several starts as the paper does; the best snapshot of all, chosen without labels.
+
+    With the measures of the paper, what a channel finds depends on the start and on the step: most
+    starts do not end at nuclei, and those that do leave them again. The authors choose by labels
+    which of several trainings, epochs and channels to take. Here, the score of a snapshot decides:
+    after ``_TRIAL_STEPS`` which starts go on, and in the end.
+    """
+    steps = config.patchcl.max_steps
+    trial = min(_TRIAL_STEPS, steps)
+    judged = crops.select(_validation_crops(len(crops), _JUDGED_CROPS))
+    starts = [_steps(crops, config, config.patchcl.seed + _SEEDS * i) for i in range(_STARTS)]
+    best: dict[int, tuple[Snapshot, _Trained]] = {}
+    total, done = _STARTS * trial + _KEPT_STARTS * (steps - trial), 0
+
+    def go_on(start: int, until: int) -> None:
+        nonlocal done
+        for trained in starts[start]:
+            done += 1
+            if report:
+                report(done, total)
+            step = trained.steps
+            if step % _SNAPSHOT_STEPS == 0 or step == trained.last:
+                scores = mask_correlations(trained.network, judged, config)
+                snapshot = Snapshot(start, step, deepcopy(trained.network), scores)
+                if watch:
+                    watch(snapshot)
+                if start not in best or snapshot.score > best[start][0].score:
+                    kept = trained._replace(
+                        network=snapshot.network, contrasts=[*trained.contrasts]
+                    )
+                    best[start] = snapshot, kept
+            if step == until:
+                break
+
+    for start in range(_STARTS):
+        go_on(start, trial)
+    ranked = sorted(best, key=lambda start: -best[start][0].score)
+    for start in ranked[:_KEPT_STARTS]:
+        go_on(start, steps)
+    return max(best.values(), key=lambda found: found[0].score)
 
 
 def has_converged(log: Sequence[Contrast], patience: int) -> bool:
@@ -173,9 +275,9 @@ def _batch(crops: TrainingCrops, settings: PatchCLConfig, rng: np.random.Generat
     return batch.contiguous(memory_format=torch.channels_last)  # several times as fast
 
 
-def _validation_crops(count: int) -> list[int]:
+def _validation_crops(count: int, wanted: int = _VALIDATION_CROPS) -> list[int]:
     """Indices of the crops on which channel and threshold are chosen: some of each slide."""
-    return [int(i) for i in np.linspace(0, count - 1, min(count, _VALIDATION_CROPS))]
+    return [int(i) for i in np.linspace(0, count - 1, min(count, wanted))]
 
 
 def _channels(model: Model, crops: TrainingCrops) -> ChannelsRecord:
@@ -216,6 +318,31 @@ def _channel_scores(
             scores.append(torch.stack([rows.corrcoef()[0, 1:], logits.median(dim=1).values]))
     correlation, logit = torch.stack(scores).nanmean(dim=0).cpu().numpy()  # (C,) each
     return correlation, logit
+
+
+def mask_correlations(
+    network: ConfidenceNetwork, crops: TrainingCrops, config: Config
+) -> NDArray[np.float32]:
+    """The mean correlation (C,) of smoothed hematoxylin with the mask of each channel.
+
+    Its square is the fraction of the variance of hematoxylin that the mask explains, which Otsu's
+    method maximises over thresholds of hematoxylin itself. It is negative for a mask of all but
+    nuclei, and 0 for one of all or nothing; NaN on blank images.
+    """
+    network = folded(network)
+    found = []
+    for image, normaliser in zip(crops.images, crops.normalisers, strict=True):
+        x = _to_tensor(normaliser.network_input(image, config.patchcl.input))  # (1, 3, H, W)
+        stains = _to_tensor(normaliser.apply(image))  # (1, 3, H, W)
+        with torch.inference_mode():
+            masks = (network(x)[0] > _PUBLISHED_THRESHOLD).flatten(1).float()  # (C, H * W)
+            hematoxylin = blur(stains[:, :1], config.patchcl.blur_um / config.slide.mpp).flatten()
+            rows = torch.cat([hematoxylin[None], masks])  # (1 + C, H * W)
+            is_flat = rows.amin(dim=1) == rows.amax(dim=1)  # (1 + C,)
+            correlation = rows.corrcoef()[0, 1:]  # (C,)
+            found.append(correlation.masked_fill(is_flat[1:] & ~is_flat[0], 0))
+    mean: NDArray[np.float32] = torch.stack(found).nanmean(dim=0).cpu().numpy()
+    return mean
 
 
 def _to_tensor(image: NDArray[np.float32]) -> Tensor:
