@@ -51,6 +51,8 @@ first_steps = 20
 steps = 60
 [cdcl]
 steps = 10
+[segment]
+min_probability = 0.0  # after so few steps hardly a nucleus is probable
 """
 
 
