@@ -26,6 +26,7 @@ QUICK = replace(
     Config(),
     patchcl=replace(Config().patchcl, max_steps=160, cooldown_steps=60, crops=32),
     selftrain=replace(Config().selftrain, first_steps=60, steps=120),
+    segment=replace(Config().segment, min_probability=0.0),  # few are probable after so few steps
 )
 # The same examples each time: a failure is one of the change that shows it.
 hypothesis.settings.register_profile(

@@ -3,8 +3,9 @@
     python survivor.py KILLS PROJECT OPTION...
 
 Each run is the command line in a fork of this process, which has imported all that is slow and has
-no thread. A run that comes to its end must leave what one leaves that nobody killed; then all is
-thrown away but the model, and the next begins anew. Prints what the killed ones were doing.
+no thread. A run that comes to its end must leave what one leaves that nobody killed; then, and
+after ten kills, all is thrown away but the model, and the next begins anew. Prints what the killed
+ones were doing.
 """
 
 from __future__ import annotations
@@ -68,6 +69,12 @@ def last_stage(log: Path) -> str:
     return json.loads(lines[-1])["stage"].split(": ")[-1].split()[0] if lines else "starting"
 
 
+def begin_anew(output: Path) -> None:
+    """Throw away all but the model."""
+    for folder in ("runs", "results", "previews"):
+        shutil.rmtree(output / folder, ignore_errors=True)
+
+
 def kill_runs(kills: int, project: Path, options: list[str]) -> list[str]:
     """-> what each of the killed runs was doing."""
     output, log = project / "patchcl", project / "output.log"
@@ -91,12 +98,13 @@ def kill_runs(kills: int, project: Path, options: list[str]) -> list[str]:
             assert left_by_run(output) == expected
             if len(stages) == kills:
                 return stages
-            for folder in ("runs", "results", "previews"):
-                shutil.rmtree(output / folder)
+            begin_anew(output)
         else:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             stages.append(last_stage(log))
+            if len(stages) % 10 == 0 and len(stages) < kills:
+                begin_anew(output)  # or no tile is left to be killed at
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ def test_status_lists_changes_since_the_run(path: Path) -> None:
     assert changed() == ["not in QuPath yet"]
     output = path.parent / "patchcl"
     receipt, data = output / "imported" / "1.json", path.parent / "data" / "1" / "data.qpdata"
-    for file in (receipt, data):
+    for file in (data, receipt):  # in the order in which an import writes them
         file.parent.mkdir(parents=True)
         file.touch()
     assert changed() == []

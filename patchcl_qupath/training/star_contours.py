@@ -41,6 +41,7 @@ _CROSSED = 0.15  # cost of a fall that lies within, relative to it
 _QUANTILE = 25  # per cent of the rays may have less than the fall that is asked for
 _MIN_FALL = 0.1
 _SOLIDITY = (0.85, 0.95)  # at which the score is 0, and full
+_MIN_SCORE = 0.05  # of a contour: pieces of strands, open at two ends, have less
 _COMPONENT = 2.0  # a component's score, relative to that of an equally good contour
 _FREE = 0.8  # of an object's pixels no better one may have taken the rest
 _REST_FREE = 0.9  # the same for components without a score
@@ -114,7 +115,8 @@ def with_star_contours(
     possible = (area >= areas_um2[0]) & (area <= areas_um2[1])
     possible &= contours.inside(density) >= min_density
     possible &= contours.inside(excluded.astype(np.float32)) < 1 - _FREE
-    contour_scores = np.where(possible, _scores(area, contours.solidity, contours.fall), 0)
+    contour_scores = _scores(area, contours.solidity, contours.fall)
+    contour_scores = np.where(possible & (contour_scores >= _MIN_SCORE), contour_scores, 0)
     component_scores = _COMPONENT * _component_scores(labels, edges, mpp)
     return _best(labels, component_scores, contours, contour_scores)
 
