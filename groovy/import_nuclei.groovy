@@ -1154,7 +1154,7 @@ static List<PathObject> suggestedRois(ImageData<?> imageData, JsonObject suggest
 static String askToKeep(String warning) {
     Class<?> dialogs = ['qupath.fx.dialogs.Dialogs', 'qupath.lib.gui.dialogs.Dialogs'].findResult { name ->
         try {
-            Class.forName(name, true, QuPathGUI.class.getClassLoader())   // of QuPath 0.5 and later, and of 0.4
+            QuPathGUI.class.getClassLoader().loadClass(name)   // of QuPath 0.5 and later, and of 0.4
         } catch (ClassNotFoundException ignored) {
             null
         }

@@ -599,11 +599,15 @@ class Review {
 
     /** The content of a JSON file; null if there is none, or it is damaged. */
     static JsonObject readJson(Path file) {
+        JsonObject content = null
         try {
-            return Files.exists(file) ? JsonParser.parseString(Files.readString(file)).getAsJsonObject() : null
+            if (Files.exists(file)) {
+                content = JsonParser.parseString(Files.readString(file)).getAsJsonObject()
+            }
         } catch (Exception ignored) {
-            return null
+            content = null
         }
+        return content
     }
 
     // ------------------------------------------------ what the refined model changed
