@@ -33,7 +33,7 @@ from patchcl_qupath.storage.records import ResultRecord, SlideProvenance, file_s
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 COUNTS = (20_000, 100_000)
 CORNERS, MEASUREMENTS = 24, 15
-START = ("start Java", "compile scripts")  # once for all images of a run
+START = ("start Java", "load QuPath", "load scripts")  # once for all images of a run
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,9 +19,11 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Box, Corrections, Polygons, grid_to_level0
+from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import atomic_write, to_jpeg
+from patchcl_qupath.storage.geojson import made_valid
 from patchcl_qupath.storage.layout import CHANGES, Layout
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import (
@@ -42,18 +43,6 @@ _JPEG_QUALITY = 62
 Bools = NDArray[np.bool_]
 
 
-class _Matches(NamedTuple):
-    """For each contour of one set, the best match in another: its index, or -1, and IoU."""
-
-    best: NDArray[np.int64]
-    iou: NDArray[np.float64]
-
-    @property
-    def found(self) -> Bools:
-        """(N,) which have a match."""
-        return np.asarray(self.best >= 0)
-
-
 def begin(
     layout: Layout, corrections: Mapping[str, Corrections], model: str, model_name: str
 ) -> None:
@@ -71,7 +60,8 @@ def begin(
         result = read_result(layout.result(image))
         if not isinstance(result, ResultRecord):
             continue
-        nuclei = read_nuclei(layout.nuclei(image)).polygons
+        # Contours are rounded to 0.01 px, which may have folded one.
+        nuclei = made_valid(read_nuclei(layout.nuclei(image)).polygons)
         regions = [shapely.from_geojson(json.dumps(region.geometry)) for region in result.regions]
         rois = [roi for roi in labels.rois if not regions or _covers(regions, roi)]
         if rois:
@@ -128,13 +118,13 @@ def compare(
     was reshaped, where the refined contour is nearer to the person's than the earlier one was; one
     that was deleted, where the refined model has nothing but nuclei that the person has, too.
     """
-    match_before, match_after = _match(corrected, before), _match(corrected, after)
-    here = _inside(corrected, roi)
-    kept = here & (match_before.iou >= UNCHANGED_IOU)
-    reshaped = here & match_before.found & ~kept
-    added = here & ~match_before.found
-    deleted = _inside(before, roi) & ~_match(before, corrected).found
-    false = after[~_match(after, corrected).found]
+    iou_before, iou_after = _iou(corrected, before), _iou(corrected, after)
+    here, found_now = _inside(corrected, roi), iou_after >= SAME_IOU
+    kept = here & (iou_before >= UNCHANGED_IOU)
+    added = here & (iou_before < SAME_IOU)
+    reshaped = here & ~added & ~kept
+    deleted = _inside(before, roi) & (_iou(before, corrected) < SAME_IOU)
+    false = after[_iou(after, corrected) < SAME_IOU]
     old_false = _touched(false, before[deleted])
     return ChangeCounts(
         deleted=int(deleted.sum()),
@@ -142,28 +132,21 @@ def compare(
         reshaped=int(reshaped.sum()),
         kept=int(kept.sum()),
         deleted_now=int((~_touched(before[deleted], false)).sum()),
-        added_now=int((added & match_after.found).sum()),
-        reshaped_now=int((reshaped & (match_after.iou > match_before.iou)).sum()),
-        kept_now=int((kept & match_after.found).sum()),
+        added_now=int((added & found_now).sum()),
+        reshaped_now=int((reshaped & (iou_after > iou_before)).sum()),
+        kept_now=int((kept & found_now).sum()),
         new=int((_inside(false, roi) & ~old_false).sum()),
     )
 
 
-def _match(contours: Polygons, others: Polygons) -> _Matches:
-    """The best match of each contour (N,), at SAME_IOU or more."""
-    best, iou = np.full(len(contours), -1), np.zeros(len(contours))
-    rows, cols = shapely.STRtree(others).query(contours, predicate="intersects")
-    both = shapely.area(shapely.intersection(contours[rows], others[cols]))
-    found = both / (shapely.area(contours[rows]) + shapely.area(others[cols]) - both)
-    for i in np.argsort(found, kind="stable"):  # the best one is last, and stays
-        if found[i] >= SAME_IOU:
-            best[rows[i]], iou[rows[i]] = cols[i], found[i]
-    return _Matches(best, iou)
+def _iou(contours: Polygons, others: Polygons) -> NDArray[np.float64]:
+    """The largest IoU (N,) of each contour with another."""
+    return Overlaps.of_polygons(contours, others).predicted_iou
 
 
 def _touched(contours: Polygons, others: Polygons) -> Bools:
     """(N,) which are in the place of another: IoU of 0.5, or a centroid in the other."""
-    touched = _match(contours, others).found
+    touched = _iou(contours, others) >= SAME_IOU
     tree = shapely.STRtree(others)
     touched[tree.query(shapely.centroid(contours), predicate="within")[0]] = True
     touched[tree.query(contours, predicate="contains")[0]] = True

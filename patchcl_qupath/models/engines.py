@@ -129,6 +129,7 @@ def _core() -> Any:
     return load_openvino().Core()
 
 
+@cache
 def multiplies_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16, twice as fast as float32; not known without OpenVINO."""
     return bool(find_spec("openvino")) and (

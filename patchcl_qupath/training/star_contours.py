@@ -45,7 +45,6 @@ _MIN_SCORE = 0.05  # of a contour: pieces of strands, open at two ends, have les
 _COMPONENT = 2.0  # a component's score, relative to that of an equally good contour
 _FREE = 0.8  # of an object's pixels no better one may have taken the rest
 _REST_FREE = 0.9  # the same for components without a score
-_RING_PX = (2.0, 3.0, 4.0)  # outside a contour
 _DISCS = (np.arange(6) + 0.5) / 6  # relative radii at which the inside is sampled
 
 Map = NDArray[np.float32]

@@ -86,7 +86,10 @@ def mixed_precision() -> torch.autocast:
     Weights, their averages, batch statistics and losses stay in float32.
     """
     where = device().type
-    native = torch.cuda.is_bf16_supported() if where == "cuda" else multiplies_bfloat16()
+    if where == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = multiplies_bfloat16()
     return torch.autocast(where, torch.bfloat16, enabled=native)
 
 
