@@ -20,9 +20,9 @@ from patchcl_qupath.segmentation.contours import (
 )
 from patchcl_qupath.segmentation.measurements import (
     glass_around,
-    has_hematoxylin,
     measure,
     shape_measurements,
+    stained_as_nuclei,
 )
 from patchcl_qupath.slides.stains import H_DAB, H_E, densities
 
@@ -263,10 +263,37 @@ def test_nuclei_have_hematoxylin_and_on_glass_more_of_it():
     for label, amount in amounts.items():
         rgb[labels == label] = np.round(255 * 10 ** -(amount * vector))
     config = SegmentConfig(min_hematoxylin=0.05, min_hematoxylin_on_glass=0.3, max_glass=0.3)
-    assert has_hematoxylin(labels, rgb, 0.5, config).tolist() == [True, False, False, True]
+    assert stained_as_nuclei(labels, rgb, 0.5, config).tolist() == [True, False, False, True]
     anywhere = replace(config, max_glass=1.0)
-    assert has_hematoxylin(labels, rgb, 0.5, anywhere).tolist() == [True, False, True, True]
-    assert len(has_hematoxylin(np.zeros_like(labels), rgb, 0.5, config)) == 0
+    assert stained_as_nuclei(labels, rgb, 0.5, anywhere).tolist() == [True, False, True, True]
+    assert len(stained_as_nuclei(np.zeros_like(labels), rgb, 0.5, config)) == 0
+
+
+def test_ink_is_no_nucleus_but_brown_and_violet_are():
+    densities = {
+        "hematoxylin": (0.65, 0.70, 0.29),
+        "violet": (0.30, 0.62, 0.33),
+        "DAB": (0.27, 0.57, 0.78),
+        "green ink": (0.60, 0.25, 0.38),
+        "red ink": (0.05, 0.90, 0.80),
+        "nucleus under a haze of green": (0.75, 0.70, 0.50),
+    }
+    at = [(20, 20), (20, 60), (20, 100), (60, 20), (60, 60), (60, 100)]
+    labels = disc_labels((80, 120), at, 6)
+    rgb = np.full((80, 120, 3), 200, dtype=np.uint8)
+    for label, density in enumerate(densities.values(), start=1):
+        rgb[labels == label] = np.round(255 * 10 ** -np.array(density))
+    config = SegmentConfig()
+    of_brown_slide = stained_as_nuclei(labels, rgb, 0.5, config, has_brown=True)
+    assert dict(zip(densities, of_brown_slide.tolist(), strict=True)) == {
+        "hematoxylin": True,
+        "violet": True,
+        "DAB": True,
+        "green ink": False,
+        "red ink": False,
+        "nucleus under a haze of green": True,
+    }
+    assert stained_as_nuclei(labels, rgb, 0.5, config).tolist() == [True] * 2 + [False] * 3 + [True]
 
 
 def test_glass_around_a_pixel_is_the_same_in_each_tile():

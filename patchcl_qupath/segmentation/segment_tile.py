@@ -16,7 +16,7 @@ from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Confidence, Model, confidence
 from patchcl_qupath.segmentation.contours import centroids, nuclei_of_tile, to_level0
 from patchcl_qupath.segmentation.instances import instances, postprocessing_margin_um
-from patchcl_qupath.segmentation.measurements import has_hematoxylin
+from patchcl_qupath.segmentation.measurements import stained_as_nuclei
 from patchcl_qupath.segmentation.probability import nucleus_probability
 from patchcl_qupath.segmentation.uncertainty import (
     bin_px,
@@ -123,8 +123,13 @@ def _measure(
     image, settings, tile = context.image, context.config.segment, predicted.tile
     rows, cols = centroids(labels, tile)
     owned = tile.write.holds(rows, cols) & _in_tissue(image, tile.write, rows, cols)
-    if not (image.normaliser and image.normaliser.has_brown):  # brown nuclei have none
-        owned &= has_hematoxylin(labels, predicted.rgb, image.slide.mpp, settings)
+    owned &= stained_as_nuclei(
+        labels=labels,
+        rgb=predicted.rgb,
+        mpp=image.slide.mpp,
+        config=settings,
+        has_brown=image.normaliser is not None and image.normaliser.has_brown,
+    )
     found = Confidence(predicted.probability, predicted.core)
     probability = nucleus_probability(context.model, labels, found, image.slide.mpp)
     if context.model.calibration is not None:

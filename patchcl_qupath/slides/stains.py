@@ -72,6 +72,7 @@ def _measured(stains: StainVectors) -> NDArray[np.float32]:
 
 
 _HED_TABLES = _tables(RUIFROK_HED, _OD_NETWORK)
+_COLOUR_TABLES = _tables(np.eye(3), -np.log10(np.maximum(_LEVELS, 1) / 255))
 
 
 @compiled
@@ -99,6 +100,11 @@ def densities(rgb: NDArray[np.uint8], stains: StainVectors = H_E) -> dict[str, N
 def hematoxylin(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """From RGB (..., 3) to the optical density (...) of hematoxylin, QuPath's default vector."""
     return np.asarray(_planes(rgb, _measured(H_E)[..., :1])[0])
+
+
+def colour_densities(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """From RGB (..., 3) to the optical densities of red, green and blue (3, ...), not unmixed."""
+    return _planes(rgb, _COLOUR_TABLES)
 
 
 def stains_to_measure(own: StainVectors | None, choice: StainChoice) -> StainVectors:
