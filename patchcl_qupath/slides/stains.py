@@ -97,11 +97,6 @@ def densities(rgb: NDArray[np.uint8], stains: StainVectors = H_E) -> dict[str, N
     return dict(zip(stains.names, planes, strict=True))
 
 
-def hematoxylin(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """From RGB (..., 3) to the optical density (...) of hematoxylin, QuPath's default vector."""
-    return np.asarray(_planes(rgb, _measured(H_E)[..., :1])[0])
-
-
 def colour_densities(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """From RGB (..., 3) to the optical densities of red, green and blue (3, ...), not unmixed."""
     return _planes(rgb, _COLOUR_TABLES)
