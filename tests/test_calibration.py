@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
+from test_network import selftraining_log
 from torch import Tensor
 
 from patchcl_qupath.config import Config, EngineChoice, SegmentConfig
@@ -22,6 +23,7 @@ from patchcl_qupath.segmentation.probability import (
 )
 from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser, unmix_hed
+from patchcl_qupath.storage.records import to_plain, training_log
 from patchcl_qupath.training.calibration import calibrated, logistic_regression
 
 SIDE = 240
@@ -80,6 +82,22 @@ def test_what_is_found_in_every_view_is_more_probable() -> None:
     is_dark = np.array([dark[labels == k].any() for k in range(1, 65)])
     assert probability[is_dark].min() > probability[~is_dark].max() + 0.2
     assert calibrated(model, crops, lambda *count: None).calibration == trained.calibration
+
+
+def test_nuclei_of_a_refined_model_are_more_probable_where_views_agree_as_much() -> None:
+    image, normaliser, _ = slide()
+    plain = Model(network=_Threshold().eval(), config=TORCH)
+    log = training_log(
+        to_plain(selftraining_log()) | {"cdcl": [{"labelled": 1.0}], "refined_from": "0"}
+    )
+    crops = TrainingCrops((image, image), (normaliser, normaliser), ("1", "1"))
+    features = features_of(np.full(3, 0.8), np.full(3, 40.0), np.full(3, 0.9))
+    probabilities = []
+    for model in (plain, replace(plain, training=log)):
+        calibration = calibrated(model, crops, lambda *count: None).calibration
+        assert calibration is not None
+        probabilities.append(calibration(features))
+    assert (probabilities[1] > probabilities[0] + 0.01).all()
 
 
 def test_few_nuclei_are_no_ground_for_a_calibration() -> None:
