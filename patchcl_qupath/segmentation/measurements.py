@@ -12,14 +12,16 @@ from scipy import ndimage
 from patchcl_qupath.compiled import compiled
 from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.datatypes import Polygons, StainVectors
-from patchcl_qupath.slides.stains import H_E, colour_densities, densities
+from patchcl_qupath.slides.stains import (
+    H_E,
+    colour_densities,
+    densities,
+    is_green_ink,
+    is_red_ink,
+)
 
 _GLASS = 225  # grey of a pixel that lets nearly all light through
 _AROUND_UM = 8.0
-# Of 25,000 nuclei, in H&E, hematoxylin alone, or with DAB, the density of green is at least 0.94 of
-# the lesser of red and blue, and that of red at least 0.42 of the lesser of green and blue.
-_GREEN_INK = 0.9
-_RED_INK = 0.35
 
 
 def measure(
@@ -61,12 +63,12 @@ class NuclearStain(NamedTuple):
     ) -> NuclearStain:
         """That of labels 1..N (H, W) in pixels (H, W, 3) of ``mpp`` µm."""
         count = int(labels.max(initial=0))
-        colours = (means(labels, count, colour) for colour in colour_densities(rgb))
+        red, green, blue = (means(labels, count, colour) for colour in colour_densities(rgb))
         hematoxylin, eosin = (means(labels, count, stain) for stain in densities(rgb, H_E).values())
         return cls(
             hematoxylin=hematoxylin,
             eosin=eosin,
-            is_ink=_is_ink(*colours),
+            is_ink=is_green_ink(red, green, blue) | is_red_ink(red, green, blue),
             on_glass=means(labels, count, glass_around(rgb, mpp)) > config.max_glass,
         )
 
@@ -83,15 +85,6 @@ class NuclearStain(NamedTuple):
         return np.asarray(
             (self.hematoxylin < config.pale_hematoxylin) & (self.hematoxylin < self.eosin)
         )
-
-
-def _is_ink(
-    red: NDArray[np.float64], green: NDArray[np.float64], blue: NDArray[np.float64]
-) -> NDArray[np.bool_]:
-    """(N,) whether optical densities (N,) are those of green or red ink."""
-    is_green = green < _GREEN_INK * np.minimum(red, blue)
-    is_red = red < _RED_INK * np.minimum(green, blue)
-    return np.asarray(is_green | is_red)
 
 
 def glass_around(rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.float32]:
