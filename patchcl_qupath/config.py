@@ -62,6 +62,26 @@ class BackendKind(StrEnum):
     FILES = "files"  # as files, which a person imports in QuPath
 
 
+class ExportFormat(StrEnum):
+    """What nuclei are exported to."""
+
+    CSV = "csv"
+    PARQUET = "parquet"
+    GEOJSON = "geojson"  # for QuPath
+    VISIUM_HD = "visium-hd"  # GeoJSON for Space Ranger
+    SPATIALDATA = "spatialdata"
+    ANNDATA = "anndata"
+
+
+class ExportRows(StrEnum):
+    """What a row of an exported table is."""
+
+    NUCLEUS = "nucleus"
+    IMAGE = "image"
+    REGION = "region"
+    CORE = "core"
+
+
 class StainChoice(StrEnum):
     """Which stains are measured, as a person asks for it."""
 

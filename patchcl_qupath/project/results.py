@@ -205,6 +205,11 @@ def _geometries(polygons: Polygons) -> list[pa.StringArray | str]:
     return ['{"type": "Polygon", "coordinates": [[[', pc.binary_join(points, "],["), "]]]}"]
 
 
+def geojson_polygons(polygons: Polygons) -> pa.StringArray:
+    """Polygons (N,) as GeoJSON geometries (N,)."""
+    return pc.binary_join_element_wise(*_geometries(polygons), "")
+
+
 def _joined(texts: pa.StringArray, separator: str) -> bytes:
     """Texts (N,) joined by a separator, in UTF-8."""
     (whole,) = pc.binary_join(pa.ListArray.from_arrays([0, len(texts)], texts), separator)
