@@ -50,6 +50,85 @@ class RegionRecord(Record, frozen=True, kw_only=True):
     tissue_mm2: float
 
 
+class Quartiles(Record, frozen=True, kw_only=True):
+    """The quartiles of a measurement; of no nuclei there are none."""
+
+    lower: float
+    median: float
+    upper: float
+
+
+class ClassSummary(Record, frozen=True, kw_only=True):
+    """The number of nuclei of a class, and per mm² of tissue, or of area where that is not known.
+
+    ``per_mm2`` is None where the area is 0.
+    """
+
+    nuclei: int
+    per_mm2: float | None
+
+
+class AllredScore(Record, frozen=True, kw_only=True):
+    """The Allred score: that of the proportion of positive nuclei, 0 to 5, and of their intensity.
+
+    The intensity is 0 to 3. D. C. Allred et al., Mod Pathol 11 (1998).
+    """
+
+    proportion: int
+    intensity: int
+
+    @property
+    def score(self) -> int:
+        """The sum of both, 0 to 8."""
+        return self.proportion + self.intensity
+
+
+class Summary(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """What is in an image, an annotation or a TMA core, its ``kind``: image, region or core.
+
+    ``name`` is that of an image or an annotation, or the label of a core; ``class_name`` and ``id``
+    are those of the object in QuPath; ``x`` and ``y`` its centroid at level 0. ``area_mm2`` is that
+    of its part in the image, ``tissue_mm2`` that of the tissue in it; None where it is not known.
+
+    ``nuclei`` counts all whose centroid lies in it; ``own`` those of them that lie in no smaller
+    region. ``classes`` has the numbers by class, also those of classes without a nucleus.
+    ``positive_percent`` is a percentage of the nuclei with a class of positive or negative ones,
+    ``h_score`` 0 to 300; it and ``allred`` need classes 1+ to 3+. These three are None without
+    such nuclei. ``measurements`` are the main ones, by QuPath's name.
+    """
+
+    kind: str
+    name: str = ""
+    class_name: str = ""
+    case_id: str = ""
+    id: str = ""
+    x: float | None = None
+    y: float | None = None
+    area_mm2: float | None = None
+    tissue_mm2: float | None = None
+    nuclei: int
+    own: int
+    per_mm2: float | None = None
+    classes: dict[str, ClassSummary] = {}
+    positive_percent: float | None = None
+    h_score: float | None = None
+    allred: AllredScore | None = None
+    measurements: dict[str, Quartiles] = {}
+
+
+class PositivityRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """What makes a nucleus positive: its ``measurement`` is one of ``thresholds`` or above it.
+
+    One threshold makes classes Positive and Negative, three make Negative and 1+ to 3+. ``found``
+    is whether the threshold was found on the slide; ``note`` what a person should know of that.
+    """
+
+    measurement: str
+    thresholds: tuple[float, ...]
+    found: bool = False
+    note: str | None = None
+
+
 class Provenance(Record, frozen=True, kw_only=True):
     """The provenance of nuclei.
 
@@ -69,7 +148,9 @@ class ResultRecord(
     """results/<image>/result.json: the provenance of the nuclei of an image, and their files.
 
     ``made`` is UTC in ISO 8601; ``files`` are those to import into QuPath. Without ``regions`` the
-    whole image was segmented. ``model_name`` is that of the run, for people.
+    whole image was segmented. ``model_name`` is that of the run, for people. ``positivity`` is
+    there where nuclei have classes, and ``summaries``, the first of them that of the image, where
+    these or regions were asked for.
     """
 
     run: str
@@ -88,6 +169,8 @@ class ResultRecord(
     failed_tiles: tuple[FailedTile, ...]
     nuclei: int
     object_type: str
+    positivity: PositivityRecord | None = None
+    summaries: tuple[Summary, ...] = ()
     files: tuple[str, ...]
 
 
@@ -245,7 +328,8 @@ class ImageOutcome(
     ``main_seconds`` those of the run itself by stage, ``worker_seconds`` the sums over workers.
     ``network_px`` is the number of working pixels that the network processed. ``imported`` is what
     became of the nuclei in QuPath, unset where they wait to be imported. ``corrections`` are those
-    of a person that a refined model makes by itself, unset for other models.
+    of a person that a refined model makes by itself, unset for other models. ``positivity`` and
+    ``summaries`` are those of ``ResultRecord``, unset where they were not asked for.
     """
 
     id: str
@@ -265,6 +349,8 @@ class ImageOutcome(
     network_px: int = 0
     imported: Imported | msgspec.UnsetType = msgspec.UNSET
     corrections: ChangeCounts | msgspec.UnsetType = msgspec.UNSET
+    positivity: PositivityRecord | msgspec.UnsetType = msgspec.UNSET
+    summaries: tuple[Summary, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunRecord(Record, frozen=True, kw_only=True):
