@@ -27,10 +27,20 @@ from patchcl_qupath.config import (
     BackendKind,
     Config,
     EngineChoice,
+    ExportFormat,
+    ExportRows,
     load_config,
 )
 from patchcl_qupath.errors import ConfigError, ImageError, PatchCLError, ProjectError
-from patchcl_qupath.options import Common, Overrides, Pool, Reading, Showing, Writing
+from patchcl_qupath.options import (
+    Common,
+    Exporting,
+    Overrides,
+    Pool,
+    Reading,
+    Showing,
+    Writing,
+)
 from patchcl_qupath.progress import ShowProgress
 
 if TYPE_CHECKING:
@@ -353,6 +363,31 @@ def summarise(*, common: Common, writing: Writing) -> None:
             summaries = [_summarised(project, entry) for entry in entries]
         console.report_summaries(project, summaries, as_json=common.as_json)
     sys.exit(1 if any(summary.problem for summary in summaries) else 0)
+
+
+@main.command()
+@options.common
+@options.exporting
+def export(*, common: Common, exporting: Exporting) -> None:
+    """Export the nuclei of `run` in PROJECT: tables, and files for other programs.
+
+    Columns of tables have the names of QuPath's measurement tables. They show the nuclei as the
+    run found them: what was changed in QuPath since is exported from there.
+    """
+    with _reporting_errors(common.as_json):
+        from patchcl_qupath.export.command import Request
+        from patchcl_qupath.export.command import export as export_images
+
+        request = Request(
+            to=ExportFormat(exporting.to),
+            per=ExportRows(exporting.per),
+            output=exporting.output,
+            excel=exporting.excel,
+        )
+        project, entries = _open(common)
+        exported = export_images(project, entries, request)
+        console.report_export(project, exported, as_json=common.as_json)
+    sys.exit(1 if exported.problems else 0)
 
 
 @main.command()

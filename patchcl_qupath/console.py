@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from patchcl_qupath.correction.labels import CorrectedImage
     from patchcl_qupath.correction.suggest import SuggestedRoi, Suggestion
     from patchcl_qupath.evaluation.score import ImageScore
+    from patchcl_qupath.export.command import Exported
     from patchcl_qupath.project import Project
     from patchcl_qupath.status import ImageStatus
     from patchcl_qupath.storage.records import ImageOutcome, ImageSummary
@@ -384,6 +385,21 @@ def _print_reliability(scored: Sequence[ImageScore]) -> None:
 
 def _figures(scores: dict[str, float]) -> list[str]:
     return [f"{score:.3f}" for score in scores.values()]
+
+
+def report_export(project: Project, exported: Exported, *, as_json: bool) -> None:
+    """The files that were exported, and why images are not in them."""
+    if as_json:
+        print_json({"project": str(project.path), **_plain(exported)})
+        return
+    for file in exported.files:
+        click.echo(f"Exported: {file.path} ({file.rows:,})")
+    for reason in exported.left_out:
+        click.echo(f"Left out: {reason}", err=True)
+    for problem in exported.problems:
+        click.echo(f"Failed: {problem}", err=True)
+    for note in exported.notes:
+        click.echo(f"Note: {note}", err=True)
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

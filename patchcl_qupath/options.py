@@ -19,6 +19,8 @@ from patchcl_qupath.config import (
     BackendKind,
     Config,
     EngineChoice,
+    ExportFormat,
+    ExportRows,
     ObjectType,
     Overlapping,
     StainChoice,
@@ -122,6 +124,16 @@ class Overrides:
             patchcl = replace(patchcl, seed=self.seed)
         engine = EngineChoice(self.engine or config.engine)
         return replace(config, slide=slide, patchcl=patchcl, result=result, engine=engine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporting:
+    """The options of what is exported, and where to."""
+
+    to: str
+    per: str
+    output: Path | None
+    excel: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +263,41 @@ overrides = _bundle(
             "of yours, also where no new nucleus takes these over.",
         ),
         seed,
+    ],
+)
+
+exporting = _bundle(
+    "exporting",
+    Exporting,
+    [
+        click.option(
+            "--to",
+            type=click.Choice([*map(str, ExportFormat)]),
+            required=True,
+            help="csv and parquet are tables; geojson is for QuPath; visium-hd is GeoJSON for "
+            "Space Ranger; spatialdata and anndata need an extra: pip install "
+            "'patchcl-qupath[spatial]'.",
+        ),
+        click.option(
+            "--per",
+            type=click.Choice([*map(str, ExportRows)]),
+            default=str(ExportRows.NUCLEUS),
+            show_default=True,
+            help="What a row of a table is; core: of a TMA.",
+        ),
+        click.option(
+            "--output",
+            type=PATH,
+            metavar="FILE|FOLDER",
+            help="A file with the suffix of the format, for all images, or a folder with a file "
+            "for each. Default: in patchcl/exports of the project.",
+        ),
+        click.option(
+            "--excel",
+            is_flag=True,
+            help="CSV as Excel opens it: with the mark of UTF-8, and texts that look like numbers, "
+            "dates or formulas stay texts.",
+        ),
     ],
 )
 

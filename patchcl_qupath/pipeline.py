@@ -239,7 +239,7 @@ class Run:
         """Draw the preview, and the pictures and figures of the report."""
         layout, id_ = self.project.layout, segmented.image.id
         write_preview(layout.preview(id_), segmented)
-        write_figures(layout.figures(id_), segmented, run=result.run)
+        write_figures(layout.figures(id_), segmented, result)
 
     @cached_property
     def engine(self) -> EngineKind:

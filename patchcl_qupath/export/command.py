@@ -14,12 +14,14 @@ import pyarrow as pa
 
 from patchcl_qupath.config import ExportFormat, ExportRows
 from patchcl_qupath.datatypes import ImageEntry
-from patchcl_qupath.errors import ConfigError, ImageError, PatchCLError, ProjectError
+from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
 from patchcl_qupath.export.geojson import write_qupath, write_visium_hd
 from patchcl_qupath.export.images import ExportedImage, exported_image, file_names
 from patchcl_qupath.export.nuclei import NucleiTable
+from patchcl_qupath.export.summaries import KINDS, summary_table
 from patchcl_qupath.export.writing import write_csv, write_parquet
 from patchcl_qupath.project import Project
+from patchcl_qupath.project.imported import imported_nuclei
 from patchcl_qupath.storage.records import Record
 
 _SUFFIXES = {
@@ -38,6 +40,11 @@ _NAMES = {  # of files, by what a row is
     ExportRows.CORE: "cores",
 }
 
+_NOT_COUNTED = {
+    ExportRows.REGION: "no regions were counted: patchcl-qp run --summarise CLASS",
+    ExportRows.CORE: "no TMA cores were counted: patchcl-qp run --tma",
+}
+
 Written = list[tuple[Path, int]]  # files, and the number of rows or objects in each
 
 
@@ -49,10 +56,16 @@ class ExportedFile(Record, frozen=True, kw_only=True):
 
 
 class Exported(Record, frozen=True, kw_only=True):
-    """What was exported: ``left_out`` are the reasons of images that were not."""
+    """What was exported.
+
+    ``left_out`` are the reasons of images without nuclei, ``problems`` those of images whose nuclei
+    cannot be read; ``notes`` are remarks for people.
+    """
 
     files: tuple[ExportedFile, ...]
     left_out: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,21 +107,40 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
     Raises ProjectError where none of them has nuclei; ConfigError for what cannot be asked for;
     StorageError for a file that cannot be written.
     """
-    images, left_out = [], []
+    images: list[ExportedImage] = []
+    left_out: list[str] = []
+    problems: list[str] = []
+    notes: list[str] = []
     for entry in entries:
         try:
-            images.append(exported_image(project, entry))
+            found = exported_image(project, entry)
         except ImageError as error:  # the other images go on
-            left_out.append(str(error))
+            problems.append(str(error))
+            continue
+        if isinstance(found, str):
+            left_out.append(found)
+            continue
+        images.append(found)
+        notes += found.notes
+        imported = imported_nuclei(project, entry)
+        if imported is not None and imported.left_out:
+            notes.append(f"{entry.name}: not all of its nuclei are in QuPath: {imported.in_words}")
     if not images:
-        reason = f" ({left_out[0]})" if len(left_out) == 1 else ""
+        reason = f" ({'; '.join(problems + left_out)})" if len(entries) == 1 or problems else ""
         raise ProjectError(
             f"{project.path} has no nuclei to export{reason}: patchcl-qp run {project.path}"
         )
-    write = _WRITERS[request.to]
-    written = write(project, images, request)
-    files = tuple(ExportedFile(path=str(path), rows=rows) for path, rows in written)
-    return Exported(files=files, left_out=tuple(left_out))
+    if request.per in (ExportRows.REGION, ExportRows.CORE):
+        kinds = {summary.kind for image in images for summary in image.result.summaries}
+        if KINDS[request.per] not in kinds:
+            notes.append(_NOT_COUNTED[request.per])
+    written = _WRITERS[request.to](project, images, request)
+    return Exported(
+        files=tuple(ExportedFile(path=str(path), rows=rows) for path, rows in written),
+        left_out=tuple(left_out),
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
 
 
 def _tables(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
@@ -138,6 +170,9 @@ def _table(
     images: Sequence[ExportedImage], request: Request
 ) -> tuple[pa.Schema, Iterable[pa.Table]]:
     """The columns of a table, and its rows."""
+    if request.per is not ExportRows.NUCLEUS:
+        rows = summary_table(images, request.per)
+        return rows.schema, [rows]
     table = NucleiTable.of(images, geometry=request.to is ExportFormat.PARQUET)
     return table.schema, table.batches()
 
@@ -153,9 +188,7 @@ def _geojson(project: Project, images: Sequence[ExportedImage], request: Request
             )
         return [(folder, write_qupath(folder, images[0]))]
     paths = [folder / f"{stem}{request.suffix}" for stem in file_names(images)]
-    return [
-        (path, write_qupath(path, image)) for path, image in zip(paths, images, strict=True)
-    ]
+    return [(path, write_qupath(path, image)) for path, image in zip(paths, images, strict=True)]
 
 
 def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
@@ -186,9 +219,7 @@ def _for_python(project: Project, images: Sequence[ExportedImage], request: Requ
     return [(path, spatial.write_spatialdata(path, images))]
 
 
-_WRITERS: dict[
-    ExportFormat, Callable[[Project, Sequence[ExportedImage], Request], Written]
-] = {
+_WRITERS: dict[ExportFormat, Callable[[Project, Sequence[ExportedImage], Request], Written]] = {
     ExportFormat.CSV: _tables,
     ExportFormat.PARQUET: _tables,
     ExportFormat.GEOJSON: _geojson,

@@ -51,7 +51,7 @@ def write_visium_hd(folder: Path, name: str, image: ExportedImage) -> list[tuple
     ``--custom-segmentation-file``. Raises StorageError.
     """
     kinds = {"nuclei": GEOMETRY}
-    if CELL in next(read_batches(image), pa.table({})).column_names:
+    if CELL in image.columns:
         kinds["cells"] = CELL
     written = []
     for kind, column in kinds.items():

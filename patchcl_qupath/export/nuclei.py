@@ -18,17 +18,15 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Polygons
-from patchcl_qupath.errors import ImageError
-from patchcl_qupath.export.images import ExportedImage
-from patchcl_qupath.storage.parquet import parquet_source
+from patchcl_qupath.export.images import ExportedImage, damaged
+from patchcl_qupath.storage.parquet import CLASSIFICATION, NOT_MEASURED, parquet_source
 
 TEXTS = ("Image", "Object ID", "Object type", "Name", "Classification", "Parent", "ROI")
 CORE = "TMA core"  # beside Parent, where an image has a TMA grid
 CENTROIDS = ("Centroid X µm", "Centroid Y µm", "Centroid X px", "Centroid Y px")
 GEOMETRY = "geometry"
 CELL = "cell"  # the contour of a cell, beside that of its nucleus
-CLASS = "class"
-_OWN = ("id", GEOMETRY, CELL, CLASS)  # columns of a file that are no measurements
+_OWN = (*NOT_MEASURED, CELL)  # columns of a file that are no measurements
 _BATCH = 32_768  # nuclei that are in memory at once
 _DECIMALS = 3  # of centroids
 
@@ -48,7 +46,7 @@ class NucleiTable:
 
     @classmethod
     def of(cls, images: Iterable[ExportedImage], *, geometry: bool = False) -> NucleiTable:
-        """The table of some images. Raises OSError and pyarrow's errors for a damaged file."""
+        """The table of some images."""
         images = tuple(images)
         names = dict.fromkeys(name for image in images for name in measurement_names(image))
         return cls(
@@ -80,19 +78,16 @@ class NucleiTable:
 
 def measurement_names(image: ExportedImage) -> list[str]:
     """The names of the measurements of an image's nuclei."""
-    return [name for name in columns_of(image) if name not in _OWN]
+    return [name for name in image.columns if name not in _OWN]
 
 
-def columns_of(image: ExportedImage) -> list[str]:
-    """The columns of an image's file of nuclei. Raises ImageError."""
-    with _reading(image):
-        return list(pq.read_schema(parquet_source(image.nuclei)).names)
+def read_batches(image: ExportedImage, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The nuclei of an image as they are on disk, some at a time: all columns, or some.
 
-
-def read_batches(image: ExportedImage) -> Iterator[pa.Table]:
-    """The nuclei of an image as they are on disk, some at a time. Raises ImageError."""
+    Raises ImageError.
+    """
     with _reading(image), pq.ParquetFile(parquet_source(image.nuclei)) as file:
-        batches = file.iter_batches(batch_size=_BATCH)
+        batches = file.iter_batches(batch_size=_BATCH, columns=columns and list(columns))
         while True:
             batch = next(batches, None)
             if batch is None:
@@ -106,7 +101,7 @@ def _reading(image: ExportedImage) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        raise ImageError(f"{image.name}: {image.nuclei} is damaged ({error}): run again") from error
+        raise damaged(image.name, image.nuclei, error) from error
 
 
 def contours(batch: pa.Table, column: str = GEOMETRY) -> Polygons:
@@ -116,8 +111,8 @@ def contours(batch: pa.Table, column: str = GEOMETRY) -> Polygons:
 
 def classes(image: ExportedImage, batch: pa.Table) -> pa.Array:
     """The QuPath class (N,) of each nucleus."""
-    if CLASS in batch.column_names:
-        return batch[CLASS].cast(pa.string()).combine_chunks()
+    if CLASSIFICATION in batch.column_names:
+        return batch[CLASSIFICATION].cast(pa.string()).combine_chunks()
     return _constant(image.class_name, len(batch))
 
 

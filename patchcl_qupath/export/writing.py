@@ -41,11 +41,14 @@ def write_csv(
 def write_parquet(path: Path, schema: pa.Schema, batches: Iterable[pa.Table]) -> int:
     """Write a table as Parquet; returns the number of rows. Raises StorageError."""
     rows = 0
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-            for batch in batches:
-                writer.write_table(batch)
-                rows += len(batch)
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("wb") as file,
+        pq.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
+        for batch in batches:
+            writer.write_table(batch)
+            rows += len(batch)
     return rows
 
 

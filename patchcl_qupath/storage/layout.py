@@ -9,6 +9,7 @@ previews/<image>.png                a picture of an image's nuclei
 errors/<image>.png                  a picture of an image's errors, beside ground truth
 report/index.html                   the report
 report/outcomes/<image>.json        outcome of an image in its last run
+report/tables/                      tables, for the report to link to
 report/images/<image>/              pictures and figures of an image for the report
 exports/                            tables, and files for other programs
 regions/, stains/, labels/          exports of the Groovy scripts, by image

@@ -474,15 +474,44 @@ class StainHistogram(Record, frozen=True, kw_only=True):
     counts: list[int]
 
 
+class ClassHistograms(Record, frozen=True, kw_only=True):
+    """The nuclei of a class: their number, and counts of areas and of the judged measurement."""
+
+    name: str
+    nuclei: int
+    area: list[int]
+    measurement: list[int]
+
+
+class PositivityFigures(Record, frozen=True, kw_only=True):
+    """The classes of positive and negative nuclei in the report, from negative to the most positive.
+
+    ``measurement`` is what they are judged by, with these ``thresholds``. Counts are in equal bins
+    from 0 to ``highest``, and of areas to ``highest_area``, in µm²; the last bin counts higher
+    values, too.
+    """
+
+    measurement: str
+    thresholds: tuple[float, ...]
+    highest: float
+    highest_area: float
+    classes: tuple[ClassHistograms, ...]
+
+
 class FieldOfViewRecord(
-    Record, frozen=True, kw_only=True, rename={"contours": "outlines", "entropy": "doubt"}
+    Record,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    rename={"contours": "outlines", "entropy": "doubt"},
 ):
     """A field of view that the report shows.
 
     ``kind`` is the reason for its choice; ``picture`` a file in the same folder. ``x`` and ``y``
     are px at level 0, ``width`` and ``height`` working px; ``um`` is its width in µm; ``density``
     nuclei per mm² of tissue; ``entropy`` the mean predictive entropy in bits. ``contours`` are
-    [x, y, x, y, ...] in thirds of a working px.
+    [x, y, x, y, ...] in thirds of a working px. ``classes`` are the numbers of their classes in
+    ``PositivityFigures``, where nuclei have some.
     """
 
     kind: str
@@ -496,6 +525,7 @@ class FieldOfViewRecord(
     density: int
     entropy: float
     contours: list[list[int]]
+    classes: list[int] = []
 
 
 class FiguresRecord(
@@ -505,6 +535,7 @@ class FiguresRecord(
 
     ``mm`` is (width, height); ``probability`` the mean over nuclei; ``highest_density``, in nuclei
     per mm², is that of the last colour of the density map, None if there is no such map.
+    ``positivity`` is there where nuclei have classes.
     """
 
     run: str
@@ -515,6 +546,7 @@ class FiguresRecord(
     probability: float | None
     highest_density: int | None = None
     fields_of_view: tuple[FieldOfViewRecord, ...] | None = None
+    positivity: PositivityFigures | None = None
 
 
 class ReceiptRecord(
