@@ -20,7 +20,8 @@ _LEAST_SPREAD = 0.1  # of a mode, in the logarithm: fewer would fit single nucle
 _LEAST_NUCLEI = 5  # of a mode
 _LEAST_IN_ALL = 40
 _LEAST_APART = 2.0  # Ashman's D
-_VALLEY = 0.9  # of the density at the lower mode, which that between the modes must be below
+_VALLEY = 0.75  # of the density at the lower mode, which that between the modes must be below
+_HARDLY_ANY = 0.01  # of the nuclei above the usual threshold
 _DAB = 0.1  # optical density below which nothing is brown, so no threshold is
 
 
@@ -132,9 +133,9 @@ def threshold_between(densities: NDArray[np.float32]) -> tuple[float, str | None
     mixture = fit(np.log(np.maximum(known, 0) + _OFFSET))
     high = np.exp(mixture.means[1]) - _OFFSET
     few = mixture.weights.min() * len(known) < _LEAST_NUCLEI
-    if np.quantile(known, 1 - _LEAST_NUCLEI / len(known)) < _DAB:
-        return USUAL_THRESHOLD, f"hardly any nucleus has DAB: {usual}, and nearly all are negative"
     if few or mixture.apart < _LEAST_APART or not mixture.has_valley or high < _DAB:
+        if np.mean(known >= USUAL_THRESHOLD) < _HARDLY_ANY:
+            return USUAL_THRESHOLD, f"hardly any nucleus has DAB: {usual}"
         return USUAL_THRESHOLD, (
             f"DAB of its nuclei has one mode, not two: {usual}; look at the classes, and give "
             "another threshold where they are wrong"
