@@ -24,6 +24,7 @@ import click
 from patchcl_qupath import __version__, console, options
 from patchcl_qupath.config import (
     CORRECTED,
+    TMA_CORES,
     BackendKind,
     Config,
     EngineChoice,
@@ -81,6 +82,12 @@ def main() -> None:
     "groovy/export_regions.groovy exported of it; repeat for more.",
 )
 @click.option(
+    "--tma",
+    is_flag=True,
+    help="Only inside the cores of the images' TMA grids that are not missing, with a summary of "
+    "each core.",
+)
+@click.option(
     "--model",
     "name",
     default=DEFAULT_MODEL,
@@ -97,6 +104,7 @@ def run(
     overrides: Overrides,
     pool: Pool,
     within: tuple[str, ...],
+    tma: bool,
     name: str,
     retrain: bool,
     showing: Showing,
@@ -109,6 +117,8 @@ def run(
     with _reporting_errors(common.as_json):
         if pool.scheduler and pool.cluster:
             raise ConfigError("pass --scheduler or --cluster, not both")
+        if within and tma:
+            raise ConfigError("pass --within or --tma, not both")
         settings = overrides.of(load_config(reading.config))
         project, entries = _open(common, reading=reading, writing=writing)
         _check_engine(settings)
@@ -126,7 +136,7 @@ def run(
                     config=settings,
                     workers=workers,
                     progress=progress,
-                    region_classes=within,
+                    region_classes=(TMA_CORES,) if tma else within,
                     model_name=name,
                 )
                 outcomes = list(this_run.images(entries))

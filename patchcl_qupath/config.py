@@ -35,6 +35,7 @@ from patchcl_qupath.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 CLUSTERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "sge": "qsub"}  # what takes jobs
+TMA_CORES = "(TMA core)"  # instead of a class of annotations: the cores of an image's TMA grid
 # QuPath classes of correction ROIs; groovy/import_nuclei.groovy has them, too.
 TO_CORRECT = "PatchCL: correct here"  # suggested
 CORRECTED = "PatchCL: corrected"  # a person says that it is done
@@ -624,8 +625,8 @@ class ResultConfig(Settings):
         str,
         setting(
             "Classes of positive and negative nuclei: a measurement and a threshold, such as "
-            "`nucleus-dab-mean=0.2`, or three for 1+, 2+ and 3+ (`0.2,0.4,0.6`); `auto` finds one on "
-            "each slide with DAB; empty: none"
+            "`nucleus-dab-mean=0.2`, or three for 1+, 2+ and 3+ (`0.2,0.4,0.6`); `auto` finds one "
+            "on each slide with DAB; empty: none"
         ),
     ] = ""
     summarise: Annotated[
@@ -657,6 +658,11 @@ class ResultConfig(Settings):
         if self.positive:
             return ObjectType.DETECTION
         return ObjectType.ANNOTATION if count <= self.max_annotations else ObjectType.DETECTION
+
+
+def class_colour(name: str, other: tuple[int, ...]) -> tuple[int, ...]:
+    """The colour of a class of nuclei: QuPath's own if it is one of an intensity, else another."""
+    return INTENSITY_COLOURS.get(name.rpartition(":")[2].strip(), other)
 
 
 def parse_positive(text: str) -> tuple[str, tuple[float, ...]] | None:

@@ -127,8 +127,8 @@ class ImageEntry:
     the name of the image in its file, where the project names them. ``use_bounds`` is false where
     QuPath ignores the bounds of the scanned area. ``problem`` is the reason why the image cannot be
     segmented, with advice; ``note`` a remark for people. ``regions`` are the analysis regions, one
-    geometry for each annotation. ``stains`` are the stain vectors that are set in QuPath, where
-    they are known.
+    geometry for each annotation. ``drawn`` are the annotations and TMA cores to count nuclei in.
+    ``stains`` are the stain vectors that are set in QuPath, where they are known.
     """
 
     id: str
@@ -144,6 +144,7 @@ class ImageEntry:
     problem: str | None = None
     note: str | None = None
     regions: tuple[shapely.Geometry, ...] = ()  # level 0, valid; empty: the whole image
+    drawn: tuple[DrawnRegion, ...] = ()
     stains: StainVectors | None = None
 
 

@@ -105,6 +105,8 @@ class Overrides:
     class_name: str | None
     overlapping: str | None
     keep: bool
+    positive: str | None
+    summarise: tuple[str, ...]
     seed: int | None
 
     def of(self, config: Config) -> Config:
@@ -118,6 +120,10 @@ class Overrides:
             result = replace(result, overlapping=Overlapping(self.overlapping))
         if self.keep:
             result = replace(result, keep=True)
+        if self.positive is not None:
+            result = replace(result, positive=self.positive)
+        if self.summarise:
+            result = replace(result, summarise=tuple(dict.fromkeys(self.summarise)))
         if self.stain is not None:
             slide = replace(slide, stain=StainChoice(self.stain))
         if self.seed is not None:
@@ -261,6 +267,20 @@ overrides = _bundle(
             is_flag=True,
             help="Keep every nucleus of an earlier run that carries a class, measurements or notes "
             "of yours, also where no new nucleus takes these over.",
+        ),
+        click.option(
+            "--positive",
+            metavar="MEASUREMENT=OD|auto",
+            help="Classes of positive and negative nuclei, on slides with DAB: by a threshold "
+            "(nucleus-dab-mean=0.2), by three for 1+, 2+ and 3+ (nucleus-dab-mean=0.2,0.4,0.6), "
+            "or by one that is found on each slide (auto).",
+        ),
+        click.option(
+            "--summarise",
+            multiple=True,
+            metavar="CLASS",
+            help="Count nuclei in every annotation of this class, with densities and percentages; "
+            "repeat for more.",
         ),
         seed,
     ],

@@ -23,7 +23,7 @@ _PARTLY = 0.001  # of the smaller area: two regions that share less touch, or sh
 
 def centroids_of(contours: Polygons) -> Centroids:
     """The centroids (N, 2) of contours (N,), in their frame."""
-    return shapely.get_coordinates(shapely.centroid(contours)).reshape(-1, 2)
+    return np.asarray(shapely.get_coordinates(shapely.centroid(contours)), np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +118,12 @@ class Regions:
             points[outside], max_distance=_NEAR_PX, all_matches=False
         )
         return np.append(region, cores[core]), np.append(point, outside[near])
+
+    def shares_in(self, area: shapely.Geometry) -> NDArray[np.float64]:
+        """The share (N,) of each region that lies in an area: 1 up to rounding is 1, 0 is none."""
+        inside = shapely.area(shapely.intersection(self.geometries, area))
+        shares = inside / np.maximum(self._areas, 1e-12)
+        return np.where(shares > 1 - _PARTLY, 1.0, shares)
 
     def partly_overlapping(self) -> list[tuple[int, int]]:
         """The pairs of regions of which each has a part of its own and a part in common."""

@@ -20,17 +20,18 @@ _MAIN = ("area µm^2", "area ratio", "circularity")  # the main measurements, be
 class Extent:
     """How large an image or a region is, in mm²: all of it, and the tissue in it; None if unknown.
 
-    ``x`` and ``y`` are its centroid at level 0, None of an image.
+    ``x`` and ``y`` are its centroid, ``area_px`` its area at level 0; None of an image.
     """
 
     area_mm2: float | None = None
     tissue_mm2: float | None = None
     x: float | None = None
     y: float | None = None
+    area_px: float | None = None
 
 
 def is_main(measurement: str) -> bool:
-    """Whether a measurement is one of those that are summarised: areas, circularity, stain means."""
+    """Whether a measurement is summarised: areas, circularity, means of stains."""
     return measurement.lower().endswith(_MAIN) or measurement.endswith(": Mean")
 
 
@@ -127,6 +128,7 @@ class _Counted:
             **named,
             x=extent.x,
             y=extent.y,
+            area_px=extent.area_px,
             area_mm2=extent.area_mm2,
             tissue_mm2=extent.tissue_mm2,
             nuclei=len(codes),

@@ -92,7 +92,7 @@ def note(
         )
     if not has_tissue:
         notes.append("no tissue in its regions" if entry.regions else "no tissue found, only glass")
-    is_auto = settings.object_type is ObjectType.AUTO
+    is_auto = settings.object_type is ObjectType.AUTO and not settings.positive
     if is_auto and settings.kind(count) is ObjectType.DETECTION:
         notes.append(f"more than {settings.max_annotations:,} nuclei: written as detections")
     return "; ".join(notes) or None

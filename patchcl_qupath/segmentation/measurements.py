@@ -41,6 +41,13 @@ def measure(
     return {name: values.astype(np.float32) for name, values in named.items()}
 
 
+def measurement_names(stains: StainVectors) -> list[str]:
+    """The names of the measurements that ``measure`` makes."""
+    none = np.zeros((1, 1), np.int32)
+    rgb = np.zeros((1, 1, 3), np.uint8)
+    return list(measure(np.empty(0, object), none, rgb, np.empty(0), stains))
+
+
 def has_hematoxylin(
     labels: NDArray[np.int32], rgb: NDArray[np.uint8], mpp: float, config: SegmentConfig
 ) -> NDArray[np.bool_]:

@@ -87,8 +87,9 @@ class Summary(Record, frozen=True, kw_only=True, omit_defaults=True):
     """What is in an image, an annotation or a TMA core, its ``kind``: image, region or core.
 
     ``name`` is that of an image or an annotation, or the label of a core; ``class_name`` and ``id``
-    are those of the object in QuPath; ``x`` and ``y`` its centroid at level 0. ``area_mm2`` is that
-    of its part in the image, ``tissue_mm2`` that of the tissue in it; None where it is not known.
+    are those of the object in QuPath; ``x`` and ``y`` its centroid and ``area_px`` its area, at
+    level 0, None of an image. ``area_mm2`` is that of its part that was segmented, ``tissue_mm2``
+    that of the tissue in it; None where it is not known.
 
     ``nuclei`` counts all whose centroid lies in it; ``own`` those of them that lie in no smaller
     region. ``classes`` has the numbers by class, also those of classes without a nucleus.
@@ -104,6 +105,7 @@ class Summary(Record, frozen=True, kw_only=True, omit_defaults=True):
     id: str = ""
     x: float | None = None
     y: float | None = None
+    area_px: float | None = None
     area_mm2: float | None = None
     tissue_mm2: float | None = None
     nuclei: int
@@ -610,7 +612,9 @@ class RegionSummary(Record, frozen=True, kw_only=True):
     """What is in a `PatchCL` annotation of an image now; ``x`` and ``y`` are its centroid, level 0.
 
     ``area_mm2`` is that of its tissue where ``is_tissue``, else that of the annotation itself; None
-    where the image has no pixel size. ``per_mm2`` is the density of nuclei.
+    where the image has no pixel size. ``per_mm2`` is the density of nuclei. Annotations of a person
+    that the last run summarised, and TMA cores, are summarised, too. ``positive_percent`` and
+    ``h_score`` are unset where nuclei have no such classes.
     """
 
     name: str
@@ -620,6 +624,8 @@ class RegionSummary(Record, frozen=True, kw_only=True):
     area_mm2: float | None
     is_tissue: bool
     per_mm2: float | None
+    positive_percent: float | msgspec.UnsetType = msgspec.UNSET
+    h_score: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class ImageSummary(Record, frozen=True, kw_only=True):
