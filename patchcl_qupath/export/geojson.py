@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from patchcl_qupath.export.images import ExportedImage
-from patchcl_qupath.export.nuclei import CELL, GEOMETRY, contours, read_batches
+from patchcl_qupath.export.images import CELL, ExportedImage
+from patchcl_qupath.export.nuclei import GEOMETRY, contours, read_batches
 from patchcl_qupath.project.results import geojson_polygons
 from patchcl_qupath.storage.files import atomic_write
 

@@ -21,6 +21,7 @@ from patchcl_qupath.storage.files import readable
 from patchcl_qupath.storage.parquet import parquet_source
 from patchcl_qupath.storage.records import RemovedRecord, ResultRecord, Summary, read_result
 
+CELL = "cell"  # QuPath's type of object, and the column with its contour beside the nucleus's
 _SUFFIX = re.compile(r"(\.ome)?\.[A-Za-z][A-Za-z0-9]{1,6}$", re.IGNORECASE)  # of an image's file
 
 
@@ -48,6 +49,11 @@ class ExportedImage:
     columns: tuple[str, ...]
     regions: Regions = field(default_factory=lambda: Regions.of([]))
     notes: tuple[str, ...] = ()
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether the objects in QuPath are cells."""
+        return CELL in self.columns and self.result.object_type == CELL
 
     @property
     def mpp(self) -> tuple[float, float]:

@@ -18,14 +18,13 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Polygons
-from patchcl_qupath.export.images import ExportedImage, damaged
+from patchcl_qupath.export.images import CELL, ExportedImage, damaged
 from patchcl_qupath.storage.parquet import CLASSIFICATION, NOT_MEASURED, parquet_source
 
 TEXTS = ("Image", "Object ID", "Object type", "Name", "Classification", "Parent", "ROI")
 CORE = "TMA core"  # beside Parent, where an image has a TMA grid
 CENTROIDS = ("Centroid X µm", "Centroid Y µm", "Centroid X px", "Centroid Y px")
 GEOMETRY = "geometry"
-CELL = "cell"  # the contour of a cell, beside that of its nucleus
 _OWN = (*NOT_MEASURED, CELL)  # columns of a file that are no measurements
 _BATCH = 32_768  # nuclei that are in memory at once
 _DECIMALS = 3  # of centroids
@@ -120,7 +119,7 @@ def _rows(image: ExportedImage, batch: pa.Table, schema: pa.Schema) -> pa.Table:
     """The rows of nuclei, as in a file, in the columns of a table."""
     count = len(batch)
     nuclei = contours(batch)
-    drawn = CELL if CELL in batch.column_names else GEOMETRY  # the ROI of the object in QuPath
+    drawn = CELL if image.has_cells else GEOMETRY  # the ROI of the object in QuPath
     shown = nuclei if drawn == GEOMETRY else contours(batch, drawn)
     px = centroids(shown)
     values = dict(zip(CENTROIDS, np.round(_in_um_and_px(px, image.mpp), _DECIMALS), strict=True))
@@ -128,7 +127,7 @@ def _rows(image: ExportedImage, batch: pa.Table, schema: pa.Schema) -> pa.Table:
     columns: dict[str, pa.Array | NDArray[np.float64]] = {
         "Image": _constant(image.name, count),
         "Object ID": batch["id"],
-        "Object type": _constant("Cell" if drawn == CELL else image.object_type, count),
+        "Object type": _constant(image.object_type, count),
         "Classification": classes(image, batch),
         CORE: places.cores,
         "Parent": places.parents,

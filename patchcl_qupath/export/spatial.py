@@ -20,9 +20,8 @@ from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale
 
 from patchcl_qupath import __version__
-from patchcl_qupath.export.images import ExportedImage, file_names
+from patchcl_qupath.export.images import CELL, ExportedImage, file_names
 from patchcl_qupath.export.nuclei import (
-    CELL,
     CENTROIDS,
     GEOMETRY,
     NucleiTable,

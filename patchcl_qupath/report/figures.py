@@ -25,7 +25,7 @@ from PIL import ImageDraw
 from patchcl_qupath.answers.positivity import Positivity
 from patchcl_qupath.datatypes import Box, UncertaintyGrid
 from patchcl_qupath.report.density_map import DensityMap
-from patchcl_qupath.report.positivity_map import ClassifiedNuclei, class_codes
+from patchcl_qupath.report.positivity_map import ClassifiedNuclei, codes_in
 from patchcl_qupath.report.thumbnails import beside, draw_contours, draw_failed_tiles
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.segmentation.uncertainty import FieldsOfView, bin_px, fields_of_view
@@ -229,9 +229,7 @@ def _write_fields_of_view(
         (folder / picture).write_bytes(to_jpeg(segmented.pixels(box), _JPEG_QUALITY))
         record = _field_of_view(segmented, found, i, kind=kind, picture=picture)
         if positivity is not None:
-            nuclei = segmented.nuclei_in(box)  # in the order of the contours
-            values = nuclei.measurements.get(positivity.record.measurement, np.empty(0, "f4"))
-            codes = class_codes(positivity, values).tolist()
+            codes = codes_in(segmented, box, positivity)
             record = msgspec.structs.replace(record, classes=codes)
         records.append(record)
     return tuple(records)

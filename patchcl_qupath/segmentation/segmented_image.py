@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -80,21 +80,6 @@ class SegmentedImage:
             found.append(on_grid[shapely.intersects(on_grid, frame)])
         moved = shapely.transform(np.concatenate(found), lambda xy: xy - (box.col0, box.row0))
         return np.asarray(moved)
-
-    def nuclei_in(self, box: Box) -> Nuclei:
-        """The nuclei whose contours ``contours_in`` has, in the same order and frame."""
-        slide = self.image.slide
-        x, y = slide.downsample
-        reach = box.grow(math.ceil(_MAX_RADIUS_UM / slide.mpp), slide.shape)
-        frame = shapely.box(box.col0, box.row0, box.col1, box.row1)
-        found = []
-        for nuclei in self.store.nuclei([t for t in self.tiles if t.write.meets(reach)]):
-            on_grid = grid_to_level0(nuclei.polygons, (1 / x, 1 / y))
-            inside = shapely.intersects(on_grid, frame)
-            found.append(replace(nuclei[inside], polygons=on_grid[inside]))
-        together = Nuclei.concatenate(found)
-        moved = shapely.transform(together.polygons, lambda xy: xy - (box.col0, box.row0))
-        return replace(together, polygons=np.asarray(moved))
 
     def pixels(self, box: Box) -> NDArray[np.uint8]:
         """The pixels (H, W, 3) of a box of the working grid; grey where they cannot be read."""
