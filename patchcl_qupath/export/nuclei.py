@@ -6,6 +6,7 @@ added. Nuclei are read a batch at a time, so that memory does not grow with thei
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ TEXTS = ("Image", "Object ID", "Object type", "Name", "Classification", "Parent"
 CORE = "TMA core"  # beside Parent, where an image has a TMA grid
 CENTROIDS = ("Centroid X µm", "Centroid Y µm", "Centroid X px", "Centroid Y px")
 GEOMETRY = "geometry"
+GEO = {  # GeoParquet 1.1; coordinates are pixels, so there is no reference system
+    "version": "1.1.0",
+    "primary_column": GEOMETRY,
+    "columns": {GEOMETRY: {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None}},
+}
 _OWN = (*NOT_MEASURED, CELL)  # columns of a file that are no measurements
 _BATCH = 32_768  # nuclei that are in memory at once
 _DECIMALS = 3  # of centroids
@@ -64,8 +70,9 @@ class NucleiTable:
         fields = [(name, pa.string()) for name in texts]
         fields += [(name, pa.float64()) for name in CENTROIDS]
         fields += [(name, pa.float32()) for name in self.measurements]
-        fields += [(GEOMETRY, pa.binary())] if self.geometry else []
-        return pa.schema(fields)
+        if not self.geometry:
+            return pa.schema(fields)
+        return pa.schema([*fields, (GEOMETRY, pa.binary())], metadata={"geo": json.dumps(GEO)})
 
     def batches(self) -> Iterator[pa.Table]:
         """The rows, some at a time, image by image."""

@@ -1,7 +1,8 @@
 """The tables of images, regions and TMA cores: one row each, numbers by QuPath's names.
 
-What QuPath's tables have is named as there: counts and percentages by class, scores, centroids.
-Tissue, densities and quartiles of measurements come after it.
+What QuPath's tables have is named as there: counts and percentages by class, scores, centroids, and
+what an import measures on annotations (``PatchCL: Tissue mm^2``). Densities of classes and quartiles
+of measurements come after it.
 """
 
 from __future__ import annotations
@@ -155,12 +156,12 @@ def _scores(image: ExportedImage, summary: Summary) -> Cells:
 def _size(_: ExportedImage, summary: Summary) -> Cells:
     if summary.area_mm2 is not None:
         yield "Area µm^2", round(summary.area_mm2 * 1e6, _DECIMALS)
-    yield "Tissue mm^2", summary.tissue_mm2
+    yield "PatchCL: Tissue mm^2", summary.tissue_mm2
 
 
 def _densities(image: ExportedImage, summary: Summary) -> Cells:
     """Nuclei per mm² of tissue: all, and those of each class."""
-    yield "Nuclei per mm^2", summary.per_mm2
+    yield "PatchCL: Nuclei per mm^2", summary.per_mm2
     for name, found in sorted(summary.classes.items()):
         yield f"Num {name} per mm^2", found.per_mm2
 

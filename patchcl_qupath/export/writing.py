@@ -15,8 +15,12 @@ import pyarrow.parquet as pq
 from patchcl_qupath.storage.files import atomic_write
 
 _MARK = b"\xef\xbb\xbf"  # of UTF-8, by which Excel knows it
-# Texts that Excel would calculate, or change into a number or a date: 0012, 1-2, 2e5, =A1.
-_CHANGED = r"^\s*[=+\-@\t]|^\s*[0-9][0-9\s.,:/eE+\-]*$|^[0-9]{1,4}[-/ .]?[A-Za-z]{3,9}([-/ .]|$)"
+_MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
+# Texts that Excel would calculate, or change into a number or a date: 0012, 1-2, 2e5, =A1, SEPT2.
+_CHANGED = (
+    r"(?i)^\s*([=+\-@\t]|[0-9][0-9\s.,:/e+\-]*$|true$|false$|"
+    rf"[0-9]{{1,4}}[-/ .]?{_MONTH}([-/ .]|$)|{_MONTH}[-/ .]?[0-9]{{1,4}}$)"
+)
 
 
 def write_csv(

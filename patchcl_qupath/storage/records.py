@@ -486,7 +486,7 @@ class ClassHistograms(Record, frozen=True, kw_only=True):
 
 
 class PositivityFigures(Record, frozen=True, kw_only=True):
-    """The classes of positive and negative nuclei in the report, from negative to the most positive.
+    """The classes of nuclei in the report, from negative to the most positive.
 
     ``measurement`` is what they are judged by, with these ``thresholds``. Counts are in equal bins
     from 0 to ``highest``, and of areas to ``highest_area``, in µm²; the last bin counts higher
