@@ -91,7 +91,7 @@ def _anndata(images: Sequence[ExportedImage]) -> anndata.AnnData:
     texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
     observed = rows.select([name for name in texts if name != "Name"]).to_pandas()
     observed.columns = [name.lower().replace(" ", "_") for name in observed]
-    observed.index = pd.Index(observed[_INSTANCE].astype(str), name=None)
+    observed.index = pd.Index(observed[_INSTANCE].to_numpy(dtype=str))
     for name in observed.columns.drop(_INSTANCE):
         observed[name] = observed[name].astype("category")
     x_um, y_um, x, y = (rows[name].to_numpy() for name in CENTROIDS)
