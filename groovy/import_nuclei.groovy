@@ -1683,8 +1683,8 @@ static void measure(PathObject region, Tally tally, boolean graded, ImageData<?>
     setOrForget(region, 'PatchCL: Positive %', known * 100 * tally.positive / tally.classified)
     for (int grade = 1; grade <= 3; grade++)
         setOrForget(region, "PatchCL: ${grade}+", graded ? known * tally.grades[grade] : Double.NaN)
-    setOrForget(region, 'PatchCL: H-score', graded ? known * tally.hScore : Double.NaN)
-    setOrForget(region, 'PatchCL: Allred score', graded ? known * tally.allred : Double.NaN)
+    setOrForget(region, 'PatchCL: H-score', graded ? known * tally.getHScore() : Double.NaN)
+    setOrForget(region, 'PatchCL: Allred score', graded ? known * tally.getAllred() : Double.NaN)
 }
 
 /** Sets a measurement; without a number, only one that was there becomes none. */
