@@ -113,7 +113,7 @@ def test_a_row_for_each_image(project: Project) -> None:
     first, second = rows_of(exported(project, "--to", "csv", "--per", "image")[0])
     expected = {
         "Image": "a, b.svs",
-        "Object type": "Image",
+        "Object type": "Root object (Image)",
         "Num Detections": "5",
         "Num Nucleus (base)": "5",
         "Num Nucleus: Negative": "2",
