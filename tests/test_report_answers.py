@@ -149,10 +149,8 @@ def test_the_map_lies_on_the_overview(project: Project) -> None:
     share = positive_share(positive, centroids_of(found.polygons), (128, 128), (4, 4))
     low, high = np.nanargmin(share), np.nanargmax(share)
     assert np.nanmin(share) < np.nanmax(share)
-    colours = [
-        seen[64 // px + 128 // px * (k // 4), 64 // px + 128 // px * (k % 4), :3]
-        for k in (low, high)
-    ]
+    places = [(min(64 + 128 * (k // 4), 399), min(64 + 128 * (k % 4), 499)) for k in (low, high)]
+    colours = [seen[row // px, col // px, :3] for row, col in places]
     distances = [
         [
             np.abs(colour.astype(int) - end).sum()
