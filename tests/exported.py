@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import shapely
 from results import result_of
 
@@ -22,7 +24,13 @@ from patchcl_qupath.answers.summary import Extent, summarise
 from patchcl_qupath.config import Config, ResultConfig, to_dict
 from patchcl_qupath.datatypes import DrawnRegion, Nuclei
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
-from patchcl_qupath.storage.records import PositivityRecord, SlideProvenance
+from patchcl_qupath.storage.records import (
+    PositivityRecord,
+    ResultRecord,
+    SlideProvenance,
+    read_record,
+    write_record,
+)
 
 MPP = (0.5, 0.25)
 PLACES = [(100, 100), (140, 100), (300, 100), (310, 900), (700, 700)]  # centroids, px
@@ -139,3 +147,24 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file, by the names of its columns."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
+
+
+def grow(project: Project, number: int, um: float, down: float = 0) -> None:
+    """Give the nuclei of an image cells, as ``--expand`` does: boxes that reach ``um`` further.
+
+    They are moved ``down`` by so many px, which real ones are not.
+    """
+    layout, entry = project.layout, project.images()[number]
+    table = pq.read_table(layout.nuclei(entry.id))
+    x, y = um / MPP[0], um / MPP[1]
+    cells = [
+        shapely.box(left - x, top - y + down, right + x, bottom + y + down)
+        for left, top, right, bottom in shapely.bounds(
+            shapely.from_wkb(table["geometry"].to_pylist())
+        )
+    ]
+    column = pa.array(shapely.to_wkb(cells).tolist(), pa.binary())
+    pq.write_table(table.append_column("cell", column), layout.nuclei(entry.id))
+    result = read_record(layout.result(entry.id), ResultRecord)
+    assert result is not None
+    write_record(layout.result(entry.id), msgspec.structs.replace(result, object_type="cell"))

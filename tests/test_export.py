@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from exported import (
     DRAWN,
     export_drawn,
+    grow,
     id_of,
     make_project,
     nuclei,
@@ -254,6 +255,28 @@ def test_visium_hd_gets_plain_numbered_polygons(project: Project) -> None:
         assert ring[0] == ring[-1]
     assert shapely.Polygon(ring).centroid.coords[0] == (700, 700)  # px, as in the microscope image
     assert len(json.loads(second.read_text("utf-8"))["features"]) == 2
+
+
+def test_cells_are_exported_beside_their_nuclei(project: Project) -> None:
+    """In tables they are the objects, as in QuPath; their nucleus says where they belong."""
+    (entry, _) = project.images()
+    grow(project, 0, um=5, down=90)
+
+    rows = rows_of(exported(project, "--to", "csv")[0])
+    assert rows[0]["Object type"] == "Cell"
+    assert "cell" not in rows[0]
+    assert (rows[0]["Centroid X px"], rows[0]["Centroid Y px"]) == ("100", "190")
+    assert rows[1]["Parent"] == "Annotation (Stroma)"  # where its nucleus is
+    assert rows[5]["Object type"] == "Annotation"
+    (table_path,) = exported(project, "--to", "parquet", "--image", entry.id)
+    drawn = shapely.from_wkb(pq.read_table(table_path)["geometry"].to_pylist())
+    assert shapely.area(drawn).tolist() == [30 * 50] * 5
+    nuclei_path, cells_path, _ = exported(project, "--to", "visium-hd")
+    assert cells_path.name == "a, b.cells.geojson"
+    for path, area in ((nuclei_path, 100), (cells_path, 30 * 50)):
+        objects = read_objects(path)
+        assert shapely.area(objects.areas).tolist() == [area] * 5
+        assert objects.ids.tolist() == [id_of("a", k) for k in range(5)]
 
 
 def test_one_file_or_one_for_each_image(tmp_path: Path) -> None:

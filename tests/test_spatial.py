@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import shapely
 from click.testing import CliRunner
-from exported import DRAWN, MPP, PLACES, id_of, make_project, nuclei, write
+from exported import DRAWN, MPP, PLACES, grow, id_of, make_project, nuclei, write
 from scipy import sparse
 
 from patchcl_qupath.cli import main
@@ -73,6 +73,18 @@ def test_shapes_of_spatialdata_are_in_px_and_um(project: Project) -> None:
         "Area µm^2", sdata=data, element_name="b_nuclei", table_name="nuclei"
     )
     assert areas["Area µm^2"].to_dict() == {id_of("b", 0): 10, id_of("b", 1): 20}
+
+
+def test_cells_are_shapes_of_their_own(project: Project) -> None:
+    spatialdata = pytest.importorskip("spatialdata")
+    grow(project, 1, um=2)
+    (path,) = exported(project, "--to", "spatialdata", "--image", "b.svs")
+    data = spatialdata.read_zarr(path)
+    assert sorted(data.shapes) == ["b_cells", "b_nuclei"]
+    assert list(data["b_cells"].index) == list(data["b_nuclei"].index)
+    in_um = spatialdata.transform(data["b_cells"], to_coordinate_system="b_um")
+    assert in_um.area.tolist() == pytest.approx([(5 + 4) * (2.5 + 4)] * 2)
+    assert data["nuclei"].obs["object_type"].tolist() == ["Cell"] * 2
 
 
 def test_squidpy_finds_neighbours_in_anndata(project: Project) -> None:
