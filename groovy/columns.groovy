@@ -20,10 +20,10 @@ class Columns {
     /**
      * N polygons as annotations or detections. x and y are the vertices of all polygons, one polygon after the other;
      * ends[k] is the index after the last vertex of polygon k; ids are the N UUIDs as 2 N halves; values are N rows
-     * with one number for each name.
+     * with one number for each name; codes are the numbers of the N classes.
      */
     static List<PathObject> toObjects(double[] x, double[] y, int[] ends, long[] ids, String[] names, float[] values,
-                                      PathClass pathClass, boolean annotations) {
+                                      PathClass[] pathClasses, int[] codes, boolean annotations) {
         ImagePlane plane = ImagePlane.getDefaultPlane()
         List<PathObject> objects = new ArrayList<>(ends.length)
         int start = 0
@@ -36,6 +36,7 @@ class Columns {
             for (int i = 0; i < names.length; i++)
                 measurements.put(names[i], values[k * names.length + i])
             measurements.close()
+            PathClass pathClass = pathClasses[codes[k]]
             PathObject pathObject = annotations ?
                     PathObjects.createAnnotationObject(roi, pathClass, measurements) :
                     PathObjects.createDetectionObject(roi, pathClass, measurements)

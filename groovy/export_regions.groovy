@@ -1,6 +1,6 @@
 /**
- * Exports the annotations of the open image as analysis regions, for `patchcl-qp run --within CLASS`, and its stain
- * vectors, for the measurements; with 'Run > Run for project', of every image chosen there. Without a window:
+ * Exports the annotations of the open image as analysis regions, for `patchcl-qp run --within CLASS` and `--summarise
+ * CLASS`, its TMA cores, for `--tma`, and its stain vectors, for the measurements; with 'Run > Run for project', of every image chosen there. Without a window:
  *
  *     QuPath script -p project.qpproj export_regions.groovy
  *
@@ -51,8 +51,8 @@ logger.info("${entry.getImageName()}: annotations exported to ${file} (" +
 
 
 /**
- * Writes a file with the annotations that a person made, and with 'more'; returns the number of annotations of each
- * class. patchcl-qp calls this, too, when it reads by itself.
+ * Writes a file with the annotations that a person made, the cores of the TMA grid, and 'more'; returns the number of
+ * annotations of each class, and of cores. patchcl-qp calls this, too, when it reads by itself.
  */
 static Map<String, Integer> exportRegions(ImageData<?> imageData, List<PathObject> more, Path file) {
     // import_nuclei.groovy lists the objects that it added in this property: a line for each, its id first.
@@ -61,10 +61,12 @@ static Map<String, Integer> exportRegions(ImageData<?> imageData, List<PathObjec
     List<PathObject> regions = imageData.getHierarchy().getAnnotationObjects().toList().findAll {
         it.getROI()?.isArea() && !ours.contains(it.getID().toString())
     }
+    List<PathObject> cores = imageData.getHierarchy().getTMAGrid()?.getTMACoreList() ?: []
+    List<PathObject> all = regions + cores + more
     write(file) { OutputStream stream ->
-        PathIO.exportObjectsAsGeoJSON(stream, regions + more, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
+        PathIO.exportObjectsAsGeoJSON(stream, all, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
     }
-    return (regions + more).countBy { it.getPathClass()?.toString() ?: 'no class' }
+    return all.countBy { it.isTMACore() ? 'TMA cores' : it.getPathClass()?.toString() ?: 'no class' }
 }
 
 /**

@@ -29,6 +29,7 @@
  * Needs QuPath 0.4 or later.
  */
 
+import com.google.gson.JsonArray
 import com.google.gson.JsonElement
 import com.google.gson.JsonObject
 import com.google.gson.JsonParser
@@ -67,9 +68,11 @@ import qupath.lib.objects.PathCellObject
 import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjectTools
 import qupath.lib.objects.PathObjects
+import qupath.lib.objects.TMACoreObject
 import qupath.lib.objects.classes.PathClass
 import qupath.lib.objects.classes.PathClassTools
 import qupath.lib.objects.hierarchy.PathObjectHierarchy
+import qupath.lib.objects.hierarchy.TMAGrid
 import qupath.lib.projects.Project
 import qupath.lib.projects.ProjectImageEntry
 import qupath.lib.regions.ImagePlane
@@ -392,6 +395,53 @@ class PresentNuclei {
 }
 
 
+/** The nuclei that were counted in a region, and their intensities by QuPath's classes. */
+@CompileStatic
+class Tally {
+
+    int nuclei
+    int negative
+    int positive
+    final int[] grades = new int[4]   // of 1+ to 3+, by number
+
+    void add(PathObject nucleus) {
+        nuclei++
+        PathClass pathClass = nucleus.getPathClass()
+        if (pathClass == null || PathClassTools.isNullClass(pathClass))
+            return
+        if (PathClassTools.isNegativeClass(pathClass))
+            negative++
+        else if (PathClassTools.isPositiveOrGradedIntensityClass(pathClass))
+            positive++
+        if (PathClassTools.isGradedIntensityClass(pathClass))
+            grades[PathClassTools.isOnePlus(pathClass) ? 1 : PathClassTools.isTwoPlus(pathClass) ? 2 : 3]++
+    }
+
+    int getClassified() {
+        return negative + positive
+    }
+
+    boolean isGraded() {
+        return grades[1] + grades[2] + grades[3] > 0
+    }
+
+    /** As QuPath's: 0 to 300. */
+    double getHScore() {
+        return 100d * (grades[1] + 2 * grades[2] + 3 * grades[3]) / classified
+    }
+
+    /** As QuPath's: the score of the proportion, 0 to 5, and that of the mean grade, 0 to 3. */
+    int getAllred() {
+        if (positive == 0)
+            return 0
+        double share = positive / (double) classified
+        int proportion = share >= 2 / 3d ? 5 : share >= 1 / 3d ? 4 : share >= 0.1d ? 3 : share >= 0.01d ? 2 : 1
+        double mean = (grades[1] + 2 * grades[2] + 3 * grades[3]) / (double) positive
+        return proportion + (mean > 7 / 3d ? 3 : mean > 5 / 3d ? 2 : 1)
+    }
+}
+
+
 /** What an import is going to do: nothing is changed yet. */
 @CompileStatic
 class Replacement {
@@ -559,9 +609,13 @@ static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, Give
     rois.addAll(existing.keptRois)
     PathObject[] objects = all.toArray(new PathObject[0])
     boolean[] intact = new boolean[objects.length]
+    boolean[] hasItsClass = new boolean[objects.length]
     IntStream.range(0, objects.length).parallel().forEach { int k ->   // digests are what takes long
         String mark = marks.nuclei.get(objects[k].getID())
-        intact[k] = mark != null && hasItsContour(objects[k], mark, given)
+        hasItsClass[k] = mark != null && hasItsContour(objects[k], mark, String.valueOf(objects[k].getPathClass()))
+        intact[k] = hasItsClass[k] || mark != null && given.classes.any { String other ->
+            hasItsContour(objects[k], mark, other)
+        }
     }
     for (int k = 0; k < objects.length; k++) {
         PathObject pathObject = objects[k]
@@ -573,7 +627,7 @@ static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, Give
         }
         UUID id = pathObject.getID()
         if (intact[k] && !liesInAny(pathObject, existing.keptRois)) {
-            Additions additions = additionsTo(pathObject, marks, given, foreign)
+            Additions additions = additionsTo(pathObject, !hasItsClass[k], marks, given, foreign)
             existing.intactIds.add(id)
             PathObject parent = pathObject.getParent()
             if (parent != null && !parent.isRootObject() && !marks.contains(parent.getID()))
@@ -598,19 +652,15 @@ static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, Give
     return existing
 }
 
-/** Whether an imported nucleus has the contour and kind that it was given, and is not locked. */
+/** Whether an imported nucleus, given a class, has the contour and kind that it was given, and is not locked. */
 @CompileStatic
-static boolean hasItsContour(PathObject nucleus, String mark, Given given) {
-    String own = String.valueOf(nucleus.getPathClass())
-    if (given.classes.contains(own) && mark.startsWith(pristineDigest(nucleus, own)))
-        return true
-    return given.classes.any { String other -> other != own && mark.startsWith(pristineDigest(nucleus, other)) }
+static boolean hasItsContour(PathObject nucleus, String mark, String className) {
+    return mark.startsWith(pristineDigest(nucleus, className))
 }
 
-/** What somebody put on an imported nucleus; null without anything. */
+/** What somebody put on an imported nucleus; null without anything. 'hasClass' is whether its class is another one. */
 @CompileStatic
-static Additions additionsTo(PathObject nucleus, Marks marks, Given given, Set<PathObject> foreign) {
-    boolean hasClass = !given.classes.contains(String.valueOf(nucleus.getPathClass()))
+static Additions additionsTo(PathObject nucleus, boolean hasClass, Marks marks, Given given, Set<PathObject> foreign) {
     boolean hasNote = nucleus.getName() != null || nucleus.getColor() != null ||
             Metadata.of(nucleus).values().any { String value -> value }
     List<String> measurements = given.foreign(nucleus.getMeasurementList().getMeasurementNames())
@@ -1033,7 +1083,7 @@ static void exchange(ImageData<?> imageData, Replacement plan) {
         plan.regions.any { PathObject region -> region.getID() == other.getID() }
     }
     Areas parents = new Areas(parentsFor(hierarchy, plan))
-    Map<PathObject, PathObject> places = parentsOfRegions(existing, added)
+    Map<PathObject, PathObject> places = coresOfRegions(imageData, plan) + parentsOfRegions(existing, added)
 
     Set<PathObject> gone = ExistingObjects.identitySet()
     gone.addAll(existing.unchangedNuclei)
@@ -1112,6 +1162,20 @@ static Map<PathObject, PathObject> parentsOfRegions(ExistingObjects existing, Ne
     }
     return added.regions.findAll { PathObject region -> parents.containsKey(region.getID()) }
             .collectEntries { PathObject region -> [region, parents[region.getID()]] }
+}
+
+/** The TMA cores in which the regions of a run within cores lie; empty for other runs. */
+@CompileStatic
+static Map<PathObject, PathObject> coresOfRegions(ImageData<?> imageData, Replacement plan) {
+    Map<PathObject, PathObject> places = [:]
+    List<PathObject> cores = countedCores(imageData, plan.result)
+    if (cores.isEmpty())
+        return places
+    Areas areas = new Areas(cores)
+    for (PathObject region : plan.added.regions)
+        for (PathObject core : areas.holding(centroidOf(region)))
+            places[region] = core
+    return places
 }
 
 @CompileStatic
@@ -1394,8 +1458,8 @@ static void measureImport(PathObject region, Map<String, Integer> count) {
 }
 
 /**
- * Counts the nuclei in the 'PatchCL' regions of an image anew, as they are now: after nuclei were drawn, deleted, moved
- * to other parents or made into cells. 'result' is the content of result.json, null without any. Returns what was
+ * Counts the nuclei in the 'PatchCL' regions of an image anew, and in the annotations and cores that the run
+ * summarised, as they are now: after nuclei were drawn, deleted, classified, moved to other parents or made into cells. 'result' is the content of result.json, null without any. Returns what was
  * measured of each region. groovy/summarise.groovy and patchcl-qp call this.
  */
 static List<Map<String, Object>> summarise(ImageData<?> imageData, ProjectImageEntry<?> entry, JsonObject result) {
@@ -1405,13 +1469,17 @@ static List<Map<String, Object>> summarise(ImageData<?> imageData, ProjectImageE
         for (region in shownRegions(imageData, marks).findAll { fresh.containsKey(it.getID()) })
             refreshTissue(region, fresh[region.getID()])
     }
-    return countNuclei(imageData, marks, result).collect { region ->
+    List<PathObject> counted = countNuclei(imageData, marks, result).findAll { region ->
+        !region.getParent().isTMACore() || !marks.regions.containsKey(region.getID())   // the core has the same nuclei
+    }
+    return counted.collect { region ->
         def measured = region.getMeasurementList()
         boolean hasTissue = !Double.isNaN(measured.get('PatchCL: Tissue mm^2'))
         [name: region.getName() ?: region.getDisplayedName(), x: region.getROI().getCentroidX(),
          y: region.getROI().getCentroidY(), nuclei: measured.get('PatchCL: Nuclei') as int, is_tissue: hasTissue,
          area_mm2: measured.get(hasTissue ? 'PatchCL: Tissue mm^2' : 'PatchCL: Area mm^2'),
-         per_mm2: measured.get('PatchCL: Nuclei per mm^2')]
+         per_mm2: measured.get('PatchCL: Nuclei per mm^2'),
+         positive_percent: measured.get('PatchCL: Positive %'), h_score: measured.get('PatchCL: H-score')]
     }
 }
 
@@ -1423,31 +1491,97 @@ static List<PathObject> shownRegions(ImageData<?> imageData, Marks marks) {
     }
 }
 
-/** Measures number and density of the nuclei in the regions, by position; returns the regions. */
+/**
+ * The annotations of a person to count nuclei in: those of the classes that the last run was asked to summarise, but
+ * for the regions of imports.
+ */
+@CompileStatic
+static List<PathObject> countedAnnotations(ImageData<?> imageData, Marks marks, JsonObject result) {
+    Set<String> classes = new HashSet<>()
+    for (JsonElement name : result == null ? new JsonArray() : setting(result, 'summarise')?.getAsJsonArray() ?:
+            new JsonArray())
+        classes.add(String.valueOf(PathClass.fromString(name.getAsString())))
+    if (classes.isEmpty())
+        return []
+    return imageData.getHierarchy().getAnnotationObjects().toList().findAll { PathObject annotation ->
+        classes.contains(String.valueOf(annotation.getPathClass())) && annotation.getROI()?.isArea() &&
+                !marks.contains(annotation.getID())
+    }
+}
+
+/** The cores of the TMA grid that are not missing, where the last run was within these; else none. */
+@CompileStatic
+static List<PathObject> countedCores(ImageData<?> imageData, JsonObject result) {
+    TMAGrid grid = imageData.getHierarchy().getTMAGrid()
+    if (grid == null || !result?.has('within') ||
+            !result.getAsJsonArray('within').any { JsonElement name -> name.getAsString() == '(TMA core)' })
+        return []
+    return grid.getTMACoreList().findAll { TMACoreObject core -> !core.isMissing() }
+            .collect { TMACoreObject core -> (PathObject) core }
+}
+
+/**
+ * Measures number and density of the nuclei in the regions, by position, and percentages and scores where they have
+ * classes of positive and negative ones; likewise of annotations and cores that the run summarised. Returns all these.
+ */
 @CompileStatic
 static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObject result) {
     List<PathObject> regions = shownRegions(imageData, marks)
-    if (regions.isEmpty())
+    List<PathObject> cores = countedCores(imageData, result)
+    List<PathObject> annotations = countedAnnotations(imageData, marks, result)
+    if (regions.isEmpty() && cores.isEmpty() && annotations.isEmpty())
         return regions
-    Map<PathObject, Integer> counts = [:]
-    for (PathObject region : regions)
-        counts[region] = 0
-    Areas areas = new Areas(regions)
+    Map<PathObject, Tally> tallies = new LinkedHashMap<>()
+    for (PathObject counted : regions + cores + annotations)
+        tallies[counted] = new Tally()
     boolean withForeign = result != null && overlapping(result) == 'keep'
     PresentNuclei present = nucleiPresent(imageData, marks, withForeign)
-    if (areas.isWhole(imageData.getServer().getWidth(), imageData.getServer().getHeight()))
-        counts[regions.first()] = present.onBorder.size() + present.others.size()
-    else {
-        for (PathObject nucleus : present.onBorder)
+    boolean whole = new Areas(regions).isWhole(imageData.getServer().getWidth(), imageData.getServer().getHeight())
+    if (whole)
+        for (PathObject nucleus : present.onBorder + present.others)
+            tallies[regions.first()].add(nucleus)
+    for (Areas areas : [new Areas(whole ? [] as List<PathObject> : regions), new Areas(cores)]) {
+        for (PathObject nucleus : areas.isEmpty() ? [] as List<PathObject> : present.onBorder)
             for (PathObject region : regionsOf(nucleus, areas))
-                counts[region] = counts[region] + 1
-        for (PathObject nucleus : present.others)
+                tallies[region].add(nucleus)
+        for (PathObject nucleus : areas.isEmpty() ? [] as List<PathObject> : present.others)
             for (PathObject region : areas.holding(centroidOf(nucleus)))
-                counts[region] = counts[region] + 1
+                tallies[region].add(nucleus)
     }
-    counts.each { PathObject region, Integer count -> measure(region, count, imageData) }
-    imageData.getHierarchy().fireObjectMeasurementsChangedEvent(imageData, regions)
-    return regions
+    Areas drawn = new Areas(annotations)
+    if (!drawn.isEmpty())
+        for (PathObject nucleus : present.onBorder + present.others)
+            for (PathObject annotation : drawn.holding(centroidOf(nucleus)))
+                tallies[annotation].add(nucleus)
+    refreshTissueOfCounted(cores + annotations, result)
+    boolean graded = tallies.values().any { Tally tally -> tally.isGraded() } || hasGrades(result)
+    tallies.each { PathObject region, Tally tally -> measure(region, tally, graded, imageData) }
+    imageData.getHierarchy().fireObjectMeasurementsChangedEvent(imageData, tallies.keySet().toList())
+    return tallies.keySet().toList()
+}
+
+/** Whether the last run sorted nuclei into 1+, 2+ and 3+. */
+@CompileStatic
+static boolean hasGrades(JsonObject result) {
+    return result?.has('positivity') && result.getAsJsonObject('positivity').getAsJsonArray('thresholds').size() == 3
+}
+
+/** Gives annotations and cores the area of tissue of the last run; none if their shape is another one now. */
+@CompileStatic
+static void refreshTissueOfCounted(List<PathObject> counted, JsonObject result) {
+    Map<String, JsonObject> summaries = [:]
+    for (JsonElement one : result?.getAsJsonArray('summaries') ?: new JsonArray())
+        if (one.getAsJsonObject().has('id'))
+            summaries[text(one.getAsJsonObject(), 'id')] = one.getAsJsonObject()
+    for (PathObject region : counted) {
+        JsonObject summary = summaries[region.getID().toString()]
+        ROI roi = region.getROI()
+        boolean same = summary?.has('tissue_mm2') && summary.has('area_px') &&
+                Math.abs(summary.get('x').getAsDouble() - roi.getCentroidX()) < 1 &&
+                Math.abs(summary.get('y').getAsDouble() - roi.getCentroidY()) < 1 &&
+                Math.abs(summary.get('area_px').getAsDouble() / roi.getArea() - 1) < 0.01d   // ellipses become polygons
+        setOrForget(region, 'PatchCL: Tissue mm^2', same ? summary.get('tissue_mm2').getAsDouble() : Double.NaN)
+    }
 }
 
 /** The centroid of an object, or of the nucleus of a cell. QuPath's own takes long: it looks for crossings, too. */
@@ -1530,7 +1664,7 @@ static List<PathObject> drawnNuclei(List<PathObject> drawn, PresentNuclei presen
 }
 
 /** Measures number and density of the nuclei of a region; per area of tissue, where that is known. */
-static void measure(PathObject region, int count, ImageData<?> imageData) {
+static void measure(PathObject region, Tally tally, boolean graded, ImageData<?> imageData) {
     def pixels = imageData.getServer().getPixelCalibration()
     def measured = region.getMeasurementList()
     double area = measured.get('PatchCL: Tissue mm^2')   // NaN where there is none
@@ -1538,9 +1672,27 @@ static void measure(PathObject region, int count, ImageData<?> imageData) {
         area = region.getROI().getScaledArea(pixels.getPixelWidthMicrons(), pixels.getPixelHeightMicrons()) / 1e6
         measured.put('PatchCL: Area mm^2', area)
     }
-    measured.put('PatchCL: Nuclei', count)
+    measured.put('PatchCL: Nuclei', tally.nuclei)
     if (area > 0)
-        measured.put('PatchCL: Nuclei per mm^2', count / area)
+        measured.put('PatchCL: Nuclei per mm^2', tally.nuclei / area)
+    else if (tally.nuclei == 0)
+        measured.put('PatchCL: Nuclei per mm^2', 0)
+    double known = tally.classified > 0 ? 1d : Double.NaN
+    setOrForget(region, 'PatchCL: Negative', known * tally.negative)
+    setOrForget(region, 'PatchCL: Positive', known * tally.positive)
+    setOrForget(region, 'PatchCL: Positive %', known * 100 * tally.positive / tally.classified)
+    for (int grade = 1; grade <= 3; grade++)
+        setOrForget(region, "PatchCL: ${grade}+", graded ? known * tally.grades[grade] : Double.NaN)
+    setOrForget(region, 'PatchCL: H-score', graded ? known * tally.getHScore() : Double.NaN)
+    setOrForget(region, 'PatchCL: Allred score', graded ? known * tally.getAllred() : Double.NaN)
+}
+
+/** Sets a measurement; without a number, only one that was there becomes none. */
+@CompileStatic
+static void setOrForget(PathObject region, String name, double value) {
+    MeasurementList measured = region.getMeasurementList()
+    if (!Double.isNaN(value) || !Double.isNaN(measured.get(name)))
+        measured.put(name, value)
 }
 
 static String text(JsonObject result, String key) {
@@ -1588,8 +1740,13 @@ static Given readGiven(ImageData<?> imageData, List<PathObject> nuclei) {
     } else
         for (String line : lines.readLines())
             (line.startsWith('class ') ? given.classes : given.measurements).add(line.substring(line.indexOf(' ') + 1))
+    PathClass last = null
+    for (PathObject nucleus : nuclei)
+        if (last == null || !nucleus.getPathClass().is(last)) {
+            last = nucleus.getPathClass()
+            given.classes.add(String.valueOf(last))
+        }
     if (!nuclei.isEmpty()) {
-        given.classes.add(String.valueOf(nuclei.first().getPathClass()))
         given.measurements.addAll(nuclei.first().getMeasurementList().getMeasurementNames())
     }
     return given

@@ -18,6 +18,7 @@ __version__ = "0.2.0.dev0"
 __all__ = [
     "Config",
     "create_project",
+    "export",
     "load_model",
     "open_project",
     "project_status",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from patchcl_qupath.config import Config
     from patchcl_qupath.library import (
         create_project,
+        export,
         load_model,
         open_project,
         project_status,

@@ -24,13 +24,24 @@ import click
 from patchcl_qupath import __version__, console, options
 from patchcl_qupath.config import (
     CORRECTED,
+    TMA_CORES,
     BackendKind,
     Config,
     EngineChoice,
+    ExportFormat,
+    ExportRows,
     load_config,
 )
 from patchcl_qupath.errors import ConfigError, ImageError, PatchCLError, ProjectError
-from patchcl_qupath.options import Common, Overrides, Pool, Reading, Showing, Writing
+from patchcl_qupath.options import (
+    Common,
+    Exporting,
+    Overrides,
+    Pool,
+    Reading,
+    Showing,
+    Writing,
+)
 from patchcl_qupath.progress import ShowProgress
 
 if TYPE_CHECKING:
@@ -71,6 +82,12 @@ def main() -> None:
     "groovy/export_regions.groovy exported of it; repeat for more.",
 )
 @click.option(
+    "--tma",
+    is_flag=True,
+    help="Only inside the cores of the images' TMA grids that are not missing, with a summary of "
+    "each core.",
+)
+@click.option(
     "--model",
     "name",
     default=DEFAULT_MODEL,
@@ -87,6 +104,7 @@ def run(
     overrides: Overrides,
     pool: Pool,
     within: tuple[str, ...],
+    tma: bool,
     name: str,
     retrain: bool,
     showing: Showing,
@@ -99,6 +117,8 @@ def run(
     with _reporting_errors(common.as_json):
         if pool.scheduler and pool.cluster:
             raise ConfigError("pass --scheduler or --cluster, not both")
+        if within and tma:
+            raise ConfigError("pass --within or --tma, not both")
         settings = overrides.of(load_config(reading.config))
         project, entries = _open(common, reading=reading, writing=writing)
         _check_engine(settings)
@@ -116,7 +136,7 @@ def run(
                     config=settings,
                     workers=workers,
                     progress=progress,
-                    region_classes=within,
+                    region_classes=(TMA_CORES,) if tma else within,
                     model_name=name,
                 )
                 outcomes = list(this_run.images(entries))
@@ -353,6 +373,31 @@ def summarise(*, common: Common, writing: Writing) -> None:
             summaries = [_summarised(project, entry) for entry in entries]
         console.report_summaries(project, summaries, as_json=common.as_json)
     sys.exit(1 if any(summary.problem for summary in summaries) else 0)
+
+
+@main.command()
+@options.common
+@options.exporting
+def export(*, common: Common, exporting: Exporting) -> None:
+    """Export the nuclei of `run` in PROJECT: tables, and files for other programs.
+
+    Columns of tables have the names of QuPath's measurement tables. They show the nuclei as the
+    run found them: what was changed in QuPath since is exported from there.
+    """
+    with _reporting_errors(common.as_json):
+        from patchcl_qupath.export.command import Request
+        from patchcl_qupath.export.command import export as export_images
+
+        request = Request(
+            to=ExportFormat(exporting.to),
+            per=ExportRows(exporting.per),
+            output=exporting.output,
+            excel=exporting.excel,
+        )
+        project, entries = _open(common)
+        exported = export_images(project, entries, request)
+        console.report_export(project, exported, as_json=common.as_json)
+    sys.exit(1 if exported.problems else 0)
 
 
 @main.command()

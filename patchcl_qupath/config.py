@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import logging
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,9 +35,21 @@ from patchcl_qupath.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 CLUSTERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "sge": "qsub"}  # what takes jobs
+TMA_CORES = "(TMA core)"  # instead of a class of annotations: the cores of an image's TMA grid
 # QuPath classes of correction ROIs; groovy/import_nuclei.groovy has them, too.
 TO_CORRECT = "PatchCL: correct here"  # suggested
 CORRECTED = "PatchCL: corrected"  # a person says that it is done
+
+AUTO_POSITIVE = "auto"  # --positive: the threshold is found on the slide
+NEGATIVE, POSITIVE = "Negative", "Positive"  # last names of QuPath's intensity classes
+GRADES = ("1+", "2+", "3+")
+INTENSITY_COLOURS = {  # QuPath's own (PathClass), red, green, blue
+    NEGATIVE: (90, 90, 180),
+    POSITIVE: (200, 50, 50),
+    GRADES[0]: (255, 215, 0),
+    GRADES[1]: (225, 150, 50),
+    GRADES[2]: (200, 50, 50),
+}
 
 
 class Recipe(StrEnum):
@@ -60,6 +74,26 @@ class BackendKind(StrEnum):
     AUTO = "auto"  # paquo if a QuPath is found, else files
     PAQUO = "paquo"  # by an installed QuPath
     FILES = "files"  # as files, which a person imports in QuPath
+
+
+class ExportFormat(StrEnum):
+    """What nuclei are exported to."""
+
+    CSV = "csv"
+    PARQUET = "parquet"
+    GEOJSON = "geojson"  # for QuPath
+    VISIUM_HD = "visium-hd"  # GeoJSON for Space Ranger
+    SPATIALDATA = "spatialdata"
+    ANNDATA = "anndata"
+
+
+class ExportRows(StrEnum):
+    """What a row of an exported table is."""
+
+    NUCLEUS = "nucleus"
+    IMAGE = "image"
+    REGION = "region"
+    CORE = "core"
 
 
 class StainChoice(StrEnum):
@@ -598,16 +632,70 @@ class ResultConfig(Settings):
         ),
     ] = False
 
+    positive: Annotated[
+        str,
+        setting(
+            "Classes of positive and negative nuclei: a measurement and a threshold, such as "
+            "`nucleus-dab-mean=0.2`, or three for 1+, 2+ and 3+ (`0.2,0.4,0.6`); `auto` finds one "
+            "on each slide with DAB; empty: none"
+        ),
+    ] = ""
+    summarise: Annotated[
+        tuple[str, ...],
+        setting("QuPath classes of annotations that nuclei are counted in, one by one"),
+    ] = ()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.class_name.strip() or not self.class_name.isprintable():
             raise ConfigError("result.class_name must be a name such as Nucleus")
+        if not self.positive:
+            return
+        parse_positive(self.positive)
+        last = self.class_name.rpartition(":")[2].strip()
+        if last in INTENSITY_COLOURS:
+            raise ConfigError(
+                f"{self.class_name} cannot be the class of nuclei with --positive, which makes "
+                f"classes of that name itself: pass another name than {last} with --class-name"
+            )
 
     def kind(self, count: int) -> ObjectType:
-        """What ``count`` nuclei of one image become: annotation or detection."""
+        """What ``count`` nuclei of one image become: annotation or detection.
+
+        QuPath's own percentages and scores are of detections alone.
+        """
         if self.object_type != ObjectType.AUTO:
             return self.object_type
+        if self.positive:
+            return ObjectType.DETECTION
         return ObjectType.ANNOTATION if count <= self.max_annotations else ObjectType.DETECTION
+
+
+def class_colour(name: str, other: tuple[int, ...]) -> tuple[int, ...]:
+    """The colour of a class of nuclei: QuPath's own if it is one of an intensity, else another."""
+    return INTENSITY_COLOURS.get(name.rpartition(":")[2].strip(), other)
+
+
+def parse_positive(text: str) -> tuple[str, tuple[float, ...]] | None:
+    """The measurement and the thresholds of ``result.positive``; None for `auto`, or without any.
+
+    Raises ConfigError.
+    """
+    if not text or text == AUTO_POSITIVE:
+        return None
+    name, _, numbers = text.rpartition("=")
+    try:
+        thresholds = tuple(float(number) for number in numbers.split(","))
+    except ValueError:
+        thresholds = ()
+    rising = all(a < b for a, b in itertools.pairwise(thresholds))
+    is_good = rising and len(thresholds) in (1, 3) and all(map(math.isfinite, thresholds))
+    if not name.strip() or not is_good:
+        raise ConfigError(
+            f"--positive {text}: give a measurement with one threshold, nucleus-dab-mean=0.2, or "
+            "with three that rise, for 1+, 2+ and 3+, nucleus-dab-mean=0.2,0.4,0.6; or auto"
+        )
+    return name.strip(), thresholds
 
 
 @dataclass(frozen=True)

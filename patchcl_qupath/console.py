@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from msgspec import UNSET
 
 from patchcl_qupath.config import CORRECTED
 from patchcl_qupath.progress import Progress, ShowProgress
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from patchcl_qupath.correction.labels import CorrectedImage
     from patchcl_qupath.correction.suggest import SuggestedRoi, Suggestion
     from patchcl_qupath.evaluation.score import ImageScore
+    from patchcl_qupath.export.command import Exported
     from patchcl_qupath.project import Project
     from patchcl_qupath.status import ImageStatus
     from patchcl_qupath.storage.records import ImageOutcome, ImageSummary
@@ -130,12 +132,51 @@ def _print_done(outcomes: Sequence[ImageOutcome]) -> None:
     for outcome in outcomes:
         if outcome.imported:
             click.echo(f"In QuPath: {outcome.image}: {outcome.imported.in_words}")
+    _print_answers(outcomes)
     corrections = [outcome.corrections for outcome in outcomes if outcome.corrections]
     if corrections:
         click.echo(f"Corrections: {corrections[0].total(corrections).in_words}")
     for outcome in outcomes:
         if outcome.note:
             click.echo(f"Note: {outcome.image}: {outcome.note}")
+
+
+def _print_answers(outcomes: Sequence[ImageOutcome]) -> None:
+    """A row for each image, region and core that was summarised, and how nuclei were classified."""
+    summaries = [
+        (outcome.image, summary) for outcome in outcomes for summary in outcome.summaries or ()
+    ]
+    if summaries:
+        rows = [
+            [
+                image,
+                "all" if summary.kind == "image" else summary.name or summary.class_name,
+                None if summary.area_mm2 is None else f"{summary.area_mm2:.3f}",
+                None if summary.tissue_mm2 is None else f"{summary.tissue_mm2:.3f}",
+                f"{summary.nuclei:,}",
+                None if summary.per_mm2 is None else f"{summary.per_mm2:,.0f}",
+                None if summary.positive_percent is None else f"{summary.positive_percent:.1f}",
+                None if summary.h_score is None else f"{summary.h_score:.0f}",
+                None if summary.allred is None else summary.allred.score,
+            ]
+            for image, summary in summaries
+        ]
+        titles = ["image", "region", "mm²", "tissue mm²", "nuclei", "per mm²", "positive %"]
+        titles += ["H-score", "Allred"]
+        _print_used(titles, rows, optional=3)
+    for outcome in outcomes:
+        if rule := outcome.positivity:
+            limits = ", ".join(f"{threshold:g}" for threshold in rule.thresholds)
+            how = "found on the slide" if rule.found else "given"
+            how = "QuPath's usual one" if rule.note else how
+            click.echo(f"Positive: {outcome.image}: {rule.measurement} of at least {limits}, {how}")
+
+
+def _print_used(titles: list[str], rows: list[list[Any]], optional: int) -> None:
+    """A table without those of its last columns in which nothing is."""
+    always = len(titles) - optional
+    used = [k for k in range(len(titles)) if k < always or any(row[k] is not None for row in rows)]
+    print_table([titles[k] for k in used], [[row[k] for k in used] for row in rows])
 
 
 def _print_places(project: Project, report: Path | None) -> None:
@@ -226,12 +267,15 @@ def report_summaries(project: Project, summaries: Sequence[ImageSummary], *, as_
             None if region.area_mm2 is None else f"{region.area_mm2:.2f}",
             "tissue" if region.is_tissue else "region",
             None if region.per_mm2 is None else f"{region.per_mm2:,.0f}",
+            f"{region.positive_percent:.1f}" if region.positive_percent is not UNSET else None,
+            f"{region.h_score:.0f}" if region.h_score is not UNSET else None,
         ]
         for summary in summaries
         for region in summary.regions
     ]
     if rows:
-        print_table(["image", "annotation", "nuclei", "mm²", "of", "nuclei per mm²"], rows)
+        titles = ["image", "annotation", "nuclei", "mm²", "of", "nuclei per mm²"]
+        _print_used([*titles, "positive %", "H-score"], rows, optional=2)
     for summary in summaries:
         if summary.problem:
             click.echo(f"Failed: {summary.problem}", err=True)
@@ -383,6 +427,21 @@ def _print_reliability(scored: Sequence[ImageScore]) -> None:
 
 def _figures(scores: dict[str, float]) -> list[str]:
     return [f"{score:.3f}" for score in scores.values()]
+
+
+def report_export(project: Project, exported: Exported, *, as_json: bool) -> None:
+    """The files that were exported, and why images are not in them."""
+    if as_json:
+        print_json({"project": str(project.path), **_plain(exported)})
+        return
+    for file in exported.files:
+        click.echo(f"Exported: {file.path} ({file.rows:,})")
+    for reason in exported.left_out:
+        click.echo(f"Left out: {reason}", err=True)
+    for problem in exported.problems:
+        click.echo(f"Failed: {problem}", err=True)
+    for note in exported.notes:
+        click.echo(f"Note: {note}", err=True)
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

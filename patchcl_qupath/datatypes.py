@@ -127,8 +127,8 @@ class ImageEntry:
     the name of the image in its file, where the project names them. ``use_bounds`` is false where
     QuPath ignores the bounds of the scanned area. ``problem`` is the reason why the image cannot be
     segmented, with advice; ``note`` a remark for people. ``regions`` are the analysis regions, one
-    geometry for each annotation. ``stains`` are the stain vectors that are set in QuPath, where
-    they are known.
+    geometry for each annotation. ``drawn`` are the annotations and TMA cores to count nuclei in.
+    ``stains`` are the stain vectors that are set in QuPath, where they are known.
     """
 
     id: str
@@ -144,7 +144,25 @@ class ImageEntry:
     problem: str | None = None
     note: str | None = None
     regions: tuple[shapely.Geometry, ...] = ()  # level 0, valid; empty: the whole image
+    drawn: tuple[DrawnRegion, ...] = ()
     stains: StainVectors | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnRegion:
+    """An annotation of an image in QuPath, or a core of its TMA grid that is not missing.
+
+    ``geometry`` is a valid polygon or multipolygon at level 0; ``id`` that of the object in QuPath;
+    ``name`` its name, of a core its label; ``class_name`` its class; ``case_id`` that of a core.
+    Texts are "" where there is none.
+    """
+
+    geometry: shapely.Geometry
+    id: str = ""
+    name: str = ""
+    class_name: str = ""
+    is_core: bool = False
+    case_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -212,12 +230,14 @@ class Nuclei:
 
     ``polygons`` (N,) valid shapely polygons without holes; ``measurements`` maps QuPath's name of
     a measurement to (N,) float32; ``uuids`` (N,) str, empty before they are known. Which frame the
-    polygons are in is said by whoever hands them over.
+    polygons are in is said by whoever hands them over. ``classes`` (N,) are QuPath classes such as
+    ``Nucleus: Positive``; None where all nuclei have the class of the settings.
     """
 
     polygons: Polygons
     measurements: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     uuids: NDArray[np.str_] = field(default_factory=lambda: np.empty(0, dtype="U36"))
+    classes: NDArray[np.str_] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.uuids):
@@ -232,13 +252,18 @@ class Nuclei:
             self.polygons[rows],
             {name: values[rows] for name, values in self.measurements.items()},
             self.uuids[rows],
+            None if self.classes is None else self.classes[rows],
         )
 
     @staticmethod
     def concatenate(parts: Sequence[Nuclei]) -> Nuclei:
-        """All nuclei of ``parts``, in that order; the parts have the same measurements."""
+        """All nuclei of ``parts``, in that order; the parts have the same measurements.
+
+        Either all have classes, or none has.
+        """
         if not parts:
             return Nuclei(np.empty(0, dtype=object))
+        classes = [part.classes for part in parts if part.classes is not None]
         return Nuclei(
             np.concatenate([part.polygons for part in parts]),
             {
@@ -246,6 +271,7 @@ class Nuclei:
                 for name in parts[0].measurements
             },
             np.concatenate([part.uuids for part in parts]),
+            np.concatenate(classes) if classes else None,
         )
 
 

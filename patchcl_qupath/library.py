@@ -1,4 +1,4 @@
-"""The library: what a notebook or a script does with a project, in ten functions.
+"""The library: what a notebook or a script does with a project, in a dozen functions.
 
 ``import patchcl_qupath as pq`` offers them. The examples run on a copy of the sample project.
 """
@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from patchcl_qupath import pipeline
-from patchcl_qupath.config import Config, from_dict
+from patchcl_qupath.config import Config, ExportFormat, ExportRows, from_dict
 from patchcl_qupath.correction import changes
 from patchcl_qupath.correction import suggest as suggestions
 from patchcl_qupath.correction.suggest import Suggestion
 from patchcl_qupath.datatypes import Corrections, ImageEntry
-from patchcl_qupath.errors import ImageError, ProjectError
+from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
 from patchcl_qupath.evaluation.score import ImageScore
 from patchcl_qupath.evaluation.score import score as score_images
 from patchcl_qupath.execution.workers import open_workers
+from patchcl_qupath.export.command import Request
+from patchcl_qupath.export.command import export as export_images
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import ShowProgress, hide_progress
 from patchcl_qupath.project import NewImage, Project, init_project
@@ -31,6 +33,7 @@ from patchcl_qupath.storage.files import check_writable, exclusive_lock, readabl
 from patchcl_qupath.storage.parquet import Table, read_geoarrow
 from patchcl_qupath.storage.records import ImageOutcome
 
+Choice = TypeVar("Choice", ExportFormat, ExportRows)
 Settings = Config | Mapping[str, Any] | None  # None: the defaults
 
 
@@ -155,6 +158,38 @@ def read_nuclei(project: Project, image: str) -> Table:
     return read_geoarrow(path)
 
 
+def export(
+    project: Project,
+    to: str = "csv",
+    per: str = "nucleus",
+    output: str | Path | None = None,
+    images: Sequence[str] = (),
+    excel: bool = False,
+) -> list[Path]:
+    """Export nuclei as tables or for other programs, and return the files.
+
+    ``to`` is csv, parquet, geojson (for QuPath), visium-hd (for Space Ranger), spatialdata or
+    anndata; ``per``, what a row of a table is: nucleus, image, region or core. ``output`` is a file
+    for all images, if it has the suffix of the format, or a folder with a file for each; without
+    one, a file in the project's folder patchcl/exports. ``excel``: CSV as Excel opens it. Raises
+    ProjectError where there are no nuclei, ConfigError for what cannot be asked for.
+
+    >>> table, = pq.export(project, per="image")
+    >>> table.name, table.read_text().split(",")[:3]
+    ('images.csv', ['Image', 'Object type', 'Name'])
+    """
+    request = Request(
+        to=_one_of(ExportFormat, to),
+        per=_one_of(ExportRows, per),
+        output=None if output is None else Path(output),
+        excel=excel,
+    )
+    exported = export_images(project, _entries(project, images), request)
+    if exported.problems:
+        raise ImageError(exported.problems[0])
+    return [Path(file.path) for file in exported.files]
+
+
 def score(
     project: Project, ground_truth: str | Path, pictures: str | Path | None = None
 ) -> list[ImageScore]:
@@ -238,6 +273,13 @@ def _entries(project: Project, images: Sequence[str]) -> list[ImageEntry]:
     if unknown := sorted(wanted - known):
         raise ProjectError(f"no image {', '.join(unknown)} in {project.path}")
     return [e for e in entries if not wanted or {e.id, e.name} & wanted]
+
+
+def _one_of(kind: type[Choice], name: str) -> Choice:
+    try:
+        return kind(name)
+    except ValueError:
+        raise ConfigError(f"{name} is none of {', '.join(kind)}: choose one of these") from None
 
 
 def _config(settings: Settings) -> Config:

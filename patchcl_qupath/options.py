@@ -19,6 +19,8 @@ from patchcl_qupath.config import (
     BackendKind,
     Config,
     EngineChoice,
+    ExportFormat,
+    ExportRows,
     ObjectType,
     Overlapping,
     StainChoice,
@@ -103,6 +105,8 @@ class Overrides:
     class_name: str | None
     overlapping: str | None
     keep: bool
+    positive: str | None
+    summarise: tuple[str, ...]
     seed: int | None
 
     def of(self, config: Config) -> Config:
@@ -116,12 +120,26 @@ class Overrides:
             result = replace(result, overlapping=Overlapping(self.overlapping))
         if self.keep:
             result = replace(result, keep=True)
+        if self.positive is not None:
+            result = replace(result, positive=self.positive)
+        if self.summarise:
+            result = replace(result, summarise=tuple(dict.fromkeys(self.summarise)))
         if self.stain is not None:
             slide = replace(slide, stain=StainChoice(self.stain))
         if self.seed is not None:
             patchcl = replace(patchcl, seed=self.seed)
         engine = EngineChoice(self.engine or config.engine)
         return replace(config, slide=slide, patchcl=patchcl, result=result, engine=engine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporting:
+    """The options of what is exported, and where to."""
+
+    to: str
+    per: str
+    output: Path | None
+    excel: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +268,56 @@ overrides = _bundle(
             help="Keep every nucleus of an earlier run that carries a class, measurements or notes "
             "of yours, also where no new nucleus takes these over.",
         ),
+        click.option(
+            "--positive",
+            metavar="MEASUREMENT=OD|auto",
+            help="Classes of positive and negative nuclei, on slides with DAB: by a threshold "
+            "(nucleus-dab-mean=0.2), by three for 1+, 2+ and 3+ (nucleus-dab-mean=0.2,0.4,0.6), "
+            "or by one that is found on each slide (auto).",
+        ),
+        click.option(
+            "--summarise",
+            multiple=True,
+            metavar="CLASS",
+            help="Count nuclei in every annotation of this class, with densities and percentages; "
+            "repeat for more.",
+        ),
         seed,
+    ],
+)
+
+exporting = _bundle(
+    "exporting",
+    Exporting,
+    [
+        click.option(
+            "--to",
+            type=click.Choice([*map(str, ExportFormat)]),
+            required=True,
+            help="csv and parquet are tables; geojson is for QuPath; visium-hd is GeoJSON for "
+            "Space Ranger; spatialdata and anndata need an extra: pip install "
+            "'patchcl-qupath[spatial]'.",
+        ),
+        click.option(
+            "--per",
+            type=click.Choice([*map(str, ExportRows)]),
+            default=str(ExportRows.NUCLEUS),
+            show_default=True,
+            help="What a row of a table is; core: of a TMA.",
+        ),
+        click.option(
+            "--output",
+            type=PATH,
+            metavar="FILE|FOLDER",
+            help="A file with the suffix of the format, for all images, or a folder with a file "
+            "for each. Default: in patchcl/exports of the project.",
+        ),
+        click.option(
+            "--excel",
+            is_flag=True,
+            help="CSV as Excel opens it: with the mark of UTF-8, and texts that look like numbers, "
+            "dates or formulas stay texts.",
+        ),
     ],
 )
 

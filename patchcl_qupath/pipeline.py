@@ -15,7 +15,8 @@ import msgspec
 import shapely
 
 from patchcl_qupath import __version__
-from patchcl_qupath.config import Config, Recipe, to_dict
+from patchcl_qupath.answers.answer import Answer, answer, check
+from patchcl_qupath.config import TMA_CORES, Config, Recipe, to_dict
 from patchcl_qupath.correction import changes
 from patchcl_qupath.correction.labels import read_corrected_samples
 from patchcl_qupath.datatypes import Corrections, ImageEntry
@@ -150,23 +151,28 @@ class Run:
         entry = self._with_regions_and_stains(entry)
         with timed(seconds, "prepare"):
             image = prepare(entry, self.config)
+            check(image, entry, self.config.result)
         with timed(seconds, "tiles"):
             segmented, worker_seconds = self._segment(entry, image)
-        result = self._result(entry, segmented)
         with timed(seconds, "write"):
-            imported = self._write(entry, segmented, result)
+            answered = answer(segmented, entry, self.config.result)
+            result = self._result(entry, segmented, answered)
+            imported = self._write(entry, segmented, answered, result)
         with timed(seconds, "pictures"):
             self._draw(segmented, result)
             changed = changes.finish(self.project.layout, segmented, self.model.digest, result.run)
         outcome = self._outcome(entry, segmented, result, seconds, worker_seconds)
-        known = {"imported": imported, "corrections": changed}
+        known = {"imported": imported, "corrections": changed, **answered.known}
         known = {name: value for name, value in known.items() if value is not None}
-        return msgspec.structs.replace(outcome, **known)
+        return msgspec.structs.replace(answered.noted(outcome), **known)
 
     def _with_regions_and_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with what a person set in QuPath."""
         if self.region_classes:
             entry = self.project.with_regions(entry, self.region_classes)
+        cores = [name for name in self.region_classes if name == TMA_CORES]
+        if counted := [*cores, *self.config.result.summarise]:
+            entry = self.project.with_drawn(entry, counted)
         self.progress(Progress(stage=Stage.FINDING_TISSUE, image=entry.name))
         return self.project.with_stains(entry)
 
@@ -224,12 +230,17 @@ class Run:
         return segmented, worker_seconds
 
     def _write(
-        self, entry: ImageEntry, segmented: SegmentedImage, result: ResultRecord
+        self,
+        entry: ImageEntry,
+        segmented: SegmentedImage,
+        answered: Answer,
+        result: ResultRecord,
     ) -> Imported | None:
         """Write the nuclei into the project, and where they are uncertain."""
         nuclei = f"{segmented.count:,} nuclei"
         self.progress(Progress(stage=Stage.WRITING, image=entry.name, detail=nuclei))
-        imported = self.project.write(entry, segmented.nuclei(), self.config.result, result)
+        batches = answered.classified(segmented.nuclei())
+        imported = self.project.write(entry, batches, self.config.result, result)
         if segmented.uncertainty is not None:
             path = self.project.layout.uncertainty(entry.id)
             write_uncertainty_grid(path, segmented.uncertainty)
@@ -239,7 +250,7 @@ class Run:
         """Draw the preview, and the pictures and figures of the report."""
         layout, id_ = self.project.layout, segmented.image.id
         write_preview(layout.preview(id_), segmented)
-        write_figures(layout.figures(id_), segmented, run=result.run)
+        write_figures(layout.figures(id_), segmented, result)
 
     @cached_property
     def engine(self) -> EngineKind:
@@ -266,7 +277,9 @@ class Run:
         depends = to_plain(self.provenance)
         return digest({**depends, "config": [settings["slide"], settings["segment"]]})
 
-    def _result(self, entry: ImageEntry, segmented: SegmentedImage) -> ResultRecord:
+    def _result(
+        self, entry: ImageEntry, segmented: SegmentedImage, answered: Answer
+    ) -> ResultRecord:
         """What made the nuclei of one image, and from what."""
         image = segmented.image
         regions = [
@@ -293,6 +306,8 @@ class Run:
             failed_tiles=segmented.failed_tiles,
             nuclei=segmented.count,
             object_type=self.config.result.kind(segmented.count),
+            positivity=answered.record,
+            summaries=answered.summaries,
             files=(),
         )
 

@@ -96,7 +96,7 @@ def note(
         notes.append("most of it is green as ink, which no stain of nuclei is: left out there")
     elif not count:
         notes.append("no nucleus found in its tissue")
-    is_auto = settings.object_type is ObjectType.AUTO
+    is_auto = settings.object_type is ObjectType.AUTO and not settings.positive
     if is_auto and settings.kind(count) is ObjectType.DETECTION:
         notes.append(f"more than {settings.max_annotations:,} nuclei: written as detections")
     return "; ".join(notes) or None

@@ -10,8 +10,8 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.config import CORRECTED, TO_CORRECT
-from patchcl_qupath.datatypes import Corrections, Polygons, StainKind, StainVectors
+from patchcl_qupath.config import CORRECTED, TMA_CORES, TO_CORRECT
+from patchcl_qupath.datatypes import Corrections, DrawnRegion, Polygons, StainKind, StainVectors
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.outlines import (
     UNKNOWN_PIXEL_UM2,
@@ -22,8 +22,10 @@ from patchcl_qupath.project.outlines import (
     sort_outlines,
 )
 from patchcl_qupath.slides.stains import flaw, without_rounding
-from patchcl_qupath.storage.geojson import Objects, class_name, read_areas, read_objects
+from patchcl_qupath.storage.geojson import Objects, class_name, read_objects
 
+_EXPORT = "run groovy/export_regions.groovy on it in QuPath, then run again"
+_CORE = "tmaCore"  # QuPath's name of the type
 _KINDS = {  # by QuPath's image type
     "BRIGHTFIELD_H_E": StainKind.H_E,
     "BRIGHTFIELD_H_DAB": StainKind.H_DAB,
@@ -45,29 +47,70 @@ def read_regions(
     Classes have QuPath's names (``Tumor: Positive``). Raises ImageError if the image has none of
     the ``classes``, and for a file that is missing or damaged.
     """
-    export = "run groovy/export_regions.groovy on it in QuPath, then run again"
-    try:
-        names, areas = read_areas(path)
-    except FileNotFoundError:
-        raise ImageError(
-            f"{image}: its annotations were not exported ({path} is missing): {export}"
-        ) from None
-    except Exception as error:  # not JSON, of any other form
-        raise ImageError(f"{image}: {path} is damaged: {export}") from error
     found: dict[str, list[shapely.Geometry]] = {}
-    for name, area in zip(names.tolist(), areas, strict=True):
-        if name and area is not None:
-            found.setdefault(name, []).append(area)
+    for region in read_drawn(path, image):
+        if region.class_name or region.is_core:
+            found.setdefault(_class_of(region), []).append(region.geometry)
     wanted = {name: found[class_name(name)] for name in classes if class_name(name) in found}
+    if not wanted and TMA_CORES in classes:
+        raise ImageError(
+            f"{image} has no TMA grid with a core that is not missing: make one in QuPath (TMA > "
+            f"TMA dearrayer), save the image, {_EXPORT}; or leave the image out with --image"
+        )
     if not wanted:
         others = (
             f"annotations of class {', '.join(sorted(found))}" if found else "none with a class"
         )
         raise ImageError(
             f"{image} has no annotation of class {' or '.join(classes)} (it has {others}): "
-            f"draw one, save the image, {export}; or leave the image out with --image"
+            f"draw one, save the image, {_EXPORT}; or leave the image out with --image"
         )
     return wanted
+
+
+def read_drawn(path: Path, image: str) -> list[DrawnRegion]:
+    """All annotations that were exported of an image, and the cores of its TMA grid.
+
+    Cores that a person marked as missing are left out; so are objects without an area. Raises
+    ImageError for a file that is missing or damaged.
+    """
+    try:
+        objects = read_objects(path)
+    except FileNotFoundError:
+        raise ImageError(
+            f"{image}: its annotations were not exported ({path} is missing): {_EXPORT}"
+        ) from None
+    except Exception as error:  # not JSON, of any other form
+        raise ImageError(f"{image}: {path} is damaged: {_EXPORT}") from error
+    found = objects.take(~shapely.is_missing(objects.areas) & ~objects.missing)
+    columns = (found.areas, found.ids, found.names, found.classes, found.kinds, found.case_ids)
+    return [
+        DrawnRegion(
+            geometry=area,
+            id=str(id_),
+            name=str(name),
+            class_name=str(its_class),
+            is_core=bool(kind == _CORE),
+            case_id=str(case),
+        )
+        for area, id_, name, its_class, kind, case in zip(*columns, strict=True)
+    ]
+
+
+def of_classes(
+    drawn: Sequence[DrawnRegion], classes: Sequence[str]
+) -> dict[str, list[DrawnRegion]]:
+    """The annotations of some classes, by class in the order of ``classes``; without empty ones."""
+    found = {
+        name: [region for region in drawn if _class_of(region) == class_name(name)]
+        for name in classes
+    }
+    return {name: regions for name, regions in found.items() if regions}
+
+
+def _class_of(region: DrawnRegion) -> str:
+    """The class of an annotation; of a core, which may have any, that of all cores."""
+    return TMA_CORES if region.is_core else region.class_name
 
 
 def read_stains(path: Path, image: str) -> StainVectors | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -20,7 +20,14 @@ import shapely
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, ResultConfig
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.errors import ImageError
-from patchcl_qupath.project.drawn import read_corrected_rois, read_labels, read_regions, read_stains
+from patchcl_qupath.project.drawn import (
+    of_classes,
+    read_corrected_rois,
+    read_drawn,
+    read_labels,
+    read_regions,
+    read_stains,
+)
 from patchcl_qupath.project.locate import Location, Locator
 from patchcl_qupath.project.protocol import Backend, BackendKind
 from patchcl_qupath.project.qpproj import (
@@ -76,14 +83,29 @@ class FilesProject:
         """The image, limited to annotations that groovy/export_regions.groovy exported."""
         file = self.layout.regions(entry.id)
         found = read_regions(file, entry.name, classes)
+        regions = itertools.chain.from_iterable(found.values())
+        note = self._note_of_classes(entry, classes, found)
+        return replace(entry, regions=tuple(regions), note=note or None)
+
+    def with_drawn(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
+        """The image with annotations to count in that groovy/export_regions.groovy exported."""
+        found = of_classes(read_drawn(self.layout.regions(entry.id), entry.name), classes)
+        drawn = itertools.chain.from_iterable(found.values())
+        both = f"{entry.note or ''}; {self._note_of_classes(entry, classes, found)}".split("; ")
+        note = "; ".join(dict.fromkeys(filter(None, both)))  # regions of the run may have the same
+        return replace(entry, drawn=tuple(drawn), note=note or None)
+
+    def _note_of_classes(
+        self, entry: ImageEntry, classes: Sequence[str], found: Collection[str]
+    ) -> str:
+        """What a person should know of the annotations of an image that were found."""
         notes = [f"no annotation of class {name}" for name in classes if name not in found]
-        if not self.is_current(file, entry):
+        if not self.is_current(self.layout.regions(entry.id), entry):
             notes.append(
                 "its annotations were exported before it was last saved in QuPath: if they changed "
                 "since, run groovy/export_regions.groovy and then this again"
             )
-        regions = itertools.chain.from_iterable(found.values())
-        return replace(entry, regions=tuple(regions), note="; ".join(notes) or None)
+        return "; ".join(notes)
 
     def with_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with the stains that groovy/export_regions.groovy exported.

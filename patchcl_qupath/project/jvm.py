@@ -27,6 +27,7 @@ import psutil
 import shapely
 from numpy.typing import NDArray
 
+from patchcl_qupath.config import class_colour
 from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.compiled_scripts import compiled_script
@@ -342,9 +343,14 @@ class _QuPath:
         nuclei = read_nuclei(question.results / "nuclei.parquet")
         self._lap("read nuclei")
         project, entry, image_data = self._open(question.image)
-        path_class = self._path_class(project, question.class_name, question.color)
+        if nuclei.classes is None:
+            names, codes = np.array([question.class_name]), np.zeros(len(nuclei), np.intp)
+        else:
+            names, codes = np.unique(nuclei.classes, return_inverse=True)
+        colours = {name: class_colour(name, question.color) for name in names.tolist()}
+        path_classes = [self._path_class(project, *item) for item in colours.items()]
         annotations = str(result.get("object_type").getAsString()) == "annotation"
-        objects = self._objects(nuclei, path_class, annotations)
+        objects = self._objects(nuclei, path_classes, codes, annotations)
         self._lap("make objects")
         if suggested is not None:
             self._list(project, *self._import.roiClasses())
@@ -370,6 +376,11 @@ class _QuPath:
                 area_mm2=_number(region["area_mm2"]),
                 is_tissue=bool(region["is_tissue"]),
                 per_mm2=_number(region["per_mm2"]),
+                **{
+                    name: value
+                    for name in ("positive_percent", "h_score")
+                    if (value := _number(region[name])) is not None
+                },
             )
             for region in self._import.summarise(image_data, entry, result)
         ]
@@ -452,7 +463,10 @@ class _QuPath:
         text = file.read_text(encoding="utf-8")
         return self._class("com.google.gson.JsonParser").parseString(text).getAsJsonObject()
 
-    def _objects(self, nuclei: Nuclei, path_class: Any, annotations: bool) -> Any:
+    def _objects(
+        self, nuclei: Nuclei, path_classes: list[Any], codes: NDArray[np.intp], annotations: bool
+    ) -> Any:
+        """QuPath's objects; ``codes`` (N,) tell the class of each nucleus."""
         from jpype import JArray, JString
 
         x, y, ends = contour_vertices(nuclei)
@@ -467,7 +481,8 @@ class _QuPath:
             JArray.of(uuid_halves(nuclei.uuids)),
             JArray(JString)(names),
             JArray.of(values.ravel()),
-            path_class,
+            JArray(self._class("qupath.lib.objects.classes.PathClass"))(path_classes),
+            JArray.of(codes.astype(np.int32)),
             annotations,
         )
 

@@ -22,10 +22,10 @@ from typing import NamedTuple
 import msgspec
 import shapely
 
-from patchcl_qupath.config import CORRECTED, ResultConfig, from_dict
+from patchcl_qupath.config import CORRECTED, TMA_CORES, ResultConfig, from_dict
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.errors import ImageError, ProjectError
-from patchcl_qupath.project.drawn import SELECTED
+from patchcl_qupath.project.drawn import SELECTED, read_drawn
 from patchcl_qupath.project.files import FilesProject
 from patchcl_qupath.project.jvm import (
     Done,
@@ -142,12 +142,23 @@ class PaquoProject:
 
     def with_regions(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
         """The image, limited to annotations: those saved, or those exported since then."""
+        self._export(entry, classes)
+        return self.files.with_regions(entry, classes)
+
+    def with_drawn(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
+        """The image with annotations to count in: those saved, or those exported since then."""
+        self._export(entry, classes)
+        return self.files.with_drawn(entry, classes)
+
+    def _export(self, entry: ImageEntry, classes: Sequence[str]) -> None:
+        """Have the annotations exported that are saved, unless they were since then."""
         file = self.layout.regions(entry.id)
         is_current = self.files.is_current(file, entry)
+        if TMA_CORES in classes and is_current:  # earlier versions exported none
+            is_current = any(region.is_core for region in read_drawn(file, entry.name))
         if not is_current and SELECTED not in classes:  # a selection is not saved
             self._check(entry)
             self.process.ask(Export(self._image(entry), file))
-        return self.files.with_regions(entry, classes)
 
     def with_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with the stains that are saved, or were exported since then."""

@@ -54,7 +54,15 @@ class Project(Protocol):
     def with_regions(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
         """The image, limited to the annotations of some classes: ``regions``, and a ``note``.
 
-        Raises ImageError if the image has no annotation of these classes.
+        ``TMA_CORES`` is one of the classes where cores are meant. Raises ImageError if the image
+        has no annotation of these classes.
+        """
+
+    def with_drawn(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
+        """The image with annotations of some classes, to count nuclei in: ``drawn``, a ``note``.
+
+        ``TMA_CORES`` is one of the classes where cores are meant. Raises ImageError where the
+        annotations cannot be read; an image may have none.
         """
 
     def with_stains(self, entry: ImageEntry) -> ImageEntry:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 
-from patchcl_qupath.config import ResultConfig
+from patchcl_qupath.config import ResultConfig, class_colour
 from patchcl_qupath.datatypes import Nuclei, Polygons
 from patchcl_qupath.storage.files import atomic_write
 from patchcl_qupath.storage.layout import NUCLEI, RESULT
@@ -129,19 +129,14 @@ class _Chunks:
     ) -> None:
         self.names: list[str] = []
         self._folder = folder
-        self._properties = json.dumps(
-            {
-                "objectType": object_type,
-                "classification": {"name": config.class_name, "color": list(config.color)},
-            },
-            ensure_ascii=False,
-        )[:-1]
+        self._object_type = object_type
+        self._config = config
         self._file: gzip.GzipFile | None = None
         self._written = 0
         self._background = background
 
     def add(self, nuclei: Nuclei) -> None:
-        features = _features(nuclei, self._properties)
+        features = _features(nuclei, self._properties(nuclei))
         while len(features):
             if self._file is None or self._written == NUCLEI_PER_FILE:
                 self._file = self._next_file()
@@ -149,6 +144,23 @@ class _Chunks:
             features = features[len(chunk) :]
             self._compress((b",\n" if self._written else b"\n") + _joined(chunk, ",\n"))
             self._written += len(chunk)
+
+    def _properties(self, nuclei: Nuclei) -> str | pa.StringArray:
+        """The properties of all nuclei, without the closing bracket, or of each by its class."""
+        if nuclei.classes is None:
+            return self._with_class(self._config.class_name)
+        names, codes = np.unique(nuclei.classes, return_inverse=True)
+        return pa.array(list(map(self._with_class, names.tolist())), pa.string()).take(
+            pa.array(codes)
+        )
+
+    def _with_class(self, name: str) -> str:
+        colour = list(class_colour(name, self._config.color))
+        content = {
+            "objectType": self._object_type,
+            "classification": {"name": name, "color": colour},
+        }
+        return json.dumps(content, ensure_ascii=False)[:-1]
 
     def close(self) -> None:
         if self._file is not None:
@@ -173,7 +185,7 @@ class _Chunks:
         return file
 
 
-def _features(nuclei: Nuclei, properties: str) -> pa.StringArray:
+def _features(nuclei: Nuclei, properties: str | pa.StringArray) -> pa.StringArray:
     """The GeoJSON Feature of each nucleus (N,), for QuPath 0.4 and later.
 
     Arrow joins them column by column, without Python's global lock.
@@ -186,7 +198,7 @@ def _features(nuclei: Nuclei, properties: str) -> pa.StringArray:
     return pc.binary_join_element_wise(
         *('{"type": "Feature", "id": "', pa.array(nuclei.uuids.tolist(), pa.string())),
         *('", "geometry": ', *_geometries(nuclei.polygons)),
-        *(f', "properties": {properties}, "measurements": {{', *measured, "}}}", ""),
+        *(', "properties": ', properties, ', "measurements": {', *measured, "}}}", ""),
     )
 
 
@@ -203,6 +215,11 @@ def _geometries(polygons: Polygons) -> list[pa.StringArray | str]:
     first = np.searchsorted(polygon, np.arange(len(polygons) + 1)).astype(np.int32)
     points = pa.ListArray.from_arrays(first, pc.binary_join_element_wise(x, y, ","))
     return ['{"type": "Polygon", "coordinates": [[[', pc.binary_join(points, "],["), "]]]}"]
+
+
+def geojson_polygons(polygons: Polygons) -> pa.StringArray:
+    """Polygons (N,) as GeoJSON geometries (N,)."""
+    return pc.binary_join_element_wise(*_geometries(polygons), "")
 
 
 def _joined(texts: pa.StringArray, separator: str) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from patchcl_qupath.storage.records import Histogram, StainHistogram
 
@@ -39,7 +40,10 @@ class Label:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A chart: ``words`` describe it for screen readers; ``legend`` names its lines, if several."""
+    """A chart: ``words`` describe it for screen readers; ``legend`` names its lines, if several.
+
+    Where the legend names areas instead, ``swatches`` are their CSS classes.
+    """
 
     id: str
     title: str
@@ -47,13 +51,14 @@ class Chart:
     paths: tuple[Path, ...]
     labels: tuple[Label, ...]
     legend: tuple[str, ...] = ()
+    swatches: tuple[str, ...] = ()
     width: int = WIDTH
     height: int = HEIGHT
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A step of training that is marked, and the text beside the mark."""
+    """A value of x that is marked, such as a step of training, and the text beside the mark."""
 
     step: float
     text: str
@@ -91,6 +96,60 @@ def histogram(
         paths.append(path)
         labels.append(label)
     return Chart(id=key, title=title, words=words, paths=tuple(paths), labels=tuple(labels))
+
+
+class Stack(NamedTuple):
+    """One class of a histogram by class: its name, its CSS class, and the height of each bar."""
+
+    name: str
+    kind: str
+    counts: Sequence[int]
+
+
+def stacked(
+    key: str,
+    title: str,
+    unit: str,
+    *,
+    highest: float,
+    stacks: Sequence[Stack],
+    marks: Sequence[Mark],
+) -> Chart:
+    """Bars of equal width from 0 to ``highest``, each divided among classes, the first at the base.
+
+    ``key`` identifies the chart on the page.
+    Raises ValueError, ArithmeticError or LookupError for a histogram that cannot be drawn.
+    """
+    bars = len(stacks[0].counts)
+    step, base = highest / bars, [0] * bars
+    whole = [sum(counts) for counts in zip(*(stack.counts for stack in stacks), strict=True)]
+    plot = _Plot(xs=(0, highest), ys=(0, max([*whole, 1])))
+    paths, labels, words = plot.axes(), plot.labels(unit, last=f"{highest:g}+"), []
+    for stack in stacks:
+        top = [low + count for low, count in zip(base, stack.counts, strict=True)]
+        area = "".join(
+            f"M{plot.x(i * step):.1f} {plot.y(base[i]):.1f}V{plot.y(top[i]):.1f}"
+            f"H{plot.x((i + 1) * step) - 1:.1f}V{plot.y(base[i]):.1f}z"
+            for i, count in enumerate(stack.counts)
+            if count
+        )
+        paths.append(Path(f"bars {stack.kind}", area))
+        words.append(f"{stack.name}: {sum(stack.counts):,} nuclei.")
+        base = top
+    for mark in marks:
+        path, label = plot.mark(mark.step, mark.text)
+        paths.append(path)
+        labels.append(label)
+        words.append(f"{mark.text.capitalize()} {unit}.")
+    return Chart(
+        id=key,
+        title=title,
+        words=" ".join([f"From 0 to {highest:g} {unit} and more.", *words]),
+        paths=tuple(paths),
+        labels=tuple(labels),
+        legend=tuple(stack.name for stack in stacks),
+        swatches=tuple(stack.kind for stack in stacks),
+    )
 
 
 def curves(

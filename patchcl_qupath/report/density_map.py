@@ -12,6 +12,7 @@ from PIL import Image
 from patchcl_qupath.datatypes import UncertaintyGrid
 from patchcl_qupath.segmentation.uncertainty import BIN_STEPS
 
+Colours = tuple[tuple[int, int, int], ...]
 DENSITY_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _MIN_POINTS = BIN_STEPS**2 // 4  # bins on the rim of tissue have too few points to divide by
 _PERCENTILE = 99  # of bins: denser ones have the same colour
@@ -49,25 +50,46 @@ class DensityMap:
 
         A pixel is ``px`` working px wide; ``downsample`` is (x, y) level-0 px per working px.
         """
-        (bin_width, bin_height), (x, y) = self.bin_size, downsample
-        rows = ((np.arange(shape[0]) + 0.5) * px * y // bin_height).astype(int)
-        cols = ((np.arange(shape[1]) + 0.5) * px * x // bin_width).astype(int)
-        height, width = self.values.shape
-        padded = np.pad(self.values, ((0, 1), (0, 1)), constant_values=np.nan)
-        values = padded[np.minimum(rows, height)[:, None], np.minimum(cols, width)]
-        last = _TRANSPARENT - 1
-        level = np.nan_to_num(np.clip(values / self.highest, 0, 1) * last, nan=_TRANSPARENT)
-        picture = Image.fromarray(np.rint(level).astype(np.uint8), mode="P")
-        picture.putpalette([*_colours(_TRANSPARENT).ravel().tolist(), 255, 255, 255])
-        picture.info["transparency"] = _TRANSPARENT
-        return picture
+        return bin_picture(
+            self.values / self.highest,
+            bin_size=self.bin_size,
+            colours=DENSITY_COLOURS,
+            shape=shape,
+            px=px,
+            downsample=downsample,
+        )
 
 
-def _colours(count: int) -> NDArray[np.uint8]:
-    """The colours (count, 3) from the lowest density to the highest."""
-    stops = np.linspace(0, count - 1, len(DENSITY_COLOURS))
-    channels = [
-        np.interp(np.arange(count), stops, channel)
-        for channel in zip(*DENSITY_COLOURS, strict=True)
-    ]
-    return np.rint(np.stack(channels, axis=1)).astype(np.uint8)
+def bin_picture(
+    values: NDArray[np.float64],
+    *,
+    bin_size: tuple[float, float],
+    colours: Colours,
+    shape: tuple[int, int],
+    px: int,
+    downsample: tuple[float, float],
+) -> Image.Image:
+    """Values (rows, cols) of bins, 0 to 1, as a picture of ``shape``, transparent where NaN.
+
+    ``bin_size`` is (width, height) at level 0; ``colours`` are those from 0 to 1. A pixel is ``px``
+    working px wide; ``downsample`` is (x, y) level-0 px per working px.
+    """
+    (bin_width, bin_height), (x, y) = bin_size, downsample
+    rows = ((np.arange(shape[0]) + 0.5) * px * y // bin_height).astype(int)
+    cols = ((np.arange(shape[1]) + 0.5) * px * x // bin_width).astype(int)
+    height, width = values.shape
+    padded = np.pad(values, ((0, 1), (0, 1)), constant_values=np.nan)
+    shown = padded[np.minimum(rows, height)[:, None], np.minimum(cols, width)]
+    last = _TRANSPARENT - 1
+    level = np.nan_to_num(np.clip(shown, 0, 1) * last, nan=_TRANSPARENT)
+    picture = Image.fromarray(np.rint(level).astype(np.uint8), mode="P")
+    picture.putpalette([*_colours(colours, _TRANSPARENT).ravel().tolist(), 255, 255, 255])
+    picture.info["transparency"] = _TRANSPARENT
+    return picture
+
+
+def _colours(stops: Colours, count: int) -> NDArray[np.uint8]:
+    """``count`` colours (count, 3) from the first to the last."""
+    at = np.linspace(0, count - 1, len(stops))
+    channels = [np.interp(np.arange(count), at, channel) for channel in zip(*stops, strict=True)]
+    return np.asarray(np.rint(np.stack(channels, axis=1)), np.uint8)

@@ -2,6 +2,7 @@
 
 overview.jpg    the whole image: tissue outlined, analysis regions, failed tiles in red
 density.png     nuclei per mm² of tissue, in the same frame
+positivity.png  the share of positive nuclei, in the same frame, where nuclei have classes
 field-0.jpg ... fields of view at the working resolution, without contours
 figures.json    histograms and medians of all nuclei; the contours in the fields of view
 
@@ -21,8 +22,10 @@ import shapely
 from numpy.typing import NDArray
 from PIL import ImageDraw
 
+from patchcl_qupath.answers.positivity import Positivity
 from patchcl_qupath.datatypes import Box, UncertaintyGrid
 from patchcl_qupath.report.density_map import DensityMap
+from patchcl_qupath.report.positivity_map import ClassifiedNuclei, codes_in
 from patchcl_qupath.report.thumbnails import beside, draw_contours, draw_failed_tiles
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.segmentation.uncertainty import FieldsOfView, bin_px, fields_of_view
@@ -34,6 +37,7 @@ from patchcl_qupath.storage.records import (
     FieldOfViewRecord,
     FiguresRecord,
     Histogram,
+    ResultRecord,
     StainHistogram,
     write_record,
 )
@@ -67,11 +71,12 @@ def write_preview(path: Path, segmented: SegmentedImage) -> None:
         picture.save(temporary, format="PNG", compress_level=1)
 
 
-def write_figures(folder: Path, segmented: SegmentedImage, run: str) -> None:
+def write_figures(folder: Path, segmented: SegmentedImage, result: ResultRecord) -> None:
     """Write what the report shows of an image to ``folder``, in place of what was there.
 
-    ``run`` is the run that segmented it. Raises StorageError.
+    ``result`` is the record of its nuclei. Raises StorageError.
     """
+    positivity = _positivity(result)
     slide, uncertainty = segmented.image.slide, segmented.uncertainty
     px = max(1, math.ceil(max(slide.shape) / OVERVIEW_PX))  # working px per overview px
     overview = segmented.thumbnail(px)
@@ -79,7 +84,7 @@ def write_figures(folder: Path, segmented: SegmentedImage, run: str) -> None:
         new.mkdir()
         picture = _overview(overview, px, segmented)
         (new / "overview.jpg").write_bytes(to_jpeg(picture, _JPEG_QUALITY))
-        figures = _measured(segmented, run)
+        figures = _measured(segmented, result.run)
         if uncertainty is not None and uncertainty.points.any():
             density = DensityMap.of(uncertainty, slide.mpp_level0)
             density_picture = density.picture(overview.shape[:2], px, slide.downsample)
@@ -87,9 +92,22 @@ def write_figures(folder: Path, segmented: SegmentedImage, run: str) -> None:
             figures = msgspec.structs.replace(
                 figures,
                 highest_density=round(density.highest),
-                fields_of_view=_write_fields_of_view(new, segmented, uncertainty),
+                fields_of_view=_write_fields_of_view(new, segmented, uncertainty, positivity),
             )
+            if positivity is not None and segmented.count:
+                nuclei = ClassifiedNuclei.of(segmented, positivity)
+                shape = (overview.shape[0], overview.shape[1])
+                share = nuclei.picture(uncertainty, shape=shape, px=px, downsample=slide.downsample)
+                share.save(new / "positivity.png", optimize=True)
+                figures = msgspec.structs.replace(figures, positivity=nuclei.record())
         write_record(new / FIGURES, figures, compact=True)
+
+
+def _positivity(result: ResultRecord) -> Positivity | None:
+    """What made classes of positive and negative nuclei, if anything did."""
+    if result.positivity is None:
+        return None
+    return Positivity(record=result.positivity, base_class=result.config["result"]["class_name"])
 
 
 def _fullest(segmented: SegmentedImage) -> Box:
@@ -197,7 +215,10 @@ def _rings(region: shapely.Geometry | None) -> Iterator[NDArray[np.float64]]:
 
 
 def _write_fields_of_view(
-    folder: Path, segmented: SegmentedImage, uncertainty: UncertaintyGrid
+    folder: Path,
+    segmented: SegmentedImage,
+    uncertainty: UncertaintyGrid,
+    positivity: Positivity | None,
 ) -> tuple[FieldOfViewRecord, ...]:
     """Write a picture of each field of view that is shown; returns their records."""
     found = fields_of_view(uncertainty, _FOV_BINS)
@@ -206,7 +227,11 @@ def _write_fields_of_view(
         picture = f"field-{number}.jpg"
         box = _box(found, i, segmented.image.slide)
         (folder / picture).write_bytes(to_jpeg(segmented.pixels(box), _JPEG_QUALITY))
-        records.append(_field_of_view(segmented, found, i, kind=kind, picture=picture))
+        record = _field_of_view(segmented, found, i, kind=kind, picture=picture)
+        if positivity is not None:
+            codes = codes_in(segmented, box, positivity)
+            record = msgspec.structs.replace(record, classes=codes)
+        records.append(record)
     return tuple(records)
 
 

@@ -18,6 +18,7 @@ from patchcl_qupath.storage.records import (
     RemovedRecord,
     ResultRecord,
     RunRecord,
+    Summary,
     read_record,
     read_result,
 )
@@ -71,6 +72,21 @@ class FoundImage:
         if self.result is None or not self.result.tissue_mm2:
             return None
         return self.result.nuclei / self.result.tissue_mm2
+
+    @property
+    def summary(self) -> Summary | None:
+        """The summary of the image, if the run was asked for any."""
+        return self.result.summaries[0] if self.result and self.result.summaries else None
+
+    @property
+    def positive_percent(self) -> float | None:
+        """The percentage of positive nuclei."""
+        return self.summary.positive_percent if self.summary else None
+
+    @property
+    def h_score(self) -> float | None:
+        """The H-score, 0 to 300."""
+        return self.summary.h_score if self.summary else None
 
     @property
     def median_area(self) -> float | None:

@@ -16,11 +16,14 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from patchcl_qupath.config import INTENSITY_COLOURS
 from patchcl_qupath.errors import ProjectError
 from patchcl_qupath.project import Project
 from patchcl_qupath.report import training_views, views
 from patchcl_qupath.report.density_map import DENSITY_COLOURS
+from patchcl_qupath.report.downloads import write_downloads
 from patchcl_qupath.report.found import find_image, find_models, find_runs
+from patchcl_qupath.report.positivity_map import POSITIVITY_COLOURS
 from patchcl_qupath.storage.files import write_bytes
 
 __all__ = ["write_report"]
@@ -55,12 +58,18 @@ def write_report(project: Project) -> Path:
             totals=views.Totals.of(images),
             table=views.Table.of(images),
             images=[views.ImageView.of(image, number) for number, image in enumerate(images)],
+            region_tables=[
+                table
+                for kind in ("region", "core")
+                if (table := views.RegionTable.of(images, kind)) is not None
+            ],
+            downloads=write_downloads(project),
             open_images=len(images) <= _OPEN_IMAGES,
             models=[
                 training_views.ModelView.of(model, number) for number, model in enumerate(models)
             ],
             runs=[views.RunView.of(run) for run in runs],
-            style=_embedded(f"{_density_style()}\n{_source('page.css')}"),
+            style=_embedded(f"{_colours()}\n{_source('page.css')}"),
             script=_embedded(_source("page.js")),
         )
     )
@@ -86,10 +95,17 @@ def _number(value: float, spec: str = ",") -> str:
     return format(value, spec)
 
 
-def _density_style() -> str:
-    """The colours of the density map, for its scale."""
-    stops = ", ".join(f"rgb{colour}" for colour in DENSITY_COLOURS)
-    return f":root {{ --density: linear-gradient(90deg, {stops}); }}"
+def _colours() -> str:
+    """The colours of maps, for their scales, and those of classes of nuclei."""
+    maps = {"density": DENSITY_COLOURS, "positivity": POSITIVITY_COLOURS}
+    named = {
+        name: f"linear-gradient(90deg, {', '.join(f'rgb{colour}' for colour in colours)})"
+        for name, colours in maps.items()
+    }
+    named |= {
+        views.kind_of_class(name): f"rgb{colour}" for name, colour in INTENSITY_COLOURS.items()
+    }
+    return f":root {{ {' '.join(f'--{name}: {value};' for name, value in named.items())} }}"
 
 
 def _source(name: str) -> str:

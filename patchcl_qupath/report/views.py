@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+from patchcl_qupath.config import GRADES
 from patchcl_qupath.project import Project
-from patchcl_qupath.report.charts import Chart, histogram
+from patchcl_qupath.report.charts import Chart, Mark, Stack, histogram, stacked
 from patchcl_qupath.report.figures import CONTOUR_UNITS
 from patchcl_qupath.report.found import FoundImage, FoundRun
 from patchcl_qupath.storage.records import (
     FieldOfViewRecord,
     FiguresRecord,
+    PositivityFigures,
     ResultRecord,
     RoiChangesRecord,
+    Summary,
 )
 
+_DENSITIES = ("Mean", "Min", "Max", "Median", "mean", "min", "max")
 _LISTED = 10  # images at most whose names a run lists
 
 P = ParamSpec("P")
@@ -58,22 +61,46 @@ class Totals:
 
 
 class _Measure(NamedTuple):
-    """A column of numbers of the table: its name, an attribute of FoundImage, and its format."""
+    """A column of numbers: its name, an attribute, of FoundImage say, and its format.
+
+    One that is ``optional`` is left out where no row has a number in it.
+    """
 
     name: str
     attribute: str
     format: str
+    optional: bool = False
+
+    def value(self, row: object) -> float | None:
+        """The number of a row; None where it has none."""
+        found: Any = row
+        for name in self.attribute.split("."):
+            found = None if found is None else getattr(found, name)
+        return None if found is None else float(found)
 
 
 _MEASURES = (
     _Measure("tissue mm²", "tissue_mm2", ".2f"),
-    _Measure("found", "nuclei", ",d"),
-    _Measure("added in QuPath", "added", ",d"),
-    _Measure("left out", "left_out", ",d"),
+    _Measure("found", "nuclei", ",.0f"),
+    _Measure("added in QuPath", "added", ",.0f"),
+    _Measure("left out", "left_out", ",.0f"),
     _Measure("found per mm²", "density", ",.0f"),
+    _Measure("positive %", "positive_percent", ".1f", optional=True),
+    _Measure("H-score", "h_score", ".0f", optional=True),
     _Measure("median area µm²", "median_area", ".1f"),
     _Measure("mean probability", "probability", ".2f"),
     _Measure("seconds", "seconds", ".1f"),
+)
+
+
+_WITH_BARS = ("density", "per_mm2")
+_REGION_MEASURES = (
+    _Measure("tissue mm²", "tissue_mm2", ".3f"),
+    _Measure("nuclei", "nuclei", ",.0f"),
+    _Measure("nuclei per mm²", "per_mm2", ",.0f"),
+    _Measure("positive %", "positive_percent", ".1f", optional=True),
+    _Measure("H-score", "h_score", ".0f", optional=True),
+    _Measure("Allred", "allred.score", ".0f", optional=True),
 )
 
 
@@ -113,28 +140,96 @@ class Table:
     def of(cls, images: Sequence[FoundImage]) -> Table:
         """One row an image."""
         highest = max([image.density or 0 for image in images], default=0) or 1
-        numbers = [Column(measure.name, "number") for measure in _MEASURES]
+        measures = _known(_MEASURES, images)
+        numbers = [Column(measure.name, "number") for measure in measures]
         return cls(
             columns=(Column("image", ""), *numbers, Column("warnings", "number warned")),
-            rows=tuple(_row(image, highest) for image in images),
+            rows=tuple(
+                Row(
+                    id=image.id,
+                    name=image.name,
+                    cells=tuple(_cell(image, measure, highest) for measure in measures),
+                    warnings=image.warnings,
+                )
+                for image in images
+            ),
         )
 
 
-def _row(image: FoundImage, highest_density: float) -> Row:
-    return Row(
-        id=image.id,
-        name=image.name,
-        cells=tuple(_cell(image, measure, highest_density) for measure in _MEASURES),
-        warnings=image.warnings,
-    )
+def _known(measures: Sequence[_Measure], rows: Sequence[object]) -> list[_Measure]:
+    """The columns of a table, without optional ones that are empty."""
+    return [
+        measure
+        for measure in measures
+        if not measure.optional or any(measure.value(row) is not None for row in rows)
+    ]
 
 
-def _cell(image: FoundImage, measure: _Measure, highest_density: float) -> Cell:
-    value: float | None = attrgetter(measure.attribute)(image)
+def _cell(row: object, measure: _Measure, highest_density: float) -> Cell:
+    value = measure.value(row)
     if value is None:
         return Cell("", "\N{EN DASH}")
-    bar = 100 * value / highest_density if measure.attribute == "density" else None
+    bar = 100 * value / highest_density if measure.attribute in _WITH_BARS else None
     return Cell(f"{value:.9g}", format(value, measure.format), bar)
+
+
+class RegionRow(NamedTuple):
+    """One region or TMA core: the image that it is in, its texts and its numbers."""
+
+    image_id: str
+    image: str
+    name: str
+    texts: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionTable:
+    """The table of regions, or of TMA cores."""
+
+    id: str
+    heading: str
+    columns: tuple[Column, ...]
+    rows: tuple[RegionRow, ...]
+
+    @classmethod
+    def of(cls, images: Sequence[FoundImage], kind: str) -> RegionTable | None:
+        """One row for each; None without any. ``kind`` is that of summaries: region or core."""
+        found = [
+            (image, summary)
+            for image in images
+            for summary in (image.result.summaries if image.result else ())
+            if summary.kind == kind
+        ]
+        if not found:
+            return None
+        summaries = [summary for _, summary in found]
+        measures = _known(_REGION_MEASURES, summaries)
+        highest = max(summary.per_mm2 or 0 for summary in summaries) or 1
+        label, text = ("region", "class") if kind == "region" else ("core", "case")
+        numbers = [Column(measure.name, "number") for measure in measures]
+        return cls(
+            id=f"{kind}s",
+            heading="Regions" if kind == "region" else "TMA cores",
+            columns=(Column(label, ""), Column("image", ""), Column(text, ""), *numbers),
+            rows=tuple(
+                RegionRow(
+                    image_id=image.id,
+                    image=image.name,
+                    name=summary.name or _place(summary),
+                    texts=(summary.class_name if kind == "region" else summary.case_id,),
+                    cells=tuple(_cell(summary, measure, highest) for measure in measures),
+                )
+                for image, summary in found
+            ),
+        )
+
+
+def _place(summary: Summary) -> str:
+    """What an annotation without a name is called."""
+    if summary.x is None or summary.y is None:
+        return "annotation"
+    return f"at x {summary.x:,.0f}, y {summary.y:,.0f} px"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +256,29 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class FovView:
-    """A field of view: its picture, and contours on it as an SVG path in a frame of ``view``."""
+    """A field of view: its picture, and contours on it as SVG paths in a frame of ``view``.
+
+    There is a path for each class of nuclei, with the CSS class of that.
+    """
 
     record: FieldOfViewRecord
     picture: Picture
     view: tuple[int, int]
-    contours: str
+    contours: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositivityView:
+    """The classes of nuclei of an image: a map, a table of numbers, and histograms by class.
+
+    ``classes`` are CSS classes, names, numbers of nuclei, and percentages.
+    """
+
+    picture: Picture
+    classes: tuple[tuple[str, str, int, float], ...]
+    judged: str
+    measurement: Chart
+    area: Chart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +295,7 @@ class Pictures:
     area: Chart
     stain_name: str
     stain: Chart
+    positivity: PositivityView | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,17 +371,67 @@ def _pictures(
         density=density,
         highest_density=figures.highest_density,
         fields_of_view=tuple(
-            _field_of_view(record, image) for record in figures.fields_of_view or ()
+            _field_of_view(record, image, figures.positivity)
+            for record in figures.fields_of_view or ()
         ),
         area=histogram(f"area-{number}", f"Areas of nuclei in {image.name}", "µm²", figures.area),
         stain_name=stain.name,
         stain=histogram(
             f"stain-{number}", f"{stain.name} of nuclei in {image.name}", "optical density", stain
         ),
+        positivity=_positivity(image, figures.positivity, number) if figures.positivity else None,
     )
 
 
-def _field_of_view(record: FieldOfViewRecord, image: FoundImage) -> FovView:
+def _positivity(image: FoundImage, figures: PositivityFigures, number: int) -> PositivityView:
+    """The classes of nuclei of an image."""
+    total = sum(found.nuclei for found in figures.classes) or 1
+    kinds = [kind_of_class(found.name) for found in figures.classes]
+    by_value = [
+        Stack(found.name, kind, found.measurement)
+        for found, kind in zip(figures.classes, kinds, strict=True)
+    ]
+    by_area = [
+        Stack(found.name, kind, found.area)
+        for found, kind in zip(figures.classes, kinds, strict=True)
+    ]
+    alt = f"{image.name}: the share of positive nuclei, in colours from 0 to 100 %"
+    limits = " and ".join(f"{threshold:.3g}" for threshold in figures.thresholds)
+    return PositivityView(
+        picture=Picture.of_file(image.pictures / "positivity.png", alt),
+        classes=tuple(
+            (kind, found.name, found.nuclei, 100 * found.nuclei / total)
+            for found, kind in zip(figures.classes, kinds, strict=True)
+        ),
+        judged=f"{figures.measurement}, from {limits}",
+        measurement=stacked(
+            f"positivity-{number}",
+            f"{figures.measurement} of nuclei in {image.name}, by class",
+            "optical density" if figures.measurement.endswith(_DENSITIES) else "",
+            highest=figures.highest,
+            stacks=by_value,
+            marks=[Mark(threshold, f"{threshold:.3g}") for threshold in figures.thresholds],
+        ),
+        area=stacked(
+            f"class-area-{number}",
+            f"Areas of nuclei in {image.name}, by class",
+            "µm²",
+            highest=figures.highest_area,
+            stacks=by_area,
+            marks=[],
+        ),
+    )
+
+
+def kind_of_class(name: str) -> str:
+    """The CSS class of a class of nuclei: negative, positive, or grade-1 to grade-3."""
+    last = name.rpartition(": ")[2]
+    return f"grade-{last[0]}" if last in GRADES else last.lower()
+
+
+def _field_of_view(
+    record: FieldOfViewRecord, image: FoundImage, positivity: PositivityFigures | None
+) -> FovView:
     number = int(record.picture.removeprefix("field-").removesuffix(".jpg"))  # no other path
     alt = (
         f"{record.kind} field of view of {image.name}: {record.nuclei} nuclei, at x {record.x:,}, "
@@ -279,8 +442,25 @@ def _field_of_view(record: FieldOfViewRecord, image: FoundImage) -> FovView:
         record=record,
         picture=Picture.of_file(image.pictures / f"field-{number}.jpg", alt, size),
         view=(record.width * CONTOUR_UNITS, record.height * CONTOUR_UNITS),
-        contours="".join(_path(contour) for contour in record.contours),
+        contours=tuple(_contours(record, positivity)),
     )
+
+
+def _contours(
+    record: FieldOfViewRecord, positivity: PositivityFigures | None
+) -> Iterator[tuple[str, str]]:
+    """The contours of a field of view by the CSS classes of their nuclei."""
+    if positivity is None or not record.classes:
+        yield "", "".join(_path(contour) for contour in record.contours)
+        return
+    for code, found in enumerate(positivity.classes):
+        of_class = [
+            _path(contour)
+            for contour, its_code in zip(record.contours, record.classes, strict=True)
+            if its_code == code
+        ]
+        if of_class:
+            yield kind_of_class(found.name), "".join(of_class)
 
 
 def _rois(image: FoundImage) -> tuple[RoiView, ...]:

@@ -49,6 +49,13 @@ def measure(
     return {name: values.astype(np.float32) for name, values in named.items()}
 
 
+def measurement_names(stains: StainVectors) -> list[str]:
+    """The names of the measurements that ``measure`` makes."""
+    none = np.zeros((1, 1), np.int32)
+    rgb = np.zeros((1, 1, 3), np.uint8)
+    return list(measure(np.empty(0, object), none, rgb, np.empty(0), stains))
+
+
 class NuclearStain(NamedTuple):
     """Mean optical densities (N,) of labels, by QuPath's default vectors, whatever is measured."""
 

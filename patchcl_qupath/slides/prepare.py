@@ -61,6 +61,16 @@ class PreparedImage:
         part = self.region if region is None else on_grid(region, self.slide)
         return tissue_area_px(self.tissue, self.tissue_px, part) * self.slide.mpp**2 / 1e6
 
+    def area_mm2(self, region: shapely.Geometry | None = None) -> float:
+        """Area of the part of a region (level 0) that is in the image, in mm².
+
+        Without one, that of the analysis region, or of the whole image.
+        """
+        rows, cols = self.slide.shape
+        part = self.region if region is None else on_grid(region, self.slide)
+        area_px = rows * cols if part is None else part.area
+        return float(area_px * self.slide.mpp**2 / 1e6)
+
     def crops(self, n: int, side_px: int, seed: int) -> Iterator[NDArray[np.uint8]]:
         """``n`` random tissue crops (side_px, side_px, 3), smaller where the image is.
 

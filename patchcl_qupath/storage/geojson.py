@@ -27,6 +27,7 @@ class Objects:
     those of its nucleus, None without area; ``shapes`` what was drawn, None where it cannot be
     read. ``kinds`` are QuPath's types, such as annotation, detection, cell, tile; ``ids`` and
     ``names`` its ids and names, "" without one. ``whole_cells`` are cells without a nucleus.
+    ``missing`` are TMA cores that a person marked so; ``case_ids`` those of cores, "" without one.
     ``more`` is what groovy/export_labels.groovy wrote beside the objects.
     """
 
@@ -37,6 +38,8 @@ class Objects:
     ids: NDArray[np.str_]
     names: NDArray[np.str_]
     whole_cells: NDArray[np.bool_]
+    missing: NDArray[np.bool_]
+    case_ids: NDArray[np.str_]
     more: dict[str, Any] = field(default_factory=dict)
 
     def take(self, rows: NDArray[np.bool_]) -> Objects:
@@ -89,8 +92,16 @@ def read_objects(path: Path) -> Objects:
         ids=_texts(feature.get("id") for feature in features),
         names=_texts(own.get("name") for own in properties),
         whole_cells=(kinds == "cell") & ~np.array(nuclei, dtype=bool),
+        missing=np.array([own.get("isMissing") is True for own in properties], dtype=bool),
+        case_ids=_texts(_case_id(own.get("metadata")) for own in properties),
         more=more if isinstance(more, dict) else {},
     )
+
+
+def _case_id(metadata: Any) -> str | None:
+    """The case of a TMA core, by the name that QuPath gives it: in 0.4 it was another."""
+    named = metadata if isinstance(metadata, dict) else {}
+    return named.get("Case ID") or named.get("Unique ID")
 
 
 def _texts(values: Iterator[Any]) -> NDArray[np.str_]:

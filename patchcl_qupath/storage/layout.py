@@ -9,7 +9,9 @@ previews/<image>.png                a picture of an image's nuclei
 errors/<image>.png                  a picture of an image's errors, beside ground truth
 report/index.html                   the report
 report/outcomes/<image>.json        outcome of an image in its last run
+report/tables/                      tables, for the report to link to
 report/images/<image>/              pictures and figures of an image for the report
+exports/                            tables, and files for other programs
 regions/, stains/, labels/          exports of the Groovy scripts, by image
 fields/<image>.json                 ROIs to correct
 changes/<image>/                    its corrected ROIs, and what a refined model changed there
@@ -118,6 +120,11 @@ class Layout:
     def figures(self, image: str) -> Path:
         """The folder of an image's pictures and figures for the report."""
         return self.report / "images" / image
+
+    @property
+    def exports(self) -> Path:
+        """The folder of exported tables and files, unless another is named."""
+        return self.root / "exports"
 
     def regions(self, image: str) -> Path:
         """An image's annotations, as groovy/export_regions.groovy exports them."""

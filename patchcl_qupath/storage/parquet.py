@@ -23,27 +23,39 @@ _GEO = {  # GeoParquet 1.1; coordinates are pixels, so there is no reference sys
     "primary_column": "geometry",
     "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None}},
 }
+CLASSIFICATION = "Classification"  # the column of classes, as QuPath's tables call it
+NOT_MEASURED = ("id", "geometry", CLASSIFICATION)  # all other columns are measurements
 # Attribute of a grid -> column in a file, which has the name of version 0.1.
 _GRID = {"rows": "rows", "cols": "cols", "points": "points", "entropy": "doubt", "nuclei": "nuclei"}
 
 
 def to_table(nuclei: Nuclei) -> pa.Table:
-    """Nuclei as an Arrow table with the metadata of GeoParquet: id, geometry, measurements."""
+    """Nuclei as an Arrow table with the metadata of GeoParquet: id, geometry, measurements.
+
+    Where nuclei have classes, these are the third column.
+    """
     columns: dict[str, Any] = {
         "id": pa.array(nuclei.uuids.tolist(), pa.string()),
         "geometry": pa.array(shapely.to_wkb(nuclei.polygons).tolist(), pa.binary()),
     }
+    if nuclei.classes is not None:
+        classes = pa.array(nuclei.classes.tolist(), pa.string())
+        columns[CLASSIFICATION] = classes.cast(pa.dictionary(pa.int8(), pa.string()))
     columns |= {name: pa.array(v, pa.float32()) for name, v in nuclei.measurements.items()}
     return pa.table(columns).replace_schema_metadata({"geo": json.dumps(_GEO)})
 
 
 def from_table(table: pa.Table) -> Nuclei:
     """The inverse of ``to_table``."""
-    names = [name for name in table.column_names if name not in ("id", "geometry")]
+    names = [name for name in table.column_names if name not in NOT_MEASURED]
+    classes = None
+    if CLASSIFICATION in table.column_names:
+        classes = np.array(table[CLASSIFICATION].to_pylist(), dtype=str)
     return Nuclei(
         polygons=polygons_of(table),
         measurements={name: table[name].to_numpy() for name in names},
         uuids=np.array(table["id"].to_pylist(), dtype="U36"),
+        classes=classes,
     )
 
 

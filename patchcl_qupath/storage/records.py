@@ -50,6 +50,87 @@ class RegionRecord(Record, frozen=True, kw_only=True):
     tissue_mm2: float
 
 
+class Quartiles(Record, frozen=True, kw_only=True):
+    """The quartiles of a measurement; of no nuclei there are none."""
+
+    lower: float
+    median: float
+    upper: float
+
+
+class ClassSummary(Record, frozen=True, kw_only=True):
+    """The number of nuclei of a class, and per mm² of tissue, or of area where that is not known.
+
+    ``per_mm2`` is None where the area is 0.
+    """
+
+    nuclei: int
+    per_mm2: float | None
+
+
+class AllredScore(Record, frozen=True, kw_only=True):
+    """The Allred score: that of the proportion of positive nuclei, 0 to 5, and of their intensity.
+
+    The intensity is 0 to 3. D. C. Allred et al., Mod Pathol 11 (1998).
+    """
+
+    proportion: int
+    intensity: int
+
+    @property
+    def score(self) -> int:
+        """The sum of both, 0 to 8."""
+        return self.proportion + self.intensity
+
+
+class Summary(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """What is in an image, an annotation or a TMA core, its ``kind``: image, region or core.
+
+    ``name`` is that of an image or an annotation, or the label of a core; ``class_name`` and ``id``
+    are those of the object in QuPath; ``x`` and ``y`` its centroid and ``area_px`` its area, at
+    level 0, None of an image. ``area_mm2`` is that of its part that was segmented, ``tissue_mm2``
+    that of the tissue in it; None where it is not known.
+
+    ``nuclei`` counts all whose centroid lies in it; ``own`` those of them that lie in no smaller
+    region. ``classes`` has the numbers by class, also those of classes without a nucleus.
+    ``positive_percent`` is a percentage of the nuclei with a class of positive or negative ones,
+    ``h_score`` 0 to 300; it and ``allred`` need classes 1+ to 3+. These three are None without
+    such nuclei. ``measurements`` are the main ones, by QuPath's name.
+    """
+
+    kind: str
+    name: str = ""
+    class_name: str = ""
+    case_id: str = ""
+    id: str = ""
+    x: float | None = None
+    y: float | None = None
+    area_px: float | None = None
+    area_mm2: float | None = None
+    tissue_mm2: float | None = None
+    nuclei: int
+    own: int
+    per_mm2: float | None = None
+    classes: dict[str, ClassSummary] = {}
+    positive_percent: float | None = None
+    h_score: float | None = None
+    allred: AllredScore | None = None
+    measurements: dict[str, Quartiles] = {}
+
+
+class PositivityRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """What makes a nucleus positive: its ``measurement`` is one of ``thresholds`` or above it.
+
+    One threshold makes classes Positive and Negative, three make Negative and 1+ to 3+. ``found``
+    is whether the threshold was found on the slide; ``note`` what a person should know of that.
+    """
+
+    measurement: str
+    thresholds: tuple[float, ...]
+    found: bool = False
+    note: str | None = None
+
+
 class Provenance(Record, frozen=True, kw_only=True):
     """The provenance of nuclei.
 
@@ -69,7 +150,9 @@ class ResultRecord(
     """results/<image>/result.json: the provenance of the nuclei of an image, and their files.
 
     ``made`` is UTC in ISO 8601; ``files`` are those to import into QuPath. Without ``regions`` the
-    whole image was segmented. ``model_name`` is that of the run, for people.
+    whole image was segmented. ``model_name`` is that of the run, for people. ``positivity`` is
+    there where nuclei have classes, and ``summaries``, the first of them that of the image, where
+    these or regions were asked for.
     """
 
     run: str
@@ -88,6 +171,8 @@ class ResultRecord(
     failed_tiles: tuple[FailedTile, ...]
     nuclei: int
     object_type: str
+    positivity: PositivityRecord | None = None
+    summaries: tuple[Summary, ...] = ()
     files: tuple[str, ...]
 
 
@@ -245,7 +330,8 @@ class ImageOutcome(
     ``main_seconds`` those of the run itself by stage, ``worker_seconds`` the sums over workers.
     ``network_px`` is the number of working pixels that the network processed. ``imported`` is what
     became of the nuclei in QuPath, unset where they wait to be imported. ``corrections`` are those
-    of a person that a refined model makes by itself, unset for other models.
+    of a person that a refined model makes by itself, unset for other models. ``positivity`` and
+    ``summaries`` are those of ``ResultRecord``, unset where they were not asked for.
     """
 
     id: str
@@ -265,6 +351,8 @@ class ImageOutcome(
     network_px: int = 0
     imported: Imported | msgspec.UnsetType = msgspec.UNSET
     corrections: ChangeCounts | msgspec.UnsetType = msgspec.UNSET
+    positivity: PositivityRecord | msgspec.UnsetType = msgspec.UNSET
+    summaries: tuple[Summary, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunRecord(Record, frozen=True, kw_only=True):
@@ -388,15 +476,44 @@ class StainHistogram(Record, frozen=True, kw_only=True):
     counts: list[int]
 
 
+class ClassHistograms(Record, frozen=True, kw_only=True):
+    """The nuclei of a class: their number, and counts of areas and of the judged measurement."""
+
+    name: str
+    nuclei: int
+    area: list[int]
+    measurement: list[int]
+
+
+class PositivityFigures(Record, frozen=True, kw_only=True):
+    """The classes of nuclei in the report, from negative to the most positive.
+
+    ``measurement`` is what they are judged by, with these ``thresholds``. Counts are in equal bins
+    from 0 to ``highest``, and of areas to ``highest_area``, in µm²; the last bin counts higher
+    values, too.
+    """
+
+    measurement: str
+    thresholds: tuple[float, ...]
+    highest: float
+    highest_area: float
+    classes: tuple[ClassHistograms, ...]
+
+
 class FieldOfViewRecord(
-    Record, frozen=True, kw_only=True, rename={"contours": "outlines", "entropy": "doubt"}
+    Record,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    rename={"contours": "outlines", "entropy": "doubt"},
 ):
     """A field of view that the report shows.
 
     ``kind`` is the reason for its choice; ``picture`` a file in the same folder. ``x`` and ``y``
     are px at level 0, ``width`` and ``height`` working px; ``um`` is its width in µm; ``density``
     nuclei per mm² of tissue; ``entropy`` the mean predictive entropy in bits. ``contours`` are
-    [x, y, x, y, ...] in thirds of a working px.
+    [x, y, x, y, ...] in thirds of a working px. ``classes`` are the numbers of their classes in
+    ``PositivityFigures``, where nuclei have some.
     """
 
     kind: str
@@ -410,6 +527,7 @@ class FieldOfViewRecord(
     density: int
     entropy: float
     contours: list[list[int]]
+    classes: list[int] = []
 
 
 class FiguresRecord(
@@ -419,6 +537,7 @@ class FiguresRecord(
 
     ``mm`` is (width, height); ``probability`` the mean over nuclei; ``highest_density``, in nuclei
     per mm², is that of the last colour of the density map, None if there is no such map.
+    ``positivity`` is there where nuclei have classes.
     """
 
     run: str
@@ -429,6 +548,7 @@ class FiguresRecord(
     probability: float | None
     highest_density: int | None = None
     fields_of_view: tuple[FieldOfViewRecord, ...] | None = None
+    positivity: PositivityFigures | None = None
 
 
 class ReceiptRecord(
@@ -492,7 +612,9 @@ class RegionSummary(Record, frozen=True, kw_only=True):
     """What is in a `PatchCL` annotation of an image now; ``x`` and ``y`` are its centroid, level 0.
 
     ``area_mm2`` is that of its tissue where ``is_tissue``, else that of the annotation itself; None
-    where the image has no pixel size. ``per_mm2`` is the density of nuclei.
+    where the image has no pixel size. ``per_mm2`` is the density of nuclei. Annotations of a person
+    that the last run summarised, and TMA cores, are summarised, too. ``positive_percent`` and
+    ``h_score`` are unset where nuclei have no such classes.
     """
 
     name: str
@@ -502,6 +624,8 @@ class RegionSummary(Record, frozen=True, kw_only=True):
     area_mm2: float | None
     is_tissue: bool
     per_mm2: float | None
+    positive_percent: float | msgspec.UnsetType = msgspec.UNSET
+    h_score: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class ImageSummary(Record, frozen=True, kw_only=True):

@@ -1,0 +1,1 @@
+"""From nuclei to answers: positive and negative nuclei, regions, TMA cores, and their summaries."""

@@ -1,0 +1,149 @@
+"""What a run answers of an image beside its nuclei: which are positive, and what is where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from patchcl_qupath.answers.positivity import Positivity, check_positive, find_positivity
+from patchcl_qupath.answers.regions import Regions
+from patchcl_qupath.answers.summary import Extent, summarise
+from patchcl_qupath.config import ResultConfig
+from patchcl_qupath.datatypes import ImageEntry, Nuclei
+from patchcl_qupath.segmentation.measurements import measurement_names
+from patchcl_qupath.segmentation.segmented_image import SegmentedImage
+from patchcl_qupath.slides.prepare import PreparedImage
+from patchcl_qupath.storage.records import ImageOutcome, PositivityRecord, Summary
+
+_NAMED = 3  # regions that a note names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What was asked of an image: ``positivity`` is None, and ``summaries`` empty, if it was not.
+
+    ``notes`` are for people.
+    """
+
+    positivity: Positivity | None = None
+    summaries: tuple[Summary, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def record(self) -> PositivityRecord | None:
+        """What makes nuclei positive, for the file of the result."""
+        return None if self.positivity is None else self.positivity.record
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What belongs to the outcome of a run; None for what was not asked."""
+        return {"positivity": self.record, "summaries": self.summaries or None}
+
+    def classified(self, batches: Iterable[Nuclei]) -> Iterable[Nuclei]:
+        """Batches of nuclei, with classes where these were asked for."""
+        return batches if self.positivity is None else self.positivity.apply(batches)
+
+    def noted(self, outcome: ImageOutcome) -> ImageOutcome:
+        """The outcome of an image with the notes."""
+        notes = [note for note in (outcome.note, *self.notes) if note]
+        return msgspec.structs.replace(outcome, note="; ".join(notes) or None)
+
+
+def check(image: PreparedImage, entry: ImageEntry, config: ResultConfig) -> None:
+    """Raise ImageError, before it is segmented, for an image that cannot be answered."""
+    if config.positive:
+        names = measurement_names(image.stains)
+        check_positive(config.positive, entry.name, image.stains, names)
+
+
+def answer(segmented: SegmentedImage, entry: ImageEntry, config: ResultConfig) -> Answer:
+    """Classify the nuclei of an image, and summarise it and the regions of ``entry.drawn``."""
+    if not config.positive and not config.summarise and not entry.drawn:
+        return Answer()
+    positivity = _positivity(segmented, entry, config) if config.positive else None
+    regions = Regions.of(entry.drawn)
+    asked = Answer(positivity=positivity)
+    summaries = summarise(
+        asked.classified(segmented.nuclei()),
+        image=entry.name,
+        extents=list(_extents(segmented.image, entry, regions)),
+        regions=regions,
+        class_names=positivity.class_names if positivity else (),
+    )
+    of_positivity = positivity.record.note if positivity else None
+    notes = [*filter(None, [of_positivity]), *_notes(regions, segmented.image, entry)]
+    return Answer(positivity=positivity, summaries=summaries, notes=tuple(notes))
+
+
+def _positivity(segmented: SegmentedImage, entry: ImageEntry, config: ResultConfig) -> Positivity:
+    def values(name: str) -> Iterator[NDArray[np.float32]]:
+        return (found[name] for found in segmented.measurements([name]))
+
+    first = next(iter(segmented.nuclei()), Nuclei(np.empty(0, dtype=object)))
+    return find_positivity(
+        config.positive,
+        image=entry.name,
+        base_class=config.class_name,
+        stains=segmented.image.stains,
+        names=list(first.measurements),
+        values=values,
+    )
+
+
+def _extents(image: PreparedImage, entry: ImageEntry, regions: Regions) -> Iterator[Extent]:
+    """How large the image is, and each region: what of it was segmented."""
+    yield Extent(area_mm2=image.area_mm2(), tissue_mm2=image.tissue_mm2())
+    within = shapely.union_all(entry.regions) if entry.regions else None
+    for geometry, is_core in zip(regions.geometries, regions.is_core, strict=True):
+        segmented = geometry if within is None or is_core else geometry & within
+        x, y = geometry.centroid.coords[0]
+        yield Extent(
+            area_mm2=image.area_mm2(segmented),
+            tissue_mm2=image.tissue_mm2(segmented),
+            x=x,
+            y=y,
+            area_px=geometry.area,
+        )
+
+
+def _notes(regions: Regions, image: PreparedImage, entry: ImageEntry) -> Iterator[str]:
+    """What a person should know of regions that overlap, or that were not segmented as a whole."""
+    if not len(regions):
+        return
+    pairs = [
+        f"{regions.label(one)} and {regions.label(other)}"
+        for one, other in regions.partly_overlapping()
+    ]
+    if pairs:
+        yield f"regions overlap, and nuclei in both count in both: {_named(pairs)}"
+    whole = shapely.box(0, 0, *image.slide.size)
+    shares = regions.shares_in(whole)
+    if outside := _labels(regions, shares == 0):
+        yield f"regions lie outside the image: {_named(outside)}"
+    if partly := _labels(regions, (shares > 0) & (shares < 1)):
+        yield f"regions reach beyond the image, only their part in it counts: {_named(partly)}"
+    if entry.regions:
+        shares_segmented = regions.shares_in(shapely.union_all(entry.regions))
+        if missed := _labels(
+            regions, (shares > 0) & (shares_segmented < shares) & ~regions.is_core
+        ):
+            yield (
+                "only what lies in the regions of the run was segmented, and counts, of "
+                f"{_named(missed)}"
+            )
+
+
+def _labels(regions: Regions, which: NDArray[np.bool_]) -> list[str]:
+    return [regions.label(i) for i in np.flatnonzero(which).tolist()]
+
+
+def _named(labels: Sequence[str]) -> str:
+    """The first labels of a list, and how many more there are."""
+    more = len(labels) - _NAMED
+    return ", ".join(labels[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")

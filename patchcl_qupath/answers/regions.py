@@ -1,0 +1,137 @@
+"""The annotations and TMA cores of an image that nuclei are counted in.
+
+A nucleus lies in all regions that hold the centroid of its contour, their boundary included, and
+belongs to the smallest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from patchcl_qupath.datatypes import DrawnRegion, Polygons
+
+Centroids = NDArray[np.float64]  # (N, 2): x and y, level 0
+_NEAR_PX = 16.0  # a contour's centroid and that of the pixels it was traced around are nearer
+_PARTLY = 0.001  # of the smaller area: two regions that share less touch, or share a border
+
+
+def centroids_of(contours: Polygons) -> Centroids:
+    """The centroids (N, 2) of contours (N,), in their frame."""
+    return np.asarray(shapely.get_coordinates(shapely.centroid(contours)), np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regions:
+    """Regions as columns, one row each; geometry is (x, y) at level 0.
+
+    ``ids`` are those of the objects in QuPath; ``names`` their names, of a core its label, "" where
+    there is none; ``classes`` QuPath's classes; ``is_core`` tells TMA cores from annotations;
+    ``case_ids`` are those of cores, "" elsewhere.
+    """
+
+    ids: tuple[str, ...]
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
+    case_ids: tuple[str, ...]
+    is_core: NDArray[np.bool_]
+    geometries: Polygons
+
+    @classmethod
+    def of(cls, drawn: Sequence[DrawnRegion]) -> Regions:
+        """The regions that were drawn, in their order."""
+        geometries = np.empty(len(drawn), dtype=object)
+        geometries[:] = [region.geometry for region in drawn]
+        return cls(
+            ids=tuple(region.id for region in drawn),
+            names=tuple(region.name for region in drawn),
+            classes=tuple(region.class_name for region in drawn),
+            case_ids=tuple(region.case_id for region in drawn),
+            is_core=np.array([region.is_core for region in drawn], dtype=bool),
+            geometries=geometries,
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def label(self, i: int) -> str:
+        """What people call a region: its name, else its class and place."""
+        x, y = self.geometries[i].centroid.coords[0]
+        kind = "core" if self.is_core[i] else self.classes[i] or "annotation"
+        return self.names[i] or f"{kind} at x {x:.0f}, y {y:.0f} px"
+
+    def pairs(self, centroids: Centroids) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """The pairs (P,), (P,) of a region and a centroid that lies in it."""
+        if not len(self) or not len(centroids):
+            none = np.empty(0, dtype=np.intp)
+            return none, none
+        shapely.prepare(self.geometries)  # once: it is kept with them
+        points = shapely.points(centroids)
+        region, point = shapely.STRtree(points).query(self.geometries, predicate="intersects")
+        if self.is_core.any():
+            region, point = self._with_nearest_core(points, region, point)
+        return region, point
+
+    def parent(self, centroids: Centroids) -> NDArray[np.intp]:
+        """The smallest region (N,) that holds each centroid; -1 where none does."""
+        region, point = self.pairs(centroids)
+        return self.smallest(region, point, len(centroids))
+
+    def members(self, i: int, centroids: Centroids) -> NDArray[np.bool_]:
+        """Whether centroids (N, 2) lie in a region: (N,) bool."""
+        region, point = self.pairs(centroids)
+        inside = np.zeros(len(centroids), dtype=bool)
+        inside[point[region == i]] = True
+        return inside
+
+    def smallest(
+        self, region: NDArray[np.intp], point: NDArray[np.intp], count: int
+    ) -> NDArray[np.intp]:
+        """The smallest region (count,) of each point in pairs; -1 for a point in none."""
+        parent = np.full(count, -1, dtype=np.intp)
+        from_large_to_small = np.argsort(-self._areas[region], kind="stable")
+        parent[point[from_large_to_small]] = region[from_large_to_small]  # the last one stays
+        return parent
+
+    @cached_property
+    def _areas(self) -> NDArray[np.float64]:
+        return np.asarray(shapely.area(self.geometries), np.float64)
+
+    def _with_nearest_core(
+        self, points: Polygons, region: NDArray[np.intp], point: NDArray[np.intp]
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """The pairs, with the nearest core of each point in none.
+
+        A run within cores decides by pixels: a contour on the border can have its centroid outside.
+        """
+        in_core = np.zeros(len(points), dtype=bool)
+        in_core[point[self.is_core[region]]] = True
+        if in_core.all():
+            return region, point
+        cores, outside = np.flatnonzero(self.is_core), np.flatnonzero(~in_core)
+        near, core = shapely.STRtree(self.geometries[cores]).query_nearest(
+            points[outside], max_distance=_NEAR_PX, all_matches=False
+        )
+        return np.append(region, cores[core]), np.append(point, outside[near])
+
+    def shares_in(self, area: shapely.Geometry) -> NDArray[np.float64]:
+        """The share (N,) of each region that lies in an area: 1 up to rounding is 1, 0 is none."""
+        inside = shapely.area(shapely.intersection(self.geometries, area))
+        shares = inside / np.maximum(self._areas, 1e-12)
+        return np.where(shares > 1 - _PARTLY, 1.0, shares)
+
+    def partly_overlapping(self) -> list[tuple[int, int]]:
+        """The pairs of regions of which each has a part of its own and a part in common."""
+        one, other = shapely.STRtree(self.geometries).query(self.geometries, "intersects")
+        first = one < other
+        one, other = one[first], other[first]
+        shared = shapely.area(shapely.intersection(self.geometries[one], self.geometries[other]))
+        smaller = np.minimum(self._areas[one], self._areas[other])
+        partly = (shared > _PARTLY * smaller) & (shared < (1 - _PARTLY) * smaller)
+        partly &= ~(self.is_core[one] | self.is_core[other])
+        return list(zip(one[partly].tolist(), other[partly].tolist(), strict=True))

@@ -1,0 +1,1 @@
+"""Tables of nuclei, images, regions and TMA cores, and files for other programs."""

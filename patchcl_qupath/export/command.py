@@ -1,0 +1,229 @@
+"""Exports the nuclei of a project's images: tables, and files for other programs.
+
+A table has one row for each nucleus, image, region or TMA core. An image that has no nuclei file is
+left out, with a reason; one that has no nuclei is an empty table with its header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from patchcl_qupath.config import ExportFormat, ExportRows
+from patchcl_qupath.datatypes import ImageEntry
+from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
+from patchcl_qupath.export.geojson import write_qupath, write_visium_hd
+from patchcl_qupath.export.images import ExportedImage, exported_image, file_names
+from patchcl_qupath.export.nuclei import NucleiTable
+from patchcl_qupath.export.summaries import KINDS, summary_table
+from patchcl_qupath.export.writing import write_csv, write_parquet
+from patchcl_qupath.project import Project
+from patchcl_qupath.project.imported import imported_nuclei
+from patchcl_qupath.storage.records import Record
+
+_SUFFIXES = {
+    ExportFormat.CSV: ".csv",
+    ExportFormat.PARQUET: ".parquet",
+    ExportFormat.GEOJSON: ".geojson",
+    ExportFormat.VISIUM_HD: ".geojson",
+    ExportFormat.SPATIALDATA: ".zarr",
+    ExportFormat.ANNDATA: ".h5ad",
+}
+_TABLES = (ExportFormat.CSV, ExportFormat.PARQUET)
+_NAMES = {  # of files, by what a row is
+    ExportRows.NUCLEUS: "nuclei",
+    ExportRows.IMAGE: "images",
+    ExportRows.REGION: "regions",
+    ExportRows.CORE: "cores",
+}
+
+_NOT_COUNTED = {
+    ExportRows.REGION: "no regions were counted: patchcl-qp run --summarise CLASS",
+    ExportRows.CORE: "no TMA cores were counted: patchcl-qp run --tma",
+}
+
+Written = list[tuple[Path, int]]  # files, and the number of rows or objects in each
+
+
+class ExportedFile(Record, frozen=True, kw_only=True):
+    """A file, or the folder of a Zarr, and the number of rows or objects in it."""
+
+    path: str
+    rows: int
+
+
+class Exported(Record, frozen=True, kw_only=True):
+    """What was exported.
+
+    ``left_out`` are the reasons of images without nuclei, ``problems`` those of images whose nuclei
+    cannot be read; ``notes`` are remarks for people.
+    """
+
+    files: tuple[ExportedFile, ...]
+    left_out: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to export.
+
+    ``output`` is a file for all images, if it has the suffix of the format, or a folder with a file
+    for each image; without one, a file in the project's folder ``exports``. ``excel``: CSV as Excel
+    opens it.
+    """
+
+    to: ExportFormat
+    per: ExportRows = ExportRows.NUCLEUS
+    output: Path | None = None
+    excel: bool = False
+
+    def __post_init__(self) -> None:
+        if self.per is not ExportRows.NUCLEUS and self.to not in _TABLES:
+            raise ConfigError(
+                f"--per {self.per} makes a table: use --to csv or --to parquet, or leave --per out"
+            )
+        if self.excel and self.to is not ExportFormat.CSV:
+            raise ConfigError("--excel is for tables in CSV: use --to csv with it")
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of files of the format."""
+        return _SUFFIXES[self.to]
+
+    @property
+    def one_file(self) -> bool:
+        """Whether ``output`` names one file for all images."""
+        return self.output is not None and self.output.suffix.lower() == self.suffix
+
+
+def export(project: Project, entries: Sequence[ImageEntry], request: Request) -> Exported:
+    """Export the nuclei of some images of a project.
+
+    Raises ProjectError where none of them has nuclei; ConfigError for what cannot be asked for;
+    StorageError for a file that cannot be written.
+    """
+    images: list[ExportedImage] = []
+    left_out: list[str] = []
+    problems: list[str] = []
+    notes: list[str] = []
+    for entry in entries:
+        try:
+            found = exported_image(project, entry)
+        except ImageError as error:  # the other images go on
+            problems.append(str(error))
+            continue
+        if isinstance(found, str):
+            left_out.append(found)
+            continue
+        images.append(found)
+        notes += found.notes
+        imported = imported_nuclei(project, entry)
+        if imported is not None and imported.left_out:
+            notes.append(f"{entry.name}: not all of its nuclei are in QuPath: {imported.in_words}")
+    if not images:
+        reason = f" ({'; '.join(problems + left_out)})" if len(entries) == 1 or problems else ""
+        raise ProjectError(
+            f"{project.path} has no nuclei to export{reason}: patchcl-qp run {project.path}"
+        )
+    if request.per in (ExportRows.REGION, ExportRows.CORE):
+        kinds = {summary.kind for image in images for summary in image.result.summaries}
+        if KINDS[request.per] not in kinds:
+            notes.append(_NOT_COUNTED[request.per])
+    written = _WRITERS[request.to](project, images, request)
+    return Exported(
+        files=tuple(ExportedFile(path=str(path), rows=rows) for path, rows in written),
+        left_out=tuple(left_out),
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
+
+
+def _tables(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
+    """One table of all images, or one for each."""
+    name = _NAMES[request.per]
+    if request.output is None:
+        path = project.layout.exports / f"{name}{request.suffix}"
+        return [(path, write_table(path, images, request))]
+    if request.one_file:
+        return [(request.output, write_table(request.output, images, request))]
+    written = []
+    for stem, image in zip(file_names(images), images, strict=True):
+        path = request.output / f"{stem}{request.suffix}"
+        written.append((path, write_table(path, [image], request)))
+    return written
+
+
+def write_table(path: Path, images: Sequence[ExportedImage], request: Request) -> int:
+    """Write one table of images; returns its number of rows."""
+    schema, batches = _table(images, request)
+    if request.to is ExportFormat.PARQUET:
+        return write_parquet(path, schema, batches)
+    return write_csv(path, schema, batches, excel=request.excel)
+
+
+def _table(
+    images: Sequence[ExportedImage], request: Request
+) -> tuple[pa.Schema, Iterable[pa.Table]]:
+    """The columns of a table, and its rows."""
+    if request.per is not ExportRows.NUCLEUS:
+        rows = summary_table(images, request.per)
+        return rows.schema, [rows]
+    table = NucleiTable.of(images, geometry=request.to is ExportFormat.PARQUET)
+    return table.schema, table.batches()
+
+
+def _geojson(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
+    """A file for each image."""
+    folder = request.output or project.layout.exports / "geojson"
+    if request.one_file:
+        if len(images) > 1:
+            raise ConfigError(
+                f"{folder} is one file, and {len(images)} images are exported: name a folder, as "
+                "GeoJSON has the objects of one image"
+            )
+        return [(folder, write_qupath(folder, images[0]))]
+    paths = [folder / f"{stem}{request.suffix}" for stem in file_names(images)]
+    return [(path, write_qupath(path, image)) for path, image in zip(paths, images, strict=True)]
+
+
+def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
+    """A file for each image, and another one for its cells, if it has some."""
+    if request.one_file:
+        raise ConfigError(f"{request.output} is one file: name a folder for those of Visium HD")
+    folder = request.output or project.layout.exports / "visium-hd"
+    return [
+        written
+        for stem, image in zip(file_names(images), images, strict=True)
+        for written in write_visium_hd(folder, stem, image)
+    ]
+
+
+def _for_python(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
+    """One file for SpatialData or AnnData."""
+    try:
+        from patchcl_qupath.export import spatial
+    except ImportError as error:
+        raise ConfigError(
+            f"--to {request.to} needs {error.name}: pip install 'patchcl-qupath[spatial]'"
+        ) from error
+    path = request.output or project.layout.exports
+    if not request.one_file:
+        path = path / f"nuclei{request.suffix}"
+    if request.to is ExportFormat.ANNDATA:
+        return [(path, spatial.write_anndata(path, images))]
+    return [(path, spatial.write_spatialdata(path, images))]
+
+
+_WRITERS: dict[ExportFormat, Callable[[Project, Sequence[ExportedImage], Request], Written]] = {
+    ExportFormat.CSV: _tables,
+    ExportFormat.PARQUET: _tables,
+    ExportFormat.GEOJSON: _geojson,
+    ExportFormat.VISIUM_HD: _visium_hd,
+    ExportFormat.SPATIALDATA: _for_python,
+    ExportFormat.ANNDATA: _for_python,
+}

@@ -1,0 +1,85 @@
+"""Nuclei as GeoJSON: for QuPath, and for the bins of Visium HD."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from patchcl_qupath.export.images import CELL, ExportedImage
+from patchcl_qupath.export.nuclei import GEOMETRY, contours, read_batches
+from patchcl_qupath.project.results import geojson_polygons
+from patchcl_qupath.storage.files import atomic_write
+
+_BEGIN, _END = b'{"type": "FeatureCollection", "features": [\n', b"\n]}\n"
+
+
+def write_qupath(path: Path, image: ExportedImage) -> int:
+    """Write the nuclei of an image as QuPath imports them; returns their number.
+
+    A feature is what groovy/import_nuclei.groovy imports: class, measurements, and of a cell also
+    its nucleus. Raises StorageError; OSError and EOFError for a damaged file.
+    """
+    count = 0
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(_BEGIN)
+        for name in image.result.files:
+            for feature in _features(image.folder / name):
+                file.write((b",\n" if count else b"") + feature)
+                count += 1
+        file.write(_END)
+    return count
+
+
+def _features(path: Path) -> Iterator[bytes]:
+    """The features of a file of nuclei, which has one a line."""
+    with gzip.open(path, "rb") as file:
+        next(file)
+        for line in file:
+            if line != _END.lstrip():
+                yield line.rstrip(b",\n")
+
+
+def write_visium_hd(folder: Path, name: str, image: ExportedImage) -> list[tuple[Path, int]]:
+    """Write the contours of an image's nuclei and, if it has some, of its cells.
+
+    Returns the files, each with its number of contours. They are plain polygons in px of the
+    microscope image, numbered from 1 (``cell_id``), as Space Ranger takes them by
+    ``--custom-segmentation-file``. Raises StorageError.
+    """
+    kinds = {"nuclei": GEOMETRY}
+    if CELL in image.columns:
+        kinds["cells"] = CELL
+    written = []
+    for kind, column in kinds.items():
+        path = folder / f"{name}.{kind}.geojson"
+        written.append((path, _write_polygons(path, image, column)))
+    return written
+
+
+def _write_polygons(path: Path, image: ExportedImage, column: str) -> int:
+    """Write one kind of contours; returns their number."""
+    count = 0
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(_BEGIN)
+        for batch in read_batches(image):
+            drawn = contours(batch, column)
+            numbers = pa.array(range(count + 1, count + len(batch) + 1)).cast(pa.string())
+            features = pc.binary_join_element_wise(
+                '{"type": "Feature", "id": "',
+                batch["id"].combine_chunks(),
+                '", "geometry": ',
+                geojson_polygons(drawn),
+                ', "properties": {"cell_id": ',
+                numbers,
+                "}}",
+                "",
+            )
+            for text in features.to_pylist():
+                file.write((b",\n" if count else b"") + text.encode())
+                count += 1
+        file.write(_END)
+    return count

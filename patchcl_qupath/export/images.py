@@ -1,0 +1,183 @@
+"""The images of a project whose nuclei are exported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from patchcl_qupath.answers.regions import Regions
+from patchcl_qupath.datatypes import DrawnRegion, ImageEntry
+from patchcl_qupath.errors import ImageError
+from patchcl_qupath.project import Project
+from patchcl_qupath.project.drawn import OUR_REGION, read_drawn
+from patchcl_qupath.storage.files import readable
+from patchcl_qupath.storage.parquet import parquet_source
+from patchcl_qupath.storage.records import RemovedRecord, ResultRecord, Summary, read_result
+
+CELL = "cell"  # QuPath's type of object, and the column with its contour beside the nucleus's
+_SUFFIX = re.compile(r"(\.ome)?\.[A-Za-z][A-Za-z0-9]{1,6}$", re.IGNORECASE)  # of an image's file
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where nuclei lie: the names (N,) of the smallest region and of the TMA core of each."""
+
+    parents: pa.Array
+    cores: pa.Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedImage:
+    """An image with nuclei.
+
+    ``nuclei`` is their file, ``columns`` the names in it, ``folder`` the folder of that file;
+    ``regions`` are those that the run counted nuclei in. ``notes`` are for people.
+    """
+
+    id: str
+    name: str
+    result: ResultRecord
+    folder: Path
+    nuclei: Path
+    columns: tuple[str, ...]
+    regions: Regions = field(default_factory=lambda: Regions.of([]))
+    notes: tuple[str, ...] = ()
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether the objects in QuPath are cells."""
+        return CELL in self.columns and self.result.object_type == CELL
+
+    @property
+    def mpp(self) -> tuple[float, float]:
+        """(x, y) µm/px at level 0."""
+        return self.result.slide.mpp
+
+    @property
+    def class_name(self) -> str:
+        """The QuPath class of nuclei that have none of their own."""
+        settings = self.result.config.get("result")
+        return str(settings["class_name"]) if isinstance(settings, dict) else ""
+
+    @property
+    def object_type(self) -> str:
+        """What a nucleus is in QuPath, as QuPath's tables write it."""
+        return self.result.object_type.capitalize()
+
+    @property
+    def has_cores(self) -> bool:
+        """Whether nuclei lie in TMA cores."""
+        return bool(self.regions.is_core.any())
+
+    def places(self, centroids: NDArray[np.float64]) -> Places:
+        """Where nuclei lie, by their centroids (N, 2) in px at level 0."""
+        names = [self._displayed(i) for i in range(len(self.regions))]
+        region, point = self.regions.pairs(centroids)
+        parent = self.regions.smallest(region, point, len(centroids))
+        in_core = self.regions.is_core[region]
+        core = self.regions.smallest(region[in_core], point[in_core], len(centroids))
+        return Places(
+            parents=_taken([*names, OUR_REGION], parent),
+            cores=_taken([*self.regions.names, None], core),
+        )
+
+    def _displayed(self, i: int) -> str:
+        """How QuPath calls a region in the column Parent."""
+        kind = "TMA core" if self.regions.is_core[i] else "Annotation"
+        its_class = self.regions.classes[i]
+        return self.regions.names[i] or (f"{kind} ({its_class})" if its_class else kind)
+
+
+def _taken(names: Sequence[str | None], numbers: NDArray[np.intp]) -> pa.Array:
+    """The names (N,) of these numbers (N,); the last one is that of -1."""
+    numbers = np.where(numbers < 0, len(names) - 1, numbers)
+    return pa.array(names, pa.string()).take(pa.array(numbers))
+
+
+def exported_image(project: Project, entry: ImageEntry) -> ExportedImage | str:
+    """An image with its nuclei, or the reason why it has none. Raises ImageError for a damaged
+    file."""
+    layout = project.layout
+    result = read_result(layout.result(entry.id))
+    if isinstance(result, RemovedRecord):
+        return f"{entry.name}: its nuclei were removed"
+    if result is None:
+        return f"{entry.name} has no nuclei: segment it first"
+    nuclei = layout.nuclei(entry.id)
+    try:
+        columns = pq.read_schema(parquet_source(nuclei)).names
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(entry.name, nuclei, error) from error
+    regions, notes = _regions(layout.regions(entry.id), entry.name, result)
+    return ExportedImage(
+        id=entry.id,
+        name=entry.name,
+        result=result,
+        folder=layout.results(entry.id),
+        nuclei=nuclei,
+        columns=tuple(columns),
+        regions=regions,
+        notes=notes,
+    )
+
+
+def _regions(path: Path, image: str, result: ResultRecord) -> tuple[Regions, tuple[str, ...]]:
+    """The regions and cores that a run counted nuclei in, and a note where some were changed.
+
+    ``path`` has the annotations as they were last exported from QuPath.
+    """
+    counted = [summary for summary in result.summaries if summary.kind != "image"]
+    if not counted:
+        return Regions.of([]), ()
+    try:
+        drawn = read_drawn(path, image)
+    except ImageError:
+        drawn = []
+    found = [region for region in drawn if any(_same(region, summary) for summary in counted)]
+    notes = []
+    if len(found) < len(counted):
+        notes.append(
+            f"{image}: {len(counted) - len(found)} of its {len(counted)} regions were changed "
+            "since the run, and are not in the column Parent: run again"
+        )
+    return Regions.of(found), tuple(notes)
+
+
+def _same(region: DrawnRegion, summary: Summary) -> bool:
+    """Whether a region is the one that was summarised, in the same place."""
+    x, y = region.geometry.centroid.coords[0]
+    same = (region.class_name, region.name) == (summary.class_name, summary.name)
+    near = summary.x is not None and abs(summary.x - x) < 1 and abs((summary.y or 0) - y) < 1
+    return same and near and region.is_core == (summary.kind == "core")
+
+
+def damaged(image: str, nuclei: Path, error: Exception) -> ImageError:
+    """The error of a file of nuclei that cannot be read."""
+    return ImageError(f"{image}: {nuclei} is damaged ({readable(str(error))}): run again")
+
+
+def file_names(images: Sequence[ExportedImage]) -> list[str]:
+    """A name for the file of each image: that of the image, as far as any system takes it.
+
+    Without suffix; with the image's id where two would be the same.
+    """
+    names = [_file_name(image.name) for image in images]
+    lower = [name.casefold() for name in names]
+    return [
+        name if lower.count(name.casefold()) == 1 else f"{name}-{image.id}"
+        for name, image in zip(names, images, strict=True)
+    ]
+
+
+def _file_name(text: str) -> str:
+    """A text as a file name on any system."""
+    text = _SUFFIX.sub("", text)
+    safe = "".join("_" if c in '<>:"/\\|?*' or ord(c) < 32 else c for c in text)
+    return safe.strip(" .")[:100] or "image"

@@ -1,0 +1,83 @@
+"""The tables of a project as files beside the report, which links to them.
+
+report/tables/images.csv, regions.csv, cores.csv    one row each, from the records of the runs
+report/tables/nuclei.csv                            one row each, unless there are very many
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from patchcl_qupath.config import ExportRows
+from patchcl_qupath.errors import ImageError
+from patchcl_qupath.export.images import ExportedImage, exported_image
+from patchcl_qupath.export.nuclei import NucleiTable
+from patchcl_qupath.export.summaries import summary_table
+from patchcl_qupath.export.writing import write_csv
+from patchcl_qupath.project import Project
+
+MAX_NUCLEI = 100_000  # in a table beside the report: more are exported where they are asked for
+_FOLDER = "tables"
+_WORDS = {
+    ExportRows.IMAGE: "one row for each image",
+    ExportRows.REGION: "one row for each region",
+    ExportRows.CORE: "one row for each TMA core",
+    ExportRows.NUCLEUS: "one row for each nucleus",
+}
+_NAMES = {
+    ExportRows.IMAGE: "images.csv",
+    ExportRows.REGION: "regions.csv",
+    ExportRows.CORE: "cores.csv",
+    ExportRows.NUCLEUS: "nuclei.csv",
+}
+
+
+class Download(NamedTuple):
+    """A file beside the report: its address from there, its name, and what is in it."""
+
+    href: str
+    name: str
+    words: str
+
+
+def write_downloads(project: Project) -> list[Download]:
+    """Write the tables beside the report, as Excel opens them; those that are empty are removed.
+
+    Raises StorageError.
+    """
+    images = list(_images(project))
+    folder = project.layout.report / _FOLDER
+    written = []
+    for per, name in _NAMES.items():
+        if _write(folder / name, images, per):
+            written.append(Download(f"{_FOLDER}/{name}", name, _WORDS[per]))
+        else:
+            (folder / name).unlink(missing_ok=True)
+    return written
+
+
+def _images(project: Project) -> Iterator[ExportedImage]:
+    """The images that have nuclei which can be read."""
+    for entry in project.images():
+        try:
+            found = exported_image(project, entry)
+        except ImageError:  # the report has a warning of its own
+            continue
+        if not isinstance(found, str):
+            yield found
+
+
+def _write(path: Path, images: Sequence[ExportedImage], per: ExportRows) -> int:
+    """Write one table, if it has rows; returns their number."""
+    if per is not ExportRows.NUCLEUS:
+        rows = summary_table(images, per, of_nuclei=False)
+        return write_csv(path, rows.schema, [rows], excel=True) if len(rows) else 0
+    if not 0 < sum(image.result.nuclei for image in images) <= MAX_NUCLEI:
+        return 0
+    table = NucleiTable.of(images)
+    try:
+        return write_csv(path, table.schema, table.batches(), excel=True)
+    except ImageError:  # a file that is damaged within
+        return 0

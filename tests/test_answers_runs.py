@@ -1,0 +1,233 @@
+"""Runs that classify nuclei, and count them in annotations and TMA cores: the files backend."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shapely
+from click.testing import CliRunner
+from conftest import QUICK
+from test_regions import HOLED, SMALL, TUMOR, export, feature
+
+from patchcl_qupath import pipeline
+from patchcl_qupath.answers.regions import centroids_of
+from patchcl_qupath.cli import main
+from patchcl_qupath.config import TMA_CORES, Config
+from patchcl_qupath.errors import ImageError
+from patchcl_qupath.project import open_project
+from patchcl_qupath.storage.geojson import read_areas
+from patchcl_qupath.storage.parquet import read_nuclei
+from patchcl_qupath.storage.records import ImageOutcome, ResultRecord, read_record
+
+WIDE = replace(QUICK, slide=replace(QUICK.slide, stain="h-dab"))  # of H&E, for numbers that differ
+
+
+def run(
+    folder: Path,
+    model: pipeline.Model,
+    client: Any,
+    *within: str,
+    config: Config = WIDE,
+    **asked: Any,
+) -> tuple[ImageOutcome, ResultRecord | None]:
+    project = open_project(folder, backend="files")
+    (outcome,) = pipeline.Run(
+        project=project,
+        model=model,
+        config=replace(config, result=replace(config.result, **asked)),
+        workers=client,
+        progress=lambda *_: None,
+        region_classes=within,
+    ).images(project.images())
+    return outcome, read_record(project.layout.result("1"), ResultRecord)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    results = folder / "patchcl" / "results" / "1"
+    return {
+        path.name: path.read_bytes() for path in results.iterdir() if path.name != "result.json"
+    }
+
+
+def test_thresholds_change_without_another_segmentation(
+    folder: Path, model: pipeline.Model, client: Any
+) -> None:
+    outcome, result = run(folder, model, client)
+    plain = files(folder)
+    assert result is not None
+    assert (outcome.tiles_resumed, result.summaries, result.positivity) == (0, (), None)
+    assert "summaries" not in (folder / "patchcl" / "results" / "1" / "result.json").read_text()
+    dab = read_nuclei(folder / "patchcl" / "results" / "1" / "nuclei.parquet").measurements
+    low, middle, high = (float(x) for x in np.quantile(dab["DAB: Mean"], [0.2, 0.5, 0.8]))
+    for positive, thresholds in [
+        (f"nucleus-dab-mean={middle}", [middle]),
+        (f"dab-mean={low},{middle},{high}", [low, middle, high]),
+    ]:
+        outcome, result = run(folder, model, client, positive=positive)
+        assert outcome.problem is None
+        assert outcome.tiles_resumed == outcome.tiles > 0
+        found = read_nuclei(folder / "patchcl" / "results" / "1" / "nuclei.parquet")
+        grade = np.searchsorted(thresholds, dab["DAB: Mean"].astype(float), side="right")
+        assert found.classes is not None
+        names = list(result.summaries[0].classes) if result else []
+        assert found.classes.tolist() == [names[k] for k in grade]
+        assert result is not None
+        assert result.object_type == "detection"
+        (image,) = result.summaries
+        assert image.nuclei == outcome.nuclei == sum(one.nuclei for one in image.classes.values())
+        assert image.positive_percent == pytest.approx(100 * np.mean(grade > 0))
+        if len(thresholds) == 3:
+            assert image.h_score == pytest.approx(100 * grade.mean())
+        assert outcome.summaries == result.summaries
+        geojson = folder / "patchcl" / "results" / "1" / "nuclei-000.geojson.gz"
+        assert read_areas(geojson)[0].tolist() == found.classes.tolist()
+    run(folder, model, client)
+    assert files(folder) == plain
+
+
+def test_every_annotation_is_counted(folder: Path, model: pipeline.Model, client: Any) -> None:
+    """Also those drawn after a run, nested, in part beyond the image, or outside of it."""
+    run(folder, model, client)
+    within = shapely.box(1550, 2000, 1750, 2200)
+    export(
+        folder,
+        feature(HOLED, "Tumor") | {"id": "one"},
+        feature(SMALL, "Tumor"),
+        feature(within, "Stroma"),
+        feature(shapely.box(1600, 1900, 2400, 2050), "Stroma"),
+        feature(shapely.box(5000, 0, 6000, 90), "Stroma"),
+        feature(shapely.box(0, 0, 9, 9), "Other"),
+    )
+    outcome, result = run(folder, model, client, summarise=("Tumor", "Stroma", "Necrosis"))
+    assert outcome.tiles_resumed == outcome.tiles
+    assert result is not None
+    image, *regions = result.summaries
+    found = read_nuclei(folder / "patchcl" / "results" / "1" / "nuclei.parquet")
+    assert found.classes is None
+    x, y = centroids_of(found.polygons).T
+    drawn = [HOLED, SMALL, within, shapely.box(1600, 1900, 2400, 2050)]
+    counts = [int(shapely.intersects_xy(one, x, y).sum()) for one in drawn]
+    assert [region.nuclei for region in regions] == [*counts, 0]
+    assert min(counts) > 0
+    own = int((shapely.intersects_xy(SMALL, x, y) & ~shapely.intersects_xy(drawn[2], x, y)).sum())
+    assert regions[1].own <= own
+    assert sum(one.own for one in [image, *regions]) == image.nuclei == len(found)
+    tumor = regions[0]
+    assert (tumor.id, tumor.class_name) == ("one", "Tumor")
+    assert tumor.tissue_mm2 is not None
+    assert tumor.per_mm2 == tumor.nuclei / tumor.tissue_mm2
+    assert tumor.area_mm2 == pytest.approx(HOLED.area * 0.499e-3**2, rel=1e-3)
+    part = shapely.box(1600, 1900, 2220, 2050).area
+    assert regions[3].area_mm2 == pytest.approx(part * 0.499e-3**2, rel=1e-3)
+    assert (regions[4].area_mm2, regions[4].per_mm2) == (0, 0)
+    note = str(outcome.note)
+    assert "no annotation of class Necrosis" in note
+    assert "regions lie outside the image: Stroma at x 5500, y 45 px" in note
+    assert "regions reach beyond the image, only their part in it counts: Stroma at x 2000" in note
+    assert "regions overlap, and nuclei in both count in both: Tumor at x" in note
+
+    outcome, _ = run(folder, model, client, "Tumor", summarise=("Tumor", "Stroma"))
+    assert "only what lies in the regions of the run was segmented" in str(outcome.note)
+
+
+def core(x: float, y: float, label: str, **more: Any) -> dict[str, Any]:
+    """A core of 400 px as QuPath exports it."""
+    found = feature(shapely.Point(x, y).buffer(200, 64), None)
+    properties = {"objectType": "tmaCore", "name": label, "isMissing": False}
+    return found | {"id": f"id of {label}", "properties": properties | more}
+
+
+def test_cores_are_segmented_alone(folder: Path, model: pipeline.Model, client: Any) -> None:
+    """Those that are missing are not; one without tissue has a row of zeros."""
+    export(
+        folder,
+        core(700, 700, "A-1", metadata={"Case ID": "7"}),
+        core(1200, 1500, "A-2", classification={"name": "Tumor", "color": [1, 2, 3]}),
+        core(1500, 700, "B-1", isMissing=True),
+        core(2600, 300, "B-2"),
+        feature(TUMOR, "Tumor"),
+    )
+    outcome, result = run(folder, model, client, TMA_CORES, summarise=("Tumor",))
+    assert outcome.problem is None
+    assert result is not None
+    image, *rows = result.summaries
+    assert [row.name for row in rows] == ["A-1", "A-2", "B-2", ""]
+    assert [row.kind for row in rows] == ["core", "core", "core", "region"]
+    assert (rows[0].case_id, rows[0].id) == ("7", "id of A-1")
+    assert min(rows[0].nuclei, rows[1].nuclei) > 10
+    assert sum(row.nuclei for row in rows[:3]) == image.nuclei == result.nuclei
+    assert (rows[2].nuclei, rows[2].tissue_mm2, rows[2].per_mm2) == (0, 0, 0)
+    assert image.tissue_mm2 == pytest.approx(sum(row.tissue_mm2 or 0 for row in rows[:3]), rel=0.02)
+    assert len(result.regions) == 3
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ([feature(TUMOR, "Tumor")], "has no TMA grid with a core that is not missing"),
+        ([core(700, 700, "A-1", isMissing=True)], "has no TMA grid with a core"),
+    ],
+)
+def test_without_cores_an_image_fails(folder: Path, features: list[Any], message: str) -> None:
+    export(folder, *features)
+    project = open_project(folder, backend="files")
+    with pytest.raises(ImageError, match=message) as error:
+        project.with_regions(project.images()[0], [TMA_CORES])
+    assert "export_regions.groovy" in str(error.value)
+
+
+def test_a_core_is_no_annotation_of_its_class(folder: Path) -> None:
+    export(folder, core(9, 9, "A-1", classification={"name": "Tumor", "color": [1, 2, 3]}))
+    project = open_project(folder, backend="files")
+    with pytest.raises(ImageError, match="has no annotation of class Tumor"):
+        project.with_regions(project.images()[0], ["Tumor"])
+    assert project.with_drawn(project.images()[0], ["Tumor"]).drawn == ()
+
+
+def test_positive_nuclei_of_h_and_e_are_refused(
+    folder: Path, model: pipeline.Model, client: Any
+) -> None:
+    outcome, result = run(folder, model, client, config=QUICK, positive="auto")
+    assert result is None
+    assert "--positive needs DAB, and its stains are Hematoxylin and Eosin" in str(outcome.problem)
+    assert outcome.tiles == 0
+    outcome, _ = run(folder, model, client, positive="auto")  # of a slide without DAB
+    assert outcome.problem is None
+    assert outcome.positivity
+    assert "the threshold is 0.2" in str(outcome.note) or outcome.positivity.found
+
+
+def test_the_command(folder: Path, model: pipeline.Model) -> None:
+    model.save(folder / "patchcl" / "models", "patchcl")
+    export(folder, feature(TUMOR, "Tumor"))
+    command = [
+        "run",
+        str(folder),
+        "--stain",
+        "h-dab",
+        "--positive",
+        "nucleus-dab-mean=0.05,0.1,0.2",
+    ]
+    command += ["--summarise", "Tumor", "--summarise", "Tumor"]
+    done = CliRunner().invoke(main, [*command, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    (image,) = json.loads(done.stdout)["images"]
+    assert [row["kind"] for row in image["summaries"]] == ["image", "region"]
+    assert set(image["summaries"][1]["allred"]) == {"proportion", "intensity"}
+    assert image["positivity"]["thresholds"] == [0.05, 0.1, 0.2]
+    done = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert "H-score" in done.stdout
+    assert "DAB: Mean of at least 0.05, 0.1, 0.2, given" in done.stdout
+    for more, message in [
+        (["--positive", "dab"], "give a measurement with one threshold"),
+        (["--tma", "--within", "Tumor"], "pass --within or --tma, not both"),
+        (["--class-name", "Positive"], "pass another name than Positive"),
+    ]:
+        done = CliRunner().invoke(main, [*command, *more])
+        assert done.exit_code == 2
+        assert message in done.stderr

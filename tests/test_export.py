@@ -1,0 +1,410 @@
+"""Exported tables and files: right values, worked out by hand, in every format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import shapely
+from click.testing import CliRunner, Result
+from exported import (
+    DRAWN,
+    export_drawn,
+    grow,
+    id_of,
+    make_project,
+    nuclei,
+    rows_of,
+    write,
+)
+
+import patchcl_qupath.export.nuclei as nuclei_module
+from patchcl_qupath.cli import main
+from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.errors import ImageError
+from patchcl_qupath.project import Project
+from patchcl_qupath.storage.geojson import read_objects
+
+GRADES = (0.2, 0.4, 0.6)
+
+
+def call(*arguments: Any) -> Result:
+    done = CliRunner().invoke(main, ["export", *map(str, arguments)])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def exported(project: Project, *arguments: Any) -> list[Path]:
+    """The files that an export wrote."""
+    done = call(project.path, *arguments, "--json")
+    assert done.exit_code == 0, done.output
+    return [Path(file["path"]) for file in json.loads(done.stdout)["files"]]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """Two images with nuclei, of which the first has classes, regions and a core."""
+    found = make_project(tmp_path / "made", ["a, b.svs", "b.svs"])
+    write(found, 0, nuclei("a"), thresholds=GRADES, drawn=DRAWN)
+    write(found, 1, nuclei("b", 2, Circularity=[0.9, 0.8]))
+    return found
+
+
+def test_a_row_for_each_nucleus(project: Project) -> None:
+    (path,) = exported(project, "--to", "csv")
+    assert path == project.layout.root / "exports" / "nuclei.csv"
+    rows = rows_of(path)
+    assert list(rows[0]) == [
+        *("Image", "Object ID", "Object type", "Name", "Classification", "TMA core", "Parent"),
+        *("ROI", "Centroid X µm", "Centroid Y µm", "Centroid X px", "Centroid Y px"),
+        *("Area µm^2", "DAB: Mean", "Circularity"),
+    ]
+    assert list(rows[1].values()) == [
+        *("a, b.svs", id_of("a", 1), "Annotation", "", "Nucleus: 1+", "A-1"),
+        *("Annotation (Stroma)", "Polygon", "70", "25", "140", "100", "20", "0.3", ""),
+    ]
+    assert [row["Parent"] for row in rows] == [
+        *("Annotation (Stroma)", "Annotation (Stroma)", "A-1", "left, 1", "PatchCL"),
+        *("PatchCL", "PatchCL"),
+    ]
+    assert [row["TMA core"] for row in rows] == ["A-1", "A-1", "A-1", "", "", "", ""]
+    grades = ["Negative", "1+", "2+", "3+", "Negative"]
+    assert [row["Classification"] for row in rows] == [
+        *(f"Nucleus: {grade}" for grade in grades),
+        *("Nucleus", "Nucleus"),
+    ]
+    assert [row["Circularity"] for row in rows] == ["", "", "", "", "", "0.9", "0.8"]
+
+
+def test_what_is_no_number_is_empty(tmp_path: Path) -> None:
+    """As in QuPath's tables; quartiles are those of the others."""
+    project = make_project(tmp_path / "made", ["a.svs"])
+    write(project, 0, nuclei("a", 4, Circularity=[0.5, np.nan, np.inf, 0.7]))
+    rows = rows_of(exported(project, "--to", "csv")[0])
+    assert [row["Circularity"] for row in rows] == ["0.5", "", "", "0.7"]
+    (row,) = rows_of(exported(project, "--to", "csv", "--per", "image")[0])
+    assert row["Circularity: Median"] == "0.6"
+
+
+def test_parquet_has_what_csv_has_and_contours(project: Project) -> None:
+    (path,) = exported(project, "--to", "parquet")
+    table = pq.read_table(path)
+    assert table.column_names[-1] == "geometry"
+    texts = rows_of(exported(project, "--to", "csv")[0])
+    for field in table.schema.names[:-1]:
+        values, read = table[field].to_pylist(), [row[field] for row in texts]
+        if any(isinstance(value, float) for value in values):
+            numbers = [float(text) if text else np.nan for text in read]
+            known = np.array(values, float)
+            np.testing.assert_allclose(known, numbers, rtol=1e-6)
+        else:
+            assert ["" if value is None else value for value in values] == read
+    middles = shapely.centroid(shapely.from_wkb(table["geometry"].to_pylist()))
+    assert shapely.get_x(middles).tolist() == table["Centroid X px"].to_pylist()
+    geo = json.loads(table.schema.metadata[b"geo"])
+    assert geo["primary_column"] == "geometry"
+
+
+def test_a_row_for_each_image(project: Project) -> None:
+    first, second = rows_of(exported(project, "--to", "csv", "--per", "image")[0])
+    expected = {
+        "Image": "a, b.svs",
+        "Object type": "Root object (Image)",
+        "Num Detections": "5",
+        "Num Nucleus (base)": "5",
+        "Num Nucleus: Negative": "2",
+        "Num Nucleus: 1+": "1",
+        "Num Nucleus: 3+": "1",
+        "Num Nucleus": "",
+        "Nucleus: Positive %": "60",
+        "Nucleus: H-score": "120",  # 20 + 2 x 20 + 3 x 20
+        "Nucleus: Allred proportion": "4",
+        "Nucleus: Allred intensity": "2",
+        "Nucleus: Allred score": "6",
+        "PatchCL: Tissue mm^2": "0.01",
+        "PatchCL: Nuclei per mm^2": "500",
+        "Num Nucleus: Negative per mm^2": "200",
+        "Area µm^2: Lower quartile": "20",
+        "Area µm^2: Median": "30",
+        "Area µm^2: Upper quartile": "40",
+        "DAB: Mean: Median": "0.3",
+    }
+    assert {name: first[name] for name in expected} == expected
+    expected = {
+        "Image": "b.svs",
+        "Num Detections": "2",
+        "Num Nucleus": "2",
+        "Nucleus: Positive %": "",
+        "PatchCL: Tissue mm^2": "2",
+        "PatchCL: Nuclei per mm^2": "1",
+        "Area µm^2: Median": "15",
+        "Circularity: Median": "0.85",
+    }
+    assert {name: second[name] for name in expected} == expected
+
+
+def test_a_row_for_each_region_and_core(project: Project) -> None:
+    left, stroma = rows_of(exported(project, "--to", "csv", "--per", "region")[0])
+    expected = {
+        "Object ID": DRAWN[0].id,
+        "Object type": "Annotation",
+        "Name": "left, 1",
+        "Classification": "Tumor",
+        "Centroid X µm": "100",
+        "Centroid Y µm": "125",
+        "Num Detections": "4",  # also those in the region within
+        "Nucleus: Positive %": "75",
+        "Nucleus: H-score": "150",
+        "Area µm^2": "50000",
+        "PatchCL: Tissue mm^2": "0.002",
+        "PatchCL: Nuclei per mm^2": "2000",
+    }
+    assert {name: left[name] for name in expected} == expected
+    expected = {
+        "Name": "",
+        "Classification": "Stroma",
+        "Num Detections": "2",
+        "Num Nucleus: 2+": "0",
+        "Nucleus: Positive %": "50",
+        "Nucleus: H-score": "50",
+        "Area µm^2: Median": "15",
+    }
+    assert {name: stroma[name] for name in expected} == expected
+    (core,) = rows_of(exported(project, "--to", "csv", "--per", "core")[0])
+    expected = {
+        "Object type": "TMA core",
+        "Name": "A-1",
+        "Case ID": "0012",
+        "Missing": "False",
+        "Num Detections": "3",
+        "Nucleus: H-score": "100",
+    }
+    assert {name: core[name] for name in expected} == expected
+
+
+def test_numbers_of_rows_are_those_of_their_nuclei(project: Project) -> None:
+    """Counts by region are those of the nuclei in the table of nuclei."""
+    all_rows = rows_of(exported(project, "--to", "csv")[0])
+    for region in rows_of(exported(project, "--to", "csv", "--per", "region")[0]):
+        (drawn,) = [one for one in DRAWN if one.id == region["Object ID"]]
+        inside = [
+            row
+            for row in all_rows
+            if row["Image"] == region["Image"]
+            and drawn.geometry.intersects(
+                shapely.Point(float(row["Centroid X px"]), float(row["Centroid Y px"]))
+            )
+        ]
+        assert len(inside) == int(region["Num Detections"])
+        positive = sum("Negative" not in row["Classification"] for row in inside)
+        assert 100 * positive / len(inside) == float(region["Nucleus: Positive %"])
+
+
+def test_regions_that_changed_since_are_named(project: Project) -> None:
+    (entry, _) = project.images()
+    moved = (DRAWN[0], DRAWN[2])
+    export_drawn(project.layout.regions(entry.id), moved)
+    done = call(project.path, "--to", "csv")
+    assert done.exit_code == 0
+    assert "a, b.svs: 1 of its 3 regions were changed since the run" in done.stderr
+    rows = rows_of(project.layout.exports / "nuclei.csv")
+    assert [row["Parent"] for row in rows][:4] == ["A-1", "A-1", "A-1", "left, 1"]
+
+
+def test_geojson_is_what_is_imported(project: Project, tmp_path: Path) -> None:
+    paths = exported(project, "--to", "geojson", "--output", tmp_path / "out")
+    assert [path.name for path in paths] == ["a, b.geojson", "b.geojson"]
+    objects = read_objects(paths[0])
+    assert objects.ids.tolist() == [id_of("a", k) for k in range(5)]
+    assert objects.classes.tolist()[1] == "Nucleus: 1+"
+    assert shapely.area(objects.areas).tolist() == [100] * 5
+    feature = json.loads(paths[1].read_text("utf-8"))["features"][1]
+    assert feature["properties"]["measurements"]["Circularity"] == 0.8
+    one = tmp_path / "one.geojson"
+    assert call(project.path, "--to", "geojson", "--output", one).exit_code == 2
+    assert exported(project, "--to", "geojson", "--output", one, "--image", "b.svs") == [one]
+    assert one.read_bytes() == paths[1].read_bytes()
+
+
+def test_geojson_of_many_files_is_one(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchcl_qupath.project.results.NUCLEI_PER_FILE", 2)
+    write(project, 0, nuclei("a"))
+    entry = project.images()[0]
+    assert len(list(project.layout.results(entry.id).glob("*.geojson.gz"))) == 3
+    paths = exported(project, "--to", "geojson", "--image", entry.id)
+    assert read_objects(paths[0]).ids.tolist() == [id_of("a", k) for k in range(5)]
+
+
+def test_visium_hd_gets_plain_numbered_polygons(project: Project) -> None:
+    """What Space Ranger 4 refuses: other keys at the top, points, and open rings."""
+    first, second = exported(project, "--to", "visium-hd")
+    assert first.name == "a, b.nuclei.geojson"  # it must end so, and not be compressed
+    content = json.loads(first.read_text("utf-8"))
+    assert set(content) == {"type", "features"}
+    assert content["type"] == "FeatureCollection"
+    for number, feature in enumerate(content["features"], start=1):
+        assert feature["properties"] == {"cell_id": number}
+        assert feature["id"] == id_of("a", number - 1)
+        assert feature["geometry"]["type"] == "Polygon"
+        (ring,) = feature["geometry"]["coordinates"]
+        assert ring[0] == ring[-1]
+    assert shapely.Polygon(ring).centroid.coords[0] == (700, 700)  # px, as in the microscope image
+    assert len(json.loads(second.read_text("utf-8"))["features"]) == 2
+
+
+def test_cells_are_exported_beside_their_nuclei(project: Project) -> None:
+    """In tables they are the objects, as in QuPath; their nucleus says where they belong."""
+    (entry, _) = project.images()
+    grow(project, 0, um=5, down=90)
+
+    rows = rows_of(exported(project, "--to", "csv")[0])
+    assert rows[0]["Object type"] == "Cell"
+    assert "cell" not in rows[0]
+    assert (rows[0]["Centroid X px"], rows[0]["Centroid Y px"]) == ("100", "190")
+    assert rows[1]["Parent"] == "Annotation (Stroma)"  # where its nucleus is
+    assert rows[5]["Object type"] == "Annotation"
+    (table_path,) = exported(project, "--to", "parquet", "--image", entry.id)
+    drawn = shapely.from_wkb(pq.read_table(table_path)["geometry"].to_pylist())
+    assert shapely.area(drawn).tolist() == [30 * 50] * 5
+    nuclei_path, cells_path, _ = exported(project, "--to", "visium-hd")
+    assert cells_path.name == "a, b.cells.geojson"
+    for path, area in ((nuclei_path, 100), (cells_path, 30 * 50)):
+        objects = read_objects(path)
+        assert shapely.area(objects.areas).tolist() == [area] * 5
+        assert objects.ids.tolist() == [id_of("a", k) for k in range(5)]
+
+
+def test_one_file_or_one_for_each_image(tmp_path: Path) -> None:
+    names = ["a.svs", "A.ndpi", 'x/y:"1".ome.tif', "."]
+    project = make_project(tmp_path / "made", names)
+    for number, name in enumerate(names):
+        write(project, number, nuclei(name, number + 1))
+    paths = exported(project, "--to", "csv", "--output", tmp_path / "tables")
+    ids = [entry.id for entry in project.images()]
+    assert [path.name for path in paths] == [
+        f"a-{ids[0]}.csv",
+        f"A-{ids[1]}.csv",
+        "x_y__1_.csv",
+        "image.csv",
+    ]
+    assert [len(rows_of(path)) for path in paths] == [1, 2, 3, 4]
+    assert {row["Image"] for row in rows_of(paths[2])} == {names[2]}
+    (one,) = exported(project, "--to", "csv", "--output", tmp_path / "new" / "all.CSV")
+    assert len(rows_of(one)) == 10
+
+
+def test_an_image_without_nuclei_is_a_header(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "made", ["a.svs"])
+    write(project, 0, Nuclei(np.empty(0, dtype=object)))
+    for per, first in {
+        "nucleus": "Image,Object ID,Object type,Name,Classification,Parent,ROI,Centroid X µm",
+        "region": "Image,Object ID,Object type,Name,Classification,Num Detections",
+        "core": "Image,Object ID,Object type,Name,Case ID,Missing,Num Detections",
+    }.items():
+        (path,) = exported(project, "--to", "csv", "--per", per)
+        (line,) = path.read_text("utf-8").splitlines()
+        assert line.startswith(first)
+    (row,) = rows_of(exported(project, "--to", "csv", "--per", "image")[0])
+    assert (row["Num Detections"], row["PatchCL: Nuclei per mm^2"]) == ("0", "0")
+    (path,) = exported(project, "--to", "geojson")
+    assert json.loads(path.read_text("utf-8"))["features"] == []
+    (path,) = exported(project, "--to", "visium-hd")
+    assert json.loads(path.read_text("utf-8"))["features"] == []
+
+
+def test_excel_leaves_texts_as_they_are(tmp_path: Path) -> None:
+    names = ["0012", "1-2", "2e5", "=1+1", "SEPT2", "@x", 'say "3"', "é 12"]
+    project = make_project(tmp_path / "made", names)
+    for number, name in enumerate(names):
+        write(project, number, nuclei(name, 1))
+    (path,) = exported(project, "--to", "csv", "--excel")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbfImage,Object ID")
+    rows = rows_of(path)
+    assert [row["Image"] for row in rows] == [
+        *('="0012"', '="1-2"', '="2e5"', '="=1+1"', '="SEPT2"', '="@x"'),
+        *('say "3"', "é 12"),
+    ]
+    assert [row["Object ID"] for row in rows] == [id_of(name, 0) for name in names]
+    (plain,) = exported(project, "--to", "csv")
+    assert plain.read_bytes().startswith(b"Image,Object ID")
+    assert [row["Image"] for row in rows_of(plain)] == names
+
+
+def test_nuclei_are_read_some_at_a_time(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = exported(project, "--to", "csv")[0].read_bytes()
+    monkeypatch.setattr(nuclei_module, "_BATCH", 2)
+    seen: list[int] = []
+    rows = nuclei_module._rows
+    monkeypatch.setattr(
+        nuclei_module, "_rows", lambda *given: seen.append(len(given[1])) or rows(*given)
+    )
+    assert exported(project, "--to", "csv")[0].read_bytes() == whole
+    assert seen == [2, 2, 1, 2]
+
+
+def test_a_project_that_was_never_run_is_refused(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "made", ["a.svs", "b.svs"])
+    done = call(project.path, "--to", "csv")
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"Error: {project.path} has no nuclei to export: patchcl-qp run")
+    assert not project.layout.exports.exists()
+
+
+def test_images_without_nuclei_files_are_left_out(project: Project) -> None:
+    project.remove(project.images()[1])
+    done = call(project.path, "--to", "csv")
+    assert done.exit_code == 0
+    assert "Left out: b.svs: its nuclei were removed" in done.stderr
+    assert len(rows_of(project.layout.exports / "nuclei.csv")) == 5
+
+
+def test_a_damaged_file_costs_one_image(project: Project) -> None:
+    entry = project.images()[1]
+    project.layout.nuclei(entry.id).write_bytes(b"PAR1 not")
+    done = call(project.path, "--to", "csv")
+    assert done.exit_code == 1
+    assert f"Failed: b.svs: {project.layout.nuclei(entry.id)} is damaged" in done.stderr
+    assert len(rows_of(project.layout.exports / "nuclei.csv")) == 5
+
+
+def test_an_export_that_fails_leaves_the_old_file(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = exported(project, "--to", "csv")
+    before = path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise ImageError("broken off")
+
+    monkeypatch.setattr(nuclei_module, "_rows", fail)
+    assert "broken off" in call(project.path, "--to", "csv").stderr
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["nuclei.csv"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "geojson", "--per", "region"], "--per region makes a table: use --to csv"),
+        (["--to", "parquet", "--excel"], "--excel is for tables in CSV"),
+        (["--to", "visium-hd", "--output", "x.geojson"], "name a folder for those of Visium HD"),
+    ],
+)
+def test_what_cannot_be_asked_for(project: Project, options: list[str], message: str) -> None:
+    done = call(project.path, *options)
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def test_tables_without_rows_say_how_to_get_some(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "made", ["a.svs"])
+    write(project, 0, nuclei("a"))
+    done = call(project.path, "--to", "csv", "--per", "region")
+    assert done.exit_code == 0
+    assert "no regions were counted: patchcl-qp run --summarise CLASS" in done.stderr
