@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from patchcl_qupath.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 CLUSTERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "sge": "qsub"}  # what takes jobs
+MAX_EXPAND_UM = 25.0  # of a nucleus into a cell: QuPath's own limit
 # QuPath classes of correction ROIs; groovy/import_nuclei.groovy has them, too.
 TO_CORRECT = "PatchCL: correct here"  # suggested
 CORRECTED = "PatchCL: corrected"  # a person says that it is done
@@ -546,6 +548,45 @@ class SegmentConfig(Settings):
 
 
 @dataclass(frozen=True)
+class CellConfig(Settings):
+    """Whole cells, grown from nuclei. Other settings here need no new segmentation."""
+
+    table: ClassVar[str] = "cells"
+
+    expand_um: Annotated[
+        float,
+        setting(
+            "How far nuclei are grown into cells, at most, and not into other cells; 0 is not at "
+            "all",
+            "µm",
+            ge=0,
+            le=MAX_EXPAND_UM,
+        ),
+    ] = 0.0
+    constrain_scale: Annotated[
+        float,
+        setting(
+            "Largest size of a cell relative to its nucleus, as `cellConstrainScale` of QuPath's "
+            "StarDist: a cell lies within the convex hull of its nucleus, scaled by this about its "
+            "centroid; 1 or less is no limit",
+            ge=0,
+            le=100,
+        ),
+    ] = 1.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("expand_um", "constrain_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"cells.{name} must be a number")
+
+    @property
+    def are_grown(self) -> bool:
+        """Whether there are cells."""
+        return self.expand_um > 0
+
+
+@dataclass(frozen=True)
 class ResultConfig(Settings):
     """How nuclei appear in QuPath."""
 
@@ -621,6 +662,7 @@ class Config(Settings):
     selftrain: SelfTrainConfig = field(default_factory=SelfTrainConfig)
     cdcl: CDCLConfig = field(default_factory=CDCLConfig)
     segment: SegmentConfig = field(default_factory=SegmentConfig)
+    cells: CellConfig = field(default_factory=CellConfig)
     result: ResultConfig = field(default_factory=ResultConfig)
 
 
@@ -632,6 +674,7 @@ TABLES: dict[str, type[Settings]] = {
         SelfTrainConfig,
         CDCLConfig,
         SegmentConfig,
+        CellConfig,
         ResultConfig,
     )
 }
