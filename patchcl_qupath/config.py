@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 CLUSTERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "sge": "qsub"}  # what takes jobs
 MAX_EXPAND_UM = 25.0  # of a nucleus into a cell: QuPath's own limit
+CELL = "cell"  # QuPath's type of objects with a nucleus within
 # QuPath classes of correction ROIs; groovy/import_nuclei.groovy has them, too.
 TO_CORRECT = "PatchCL: correct here"  # suggested
 CORRECTED = "PatchCL: corrected"  # a person says that it is done
@@ -664,6 +665,15 @@ class Config(Settings):
     segment: SegmentConfig = field(default_factory=SegmentConfig)
     cells: CellConfig = field(default_factory=CellConfig)
     result: ResultConfig = field(default_factory=ResultConfig)
+
+    def kind(self, count: int) -> str:
+        """What ``count`` nuclei of one image become in QuPath: annotation, detection or cell.
+
+        A cell is a detection in QuPath. Annotations, which a person can reshape, are of nuclei.
+        """
+        if self.cells.are_grown and self.result.object_type != ObjectType.ANNOTATION:
+            return CELL
+        return self.result.kind(count)
 
 
 TABLES: dict[str, type[Settings]] = {
