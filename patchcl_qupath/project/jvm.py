@@ -27,9 +27,11 @@ import psutil
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.config import CELL
+from patchcl_qupath.datatypes import Nuclei, Polygons
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.compiled_scripts import compiled_script
+from patchcl_qupath.project.names import in_qupath
 from patchcl_qupath.storage.files import copy_once
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import FileSignature, RegionSummary, file_signature
@@ -343,8 +345,8 @@ class _QuPath:
         self._lap("read nuclei")
         project, entry, image_data = self._open(question.image)
         path_class = self._path_class(project, question.class_name, question.color)
-        annotations = str(result.get("object_type").getAsString()) == "annotation"
-        objects = self._objects(nuclei, path_class, annotations)
+        object_type = str(result.get("object_type").getAsString())
+        objects = self._objects(nuclei, path_class, object_type)
         self._lap("make objects")
         if suggested is not None:
             self._list(project, *self._import.roiClasses())
@@ -452,24 +454,28 @@ class _QuPath:
         text = file.read_text(encoding="utf-8")
         return self._class("com.google.gson.JsonParser").parseString(text).getAsJsonObject()
 
-    def _objects(self, nuclei: Nuclei, path_class: Any, annotations: bool) -> Any:
+    def _objects(self, nuclei: Nuclei, path_class: Any, object_type: str) -> Any:
         from jpype import JArray, JString
 
-        x, y, ends = contour_vertices(nuclei)
-        names = list(nuclei.measurements)
-        values = np.zeros((len(nuclei), len(names)), dtype=np.float32)
-        for column, name in enumerate(names):
-            values[:, column] = nuclei.measurements[name]
-        return self._columns.toObjects(
-            JArray.of(x),
-            JArray.of(y),
-            JArray.of(ends),
+        values = np.zeros((len(nuclei), len(nuclei.measurements)), dtype=np.float32)
+        for column, measured in enumerate(nuclei.measurements.values()):
+            values[:, column] = measured
+        version = str(self._class("qupath.lib.common.GeneralTools").getVersion())
+        about = (
             JArray.of(uuid_halves(nuclei.uuids)),
-            JArray(JString)(names),
+            JArray(JString)([in_qupath(name, version) for name in nuclei.measurements]),
             JArray.of(values.ravel()),
             path_class,
-            annotations,
         )
+        contours = self._rois(nuclei.polygons)
+        if object_type == CELL and nuclei.cells is not None:
+            return self._columns.toCells(self._rois(nuclei.cells), contours, *about)
+        return self._columns.toObjects(contours, *about, object_type == "annotation")
+
+    def _rois(self, polygons: Polygons) -> Any:
+        from jpype import JArray
+
+        return self._columns.toRois(*map(JArray.of, contour_vertices(polygons)))
 
     def _replace(
         self,
@@ -551,10 +557,10 @@ def damaged(data: Path, backups: Path) -> str:
 
 
 def contour_vertices(
-    nuclei: Nuclei,
+    polygons: Polygons,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int32]]:
     """x and y (V,) of all vertices, polygon after polygon, and the end (N,) of each polygon."""
-    rings = shapely.get_exterior_ring(nuclei.polygons)
+    rings = shapely.get_exterior_ring(polygons)
     xy = shapely.get_coordinates(rings)  # each ring's first vertex again at its end
     ends = np.cumsum(shapely.get_num_points(rings))
     keep = np.ones(len(xy), dtype=bool)
