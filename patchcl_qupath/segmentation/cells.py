@@ -12,14 +12,13 @@ the box that is looked at, as long as it holds the cells, and all nuclei nearby 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.compiled import compiled, take
+from patchcl_qupath.compiled import compiled
 from patchcl_qupath.config import CellConfig
 from patchcl_qupath.datatypes import Box, Polygons, grid_to_level0
 
@@ -31,17 +30,6 @@ _SOUTH = np.array([0, 1, 0, -1])
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Territories:
-    """What is whose in a box of the working grid, (H, W): 0 is nobody's, k + 1 that of nucleus k.
-
-    ``cells`` are whole cells, ``nuclei`` those of their pixels that are in the nucleus.
-    """
-
-    cells: NDArray[np.int32]
-    nuclei: NDArray[np.int32]
 
 
 class _Frame(NamedTuple):
@@ -73,8 +61,8 @@ class _Shapes(NamedTuple):
 
 def grow(
     polygons_px: Polygons, count: int, box: Box, mpp: tuple[float, float], config: CellConfig
-) -> tuple[Polygons, Territories]:
-    """Cells (count,) of the first ``count`` of nuclei (N,), and what is whose in a box.
+) -> Polygons:
+    """The cells (count,) of the first ``count`` of nuclei (N,).
 
     Polygons are on the working grid, of ``mpp`` (x, y) µm per px. The box holds the cells; the
     nuclei are those that have one, and all others up to twice ``expand_um`` from them. Where two
@@ -99,12 +87,15 @@ def grow(
     points, ring, owner, fixed, backwards = _trace(labels, wanted, nearest, distance, shapes, frame)
     kept = _simplify(points, ring, fixed, backwards, _SIMPLIFY_PX)
     rings = shapely.polygons(shapely.linearrings(points[kept], indices=ring[kept]))
-    given = np.concatenate([[0], order + 1]).astype(np.int32)
-    territories = Territories(
-        cells=take(given, labels),
-        nuclei=take(given, np.where(distance < 0, labels, 0).astype(np.int32)),
-    )
-    return _largest(rings, owner, len(order))[rank], territories
+    return _largest(rings, owner, len(order))[rank]
+
+
+def fill(polygons_px: Polygons, box: Box) -> NDArray[np.int32]:
+    """The polygon (H, W) that holds the centre of each pixel of a box: k + 1, 0 where none does."""
+    if not len(polygons_px):
+        return np.zeros(box.shape, np.int32)
+    sides, first = _sides(polygons_px)
+    return _fill(sides, first, shapely.bounds(polygons_px), np.array([box.row0, box.col0]), box.shape)
 
 
 def fit_to_nuclei(cells: Polygons, nuclei: Polygons) -> Polygons:
@@ -193,6 +184,29 @@ def _signed_distance(shapes: _Shapes, k: int, x: float, y: float) -> float:
         if (py < 0) != (py < dy) and (px * dy < py * dx) == (dy > 0):
             inside = not inside
     return -np.sqrt(least) if inside else np.sqrt(least)
+
+
+@compiled
+def _fill(
+    sides: Floats, first: Integers, bounds: Floats, origin: Integers, shape: tuple[int, int]
+) -> NDArray[np.int32]:
+    """As ``fill``; ``origin`` is the first row and column of the box."""
+    labels = np.zeros(shape, np.int32)
+    row0, col0 = origin
+    for k in range(len(bounds)):
+        x0, y0, x1, y1 = bounds[k]
+        for row in range(max(int(y0) - row0, 0), min(int(y1) + 1 - row0, shape[0])):
+            y = row + row0 + 0.5
+            for col in range(max(int(x0) - col0, 0), min(int(x1) + 1 - col0, shape[1])):
+                x, inside = col + col0 + 0.5, False
+                for s in range(first[k], first[k + 1]):
+                    px, py = x - sides[s, 0], y - sides[s, 1]
+                    dx, dy = sides[s, 2], sides[s, 3]
+                    if (py < 0) != (py < dy) and (px * dy < py * dx) == (dy > 0):
+                        inside = not inside
+                if inside:
+                    labels[row, col] = k + 1
+    return labels
 
 
 @compiled

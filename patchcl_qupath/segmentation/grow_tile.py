@@ -24,7 +24,7 @@ from patchcl_qupath.datatypes import (
     grid_to_level0,
 )
 from patchcl_qupath.execution.tile_store import TileStore
-from patchcl_qupath.segmentation.cells import fit_to_nuclei, grow
+from patchcl_qupath.segmentation.cells import fill, fit_to_nuclei, grow
 from patchcl_qupath.segmentation.measurements import measure_cells
 from patchcl_qupath.segmentation.segmented_image import MAX_RADIUS_UM
 from patchcl_qupath.slides.prepare import PreparedImage
@@ -110,7 +110,7 @@ def grow_tile(
         box = _box(nuclei.polygons, slide, context.config.expand_um)
         (x, y), count = slide.downsample, len(nuclei)
         on_grid = grid_to_level0(all_nuclei, (1 / x, 1 / y))
-        grown, territories = grow(on_grid, count, box, slide.grid_mpp, context.config)
+        grown = grow(on_grid, count, box, slide.grid_mpp, context.config)
         cells = _rounded(grid_to_level0(grown, slide.downsample))
         cells = _rounded(fit_to_nuclei(cells, all_nuclei))
     with timed(seconds, "read cells"):
@@ -119,8 +119,8 @@ def grow_tile(
         measurements = measure_cells(
             nuclei.measurements,
             grid_to_level0(cells, slide.mpp_level0),  # µm are pixels of 1 µm
-            cells=territories.cells,
-            nuclei=territories.nuclei,
+            cells=fill(grid_to_level0(cells, (1 / x, 1 / y)), box),
+            nuclei=fill(on_grid[:count], box),
             rgb=rgb,
             stains=context.image.stains,
         )

@@ -55,8 +55,7 @@ def measure_cells(
     """Measurements of cells 1..N under the names of QuPath 0.6 -> name: (N,) float32.
 
     ``of_nuclei`` are those of their nuclei, as of ``measure``; ``cells_um`` (N,) the cells'
-    contours in µm. ``cells`` (H, W) are their labels, others may be there, ``nuclei`` (H, W) those
-    of the pixels in nuclei, ``rgb`` (H, W, 3) the pixels. Shapes and densities are defined as in
+    contours in µm. ``cells`` and ``nuclei`` (H, W) are the labels of pixels in them, ``rgb`` (H, W, 3) the pixels. Shapes and densities are defined as in
     QuPath's ``ObjectMeasurements``: the cytoplasm is the cell without the nucleus. A cytoplasm of
     no pixel has no density (NaN).
     """
@@ -84,7 +83,7 @@ def _compartments(
 ) -> NDArray[np.float64]:
     """As ``_statistics``, of nuclei, cytoplasms and whole cells 1..n: (3, 4, n).
 
-    Labels above n are left out. NaN for a compartment without pixels.
+    NaN for a compartment without pixels.
     """
     count, total, squares = np.zeros((3, n)), np.zeros((3, n)), np.zeros((3, n))
     found = np.empty((3, 4, n))
@@ -92,10 +91,10 @@ def _compartments(
     for row in range(cells.shape[0]):
         for col in range(cells.shape[1]):
             label = cells[row, col] - 1
-            if label < 0 or label >= n:
+            if label < 0:
                 continue
             value = values[row, col]
-            part = 0 if nuclei[row, col] else 1
+            part = 0 if nuclei[row, col] == label + 1 else 1
             count[part, label] += 1
             total[part, label] += value
             squares[part, label] += value * value
