@@ -327,7 +327,11 @@ class Run:
     @cached_property
     def id(self) -> str:
         """The name of this run: a digest of all that its finished tiles depend on."""
-        return self._id_of("slide", "segment", "cells") if self.config.cells.are_grown else self.id_of_nuclei
+        return (
+            self._id_of("slide", "segment", "cells")
+            if self.config.cells.are_grown
+            else self.id_of_nuclei
+        )
 
     @cached_property
     def id_of_nuclei(self) -> str:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import re
 
 _OF_COMPARTMENT = re.compile(r"(Nucleus|Cytoplasm|Membrane|Cell): (.+): (Mean|Std\.Dev\.|Min|Max)")
-COMPARTMENT_FIRST = (0, 6)  # the first QuPath with `Nucleus: DAB: Mean`, before `DAB: Nucleus: Mean`
+COMPARTMENT_FIRST = (
+    0,
+    6,
+)  # the first QuPath with `Nucleus: DAB: Mean`, before `DAB: Nucleus: Mean`
 
 
 def in_qupath(name: str, version: str | None) -> str:

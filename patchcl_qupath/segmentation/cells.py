@@ -47,14 +47,16 @@ class _Frame(NamedTuple):
 class _Shapes(NamedTuple):
     """Nuclei (N,) in µm: the sides ``sides[first[k] : first[k + 1]]`` of each, and its ``bounds``.
 
-    A side is (x, y, dx, dy, 1 / length²), bounds (x0, y0, x1, y1). ``planes[limit[k] : limit[k +
-    1]]`` (normal x, normal y, offset) are the sides of the convex limit of its cell: a point is
-    outside by the largest of normal * point - offset.
+    A side is (x, y, dx, dy, 1 / length²), bounds (x0, y0, x1, y1); ``growth`` is how far the limit
+    of its cell is outside of each of these. ``planes[limit[k] : limit[k + 1]]`` (normal x, normal
+    y, offset) are the sides of that convex limit: a point is outside by the largest of normal *
+    point - offset.
     """
 
     sides: Floats
     first: Integers
     bounds: Floats
+    growth: Floats
     planes: Floats
     limit: Integers
 
@@ -95,7 +97,9 @@ def fill(polygons_px: Polygons, box: Box) -> NDArray[np.int32]:
     if not len(polygons_px):
         return np.zeros(box.shape, np.int32)
     sides, first = _sides(polygons_px)
-    return _fill(sides, first, shapely.bounds(polygons_px), np.array([box.row0, box.col0]), box.shape)
+    return _fill(
+        sides, first, shapely.bounds(polygons_px), np.array([box.row0, box.col0]), box.shape
+    )
 
 
 def fit_to_nuclei(cells: Polygons, nuclei: Polygons) -> Polygons:
@@ -141,11 +145,17 @@ def _shapes(polygons_px: Polygons, mpp: Floats, constrain_scale: float) -> _Shap
     """Nuclei on the working grid, of ``mpp`` (x, y) µm per px, and the limits of their cells."""
     polygons = grid_to_level0(polygons_px, (mpp[0], mpp[1]))  # µm are pixels of 1 µm
     sides, first = _sides(polygons)
-    planes, limit = np.empty((0, 3)), np.zeros(len(polygons) + 1, np.int64)
-    if constrain_scale > _NO_LIMIT:
-        planes, limit = _half_planes(shapely.convex_hull(polygons), constrain_scale)
     bounds = shapely.bounds(polygons)
-    return _Shapes(sides=sides, first=first, bounds=bounds, planes=planes, limit=limit)
+    planes, limit = np.empty((0, 3)), np.zeros(len(polygons) + 1, np.int64)
+    growth = np.full(bounds.shape, np.inf)
+    if constrain_scale > _NO_LIMIT:
+        hulls = shapely.convex_hull(polygons)
+        planes, limit = _half_planes(hulls, constrain_scale)
+        centre = shapely.get_coordinates(shapely.centroid(hulls))
+        growth = (constrain_scale - 1) * np.abs(bounds - np.tile(centre, 2))
+    return _Shapes(
+        sides=sides, first=first, bounds=bounds, growth=growth, planes=planes, limit=limit
+    )
 
 
 def _sides(polygons: Polygons) -> tuple[Floats, Integers]:
@@ -226,33 +236,53 @@ def _room(shapes: _Shapes, k: int, distance: float, x: float, y: float, reach: f
 
 
 @compiled
+def _window(bounds: Floats, beyond: Floats, frame: _Frame) -> tuple[int, int, int, int]:
+    """First and last rows and columns (exclusive) of the pixels up to ``beyond`` (x0, y0, x1, y1)
+    µm from bounds, with one more on each side."""
+    top = int(np.floor((bounds[1] - beyond[1]) / frame.scale_y)) - frame.row0 - 1
+    bottom = int(np.ceil((bounds[3] + beyond[3]) / frame.scale_y)) - frame.row0 + 1
+    left = int(np.floor((bounds[0] - beyond[0]) / frame.scale_x)) - frame.col0 - 1
+    right = int(np.ceil((bounds[2] + beyond[2]) / frame.scale_x)) - frame.col0 + 1
+    return max(top, 0), min(bottom, frame.rows), max(left, 0), min(right, frame.cols)
+
+
+@compiled
 def _nearest(shapes: _Shapes, frame: _Frame) -> tuple[NDArray[np.int32], Floats]:
-    """The nearest nucleus (H, W) of each pixel, k + 1, 0 without one in reach; and its distance."""
+    """The nearest nucleus (H, W) of each pixel, k + 1, 0 without one in reach; and its distance.
+
+    First each nucleus has the pixels that its cell might hold; then those of others to which it is
+    nearer, although its cell does not hold them.
+    """
     nearest = np.zeros((frame.rows, frame.cols), np.int32)
     distance = np.full((frame.rows, frame.cols), np.inf)
-    for k in range(len(shapes.first) - 1):
-        x0, y0, x1, y1 = shapes.bounds[k]
-        # Pixels with their centre up to one px beyond the reach: contours end between two of them.
-        wide = frame.reach + 1.5 * max(frame.scale_x, frame.scale_y)
-        top = max(int(np.floor((y0 - wide) / frame.scale_y)) - frame.row0, 0)
-        bottom = min(int(np.ceil((y1 + wide) / frame.scale_y)) - frame.row0, frame.rows)
-        left = max(int(np.floor((x0 - wide) / frame.scale_x)) - frame.col0, 0)
-        right = min(int(np.ceil((x1 + wide) / frame.scale_x)) - frame.col0, frame.cols)
-        for row in range(top, bottom):
-            y = (row + frame.row0 + 0.5) * frame.scale_y
-            beside_y = max(y0 - y, y - y1, 0.0)
-            for col in range(left, right):
-                x = (col + frame.col0 + 0.5) * frame.scale_x
-                beside_x = max(x0 - x, x - x1, 0.0)
-                most = min(distance[row, col], wide)
-                if most <= 0 and (beside_x > 0 or beside_y > 0):
-                    continue
-                if most > 0 and beside_x**2 + beside_y**2 >= most**2:
-                    continue
-                found = _signed_distance(shapes, k, x, y)
-                if found < distance[row, col]:
-                    distance[row, col] = found
-                    nearest[row, col] = k + 1
+    # Pixels with their centre up to one px beyond the reach: contours end between two of them.
+    wide = frame.reach + 1.5 * max(frame.scale_x, frame.scale_y)
+    far = np.full(4, wide)
+    for others in (False, True):
+        for k in range(len(shapes.first) - 1):
+            x0, y0, x1, y1 = shapes.bounds[k]
+            near = _window(shapes.bounds[k], np.minimum(shapes.growth[k], wide), frame)
+            top, bottom, left, right = _window(shapes.bounds[k], far, frame) if others else near
+            for row in range(top, bottom):
+                y = (row + frame.row0 + 0.5) * frame.scale_y
+                beside_y = max(y0 - y, y - y1, 0.0)
+                for col in range(left, right):
+                    if others and not nearest[row, col]:
+                        continue
+                    x = (col + frame.col0 + 0.5) * frame.scale_x
+                    beside_x = max(x0 - x, x - x1, 0.0)
+                    most = min(distance[row, col], wide)
+                    outside = beside_x > 0 or beside_y > 0
+                    if outside and (most <= 0 or beside_x**2 + beside_y**2 >= most**2):
+                        continue
+                    if others and nearest[row, col] == k + 1:
+                        continue
+                    if others and near[0] <= row < near[1] and near[2] <= col < near[3]:
+                        continue
+                    found = _signed_distance(shapes, k, x, y)
+                    if found < distance[row, col]:
+                        distance[row, col] = found
+                        nearest[row, col] = k + 1
     return nearest, distance
 
 
@@ -386,9 +416,7 @@ def _trace(
                 # Outwards is to the left of where the edge leads.
                 r, c = row - ahead_col[way], col + ahead_row[way]
                 other = labels[r, c] if 0 <= r < rows and 0 <= c < cols else 0
-                reach, ends = _until(
-                    (row, col), (r, c), labels, nearest, distance, shapes, frame
-                )
+                reach, ends = _until((row, col), (r, c), labels, nearest, distance, shapes, frame)
                 points[edge, 0] = frame.col0 + col + 0.5 + reach * (c - col)
                 points[edge, 1] = frame.row0 + row + 0.5 + reach * (r - row)
                 ring[edge] = rings

@@ -71,7 +71,9 @@ class NucleiOfTiles:
         """The nuclei of a finished tile."""
         own = self._contours(tile)
         around = [contours for contours in self._others(tile, own) if len(contours)]
-        together = shapely.multipolygons(np.concatenate(around)) if around else shapely.MultiPolygon()
+        together = (
+            shapely.multipolygons(np.concatenate(around)) if around else shapely.MultiPolygon()
+        )
         return TileNuclei(
             tile=tile, content=self._store.content(tile), around=shapely.to_wkb(together)
         )
@@ -93,9 +95,7 @@ class NucleiOfTiles:
         return [c[shapely.intersects(c, near)] for c in map(self._contours, others)]
 
 
-def grow_tile(
-    context: CellContext, found: TileNuclei
-) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
+def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
     """Grow the nuclei of a tile into cells, and measure these.
 
     Returns the nuclei with their cells, level 0; the uncertainty grid of the tile as it is stored;
