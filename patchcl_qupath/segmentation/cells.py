@@ -1,4 +1,4 @@
-"""From nuclei to cells: each pixel of the working grid belongs to the nearest nucleus, up to limits.
+"""From nuclei to cells: what is near a nucleus belongs to it, up to limits.
 
 A cell is the part of the image that is nearer to its nucleus than to any other, at most
 ``expand_um`` from it, and within the convex hull of the nucleus, scaled by ``constrain_scale``
@@ -124,7 +124,7 @@ def fit_to_nuclei(cells: Polygons, nuclei: Polygons) -> Polygons:
 
 
 def _whole(cells: Polygons, nuclei: Polygons) -> Polygons:
-    """Cells as valid polygons without holes; of several parts, that which holds most of the nucleus."""
+    """Cells as valid polygons without holes; of several parts, that with most of the nucleus."""
     plain = shapely.get_type_id(cells) == shapely.GeometryType.POLYGON
     plain &= shapely.is_valid(cells) & (shapely.get_num_interior_rings(cells) == 0)
     for k in np.flatnonzero(~plain):
@@ -193,7 +193,8 @@ def _signed_distance(shapes: _Shapes, k: int, x: float, y: float) -> float:
         # A ray to the right crosses the side.
         if (py < 0) != (py < dy) and (px * dy < py * dx) == (dy > 0):
             inside = not inside
-    return -np.sqrt(least) if inside else np.sqrt(least)
+    distance: float = np.sqrt(least)
+    return -distance if inside else distance
 
 
 @compiled
@@ -311,7 +312,8 @@ def _share(one: float, other: float) -> float:
     """
     total = one + other
     fraction = one / total if total > 0 else 0.5
-    return min(max(np.rint(1024 * fraction), 8.0), 1016.0) / 1024  # not at a pixel's centre
+    rounded: float = np.rint(1024 * fraction)
+    return min(max(rounded, 8.0), 1016.0) / 1024  # not at a pixel's centre
 
 
 @compiled

@@ -1,7 +1,7 @@
 """What a worker does for cells: grow the nuclei that a tile owns, and measure the cells.
 
-Cells come after all nuclei: a nucleus that another tile owns keeps a cell out of its place as one of
-the same tile does, and no pixel is segmented twice for it.
+Cells come after all nuclei of an image: one that another tile owns keeps a cell out of its place as
+one of the same tile does. The halo of tiles need not hold such neighbours, which would take long.
 """
 
 from __future__ import annotations

@@ -54,10 +54,11 @@ def measure_cells(
 ) -> dict[str, NDArray[np.float32]]:
     """Measurements of cells 1..N under the names of QuPath 0.6 -> name: (N,) float32.
 
-    ``of_nuclei`` are those of their nuclei, as of ``measure``; ``cells_um`` (N,) the cells'
-    contours in µm. ``cells`` and ``nuclei`` (H, W) are the labels of pixels in them, ``rgb`` (H, W, 3) the pixels. Shapes and densities are defined as in
-    QuPath's ``ObjectMeasurements``: the cytoplasm is the cell without the nucleus. A cytoplasm of
-    no pixel has no density (NaN).
+    ``of_nuclei`` are those of their nuclei, as of ``measure``; ``cells_um`` (N,) the contours of
+    cells in µm; ``cells`` and ``nuclei`` (H, W) the labels of pixels in them, ``rgb`` (H, W, 3) the
+    pixels. Shapes and densities are defined as in QuPath's ``ObjectMeasurements``: the cytoplasm is
+    the cell without the nucleus, and a pixel is in a contour by its centre. A cytoplasm of no pixel
+    has no density (NaN).
     """
     n = len(cells_um)
     shapes = shape_measurements(cells_um)
