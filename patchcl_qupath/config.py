@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -550,7 +549,7 @@ class SegmentConfig(Settings):
 
 @dataclass(frozen=True)
 class CellConfig(Settings):
-    """Whole cells, grown from nuclei. Other settings here need no new segmentation."""
+    """Whole cells, grown from nuclei. With other settings here, the same tiles are used again."""
 
     table: ClassVar[str] = "cells"
 
@@ -574,12 +573,6 @@ class CellConfig(Settings):
             le=100,
         ),
     ] = 1.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("expand_um", "constrain_scale"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"cells.{name} must be a number")
 
     @property
     def are_grown(self) -> bool:
