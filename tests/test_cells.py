@@ -260,7 +260,7 @@ def test_compartments_are_measured_as_in_qupath() -> None:
         assert np.isnan(found[f"Cytoplasm: {stain}: Mean"][1])
         assert found[f"Cell: {stain}: Max"][1] == found[f"Nucleus: {stain}: Max"][1]
     assert all(values.dtype == np.float32 for values in found.values())
-    assert list(found)[0] == "Nucleus: Area µm^2"  # it is never missing
+    assert next(iter(found)) == "Nucleus: Area µm^2"  # it is never missing
 
 
 @pytest.mark.parametrize(
