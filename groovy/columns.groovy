@@ -18,31 +18,60 @@ import qupath.lib.roi.interfaces.ROI
 class Columns {
 
     /**
-     * N polygons as annotations or detections. x and y are the vertices of all polygons, one polygon after the other;
-     * ends[k] is the index after the last vertex of polygon k; ids are the N UUIDs as 2 N halves; values are N rows
-     * with one number for each name; codes are the numbers of the N classes.
+     * N polygons. x and y are the vertices of all, one polygon after the other; ends[k] is the index after the last
+     * vertex of polygon k.
      */
-    static List<PathObject> toObjects(double[] x, double[] y, int[] ends, long[] ids, String[] names, float[] values,
-                                      PathClass[] pathClasses, int[] codes, boolean annotations) {
+    static List<ROI> toRois(double[] x, double[] y, int[] ends) {
         ImagePlane plane = ImagePlane.getDefaultPlane()
-        List<PathObject> objects = new ArrayList<>(ends.length)
+        List<ROI> rois = new ArrayList<>(ends.length)
         int start = 0
-        for (int k = 0; k < ends.length; k++) {
-            int end = ends[k]
-            ROI roi = ROIs.createPolygonROI(Arrays.copyOfRange(x, start, end), Arrays.copyOfRange(y, start, end), plane)
+        for (int end : ends) {
+            rois.add(ROIs.createPolygonROI(Arrays.copyOfRange(x, start, end), Arrays.copyOfRange(y, start, end), plane))
             start = end
-            MeasurementList measurements = MeasurementListFactory.createMeasurementList(
-                    names.length, MeasurementList.MeasurementListType.FLOAT)
-            for (int i = 0; i < names.length; i++)
-                measurements.put(names[i], values[k * names.length + i])
-            measurements.close()
+        }
+        return rois
+    }
+
+    /**
+     * N polygons as annotations or detections, with what 'measure' and 'identify' give them; codes are the numbers of
+     * their classes.
+     */
+    static List<PathObject> toObjects(List<ROI> rois, long[] ids, String[] names, float[] values,
+                                      PathClass[] pathClasses, int[] codes, boolean annotations) {
+        List<PathObject> objects = new ArrayList<>(rois.size())
+        for (int k = 0; k < rois.size(); k++) {
+            MeasurementList measured = measure(names, values, k)
             PathClass pathClass = pathClasses[codes[k]]
-            PathObject pathObject = annotations ?
-                    PathObjects.createAnnotationObject(roi, pathClass, measurements) :
-                    PathObjects.createDetectionObject(roi, pathClass, measurements)
-            pathObject.setID(new UUID(ids[2 * k], ids[2 * k + 1]))
-            objects.add(pathObject)
+            objects.add(identify(annotations ?
+                    PathObjects.createAnnotationObject(rois[k], pathClass, measured) :
+                    PathObjects.createDetectionObject(rois[k], pathClass, measured), ids, k))
         }
         return objects
+    }
+
+    /** N polygons as cells, with a nucleus within each. */
+    static List<PathObject> toCells(List<ROI> cells, List<ROI> nuclei, long[] ids, String[] names, float[] values,
+                                    PathClass[] pathClasses, int[] codes) {
+        List<PathObject> objects = new ArrayList<>(cells.size())
+        for (int k = 0; k < cells.size(); k++)
+            objects.add(identify(PathObjects.createCellObject(cells[k], nuclei[k], pathClasses[codes[k]],
+                    measure(names, values, k)), ids, k))
+        return objects
+    }
+
+    /** Row k of N rows of values, with one number for each name; NaN is none. */
+    private static MeasurementList measure(String[] names, float[] values, int k) {
+        MeasurementList measured = MeasurementListFactory.createMeasurementList(
+                names.length, MeasurementList.MeasurementListType.FLOAT)
+        for (int i = 0; i < names.length; i++)
+            measured.put(names[i], values[k * names.length + i])
+        measured.close()
+        return measured
+    }
+
+    /** Gives an object the k-th of N UUIDs, which come as 2 N halves. */
+    private static PathObject identify(PathObject pathObject, long[] ids, int k) {
+        pathObject.setID(new UUID(ids[2 * k], ids[2 * k + 1]))
+        return pathObject
     }
 }

@@ -13,6 +13,10 @@
  * `patchcl-qp run --overlapping keep` leaves out new nuclei in their place, `--overlapping replace` removes those in
  * whose place a new nucleus is added.
  *
+ * After `patchcl-qp run --expand`, nuclei are QuPath's cells, with their nucleus within; they replace nuclei of an
+ * earlier import, and the other way round. What a person decided of a nucleus holds for its cell: all comparisons are
+ * of nuclei.
+ *
  * The nuclei lie in a locked annotation, 'PatchCL', with their number and density, and with the numbers of nuclei that
  * were found, added and left out; after a run within regions (`--within`), in one for each region: such a run replaces
  * what lies in these regions, and nothing else. Where a person nested nuclei in annotations or TMA cores, the new ones
@@ -740,7 +744,7 @@ static STRtree placesOfMissing(Collection<PathObject> all, Marks marks) {
 /** Whether a detection has the contour of an imported nucleus that is gone, as a cell that was made of it. */
 @CompileStatic
 static boolean isConverted(PathObject pathObject, STRtree gone) {
-    ROI roi = PathObjectTools.getROI(pathObject, true)
+    ROI roi = contourOf(pathObject)
     if (roi == null || !roi.isArea())
         return false
     double x = roi.getCentroidX()
@@ -810,7 +814,7 @@ static void chooseNuclei(NewObjects added, List<PathObject> nuclei, ExistingObje
     }
     for (PathObject nucleus : nuclei) {
         UUID id = nucleus.getID()
-        ROI roi = nucleus.getROI()
+        ROI roi = contourOf(nucleus)
         if (liesInAny(nucleus, existing.keptRois))
             added.leaveOut(nucleus, 'left_out_fields')
         else if (existing.keptIds.contains(id) || coversAny(roi, changedPlaces) || overlapsAny(roi, kept, maxOverlap))
@@ -831,14 +835,14 @@ static void takeFromOutside(ExistingObjects existing, NewObjects added, Areas sc
         return
     STRtree near = new STRtree()
     for (PathObject nucleus : existing.outside.keySet())
-        if (scope.meeting(nucleus.getROI()) != null)
-            near.insert(envelope(nucleus.getROI()), nucleus)
+        if (scope.meeting(contourOf(nucleus)) != null)
+            near.insert(envelope(contourOf(nucleus)), nucleus)
     for (PathObject nucleus : added.nuclei)
-        for (Object other : near.query(envelope(nucleus.getROI()))) {
+        for (Object other : near.query(envelope(contourOf(nucleus)))) {
             PathObject old = (PathObject) other
             Coordinate place = centroidOf(old)
-            boolean inPlace = nucleus.getROI().contains(place.x, place.y) ||
-                    overlap(nucleus.getROI(), old.getROI(), maxOverlap) > maxOverlap
+            boolean inPlace = contourOf(nucleus).contains(place.x, place.y) ||
+                    overlap(contourOf(nucleus), contourOf(old), maxOverlap) > maxOverlap
             if (!inPlace || !existing.outside.containsKey(old))
                 continue
             Additions additions = existing.outside.remove(old)
@@ -896,7 +900,8 @@ static List<PathObject> leaveOutInPlaceOf(List<PathObject> stay, NewObjects adde
         places.insert(new Envelope(place), place)
     }
     added.nuclei = added.nuclei.findAll { PathObject nucleus ->
-        boolean free = !coversAny(nucleus.getROI(), places) && !overlapsAny(nucleus.getROI(), kept, maxOverlap)
+        ROI roi = contourOf(nucleus)
+        boolean free = !coversAny(roi, places) && !overlapsAny(roi, kept, maxOverlap)
         if (!free) {
             added.leaveOut(nucleus, 'left_out_kept')
             PathObject old = predecessors.remove(nucleus)
@@ -948,13 +953,13 @@ static Map<PathObject, PathObject> match(Collection<PathObject> earlier, List<Pa
     STRtree tree = new STRtree()
     for (PathObject old : earlier)
         if (!successors.containsKey(old))
-            tree.insert(envelope(old.getROI()), old)
+            tree.insert(envelope(contourOf(old)), old)
     if (tree.isEmpty())
         return successors
     List<Tuple3<Double, PathObject, PathObject>> pairs = []
     for (PathObject nucleus : others)
-        for (Object old : tree.query(envelope(nucleus.getROI()))) {
-            double iou = overlap(nucleus.getROI(), ((PathObject) old).getROI(), maxOverlap)
+        for (Object old : tree.query(envelope(contourOf(nucleus)))) {
+            double iou = overlap(contourOf(nucleus), contourOf((PathObject) old), maxOverlap)
             if (iou > maxOverlap)
                 pairs << new Tuple3<Double, PathObject, PathObject>(iou, (PathObject) old, nucleus)
         }
@@ -1017,7 +1022,7 @@ static void handOver(PathObject old, Additions additions, PathObject successor) 
 static List<PathObject> replacedBy(List<PathObject> nuclei, ExistingObjects existing, double maxOverlap) {
     STRtree places = contours(nuclei)
     return existing.foreign.findAll { PathObject other ->
-        ROI roi = PathObjectTools.getROI(other, true)
+        ROI roi = contourOf(other)
         !other.isLocked() && other.getName() == null && !other.hasChildObjects() && roi?.isArea() &&
                 overlapsAny(roi, places, maxOverlap) &&
                 !liesInAny(other, existing.keptRois)
@@ -1029,7 +1034,7 @@ static List<PathObject> replacedBy(List<PathObject> nuclei, ExistingObjects exis
 static STRtree contours(Collection<PathObject> objects) {
     STRtree tree = new STRtree()
     for (PathObject pathObject : objects) {
-        ROI roi = PathObjectTools.getROI(pathObject, true)
+        ROI roi = contourOf(pathObject)
         if (roi?.isArea())
             tree.insert(envelope(roi), roi)
     }
@@ -1244,13 +1249,19 @@ static void offerClasses(Project<?> project, List<PathClass> classes) {
     project.setPathClasses(listed + classes.findAll { !listed.contains(it) })
 }
 
-/** The same nucleus as an annotation: a person cannot reshape a detection in QuPath. */
+/** The contour of an object, or of the nucleus of a cell; that of the cell if it has none. */
+@CompileStatic
+static ROI contourOf(PathObject nucleus) {
+    return PathObjectTools.getROI(nucleus, true)
+}
+
+/** The same nucleus as an annotation, that of a cell, too: a person cannot reshape a detection in QuPath. */
 @CompileStatic
 static PathObject toAnnotation(PathObject nucleus) {
     if (nucleus.isAnnotation())
         return nucleus
     PathObject annotation = PathObjects.createAnnotationObject(
-            nucleus.getROI(), nucleus.getPathClass(), nucleus.getMeasurementList())
+            contourOf(nucleus), nucleus.getPathClass(), nucleus.getMeasurementList())
     annotation.setID(nucleus.getID())
     return annotation
 }
@@ -1287,7 +1298,7 @@ static boolean isOutlined(PathObject pathObject) {
 @CompileStatic
 static PathObject withAllOf(PathObject detection) {
     PathObject annotation = PathObjects.createAnnotationObject(
-            PathObjectTools.getROI(detection, true), detection.getPathClass(), detection.getMeasurementList())
+            contourOf(detection), detection.getPathClass(), detection.getMeasurementList())
     annotation.setID(detection.getID())
     annotation.setName(detection.getName())
     if (detection.getColor() != null)
@@ -1309,7 +1320,7 @@ static boolean liesInAny(PathObject pathObject, List<PathObject> correctionRois)
 /** Whether an object lies in an ROI, in part or whole. An object that is not much smaller is no nucleus. */
 @CompileStatic
 static boolean liesIn(PathObject pathObject, PathObject correctionRoi) {
-    ROI contour = PathObjectTools.getROI(pathObject, true)
+    ROI contour = contourOf(pathObject)
     ROI roi = correctionRoi.getROI()
     return contour?.isArea() && intersect(contour, roi) && contour.getArea() < roi.getArea() / 2
 }
@@ -1373,7 +1384,7 @@ static List<PathObject> assign(List<PathObject> objects, Areas regions, Areas pa
         PathObject smallest = null
         if (!parents.isEmpty())
             for (PathObject parent : parents.holding(centroidOf(pathObject)))
-                if (parent.getROI().getArea() > 2 * pathObject.getROI().getArea() &&
+                if (parent.getROI().getArea() > 2 * contourOf(pathObject).getArea() &&
                         (!pathObject.isAnnotation() || parents.covers(parent, pathObject.getROI())))
                     smallest = smaller(smallest, parent)
         for (PathObject region : regionsOf(pathObject, regions))
@@ -1401,7 +1412,7 @@ static List<PathObject> regionsOf(PathObject pathObject, Areas regions) {
     List<PathObject> around = regions.holding(centroidOf(pathObject))
     if (!around.isEmpty())
         return around
-    PathObject near = regions.meeting(PathObjectTools.getROI(pathObject, true))
+    PathObject near = regions.meeting(contourOf(pathObject))
     return near == null ? around : [near]
 }
 
@@ -1587,7 +1598,7 @@ static void refreshTissueOfCounted(List<PathObject> counted, JsonObject result) 
 /** The centroid of an object, or of the nucleus of a cell. QuPath's own takes long: it looks for crossings, too. */
 @CompileStatic
 static Coordinate centroidOf(PathObject nucleus) {
-    ROI roi = PathObjectTools.getROI(nucleus, true)
+    ROI roi = contourOf(nucleus)
     if (!(roi instanceof PolygonROI))
         return new Coordinate(roi.getCentroidX(), roi.getCentroidY())
     Point2[] points = pointsOf(roi)
@@ -1622,7 +1633,7 @@ static PresentNuclei nucleiPresent(ImageData<?> imageData, Marks marks, boolean 
     List<PathObject> drawn = []
     for (PathObject pathObject : all) {
         UUID id = pathObject.getID()
-        ROI roi = PathObjectTools.getROI(pathObject, true)
+        ROI roi = contourOf(pathObject)
         boolean ignored = pathObject.getPathClass() != null &&   // of no class, QuPath says the same
                 PathClassTools.isIgnoredClass(pathObject.getPathClass())
         if (roi == null || !roi.isArea() || ignored)
@@ -1789,7 +1800,7 @@ static Coordinate centroid(String digestAndCentroid) {
 }
 
 /**
- * A digest of what a person can change of an object: kind, contour, class, name, colour, lock, description.
+ * A digest of what a person can change of an object: kind, contours, class, name, colour, lock, description.
  * Coordinates are float, as QuPath saves them: the digest is the same after saving.
  */
 @CompileStatic
@@ -1808,8 +1819,9 @@ static String pristineDigest(PathObject nucleus, String className) {
 
 @CompileStatic
 static String digestWith(PathObject pathObject, String className, String name, Integer color, String description) {
-    ROI roi = pathObject.getROI()
-    Point2[] points = pointsOf(roi)
+    Point2[] points = pointsOf(pathObject.getROI())
+    if (pathObject instanceof PathCellObject)
+        points += pointsOf(((PathCellObject) pathObject).getNucleusROI())
     StringBuilder text = new StringBuilder(64)
     text.append('[').append(pathObject.isAnnotation()).append(', ').append(className).append(', ').append(name)
             .append(', ').append((Object) color).append(', ').append(pathObject.isLocked())

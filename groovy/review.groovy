@@ -498,8 +498,9 @@ class Review {
 
     /** Whether a measurement is of the contour or of the pixels in it, as patchcl-qp measures them. */
     private static boolean isOfContour(String name) {
-        return name in ['Area µm^2', 'Length µm', 'Circularity', 'Solidity', 'Max diameter µm',
-                        'Min diameter µm'] || name ==~ /.*: (Mean|Std\.Dev\.|Min|Max)/
+        String shape = name.replaceFirst('^(Nucleus|Cell): ', '')   // of a nucleus that was a cell's
+        return shape in ['Area µm^2', 'Length µm', 'Circularity', 'Solidity', 'Max diameter µm',
+                         'Min diameter µm', 'Nucleus/Cell area ratio'] || name ==~ /.*: (Mean|Std\.Dev\.|Min|Max)/
     }
 
     /** Takes back the last deletion, insertion or change of these keys. */

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 CLUSTERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "sge": "qsub"}  # what takes jobs
 TMA_CORES = "(TMA core)"  # instead of a class of annotations: the cores of an image's TMA grid
+MAX_EXPAND_UM = 25.0  # of a nucleus into a cell: QuPath's own limit
+CELL = "cell"  # QuPath's type of objects with a nucleus within
 # QuPath classes of correction ROIs; groovy/import_nuclei.groovy has them, too.
 TO_CORRECT = "PatchCL: correct here"  # suggested
 CORRECTED = "PatchCL: corrected"  # a person says that it is done
@@ -591,6 +593,39 @@ class SegmentConfig(Settings):
 
 
 @dataclass(frozen=True)
+class CellConfig(Settings):
+    """Whole cells, grown from nuclei. With other settings here, the same tiles are used again."""
+
+    table: ClassVar[str] = "cells"
+
+    expand_um: Annotated[
+        float,
+        setting(
+            "How far nuclei are grown into cells, at most, and not into other cells; 0 is not at "
+            "all",
+            "µm",
+            ge=0,
+            le=MAX_EXPAND_UM,
+        ),
+    ] = 0.0
+    constrain_scale: Annotated[
+        float,
+        setting(
+            "Largest size of a cell relative to its nucleus, as `cellConstrainScale` of QuPath's "
+            "StarDist: a cell lies within the convex hull of its nucleus, scaled by this about its "
+            "centroid; 1 or less is no limit",
+            ge=0,
+            le=100,
+        ),
+    ] = 1.5
+
+    @property
+    def are_grown(self) -> bool:
+        """Whether there are cells."""
+        return self.expand_um > 0
+
+
+@dataclass(frozen=True)
 class ResultConfig(Settings):
     """How nuclei appear in QuPath."""
 
@@ -720,7 +755,17 @@ class Config(Settings):
     selftrain: SelfTrainConfig = field(default_factory=SelfTrainConfig)
     cdcl: CDCLConfig = field(default_factory=CDCLConfig)
     segment: SegmentConfig = field(default_factory=SegmentConfig)
+    cells: CellConfig = field(default_factory=CellConfig)
     result: ResultConfig = field(default_factory=ResultConfig)
+
+    def kind(self, count: int) -> str:
+        """What ``count`` nuclei of one image become in QuPath: annotation, detection or cell.
+
+        A cell is a detection in QuPath. Annotations, which a person can reshape, are of nuclei.
+        """
+        if self.cells.are_grown and self.result.object_type != ObjectType.ANNOTATION:
+            return CELL
+        return self.result.kind(count)
 
 
 TABLES: dict[str, type[Settings]] = {
@@ -731,6 +776,7 @@ TABLES: dict[str, type[Settings]] = {
         SelfTrainConfig,
         CDCLConfig,
         SegmentConfig,
+        CellConfig,
         ResultConfig,
     )
 }

@@ -12,7 +12,7 @@ Only ``tile_to_grid``, ``grid_to_level0`` and ``level0_to_grid`` convert geometr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -229,7 +229,8 @@ class Nuclei:
     """Nuclei as columns, one row each, in a fixed order.
 
     ``polygons`` (N,) valid shapely polygons without holes; ``measurements`` maps QuPath's name of
-    a measurement to (N,) float32; ``uuids`` (N,) str, empty before they are known. Which frame the
+    a measurement to (N,) float32; ``uuids`` (N,) str, empty before they are known; ``cells`` (N,)
+    such polygons of the cells that were grown from them, None where none were. Which frame the
     polygons are in is said by whoever hands them over. ``classes`` (N,) are QuPath classes such as
     ``Nucleus: Positive``; None where all nuclei have the class of the settings.
     """
@@ -237,6 +238,7 @@ class Nuclei:
     polygons: Polygons
     measurements: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     uuids: NDArray[np.str_] = field(default_factory=lambda: np.empty(0, dtype="U36"))
+    cells: Polygons | None = None
     classes: NDArray[np.str_] | None = None
 
     def __post_init__(self) -> None:
@@ -252,8 +254,16 @@ class Nuclei:
             self.polygons[rows],
             {name: values[rows] for name, values in self.measurements.items()},
             self.uuids[rows],
+            None if self.cells is None else self.cells[rows],
             None if self.classes is None else self.classes[rows],
         )
+
+    def of_nucleus(self, name: str) -> NDArray[np.float32] | None:
+        """A measurement (N,) of the nuclei themselves, such as ``Area µm^2``; None without it.
+
+        Where there are cells, QuPath calls it ``Nucleus: Area µm^2``.
+        """
+        return self.measurements.get(name_of_nucleus(name, self.measurements))
 
     @staticmethod
     def concatenate(parts: Sequence[Nuclei]) -> Nuclei:
@@ -263,7 +273,6 @@ class Nuclei:
         """
         if not parts:
             return Nuclei(np.empty(0, dtype=object))
-        classes = [part.classes for part in parts if part.classes is not None]
         return Nuclei(
             np.concatenate([part.polygons for part in parts]),
             {
@@ -271,8 +280,20 @@ class Nuclei:
                 for name in parts[0].measurements
             },
             np.concatenate([part.uuids for part in parts]),
-            np.concatenate(classes) if classes else None,
+            _joined([part.cells for part in parts]),
+            _joined([part.classes for part in parts]),
         )
+
+
+def name_of_nucleus(name: str, names: Collection[str]) -> str:
+    """What a measurement of nuclei is called among others: ``Nucleus: `` before it for cells."""
+    return name if name in names else f"Nucleus: {name}"
+
+
+def _joined(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    """A column (N,) of all parts; None if one has none."""
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 @dataclass(frozen=True)

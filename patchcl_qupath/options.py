@@ -16,6 +16,7 @@ import click
 from patchcl_qupath import console, logs
 from patchcl_qupath.config import (
     CLUSTERS,
+    MAX_EXPAND_UM,
     BackendKind,
     Config,
     EngineChoice,
@@ -107,11 +108,12 @@ class Overrides:
     keep: bool
     positive: str | None
     summarise: tuple[str, ...]
+    expand: float | None
     seed: int | None
 
     def of(self, config: Config) -> Config:
         """The settings, but for what was given."""
-        result, slide, patchcl = config.result, config.slide, config.patchcl
+        result, slide, patchcl, cells = config.result, config.slide, config.patchcl, config.cells
         if self.object_type is not None:
             result = replace(result, object_type=ObjectType(self.object_type))
         if self.class_name is not None:
@@ -126,10 +128,14 @@ class Overrides:
             result = replace(result, summarise=tuple(dict.fromkeys(self.summarise)))
         if self.stain is not None:
             slide = replace(slide, stain=StainChoice(self.stain))
+        if self.expand is not None:
+            cells = replace(cells, expand_um=self.expand)
         if self.seed is not None:
             patchcl = replace(patchcl, seed=self.seed)
         engine = EngineChoice(self.engine or config.engine)
-        return replace(config, slide=slide, patchcl=patchcl, result=result, engine=engine)
+        return replace(
+            config, slide=slide, patchcl=patchcl, cells=cells, result=result, engine=engine
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +273,14 @@ overrides = _bundle(
             is_flag=True,
             help="Keep every nucleus of an earlier run that carries a class, measurements or notes "
             "of yours, also where no new nucleus takes these over.",
+        ),
+        click.option(
+            "--expand",
+            type=click.FloatRange(0, MAX_EXPAND_UM),
+            metavar="UM",
+            help="Grow nuclei into cells: by so many µm at most, as far as neighbours and the size "
+            f"of the nucleus allow; up to {MAX_EXPAND_UM:g}, 0 for none. They are cells in QuPath, "
+            "with their nucleus within, and are measured as such.",
         ),
         click.option(
             "--positive",

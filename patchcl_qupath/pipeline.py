@@ -19,10 +19,16 @@ from patchcl_qupath.answers.answer import Answer, answer, check
 from patchcl_qupath.config import TMA_CORES, Config, Recipe, to_dict
 from patchcl_qupath.correction import changes
 from patchcl_qupath.correction.labels import read_corrected_samples
-from patchcl_qupath.datatypes import Corrections, ImageEntry
+from patchcl_qupath.datatypes import Corrections, ImageEntry, Tile
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.execution.map_tiles import map_tiles
-from patchcl_qupath.execution.outcome import TileProgress, failed_image, note, write_outcomes
+from patchcl_qupath.execution.outcome import (
+    TileProgress,
+    failed_image,
+    in_order,
+    note,
+    write_outcomes,
+)
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import Workers
 from patchcl_qupath.models import engines
@@ -31,6 +37,7 @@ from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import Progress, ShowProgress, Stage, counter
 from patchcl_qupath.project import Project
 from patchcl_qupath.report.figures import write_figures, write_preview
+from patchcl_qupath.segmentation.grow_tile import CellContext, NucleiOfTiles, grow_tile
 from patchcl_qupath.segmentation.segment_tile import (
     TileContext,
     check_machine,
@@ -53,7 +60,7 @@ from patchcl_qupath.storage.records import (
     file_signature,
     to_plain,
 )
-from patchcl_qupath.timing import Seconds, timed
+from patchcl_qupath.timing import Seconds, add_seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
 from patchcl_qupath.training.calibration import calibrated
 
@@ -177,6 +184,16 @@ class Run:
         return self.project.with_stains(entry)
 
     def _segment(self, entry: ImageEntry, image: PreparedImage) -> tuple[SegmentedImage, Seconds]:
+        """Find the nuclei, and grow them into cells if that is asked for."""
+        segmented, seconds = self._find_nuclei(entry, image)
+        if self.config.cells.are_grown:
+            segmented, more = self._grow_cells(entry, segmented)
+            add_seconds(seconds, more)
+        return segmented, seconds
+
+    def _find_nuclei(
+        self, entry: ImageEntry, image: PreparedImage
+    ) -> tuple[SegmentedImage, Seconds]:
         """Plan the tiles, and have workers segment those that are missing."""
         margin_px = postprocessing_margin_px(self.config, image.slide)
         tiles = plan(
@@ -188,24 +205,23 @@ class Run:
             region=image.region,
             divisor=self.model.divisor,
         )
-        store = TileStore.open(self.project.layout.tiles(self.id, image.id), image.fingerprint())
+        folder = self.project.layout.tiles(self.id_of_nuclei, image.id)
+        store = TileStore.open(folder, image.fingerprint())
         missing = store.missing(tiles)
-        done = len(tiles) - len(missing)
-        logger.info("%s: %d tiles, %d resumed from %s", entry.name, len(tiles), done, store.folder)
-        tile_progress = TileProgress(
-            image=image,
-            total=len(tiles),
-            done=done,
-            show=counter(self.progress, Stage.SEGMENTING, entry.name),
-            reopen=partial(Slide.open, entry, self.config.slide.mpp),
+        logger.info(
+            "%s: %d tiles, %d resumed from %s",
+            entry.name,
+            len(tiles),
+            len(tiles) - len(missing),
+            store.folder,
         )
+        context = TileContext(image=image, model=self.model, config=self.config, engine=self.engine)
+        tile_progress = self._tile_progress(entry, image, tiles, missing, Stage.SEGMENTING)
         tile_progress.begin()
-        worker_seconds = map_tiles(
+        seconds = map_tiles(
             workers=self.workers,
             task=segment_tile,
-            context=TileContext(
-                image=image, model=self.model, config=self.config, engine=self.engine
-            ),
+            context=context,
             tiles=missing,
             store=store,
             on_done=tile_progress.one_more,
@@ -223,11 +239,60 @@ class Run:
             store=store,
             tiles=tuple(tile for tile in tiles if tile not in left_out),
             failed_tiles=tile_progress.in_order(),
-            resumed=done,
+            resumed=len(tiles) - len(missing),
             network_px=sum(math.prod(tile.read.shape) for tile in missing),
         )
         assert len(segmented.tiles) + len(segmented.failed_tiles) == len(tiles), "a tile was lost"
-        return segmented, worker_seconds
+        return segmented, seconds
+
+    def _grow_cells(
+        self, entry: ImageEntry, segmented: SegmentedImage
+    ) -> tuple[SegmentedImage, Seconds]:
+        """Have workers grow the nuclei of all tiles, once these are known, into cells."""
+        image, tiles, cells = segmented.image, segmented.tiles, self.config.cells
+        # Beside a tile that failed and was made later, other cells grow.
+        made_from = {**image.fingerprint(), "nuclei": [tile.name for tile in tiles]}
+        store = TileStore.open(self.project.layout.tiles(self.id, image.id), made_from)
+        missing = store.missing(tiles)
+        tile_progress = self._tile_progress(entry, image, tiles, missing, Stage.GROWING_CELLS)
+        tile_progress.begin()
+        size = file_signature(entry.path).bytes
+        seconds = map_tiles(
+            workers=self.workers,
+            task=grow_tile,
+            context=CellContext(image=image, config=cells),
+            tiles=missing,
+            store=store,
+            on_done=tile_progress.one_more,
+            on_failed=tile_progress.one_failed,
+            check=partial(replace(image.slide, void=None).check_same, size),
+            prepared=NucleiOfTiles(segmented.store, tiles, image.slide, cells),
+        )
+        left_out = set(store.missing(tiles))
+        grown = replace(
+            segmented,
+            store=store,
+            tiles=tuple(tile for tile in tiles if tile not in left_out),
+            failed_tiles=in_order([*segmented.failed_tiles, *tile_progress.failed]),
+        )
+        return grown, seconds
+
+    def _tile_progress(
+        self,
+        entry: ImageEntry,
+        image: PreparedImage,
+        tiles: Sequence[Tile],
+        missing: Sequence[Tile],
+        stage: Stage,
+    ) -> TileProgress:
+        """What follows a stage from tile to tile."""
+        return TileProgress(
+            image=image,
+            total=len(tiles),
+            done=len(tiles) - len(missing),
+            show=counter(self.progress, stage, entry.name),
+            reopen=partial(Slide.open, entry, self.config.slide.mpp),
+        )
 
     def _write(
         self,
@@ -273,9 +338,21 @@ class Run:
     @cached_property
     def id(self) -> str:
         """The name of this run: a digest of all that its finished tiles depend on."""
+        return (
+            self._id_of("slide", "segment", "cells")
+            if self.config.cells.are_grown
+            else self.id_of_nuclei
+        )
+
+    @cached_property
+    def id_of_nuclei(self) -> str:
+        """The same for nuclei alone: cells of other sizes are grown from the same tiles."""
+        return self._id_of("slide", "segment")
+
+    def _id_of(self, *tables: str) -> str:
         settings = self.provenance.config
         depends = to_plain(self.provenance)
-        return digest({**depends, "config": [settings["slide"], settings["segment"]]})
+        return digest({**depends, "config": [settings[table] for table in tables]})
 
     def _result(
         self, entry: ImageEntry, segmented: SegmentedImage, answered: Answer
@@ -305,7 +382,7 @@ class Run:
             regions=tuple(regions),
             failed_tiles=segmented.failed_tiles,
             nuclei=segmented.count,
-            object_type=self.config.result.kind(segmented.count),
+            object_type=self.config.kind(segmented.count),
             positivity=answered.record,
             summaries=answered.summaries,
             files=(),
@@ -324,7 +401,7 @@ class Run:
         return ImageOutcome(
             id=entry.id,
             image=entry.name,
-            note=note(entry, segmented.image, segmented.count, tiles > 0, self.config.result),
+            note=note(entry, segmented.image, segmented.count, tiles > 0, self.config),
             tissue_mm2=result.tissue_mm2,
             nuclei=segmented.count,
             tiles=tiles,

@@ -20,6 +20,7 @@ class Stage(StrEnum):
     WAITING_FOR_WORKERS = "waiting for workers"
     FINDING_TISSUE = "finding tissue"
     SEGMENTING = "segmenting"
+    GROWING_CELLS = "growing cells"
     WRITING = "writing"
 
 

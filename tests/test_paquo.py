@@ -146,14 +146,14 @@ def test_nuclei_become_arrays() -> None:
     polygons = [shapely.box(1, 2, 4, 5), shapely.Polygon([(0, 0), (2, 0), (1, 3)])]
     ids = [uuid.UUID(int=(3 << 64) + 5), uuid.UUID(int=2**128 - 1)]
     few = Nuclei(np.array(polygons), {}, np.array([str(id_) for id_ in ids]))
-    x, y, ends = contour_vertices(few)
+    x, y, ends = contour_vertices(few.polygons)
     assert list(zip(x, y, strict=True)) == [
         *polygons[0].exterior.coords[:-1],
         *polygons[1].exterior.coords[:-1],
     ]
     assert ends.tolist() == [4, 7]
     assert uuid_halves(few.uuids).tolist() == [3, 5, -1, -1]
-    assert [array.size for array in contour_vertices(few[:0])] == [0, 0, 0]
+    assert [array.size for array in contour_vertices(few[:0].polygons)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

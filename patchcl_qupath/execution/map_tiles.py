@@ -33,7 +33,7 @@ from patchcl_qupath.timing import Seconds, add_seconds, timed
 logger = logging.getLogger(__name__)
 
 Context = TypeVar("Context")
-TileTask = Callable[[Context, Tile], tuple[Nuclei, UncertaintyGrid, Seconds]]
+TileTask = Callable[[Context, Any], tuple[Nuclei, UncertaintyGrid, Seconds]]
 
 _AHEAD = 3  # tiles for each worker thread: enough to keep it busy, few to keep memory flat
 _WORKER_DIED = "its worker died each time: give workers more memory, or fewer threads"
@@ -49,9 +49,11 @@ def map_tiles(
     on_done: Callable[[], None],
     on_failed: Callable[[Tile, Exception], None],
     check: Callable[[], None] = lambda: None,
+    prepared: Callable[[Tile], Any] = lambda tile: tile,
 ) -> Seconds:
-    """Run ``task(context, tile)`` for each tile, and store the nuclei that it returns.
+    """Run ``task(context, prepared(tile))`` for each tile, and store the nuclei that it returns.
 
+    What is ``prepared`` goes to the workers; it has the ``name`` of the tile.
     Returns the seconds of all workers, by stage. ``on_done`` is called after each tile;
     ``on_failed`` in its place for one that failed ``ATTEMPTS`` times, with the last error. What
     they raise ends the map; finished tiles stay. ``check`` is called on each worker of another
@@ -66,7 +68,9 @@ def map_tiles(
     make = partial(_Shared, packed, logs.level_shown())
     total: Seconds = {}
     queue = _TileQueue(
-        admission=Admission(workers=workers, check=check, make=make), waiting=deque(tiles)
+        admission=Admission(workers=workers, check=check, make=make),
+        waiting=deque(tiles),
+        prepared=prepared,
     )
     try:
         while not queue.is_empty:
@@ -102,6 +106,7 @@ class _TileQueue:
 
     admission: Admission
     waiting: deque[Tile]
+    prepared: Callable[[Tile], Any]
     _given: dict[Any, _Given] = field(default_factory=dict)  # by future
     _running: Any = None  # as_completed of the futures
     _failed: list[tuple[_Given, Exception]] = field(default_factory=list)
@@ -163,7 +168,7 @@ class _TileQueue:
             future = self._client.submit(
                 _do,
                 self.admission.name,
-                tile,
+                self.prepared(tile),
                 pure=False,
                 retries=ATTEMPTS - 1,
                 workers=[*crew],
@@ -249,8 +254,8 @@ class _Shared:
             return self._unpacked
 
 
-def _do(name: str, tile: Tile) -> tuple[bytes, Seconds]:
-    """Segment a tile, on a worker that an Admission of that ``name`` admitted."""
+def _do(name: str, tile: Any) -> tuple[bytes, Seconds]:
+    """Work on a tile, on a worker that an Admission of that ``name`` admitted."""
     try:
         shared: _Shared = held(name)
         task, context = shared.unpack()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from patchcl_qupath.config import ObjectType, ResultConfig
+from patchcl_qupath.config import Config, ObjectType
 from patchcl_qupath.datatypes import FailedTile, ImageEntry, Tile
 from patchcl_qupath.errors import ImageError, PatchCLError, SlideError, StorageError
 from patchcl_qupath.slides.prepare import PreparedImage
@@ -77,11 +77,16 @@ class TileProgress:
 
     def in_order(self) -> tuple[FailedTile, ...]:
         """The failed tiles, from top to bottom."""
-        return tuple(sorted(self.failed, key=lambda tile: (tile.y, tile.x)))
+        return in_order(self.failed)
+
+
+def in_order(failed: Sequence[FailedTile]) -> tuple[FailedTile, ...]:
+    """Failed tiles, from top to bottom."""
+    return tuple(sorted(failed, key=lambda tile: (tile.y, tile.x)))
 
 
 def note(
-    entry: ImageEntry, image: PreparedImage, count: int, has_tissue: bool, settings: ResultConfig
+    entry: ImageEntry, image: PreparedImage, count: int, has_tissue: bool, settings: Config
 ) -> str | None:
     """What a person should know of an image's nuclei, ``count`` of them; None if nothing."""
     notes = [entry.note] if entry.note else []
@@ -96,9 +101,10 @@ def note(
         notes.append("most of it is green as ink, which no stain of nuclei is: left out there")
     elif not count:
         notes.append("no nucleus found in its tissue")
-    is_auto = settings.object_type is ObjectType.AUTO and not settings.positive
-    if is_auto and settings.kind(count) is ObjectType.DETECTION:
-        notes.append(f"more than {settings.max_annotations:,} nuclei: written as detections")
+    result = settings.result
+    is_auto = result.object_type is ObjectType.AUTO and not result.positive
+    if is_auto and settings.kind(count) == ObjectType.DETECTION:
+        notes.append(f"more than {result.max_annotations:,} nuclei: written as detections")
     return "; ".join(notes) or None
 
 

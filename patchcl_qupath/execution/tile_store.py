@@ -17,7 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import Nuclei, Polygons, Tile, UncertaintyGrid
+from patchcl_qupath.datatypes import (
+    Nuclei,
+    Polygons,
+    Tile,
+    UncertaintyGrid,
+    name_of_nucleus,
+)
 from patchcl_qupath.storage.files import (
     digest,
     read_json,
@@ -66,6 +72,16 @@ class TileStore:
         pq.write_table(table.replace_schema_metadata(header), sink, compression="zstd")
         return bytes(sink.getvalue())
 
+    @staticmethod
+    def decode(content: bytes) -> tuple[Nuclei, UncertaintyGrid]:
+        """The inverse of ``encode``."""
+        table = pq.read_table(io.BytesIO(content))
+        return from_table(table), _grid_of(table.schema.metadata)
+
+    def content(self, tile: Tile) -> bytes:
+        """A finished tile, encoded."""
+        return self.path(tile).read_bytes()
+
     def path(self, tile: Tile) -> Path:
         """The file of a finished tile."""
         return self.folder / "tiles" / f"{tile.name}.parquet"
@@ -93,17 +109,24 @@ class TileStore:
         return (polygons_of(pq.read_table(self._source(tile), columns=columns)) for tile in tiles)
 
     def measurements(self, tiles: Sequence[Tile], names: Sequence[str]) -> Iterator[Measurements]:
-        """Some of their measurements alone."""
+        """Some of their measurements alone, those of nuclei also where these have cells."""
         for tile in tiles:
-            table = pq.read_table(self._source(tile), columns=list(names))
-            yield {name: table[name].to_numpy() for name in names}
+            source = self._source(tile)
+            there = pq.read_schema(source).names
+            columns = {name: name_of_nucleus(name, there) for name in names}
+            table = pq.read_table(source, columns=[*columns.values()])
+            yield {name: table[column].to_numpy() for name, column in columns.items()}
 
     def uncertainty_grids(self, tiles: Sequence[Tile]) -> Iterator[UncertaintyGrid]:
         """Their uncertainty grids, without reading the nuclei."""
         for tile in tiles:
-            header = pq.read_schema(self._source(tile)).metadata
-            bin_size, columns = json.loads(header[_GRID.encode()])
-            yield grid_of_columns(bin_size, columns)
+            yield _grid_of(pq.read_schema(self._source(tile)).metadata)
 
     def _source(self, tile: Tile) -> Path | io.BytesIO:
         return parquet_source(self.path(tile))
+
+
+def _grid_of(header: dict[bytes, bytes]) -> UncertaintyGrid:
+    """The uncertainty grid in the header of a file."""
+    bin_size, columns = json.loads(header[_GRID.encode()])
+    return grid_of_columns(bin_size, columns)

@@ -31,7 +31,6 @@ GEO = {  # GeoParquet 1.1; coordinates are pixels, so there is no reference syst
     "primary_column": GEOMETRY,
     "columns": {GEOMETRY: {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None}},
 }
-_OWN = (*NOT_MEASURED, CELL)  # columns of a file that are no measurements
 _BATCH = 32_768  # nuclei that are in memory at once
 _DECIMALS = 3  # of centroids
 
@@ -84,7 +83,7 @@ class NucleiTable:
 
 def measurement_names(image: ExportedImage) -> list[str]:
     """The names of the measurements of an image's nuclei."""
-    return [name for name in image.columns if name not in _OWN]
+    return [name for name in image.columns if name not in NOT_MEASURED]
 
 
 def read_batches(image: ExportedImage, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -148,7 +147,7 @@ def _rows(image: ExportedImage, batch: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def _measured(batch: pa.Table, field: pa.Field) -> pa.Array:
     """A measurement (N,), empty where it is no number, as in tables of QuPath."""
-    if field.name in batch.column_names and field.name not in _OWN:
+    if field.name in batch.column_names and field.name not in NOT_MEASURED:
         values = batch[field.name].combine_chunks()
         return pc.if_else(pc.is_finite(values), values, pa.scalar(None, values.type))
     return pa.nulls(len(batch), field.type)

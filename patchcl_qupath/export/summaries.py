@@ -20,7 +20,11 @@ from patchcl_qupath.export.nuclei import measurement_names, read_batches
 from patchcl_qupath.storage.records import Summary
 
 KINDS = {ExportRows.IMAGE: "image", ExportRows.REGION: "region", ExportRows.CORE: "core"}
-_TYPES = {"image": "Root object (Image)", "region": "Annotation", "core": "TMA core"}  # of objects in QuPath
+_TYPES = {
+    "image": "Root object (Image)",
+    "region": "Annotation",
+    "core": "TMA core",
+}  # of objects in QuPath
 _TEXTS = {
     "image": ("Image", "Object type", "Name"),
     "region": ("Image", "Object ID", "Object type", "Name", "Classification"),

@@ -154,7 +154,13 @@ class FilesProject:
         from patchcl_qupath.project.results import write_results  # loads pyarrow
 
         folder = self.layout.results(entry.id)
-        write_results(folder=folder, batches=batches, config=config, result=result)
+        write_results(
+            folder=folder,
+            batches=batches,
+            config=config,
+            result=result,
+            qupath_version=self.stored.version,
+        )
 
     def mark_rois(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:
         """Write the ROIs to correct to a file, for groovy/import_nuclei.groovy."""

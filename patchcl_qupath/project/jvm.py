@@ -27,10 +27,11 @@ import psutil
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.config import class_colour
-from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.config import CELL, class_colour
+from patchcl_qupath.datatypes import Nuclei, Polygons
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.compiled_scripts import compiled_script
+from patchcl_qupath.project.names import in_qupath
 from patchcl_qupath.storage.files import copy_once
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import FileSignature, RegionSummary, file_signature
@@ -349,8 +350,8 @@ class _QuPath:
             names, codes = np.unique(nuclei.classes, return_inverse=True)
         colours = {name: class_colour(name, question.color) for name in names.tolist()}
         path_classes = [self._path_class(project, *item) for item in colours.items()]
-        annotations = str(result.get("object_type").getAsString()) == "annotation"
-        objects = self._objects(nuclei, path_classes, codes, annotations)
+        object_type = str(result.get("object_type").getAsString())
+        objects = self._objects(nuclei, path_classes, codes, object_type)
         self._lap("make objects")
         if suggested is not None:
             self._list(project, *self._import.roiClasses())
@@ -464,27 +465,31 @@ class _QuPath:
         return self._class("com.google.gson.JsonParser").parseString(text).getAsJsonObject()
 
     def _objects(
-        self, nuclei: Nuclei, path_classes: list[Any], codes: NDArray[np.intp], annotations: bool
+        self, nuclei: Nuclei, path_classes: list[Any], codes: NDArray[np.intp], object_type: str
     ) -> Any:
         """QuPath's objects; ``codes`` (N,) tell the class of each nucleus."""
         from jpype import JArray, JString
 
-        x, y, ends = contour_vertices(nuclei)
-        names = list(nuclei.measurements)
-        values = np.zeros((len(nuclei), len(names)), dtype=np.float32)
-        for column, name in enumerate(names):
-            values[:, column] = nuclei.measurements[name]
-        return self._columns.toObjects(
-            JArray.of(x),
-            JArray.of(y),
-            JArray.of(ends),
+        values = np.zeros((len(nuclei), len(nuclei.measurements)), dtype=np.float32)
+        for column, measured in enumerate(nuclei.measurements.values()):
+            values[:, column] = measured
+        version = str(self._class("qupath.lib.common.GeneralTools").getVersion())
+        about = (
             JArray.of(uuid_halves(nuclei.uuids)),
-            JArray(JString)(names),
+            JArray(JString)([in_qupath(name, version) for name in nuclei.measurements]),
             JArray.of(values.ravel()),
             JArray(self._class("qupath.lib.objects.classes.PathClass"))(path_classes),
             JArray.of(codes.astype(np.int32)),
-            annotations,
         )
+        contours = self._rois(nuclei.polygons)
+        if object_type == CELL and nuclei.cells is not None:
+            return self._columns.toCells(self._rois(nuclei.cells), contours, *about)
+        return self._columns.toObjects(contours, *about, object_type == "annotation")
+
+    def _rois(self, polygons: Polygons) -> Any:
+        from jpype import JArray
+
+        return self._columns.toRois(*map(JArray.of, contour_vertices(polygons)))
 
     def _replace(
         self,
@@ -566,10 +571,10 @@ def damaged(data: Path, backups: Path) -> str:
 
 
 def contour_vertices(
-    nuclei: Nuclei,
+    polygons: Polygons,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int32]]:
     """x and y (V,) of all vertices, polygon after polygon, and the end (N,) of each polygon."""
-    rings = shapely.get_exterior_ring(nuclei.polygons)
+    rings = shapely.get_exterior_ring(polygons)
     xy = shapely.get_coordinates(rings)  # each ring's first vertex again at its end
     ends = np.cumsum(shapely.get_num_points(rings))
     keep = np.ones(len(xy), dtype=bool)

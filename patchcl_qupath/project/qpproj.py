@@ -63,10 +63,14 @@ class StoredImage:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredProject:
-    """A .qpproj file. ``path`` is that of the file when it was saved, None if it is not given."""
+    """A .qpproj file. ``path`` is that of the file when it was saved, ``version`` that of QuPath.
+
+    Either is None if it is not given.
+    """
 
     path: PurePath | None
     images: tuple[StoredImage, ...]
+    version: str | None = None
 
 
 def project_files(folder: Path) -> list[Path]:
@@ -112,8 +116,9 @@ def read_project(file: Path) -> StoredProject:
             "save it again"
         )
     images = [_image(number, entry) for number, entry in enumerate(entries, start=1)]
-    uri = content.get("uri")
+    uri, version = content.get("uri"), content.get("version")
     return StoredProject(
+        version=version if isinstance(version, str) else None,
         path=path_of_uri(uri) if isinstance(uri, str) else None,
         images=tuple(_with_ids_of_their_own(images)),
     )

@@ -21,9 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
+from numpy.typing import NDArray
 
-from patchcl_qupath.config import ResultConfig, class_colour
+from patchcl_qupath.config import CELL, ResultConfig, class_colour
 from patchcl_qupath.datatypes import Nuclei, Polygons
+from patchcl_qupath.project.names import in_qupath
 from patchcl_qupath.storage.files import atomic_write
 from patchcl_qupath.storage.layout import NUCLEI, RESULT
 from patchcl_qupath.storage.parquet import is_utf8, to_table
@@ -33,10 +35,15 @@ NUCLEI_PER_FILE = 50_000
 
 
 def write_results(
-    folder: Path, batches: Iterable[Nuclei], config: ResultConfig, result: ResultRecord
+    folder: Path,
+    batches: Iterable[Nuclei],
+    config: ResultConfig,
+    result: ResultRecord,
+    qupath_version: str | None = None,
 ) -> None:
     """Write the nuclei of one image, level 0, to ``folder``, which is replaced as a whole.
 
+    In GeoJSON, measurements have the names of ``qupath_version``; of a new one where it is None.
     ``batches`` are read one at a time and not kept, so memory does not grow with the slide.
     ``result`` with the names of the written files becomes ``result.json``. Raises StorageError.
     """
@@ -52,6 +59,7 @@ def write_results(
             object_type=result.object_type,
             config=config,
             background=compressing,
+            qupath_version=qupath_version,
         )
         table = _Table(new / NUCLEI, tabulating)
         for batch in batches:
@@ -125,18 +133,29 @@ class _Chunks:
     """Spreads nuclei over GeoJSON files of at most NUCLEI_PER_FILE."""
 
     def __init__(
-        self, folder: Path, object_type: str, config: ResultConfig, background: _Background
+        self,
+        folder: Path,
+        object_type: str,
+        config: ResultConfig,
+        background: _Background,
+        qupath_version: str | None,
     ) -> None:
         self.names: list[str] = []
         self._folder = folder
         self._object_type = object_type
         self._config = config
+        self._qupath_version = qupath_version
         self._file: gzip.GzipFile | None = None
         self._written = 0
         self._background = background
 
     def add(self, nuclei: Nuclei) -> None:
-        features = _features(nuclei, self._properties(nuclei))
+        features = _features(
+            nuclei,
+            self._properties(nuclei),
+            as_cells=self._object_type == CELL,
+            version=self._qupath_version,
+        )
         while len(features):
             if self._file is None or self._written == NUCLEI_PER_FILE:
                 self._file = self._next_file()
@@ -185,21 +204,38 @@ class _Chunks:
         return file
 
 
-def _features(nuclei: Nuclei, properties: str | pa.StringArray) -> pa.StringArray:
+def _features(
+    nuclei: Nuclei, properties: str | pa.StringArray, *, as_cells: bool, version: str | None
+) -> pa.StringArray:
     """The GeoJSON Feature of each nucleus (N,), for QuPath 0.4 and later.
 
-    Arrow joins them column by column, without Python's global lock.
+    Those of cells have the contour of the cell, and beside it that of the nucleus. Arrow joins them
+    column by column, without Python's global lock.
     """
     measured: list[pa.Array | str] = []
     for name, values in nuclei.measurements.items():
         comma = ", " if measured else ""
-        measured += [f"{comma}{json.dumps(name, ensure_ascii=False)}: "]
-        measured += [pa.array(values).cast(pa.string())]
+        label = f"{comma}{json.dumps(in_qupath(name, version), ensure_ascii=False)}: "
+        measured += _numbers(label, values)
+    outlines = _geometries(nuclei.polygons)
+    if as_cells and nuclei.cells is not None:
+        outlines = [*_geometries(nuclei.cells), ', "nucleusGeometry": ', *outlines]
     return pc.binary_join_element_wise(
         *('{"type": "Feature", "id": "', pa.array(nuclei.uuids.tolist(), pa.string())),
-        *('", "geometry": ', *_geometries(nuclei.polygons)),
+        *('", "geometry": ', *outlines),
         *(', "properties": ', properties, ', "measurements": {', *measured, "}}}", ""),
     )
+
+
+def _numbers(label: str, values: NDArray[np.float32]) -> list[pa.Array | str]:
+    """The columns whose concatenation is a label and each value (N,); nothing for NaN, as JSON
+    has none. The first measurement of an object has a value: others follow a comma."""
+    missing = np.isnan(values)
+    texts = pa.array(values).cast(pa.string())
+    if not missing.any():
+        return [label, texts]
+    labelled = pc.binary_join_element_wise(label, texts, "")
+    return [pc.if_else(pa.array(missing), "", labelled)]
 
 
 def _geometries(polygons: Polygons) -> list[pa.StringArray | str]:

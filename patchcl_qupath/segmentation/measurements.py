@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import shapely
@@ -20,6 +20,8 @@ from patchcl_qupath.slides.stains import (
     is_red_ink,
 )
 
+PROBABILITY = "Detection probability"
+_STATISTICS = ("Mean", "Std.Dev.", "Min", "Max")
 _GLASS = 225  # grey of a pixel that lets nearly all light through
 _AROUND_UM = 8.0
 
@@ -41,11 +43,9 @@ def measure(
     named = shape_measurements(polygons_um)
     n = len(polygons_um)
     for stain, density in densities(rgb, stains).items():
-        for name, per_nucleus in zip(
-            ("Mean", "Std.Dev.", "Min", "Max"), _statistics(labels, n, density), strict=True
-        ):
+        for name, per_nucleus in zip(_STATISTICS, _statistics(labels, n, density), strict=True):
             named[f"{stain}: {name}"] = per_nucleus
-    named["Detection probability"] = probability
+    named[PROBABILITY] = probability
     return {name: values.astype(np.float32) for name, values in named.items()}
 
 
@@ -54,6 +54,82 @@ def measurement_names(stains: StainVectors) -> list[str]:
     none = np.zeros((1, 1), np.int32)
     rgb = np.zeros((1, 1, 3), np.uint8)
     return list(measure(np.empty(0, object), none, rgb, np.empty(0), stains))
+
+
+def measure_cells(
+    of_nuclei: dict[str, NDArray[np.float32]],
+    cells_um: Polygons,
+    *,
+    cells: NDArray[np.int32],
+    nuclei: NDArray[np.int32],
+    rgb: NDArray[np.uint8],
+    stains: StainVectors = H_E,
+) -> dict[str, NDArray[np.float32]]:
+    """Measurements of cells 1..N under the names of QuPath 0.6 -> name: (N,) float32.
+
+    ``of_nuclei`` are those of their nuclei, as of ``measure``; ``cells_um`` (N,) the contours of
+    cells in µm; ``cells`` and ``nuclei`` (H, W) the labels of pixels in them, ``rgb`` (H, W, 3) the
+    pixels. Shapes and densities are defined as in QuPath's ``ObjectMeasurements``: the cytoplasm is
+    the cell without the nucleus, and a pixel is in a contour by its centre. A cytoplasm of no pixel
+    has no density (NaN).
+    """
+    n = len(cells_um)
+    shapes = shape_measurements(cells_um)
+    ratio = of_nuclei["Area µm^2"] / shapes["Area µm^2"]
+    named: dict[str, NDArray[Any]] = {f"Nucleus: {name}": of_nuclei[name] for name in shapes}
+    named |= {f"Cell: {name}": values for name, values in shapes.items()}
+    named["Nucleus/Cell area ratio"] = np.minimum(ratio, 1)
+    found = {
+        stain: _compartments(cells, nuclei, n, density)
+        for stain, density in densities(rgb, stains).items()
+    }
+    for part, compartment in enumerate(("Nucleus", "Cytoplasm", "Cell")):
+        for stain, statistics in found.items():
+            for name, per_cell in zip(_STATISTICS, statistics[part], strict=True):
+                named[f"{compartment}: {stain}: {name}"] = per_cell
+    named[PROBABILITY] = of_nuclei[PROBABILITY]
+    return {name: np.asarray(values, np.float32) for name, values in named.items()}
+
+
+@compiled
+def _compartments(
+    cells: NDArray[np.int32], nuclei: NDArray[np.int32], n: int, values: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """As ``_statistics``, of nuclei, cytoplasms and whole cells 1..n: (3, 4, n).
+
+    NaN for a compartment without pixels.
+    """
+    count, total, squares = np.zeros((3, n)), np.zeros((3, n)), np.zeros((3, n))
+    found = np.empty((3, 4, n))
+    found[:, 2], found[:, 3] = np.inf, -np.inf
+    for row in range(cells.shape[0]):
+        for col in range(cells.shape[1]):
+            label = cells[row, col] - 1
+            if label < 0:
+                continue
+            value = values[row, col]
+            part = 0 if nuclei[row, col] == label + 1 else 1
+            count[part, label] += 1
+            total[part, label] += value
+            squares[part, label] += value * value
+            found[part, 2, label] = min(found[part, 2, label], value)
+            found[part, 3, label] = max(found[part, 3, label], value)
+    for label in range(n):
+        count[2, label] = count[0, label] + count[1, label]
+        total[2, label] = total[0, label] + total[1, label]
+        squares[2, label] = squares[0, label] + squares[1, label]
+        found[2, 2, label] = min(found[0, 2, label], found[1, 2, label])
+        found[2, 3, label] = max(found[0, 3, label], found[1, 3, label])
+        for part in range(3):
+            pixels = count[part, label]
+            if pixels == 0:
+                found[part, :, label] = np.nan
+                continue
+            mean = total[part, label] / pixels
+            spread = max(squares[part, label] - pixels * mean * mean, 0.0)
+            found[part, 0, label] = mean
+            found[part, 1, label] = np.sqrt(spread / max(pixels - 1, 1))  # of a sample
+    return found
 
 
 class NuclearStain(NamedTuple):

@@ -25,7 +25,7 @@ from patchcl_qupath.execution.tile_store import Measurements, TileStore
 from patchcl_qupath.segmentation.uncertainty import merge_grids
 from patchcl_qupath.slides.prepare import PreparedImage
 
-_MAX_RADIUS_UM = 50.0  # no point of a contour is farther from the nucleus's centroid
+MAX_RADIUS_UM = 50.0  # no point of a contour is farther from the nucleus's centroid
 _GREY = 128  # of pixels that cannot be read
 
 
@@ -72,7 +72,7 @@ class SegmentedImage:
         """
         slide = self.image.slide
         x, y = slide.downsample
-        reach = box.grow(math.ceil(_MAX_RADIUS_UM / slide.mpp), slide.shape)
+        reach = box.grow(math.ceil(MAX_RADIUS_UM / slide.mpp), slide.shape)
         frame = shapely.box(box.col0, box.row0, box.col1, box.row1)
         found = [np.empty(0, dtype=object)]
         for contours in self.store.contours([t for t in self.tiles if t.write.meets(reach)]):

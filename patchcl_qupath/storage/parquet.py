@@ -18,13 +18,11 @@ from patchcl_qupath.storage.files import atomic_write
 
 Table: TypeAlias = pa.Table
 
-_GEO = {  # GeoParquet 1.1; coordinates are pixels, so there is no reference system
-    "version": "1.1.0",
-    "primary_column": "geometry",
-    "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None}},
-}
+# GeoParquet 1.1; coordinates are pixels, so there is no reference system.
+_POLYGONS = {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None}
+NUCLEUS, CELL = "geometry", "cell"  # columns of contours
 CLASSIFICATION = "Classification"  # the column of classes, as QuPath's tables call it
-NOT_MEASURED = ("id", "geometry", CLASSIFICATION)  # all other columns are measurements
+NOT_MEASURED = ("id", NUCLEUS, CELL, CLASSIFICATION)  # all other columns are measurements
 # Attribute of a grid -> column in a file, which has the name of version 0.1.
 _GRID = {"rows": "rows", "cols": "cols", "points": "points", "entropy": "doubt", "nuclei": "nuclei"}
 
@@ -36,13 +34,17 @@ def to_table(nuclei: Nuclei) -> pa.Table:
     """
     columns: dict[str, Any] = {
         "id": pa.array(nuclei.uuids.tolist(), pa.string()),
-        "geometry": pa.array(shapely.to_wkb(nuclei.polygons).tolist(), pa.binary()),
+        NUCLEUS: pa.array(shapely.to_wkb(nuclei.polygons).tolist(), pa.binary()),
     }
+    if nuclei.cells is not None:
+        columns[CELL] = pa.array(shapely.to_wkb(nuclei.cells).tolist(), pa.binary())
+    shapes = {name: _POLYGONS for name in (NUCLEUS, CELL) if name in columns}
+    geo = {"version": "1.1.0", "primary_column": NUCLEUS, "columns": shapes}
     if nuclei.classes is not None:
         classes = pa.array(nuclei.classes.tolist(), pa.string())
         columns[CLASSIFICATION] = classes.cast(pa.dictionary(pa.int8(), pa.string()))
     columns |= {name: pa.array(v, pa.float32()) for name, v in nuclei.measurements.items()}
-    return pa.table(columns).replace_schema_metadata({"geo": json.dumps(_GEO)})
+    return pa.table(columns).replace_schema_metadata({"geo": json.dumps(geo)})
 
 
 def from_table(table: pa.Table) -> Nuclei:
@@ -55,13 +57,14 @@ def from_table(table: pa.Table) -> Nuclei:
         polygons=polygons_of(table),
         measurements={name: table[name].to_numpy() for name in names},
         uuids=np.array(table["id"].to_pylist(), dtype="U36"),
+        cells=polygons_of(table, CELL) if CELL in table.column_names else None,
         classes=classes,
     )
 
 
-def polygons_of(table: pa.Table) -> Polygons:
-    """The contours (N,) in the column geometry of a table."""
-    return np.asarray(shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False)), object)
+def polygons_of(table: pa.Table, column: str = NUCLEUS) -> Polygons:
+    """The contours (N,) in a column of a table: of nuclei, or of cells."""
+    return np.asarray(shapely.from_wkb(table[column].to_numpy(zero_copy_only=False)), object)
 
 
 def is_utf8(path: Path) -> bool:
@@ -84,11 +87,14 @@ def read_nuclei(path: Path) -> Nuclei:
 
 
 def read_geoarrow(path: Path) -> Table:
-    """The table of a GeoParquet file, with its geometry marked as GeoArrow's type for WKB."""
+    """The table of a GeoParquet file, with its geometries marked as GeoArrow's type for WKB."""
     table = pq.read_table(parquet_source(path))
-    column = table.schema.get_field_index("geometry")
-    marked = table.schema.field(column).with_metadata({"ARROW:extension:name": "geoarrow.wkb"})
-    return table.cast(table.schema.set(column, marked))
+    schema = table.schema
+    for name in {NUCLEUS, CELL} & set(table.column_names):
+        column = schema.get_field_index(name)
+        marked = schema.field(column).with_metadata({"ARROW:extension:name": "geoarrow.wkb"})
+        schema = schema.set(column, marked)
+    return table.cast(schema)
 
 
 def grid_columns(grid: UncertaintyGrid) -> dict[str, NDArray[np.int64]]:

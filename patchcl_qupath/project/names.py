@@ -1,0 +1,23 @@
+"""Names of measurements, which differ between versions of QuPath.
+
+On disk they are those of QuPath 0.6; in QuPath those of its version, so that its classifiers and
+measurement maps find them.
+"""
+
+from __future__ import annotations
+
+import re
+
+_OF_COMPARTMENT = re.compile(r"(Nucleus|Cytoplasm|Membrane|Cell): (.+): (Mean|Std\.Dev\.|Min|Max)")
+COMPARTMENT_FIRST = (
+    0,
+    6,
+)  # the first QuPath with `Nucleus: DAB: Mean`, before `DAB: Nucleus: Mean`
+
+
+def in_qupath(name: str, version: str | None) -> str:
+    """The name of a measurement in a version of QuPath, such as ``0.5.1``; of a new one if None."""
+    numbers = re.match(r"v?(\d+)\.(\d+)", version or "")
+    if numbers is None or (int(numbers[1]), int(numbers[2])) >= COMPARTMENT_FIRST:
+        return name
+    return _OF_COMPARTMENT.sub(r"\2: \1: \3", name)

@@ -1,0 +1,144 @@
+"""What a worker does for cells: grow the nuclei that a tile owns, and measure the cells.
+
+Cells come after all nuclei of an image: one that another tile owns keeps a cell out of its place as
+one of the same tile does. The halo of tiles need not hold such neighbours, which would take long.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import shapely
+
+from patchcl_qupath.config import CellConfig
+from patchcl_qupath.datatypes import (
+    Box,
+    Nuclei,
+    Polygons,
+    Tile,
+    UncertaintyGrid,
+    grid_to_level0,
+)
+from patchcl_qupath.execution.tile_store import TileStore
+from patchcl_qupath.segmentation.cells import fill, fit_to_nuclei, grow
+from patchcl_qupath.segmentation.measurements import measure_cells
+from patchcl_qupath.segmentation.segmented_image import MAX_RADIUS_UM
+from patchcl_qupath.slides.prepare import PreparedImage
+from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.timing import Seconds, timed
+
+_BESIDE_PX = 3  # between the cells of a tile and the border of what is looked at
+_REMEMBERED = 64  # tiles, whose nuclei several others ask for
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellContext:
+    """What a worker needs beside the nuclei."""
+
+    image: PreparedImage
+    config: CellConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileNuclei:
+    """A tile with its nuclei, as they are stored; ``around`` are others near them, as WKB."""
+
+    tile: Tile
+    content: bytes
+    around: bytes
+
+    @property
+    def name(self) -> str:
+        """The name of the tile."""
+        return self.tile.name
+
+
+class NucleiOfTiles:
+    """Finds the nuclei of a tile, and those of its neighbours that are near them."""
+
+    def __init__(
+        self, store: TileStore, tiles: Sequence[Tile], slide: Slide, config: CellConfig
+    ) -> None:
+        self._store, self._tiles, self._slide = store, tiles, slide
+        self._near_um = 2 * config.expand_um
+        self._contours = lru_cache(_REMEMBERED)(self._read)
+
+    def __call__(self, tile: Tile) -> TileNuclei:
+        """The nuclei of a finished tile."""
+        own = self._contours(tile)
+        around = [contours for contours in self._others(tile, own) if len(contours)]
+        together = (
+            shapely.multipolygons(np.concatenate(around)) if around else shapely.MultiPolygon()
+        )
+        return TileNuclei(
+            tile=tile, content=self._store.content(tile), around=shapely.to_wkb(together)
+        )
+
+    def _read(self, tile: Tile) -> Polygons:
+        (contours,) = self._store.contours([tile])
+        return contours
+
+    def _others(self, tile: Tile, own: Polygons) -> list[Polygons]:
+        """The nuclei of each other tile that are near those of a tile."""
+        if not len(own):
+            return []
+        reach_px = math.ceil((2 * MAX_RADIUS_UM + self._near_um) / min(self._slide.grid_mpp))
+        beside = tile.write.grow(reach_px, self._slide.shape)
+        x, y = (self._near_um / side for side in self._slide.mpp_level0)
+        x0, y0, x1, y1 = shapely.total_bounds(own)
+        near = shapely.box(x0 - x, y0 - y, x1 + x, y1 + y)
+        others = [t for t in self._tiles if t != tile and t.write.meets(beside)]
+        return [c[shapely.intersects(c, near)] for c in map(self._contours, others)]
+
+
+def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
+    """Grow the nuclei of a tile into cells, and measure these.
+
+    Returns the nuclei with their cells, level 0; the uncertainty grid of the tile as it is stored;
+    and the seconds that each stage took. Raises SlideError for damaged pixels.
+    """
+    seconds: Seconds = {}
+    slide = context.image.slide
+    nuclei, uncertainty = TileStore.decode(found.content)
+    with timed(seconds, "grow"):
+        around = shapely.get_parts(shapely.from_wkb(found.around))
+        all_nuclei = np.concatenate([nuclei.polygons, around])
+        box = _box(nuclei.polygons, slide, context.config.expand_um)
+        (x, y), count = slide.downsample, len(nuclei)
+        on_grid = grid_to_level0(all_nuclei, (1 / x, 1 / y))
+        grown = grow(on_grid, count, box, slide.grid_mpp, context.config)
+        cells = _rounded(grid_to_level0(grown, slide.downsample))
+        cells = _rounded(fit_to_nuclei(cells, all_nuclei))
+    with timed(seconds, "read cells"):
+        rgb = slide.read(box)
+    with timed(seconds, "measure cells"):
+        measurements = measure_cells(
+            nuclei.measurements,
+            grid_to_level0(cells, slide.mpp_level0),  # µm are pixels of 1 µm
+            cells=fill(grid_to_level0(cells, (1 / x, 1 / y)), box),
+            nuclei=fill(on_grid[:count], box),
+            rgb=rgb,
+            stains=context.image.stains,
+        )
+    return replace(nuclei, cells=cells, measurements=measurements), uncertainty, seconds
+
+
+def _box(nuclei: Polygons, slide: Slide, expand_um: float) -> Box:
+    """The box of the working grid that holds the cells of nuclei, level 0."""
+    if not len(nuclei):
+        return Box(0, 0, 1, 1)
+    (x, y), (rows, cols) = slide.downsample, slide.shape
+    x0, y0, x1, y1 = shapely.total_bounds(nuclei)
+    margin = math.ceil(expand_um / min(slide.grid_mpp)) + _BESIDE_PX
+    inner = Box(math.floor(y0 / y), math.floor(x0 / x), math.ceil(y1 / y), math.ceil(x1 / x))
+    return inner.grow(margin, (rows, cols))
+
+
+def _rounded(polygons: Polygons) -> Polygons:
+    """Polygons to 0.01 px, as nuclei are; one that would cross itself stays as it is."""
+    rounded = np.asarray(shapely.transform(polygons, lambda xy: np.round(xy, 2)), dtype=object)
+    return np.where(shapely.is_valid(rounded), rounded, polygons)

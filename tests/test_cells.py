@@ -1,0 +1,405 @@
+"""Growing nuclei into cells: what must hold of all cells, and what they measure."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shapely
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from results import result_of
+from shapely import affinity
+
+from patchcl_qupath.cli import main
+from patchcl_qupath.config import CellConfig, Config, ObjectType, ResultConfig, from_dict
+from patchcl_qupath.datatypes import Box, Nuclei, Polygons, Tile, UncertaintyGrid
+from patchcl_qupath.errors import ConfigError
+from patchcl_qupath.execution.tile_store import TileStore
+from patchcl_qupath.project.names import in_qupath
+from patchcl_qupath.project.results import write_results
+from patchcl_qupath.segmentation.cells import fill, fit_to_nuclei, grow
+from patchcl_qupath.segmentation.grow_tile import NucleiOfTiles
+from patchcl_qupath.segmentation.measurements import PROBABILITY, measure_cells
+from patchcl_qupath.slides.stains import H_E, densities
+from patchcl_qupath.storage.geojson import read_objects
+from patchcl_qupath.storage.parquet import read_geoarrow, read_nuclei
+
+SIDE = 120
+BOX = Box(0, 0, SIDE, SIDE)
+
+
+def cells_of(
+    nuclei: Polygons,
+    expand_um: float,
+    scale: float = 0,
+    mpp: tuple[float, float] = (1.0, 1.0),
+    box: Box = BOX,
+    count: int | None = None,
+) -> Polygons:
+    """The cells of the first nuclei, or of all."""
+    config = CellConfig(expand_um=expand_um, constrain_scale=scale)
+    return grow(nuclei, len(nuclei) if count is None else count, box, mpp, config)
+
+
+def in_um(polygons: Polygons, mpp: tuple[float, float]) -> Polygons:
+    return np.asarray(shapely.transform(polygons, lambda xy: xy * np.array(mpp)), dtype=object)
+
+
+def disc(x: float, y: float, radius: float) -> shapely.Polygon:
+    return shapely.Point(x, y).buffer(radius, quad_segs=16)
+
+
+@st.composite
+def fields(draw: st.DrawFn) -> Polygons:
+    """Nuclei on a grid of 100 px: ellipses and kidneys, near one another, some touching."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    nuclei: list[shapely.Polygon] = []
+    for _ in range(draw(st.integers(1, 14))):
+        x, y = rng.uniform(20, 100, 2)
+        shape = affinity.scale(disc(0, 0, 1), rng.uniform(2.5, 9), rng.uniform(2.5, 6))
+        if rng.random() < 0.3:  # a dent
+            shape = shape - disc(0, shape.bounds[3], rng.uniform(1, 2.5))
+        shape = affinity.rotate(shape, rng.uniform(0, 180), origin=(0, 0))
+        shape = affinity.translate(shape, x, y).simplify(0.2)
+        for other in nuclei:
+            shape = shape - other  # a border between touching nuclei is one line
+        shape = max(shapely.get_parts(shape), key=shapely.area, default=None)
+        if shape is not None and shape.area > 15 and shape.buffer(-1).area > 0:
+            nuclei.append(shapely.Polygon(shape.exterior))
+    return np.array(nuclei or [disc(60, 60, 5)], dtype=object)
+
+
+PIXELS = st.sampled_from([(1.0, 1.0), (0.5, 0.5), (0.5, 0.3)])
+
+
+@given(
+    fields(), PIXELS, st.sampled_from([0.3, 2.0, 5.0, 12.0]), st.sampled_from([0.0, 1.2, 1.5, 3.0])
+)
+def test_what_holds_of_all_cells(
+    nuclei: Polygons, mpp: tuple[float, float], expand: float, scale: float
+) -> None:
+    cells = cells_of(nuclei, expand, scale, mpp)
+    assert shapely.is_valid(cells).all()
+    px = max(mpp)
+
+    # Cells share no area, not even where borders of several meet.
+    one, other = shapely.STRtree(cells).query(cells, predicate="intersects")
+    one, other = one[one < other], other[one < other]
+    assert shapely.area(shapely.intersection(cells[one], cells[other])).max(initial=0) < 1e-6
+
+    fitted = fit_to_nuclei(cells, nuclei)
+    assert shapely.is_valid(fitted).all()
+    assert (shapely.get_type_id(fitted) == 3).all()
+    assert (shapely.get_num_interior_rings(fitted) == 0).all()
+    assert shapely.area(shapely.difference(nuclei, fitted)).max() < 1e-6  # its nucleus within
+    inner, outer = shapely.STRtree(fitted).query(nuclei, predicate="intersects")
+    shared = shapely.area(shapely.intersection(nuclei[inner], fitted[outer]))
+    assert shared[inner != outer].max(initial=0) < 1e-6  # no other nucleus
+
+    # At most so far, by true distances, and within the scaled convex hull.
+    for cell, nucleus in zip(in_um(fitted, mpp), in_um(nuclei, mpp), strict=True):
+        distance = shapely.distance(shapely.points(shapely.get_coordinates(cell)), nucleus)
+        assert distance.max() <= expand + 0.2 * px
+        if scale > 1:
+            hull = nucleus.convex_hull
+            limit = affinity.scale(hull, scale, scale, origin=hull.centroid).union(nucleus)
+            assert cell.difference(limit.buffer(0.2 * px)).area < 1e-6
+
+
+@given(fields(), st.sampled_from([2.0, 6.0]), st.sampled_from([0.0, 1.5]))
+@settings(max_examples=40)
+def test_cells_fill_what_is_nearest_to_them(nuclei: Polygons, expand: float, scale: float) -> None:
+    """Pixel by pixel, by distances of another library."""
+    labels = fill(cells_of(nuclei, expand, scale), BOX)
+    rows, cols = np.mgrid[:SIDE, :SIDE] + 0.5
+    distance = np.array([shapely.distance(shapely.points(cols, rows), n) for n in nuclei])
+    order = np.sort(distance, axis=0)
+    nearest = np.argmin(distance, axis=0)
+    sure = order[0] > 0.3  # of pixels within nuclei, contours decide
+    if len(nuclei) > 1:
+        sure &= order[1] - order[0] > 0.6  # not on a border
+    inside = np.abs(order[0] - expand) > 0.5
+    expected = np.where(order[0] < expand, nearest + 1, 0)
+    if scale > 1:
+        hulls = [n.convex_hull for n in nuclei]
+        limits = [affinity.scale(h, scale, scale, origin=h.centroid) for h in hulls]
+        points = shapely.points(cols, rows)
+        within = np.array([shapely.contains(limit, points) for limit in limits])
+        rim = np.array([shapely.distance(limit.exterior, points) for limit in limits])
+        expected[~np.take_along_axis(within, nearest[None], 0)[0]] = 0
+        inside &= np.take_along_axis(rim, nearest[None], 0)[0] > 0.5
+    checked = sure & inside
+    assert (labels == expected)[checked].all()
+
+
+def test_a_lonely_nucleus_becomes_a_disc_in_um() -> None:
+    mpp = (0.5, 0.25)
+    nucleus = affinity.scale(disc(0, 0, 1), 4 / 0.5, 4 / 0.25)  # 4 µm
+    nuclei = np.array([affinity.translate(nucleus, 60.3, 59.6)], dtype=object)
+    (cell,) = in_um(cells_of(nuclei, 5, mpp=mpp), mpp)
+    assert cell.area == pytest.approx(np.pi * 9**2, rel=0.01)
+    centre = shapely.Point(60.3 * 0.5, 59.6 * 0.25)
+    radii = shapely.distance(shapely.points(shapely.get_coordinates(cell)), centre)
+    assert 8.9 < radii.min() <= radii.max() < 9.03
+
+    (limited,) = in_um(cells_of(nuclei, 5, scale=1.5, mpp=mpp), mpp)  # 4 µm by half
+    assert limited.area == pytest.approx(np.pi * 6**2, rel=0.01)
+    (touching,) = cells_of(np.array([disc(10, 40, 5)], dtype=object), 8, box=Box(0, 0, 80, 80))
+    assert 0 <= touching.bounds[0] <= 0.2  # the image ends
+
+
+def test_cells_meet_half_way_and_a_neighbour_without_a_cell_keeps_its_place() -> None:
+    nuclei = np.array([disc(40, 60, 6), disc(60.5, 60, 8)], dtype=object)
+    for count in (2, 1):  # the second is owned by another tile
+        cells = cells_of(nuclei, 12, count=count)
+        assert len(cells) == count
+        # 49.25 is half way between 46 and 52.5.
+        assert cells[0].bounds[2] == pytest.approx(49.5, abs=0.6)
+        row = shapely.LineString([(40, 60.5), (60, 60.5)])
+        assert cells[0].intersection(row).bounds[2] == pytest.approx(49.25, abs=0.05)
+    alone = cells_of(nuclei[:1], 12)
+    assert alone[0].bounds[2] == pytest.approx(58, abs=0.1)
+
+
+@given(fields(), st.randoms(use_true_random=False))
+@settings(max_examples=30)
+def test_cells_do_not_depend_on_order_or_box(nuclei: Polygons, random: Any) -> None:
+    cells = cells_of(nuclei, 5, 1.5)
+    order = list(range(len(nuclei)))
+    random.shuffle(order)
+    again = cells_of(nuclei[order], 5, 1.5, box=Box(3, 1, SIDE + 40, SIDE + 30))
+    few = cells_of(nuclei[order], 5, 1.5, count=1)
+    assert shapely.equals_exact(again, cells[order], tolerance=0).all()
+    assert shapely.equals_exact(few, cells[order][:1], tolerance=0).all()
+
+
+# ---------------------------------------------------------------- tiles
+
+
+def stored(folder: Path, nuclei: dict[Tile, Polygons]) -> TileStore:
+    """A store of tiles with these nuclei."""
+    store = TileStore.open(folder, {})
+    none = np.empty(0, np.int64)
+    grid = UncertaintyGrid(
+        bin_size=(1, 1), rows=none, cols=none, points=none, entropy=none, nuclei=none
+    )
+    for tile, polygons in nuclei.items():
+        ids = np.array([f"{k:036d}" for k in range(len(polygons))])
+        store.write(tile, TileStore.encode(Nuclei(polygons, {}, ids), grid))
+    return store
+
+
+class Slide100:
+    """All that is asked of a slide here."""
+
+    shape, grid_mpp, mpp_level0, downsample = (400, 400), (0.5, 0.5), (0.5, 0.5), (1.0, 1.0)
+
+
+def test_a_tile_is_given_its_neighbours_nuclei(tmp_path: Path) -> None:
+    boxes = [Box(0, 0, 200, 200), Box(0, 200, 200, 400), Box(200, 0, 400, 200)]
+    tiles = [Tile(row=0, col=k, read=box, write=box) for k, box in enumerate(boxes)]
+    near, far, below = disc(212, 100, 6), disc(300, 100, 6), disc(100, 212, 6)
+    contours = {
+        tiles[0]: np.array([disc(190, 100, 6), disc(100, 190, 6)], dtype=object),
+        tiles[1]: np.array([near, far], dtype=object),
+        tiles[2]: np.array([below], dtype=object),
+    }
+    store = stored(tmp_path, contours)
+    find = NucleiOfTiles(store, tiles, Slide100(), CellConfig(expand_um=4))  # type: ignore[arg-type]
+    found = find(tiles[0])
+    around = shapely.get_parts(shapely.from_wkb(found.around))
+    assert {c.wkt for c in around} == {near.wkt, below.wkt}  # up to 16 px from the contours
+    nuclei, _ = TileStore.decode(found.content)
+    assert shapely.equals(nuclei.polygons, contours[tiles[0]]).all()
+
+
+# ---------------------------------------------------------------- measurements
+
+
+def test_compartments_are_measured_as_in_qupath() -> None:
+    rng = np.random.default_rng(3)
+    rgb = rng.integers(90, 255, (12, 14, 3)).astype(np.uint8)
+    cells, nuclei = np.zeros((2, 12, 14), np.int32)
+    cells[1:7, 2:8], nuclei[2:5, 3:6] = 1, 1
+    cells[8:11, 9:12] = nuclei[8:11, 9:12] = 2  # all nucleus
+    polygons = np.array([shapely.box(1, 0.5, 4, 3.5), shapely.box(4.5, 4, 6, 5.5)], dtype=object)
+    of_nuclei = {
+        name: np.float32([2, 2.25])
+        for name in (
+            *("Area µm^2", "Length µm", "Circularity", "Solidity"),
+            *("Max diameter µm", "Min diameter µm", PROBABILITY),
+        )
+    }
+    found = measure_cells(of_nuclei, polygons, cells=cells, nuclei=nuclei, rgb=rgb)
+    assert found["Cell: Area µm^2"].tolist() == [9, 2.25]
+    assert found["Nucleus: Area µm^2"].tolist() == [2, 2.25]
+    assert found["Nucleus/Cell area ratio"] == pytest.approx([2 / 9, 1])
+    for stain in H_E.names:
+        density = densities(rgb)[stain]
+        for name, where in (
+            ("Nucleus", nuclei == 1),
+            ("Cytoplasm", (cells == 1) & (nuclei == 0)),
+            ("Cell", cells == 1),
+        ):
+            values = density[where].astype(np.float64)
+            for what, expected in (
+                ("Mean", values.mean()),
+                ("Std.Dev.", values.std(ddof=1)),
+                ("Min", values.min()),
+                ("Max", values.max()),
+            ):
+                value = found[f"{name}: {stain}: {what}"][0]
+                assert value == pytest.approx(expected, rel=1e-5), (name, stain, what)
+        assert np.isnan(found[f"Cytoplasm: {stain}: Mean"][1])
+        assert found[f"Cell: {stain}: Max"][1] == found[f"Nucleus: {stain}: Max"][1]
+    assert all(values.dtype == np.float32 for values in found.values())
+    assert next(iter(found)) == "Nucleus: Area µm^2"  # it is never missing
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("0.5.1", "DAB: Nucleus: Mean"),
+        ("v0.4.4", "DAB: Nucleus: Mean"),
+        ("0.6.0-rc1", "Nucleus: DAB: Mean"),
+        ("1.0", "Nucleus: DAB: Mean"),
+        (None, "Nucleus: DAB: Mean"),
+        ("?", "Nucleus: DAB: Mean"),
+    ],
+)
+def test_names_are_those_of_the_version(version: str | None, expected: str) -> None:
+    assert in_qupath("Nucleus: DAB: Mean", version) == expected
+    for same in ("Cell: Area µm^2", "Hematoxylin: Mean", "Nucleus/Cell area ratio"):
+        assert in_qupath(same, version) == same
+    assert in_qupath("Cytoplasm: a: b: Std.Dev.", "0.5.0") == "a: b: Cytoplasm: Std.Dev."
+
+
+# ---------------------------------------------------------------- on disk
+
+
+def some_cells() -> Nuclei:
+    nuclei = np.array([shapely.box(2, 2, 4, 4), shapely.box(12, 2, 14, 5)], dtype=object)
+    cells = np.array([shapely.box(1, 1, 5, 6), shapely.box(11, 1, 16, 6)], dtype=object)
+    names = ("Nucleus: Area µm^2", "Cytoplasm: Eosin: Mean", "Cell: Area µm^2")
+    values = np.float32([[4, 6], [0.5, np.nan], [20, 25]])
+    ids = np.array([f"00000000-0000-5000-8000-00000000000{k}" for k in range(2)])
+    return Nuclei(nuclei, dict(zip(names, values, strict=True)), ids, cells)
+
+
+def written(folder: Path, nuclei: Nuclei, config: Config, version: str | None = None) -> Any:
+    """The features of the GeoJSON that is written of nuclei."""
+    record = replace_kind(result_of(len(nuclei)), config.kind(len(nuclei)))
+    write_results(folder, [nuclei], config.result, record, version)
+    text = gzip.decompress((folder / "nuclei-000.geojson.gz").read_bytes())
+    assert b"nan" not in text.lower()
+    return json.loads(text)["features"]
+
+
+def replace_kind(record: Any, kind: str) -> Any:
+    import msgspec
+
+    return msgspec.structs.replace(record, object_type=kind)
+
+
+GROWN = replace(Config(), cells=CellConfig(expand_um=5))
+
+
+def test_cells_are_features_with_a_nucleus(tmp_path: Path) -> None:
+    nuclei = some_cells()
+    one, two = written(tmp_path / "a", nuclei, GROWN, "0.5.1")
+    assert one["properties"]["objectType"] == "cell"
+    assert shapely.from_geojson(json.dumps(one["geometry"])).equals(nuclei.cells[0])  # type: ignore[index]
+    inner = shapely.from_geojson(json.dumps(one["nucleusGeometry"]))
+    assert inner.equals(nuclei.polygons[0])
+    assert one["properties"]["measurements"]["Eosin: Cytoplasm: Mean"] == 0.5
+    assert two["properties"]["measurements"] == {"Nucleus: Area µm^2": 6, "Cell: Area µm^2": 25}
+    assert one["id"] == nuclei.uuids[0]
+
+    objects = read_objects(tmp_path / "a" / "nuclei-000.geojson.gz")
+    assert set(objects.kinds) == {"cell"}
+    assert shapely.equals(objects.areas, nuclei.polygons).all()  # what refine and score read
+
+    (new, _) = written(tmp_path / "b", nuclei, GROWN, "0.6.0")
+    assert "Cytoplasm: Eosin: Mean" in new["properties"]["measurements"]
+
+
+def test_annotations_are_of_nuclei(tmp_path: Path) -> None:
+    annotations = replace(GROWN, result=ResultConfig(object_type=ObjectType.ANNOTATION))
+    (one, _) = written(tmp_path, some_cells(), annotations)
+    assert one["properties"]["objectType"] == "annotation"
+    assert "nucleusGeometry" not in one
+    outline = shapely.from_geojson(json.dumps(one["geometry"]))
+    assert outline.equals(some_cells().polygons[0])
+    assert one["properties"]["measurements"]["Cell: Area µm^2"] == 20
+
+
+def test_what_nuclei_become() -> None:
+    assert [GROWN.kind(n) for n in (1, 10**6)] == ["cell", "cell"]
+    detections = ResultConfig(object_type=ObjectType.DETECTION)
+    assert replace(GROWN, result=detections).kind(1) == "cell"  # which is a detection in QuPath
+    assert [Config().kind(n) for n in (1, 10**6)] == ["annotation", "detection"]
+
+
+def test_tables_have_the_cell_beside_the_nucleus(tmp_path: Path) -> None:
+    nuclei = some_cells()
+    written(tmp_path, nuclei, GROWN)
+    back = read_nuclei(tmp_path / "nuclei.parquet")
+    assert back.cells is not None
+    assert shapely.equals(back.cells, nuclei.cells).all()
+    assert shapely.equals(back.polygons, nuclei.polygons).all()
+    assert list(back.measurements) == list(nuclei.measurements)
+    assert back.of_nucleus("Area µm^2") is not None
+    np.testing.assert_array_equal(back.of_nucleus("Area µm^2"), [4, 6])
+    assert back.of_nucleus("Solidity") is None
+    assert back[1:].cells is not None
+    joined = Nuclei.concatenate([back[:1], back[1:]]).cells
+    assert joined is not None
+    assert shapely.equals(joined, nuclei.cells).all()
+
+    table = read_geoarrow(tmp_path / "nuclei.parquet")
+    geo = json.loads(table.schema.metadata[b"geo"])
+    assert set(geo["columns"]) == {"geometry", "cell"}
+    for column in geo["columns"]:
+        assert table.schema.field(column).metadata[b"ARROW:extension:name"] == b"geoarrow.wkb"
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("given_", ["-1", "25.1", "a lot"])
+def test_an_expansion_out_of_range_is_refused_in_one_line(given_: str) -> None:
+    done = CliRunner().invoke(main, ["run", "x", "--expand", given_])
+    assert done.exit_code == 2
+    (line,) = [text for text in done.output.splitlines() if "Error" in text]
+    assert "--expand" in line
+    assert given_ in line
+
+
+@pytest.mark.parametrize("given_", ["nan", "inf"])
+def test_an_expansion_that_is_no_number_is_refused(given_: str, folder: Path) -> None:
+    done = CliRunner().invoke(main, ["run", str(folder), "--expand", given_])
+    assert done.exit_code == 2
+    assert len([text for text in done.output.splitlines() if "expand" in text]) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"expand_um": -1}, "cells.expand_um = -1: expected `float` >= 0"),
+        ({"expand_um": 40}, "cells.expand_um = 40: expected `float` <= 25"),
+        ({"expand_um": float("nan")}, "cells.expand_um = nan: expected `float` >= 0"),
+        ({"constrain_scale": -1}, "cells.constrain_scale = -1"),
+        ({"expand": 4}, "unknown setting cells.expand: do you mean expand_um?"),
+    ],
+)
+def test_settings_of_cells_are_checked(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_dict({"cells": values})
+    assert message.replace("`", "") in str(error.value).replace("`", "")

@@ -1,0 +1,220 @@
+"""Runs with cells, on the real slide: tiled equals untiled, many workers equal one, resumed equals
+uninterrupted; and what a run of nuclei alone shares with one of cells."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shapely
+from conftest import QUICK, copy_sample
+
+from patchcl_qupath import pipeline
+from patchcl_qupath.config import CellConfig
+from patchcl_qupath.correction.suggest import suggest
+from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.errors import ImageError
+from patchcl_qupath.execution.workers import open_workers
+from patchcl_qupath.progress import Progress, Stage
+from patchcl_qupath.project import open_project
+from patchcl_qupath.segmentation.segment_tile import segment_tile
+from patchcl_qupath.storage.parquet import read_nuclei
+from patchcl_qupath.storage.records import ImageOutcome
+
+NUCLEI = "nuclei.parquet"
+
+
+def silent(progress: Progress) -> None:
+    """No progress shown."""
+
+
+def run(
+    folder: Path,
+    model: Any,
+    client: Any,
+    tile_px: int = 512,
+    expand_um: float = 5,
+    progress: Callable[[Progress], None] = silent,
+) -> ImageOutcome:
+    """Segment a project's one image, and grow cells."""
+    project = open_project(folder, "files")
+    config = replace(
+        QUICK,
+        slide=replace(QUICK.slide, tile_px=tile_px),
+        cells=CellConfig(expand_um=expand_um),
+    )
+    this_run = pipeline.Run(
+        project=project, model=model, config=config, workers=client, progress=progress
+    )
+    (outcome,) = this_run.images(project.images())
+    return outcome
+
+
+def cells(folder: Path) -> Nuclei:
+    return read_nuclei(folder / "patchcl/results/1" / NUCLEI)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Any, client: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose image was segmented as one tile."""
+    folder = copy_sample(tmp_path_factory.mktemp("whole") / "project")
+    assert run(folder, model, client, tile_px=10_000).tiles == 1
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiled(model: Any, client: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose image was segmented in many tiles."""
+    folder = copy_sample(tmp_path_factory.mktemp("tiled") / "project")
+    assert run(folder, model, client, tile_px=300).tiles > 50
+    return folder
+
+
+def test_tiled_equals_untiled(whole: Path, tiled: Path) -> None:
+    one, other = cells(whole), cells(tiled)
+    assert one.cells is not None
+    assert other.cells is not None
+    assert len(one) == len(other) > 1000
+    # Nuclei are the same but for the last bits of the network; of nuclei that are, so are cells.
+    known = {id_: k for k, id_ in enumerate(one.uuids.tolist())}
+    same = [(known[id_], k) for k, id_ in enumerate(other.uuids.tolist()) if id_ in known]
+    assert len(same) > 0.97 * len(one)
+    mine, theirs = np.array(same).T
+    equal = shapely.equals_exact(one.cells[mine], other.cells[theirs], tolerance=0)
+    # All, but for neighbours of the few nuclei that differ.
+    assert equal.sum() >= len(same) - 3 * (len(one) - len(same))
+    shared = shapely.area(shapely.intersection(one.cells[mine], other.cells[theirs]))
+    union = shapely.area(shapely.union(one.cells[mine], other.cells[theirs]))
+    assert (shared / union).min() > 0.95
+    for name, values in one.measurements.items():
+        np.testing.assert_array_equal(values[mine][equal], other.measurements[name][theirs][equal])
+
+
+def test_cells_of_a_slide_are_apart_and_hold_their_nuclei(tiled: Path) -> None:
+    found = cells(tiled)
+    assert found.cells is not None
+    assert shapely.is_valid(found.cells).all()
+    sticking_out = shapely.area(shapely.difference(found.polygons, found.cells))
+    assert sticking_out.max() < 0.05  # px²: coordinates are rounded
+    one, other = shapely.STRtree(found.cells).query(found.cells, predicate="intersects")
+    one, other = one[one < other], other[one < other]
+    assert len(one) > 200
+    shared = shapely.area(shapely.intersection(found.cells[one], found.cells[other]))
+    of_nuclei = shapely.area(shapely.intersection(found.polygons[one], found.polygons[other]))
+    assert (shared - of_nuclei).max() < 0.2
+    ratio = found.measurements["Nucleus/Cell area ratio"]
+    assert 0.3 < np.median(ratio) < 0.7
+    assert (ratio <= 1).all()
+    depth = {
+        n: np.nanmedian(found.measurements[f"{n}: Hematoxylin: Mean"])
+        for n in ("Nucleus", "Cytoplasm")
+    }
+    assert depth["Nucleus"] > 2 * depth["Cytoplasm"]
+
+
+def test_many_workers_equal_one(model: Any, tmp_path: Path) -> None:
+    made = []
+    for count in (1, 6):  # the latter are three processes
+        folder = copy_sample(tmp_path / str(count))
+        with open_workers(count) as client:
+            assert run(folder, model, client).problem is None
+        made.append((folder / "patchcl/results/1" / NUCLEI).read_bytes())
+    assert made[0] == made[1]
+
+
+def test_stopped_while_cells_grow_and_resumed_equals_uninterrupted(
+    model: Any, client: Any, tiled: Path, tmp_path: Path
+) -> None:
+    folder = copy_sample(tmp_path / "project")
+
+    def stop(progress: Progress) -> None:
+        if progress.stage is Stage.GROWING_CELLS and progress.done == 5:
+            raise ImageError("stopped")
+
+    stopped = run(folder, model, client, tile_px=300, progress=stop)
+    assert stopped.problem == "stopped"
+    assert not (folder / "patchcl/results").exists()
+    counts: list[tuple[int, int | None]] = []
+
+    def count(progress: Progress) -> None:
+        if progress.stage is Stage.GROWING_CELLS:
+            counts.append((progress.done, progress.total))
+
+    resumed = run(folder, model, client, tile_px=300, progress=count)
+    assert resumed.problem is None
+    assert resumed.tiles_resumed == resumed.tiles  # no nucleus was segmented again
+    assert counts[0][0] >= 5
+    assert counts[-1] == (resumed.tiles, resumed.tiles)
+    for name in (NUCLEI, "nuclei-000.geojson.gz"):
+        made = [(each / "patchcl/results/1" / name).read_bytes() for each in (folder, tiled)]
+        assert made[0] == made[1]
+
+
+def test_other_expansions_share_the_tiles_of_nuclei(
+    model: Any, client: Any, tmp_path: Path
+) -> None:
+    folder = copy_sample(tmp_path / "project")
+    first = run(folder, model, client, expand_um=0)
+    nuclei = cells(folder)
+    assert nuclei.cells is None
+    assert "Area µm^2" in nuclei.measurements
+    plain = (folder / "patchcl/results/1" / NUCLEI).read_bytes()
+    runs, areas = set(), []
+    for expand_um in (2, 8):
+        outcome = run(folder, model, client, expand_um=expand_um)
+        assert outcome.tiles_resumed == first.tiles
+        assert outcome.network_px == 0
+        grown = cells(folder)
+        assert grown.cells is not None
+        assert list(grown.uuids) == list(nuclei.uuids)
+        assert shapely.equals_exact(grown.polygons, nuclei.polygons, tolerance=0).all()
+        for name in ("Area µm^2", "Detection probability"):
+            np.testing.assert_array_equal(grown.of_nucleus(name), nuclei.of_nucleus(name))
+        areas.append(shapely.area(grown.cells))
+        result = json.loads((folder / "patchcl/results/1/result.json").read_text("utf-8"))
+        assert result["object_type"] == "cell"
+        assert result["config"]["cells"]["expand_um"] == expand_um
+        runs.add(result["run"])
+    assert len(runs) == 2
+    assert (areas[0] < areas[1] + 1).all()
+    figures = json.loads((folder / "patchcl/report/images/1/figures.json").read_text("utf-8"))
+    assert figures["area"]["median"] == pytest.approx(
+        np.median(nuclei.measurements["Area µm^2"]), rel=0.02
+    )
+    assert suggest(open_project(folder, "files"), open_project(folder, "files").images(), 1).rois
+
+    run(folder, model, client, expand_um=0)
+    assert (folder / "patchcl/results/1" / NUCLEI).read_bytes() == plain
+
+
+FAILING: set[str] = set()
+
+
+def segment_some(context: Any, tile: Any) -> Any:
+    """Fails for some tiles."""
+    if tile.name in FAILING:
+        raise ImageError("damaged")
+    return segment_tile(context, tile)
+
+
+def test_cells_beside_a_tile_that_failed_grow_again_once_it_is_there(
+    model: Any, client: Any, tiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_sample(tmp_path / "project")
+    monkeypatch.setattr(pipeline, "segment_tile", segment_some)
+    FAILING.update({"00004-00003"})
+    outcome = run(folder, model, client, tile_px=300)
+    assert len(outcome.failed_tiles) == 1
+    assert len(cells(folder)) < len(cells(tiled))
+    FAILING.clear()
+    outcome = run(folder, model, client, tile_px=300)
+    assert not outcome.failed_tiles
+    assert outcome.tiles_resumed == outcome.tiles - 1
+    made = [(each / "patchcl/results/1" / NUCLEI).read_bytes() for each in (folder, tiled)]
+    assert made[0] == made[1]
