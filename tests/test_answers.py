@@ -257,7 +257,7 @@ def nuclei(*centres: tuple[float, float], classes: Sequence[str] | None = None) 
             "DAB: Max": np.full(count, 1, np.float32),
         },
         np.array([f"{k:036d}" for k in range(count)]),
-        None if classes is None else np.array(classes),
+        classes=None if classes is None else np.array(classes),
     )
 
 
