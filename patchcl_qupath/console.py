@@ -151,7 +151,6 @@ def _print_answers(outcomes: Sequence[ImageOutcome]) -> None:
             [
                 image,
                 "all" if summary.kind == "image" else summary.name or summary.class_name,
-                None if summary.area_mm2 is None else f"{summary.area_mm2:.3f}",
                 None if summary.tissue_mm2 is None else f"{summary.tissue_mm2:.3f}",
                 f"{summary.nuclei:,}",
                 None if summary.per_mm2 is None else f"{summary.per_mm2:,.0f}",
@@ -161,7 +160,7 @@ def _print_answers(outcomes: Sequence[ImageOutcome]) -> None:
             ]
             for image, summary in summaries
         ]
-        titles = ["image", "region", "mm²", "tissue mm²", "nuclei", "per mm²", "positive %"]
+        titles = ["image", "region", "tissue mm²", "nuclei", "per mm²", "positive %"]
         titles += ["H-score", "Allred"]
         _print_used(titles, rows, optional=3)
     for outcome in outcomes:

@@ -146,7 +146,7 @@ def test_cores_are_segmented_alone(folder: Path, model: pipeline.Model, client: 
     """Those that are missing are not; one without tissue has a row of zeros."""
     export(
         folder,
-        core(700, 700, "A-1", metadata={"Case ID": "7"}),
+        core(550, 2200, "A-1", metadata={"Case ID": "7"}),
         core(1200, 1500, "A-2", classification={"name": "Tumor", "color": [1, 2, 3]}),
         core(1500, 700, "B-1", isMissing=True),
         core(2600, 300, "B-2"),
@@ -221,7 +221,7 @@ def test_the_command(folder: Path, model: pipeline.Model) -> None:
     assert set(image["summaries"][1]["allred"]) == {"proportion", "intensity"}
     assert image["positivity"]["thresholds"] == [0.05, 0.1, 0.2]
     done = CliRunner().invoke(main, command, catch_exceptions=False)
-    assert "H-score" in done.stdout
+    assert "region" in done.stdout
     assert "DAB: Mean of at least 0.05, 0.1, 0.2, given" in done.stdout
     for more, message in [
         (["--positive", "dab"], "give a measurement with one threshold"),
