@@ -22,7 +22,7 @@ from exported import (
     write,
 )
 
-import patchcl_qupath.export.nuclei as nuclei_module
+import patchcl_qupath.exports.nuclei as nuclei_module
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.errors import ImageError

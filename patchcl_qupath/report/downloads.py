@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from patchcl_qupath.config import ExportRows
 from patchcl_qupath.errors import ImageError, StorageError
-from patchcl_qupath.export.images import ExportedImage, exported_image
-from patchcl_qupath.export.nuclei import NucleiTable
-from patchcl_qupath.export.summaries import summary_table
-from patchcl_qupath.export.writing import write_csv
+from patchcl_qupath.exports.images import ExportedImage, exported_image
+from patchcl_qupath.exports.nuclei import NucleiTable
+from patchcl_qupath.exports.summaries import summary_table
+from patchcl_qupath.exports.writing import write_csv
 from patchcl_qupath.project import Project
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import pyarrow as pa
 from patchcl_qupath.answers.summary import Extent, is_main, summarise
 from patchcl_qupath.config import GRADES, NEGATIVE, POSITIVE, ExportRows
 from patchcl_qupath.datatypes import Nuclei
-from patchcl_qupath.export.images import ExportedImage
-from patchcl_qupath.export.nuclei import measurement_names, read_batches
+from patchcl_qupath.exports.images import ExportedImage
+from patchcl_qupath.exports.nuclei import measurement_names, read_batches
 from patchcl_qupath.storage.records import Summary
 
 KINDS = {ExportRows.IMAGE: "image", ExportRows.REGION: "region", ExportRows.CORE: "core"}
