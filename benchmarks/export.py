@@ -78,7 +78,7 @@ def batches(count: int) -> Iterator[Nuclei]:
 def export_once(folder: str, to: str) -> dict[str, float]:
     """Time and memory of one export, without the time to import libraries."""
     from patchcl_qupath.config import ExportFormat
-    from patchcl_qupath.export.command import Request, export
+    from patchcl_qupath.exports.command import Request, export
 
     project = open_project(Path(folder), "files")
     request = Request(to=ExportFormat(to), output=Path(folder) / f"out-{to}")

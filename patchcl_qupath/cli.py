@@ -385,8 +385,8 @@ def export(*, common: Common, exporting: Exporting) -> None:
     run found them: what was changed in QuPath since is exported from there.
     """
     with _reporting_errors(common.as_json):
-        from patchcl_qupath.export.command import Request
-        from patchcl_qupath.export.command import export as export_images
+        from patchcl_qupath.exports.command import Request
+        from patchcl_qupath.exports.command import export as export_images
 
         request = Request(
             to=ExportFormat(exporting.to),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from patchcl_qupath.correction.labels import CorrectedImage
     from patchcl_qupath.correction.suggest import SuggestedRoi, Suggestion
     from patchcl_qupath.evaluation.score import ImageScore
-    from patchcl_qupath.export.command import Exported
+    from patchcl_qupath.exports.command import Exported
     from patchcl_qupath.project import Project
     from patchcl_qupath.status import ImageStatus
     from patchcl_qupath.storage.records import ImageOutcome, ImageSummary

@@ -19,8 +19,8 @@ from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
 from patchcl_qupath.evaluation.score import ImageScore
 from patchcl_qupath.evaluation.score import score as score_images
 from patchcl_qupath.execution.workers import open_workers
-from patchcl_qupath.export.command import Request
-from patchcl_qupath.export.command import export as export_images
+from patchcl_qupath.exports.command import Request
+from patchcl_qupath.exports.command import export as export_images
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import ShowProgress, hide_progress
 from patchcl_qupath.project import NewImage, Project, init_project

@@ -22,7 +22,7 @@ from exported import (
     write,
 )
 
-import patchcl_qupath.export.nuclei as nuclei_module
+import patchcl_qupath.exports.nuclei as nuclei_module
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.errors import ImageError
@@ -260,12 +260,12 @@ def test_visium_hd_gets_plain_numbered_polygons(project: Project) -> None:
 def test_cells_are_exported_beside_their_nuclei(project: Project) -> None:
     """In tables they are the objects, as in QuPath; their nucleus says where they belong."""
     (entry, _) = project.images()
-    grow(project, 0, um=5, down=90)
+    grow(project, 0, um=5, down=110)
 
     rows = rows_of(exported(project, "--to", "csv")[0])
     assert rows[0]["Object type"] == "Cell"
     assert "cell" not in rows[0]
-    assert (rows[0]["Centroid X px"], rows[0]["Centroid Y px"]) == ("100", "190")
+    assert (rows[0]["Centroid X px"], rows[0]["Centroid Y px"]) == ("100", "210")
     assert rows[1]["Parent"] == "Annotation (Stroma)"  # where its nucleus is
     assert rows[5]["Object type"] == "Annotation"
     (table_path,) = exported(project, "--to", "parquet", "--image", entry.id)

@@ -235,3 +235,13 @@ def test_a_damaged_file_of_nuclei_costs_no_page(tmp_path: Path) -> None:
     project.layout.nuclei(project.images()[0].id).write_bytes(b"PAR1")
     assert call("report", project.path).exit_code == 0
     assert "tables/" not in page_of(project)
+
+
+def test_a_table_that_cannot_be_written_costs_no_page(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "made", ["a.svs"])
+    write(project, 0, nuclei("a"))
+    (project.layout.report / "tables" / "images.csv").mkdir(parents=True)  # as if it were open
+    (project.layout.report / "tables" / "images.csv" / "x").touch()
+    assert call("report", project.path).exit_code == 0
+    assert "tables/images.csv" not in page_of(project)
+    assert "tables/nuclei.csv" in page_of(project)

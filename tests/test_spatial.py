@@ -45,7 +45,7 @@ def test_without_the_libraries_a_line_says_what_to_install(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "anndata", None)
-    monkeypatch.delitem(__import__("sys").modules, "patchcl_qupath.export.spatial", raising=False)
+    monkeypatch.delitem(__import__("sys").modules, "patchcl_qupath.exports.spatial", raising=False)
     done = CliRunner().invoke(main, ["export", str(project.path), "--to", "spatialdata"])
     assert done.exit_code == 2
     assert "needs anndata: pip install 'patchcl-qupath[spatial]'" in done.stderr

@@ -6,17 +6,21 @@ report/tables/nuclei.csv                            one row each, unless there a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from patchcl_qupath.config import ExportRows
-from patchcl_qupath.errors import ImageError
-from patchcl_qupath.export.images import ExportedImage, exported_image
-from patchcl_qupath.export.nuclei import NucleiTable
-from patchcl_qupath.export.summaries import summary_table
-from patchcl_qupath.export.writing import write_csv
+from patchcl_qupath.errors import ImageError, StorageError
+from patchcl_qupath.exports.images import ExportedImage, exported_image
+from patchcl_qupath.exports.nuclei import NucleiTable
+from patchcl_qupath.exports.summaries import summary_table
+from patchcl_qupath.exports.writing import write_csv
 from patchcl_qupath.project import Project
+
+logger = logging.getLogger(__name__)
 
 MAX_NUCLEI = 100_000  # in a table beside the report: more are exported where they are asked for
 _FOLDER = "tables"
@@ -45,16 +49,22 @@ class Download(NamedTuple):
 def write_downloads(project: Project) -> list[Download]:
     """Write the tables beside the report, as Excel opens them; those that are empty are removed.
 
-    Raises StorageError.
+    One that cannot be written, as Excel has it open say, is left out: it costs no report.
     """
     images = list(_images(project))
     folder = project.layout.report / _FOLDER
     written = []
     for per, name in _NAMES.items():
-        if _write(folder / name, images, per):
+        try:
+            rows = _write(folder / name, images, per)
+        except StorageError:
+            logger.info("no table beside the report", exc_info=True)
+            rows = 0
+        if rows:
             written.append(Download(f"{_FOLDER}/{name}", name, _WORDS[per]))
         else:
-            (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                (folder / name).unlink()
     return written
 
 

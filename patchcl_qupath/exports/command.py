@@ -15,11 +15,11 @@ import pyarrow as pa
 from patchcl_qupath.config import ExportFormat, ExportRows
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
-from patchcl_qupath.export.geojson import write_qupath, write_visium_hd
-from patchcl_qupath.export.images import ExportedImage, exported_image, file_names
-from patchcl_qupath.export.nuclei import NucleiTable
-from patchcl_qupath.export.summaries import KINDS, summary_table
-from patchcl_qupath.export.writing import write_csv, write_parquet
+from patchcl_qupath.exports.geojson import write_qupath, write_visium_hd
+from patchcl_qupath.exports.images import ExportedImage, exported_image, file_names
+from patchcl_qupath.exports.nuclei import NucleiTable
+from patchcl_qupath.exports.summaries import KINDS, summary_table
+from patchcl_qupath.exports.writing import write_csv, write_parquet
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.imported import imported_nuclei
 from patchcl_qupath.storage.records import Record
@@ -206,7 +206,7 @@ def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Reque
 def _for_python(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
     """One file for SpatialData or AnnData."""
     try:
-        from patchcl_qupath.export import spatial
+        from patchcl_qupath.exports import spatial
     except ImportError as error:
         raise ConfigError(
             f"--to {request.to} needs {error.name}: pip install 'patchcl-qupath[spatial]'"

@@ -19,7 +19,7 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Polygons
-from patchcl_qupath.export.images import CELL, ExportedImage, damaged
+from patchcl_qupath.exports.images import CELL, ExportedImage, damaged
 from patchcl_qupath.storage.parquet import CLASSIFICATION, NOT_MEASURED, parquet_source
 
 TEXTS = ("Image", "Object ID", "Object type", "Name", "Classification", "Parent", "ROI")
@@ -92,12 +92,25 @@ def read_batches(image: ExportedImage, columns: Sequence[str] | None = None) -> 
     Raises ImageError.
     """
     with _reading(image), pq.ParquetFile(parquet_source(image.nuclei)) as file:
-        batches = file.iter_batches(batch_size=_BATCH, columns=columns and list(columns))
-        while True:
-            batch = next(batches, None)
-            if batch is None:
-                return
-            yield pa.Table.from_batches([batch])
+        # Not by iter_batches, which keeps what it read until its end.
+        for groups in _row_groups(file.metadata):
+            rows = file.read_row_groups(groups, columns=columns and list(columns))
+            for first in range(0, len(rows), _BATCH):
+                yield rows.slice(first, _BATCH)
+
+
+def _row_groups(metadata: pq.FileMetaData) -> Iterator[list[int]]:
+    """The row groups of a file, of which a tile makes one each, together as large as a batch."""
+    groups: list[int] = []
+    rows = 0
+    for number in range(metadata.num_row_groups):
+        groups.append(number)
+        rows += metadata.row_group(number).num_rows
+        if rows >= _BATCH:
+            yield groups
+            groups, rows = [], 0
+    if rows:
+        yield groups
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from patchcl_qupath.export.images import CELL, ExportedImage
-from patchcl_qupath.export.nuclei import GEOMETRY, contours, read_batches
+from patchcl_qupath.exports.images import CELL, ExportedImage
+from patchcl_qupath.exports.nuclei import GEOMETRY, contours, read_batches
 from patchcl_qupath.project.results import geojson_polygons
 from patchcl_qupath.storage.files import atomic_write
 
@@ -78,8 +78,11 @@ def _write_polygons(path: Path, image: ExportedImage, column: str) -> int:
                 "}}",
                 "",
             )
-            for text in features.to_pylist():
-                file.write((b",\n" if count else b"") + text.encode())
-                count += 1
+            if len(batch):
+                lines = pa.ListArray.from_arrays([0, len(batch)], features)
+                (whole,) = pc.binary_join(lines, ",\n")
+                file.write(b",\n" if count else b"")
+                file.write(whole.as_buffer())
+                count += len(batch)
         file.write(_END)
     return count

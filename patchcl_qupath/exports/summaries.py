@@ -1,8 +1,8 @@
 """The tables of images, regions and TMA cores: one row each, numbers by QuPath's names.
 
-What QuPath's tables have is named as there: counts and percentages by class, scores, centroids, and
-what an import measures on annotations (``PatchCL: Tissue mm^2``). Densities of classes and quartiles
-of measurements come after it.
+What QuPath's tables have is named as there: counts and percentages by class, scores, centroids,
+and what an import measures on annotations (``PatchCL: Tissue mm^2``). Densities of classes and
+quartiles of measurements come after it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import pyarrow as pa
 from patchcl_qupath.answers.summary import Extent, is_main, summarise
 from patchcl_qupath.config import GRADES, NEGATIVE, POSITIVE, ExportRows
 from patchcl_qupath.datatypes import Nuclei
-from patchcl_qupath.export.images import ExportedImage
-from patchcl_qupath.export.nuclei import measurement_names, read_batches
+from patchcl_qupath.exports.images import ExportedImage
+from patchcl_qupath.exports.nuclei import measurement_names, read_batches
 from patchcl_qupath.storage.records import Summary
 
 KINDS = {ExportRows.IMAGE: "image", ExportRows.REGION: "region", ExportRows.CORE: "core"}
-_TYPES = {
+_TYPES = {  # of objects in QuPath
     "image": "Root object (Image)",
     "region": "Annotation",
     "core": "TMA core",
-}  # of objects in QuPath
+}
 _TEXTS = {
     "image": ("Image", "Object type", "Name"),
     "region": ("Image", "Object ID", "Object type", "Name", "Classification"),

@@ -20,8 +20,8 @@ from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale
 
 from patchcl_qupath import __version__
-from patchcl_qupath.export.images import CELL, ExportedImage, file_names
-from patchcl_qupath.export.nuclei import (
+from patchcl_qupath.exports.images import CELL, ExportedImage, file_names
+from patchcl_qupath.exports.nuclei import (
     CENTROIDS,
     GEOMETRY,
     NucleiTable,
