@@ -221,6 +221,7 @@ writing = _bundle(
     ],
 )
 
+
 def _check_expansion(_: click.Context, __: click.Parameter, um: float | None) -> float | None:
     """Refuse a growth that is negative, too far, or no number."""
     if um is not None and not 0 <= um <= MAX_EXPAND_UM:
