@@ -161,12 +161,16 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class FovView:
-    """A field of view: its picture, and contours on it as an SVG path in a frame of ``view``."""
+    """A field of view: its picture, and contours on it as an SVG path in a frame of ``view``.
+
+    ``cells`` is such a path of cells, empty without any.
+    """
 
     record: FieldOfViewRecord
     picture: Picture
     view: tuple[int, int]
     contours: str
+    cells: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +284,7 @@ def _field_of_view(record: FieldOfViewRecord, image: FoundImage) -> FovView:
         picture=Picture.of_file(image.pictures / f"field-{number}.jpg", alt, size),
         view=(record.width * CONTOUR_UNITS, record.height * CONTOUR_UNITS),
         contours="".join(_path(contour) for contour in record.contours),
+        cells="".join(_path(cell) for cell in record.cells),
     )
 
 

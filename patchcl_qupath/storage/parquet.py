@@ -20,7 +20,7 @@ Table: TypeAlias = pa.Table
 
 # GeoParquet 1.1; coordinates are pixels, so there is no reference system.
 _POLYGONS = {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None}
-_NUCLEUS, _CELL = "geometry", "cell"  # columns
+_NUCLEUS, CELL_COLUMN = "geometry", "cell"
 # Attribute of a grid -> column in a file, which has the name of version 0.1.
 _GRID = {"rows": "rows", "cols": "cols", "points": "points", "entropy": "doubt", "nuclei": "nuclei"}
 
@@ -32,8 +32,8 @@ def to_table(nuclei: Nuclei) -> pa.Table:
         _NUCLEUS: pa.array(shapely.to_wkb(nuclei.polygons).tolist(), pa.binary()),
     }
     if nuclei.cells is not None:
-        columns[_CELL] = pa.array(shapely.to_wkb(nuclei.cells).tolist(), pa.binary())
-    shapes = {name: _POLYGONS for name in (_NUCLEUS, _CELL) if name in columns}
+        columns[CELL_COLUMN] = pa.array(shapely.to_wkb(nuclei.cells).tolist(), pa.binary())
+    shapes = {name: _POLYGONS for name in (_NUCLEUS, CELL_COLUMN) if name in columns}
     geo = {"version": "1.1.0", "primary_column": _NUCLEUS, "columns": shapes}
     columns |= {name: pa.array(v, pa.float32()) for name, v in nuclei.measurements.items()}
     return pa.table(columns).replace_schema_metadata({"geo": json.dumps(geo)})
@@ -41,12 +41,12 @@ def to_table(nuclei: Nuclei) -> pa.Table:
 
 def from_table(table: pa.Table) -> Nuclei:
     """The inverse of ``to_table``."""
-    names = [name for name in table.column_names if name not in ("id", _NUCLEUS, _CELL)]
+    names = [name for name in table.column_names if name not in ("id", _NUCLEUS, CELL_COLUMN)]
     return Nuclei(
         polygons=polygons_of(table),
         measurements={name: table[name].to_numpy() for name in names},
         uuids=np.array(table["id"].to_pylist(), dtype="U36"),
-        cells=polygons_of(table, _CELL) if _CELL in table.column_names else None,
+        cells=polygons_of(table, CELL_COLUMN) if CELL_COLUMN in table.column_names else None,
     )
 
 
@@ -78,7 +78,7 @@ def read_geoarrow(path: Path) -> Table:
     """The table of a GeoParquet file, with its geometries marked as GeoArrow's type for WKB."""
     table = pq.read_table(parquet_source(path))
     schema = table.schema
-    for name in {_NUCLEUS, _CELL} & set(table.column_names):
+    for name in {_NUCLEUS, CELL_COLUMN} & set(table.column_names):
         column = schema.get_field_index(name)
         marked = schema.field(column).with_metadata({"ARROW:extension:name": "geoarrow.wkb"})
         schema = schema.set(column, marked)

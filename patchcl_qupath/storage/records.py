@@ -389,14 +389,18 @@ class StainHistogram(Record, frozen=True, kw_only=True):
 
 
 class FieldOfViewRecord(
-    Record, frozen=True, kw_only=True, rename={"contours": "outlines", "entropy": "doubt"}
+    Record,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    rename={"contours": "outlines", "entropy": "doubt"},
 ):
     """A field of view that the report shows.
 
     ``kind`` is the reason for its choice; ``picture`` a file in the same folder. ``x`` and ``y``
     are px at level 0, ``width`` and ``height`` working px; ``um`` is its width in µm; ``density``
     nuclei per mm² of tissue; ``entropy`` the mean predictive entropy in bits. ``contours`` are
-    [x, y, x, y, ...] in thirds of a working px.
+    [x, y, x, y, ...] in thirds of a working px; ``cells`` likewise, none where none were grown.
     """
 
     kind: str
@@ -410,6 +414,7 @@ class FieldOfViewRecord(
     density: int
     entropy: float
     contours: list[list[int]]
+    cells: list[list[int]] = []
 
 
 class FiguresRecord(
