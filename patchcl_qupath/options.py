@@ -239,6 +239,15 @@ writing = _bundle(
     ],
 )
 
+
+def _check_expansion(_: click.Context, __: click.Parameter, um: float | None) -> float | None:
+    """Refuse a growth that is negative, too far, or no number."""
+    if um is not None and not 0 <= um <= MAX_EXPAND_UM:
+        most = f"{MAX_EXPAND_UM:g}"
+        raise click.BadParameter(f"nuclei grow into cells by 0 to {most} µm, not by {um:g}")
+    return um
+
+
 overrides = _bundle(
     "overrides",
     Overrides,
@@ -276,8 +285,9 @@ overrides = _bundle(
         ),
         click.option(
             "--expand",
-            type=click.FloatRange(0, MAX_EXPAND_UM),
+            type=float,
             metavar="UM",
+            callback=_check_expansion,
             help="Grow nuclei into cells: by so many µm at most, as far as neighbours and the size "
             f"of the nucleus allow; up to {MAX_EXPAND_UM:g}, 0 for none. They are cells in QuPath, "
             "with their nucleus within, and are measured as such.",

@@ -24,7 +24,7 @@ from patchcl_qupath.segmentation.contours import nuclei_of_tile, to_level0
 from patchcl_qupath.segmentation.grow_tile import CellContext, TileNuclei, grow_tile
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.prepare import prepare
-from patchcl_qupath.slides.stains import hematoxylin
+from patchcl_qupath.slides.stains import densities
 
 pytestmark = pytest.mark.qupath
 
@@ -275,7 +275,7 @@ def cells_of_the_sample(path: Path) -> Nuclei:
     box = Box(300, 300, 1400, 1400)
     whole = Tile(row=0, col=0, read=box, write=box)
     rgb = image.slide.read(whole.read)
-    dark = np.clip(hematoxylin(rgb), 0, 1)
+    dark = np.clip(densities(rgb)["Hematoxylin"], 0, 1)
     labels = instances(dark, mpp=image.slide.mpp, config=Config().segment, threshold=0.35)
     count = int(labels.max())
     found = nuclei_of_tile(

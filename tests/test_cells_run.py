@@ -4,7 +4,6 @@ uninterrupted; and what a run of nuclei alone shares with one of cells."""
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -81,13 +80,13 @@ def test_tiled_equals_untiled(whole: Path, tiled: Path) -> None:
     assert one.cells is not None
     assert other.cells is not None
     assert len(one) == len(other) > 1000
-    # Nuclei are the same but for the last bits of the network; of nuclei that are, so are cells.
+    # Nuclei are the same, but for the last bits of the network; then cells are, to the last bit.
     known = {id_: k for k, id_ in enumerate(one.uuids.tolist())}
     same = [(known[id_], k) for k, id_ in enumerate(other.uuids.tolist()) if id_ in known]
     assert len(same) > 0.97 * len(one)
     mine, theirs = np.array(same).T
     equal = shapely.equals_exact(one.cells[mine], other.cells[theirs], tolerance=0)
-    # All, but for neighbours of the few nuclei that differ.
+    # But for neighbours of the few nuclei that differ.
     assert equal.sum() >= len(same) - 3 * (len(one) - len(same))
     shared = shapely.area(shapely.intersection(one.cells[mine], other.cells[theirs]))
     union = shapely.area(shapely.union(one.cells[mine], other.cells[theirs]))

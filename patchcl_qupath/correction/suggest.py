@@ -295,9 +295,8 @@ def _candidates_from(slide: int, uncertainty: UncertaintyGrid, nuclei: Nuclei) -
     width, height = fovs.size
     inside = _nuclei_inside(fovs, nuclei)
     missing = np.zeros(len(nuclei), dtype=np.float32)  # for stains without hematoxylin
-    found = [nuclei.of_nucleus(name) for name in (HEMATOXYLIN, AREA)]
-    hematoxylin, area = (missing if values is None else values for values in found)
-    probability = nuclei.measurements.get(PROBABILITY, missing)
+    found = [nuclei.of_nucleus(name) for name in (PROBABILITY, HEMATOXYLIN, AREA)]
+    probability, hematoxylin, area = (missing if values is None else values for values in found)
     return Candidates(
         slides=np.full(len(fovs), slide),
         boxes=shapely.box(fovs.x, fovs.y, fovs.x + width, fovs.y + height),

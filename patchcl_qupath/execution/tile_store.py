@@ -33,6 +33,7 @@ from patchcl_qupath.storage.files import (
     writing,
 )
 from patchcl_qupath.storage.parquet import (
+    CELL,
     from_table,
     grid_columns,
     grid_of_columns,
@@ -103,10 +104,18 @@ class TileStore:
         """The nuclei of finished tiles, one tile after the other, in the tiles' order."""
         return (from_table(pq.read_table(self._source(tile))) for tile in tiles)
 
-    def contours(self, tiles: Sequence[Tile]) -> Iterator[Polygons]:
-        """Their contours alone, several times as fast."""
-        columns = ["geometry"]
-        return (polygons_of(pq.read_table(self._source(tile), columns=columns)) for tile in tiles)
+    def contours(self, tiles: Sequence[Tile], of_cells: bool = False) -> Iterator[Polygons]:
+        """Their contours alone, several times as fast; with ``of_cells`` those of their cells.
+
+        There is none of a tile without cells.
+        """
+        column = CELL if of_cells else "geometry"
+        for tile in tiles:
+            source = self._source(tile)
+            if of_cells and column not in pq.read_schema(source).names:
+                yield np.empty(0, dtype=object)
+            else:
+                yield polygons_of(pq.read_table(source, columns=[column]), column)
 
     def measurements(self, tiles: Sequence[Tile], names: Sequence[str]) -> Iterator[Measurements]:
         """Some of their measurements alone, those of nuclei also where these have cells."""

@@ -56,13 +56,14 @@ _REGION_COLOUR = (0, 0, 0)
 
 
 def write_preview(path: Path, segmented: SegmentedImage) -> None:
-    """Write a PNG of the field of view with the most nuclei, with their contours.
+    """Write a PNG of the field of view with the most nuclei, with their contours and cells.
 
     Beside it, where tiles failed, is the whole image with these tiles in red. An image without
     nuclei shows its middle. Raises StorageError.
     """
     box = _fullest(segmented)
-    picture = draw_contours(segmented.pixels(box), segmented.contours_in(box))
+    cells = segmented.contours_in(box, of_cells=True)
+    picture = draw_contours(segmented.pixels(box), segmented.contours_in(box), cells=cells)
     if segmented.failed_tiles:
         slide = segmented.image.slide
         overview = segmented.thumbnail(slide.thumbnail_px(OVERVIEW_MPP))
@@ -263,7 +264,7 @@ def _field_of_view(
     slide = segmented.image.slide
     box = _box(found, i, slide)
     height, width = box.shape
-    contours = segmented.contours_in(box)
+    contours, cells = segmented.contours_in(box), segmented.contours_in(box, of_cells=True)
     frame = shapely.box(0, 0, width, height)
     tissue_mm2 = found.tissue[i] * math.prod(found.size) * math.prod(slide.mpp_level0) / 1e6
     x, y = slide.downsample
@@ -279,6 +280,7 @@ def _field_of_view(
         density=round(found.nuclei[i] / tissue_mm2),
         entropy=round(float(found.entropy[i]), 3),
         contours=[_units(contour) for contour in shapely.simplify(contours, _SIMPLIFY_PX)],
+        cells=[_units(cell) for cell in shapely.simplify(cells, _SIMPLIFY_PX)],
     )
 
 

@@ -12,14 +12,23 @@ from PIL import Image, ImageDraw
 from patchcl_qupath.datatypes import FailedTile, Polygons
 
 _CONTOUR = (40, 240, 80)
+_CELL = (255, 225, 60)
 _FAILED_TILE = (230, 30, 30)
 
 
-def draw_contours(rgb: NDArray[np.uint8], contours: Polygons, zoom: int = 2) -> Image.Image:
-    """Pixels (H, W, 3) enlarged ``zoom`` times, with contours (N,), in their pixels, drawn on."""
+def draw_contours(
+    rgb: NDArray[np.uint8], contours: Polygons, zoom: int = 2, cells: Polygons | None = None
+) -> Image.Image:
+    """Pixels (H, W, 3) enlarged ``zoom`` times, with contours (N,), in their pixels, drawn on.
+
+    Those of ``cells`` are thinner, and of another colour.
+    """
     height, width = rgb.shape[:2]
     picture = Image.fromarray(rgb).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(picture)
+    for cell in [] if cells is None else cells:
+        corners = shapely.get_coordinates(cell) * zoom
+        pen.line([tuple(corner) for corner in corners.tolist()], fill=_CELL, width=1)
     for contour in contours:
         corners = shapely.get_coordinates(contour) * zoom
         pen.line([tuple(corner) for corner in corners.tolist()], fill=_CONTOUR, width=zoom)

@@ -258,13 +258,15 @@ class Picture:
 class FovView:
     """A field of view: its picture, and contours on it as SVG paths in a frame of ``view``.
 
-    There is a path for each class of nuclei, with the CSS class of that.
+    There is a path for each class of nuclei, with the CSS class of that. ``cells`` is a path of
+    cells, empty without any.
     """
 
     record: FieldOfViewRecord
     picture: Picture
     view: tuple[int, int]
     contours: tuple[tuple[str, str], ...]
+    cells: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,6 +445,7 @@ def _field_of_view(
         picture=Picture.of_file(image.pictures / f"field-{number}.jpg", alt, size),
         view=(record.width * CONTOUR_UNITS, record.height * CONTOUR_UNITS),
         contours=tuple(_contours(record, positivity)),
+        cells="".join(_path(cell) for cell in record.cells),
     )
 
 

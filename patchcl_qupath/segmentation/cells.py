@@ -106,7 +106,7 @@ def fit_to_nuclei(cells: Polygons, nuclei: Polygons) -> Polygons:
     """Cells (C,) without what other nuclei (N,) cover, and with all of their own.
 
     The first C of the nuclei are those of the cells. A contour between touching nuclei may run
-    through either by a fraction of a pixel.
+    through either by a fraction of a pixel. Vertices come in one order, whatever was cut off first.
     """
     tree = shapely.STRtree(nuclei)
     cell, nucleus = tree.query(cells, predicate="intersects")
@@ -114,13 +114,15 @@ def fit_to_nuclei(cells: Polygons, nuclei: Polygons) -> Polygons:
     cell, nucleus = cell[other], nucleus[other]
     shared = shapely.area(shapely.intersection(cells[cell], nuclei[nucleus])) > 0
     cell, nucleus = cell[shared], nucleus[shared]
+    from_the_top = np.argsort(np.argsort(_from_the_top(nuclei))[nucleus], kind="stable")
+    cell, nucleus = cell[from_the_top], nucleus[from_the_top]
     fitted = cells.copy()
     for k, j in zip(cell.tolist(), nucleus.tolist(), strict=True):  # a few, at touching nuclei
         fitted[k] = shapely.difference(fitted[k], nuclei[j])
     own = nuclei[: len(cells)]
     poking = ~shapely.covers(fitted, own)
     fitted[poking] = shapely.union(fitted[poking], own[poking])
-    return _whole(fitted, own)
+    return np.asarray(shapely.normalize(_whole(fitted, own)), dtype=object)
 
 
 def _whole(cells: Polygons, nuclei: Polygons) -> Polygons:

@@ -107,7 +107,7 @@ def _compartments(
             label = cells[row, col] - 1
             if label < 0:
                 continue
-            value = values[row, col]
+            value = np.float64(values[row, col])  # squares of float32 would round
             part = 0 if nuclei[row, col] == label + 1 else 1
             count[part, label] += 1
             total[part, label] += value

@@ -65,9 +65,10 @@ class SegmentedImage:
         """Some measurements of all nuclei, tile by tile: (N,) float32 by name."""
         return self.store.measurements(self.tiles, names)
 
-    def contours_in(self, box: Box) -> Polygons:
+    def contours_in(self, box: Box, of_cells: bool = False) -> Polygons:
         """Contours (N,) of the nuclei that intersect a box of the working grid, in its pixels.
 
+        With ``of_cells``, those of cells; there are none where none were grown.
         The origin is the box's top left corner; contours are not clipped to the box.
         """
         slide = self.image.slide
@@ -75,7 +76,8 @@ class SegmentedImage:
         reach = box.grow(math.ceil(MAX_RADIUS_UM / slide.mpp), slide.shape)
         frame = shapely.box(box.col0, box.row0, box.col1, box.row1)
         found = [np.empty(0, dtype=object)]
-        for contours in self.store.contours([t for t in self.tiles if t.write.meets(reach)]):
+        near = [t for t in self.tiles if t.write.meets(reach)]
+        for contours in self.store.contours(near, of_cells):
             on_grid = grid_to_level0(contours, (1 / x, 1 / y))
             found.append(on_grid[shapely.intersects(on_grid, frame)])
         moved = shapely.transform(np.concatenate(found), lambda xy: xy - (box.col0, box.row0))

@@ -512,8 +512,9 @@ class FieldOfViewRecord(
     ``kind`` is the reason for its choice; ``picture`` a file in the same folder. ``x`` and ``y``
     are px at level 0, ``width`` and ``height`` working px; ``um`` is its width in µm; ``density``
     nuclei per mm² of tissue; ``entropy`` the mean predictive entropy in bits. ``contours`` are
-    [x, y, x, y, ...] in thirds of a working px. ``classes`` are the numbers of their classes in
-    ``PositivityFigures``, where nuclei have some.
+    [x, y, x, y, ...] in thirds of a working px; ``cells`` likewise, none where none were grown.
+    ``classes`` are the numbers of the classes of nuclei in ``PositivityFigures``, where they have
+    some.
     """
 
     kind: str
@@ -527,6 +528,7 @@ class FieldOfViewRecord(
     density: int
     entropy: float
     contours: list[list[int]]
+    cells: list[list[int]] = []
     classes: list[int] = []
 
 
