@@ -21,7 +21,7 @@ from patchcl_qupath.project.outlines import (
     pieces_of,
     sort_outlines,
 )
-from patchcl_qupath.slides.stains import flaw, without_rounding
+from patchcl_qupath.slides.stain_vectors import flaw, without_rounding
 from patchcl_qupath.storage.geojson import Objects, class_name, read_areas, read_objects
 
 _KINDS = {  # by QuPath's image type
