@@ -66,7 +66,9 @@ def map_tiles(
     make = partial(_Shared, packed, logs.level_shown())
     total: Seconds = {}
     queue = _TileQueue(
-        admission=Admission(workers=workers, check=check, make=make), waiting=deque(tiles)
+        admission=Admission(workers=workers, check=check, make=make),
+        waiting=deque(tiles),
+        priority=workers.next_turn(),
     )
     try:
         while not queue.is_empty:
@@ -102,6 +104,7 @@ class _TileQueue:
 
     admission: Admission
     waiting: deque[Tile]
+    priority: int
     _given: dict[Any, _Given] = field(default_factory=dict)  # by future
     _running: Any = None  # as_completed of the futures
     _failed: list[tuple[_Given, Exception]] = field(default_factory=list)
@@ -165,6 +168,7 @@ class _TileQueue:
                 self.admission.name,
                 tile,
                 pure=False,
+                priority=self.priority,
                 retries=ATTEMPTS - 1,
                 workers=[*crew],
             )

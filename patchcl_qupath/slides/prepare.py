@@ -24,11 +24,10 @@ from patchcl_qupath.slides.tissue import (
     tissue_mask,
 )
 from patchcl_qupath.storage.files import digest
-from patchcl_qupath.storage.records import file_signature, to_plain
+from patchcl_qupath.storage.records import TILE_FORMAT, file_signature, to_plain
 
 _NORMALISER_CROPS = 24  # crops that the normaliser is fitted to
 _NORMALISER_CROP_PX = 256
-_TILE_FORMAT = 2  # version of the content of a finished tile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ class PreparedImage:
             "path": None,
             "name": None,
             "void": None if self.slide.void is None else self.slide.void.packed.hex(),
-            "form": _TILE_FORMAT,
+            "form": TILE_FORMAT,
             **to_plain(file_signature(self.slide.path)),
             "region": region,
             "stains": asdict(self.stains),

@@ -48,6 +48,8 @@ _ON_WINDOWS = {
 }
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
+_locked: set[Path] = set()  # folders of which this process holds the lock
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -87,6 +89,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
             logger.debug("wrote %s", path)
         finally:
             _remove(temporary)
+
+
+def remove_unfinished() -> None:
+    """Remove what is being written, before this process ends without waiting for it."""
+    for folder in [*_locked]:
+        remove_partial_files(folder)
 
 
 def copy_once(path: Path, other: Path) -> None:
@@ -130,10 +138,12 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
+    _locked.add(folder)
     try:
         remove_partial_files(folder)
         yield
     finally:
+        _locked.discard(folder)
         lock.release()
 
 
