@@ -38,6 +38,32 @@ class Stop:
             raise StoppedError
 
 
+class Turn:
+    """Something that overlapping calls do one after the other, in their order."""
+
+    def __init__(self, before: Turn | None = None) -> None:
+        self._before = before
+        self._is_over = threading.Event()
+
+    def wait(self, stop: Stop) -> None:
+        """Wait for the turn before to be over. Raises StoppedError."""
+        while self._before is not None and not self._before._is_over.wait(_PATIENCE_S):
+            stop.check()
+        self._before = None
+
+    def pass_on(self) -> None:
+        """It is over; the next one may begin."""
+        self._is_over.set()
+
+
+def turns(count: int) -> list[Turn]:
+    """Turns in their order."""
+    made = [Turn()]
+    while len(made) < count:
+        made.append(Turn(made[-1]))
+    return made[:count]
+
+
 def overlapped(
     call: Callable[[Item], Result], items: Sequence[Item], at_once: int, stop: Stop
 ) -> Iterator[Future[Result]]:

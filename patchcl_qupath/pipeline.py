@@ -30,7 +30,7 @@ from patchcl_qupath.finished import finished_outcome, provenance_of, run_id
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model
-from patchcl_qupath.overlap import Stop, overlapped
+from patchcl_qupath.overlap import Stop, Turn, overlapped, turns
 from patchcl_qupath.progress import Progress, ShowProgress, Stage, counter
 from patchcl_qupath.project import Project
 from patchcl_qupath.report.figures import write_figures, write_preview
@@ -140,7 +140,8 @@ class Run:
         self._stop.clear()
         assert self.id, "it is found here, before threads ask for it"
         at_once = self.workers.images_at_once()
-        results = overlapped(self._timed_image, entries, at_once, self._stop)
+        items = [*zip(entries, turns(len(entries)), strict=True)]
+        results = overlapped(self._timed_image, items, at_once, self._stop)
         for entry, result in zip(entries, results, strict=True):
             try:
                 outcome = result.result()
@@ -154,20 +155,25 @@ class Run:
             )
             yield outcome
 
-    def _timed_image(self, entry: ImageEntry) -> ImageOutcome:
+    def _timed_image(self, item: tuple[ImageEntry, Turn]) -> ImageOutcome:
         """The outcome of an image, and how long it took, other images beside it."""
+        entry, turn = item
         began = time.perf_counter()
-        outcome = self._finished(entry) or self.image(entry)
+        try:
+            outcome = self._finished(entry) or self.image(entry, turn)
+        finally:
+            turn.pass_on()
         return msgspec.structs.replace(outcome, seconds=time.perf_counter() - began)
 
-    def image(self, entry: ImageEntry) -> ImageOutcome:
+    def image(self, entry: ImageEntry, turn: Turn) -> ImageOutcome:
         """One image: read its regions and stains; find tissue; segment tiles; write; draw."""
         seconds: Seconds = {}
         entry = self._with_regions_and_stains(entry)
         with timed(seconds, "prepare"):
             image = self.workers.call(prepare, entry, self.config)
+        turn.wait(self._stop)
         with timed(seconds, "tiles"):
-            segmented, worker_seconds = self._segment(entry, image)
+            segmented, worker_seconds = self._segment(entry, image, turn)
         result = self._result(entry, segmented)
         with timed(seconds, "write"):
             imported = self._write(entry, segmented, result)
@@ -191,7 +197,9 @@ class Run:
             self._show(Progress(stage=Stage.FINDING_TISSUE, image=entry.name))
             return self.project.with_stains(entry)
 
-    def _segment(self, entry: ImageEntry, image: PreparedImage) -> tuple[SegmentedImage, Seconds]:
+    def _segment(
+        self, entry: ImageEntry, image: PreparedImage, turn: Turn
+    ) -> tuple[SegmentedImage, Seconds]:
         """Plan the tiles, and have workers segment those that are missing."""
         margin_px = postprocessing_margin_px(self.config, image.slide)
         tiles = plan(
@@ -225,6 +233,7 @@ class Run:
             store=store,
             on_done=tile_progress.one_more,
             on_failed=tile_progress.one_failed,
+            on_few=turn.pass_on,
             check=partial(
                 check_machine,
                 replace(image.slide, void=None),
