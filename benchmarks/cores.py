@@ -29,19 +29,19 @@ from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.execution.map_tiles import map_tiles
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import Workers, open_workers
-from patchcl_qupath.overlap import Stop, overlapped
+from patchcl_qupath.overlap import Stop, Turn, overlapped, turns
 from patchcl_qupath.timing import Seconds
 
 TILES_SPREAD = 0.3  # standard deviation of a tile's time, of its mean
-FEW = 4  # workers that are threads of the run's own process, which then prepares images itself
+FEW = 4  # workers that are threads of the run's own process, which then prepares and writes itself
 
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
     """Seconds that an image takes on one core: to prepare, per tile, to store one, to finish.
 
-    ``lock`` is the fraction of storing and finishing in which Python's lock is held: of that, the
-    main process does one thing at a time.
+    ``lock`` is the fraction of what the main process does in which Python's lock is held: of that,
+    it does one thing at a time.
     """
 
     prepare: float = 1.6
@@ -49,7 +49,7 @@ class Times:
     tile: float = 0.32
     store: float = 0.004
     finish: float = 7.3
-    lock: float = 0.4
+    lock: float = 0.5
 
     @classmethod
     def of_run(cls, printed: dict[str, Any], lock: float) -> Times:
@@ -123,7 +123,7 @@ class Machine:
         return self.now
 
     def _start(self, image: int, kind: str, seconds: float) -> None:
-        in_main = kind in ("store", "finish") or (kind == "prepare" and self.cores <= FEW)
+        in_main = kind == "store" or (kind != "tile" and self.cores <= FEW)
         self.running.append(Job(image=image, kind=kind, left=seconds, in_main=in_main))
 
     def _workers_busy(self) -> int:
@@ -175,10 +175,13 @@ def slept(count: int, slides: int, times: Times) -> float:
         Tile(row=0, col=col, read=Box(0, col, 1, col + 1), write=Box(0, col, 1, col + 1))
         for col in range(times.tiles)
     ]
+    stop = Stop()
     with tempfile.TemporaryDirectory() as folder, open_workers(count) as workers:
 
-        def one(image: int) -> None:
+        def one(item: tuple[int, Turn]) -> None:
+            image, turn = item
             workers.call(time.sleep, times.prepare)
+            turn.wait(stop)
             map_tiles(
                 workers=workers,
                 task=sleep_tile,
@@ -187,11 +190,12 @@ def slept(count: int, slides: int, times: Times) -> float:
                 store=TileStore.open(Path(folder) / str(image), {}),
                 on_done=lambda: None,
                 on_failed=lambda *_: None,
+                on_few=turn.pass_on,
             )
-            time.sleep(times.finish)
+            workers.call(time.sleep, times.finish)
 
-        began = time.perf_counter()
-        for done in overlapped(one, range(slides), workers.images_at_once(), Stop()):
+        began, items = time.perf_counter(), [*enumerate(turns(slides))]
+        for done in overlapped(one, items, workers.images_at_once(), stop):
             done.result()
         took = time.perf_counter() - began
     return slides * times.total / count / took

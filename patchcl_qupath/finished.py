@@ -6,7 +6,6 @@ What does the work is not imported here: `patchcl-qp run` on a finished project 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from patchcl_qupath.project import Project
 from patchcl_qupath.slides.level import Selection
 from patchcl_qupath.slides.pixel_size import PixelSizeSource
 from patchcl_qupath.slides.stain_vectors import stains_to_measure
-from patchcl_qupath.storage.files import digest, read_json
+from patchcl_qupath.storage.files import digest, is_whole_parquet, read_json
 from patchcl_qupath.storage.layout import CHANGES, FIGURES, Layout
 from patchcl_qupath.storage.records import (
     TILE_FORMAT,
@@ -37,8 +36,6 @@ from patchcl_qupath.storage.records import (
     read_record,
     to_plain,
 )
-
-_PARQUET_END = b"PAR1"  # of a file that was written to its end
 
 
 def provenance_of(*, model: str, engine: str, config: Config, within: Sequence[str]) -> Provenance:
@@ -157,15 +154,9 @@ def _is_written(layout: Layout, image: str, result: ResultRecord) -> bool:
     tables = [layout.nuclei(image)]
     tables += [layout.uncertainty(image)] if layout.uncertainty(image).exists() else []
     written = (layout.figures(image) / FIGURES).stat().st_mtime_ns
-    return all(map(_is_whole_parquet, tables)) and layout.outcome(image).stat().st_mtime_ns >= (
+    return all(map(is_whole_parquet, tables)) and layout.outcome(image).stat().st_mtime_ns >= (
         written
     )
-
-
-def _is_whole_parquet(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-len(_PARQUET_END), os.SEEK_END)
-        return file.read() == _PARQUET_END
 
 
 def _is_same_slide(plan: dict[str, Any], entry: ImageEntry) -> bool:
