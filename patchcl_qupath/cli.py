@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from patchcl_qupath.datatypes import Corrections, ImageEntry
     from patchcl_qupath.models.model import Model
     from patchcl_qupath.project import NewImage, Project
-    from patchcl_qupath.storage.records import ImageSummary
+    from patchcl_qupath.storage.records import ImageOutcome, ImageSummary
 
 logger = logging.getLogger("patchcl_qupath.cli")  # which may be run as __main__
 DEFAULT_MODEL = "patchcl"  # the one model that `run` trains by itself
@@ -119,28 +119,35 @@ def run(
             raise ConfigError("pass --scheduler or --cluster, not both")
         if within and tma:
             raise ConfigError("pass --within or --tma, not both")
+        regions = (TMA_CORES,) if tma else within
         settings = overrides.of(load_config(reading.config))
         project, entries = _open(common, reading=reading, writing=writing)
         _check_engine(settings)
         click.echo(f"Nuclei are written by {project.backend}", err=True)
-        from patchcl_qupath import pipeline
+        from patchcl_qupath.finished import all_finished
 
-        with _at_work(project), showing() as progress:
-            model = _load_or_train(
-                project, entries, settings, name=name, retrain=retrain, progress=progress
-            )
-            with pool.open(progress) as workers:
-                this_run = pipeline.Run(
-                    project=project,
-                    model=model,
-                    config=settings,
-                    workers=workers,
-                    progress=progress,
-                    region_classes=(TMA_CORES,) if tma else within,
-                    model_name=name,
+        with _at_work(project):
+            outcomes = (
+                None
+                if retrain
+                else all_finished(
+                    project, entries, config=settings, model_name=name, within=regions
                 )
-                outcomes = list(this_run.images(entries))
-            page = _write_report(project)
+            )
+            page: Path | None = project.layout.report_page
+            if outcomes is None or not project.layout.report_page.exists():
+                with showing() as progress:
+                    outcomes = _segmented(
+                        project,
+                        entries,
+                        settings,
+                        pool=pool,
+                        within=regions,
+                        name=name,
+                        retrain=retrain,
+                        progress=progress,
+                    )
+                    page = _write_report(project)
         console.report_run(project, outcomes, page, as_json=common.as_json)
     sys.exit(1 if any(outcome.problem or outcome.failed_tiles for outcome in outcomes) else 0)
 
@@ -290,17 +297,19 @@ def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
 
 @main.command()
 @options.common
-def status(*, common: Common) -> None:
+@click.option("--all", "all_rows", is_flag=True, help="List each image, however many there are.")
+def status(*, common: Common, all_rows: bool) -> None:
     """Show which images of PROJECT are done, by which model, and what has changed since.
 
-    ROIs to correct are counted as the image was last saved in QuPath.
+    ROIs to correct are counted as the image was last saved in QuPath. Of a large project, images
+    in one state are counted, unless --all asks for a list.
     """
     with _reporting_errors(common.as_json):
         project, entries = _open(common)
-        from patchcl_qupath.status import image_status
+        from patchcl_qupath.status import image_statuses
 
-        statuses = [image_status(project, entry) for entry in entries]
-        console.report_statuses(project, statuses, as_json=common.as_json)
+        statuses = image_statuses(project, entries)
+        console.report_statuses(project, statuses, as_json=common.as_json, all_rows=all_rows)
 
 
 @main.command()
@@ -480,6 +489,36 @@ def _open(
     return project, entries
 
 
+def _segmented(
+    project: Project,
+    entries: Sequence[ImageEntry],
+    settings: Config,
+    *,
+    pool: Pool,
+    within: tuple[str, ...],
+    name: str,
+    retrain: bool,
+    progress: ShowProgress,
+) -> list[ImageOutcome]:
+    """Load or train the model, and segment the images with it."""
+    from patchcl_qupath import pipeline
+
+    model = _load_or_train(
+        project, entries, settings, name=name, retrain=retrain, progress=progress
+    )
+    with pool.open(progress) as workers:
+        this_run = pipeline.Run(
+            project=project,
+            model=model,
+            config=settings,
+            workers=workers,
+            progress=progress,
+            region_classes=within,
+            model_name=name,
+        )
+        return list(this_run.images(entries))
+
+
 def _load_or_train(
     project: Project,
     entries: Sequence[ImageEntry],
@@ -600,7 +639,10 @@ def _at_work(project: Project) -> Iterator[None]:
     from patchcl_qupath.storage.files import exclusive_lock
 
     with exclusive_lock(project.layout.root), closing(project):
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            _leave()  # while the lock is held: what is half-written is removed
 
 
 @contextmanager
@@ -650,7 +692,10 @@ def _after(seconds: float, call: Callable[[], Any]) -> None:
 
 
 def _leave() -> NoReturn:
-    """Without waiting for the tiles under way: files are there whole or not at all."""
+    """Without waiting for what is under way: files are there whole or not at all."""
+    from patchcl_qupath.storage.files import remove_unfinished
+
+    remove_unfinished()
     os.write(2, b"\nStopped. The same command resumes from here.\n")
     os._exit(130)
 

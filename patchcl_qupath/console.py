@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from patchcl_qupath.storage.records import ImageOutcome, ImageSummary
 
 _BARS = 8  # progress bars on the screen at once
-_ROWS = 40  # of a table of images, before those without nuclei are only counted
+_ROWS = 40  # of a table of images, before most are only counted
+_ROWS_OF_MANY = 15  # of those with nuclei then: all is on one screen
 
 
 @contextmanager
@@ -109,7 +110,8 @@ def report_run(
         print_json({"project": str(project.path), "images": outcomes, "report": page})
         return
     if done := [outcome for outcome in outcomes if not outcome.problem]:
-        _print_done(done)
+        _print_done([outcome for outcome in done if outcome.unchanged is not True])
+        _print_unchanged([outcome for outcome in done if outcome.unchanged is True])
         _print_places(project, report)
     for outcome in outcomes:
         _print_failure(outcome)
@@ -117,6 +119,8 @@ def report_run(
 
 def _print_done(outcomes: Sequence[ImageOutcome]) -> None:
     """A row for each image that was segmented, and notes on them."""
+    if not outcomes:
+        return
     rows = [
         [
             outcome.image,
@@ -178,6 +182,16 @@ def _print_used(titles: list[str], rows: list[list[Any]], optional: int) -> None
     print_table([titles[k] for k in used], [[row[k] for k in used] for row in rows])
 
 
+def _print_unchanged(outcomes: Sequence[ImageOutcome]) -> None:
+    """How many images were finished before."""
+    if outcomes:
+        nuclei = sum(outcome.nuclei for outcome in outcomes)
+        click.echo(
+            f"Nothing to do for {len(outcomes):,} images with {nuclei:,} nuclei: finished before "
+            "by this model with these settings"
+        )
+
+
 def _print_places(project: Project, report: Path | None) -> None:
     """Where the results are, and what to do next."""
     click.echo(f"Results: {project.layout.root / 'results'}")
@@ -207,16 +221,18 @@ def _print_failure(outcome: ImageOutcome) -> None:
         )
 
 
-def report_statuses(project: Project, statuses: Sequence[ImageStatus], *, as_json: bool) -> None:
-    """What is done of the images of a project."""
+def report_statuses(
+    project: Project, statuses: Sequence[ImageStatus], *, as_json: bool, all_rows: bool = False
+) -> None:
+    """What is done of the images of a project; where they are many, on one screen."""
     if as_json:
         print_json({"project": str(project.path), "images": statuses})
         return
     shown, others = list(statuses), []
-    if len(statuses) > _ROWS:
+    if len(statuses) > _ROWS and not all_rows:
         shown = [status for status in statuses if status.nuclei is not None or status.rois]
         others = [status for status in statuses if status.nuclei is None and not status.rois]
-        shown, others = shown[:_ROWS], shown[_ROWS:] + others
+        shown, others = shown[:_ROWS_OF_MANY], shown[_ROWS_OF_MANY:] + others
     rows = [
         [
             status.image,
@@ -233,7 +249,7 @@ def report_statuses(project: Project, statuses: Sequence[ImageStatus], *, as_jso
     if rows:
         print_table(titles, rows)
     for status in shown:
-        if status.imported:
+        if status.imported and not others:
             click.echo(f"In QuPath: {status.image}: {status.imported.in_words}")
     _print_others(others)
 
@@ -250,7 +266,7 @@ def _print_others(statuses: Sequence[ImageStatus]) -> None:
         such_as = "" if first == state else f", such as: {first}"
         click.echo(f"{len(alike):,} images: {state if first == state else 'not usable'}{such_as}")
     if states:
-        click.echo("All images: patchcl-qp status --json")
+        click.echo("All images: patchcl-qp status --all, or --json")
 
 
 def report_summaries(project: Project, summaries: Sequence[ImageSummary], *, as_json: bool) -> None:

@@ -28,7 +28,7 @@ from patchcl_qupath.project import open_project as open_backend
 from patchcl_qupath.report.page import write_report as write_page
 from patchcl_qupath.slides.openslide import one_of_each_slide
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.status import ImageStatus, image_status
+from patchcl_qupath.status import ImageStatus, image_statuses
 from patchcl_qupath.storage.files import check_writable, exclusive_lock, readable
 from patchcl_qupath.storage.parquet import Table, read_geoarrow
 from patchcl_qupath.storage.records import ImageOutcome
@@ -254,7 +254,7 @@ def project_status(project: Project) -> list[ImageStatus]:
     >>> [(image.state, image.nuclei == outcome.nuclei) for image in pq.project_status(project)]
     [('done', True)]
     """
-    return [image_status(project, entry) for entry in project.images()]
+    return image_statuses(project, project.images())
 
 
 def write_report(project: Project) -> Path:

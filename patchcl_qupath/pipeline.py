@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
+from typing import Any
 
 import msgspec
 import shapely
 
-from patchcl_qupath import __version__
 from patchcl_qupath.answers.answer import Answer, answer, check
-from patchcl_qupath.config import TMA_CORES, Config, Recipe, to_dict
+from patchcl_qupath.config import TMA_CORES, Config, Recipe
 from patchcl_qupath.correction import changes
 from patchcl_qupath.correction.labels import read_corrected_samples
 from patchcl_qupath.datatypes import Corrections, ImageEntry, Tile
@@ -31,9 +33,11 @@ from patchcl_qupath.execution.outcome import (
 )
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import Workers
+from patchcl_qupath.finished import finished_outcome, provenance_of, run_id
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model
+from patchcl_qupath.overlap import Stop, Turn, overlapped, turns
 from patchcl_qupath.progress import Progress, ShowProgress, Stage, counter
 from patchcl_qupath.project import Project
 from patchcl_qupath.report.figures import write_figures, write_preview
@@ -48,7 +52,6 @@ from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.segmentation.tiling import plan
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.storage.files import digest
 from patchcl_qupath.storage.parquet import write_uncertainty_grid
 from patchcl_qupath.storage.records import (
     ImageOutcome,
@@ -58,7 +61,6 @@ from patchcl_qupath.storage.records import (
     ResultRecord,
     SlideProvenance,
     file_signature,
-    to_plain,
 )
 from patchcl_qupath.timing import Seconds, add_seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
@@ -133,17 +135,26 @@ class Run:
     progress: ShowProgress
     region_classes: tuple[str, ...] = ()
     model_name: str | None = None
+    _stop: Stop = field(default_factory=Stop)
+    _showing: threading.Lock = field(default_factory=threading.Lock)
+    _asking_qupath: threading.Lock = field(default_factory=threading.Lock)
 
     def images(self, entries: Sequence[ImageEntry]) -> Iterator[ImageOutcome]:
-        """Segment images one after the other; one that fails does not stop the others."""
+        """Segment images, in their order; one that fails does not stop the others.
+
+        While the tiles of one are with workers, the next is prepared, and the last one written.
+        """
         outcomes = []
-        for entry in entries:
-            began = time.perf_counter()
+        self._stop.clear()
+        assert self.id, "it is found here, before threads ask for it"
+        at_once = self.workers.images_at_once()
+        items = [*zip(entries, turns(len(entries)), strict=True)]
+        results = overlapped(self._timed_image, items, at_once, self._stop)
+        for entry, result in zip(entries, results, strict=True):
             try:
-                outcome = self.image(entry)
+                outcome = result.result()
             except Exception as error:  # an error in one image must not cost the others
                 outcome = failed_image(entry, error)
-            outcome = msgspec.structs.replace(outcome, seconds=time.perf_counter() - began)
             stages = ", ".join(f"{name} {s:.1f} s" for name, s in outcome.main_seconds.items())
             logger.info("%s: %.1f s: %s", entry.name, outcome.seconds, stages or "failed")
             outcomes.append(outcome)
@@ -152,47 +163,65 @@ class Run:
             )
             yield outcome
 
-    def image(self, entry: ImageEntry) -> ImageOutcome:
+    def _timed_image(self, item: tuple[ImageEntry, Turn]) -> ImageOutcome:
+        """The outcome of an image, and how long it took, other images beside it."""
+        entry, turn = item
+        began = time.perf_counter()
+        try:
+            outcome = self._finished(entry) or self.image(entry, turn)
+        finally:
+            turn.pass_on()
+        return msgspec.structs.replace(outcome, seconds=time.perf_counter() - began)
+
+    def image(self, entry: ImageEntry, turn: Turn) -> ImageOutcome:
         """One image: read its regions and stains; find tissue; segment tiles; write; draw."""
         seconds: Seconds = {}
         entry = self._with_regions_and_stains(entry)
         with timed(seconds, "prepare"):
-            image = prepare(entry, self.config)
+            image = self.workers.call(prepare, entry, self.config)
             check(image, entry, self.config.result)
+        turn.wait(self._stop)
         with timed(seconds, "tiles"):
-            segmented, worker_seconds = self._segment(entry, image)
+            segmented, worker_seconds = self._segment(entry, image, turn)
         with timed(seconds, "write"):
             answered = answer(segmented, entry, self.config.result)
             result = self._result(entry, segmented, answered)
             imported = self._write(entry, segmented, answered, result)
         with timed(seconds, "pictures"):
-            self._draw(segmented, result)
+            self.workers.call(self._draw, segmented, result)
             changed = changes.finish(self.project.layout, segmented, self.model.digest, result.run)
         outcome = self._outcome(entry, segmented, result, seconds, worker_seconds)
         known = {"imported": imported, "corrections": changed, **answered.known}
         known = {name: value for name, value in known.items() if value is not None}
         return msgspec.structs.replace(answered.noted(outcome), **known)
 
+    def _finished(self, entry: ImageEntry) -> ImageOutcome | None:
+        """The outcome of an image of which this run would change nothing; None for others."""
+        return finished_outcome(self.project, entry, self.provenance)
+
     def _with_regions_and_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with what a person set in QuPath."""
-        if self.region_classes:
-            entry = self.project.with_regions(entry, self.region_classes)
         cores = [name for name in self.region_classes if name == TMA_CORES]
-        if counted := [*cores, *self.config.result.summarise]:
-            entry = self.project.with_drawn(entry, counted)
-        self.progress(Progress(stage=Stage.FINDING_TISSUE, image=entry.name))
-        return self.project.with_stains(entry)
+        with self._in_qupath:
+            if self.region_classes:
+                entry = self.project.with_regions(entry, self.region_classes)
+            if counted := [*cores, *self.config.result.summarise]:
+                entry = self.project.with_drawn(entry, counted)
+            self._show(Progress(stage=Stage.FINDING_TISSUE, image=entry.name))
+            return self.project.with_stains(entry)
 
-    def _segment(self, entry: ImageEntry, image: PreparedImage) -> tuple[SegmentedImage, Seconds]:
+    def _segment(
+        self, entry: ImageEntry, image: PreparedImage, turn: Turn
+    ) -> tuple[SegmentedImage, Seconds]:
         """Find the nuclei, and grow them into cells if that is asked for."""
-        segmented, seconds = self._find_nuclei(entry, image)
+        segmented, seconds = self._find_nuclei(entry, image, turn)
         if self.config.cells.are_grown:
             segmented, more = self._grow_cells(entry, segmented)
             add_seconds(seconds, more)
         return segmented, seconds
 
     def _find_nuclei(
-        self, entry: ImageEntry, image: PreparedImage
+        self, entry: ImageEntry, image: PreparedImage, turn: Turn
     ) -> tuple[SegmentedImage, Seconds]:
         """Plan the tiles, and have workers segment those that are missing."""
         margin_px = postprocessing_margin_px(self.config, image.slide)
@@ -219,13 +248,14 @@ class Run:
         tile_progress = self._tile_progress(entry, image, tiles, missing, Stage.SEGMENTING)
         tile_progress.begin()
         seconds = map_tiles(
-            workers=self.workers,
+            workers=self.workers.until(self._stop.check),
             task=segment_tile,
             context=context,
             tiles=missing,
             store=store,
             on_done=tile_progress.one_more,
             on_failed=tile_progress.one_failed,
+            on_few=turn.pass_on,
             check=partial(
                 check_machine,
                 replace(image.slide, void=None),
@@ -258,7 +288,7 @@ class Run:
         tile_progress.begin()
         size = file_signature(entry.path).bytes
         seconds = map_tiles(
-            workers=self.workers,
+            workers=self.workers.until(self._stop.check),
             task=grow_tile,
             context=CellContext(image=image, config=cells),
             tiles=missing,
@@ -290,7 +320,7 @@ class Run:
             image=image,
             total=len(tiles),
             done=len(tiles) - len(missing),
-            show=counter(self.progress, stage, entry.name),
+            show=counter(self._show, stage, entry.name),
             reopen=partial(Slide.open, entry, self.config.slide.mpp),
         )
 
@@ -301,9 +331,22 @@ class Run:
         answered: Answer,
         result: ResultRecord,
     ) -> Imported | None:
-        """Write the nuclei into the project, and where they are uncertain."""
+        """Show that the nuclei are written, and do it."""
         nuclei = f"{segmented.count:,} nuclei"
-        self.progress(Progress(stage=Stage.WRITING, image=entry.name, detail=nuclei))
+        self._show(Progress(stage=Stage.WRITING, image=entry.name, detail=nuclei))
+        if self.project.backend.writes_into_qupath:
+            with self._asking_qupath:
+                return self._write_here(entry, segmented, answered, result)
+        return self.workers.call(self._write_here, entry, segmented, answered, result)
+
+    def _write_here(
+        self,
+        entry: ImageEntry,
+        segmented: SegmentedImage,
+        answered: Answer,
+        result: ResultRecord,
+    ) -> Imported | None:
+        """Write the nuclei into the project, and where they are uncertain."""
         batches = answered.classified(segmented.nuclei())
         imported = self.project.write(entry, batches, self.config.result, result)
         if segmented.uncertainty is not None:
@@ -317,6 +360,23 @@ class Run:
         write_preview(layout.preview(id_), segmented)
         write_figures(layout.figures(id_), segmented, result)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker needs of a run to write and draw: neither workers nor who watches it."""
+        left = {"workers", "model", "progress", "_stop", "_showing", "_asking_qupath"}
+        return {name: value for name, value in self.__dict__.items() if name not in left}
+
+    @property
+    def _in_qupath(self) -> AbstractContextManager[object]:
+        """QuPath, which does one thing at a time; nothing where files are read and written."""
+        backend = self.project.backend
+        return self._asking_qupath if backend.writes_into_qupath else nullcontext()
+
+    def _show(self, progress: Progress) -> None:
+        """Show progress, unless nobody waits for this run any more. Images take turns."""
+        self._stop.check()
+        with self._showing:
+            self.progress(progress)
+
     @cached_property
     def engine(self) -> EngineKind:
         """What runs the network: the fastest there is, unless the settings name one."""
@@ -327,32 +387,22 @@ class Run:
     @cached_property
     def provenance(self) -> Provenance:
         """What makes the nuclei."""
-        return Provenance(
-            version=__version__,
+        return provenance_of(
             model=self.model.digest,
             engine=self.engine,
-            config=to_dict(self.config),
-            within=list(self.region_classes),
+            config=self.config,
+            within=self.region_classes,
         )
 
     @cached_property
     def id(self) -> str:
         """The name of this run: a digest of all that its finished tiles depend on."""
-        return (
-            self._id_of("slide", "segment", "cells")
-            if self.config.cells.are_grown
-            else self.id_of_nuclei
-        )
+        return run_id(self.provenance)
 
     @cached_property
     def id_of_nuclei(self) -> str:
         """The same for nuclei alone: cells of other sizes are grown from the same tiles."""
-        return self._id_of("slide", "segment")
-
-    def _id_of(self, *tables: str) -> str:
-        settings = self.provenance.config
-        depends = to_plain(self.provenance)
-        return digest({**depends, "config": [settings[table] for table in tables]})
+        return run_id(self.provenance, of_cells=False)
 
     def _result(
         self, entry: ImageEntry, segmented: SegmentedImage, answered: Answer

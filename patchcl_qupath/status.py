@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import msgspec
 
 from patchcl_qupath import __version__
@@ -46,8 +48,19 @@ class ImageStatus(
     changed: tuple[str, ...] = ()
 
 
-def image_status(project: Project, entry: ImageEntry) -> ImageStatus:
-    """The state of an image, from the files on disk."""
+def image_statuses(project: Project, entries: Sequence[ImageEntry]) -> list[ImageStatus]:
+    """The states of images. The records of models, which are large, are read once."""
+    models = _models(project)
+    return [image_status(project, entry, models) for entry in entries]
+
+
+def image_status(
+    project: Project, entry: ImageEntry, models: Mapping[str, str] | None = None
+) -> ImageStatus:
+    """The state of an image, from the files on disk.
+
+    ``models`` are the digests of the project's present models by name, read if they are not given.
+    """
     qupath = project.qupath_summary(entry)
     to_do = ImageStatus(
         id=entry.id,
@@ -62,7 +75,7 @@ def image_status(project: Project, entry: ImageEntry) -> ImageStatus:
     if isinstance(result, RemovedRecord):
         return msgspec.structs.replace(to_do, state="removed")
     failed = len(result.failed_tiles)
-    models = _models(project)
+    models = _models(project) if models is None else models
     changed = _changed(entry, result, models)
     if not qupath.is_current:
         changed.append("not in QuPath yet")
@@ -81,7 +94,7 @@ def image_status(project: Project, entry: ImageEntry) -> ImageStatus:
     )
 
 
-def _changed(entry: ImageEntry, result: ResultRecord, models: dict[str, str]) -> list[str]:
+def _changed(entry: ImageEntry, result: ResultRecord, models: Mapping[str, str]) -> list[str]:
     """What changed since the nuclei were segmented."""
     changed = []
     if not entry.problem:
@@ -102,7 +115,7 @@ def _models(project: Project) -> dict[str, str]:
     return {name: record.digest for name, record in records.items() if record is not None}
 
 
-def _model_name(result: ResultRecord, models: dict[str, str]) -> str:
+def _model_name(result: ResultRecord, models: Mapping[str, str]) -> str:
     """The name of the model of an image's nuclei: its present name, or that of the run."""
     same = [name for name, digest in models.items() if digest == result.model]
     name = result.model_name or f"no longer here ({result.model[:12]})"

@@ -172,7 +172,7 @@ def test_the_status_of_hundreds_of_images_is_on_one_screen(tmp_path):
     assert len(shown) == 3
     assert shown[0].startswith("300 images: not usable, such as: 0.svs is not at ")
     assert "put the file beside the project" in shown[0]
-    assert shown[1:] == ["20 images: to do", "All images: patchcl-qp status --json"]
+    assert shown[1:] == ["20 images: to do", "All images: patchcl-qp status --all, or --json"]
     assert len(json.loads(call("status", project, "--json").stdout)["images"]) == 320
 
 

@@ -13,18 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 from slides import DISCS_UM, check_boxes, scene, shrunk, whole, write_svs, write_tiff
 from tifffile import TiffFile
-from tifffile.zarr import ZarrTiffStore
 from tiffslide import TiffSlide
 
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import ImageError, SlideError
 from patchcl_qupath.slides.pyramid import open_pyramid
 from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.slides.tiled_page import TiledPage
 
 LAYOUTS = [(1,), (1, 2, 4), (1, 4, 16)]
 
@@ -49,18 +50,16 @@ def area_mean(pixels: NDArray[np.uint8], shape: tuple[int, int], factor: float) 
 
 @pytest.fixture
 def chunks_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each chunk was fetched, as 'level/row.col.0'; without a level if there is one."""
+    """How often each tile was decoded, as 'level/number'."""
     counter: Counter[str] = Counter()
-    get = ZarrTiffStore.get
+    decoded = TiledPage._decoded
 
-    async def counting(self: ZarrTiffStore, key: str, *args: object, **kwargs: object) -> object:
-        # Of Zarr 2 or, from newer versions of tifffile, of Zarr 3.
-        chunk = re.fullmatch(r"(\d+/)?(?:c/)?(\d+)[./](\d+)[./](\d+)", key)
-        if chunk:
-            counter[f"{chunk[1] or ''}{'.'.join(chunk.groups()[1:])}"] += 1
-        return await get(self, key, *args, **kwargs)
+    def counting(self: TiledPage, index: int) -> object:
+        levels = [level.keyframe for level in self.page.parent.series[0].levels]
+        counter[f"{levels.index(self.page)}/{index}"] += 1
+        return decoded(self, index)
 
-    monkeypatch.setattr(ZarrTiffStore, "get", counting)
+    monkeypatch.setattr(TiledPage, "_decoded", counting)
     return counter
 
 
@@ -309,7 +308,8 @@ def test_another_user_may_not_read_a_slide(tmp_path: Path) -> None:
 
 def test_a_process_that_only_opens_slides_decodes_in_two_threads(tmp_path: Path) -> None:
     """And importing the module that opens them does not change the environment."""
-    path = write_tiff(tmp_path / "a.tif", scene(300, 200, (0.5, 0.5)), factors=(1, 2))
+    path = tmp_path / "strips.tif"  # tiles are decoded by who reads them
+    tifffile.imwrite(path, scene(300, 200, (0.5, 0.5)), photometric="rgb", rowsperstrip=50)
     program = """if True:
         import os, pathlib, sys
         before = dict(os.environ)

@@ -52,6 +52,15 @@ def stored(folder, nuclei):
     return store
 
 
+@pytest.mark.parametrize("left", [0, 3, -1], ids=["nothing", "three bytes", "all but the last"])
+def test_a_tile_that_a_power_failure_cut_is_segmented_again(tmp_path, left):
+    store = TileStore.open(tmp_path, {})
+    store.write(TILE, encoded(3))
+    assert store.missing([TILE]) == []
+    store.path(TILE).write_bytes(encoded(3)[:left])
+    assert store.missing([TILE]) == [TILE]
+
+
 @pytest.mark.parametrize("n", [0, 7])
 def test_nuclei_survive_the_tile_store(tmp_path, n):
     nuclei = some_nuclei(n)

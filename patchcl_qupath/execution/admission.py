@@ -17,12 +17,11 @@ from uuid import uuid4
 
 from patchcl_qupath import __version__
 from patchcl_qupath.errors import ImageError, PatchCLError
-from patchcl_qupath.execution.workers import Workers, fetched
+from patchcl_qupath.execution.workers import FIRST, Workers, fetched
 
 logger = logging.getLogger(__name__)
 
 _GRACE_S = 10.0  # for a worker that can be used to join, where the others cannot
-_PRIORITY = 10  # of steps: before the tiles that a worker has already
 
 # Evaluated on a worker by Python's own eval, as this package may not be there.
 _NODE_AND_VERSION = (
@@ -130,7 +129,7 @@ class Admission:
             key=_key(self.name, address) if step is _Step.HOLD else None,
             pure=False,
             workers=[address],
-            priority=_PRIORITY,
+            priority=FIRST,
         )
         self._asked[address] = _Asked(step=step, answer=answer, name=name)
 

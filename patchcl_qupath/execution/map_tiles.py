@@ -48,6 +48,7 @@ def map_tiles(
     store: TileStore,
     on_done: Callable[[], None],
     on_failed: Callable[[Tile, Exception], None],
+    on_few: Callable[[], None] = lambda: None,
     check: Callable[[], None] = lambda: None,
     prepared: Callable[[Tile], Any] = lambda tile: tile,
 ) -> Seconds:
@@ -56,8 +57,10 @@ def map_tiles(
     What is ``prepared`` goes to the workers; it has the ``name`` of the tile.
     Returns the seconds of all workers, by stage. ``on_done`` is called after each tile;
     ``on_failed`` in its place for one that failed ``ATTEMPTS`` times, with the last error. What
-    they raise ends the map; finished tiles stay. ``check`` is called on each worker of another
-    machine, and raises PatchCLError where that one cannot segment the tiles.
+    they raise ends the map; finished tiles stay. ``on_few`` is called, again and again, once there
+    is no more than one tile for each thread: tiles of another map can follow. ``check`` is called
+    on each worker of another machine, and raises PatchCLError where that one cannot segment the
+    tiles.
 
     Raises ImageError if the scheduler goes away, or where no worker is left that can segment them;
     ConfigError where no jobs can be had any more.
@@ -71,6 +74,7 @@ def map_tiles(
         admission=Admission(workers=workers, check=check, make=make),
         waiting=deque(tiles),
         prepared=prepared,
+        priority=workers.next_turn(),
     )
     try:
         while not queue.is_empty:
@@ -85,6 +89,8 @@ def map_tiles(
                             store.write(tile, content)
                         add_seconds(total, seconds)
                         on_done()
+            if queue.are_few:
+                on_few()
     except (OSError, ClosedClientError) as error:  # of Dask: those of writing have become ours
         raise scheduler_gone() from error
     finally:
@@ -107,6 +113,7 @@ class _TileQueue:
     admission: Admission
     waiting: deque[Tile]
     prepared: Callable[[Tile], Any]
+    priority: int
     _given: dict[Any, _Given] = field(default_factory=dict)  # by future
     _running: Any = None  # as_completed of the futures
     _failed: list[tuple[_Given, Exception]] = field(default_factory=list)
@@ -121,6 +128,11 @@ class _TileQueue:
     def is_empty(self) -> bool:
         """Whether all is done."""
         return not (self.waiting or self._given or self._failed)
+
+    @property
+    def are_few(self) -> bool:
+        """Whether a worker would have nothing to do once it has done its tile."""
+        return not self.waiting and len(self._given) <= sum(self.admission.admitted.values())
 
     @property
     def _client(self) -> Any:
@@ -170,6 +182,7 @@ class _TileQueue:
                 self.admission.name,
                 self.prepared(tile),
                 pure=False,
+                priority=self.priority,
                 retries=ATTEMPTS - 1,
                 workers=[*crew],
             )

@@ -142,7 +142,8 @@ def write_outcomes(
         images=list(outcomes),
     )
     with suppress(StorageError):  # an image on a full disk has said so already
-        write_record(layout.outcome(outcomes[-1].id), outcomes[-1])
+        if not outcomes[-1].unchanged:
+            write_record(layout.outcome(outcomes[-1].id), outcomes[-1])
         write_record(layout.run_record(run), record)
 
 

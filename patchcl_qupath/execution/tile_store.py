@@ -26,6 +26,7 @@ from patchcl_qupath.datatypes import (
 )
 from patchcl_qupath.storage.files import (
     digest,
+    is_whole_parquet,
     read_json,
     remove_folder,
     write_bytes,
@@ -89,11 +90,13 @@ class TileStore:
 
     def write(self, tile: Tile, content: bytes) -> None:
         """Keep an encoded tile; from now on it is finished."""
-        write_bytes(self.path(tile), content)
+        # Waiting for the disk, tile by tile, took half of the time of 16 cores.
+        write_bytes(self.path(tile), content, durable=False)
 
     def missing(self, tiles: Sequence[Tile]) -> list[Tile]:
         """The tiles that are not finished."""
-        finished = {path.name for path in (self.folder / "tiles").glob("*.parquet")}
+        files = (self.folder / "tiles").glob("*.parquet")
+        finished = {path.name for path in files if is_whole_parquet(path)}
         return [tile for tile in tiles if self.path(tile).name not in finished]
 
     def count(self, tiles: Sequence[Tile]) -> int:

@@ -6,12 +6,14 @@ import logging
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from itertools import count as count_from
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, TypeVar
 
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.errors import ConfigError, ImageError
@@ -20,6 +22,12 @@ from patchcl_qupath.execution.jobs import Jobs
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # at a tile, before it is left out
+
+FIRST = 10  # priority of what tiles wait for
+_MAX_IMAGES = 8  # under way at once; each takes some memory
+_CALL_S = 0.02  # between looks at a call
+
+Result = TypeVar("Result")
 
 _THREADS = 4  # in one process
 _ANSWER = "10s"  # for a scheduler to answer
@@ -47,17 +55,63 @@ _SETTINGS = {
 class Workers:
     """What segments tiles: a Dask ``client``, and ``poll``, to be called while one waits.
 
-    ``are_elsewhere``: they are not part of this program, but may be on machines with another
-    version of it, and other files. ``scheduler`` is the address of a Dask cluster that others run.
+    ``are_processes``: they are other processes of this machine. ``are_elsewhere``: they are not
+    part of this program, but may be on machines with another version of it, and other files.
+    ``scheduler`` is the address of a Dask cluster that others run.
     """
 
     client: Any
     poll: Callable[[], None] = lambda: None
+    are_processes: bool = False
     are_elsewhere: bool = False
     scheduler: str | None = None
     _threads: dict[str, int] = field(default_factory=dict)  # by address, when last asked
     _warned: set[str] = field(default_factory=set)
     _last_left: list[float] = field(default_factory=list)  # when the last one was found to be gone
+    _turns: Iterator[int] = field(default_factory=count_from)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def until(self, check: Callable[[], None]) -> Workers:
+        """The same workers, for one that stops waiting for them when ``check`` raises."""
+
+        def poll() -> None:
+            check()
+            with self._lock:
+                self.poll()
+
+        return replace(self, poll=poll)
+
+    def images_at_once(self) -> int:
+        """How many images should be under way, so that no worker is without a tile.
+
+        While the tiles of one image are worked on, the next is prepared, and the last one written.
+        With many workers that takes longer than the tiles do.
+        """
+        threads = sum(self.client.nthreads().values())
+        return 1 if threads == 1 else min(_MAX_IMAGES, 2 + threads // 8)
+
+    def next_turn(self) -> int:
+        """The priority of an image's tiles: those of images that began earlier go first."""
+        return -next(self._turns)
+
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What a function returns or raises, on a process beside this one if there are some."""
+        if not self.are_processes:
+            return function(*arguments)
+        from distributed import KilledWorker
+
+        future = self.client.submit(function, *arguments, pure=False, priority=FIRST)
+        while not future.done():
+            self.poll()
+            time.sleep(_CALL_S)
+        found = fetched(future)
+        if found is None or isinstance(found, KilledWorker):
+            logger.info("a call was lost with its worker, and is made here")
+            return function(*arguments)
+        if isinstance(found, Exception):
+            raise found
+        result: Result = found
+        return result
 
     def present(self) -> dict[str, int]:
         """By address, how many threads the workers have that are there now; they come and go.
@@ -65,6 +119,12 @@ class Workers:
         Raises ImageError where there was none for minutes, and nobody is asked for one.
         """
         now: dict[str, int] = self.client.nthreads()
+        with self._lock:
+            self._note(now)
+        return now
+
+    def _note(self, now: dict[str, int]) -> None:
+        """Log which workers came and went."""
         for address in now.keys() - self._threads.keys():
             logger.info("worker %s joined, with %d threads", address, now[address])
         for address in self._threads.keys() - now.keys():
@@ -73,7 +133,6 @@ class Workers:
             self._check_patience(self.scheduler)
         self._threads.clear()
         self._threads.update(now)
-        return now
 
     def warn_once(self, warning: str) -> None:
         """Log a warning, however many images it is true of."""
@@ -204,7 +263,19 @@ def _on_this_machine(count: int) -> Iterator[Workers]:
     from distributed import Client
 
     with _local_cluster(count) as cluster, Client(cluster) as client:
-        yield Workers(client=client)
+        try:
+            yield Workers(client=client, are_processes=len(client.nthreads()) > 1)
+        except KeyboardInterrupt:
+            _kill(cluster)
+            raise
+
+
+def _kill(cluster: Any) -> None:
+    """End the processes of a cluster at once, so that what they write can be removed."""
+    for nanny in cluster.workers.values():
+        if pid := getattr(nanny, "pid", None):
+            with suppress(OSError):
+                os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 def _local_cluster(count: int) -> Any:

@@ -21,7 +21,7 @@ from patchcl_qupath.project.outlines import (
     pieces_of,
     sort_outlines,
 )
-from patchcl_qupath.slides.stains import flaw, without_rounding
+from patchcl_qupath.slides.stain_vectors import flaw, without_rounding
 from patchcl_qupath.storage.geojson import Objects, class_name, read_objects
 
 _EXPORT = "run groovy/export_regions.groovy on it in QuPath, then run again"

@@ -38,7 +38,7 @@ from patchcl_qupath.project.qpproj import (
     project_file,
     read_project,
 )
-from patchcl_qupath.slides.stains import H_DAB
+from patchcl_qupath.slides.stain_vectors import H_DAB
 from patchcl_qupath.storage.files import read_json, readable
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import (

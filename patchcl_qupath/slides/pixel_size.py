@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from tifffile import TiffFile, TiffPage
+if TYPE_CHECKING:
+    from tifffile import TiffFile, TiffPage
 
 MPP_RANGE = (0.05, 4.0)  # µm/px; others are the dpi of an export, not of a microscope
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import ImageEntry, StainVectors, level0_to_grid
 from patchcl_qupath.errors import DamagedError, ImageError, TrainingError
+from patchcl_qupath.overlap import Stop, overlapped
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.stains import (
@@ -29,12 +32,12 @@ from patchcl_qupath.slides.tissue import (
     tissue_mask,
 )
 from patchcl_qupath.storage.files import digest
-from patchcl_qupath.storage.records import file_signature, to_plain
+from patchcl_qupath.storage.records import TILE_FORMAT, file_signature, to_plain
 
 _NORMALISER_CROPS = 24  # crops that the normaliser is fitted to
 _NORMALISER_CROP_PX = 256
 _STAINED = 0.15  # mean optical density of the colours
-_TILE_FORMAT = 2  # version of the content of a finished tile
+_READ_AT_ONCE = 4  # slides, for training crops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ class PreparedImage:
             "path": None,
             "name": None,
             "void": None if self.slide.void is None else self.slide.void.packed.hex(),
-            "form": _TILE_FORMAT,
+            "form": TILE_FORMAT,
             **to_plain(file_signature(self.slide.path)),
             "region": region,
             "stains": asdict(self.stains),
@@ -185,12 +188,23 @@ class TrainingCrops:
         )
 
 
+def _crops_of(
+    entry: ImageEntry, config: Config, count: int
+) -> tuple[str, StainNormaliser, list[NDArray[np.uint8]]]:
+    """The id of an image, its normaliser, and tissue crops. Raises ImageError."""
+    image, settings = prepare(entry, config), config.patchcl
+    if image.normaliser is None:
+        raise ImageError(f"{entry.name} shows no tissue")
+    crops = image.crops(count, settings.source_px, settings.seed + 1)
+    return image.id, image.normaliser, list(crops)
+
+
 def training_crops(
     entries: Sequence[ImageEntry],
     config: Config,
     show_count: ShowCount,
 ) -> TrainingCrops:
-    """Random tissue crops of up to ``config.patchcl.slides`` images.
+    """Random tissue crops of up to ``config.patchcl.slides`` images, some read at once.
 
     Images that cannot be used are left out. Raises TrainingError, with the reasons, if none is
     left.
@@ -203,22 +217,24 @@ def training_crops(
     slides: list[str] = []
     problems: list[str] = []
     used = 0
-    for i in np.random.default_rng(settings.seed).permutation(len(entries)):
-        if used == wanted:
-            break
-        show_count(used, wanted)
+    order = np.random.default_rng(settings.seed).permutation(len(entries))
+    shuffled = [entries[i] for i in order]
+    at_once = max(1, min(wanted, os.cpu_count() or 1, _READ_AT_ONCE))
+    read = partial(_crops_of, config=config, count=crops_each)
+    show_count(used, wanted)
+    for result in overlapped(read, shuffled, at_once, Stop()):
         try:
-            image = prepare(entries[i], config)
-            if image.normaliser is None:
-                raise ImageError(f"{entries[i].name} shows no tissue")
-            new = list(image.crops(crops_each, settings.source_px, settings.seed + 1))
+            image, normaliser, new = result.result()
         except ImageError as error:
             problems.append(str(error))
             continue
         used += 1
         images += new
-        normalisers += [image.normaliser] * len(new)
-        slides += [image.id] * len(new)
+        normalisers += [normaliser] * len(new)
+        slides += [image] * len(new)
+        show_count(used, wanted)
+        if used == wanted:
+            break
     show_count(used, used)
     if not images:
         raise TrainingError("no image to train on: " + "; ".join(problems[:5]))

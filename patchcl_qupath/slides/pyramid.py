@@ -41,7 +41,7 @@ def forget_pyramids() -> None:
         _open.cache_clear()
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)  # several images are under way at once
 def _open(path: Path, selection: Selection, version: tuple[int, ...]) -> Pyramid:
     if path.is_dir():
         return open_ome_zarr(path, selection)

@@ -137,10 +137,21 @@ def mean(
     """Sums (h, w, 3) over areas of ``heights`` (h,) times ``widths`` (w,), rounded half up."""
     if sums.dtype == np.uint8:  # blocks of one px
         return np.ascontiguousarray(sums)
+    area = int(heights.max(initial=1) * widths.max(initial=1))
+    are_equal = (heights == heights.max(initial=1)).all() and (
+        widths == widths.max(initial=1)
+    ).all()
+    if are_equal and area.bit_count() == 1:  # a shift is much faster
+        means = np.empty(sums.shape, np.uint8)
+        _shift(np.ascontiguousarray(sums).reshape(-1), area.bit_length() - 1, means.reshape(-1))
+        return means
     areas = (heights[:, None, None] * widths[None, :, None]).astype(sums.dtype)
-    area = int(areas.max(initial=1))
-    if area.bit_count() == 1 and (areas == area).all():  # a shift is much faster
-        means = (sums + sums.dtype.type(area // 2)) >> sums.dtype.type(area.bit_length() - 1)
-    else:
-        means = (sums + areas // 2) // areas
-    return np.asarray(means, np.uint8, order="C")
+    return np.asarray((sums + areas // 2) // areas, np.uint8, order="C")
+
+
+@compiled
+def _shift(sums: NDArray[Any], bits: int, means: NDArray[np.uint8]) -> None:
+    """Sums (n,) divided by a power of 2, rounded half up."""
+    half = (1 << bits) >> 1
+    for k in range(len(sums)):
+        means[k] = (sums[k] + half) >> bits

@@ -17,25 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchcl_qupath.compiled import compiled
-from patchcl_qupath.config import NetworkInput, StainChoice
-from patchcl_qupath.datatypes import StainKind, StainVectors
+from patchcl_qupath.config import NetworkInput
+from patchcl_qupath.datatypes import StainVectors
+from patchcl_qupath.slides.stain_vectors import H_DAB as H_DAB
+from patchcl_qupath.slides.stain_vectors import H_E as H_E
+from patchcl_qupath.slides.stain_vectors import stains_to_measure as stains_to_measure
 
-# QuPath's defaults, which are measured where an image has no stain vectors of its own.
-_HEMATOXYLIN, _EOSIN, _DAB = (
-    (0.65111, 0.70119, 0.29049),
-    (0.2159, 0.8012, 0.5581),
-    (0.26917, 0.56824, 0.77759),
-)
-H_E = StainVectors(
-    kind=StainKind.H_E,
-    names=("Hematoxylin", "Eosin"),
-    vectors=(_HEMATOXYLIN, _EOSIN),
-)
-H_DAB = StainVectors(
-    kind=StainKind.H_DAB,
-    names=("Hematoxylin", "DAB"),
-    vectors=(_HEMATOXYLIN, _DAB),
-)
 # Hematoxylin, eosin and DAB of Ruifrok & Johnston, for the input of networks. Rows are stains.
 RUIFROK_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
@@ -123,45 +110,6 @@ def is_red_ink(red: Densities, green: Densities, blue: Densities) -> NDArray[np.
     return np.asarray(red < _RED_INK * np.minimum(green, blue))
 
 
-def stains_to_measure(own: StainVectors | None, choice: StainChoice) -> StainVectors:
-    """The stains to measure: an image's own, unless the settings choose others.
-
-    Those of the kind of the image's own are its own, too; else they are QuPath's defaults.
-    """
-    if own is not None and (choice is StainChoice.AUTO or StainKind(choice) is own.kind):
-        return own
-    return H_DAB if choice is StainChoice.H_DAB else H_E
-
-
-def without_rounding(stains: StainVectors) -> StainVectors:
-    """Stains; QuPath's defaults, which it rounds when it saves them, become ours to the last bit.
-
-    So an image keeps its measurements and its finished tiles when its type is set in QuPath.
-    """
-    for default in (H_E, H_DAB):
-        if (stains.names, stains.background) == (default.names, default.background) and (
-            np.allclose(stains.vectors, default.vectors, rtol=0, atol=1e-4)
-        ):
-            return default
-    return stains
-
-
-def flaw(stains: StainVectors) -> str | None:
-    """Why colour deconvolution with these stain vectors is impossible; None if it is not."""
-    vectors, length = np.array(stains.vectors), np.linalg.norm(stains.vectors, axis=1)
-    if len(stains.names) not in (2, 3):
-        return "it has not two or three stains"
-    if len(set(stains.names)) < len(stains.names) or not all(map(str.strip, stains.names)):
-        return "two of its stains have one name, or one has none"
-    if not np.isfinite(vectors).all() or not (length > 0).all():
-        return "a stain vector is zero, or not a number"
-    if np.linalg.svd(vectors / length[:, None], compute_uv=False)[-1] < _LEAST_APART:
-        return "its stain vectors are parallel, or nearly"
-    if not all(1 <= level < np.inf for level in stains.background):
-        return "its background is black, or not a number"
-    return None
-
-
 def unmix_hed(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """From RGB (..., 3) to hematoxylin, eosin, residual (..., 3), not normalised.
 
@@ -169,8 +117,6 @@ def unmix_hed(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """
     return np.moveaxis(_planes(rgb, _HED_TABLES), 0, -1)
 
-
-_LEAST_APART = 0.02  # smallest singular value of unit vectors: 1.6 degrees between two
 
 # A slide without nuclei has hardly any hematoxylin: its noise must not be scaled up to the range of
 # a stain. In 31 H&E images the 2nd percentile of hematoxylin is between -0.26 and 0.07, the 99th is

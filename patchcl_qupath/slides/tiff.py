@@ -1,7 +1,7 @@
 """TIFF and the slides that are TIFF: the image of the file that QuPath shows, as a pyramid.
 
-Slides and tiled TIFF are decoded chunk by chunk through tifffile's zarr view; a level that is one
-single chunk is decoded once and kept.
+Slides and tiled TIFF are decoded chunk by chunk, what has no tiles through tifffile's zarr view; a
+level that is one single chunk is decoded once and kept.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from patchcl_qupath.slides.level import (
     level_scale,
 )
 from patchcl_qupath.slides.pixel_size import tiff_pixel_sizes
+from patchcl_qupath.slides.tiled_page import tiled_pages
 
 MAX_LOOK_PX = 16_000_000  # of a level whose alpha is looked at as a whole
 
@@ -148,8 +149,10 @@ def _level_size(level: TiffPageSeries) -> tuple[int, int]:
     return int(level.keyframe.imagewidth), int(level.keyframe.imagelength)
 
 
-def _arrays(series: TiffPageSeries) -> list[Any]:
+def _arrays(series: TiffPageSeries) -> Sequence[Any]:
     """The levels of an image, as arrays that are decoded as they are read."""
+    if pages := tiled_pages(series):
+        return pages
     # With fewer threads, as tifffile has it below six cores, the chunks of all workers are decoded
     # in the one thread of zarr's event loop, and workers wait for each other.
     threads = int(os.environ.get("TIFFSLIDE_NUM_DECODE_THREADS") or 2)

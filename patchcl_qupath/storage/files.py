@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 ZARR_METADATA = ("zarr.json", ".zattrs", ".zgroup")  # of version 3, and of version 2
 
+_PARQUET_END = b"PAR1"
+
 WINDOWS = os.name == "nt"
 _BUSY_S = 2.0  # for another program to close a file: a virus scanner opens each new one
 _LONGEST = 259  # characters of a path on Windows, unless long paths are turned on
@@ -47,6 +49,8 @@ _ON_WINDOWS = {
     errno.EACCES: f"another program has it open: close it there; or no permission: {_COPY}",
 }
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+_locked: set[Path] = set()  # folders of which this process holds the lock
 
 
 @contextmanager
@@ -67,11 +71,12 @@ def _advice(path: Path, error: OSError) -> str:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, durable: bool = True) -> Iterator[Path]:
     """A temporary path to write to; it is renamed to ``path`` if the block ends without an error.
 
     For a file or a folder. A reader sees the old or the new one, never a part of it; for a folder
-    there is an instant in which it sees none. Raises StorageError.
+    there is an instant in which it sees none. A file that is not ``durable`` may be cut or empty
+    after a power failure, where waiting for the disk would take long. Raises StorageError.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     with writing(path):
@@ -81,12 +86,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
             if temporary.is_dir():
                 _replace_folder(temporary, path)
             else:
-                with temporary.open("rb+") as file:
-                    os.fsync(file.fileno())
+                if durable:
+                    with temporary.open("rb+") as file:
+                        os.fsync(file.fileno())
                 replace_file(temporary, path)
             logger.debug("wrote %s", path)
         finally:
             _remove(temporary)
+
+
+def remove_unfinished() -> None:
+    """Remove what is being written, before this process ends without waiting for it."""
+    for folder in [*_locked]:
+        remove_partial_files(folder)
 
 
 def copy_once(path: Path, other: Path) -> None:
@@ -130,10 +142,12 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
+    _locked.add(folder)
     try:
         remove_partial_files(folder)
         yield
     finally:
+        _locked.discard(folder)
         lock.release()
 
 
@@ -231,9 +245,18 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically. Raises StorageError."""
-    with atomic_write(path) as temporary:
+def is_whole_parquet(path: Path) -> bool:
+    """Whether a parquet file was written to its end. Raises OSError."""
+    if path.stat().st_size < len(_PARQUET_END):
+        return False
+    with path.open("rb") as file:
+        file.seek(-len(_PARQUET_END), os.SEEK_END)
+        return file.read() == _PARQUET_END
+
+
+def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
+    """Write a file; see ``atomic_write``. Raises StorageError."""
+    with atomic_write(path, durable) as temporary:
         temporary.write_bytes(content)
 
 

@@ -17,6 +17,8 @@ from patchcl_qupath.datatypes import CorrectionRoi, FailedTile, StainVectors
 from patchcl_qupath.storage.files import content_file, read_json, write_json
 from patchcl_qupath.timing import Seconds
 
+TILE_FORMAT = 2  # version of the content of a finished tile
+
 
 class Record(msgspec.Struct, frozen=True):
     """The base of records that are written to JSON files, or printed as JSON."""
@@ -331,7 +333,8 @@ class ImageOutcome(
     ``network_px`` is the number of working pixels that the network processed. ``imported`` is what
     became of the nuclei in QuPath, unset where they wait to be imported. ``corrections`` are those
     of a person that a refined model makes by itself, unset for other models. ``positivity`` and
-    ``summaries`` are those of ``ResultRecord``, unset where they were not asked for.
+    ``summaries`` are those of ``ResultRecord``, unset where they were not asked for. ``unchanged``
+    is set for an image that was finished before the run, of which nothing was written.
     """
 
     id: str
@@ -353,6 +356,7 @@ class ImageOutcome(
     corrections: ChangeCounts | msgspec.UnsetType = msgspec.UNSET
     positivity: PositivityRecord | msgspec.UnsetType = msgspec.UNSET
     summaries: tuple[Summary, ...] | msgspec.UnsetType = msgspec.UNSET
+    unchanged: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunRecord(Record, frozen=True, kw_only=True):

@@ -1,0 +1,220 @@
+"""Images that a run would change nothing of, found by their files, in a moment.
+
+What does the work is not imported here: `patchcl-qp run` on a finished project answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import shapely
+
+from patchcl_qupath import __version__
+from patchcl_qupath.config import TMA_CORES, Config, EngineChoice, from_dict, to_dict
+from patchcl_qupath.datatypes import ImageEntry
+from patchcl_qupath.errors import ConfigError, ImageError
+from patchcl_qupath.project import Project
+from patchcl_qupath.slides.level import Selection
+from patchcl_qupath.slides.pixel_size import PixelSizeSource
+from patchcl_qupath.slides.stain_vectors import stains_to_measure
+from patchcl_qupath.storage.files import digest, is_whole_parquet, read_json
+from patchcl_qupath.storage.layout import CHANGES, FIGURES, Layout
+from patchcl_qupath.storage.records import (
+    TILE_FORMAT,
+    ChangesRecord,
+    FiguresRecord,
+    ImageOutcome,
+    ModelRecord,
+    Provenance,
+    ResultRecord,
+    file_signature,
+    read_record,
+    to_plain,
+)
+
+
+def provenance_of(*, model: str, engine: str, config: Config, within: Sequence[str]) -> Provenance:
+    """What makes the nuclei of a run, from the digest of its ``model`` and its settings."""
+    return Provenance(
+        version=__version__,
+        model=model,
+        engine=engine,
+        config=to_dict(config),
+        within=list(within),
+    )
+
+
+def run_id(provenance: Provenance, *, of_cells: bool = True) -> str:
+    """The name of a run: a digest of all that its finished tiles depend on.
+
+    Those of nuclei alone, before cells are grown from them, do not depend on how these are.
+    """
+    settings = provenance.config
+    tables = ["slide", "segment"]
+    if of_cells and from_dict(settings).cells.are_grown:
+        tables.append("cells")
+    return digest({**to_plain(provenance), "config": [settings[table] for table in tables]})
+
+
+def all_finished(
+    project: Project,
+    entries: Sequence[ImageEntry],
+    *,
+    config: Config,
+    model_name: str,
+    within: Sequence[str],
+) -> list[ImageOutcome] | None:
+    """The outcomes of the images if a run with this model would change none of them; else None.
+
+    Where the settings leave the engine open, nuclei of any one engine are finished. Raises
+    ConfigError for a name that no model can have.
+    """
+    model = _model_digest(project.layout.model(model_name))
+    first = read_record(project.layout.result(entries[0].id), ResultRecord)
+    if model is None or first is None or not _fits(first.engine, config.engine):
+        return None
+    provenance = provenance_of(model=model, engine=first.engine, config=config, within=within)
+    outcomes = []
+    for entry in entries:
+        outcome = finished_outcome(project, entry, provenance)
+        if outcome is None:
+            return None
+        outcomes.append(outcome)
+    return outcomes
+
+
+def finished_outcome(
+    project: Project, entry: ImageEntry, provenance: Provenance
+) -> ImageOutcome | None:
+    """The outcome of an image that a run of ``provenance`` would change nothing of; else None.
+
+    Its slide, pixel size, stains and regions are those of the nuclei on disk, all its files are
+    there, and nothing was changed in QuPath since they were written into it.
+    """
+    layout, run = project.layout, run_id(provenance)
+    result = read_record(layout.result(entry.id), ResultRecord)
+    outcome = read_record(layout.outcome(entry.id), ImageOutcome)
+    if result is None or outcome is None or entry.problem or result.failed_tiles:
+        return None
+    made_by = {name: getattr(result, name) for name in Provenance.__struct_fields__}
+    if digest(made_by) != digest(to_plain(provenance)) or result.run != run or outcome.problem:
+        return None
+    try:
+        if not (
+            _is_written(layout, entry.id, result)
+            and _is_same_slide(read_json(layout.tiles(run, entry.id) / "plan.json") or {}, entry)
+            and _is_same_in_qupath(project, entry, result, outcome.note)
+        ):
+            return None
+    except (OSError, ImageError, ConfigError):  # the run finds it, and tells of it
+        return None
+    return msgspec.structs.replace(
+        outcome,
+        image=entry.name,
+        tiles_resumed=outcome.tiles,
+        seconds=0.0,
+        main_seconds={},
+        worker_seconds={},
+        network_px=0,
+        results=str(layout.results(entry.id)),
+        preview=str(layout.preview(entry.id)),
+        unchanged=True,
+    )
+
+
+def _model_digest(path: Path) -> str | None:
+    """The digest of a model by its record, which is written just before its weights."""
+    record = read_record(path.with_suffix(".json"), ModelRecord)
+    try:
+        is_whole = path.stat().st_mtime_ns >= path.with_suffix(".json").stat().st_mtime_ns
+    except OSError:
+        return None
+    return record.digest if record is not None and is_whole else None
+
+
+def _fits(engine: str, choice: EngineChoice) -> bool:
+    """Whether a person who asked for ``choice`` may have nuclei of an engine."""
+    return choice == EngineChoice.AUTO or engine.split()[0] == choice
+
+
+def _is_written(layout: Layout, image: str, result: ResultRecord) -> bool:
+    """Whether all that a run writes of an image is there; the outcome is written last.
+
+    Raises OSError for a missing file.
+    """
+    figures = read_record(layout.figures(image) / FIGURES, FiguresRecord)
+    if figures is None or figures.run != result.run:
+        return False
+    changes = read_record(layout.changes(image) / CHANGES, ChangesRecord)
+    if changes is not None and changes.model == result.model and changes.run != result.run:
+        return False  # it waits for this run
+    pictures = [layout.preview(image), layout.figures(image) / "overview.jpg"]
+    for path in (*(layout.results(image) / name for name in result.files), *pictures):
+        if not path.stat().st_size:
+            return False
+    tables = [layout.nuclei(image)]
+    tables += [layout.uncertainty(image)] if layout.uncertainty(image).exists() else []
+    written = (layout.figures(image) / FIGURES).stat().st_mtime_ns
+    return all(map(is_whole_parquet, tables)) and layout.outcome(image).stat().st_mtime_ns >= (
+        written
+    )
+
+
+def _is_same_slide(plan: dict[str, Any], entry: ImageEntry) -> bool:
+    """Whether finished tiles are of the slide as it is now: pixels, choice of image, pixel size.
+
+    Raises OSError for a missing slide.
+    """
+    signature = to_plain(file_signature(entry.path))
+    selection = asdict(Selection.of(entry))
+    source, mpp = plan.get("mpp_source"), tuple(plan.get("mpp_level0") or ())
+    known = {  # by where it is given
+        PixelSizeSource.QUPATH: entry.mpp,
+        PixelSizeSource.FALLBACK: entry.mpp or (entry.fallback_mpp,) * 2,
+    }
+    is_same_size = known[source] == mpp if source in known else entry.mpp is None
+    return (
+        is_same_size
+        and plan.get("form") == TILE_FORMAT
+        and digest(plan.get("selection")) == digest(selection)
+        and {name: plan.get(name) for name in signature} == signature
+    )
+
+
+def _is_same_in_qupath(
+    project: Project, entry: ImageEntry, result: ResultRecord, note: str | None
+) -> bool:
+    """Whether stains and regions are those of the nuclei, and the nuclei those in QuPath.
+
+    Where QuPath's own files would have to be read by QuPath, only their times are looked at.
+    """
+    settings = from_dict(result.config)
+    if settings.result.summarise or TMA_CORES in result.within:
+        return False  # what is counted may have changed
+    if project.backend.writes_into_qupath:
+        summary = project.qupath_summary(entry)
+        return (
+            not result.within
+            and summary.is_current
+            and summary.is_saved
+            and not summary.saved_later
+            and not _is_newer(project.layout.stains(entry.id), project.layout.receipt(entry.id))
+        )
+    if result.within:
+        entry = project.with_regions(entry, result.within)
+    entry = project.with_stains(entry)
+    regions = [json.loads(shapely.to_geojson(region)) for region in entry.regions]
+    return (
+        regions == [region.geometry for region in result.regions]
+        and stains_to_measure(entry.stains, settings.slide.stain) == result.stains
+        and (entry.note or "") in (note or "")
+    )
+
+
+def _is_newer(path: Path, other: Path) -> bool:
+    return path.exists() and path.stat().st_mtime_ns > other.stat().st_mtime_ns

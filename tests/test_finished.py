@@ -1,0 +1,192 @@
+"""A run on a finished project has nothing to do, and answers without importing what does work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUICK, copy_sample
+from survivor import left_by_run
+
+from patchcl_qupath import pipeline
+from patchcl_qupath.config import EngineChoice
+from patchcl_qupath.finished import all_finished
+from patchcl_qupath.project import open_project
+from patchcl_qupath.storage.records import ImageOutcome
+
+HEAVY = {
+    "torch",
+    "numba",
+    "dask",
+    "distributed",
+    "zarr",
+    "tifffile",
+    "scipy",
+    "openvino",
+    "pyarrow",
+}
+MODULES = """
+import sys
+from patchcl_qupath.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code
+    print("MODULES", *sys.modules)
+"""
+
+
+def call(*arguments: Any) -> tuple[str, set[str]]:
+    """What a command prints in a new process, and which modules it imported."""
+    command = [sys.executable, "-c", MODULES, *map(str, arguments)]
+    printed = subprocess.check_output(command, text=True, stderr=subprocess.STDOUT)
+    text, _, modules = printed.partition("MODULES")
+    return text, {name.partition(".")[0] for name in modules.split()}
+
+
+def run(folder: Path, model: Any, client: Any, config: Any = QUICK) -> ImageOutcome:
+    project = open_project(folder, "files")
+    this_run = pipeline.Run(
+        project=project, model=model, config=config, workers=client, progress=lambda _: None
+    )
+    (outcome,) = this_run.images(project.images())
+    assert outcome.problem is None
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, model: Any, client: Any) -> Path:
+    """A finished project."""
+    folder = copy_sample(tmp_path_factory.mktemp("finished") / "project")
+    model.save(folder / "patchcl" / "models", "patchcl")
+    run(folder, model, client)
+    return folder
+
+
+@pytest.fixture
+def folder(done: Path, tmp_path: Path) -> Path:
+    """A copy of it, at another place."""
+    return Path(shutil.copytree(done, tmp_path / "copy"))
+
+
+def finished(folder: Path, config: Any = QUICK, within: tuple[str, ...] = ()) -> Any:
+    project = open_project(folder, "files")
+    images = [replace(entry, fallback_mpp=None) for entry in project.images()]
+    return all_finished(project, images, config=config, model_name="patchcl", within=within)
+
+
+def test_a_finished_project_is_left_as_it_is(folder: Path, model: Any, client: Any) -> None:
+    (outcome,) = finished(folder)
+    assert outcome.unchanged is True
+    assert outcome.tiles == outcome.tiles_resumed > 1
+    assert outcome.results == str(folder / "patchcl" / "results" / "1")  # it was moved
+    before = left_by_run(folder / "patchcl")
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    again = run(folder, model, client)
+    assert again.unchanged is True
+    assert again.nuclei == outcome.nuclei > 1000
+    assert left_by_run(folder / "patchcl") == before
+    written = {
+        p.name for p in folder.rglob("*") if p.is_file() and times.get(p) != p.stat().st_mtime_ns
+    }
+    assert written <= {"run.json", ".lock"}
+
+
+def test_nothing_heavy_is_imported_to_find_nothing_to_do(folder: Path, tmp_path: Path) -> None:
+    """Times are measured in benchmarks; imports are what takes time."""
+    from patchcl_qupath.config import to_dict
+
+    settings = tmp_path / "settings.toml"
+    changed = {
+        table: {
+            name: value
+            for name, value in values.items()
+            if value != to_dict(type(QUICK)())[table][name]
+        }
+        for table, values in to_dict(QUICK).items()
+        if isinstance(values, dict)
+    }
+    lines = [
+        line
+        for table, values in changed.items()
+        for line in [f"[{table}]", *(f"{name} = {json.dumps(v)}" for name, v in values.items())]
+    ]
+    settings.write_text("\n".join(lines))
+    (folder / "patchcl" / "report" / "index.html").write_text("a report")
+    text, modules = call("run", folder, "--backend", "files", "--config", settings)
+    assert "Nothing to do for 1 images with" in text
+    assert not HEAVY & modules
+    text, _ = call("run", folder, "--backend", "files", "--config", settings, "--json")
+    (image,) = json.loads(text[text.index("{") :])["images"]
+    assert image["unchanged"] is True
+    assert image["tiles_taken_over"] == image["tiles"]
+
+
+def test_status_imports_nothing_heavy(folder: Path) -> None:
+    text, modules = call("status", folder)
+    assert "done" in text
+    assert not HEAVY & modules
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+CHANGES: dict[str, Callable[[Path], Any]] = {
+    "the slide is another": lambda folder: touch(folder / "CMU-1-Small-Region.svs"),
+    "the slide is gone": lambda folder: (folder / "CMU-1-Small-Region.svs").unlink(),
+    "no model": lambda folder: (folder / "patchcl/models/patchcl.pt").unlink(),
+    "a model that was not written whole": lambda folder: touch(
+        folder / "patchcl/models/patchcl.pt"
+    ),
+    "no tiles": lambda folder: shutil.rmtree(folder / "patchcl/runs"),
+    "no nuclei": lambda folder: shutil.rmtree(folder / "patchcl/results"),
+    "a table of nuclei that is damaged": lambda folder: cut(
+        folder / "patchcl/results/1/nuclei.parquet"
+    ),
+    "no file for QuPath": lambda folder: (
+        folder / "patchcl/results/1/nuclei-000.geojson.gz"
+    ).unlink(),
+    "an empty preview": lambda folder: (folder / "patchcl/previews/1.png").write_bytes(b""),
+    "no figures": lambda folder: (folder / "patchcl/report/images/1/figures.json").unlink(),
+    "figures of an earlier run": lambda folder: touch(folder / "patchcl/report/outcomes/1.json"),
+    "no outcome": lambda folder: (folder / "patchcl/report/outcomes/1.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_is_not_finished_is_run(folder: Path, change: Callable[[Path], Any]) -> None:
+    assert finished(folder)
+    change(folder)
+    assert finished(folder) is None
+
+
+def test_other_settings_are_another_run(folder: Path) -> None:
+    assert finished(folder, replace(QUICK, result=replace(QUICK.result, class_name="X"))) is None
+    assert finished(folder, replace(QUICK, engine=EngineChoice.TORCH)) is None
+    assert finished(folder, within=("Tumor",)) is None
+    stains = {"image": "CMU-1-Small-Region.svs", "type": "BRIGHTFIELD_H_DAB"}
+    summary = folder / "data" / "1" / "summary.json"
+    summary.parent.mkdir(parents=True)
+    summary.write_text(json.dumps({"imageType": stains["type"]}))
+    assert finished(folder) is None  # its measurements are of other stains
+
+
+def test_failed_tiles_are_tried_again(folder: Path) -> None:
+    path = folder / "patchcl" / "results" / "1" / "result.json"
+    result = json.loads(path.read_text())
+    failed = {"x": 0, "y": 0, "width": 9, "height": 9, "reason": "damaged"}
+    path.write_text(json.dumps(result | {"holes": [failed]}))
+    assert finished(folder) is None
