@@ -390,13 +390,12 @@ def _trace(
     cells in one direction for both.
     """
     rows, cols = labels.shape
-    ahead_row, ahead_col = _SOUTH, _EAST
     edges = 0
     for row in range(rows):
         for col in range(cols):
             if wanted[labels[row, col]]:
                 for way in range(4):
-                    r, c = row - ahead_col[way], col + ahead_row[way]
+                    r, c = row - _EAST[way], col + _SOUTH[way]
                     inside = 0 <= r < rows and 0 <= c < cols
                     edges += not inside or labels[r, c] != labels[row, col]
     points, ring = np.empty((edges, 2)), np.empty(edges, np.int64)
@@ -418,7 +417,7 @@ def _trace(
                 if way == 0:
                     traced[row, col] = True
                 # Outwards is to the left of where the edge leads.
-                r, c = row - ahead_col[way], col + ahead_row[way]
+                r, c = row - _EAST[way], col + _SOUTH[way]
                 other = labels[r, c] if 0 <= r < rows and 0 <= c < cols else 0
                 reach, ends = _until((row, col), (r, c), labels, nearest, distance, shapes, frame)
                 points[edge, 0] = frame.col0 + col + 0.5 + reach * (c - col)
@@ -430,8 +429,8 @@ def _trace(
                     ends_first = ends
                 else:
                     fixed[edge - 1] |= ends
-                next_row, next_col = row + ahead_row[way], col + ahead_col[way]
-                left_row, left_col = next_row - ahead_col[way], next_col + ahead_row[way]
+                next_row, next_col = row + _SOUTH[way], col + _EAST[way]
+                left_row, left_col = next_row - _EAST[way], next_col + _SOUTH[way]
                 # The corner at the end of the edge, as the upper left one of a pixel.
                 junction = _is_junction(labels, row + (way in (1, 2)), col + (way in (0, 1)))
                 fixed[edge] |= junction
