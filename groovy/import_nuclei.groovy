@@ -1459,8 +1459,8 @@ static void measureImport(PathObject region, Map<String, Integer> count) {
 
 /**
  * Counts the nuclei in the 'PatchCL' regions of an image anew, and in the annotations and cores that the run
- * summarised, as they are now: after nuclei were drawn, deleted, classified, moved to other parents or made into cells.
- * 'result' is the content of result.json, null without any. Returns what was measured of each region.
+ * summarised, as they are now: after nuclei were drawn, deleted, classified, moved to other parents or made into
+ * cells. 'result' is the content of result.json, null without any. Returns what was measured of each region.
  * groovy/summarise.groovy and patchcl-qp call this.
  */
 static List<Map<String, Object>> summarise(ImageData<?> imageData, ProjectImageEntry<?> entry, JsonObject result) {
