@@ -374,6 +374,21 @@ def _is_junction(labels: NDArray[np.int32], row: int, col: int) -> bool:
 
 
 @compiled
+def _count_edges(labels: NDArray[np.int32], wanted: Bools) -> int:
+    """The number of pixels' edges along the borders of the ``wanted`` labels."""
+    rows, cols = labels.shape
+    edges = 0
+    for row in range(rows):
+        for col in range(cols):
+            if wanted[labels[row, col]]:
+                for way in range(4):
+                    r, c = row + _SOUTH[way], col + _EAST[way]
+                    inside = 0 <= r < rows and 0 <= c < cols
+                    edges += not inside or labels[r, c] != labels[row, col]
+    return edges
+
+
+@compiled
 def _trace(
     labels: NDArray[np.int32],
     wanted: Bools,
@@ -391,14 +406,7 @@ def _trace(
     """
     rows, cols = labels.shape
     ahead_row, ahead_col = _SOUTH, _EAST
-    edges = 0
-    for row in range(rows):
-        for col in range(cols):
-            if wanted[labels[row, col]]:
-                for way in range(4):
-                    r, c = row - ahead_col[way], col + ahead_row[way]
-                    inside = 0 <= r < rows and 0 <= c < cols
-                    edges += not inside or labels[r, c] != labels[row, col]
+    edges = _count_edges(labels, wanted)
     points, ring = np.empty((edges, 2)), np.empty(edges, np.int64)
     fixed, backwards = np.zeros(edges, np.bool_), np.zeros(edges, np.bool_)
     owner = np.empty(edges, np.int32)
