@@ -374,6 +374,21 @@ def _is_junction(labels: NDArray[np.int32], row: int, col: int) -> bool:
 
 
 @compiled
+def _count_edges(labels: NDArray[np.int32], wanted: Bools) -> int:
+    """The number of pixels' edges along the borders of the ``wanted`` labels."""
+    rows, cols = labels.shape
+    edges = 0
+    for row in range(rows):
+        for col in range(cols):
+            if wanted[labels[row, col]]:
+                for way in range(4):
+                    r, c = row + _SOUTH[way], col + _EAST[way]
+                    inside = 0 <= r < rows and 0 <= c < cols
+                    edges += not inside or labels[r, c] != labels[row, col]
+    return edges
+
+
+@compiled
 def _trace(
     labels: NDArray[np.int32],
     wanted: Bools,
@@ -390,14 +405,8 @@ def _trace(
     cells in one direction for both.
     """
     rows, cols = labels.shape
-    edges = 0
-    for row in range(rows):
-        for col in range(cols):
-            if wanted[labels[row, col]]:
-                for way in range(4):
-                    r, c = row - _EAST[way], col + _SOUTH[way]
-                    inside = 0 <= r < rows and 0 <= c < cols
-                    edges += not inside or labels[r, c] != labels[row, col]
+    ahead_row, ahead_col = _SOUTH, _EAST
+    edges = _count_edges(labels, wanted)
     points, ring = np.empty((edges, 2)), np.empty(edges, np.int64)
     fixed, backwards = np.zeros(edges, np.bool_), np.zeros(edges, np.bool_)
     owner = np.empty(edges, np.int32)
@@ -417,7 +426,7 @@ def _trace(
                 if way == 0:
                     traced[row, col] = True
                 # Outwards is to the left of where the edge leads.
-                r, c = row - _EAST[way], col + _SOUTH[way]
+                r, c = row - ahead_col[way], col + ahead_row[way]
                 other = labels[r, c] if 0 <= r < rows and 0 <= c < cols else 0
                 reach, ends = _until((row, col), (r, c), labels, nearest, distance, shapes, frame)
                 points[edge, 0] = frame.col0 + col + 0.5 + reach * (c - col)
@@ -429,8 +438,8 @@ def _trace(
                     ends_first = ends
                 else:
                     fixed[edge - 1] |= ends
-                next_row, next_col = row + _SOUTH[way], col + _EAST[way]
-                left_row, left_col = next_row - _EAST[way], next_col + _SOUTH[way]
+                next_row, next_col = row + ahead_row[way], col + ahead_col[way]
+                left_row, left_col = next_row - ahead_col[way], next_col + ahead_row[way]
                 # The corner at the end of the edge, as the upper left one of a pixel.
                 junction = _is_junction(labels, row + (way in (1, 2)), col + (way in (0, 1)))
                 fixed[edge] |= junction
