@@ -335,6 +335,15 @@ def test_excel_leaves_texts_as_they_are(tmp_path: Path) -> None:
     assert [row["Image"] for row in rows_of(plain)] == names
 
 
+def test_excel_shows_so_many_rows(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchcl_qupath.exports.command._EXCEL_ROWS", 7)
+    done = call(project.path, "--to", "csv", "--excel")
+    assert "nuclei.csv has 7 rows, and Excel shows 7" in done.stderr
+    assert "Excel" not in call(project.path, "--to", "csv").stderr
+    monkeypatch.setattr("patchcl_qupath.exports.command._EXCEL_ROWS", 8)
+    assert "Excel" not in call(project.path, "--to", "csv", "--excel").stderr
+
+
 def test_nuclei_are_read_some_at_a_time(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = exported(project, "--to", "csv")[0].read_bytes()
     monkeypatch.setattr(nuclei_module, "_BATCH", 2)

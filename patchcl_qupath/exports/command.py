@@ -40,6 +40,7 @@ _NAMES = {  # of files, by what a row is
     ExportRows.CORE: "cores",
 }
 
+_EXCEL_ROWS = 1_048_576  # with the header
 _NOT_COUNTED = {
     ExportRows.REGION: "no regions were counted: patchcl-qp run --summarise CLASS",
     ExportRows.CORE: "no TMA cores were counted: patchcl-qp run --tma",
@@ -135,6 +136,13 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
         if KINDS[request.per] not in kinds:
             notes.append(_NOT_COUNTED[request.per])
     written = _WRITERS[request.to](project, images, request)
+    if request.excel:
+        notes += [
+            f"{path} has {rows:,} rows, and Excel shows {_EXCEL_ROWS:,}: export fewer images, or "
+            "name a folder"
+            for path, rows in written
+            if rows >= _EXCEL_ROWS
+        ]
     return Exported(
         files=tuple(ExportedFile(path=str(path), rows=rows) for path, rows in written),
         left_out=tuple(left_out),
