@@ -9,11 +9,13 @@ DIR has a folder for each labelled set, with the folders images and labels, and 
 no_nuclei. Of each set, all images are in one project; each row trains a model on it as
 `patchcl-qp run` does, and its nuclei are scored as `patchcl-qp score` does: the means of Dice, AJI,
 PQ and F1 over images, nuclei of each kind per 100 true ones, and the objects that the model finds
-per mm² of fat, collagen (which have a few nuclei), ink and glass (which have none). Means of the
-trainings, one for each seed, are printed, ± half of their range. Labels are only used for scores,
-except by the rows of CDCL, which train with a few labelled images or ROIs, and by paper-by-labels:
-it trains with the settings of the paper, without labels, and prints the semantic Dice (of pixels,
-nuclei not separated) of the choices that the program makes, and of those that labels would make.
+per mm² of fat, collagen (which have a few nuclei), ink and glass (which have none). "Foreseen" is
+the rank correlation, over images, of the fraction of nuclei that their probabilities expect to be
+wrong with 1 - F1. Means of the trainings, one for each seed, are printed, ± half of their range.
+Labels are only used for scores, except by the rows of CDCL, which train with a few labelled images
+or ROIs, and by paper-by-labels: it trains with the settings of the paper, without labels, and
+prints the semantic Dice (of pixels, nuclei not separated) of the choices that the program makes,
+and of those that labels would make.
 
 A change counts if it helps, or does not hurt, on every set: save the output with --json of both
 versions in files, and compare them. --pseudo-labels prints what the pseudo-labels are worth that

@@ -121,10 +121,10 @@ def pseudo_labelled(trained: Trained) -> Image.Image:
     mpp, settings = config.slide.mpp, config.selftrain
     glass = [is_glass(crop, mpp, settings) for crop in crops]
     stains = [normaliser.apply(crop) for crop in crops]
-    labels, background = pseudo_labels(stains, glass, confidences, mpp, settings)[-1]
-    core = targets(labels, background)[..., 1] > 0
-    tinted = _tinted(trained.rgb, background, BACKGROUND)
-    tinted = _tinted(tinted, (labels > 0) & ~core, NUCLEUS)
+    labels = pseudo_labels(stains, glass, confidences, mpp, settings)[-1]
+    core = targets(labels.nuclei, labels.background)[..., 1] > 0
+    tinted = _tinted(trained.rgb, labels.background, BACKGROUND)
+    tinted = _tinted(tinted, (labels.nuclei > 0) & ~core, NUCLEUS)
     tinted = _tinted(tinted, core, CORE)
     names = ["H&E", "PatchCL confidence", "pseudo-labels"]
     return _row([trained.rgb, _grey(confidences[-1]), tinted], names)

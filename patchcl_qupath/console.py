@@ -274,20 +274,19 @@ def report_suggestion(
 
 
 def _print_rois(rois: Sequence[SuggestedRoi]) -> None:
-    """A row for each ROI: entropies are means of its tissue, as measured and as expected."""
+    """A row for each ROI, with the fraction of its nuclei that is expected to be wrong."""
     rows = [
         [
             one.image,
             one.roi.name,
             round(one.roi.x),
             round(one.roi.y),
-            f"{one.entropy:.2f}",
-            f"{one.expected:.2f}",
             one.nuclei,
+            f"{one.wrong:.0%}",
         ]
         for one in rois
     ]
-    print_table(["image", "ROI", "x", "y", "entropy (bits)", "expected", "nuclei"], rows)
+    print_table(["image", "ROI", "x", "y", "nuclei", "expected wrong"], rows)
 
 
 def _print_steps(project: Project) -> None:

@@ -22,6 +22,7 @@ from bench.sets import empty_sets, labelled_sets
 from bench.table import QUALITY, mean_of_sets
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config, PatchCLConfig, Recipe
+from patchcl_qupath.evaluation.score import Bin, ImageScore
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
 from patchcl_qupath.slides.prepare import training_crops
@@ -489,3 +490,17 @@ def test_the_mean_of_sets_is_that_of_each_training() -> None:
     assert {"dice", "aji", "pq", "f1", "missed", "spurious", "fat_per_mm2"} < {
         column.measure for column in QUALITY
     }
+
+
+def test_errors_are_foreseen_where_less_probable_images_have_lower_scores() -> None:
+    def image(probability: float, f1: float, nuclei: int = 10) -> ImageScore:
+        low = Bin(low=0, high=0.4, nuclei=nuclei, right=5, mean_probability=probability)
+        empty = Bin(low=0.4, high=1, nuclei=0, right=0, mean_probability=None)
+        return ImageScore(
+            id="1", image="1", nuclei=nuclei, scores={"f1": f1}, reliability=(low, empty)
+        )
+
+    scored = [image(0.05 * k, 0.1 + 0.08 * k) for k in range(10)]
+    assert measure._foreseen(scored) == {"foreseen": pytest.approx(1)}
+    assert measure._foreseen([*scored[1:], image(0.9, 0.0)])["foreseen"] < 0.6
+    assert measure._foreseen([*scored[1:], image(0.9, 0.0, nuclei=0)]) == {}  # of nine

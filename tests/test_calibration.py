@@ -10,14 +10,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
+from test_network import selftraining_log
 from torch import Tensor
 
-from patchcl_qupath.config import Config, EngineChoice
+from patchcl_qupath.config import Config, EngineChoice, SegmentConfig
 from patchcl_qupath.models.model import Calibration, Confidence, Model, features_of
 from patchcl_qupath.models.network import NucleusNetwork, SegmentationNetwork
-from patchcl_qupath.segmentation.probability import nucleus_features, nucleus_probability
+from patchcl_qupath.segmentation.probability import (
+    is_probable,
+    nucleus_features,
+    nucleus_probability,
+)
 from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser, unmix_hed
+from patchcl_qupath.storage.records import to_plain, training_log
 from patchcl_qupath.training.calibration import calibrated, logistic_regression
 
 SIDE = 240
@@ -78,6 +84,22 @@ def test_what_is_found_in_every_view_is_more_probable() -> None:
     assert calibrated(model, crops, lambda *count: None).calibration == trained.calibration
 
 
+def test_nuclei_of_a_refined_model_are_more_probable_where_views_agree_as_much() -> None:
+    image, normaliser, _ = slide()
+    plain = Model(network=_Threshold().eval(), config=TORCH)
+    log = training_log(
+        to_plain(selftraining_log()) | {"cdcl": [{"labelled": 1.0}], "refined_from": "0"}
+    )
+    crops = TrainingCrops((image, image), (normaliser, normaliser), ("1", "1"))
+    features = features_of(np.full(3, 0.8), np.full(3, 40.0), np.full(3, 0.9))
+    probabilities = []
+    for model in (plain, replace(plain, training=log)):
+        calibration = calibrated(model, crops, lambda *count: None).calibration
+        assert calibration is not None
+        probabilities.append(calibration(features))
+    assert (probabilities[1] > probabilities[0] + 0.01).all()
+
+
 def test_few_nuclei_are_no_ground_for_a_calibration() -> None:
     image, normaliser, _ = slide()
     model = Model(network=_Threshold().eval(), config=TORCH)
@@ -113,6 +135,17 @@ def test_without_calibration_the_probability_is_the_mean_of_the_pixels() -> None
     found = Confidence(np.array([[0.6, 0.8, 0.1]], np.float32), None)
     model = Model(network=NucleusNetwork((2, 2, 2)).eval(), config=Config())
     assert nucleus_probability(model, labels, found, 0.5) == pytest.approx([0.7])
+
+
+def test_pale_nuclei_must_be_more_probable_than_others() -> None:
+    plain = Model(network=NucleusNetwork((2, 2, 2)).eval(), config=Config())
+    model = replace(plain, calibration=Calibration(0.5, 1.0, -1.0, 2.0))
+    config = SegmentConfig(min_probability=0.3, min_probability_of_pale=0.7)
+    probability = np.array([0.2, 0.3, 0.6, 0.6, 0.7])
+    is_pale = np.array([False, False, False, True, True])
+    kept = is_probable(model, probability, is_pale, config)
+    assert kept.tolist() == [False, True, True, False, True]
+    assert is_probable(plain, probability, is_pale, config).all()
 
 
 def test_model_keeps_its_calibration(tmp_path: Path) -> None:

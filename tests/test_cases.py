@@ -18,9 +18,10 @@ from PIL import Image
 from slides import check_boxes, scene, shrunk, whole, write_svs, write_tiff
 
 from patchcl_qupath import pipeline
-from patchcl_qupath.config import Config
+from patchcl_qupath.config import Config, ResultConfig
 from patchcl_qupath.datatypes import Box, ImageEntry, Nuclei
 from patchcl_qupath.errors import ImageError, SlideError
+from patchcl_qupath.execution.outcome import note
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.segmentation.segment_tile import (
     TileContext,
@@ -634,6 +635,28 @@ def test_real_fat_and_pale_stroma_are_tissue_and_glass_is_not(shared_data: Path)
             Image.open(folder / "ink_and_edges" / f"{name}.png").convert("RGB").reduce(16)
         )
         assert not tissue_mask(thumbnail, 8.0).any(), name
+
+
+# Other colours
+
+
+@pytest.mark.parametrize(
+    ("turned_hue", "count", "message"),
+    [
+        (0, 5, None),
+        (0, 0, "no nucleus found in its tissue"),
+        (1, 5, "most of it is green as ink, which no stain of nuclei is: left out there"),
+    ],
+)
+def test_tissue_of_no_known_stain_is_noted(
+    tmp_path: Path, square: NDArray[np.uint8], turned_hue: int, count: int, message: str | None
+) -> None:
+    """Green in place of purple, as in no stain of nuclei."""
+    Image.fromarray(np.roll(square, turned_hue, axis=-1)).save(tmp_path / "a.png")
+    image = prepare(entry(tmp_path / "a.png", fallback_mpp=0.5), Config())
+    assert image.is_green == bool(turned_hue)
+    shown = note(entry(tmp_path / "a.png"), image, count, has_tissue=True, settings=ResultConfig())
+    assert shown == message
 
 
 # Small things

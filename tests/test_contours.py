@@ -19,8 +19,8 @@ from patchcl_qupath.segmentation.contours import (
     trace_contours,
 )
 from patchcl_qupath.segmentation.measurements import (
+    NuclearStain,
     glass_around,
-    has_hematoxylin,
     measure,
     shape_measurements,
 )
@@ -254,6 +254,11 @@ def test_contours_at_touching_nuclei_and_at_the_border_stay_between_pixels():
     assert shapely.equals_exact(plain, exact, 1e-9).all()
 
 
+def enough_stain(labels, rgb, config, has_brown=False):
+    stain = NuclearStain.of(labels, rgb, mpp=0.5, config=config)
+    return stain.is_enough(config, has_brown).tolist()
+
+
 def test_nuclei_have_hematoxylin_and_on_glass_more_of_it():
     labels = disc_labels((120, 120), [(20, 20), (20, 80), (80, 20), (80, 80)], 5)
     amounts = {1: 0.2, 2: 0.02, 3: 0.2, 4: 0.4}  # two in stroma, two on glass
@@ -263,10 +268,50 @@ def test_nuclei_have_hematoxylin_and_on_glass_more_of_it():
     for label, amount in amounts.items():
         rgb[labels == label] = np.round(255 * 10 ** -(amount * vector))
     config = SegmentConfig(min_hematoxylin=0.05, min_hematoxylin_on_glass=0.3, max_glass=0.3)
-    assert has_hematoxylin(labels, rgb, 0.5, config).tolist() == [True, False, False, True]
+    assert enough_stain(labels, rgb, config) == [True, False, False, True]
     anywhere = replace(config, max_glass=1.0)
-    assert has_hematoxylin(labels, rgb, 0.5, anywhere).tolist() == [True, False, True, True]
-    assert len(has_hematoxylin(np.zeros_like(labels), rgb, 0.5, config)) == 0
+    assert enough_stain(labels, rgb, anywhere) == [True, False, True, True]
+    assert enough_stain(np.zeros_like(labels), rgb, config) == []
+
+
+def test_ink_is_no_nucleus_but_brown_and_violet_are():
+    densities = {
+        "hematoxylin": (0.65, 0.70, 0.29),
+        "violet": (0.30, 0.62, 0.33),
+        "DAB": (0.27, 0.57, 0.78),
+        "green ink": (0.60, 0.25, 0.38),
+        "red ink": (0.05, 0.90, 0.80),
+        "nucleus under a haze of green": (0.75, 0.70, 0.50),
+    }
+    at = [(20, 20), (20, 60), (20, 100), (60, 20), (60, 60), (60, 100)]
+    labels = disc_labels((80, 120), at, 6)
+    rgb = np.full((80, 120, 3), 200, dtype=np.uint8)
+    for label, density in enumerate(densities.values(), start=1):
+        rgb[labels == label] = np.round(255 * 10 ** -np.array(density))
+    config = SegmentConfig()
+    of_brown_slide = enough_stain(labels, rgb, config, has_brown=True)
+    assert dict(zip(densities, of_brown_slide, strict=True)) == {
+        "hematoxylin": True,
+        "violet": True,
+        "DAB": True,
+        "green ink": False,
+        "red ink": False,
+        "nucleus under a haze of green": True,
+    }
+    assert enough_stain(labels, rgb, config) == [True] * 2 + [False] * 3 + [True]
+
+
+def test_what_has_less_hematoxylin_than_eosin_and_little_of_it_is_pale():
+    amounts = [(0.15, 0.3), (0.15, 0.05), (0.4, 0.6)]  # of hematoxylin and eosin
+    labels = disc_labels((60, 120), [(30, 20), (30, 60), (30, 100)], 6)
+    rgb = np.full((60, 120, 3), 200, dtype=np.uint8)
+    for label, amount in enumerate(amounts, start=1):
+        density = np.array(amount) @ np.array(H_E.vectors)
+        rgb[labels == label] = np.round(255 * 10**-density)
+    config = SegmentConfig(pale_hematoxylin=0.2)
+    stain = NuclearStain.of(labels, rgb, mpp=0.5, config=config)
+    assert np.allclose([*zip(stain.hematoxylin, stain.eosin, strict=True)], amounts, atol=0.01)
+    assert stain.is_pale(config).tolist() == [True, False, False]
 
 
 def test_glass_around_a_pixel_is_the_same_in_each_tile():

@@ -60,8 +60,8 @@ def tissue(labels, depth=1.0):
 def find(stains, prediction, config=CONFIG, glass=None):
     """Pseudo-labels of a slide of one crop, all tissue but for ``glass``."""
     glass = np.zeros(prediction.shape, bool) if glass is None else glass
-    ((labels, background),) = pseudo_labels([stains], [glass], [prediction], MPP, config)
-    return labels, background
+    (found,) = pseudo_labels([stains], [glass], [prediction], MPP, config)
+    return found.nuclei, found.background
 
 
 def test_clear_nuclei_are_labelled_and_the_rest_is_background():
@@ -313,6 +313,21 @@ def test_the_nuclei_of_a_network_and_all_else_as_background_are_its_pseudo_label
     np.testing.assert_array_equal(labels.background, labels.nuclei == 0)
 
 
+def test_what_a_network_finds_in_an_artefact_is_taught_as_background():
+    nuclei = discs((60, 110), [(30, 20, 8), (30, 60, 8), (30, 90, 8)])
+    artefacts = np.zeros((60, 110), bool)
+    artefacts[:, 55:84] = True  # all of the second nucleus, and a piece of the third
+    stains, _ = tissue(nuclei)
+    nothing = PseudoLabels(0 * nuclei, artefacts, artefacts)
+    found = LabelledCrop(stains, PseudoLabels(nuclei, nuclei == 0))
+    labels = selftrain.without_artefacts(found, LabelledCrop(stains, nothing)).labels
+    np.testing.assert_array_equal(labels.nuclei > 0, (nuclei == 1) | (nuclei == 3))
+    assert len(np.unique(labels.nuclei)) == 3
+    np.testing.assert_array_equal(labels.background, labels.nuclei == 0)
+    assert labels.artefacts is artefacts  # for the next round
+    assert selftrain.without_artefacts(found, found) is found
+
+
 def test_a_component_of_two_nuclei_is_separated_and_one_nucleus_is_not():
     two = discs((60, 110), [(30, 25, 8), (30, 39, 8)]) > 0
     one = discs((60, 110), [(30, 80, 8)]) > 0
@@ -343,7 +358,7 @@ def test_pasted_nuclei_touch_others_and_have_the_outlines_of_their_originals():
     stains, labels = touching_scene()
     kept = stains.copy(), labels.nuclei.copy(), labels.background.copy()
     pasted, found = with_touching_nuclei(stains, labels, 0.5, np.random.default_rng(0))
-    for before, now in zip(kept, (stains, *labels), strict=True):
+    for before, now in zip(kept, (stains, labels.nuclei, labels.background), strict=True):
         np.testing.assert_array_equal(before, now)  # what was given stays
     new = found.nuclei.max() - 12
     assert 1 <= new <= 6

@@ -21,7 +21,7 @@ from conftest import QUICK
 from patchcl_qupath import pipeline
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, ObjectType
-from patchcl_qupath.correction.suggest import Candidates, choose, expected_entropy, suggest
+from patchcl_qupath.correction.suggest import Candidates, choose, suggest
 from patchcl_qupath.datatypes import ImageEntry, Nuclei
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.project.jvm import Process
@@ -54,6 +54,7 @@ def grid(rows: int, cols: int, slide: int = 0, seed: int = 0, **columns: float) 
         "tissue": np.ones(count),
         "entropy": 0.1 + nuclei / 1000 + rng.normal(0, 0.02, count),
         "nuclei": nuclei,
+        "wrong": rng.uniform(0.2, 0.4, count),
         "hematoxylin": rng.uniform(0.2, 0.6, count),
         "area": rng.uniform(20, 60, count),
     }
@@ -61,10 +62,10 @@ def grid(rows: int, cols: int, slide: int = 0, seed: int = 0, **columns: float) 
 
 
 def test_a_roi_has_tissue_and_nuclei() -> None:
-    """Even if the network is most uncertain elsewhere."""
+    """Even if more nuclei are wrong elsewhere."""
     candidates = grid(6, 6)
-    candidates.tissue[::2], candidates.entropy[::2] = 0.3, 1.0
-    candidates.nuclei[1::4], candidates.entropy[1::4] = 3, 1.0
+    candidates.tissue[::2], candidates.wrong[::2] = 0.3, 0.9
+    candidates.nuclei[1::4], candidates.wrong[1::4] = 3, 0.9
     chosen = choose(candidates, 36)
     assert chosen
     assert (candidates.tissue[chosen] >= 0.5).all()
@@ -95,9 +96,9 @@ def test_rois_never_overlap_or_touch_and_may_be_fewer() -> None:
 
 
 def test_slides_have_equal_numbers_of_rois() -> None:
-    """Though one of them is more uncertain than all others."""
+    """Though one of them has more nuclei that may be wrong than all others."""
     slides = [grid(4, 4, slide=k, seed=k) for k in range(5)]
-    slides[3].entropy[:] += 0.4
+    slides[3].wrong[:] += 0.4
     candidates = Candidates.concatenate(slides)
     for count in (1, 4, 5, 8, 10):
         on = np.bincount(candidates.slides[choose(candidates, count)], minlength=5)
@@ -112,25 +113,22 @@ def test_a_small_slide_does_not_limit_the_others() -> None:
     assert on.tolist() == [1, 4]
 
 
-def test_the_excess_over_the_expected_entropy_counts() -> None:
-    """Dense ROIs have the highest entropy, by their contours; a sparse one has the most excess."""
+def test_the_fraction_that_may_be_wrong_counts() -> None:
+    """Neither the number of nuclei, nor the entropy, which grows with it."""
     candidates = grid(8, 8)
-    sparse = int(np.argmin(candidates.nuclei))
-    candidates.entropy[sparse] += 0.15
-    assert candidates.entropy[sparse] < candidates.entropy.max() - 0.1
-    assert choose(candidates, 1) == [sparse]
-    excess = candidates.entropy - expected_entropy(candidates)
-    assert excess[np.arange(64) != sparse] == pytest.approx(0, abs=0.08)
-    assert excess[sparse] > 0.1
+    doubtful = int(np.argmin(candidates.nuclei))
+    candidates.wrong[doubtful] = 0.45
+    assert candidates.entropy[doubtful] < candidates.entropy.max() - 0.1
+    assert choose(candidates, 1) == [doubtful]
 
 
 def test_rois_are_diverse() -> None:
     """Two kinds of tissue, one of them rare: both are chosen, whichever is more uncertain."""
-    candidates = grid(10, 10, nuclei=200, entropy=0.4, area=30.0, hematoxylin=0.3)
-    candidates.entropy[:] += np.random.default_rng(0).normal(0, 0.001, 100)
+    candidates = grid(10, 10, nuclei=200, entropy=0.4, wrong=0.3, area=30.0, hematoxylin=0.3)
+    candidates.wrong[:] += np.random.default_rng(0).normal(0, 0.001, 100)
     rare = [77, 79, 97]
     candidates.area[rare], candidates.hematoxylin[rare] = 80, 0.6
-    candidates.entropy[rare] = 0.4
+    candidates.wrong[rare] = 0.3
     chosen = choose(candidates, 3)
     assert len(set(rare) & set(chosen[:2])) == 1
     assert len(set(rare) & set(chosen)) < 3
@@ -153,7 +151,7 @@ def test_the_choice_is_deterministic() -> None:
     again = Candidates.concatenate([grid(6, 6, slide=k, seed=k) for k in range(3)])
     assert choose(candidates, 7) == choose(again, 7)
     assert choose(candidates, 7)[:4] == choose(candidates, 4)  # more ROIs include the first ones
-    same = grid(5, 5, nuclei=100, entropy=0.5, hematoxylin=0.3, area=30.0)
+    same = grid(5, 5, nuclei=100, entropy=0.5, wrong=0.3, hematoxylin=0.3, area=30.0)
     assert len(choose(same, 4)) == 4
 
 
@@ -207,11 +205,15 @@ def test_suggest_from_the_command_line(path: Path, ran: tuple[Path, Nuclei]) -> 
     for number, one in enumerate(suggested["fields"], start=1):
         field = one["field"]
         assert field["name"] == f"ROI {number} of 3"
-        assert f"{one['doubt']:.2f} bits" in field["description"]
         x, y, width, height = (field[key] for key in ("x", "y", "width", "height"))
         assert width == height == pytest.approx(256 / 0.499, rel=0.02)
         box = shapely.box(x, y, x + width, y + height)
-        assert one["nuclei"] == pytest.approx(shapely.contains(box, centroids).sum(), rel=0.02)
+        inside = shapely.contains(box, centroids)
+        assert one["nuclei"] == pytest.approx(inside.sum(), rel=0.02)
+        probability = ran[1].measurements["Detection probability"][inside]
+        assert one["wrong"] == pytest.approx(1 - probability.mean(), abs=0.01)
+        expected = f"Of {one['nuclei']} nuclei, {one['wrong']:.0%} are expected to be wrong."
+        assert field["description"].startswith(expected)
         assert one["tissue"] >= 0.75
     again = json.loads(call("suggest", path, "--rois", 3, "--json").stdout)["fields"]
     for one, other in zip(suggested["fields"], again, strict=True):

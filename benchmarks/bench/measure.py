@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import msgspec
+from scipy.stats import spearmanr
 
 from bench.cache import Cache, code
 from bench.sets import ImageSet, project_of
@@ -37,6 +38,7 @@ from patchcl_qupath.training import patchcl
 
 Measures = dict[str, float]
 
+_LEAST_IMAGES = 10  # that a correlation is given of
 _WORST = 3  # images of each set that are named where pictures are drawn
 _NOT_OF_TRAINING = ("segment", "result", "cdcl", "engine")
 _NOT_OF_A_RUN = ("recipe", "patchcl", "selftrain", "cdcl", "result", "engine")
@@ -94,7 +96,7 @@ class Bench:
             for each in reliability_in_total(scored)
             if each.nuclei
         }
-        return {**mean(scored), **per_100_true(scored), **empty, **right}
+        return {**mean(scored), **per_100_true(scored), **empty, **right, **_foreseen(scored)}
 
     def scored(self, model: Model, images: ImageSet, name: str) -> list[ImageScore]:
         """The scores of a model's nuclei in each image of a labelled set."""
@@ -203,6 +205,20 @@ def progress(step: Progress) -> None:
     """Show progress on a terminal."""
     if sys.stderr.isatty():
         print(f"\r{step.label}: {step.done} of {step.total} ", end="\r", file=sys.stderr)
+
+
+def _foreseen(scored: Sequence[ImageScore]) -> Measures:
+    """Spearman's correlation, over images, of the fraction of nuclei that their probabilities
+    expect to be wrong with 1 - F1: by the former, `patchcl-qp suggest` chooses."""
+    expected, wrong = [], []
+    for image in scored:
+        bins = [(each.nuclei, each.mean_probability) for each in image.reliability if each.nuclei]
+        if image.nuclei:
+            expected.append(1 - sum(n * (p or 0) for n, p in bins) / image.nuclei)
+            wrong.append(1 - image.scores["f1"])
+    if len(expected) < _LEAST_IMAGES:
+        return {}
+    return {"foreseen": float(spearmanr(expected, wrong).statistic)}
 
 
 def _scores(plain: Any) -> list[ImageScore]:

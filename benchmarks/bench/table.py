@@ -48,7 +48,8 @@ KINDS = tuple(Column(kind, _TITLES.get(kind, str(kind)), 1, kind is Kind.RIGHT) 
 ON_EMPTY = tuple(Column(f"{name}_per_mm2", name.replace("_", "+"), 0, False) for name in EMPTY)
 IN_ROIS = Column("roi_recall", "in ROIs", 3, True)
 SEMANTIC = Column("semantic_dice", "sem. Dice", 3, True)
-QUALITY = (*SCORES, *KINDS, *ON_EMPTY, IN_ROIS, SEMANTIC)
+FORESEEN = Column("foreseen", "foreseen", 2, True)
+QUALITY = (*SCORES, *KINDS, *ON_EMPTY, FORESEEN, IN_ROIS, SEMANTIC)
 PSEUDO_LABELS = (
     Column("nucleus", "nucleus", 2, True),
     Column("background", "background", 2, True),

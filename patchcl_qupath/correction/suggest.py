@@ -1,11 +1,12 @@
 """ROIs worth correcting, chosen by active learning: uncertain ones, diverse, on all slides.
 
-Uncertainty is the predictive entropy of the network (uncertainty sampling: D. Lewis, W. Gale, *A
-Sequential Algorithm for Training Text Classifiers*, SIGIR 1994). Entropy grows with the number of
-nuclei, since their contours are uncertain. So the acquisition score is the rank of the excess over
-the entropy that is expected at a ROI's density of nuclei. It is multiplied by the distance to the
-ROIs chosen so far, in a space of features: a greedy core-set (O. Sener, S. Savarese, *Active
-Learning for Convolutional Neural Networks: A Core-Set Approach*, ICLR 2018).
+The acquisition score is the rank of the fraction of nuclei that are expected to be wrong, which is
+the mean of 1 minus their probability (least confidence; D. Lewis, W. Gale, *A Sequential Algorithm
+for Training Text Classifiers*, SIGIR 1994). It follows the errors of the images of four labelled
+sets far better than the predictive entropy of pixels does, which grows with all contours, right or
+wrong (``docs/measured.md``). The score is multiplied by the distance to the ROIs chosen so far, in
+a space of features: a greedy core-set (O. Sener, S. Savarese, *Active Learning for Convolutional
+Neural Networks: A Core-Set Approach*, ICLR 2018).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ MIN_TISSUE = 0.5  # tissue fraction of ROIs on slides that have none with FULL_T
 MIN_NUCLEI = 10  # with fewer, corrections may leave a ROI without nuclei, which cannot be used
 MIN_GAP_PX = 1.0  # at level 0; ROIs that are nearer touch
 MAX_FEATURE = 3.0  # standard deviations at which features are clipped
-HEMATOXYLIN, AREA = "Hematoxylin: Mean", "Area µm^2"  # measurements of nuclei
+# Measurements of nuclei
+PROBABILITY, HEMATOXYLIN, AREA = "Detection probability", "Hematoxylin: Mean", "Area µm^2"
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -43,7 +45,8 @@ class Candidates:
 
     ``slides`` are numbers of slides from 0; ``boxes`` are at level 0; ``tissue`` is the tissue
     fraction; ``entropy`` the mean predictive entropy of tissue, in bits; ``nuclei`` the number of
-    nuclei, ``hematoxylin`` their mean optical density, ``area`` their median area in µm².
+    nuclei, ``wrong`` the fraction of them that is expected to be wrong, ``hematoxylin`` their mean
+    optical density, ``area`` their median area in µm².
     """
 
     slides: Integers
@@ -51,6 +54,7 @@ class Candidates:
     tissue: Floats
     entropy: Floats
     nuclei: Integers
+    wrong: Floats
     hematoxylin: Floats
     area: Floats
 
@@ -82,12 +86,12 @@ class SuggestedRoi(
     Record,
     frozen=True,
     kw_only=True,
-    rename={"roi": "field", "entropy": "doubt", "expected": "usual"},
+    rename={"roi": "field", "entropy": "doubt"},
 ):
     """A ROI that was marked, and the reasons.
 
     ``id`` is that of the image. ``tissue`` is a fraction; ``entropy`` the mean predictive entropy
-    in bits, ``expected`` that of ROIs of the same density of ``nuclei``.
+    in bits; ``wrong`` the fraction of its ``nuclei`` that is expected to be wrong.
     """
 
     id: str
@@ -95,8 +99,8 @@ class SuggestedRoi(
     roi: CorrectionRoi
     tissue: float
     entropy: float
-    expected: float
     nuclei: int
+    wrong: float
 
 
 class Suggestion(Record, frozen=True, kw_only=True, rename={"rois": "fields"}):
@@ -125,7 +129,6 @@ def suggest(project: Project, entries: Sequence[ImageEntry], count: int) -> Sugg
             f"no ROI is {MIN_TISSUE:.0%} tissue with {MIN_NUCLEI} nuclei or more, and apart from "
             "those that are corrected: add slides with more tissue, or draw ROIs yourself"
         )
-    expected = expected_entropy(candidates)
     image_of = np.repeat(np.arange(len(found.entries)), [len(part) for part in found.candidates])
     suggested: list[SuggestedRoi] = []
     done: list[str] = []
@@ -136,7 +139,6 @@ def suggest(project: Project, entries: Sequence[ImageEntry], count: int) -> Sugg
                 entry=entry,
                 candidates=candidates,
                 row=row,
-                expected=float(expected[row]),
                 name=f"ROI {number} of {len(chosen)}",
             )
             for number, row in enumerate(chosen, start=1)
@@ -192,18 +194,10 @@ def choose(
     return chosen
 
 
-def expected_entropy(candidates: Candidates) -> Floats:
-    """(N,) the entropy expected at each density: linear regression over usable candidates."""
-    density, entropy = candidates.density[candidates.usable], candidates.entropy[candidates.usable]
-    deviation = density - density.mean()
-    slope = deviation @ (entropy - entropy.mean()) / max(float(deviation @ deviation), 1e-9)
-    return np.asarray(entropy.mean() + slope * (candidates.density - density.mean()))
-
-
 def _acquisition_scores(candidates: Candidates) -> Floats:
-    """(N,) in (0, 1]: the rank of the excess over the expected entropy."""
-    excess = candidates.entropy - expected_entropy(candidates)
-    return np.asarray((np.argsort(np.argsort(excess, kind="stable")) + 1) / len(excess))
+    """(N,) in (0, 1]: the rank of the fraction of nuclei that is expected to be wrong."""
+    rank = np.argsort(np.argsort(candidates.wrong, kind="stable"))
+    return np.asarray((rank + 1) / len(candidates))
 
 
 def _features(candidates: Candidates) -> Floats:
@@ -289,6 +283,7 @@ def _no_candidates() -> Candidates:
         tissue=floats,
         entropy=floats,
         nuclei=integers,
+        wrong=floats,
         hematoxylin=floats,
         area=floats,
     )
@@ -300,14 +295,16 @@ def _candidates_from(slide: int, uncertainty: UncertaintyGrid, nuclei: Nuclei) -
     width, height = fovs.size
     inside = _nuclei_inside(fovs, nuclei)
     missing = np.zeros(len(nuclei), dtype=np.float32)  # for stains without hematoxylin
-    hematoxylin = nuclei.measurements.get(HEMATOXYLIN, missing)
-    area = nuclei.measurements.get(AREA, missing)
+    probability, hematoxylin, area = (
+        nuclei.measurements.get(name, missing) for name in (PROBABILITY, HEMATOXYLIN, AREA)
+    )
     return Candidates(
         slides=np.full(len(fovs), slide),
         boxes=shapely.box(fovs.x, fovs.y, fovs.x + width, fovs.y + height),
         tissue=fovs.tissue,
         entropy=fovs.entropy,
         nuclei=fovs.nuclei,
+        wrong=np.array([1 - probability[i].mean() if len(i) else 0.0 for i in inside], float),
         hematoxylin=np.array([hematoxylin[i].mean() if len(i) else 0.0 for i in inside], float),
         area=np.array([np.median(area[i]) if len(i) else 0.0 for i in inside], float),
     )
@@ -327,17 +324,15 @@ def _nuclei_inside(fovs: FieldsOfView, nuclei: Nuclei) -> list[NDArray[np.intp]]
     return [order[b:e] for b, e in zip(begin, end, strict=True)]
 
 
-def _suggested(
-    *, entry: ImageEntry, candidates: Candidates, row: int, expected: float, name: str
-) -> SuggestedRoi:
+def _suggested(*, entry: ImageEntry, candidates: Candidates, row: int, name: str) -> SuggestedRoi:
     x0, y0, x1, y1 = (round(value, 2) for value in candidates.boxes[row].bounds)
-    entropy, nuclei = float(candidates.entropy[row]), int(candidates.nuclei[row])
+    wrong, nuclei = float(candidates.wrong[row]), int(candidates.nuclei[row])
     roi = CorrectionRoi(
         id=str(uuid.uuid4()),  # a ROI that a person deleted may be suggested again
         name=name,
         description=(
-            f"Predictive entropy {entropy:.2f} bits, expected {expected:.2f}. Correct every "
-            f"nucleus that reaches into the ROI, then set the ROI's class to '{CORRECTED}'."
+            f"Of {nuclei} nuclei, {wrong:.0%} are expected to be wrong. Correct every nucleus that "
+            f"reaches into the ROI, then set the ROI's class to '{CORRECTED}'."
         ),
         x=x0,
         y=y0,
@@ -349,7 +344,7 @@ def _suggested(
         image=entry.name,
         roi=roi,
         tissue=float(candidates.tissue[row]),
-        entropy=entropy,
-        expected=expected,
+        entropy=float(candidates.entropy[row]),
         nuclei=nuclei,
+        wrong=wrong,
     )

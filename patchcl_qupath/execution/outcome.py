@@ -92,6 +92,10 @@ def note(
         )
     if not has_tissue:
         notes.append("no tissue in its regions" if entry.regions else "no tissue found, only glass")
+    elif image.is_green:
+        notes.append("most of it is green as ink, which no stain of nuclei is: left out there")
+    elif not count:
+        notes.append("no nucleus found in its tissue")
     is_auto = settings.object_type is ObjectType.AUTO
     if is_auto and settings.kind(count) is ObjectType.DETECTION:
         notes.append(f"more than {settings.max_annotations:,} nuclei: written as detections")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import shapely
 from numpy.typing import NDArray
@@ -10,7 +12,13 @@ from scipy import ndimage
 from patchcl_qupath.compiled import compiled
 from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.datatypes import Polygons, StainVectors
-from patchcl_qupath.slides.stains import H_E, densities, hematoxylin
+from patchcl_qupath.slides.stains import (
+    H_E,
+    colour_densities,
+    densities,
+    is_green_ink,
+    is_red_ink,
+)
 
 _GLASS = 225  # grey of a pixel that lets nearly all light through
 _AROUND_UM = 8.0
@@ -41,18 +49,42 @@ def measure(
     return {name: values.astype(np.float32) for name, values in named.items()}
 
 
-def has_hematoxylin(
-    labels: NDArray[np.int32], rgb: NDArray[np.uint8], mpp: float, config: SegmentConfig
-) -> NDArray[np.bool_]:
-    """(N,) whether labels 1..N (H, W) have the hematoxylin of nuclei; on glass more is asked for.
+class NuclearStain(NamedTuple):
+    """Mean optical densities (N,) of labels, by QuPath's default vectors, whatever is measured."""
 
-    By QuPath's default vector, whatever stains are measured, in pixels (H, W, 3) of ``mpp`` µm.
-    """
-    count = int(labels.max(initial=0))
-    amount = means(labels, count, hematoxylin(rgb))
-    on_glass = means(labels, count, glass_around(rgb, mpp)) > config.max_glass
-    least = np.where(on_glass, config.min_hematoxylin_on_glass, config.min_hematoxylin)
-    return np.asarray(amount >= least)
+    hematoxylin: NDArray[np.float64]
+    eosin: NDArray[np.float64]
+    is_ink: NDArray[np.bool_]  # green or red, as no stain of nuclei is
+    on_glass: NDArray[np.bool_]  # as membranes of fat cells are
+
+    @classmethod
+    def of(
+        cls, labels: NDArray[np.int32], rgb: NDArray[np.uint8], mpp: float, config: SegmentConfig
+    ) -> NuclearStain:
+        """That of labels 1..N (H, W) in pixels (H, W, 3) of ``mpp`` µm."""
+        count = int(labels.max(initial=0))
+        red, green, blue = (means(labels, count, colour) for colour in colour_densities(rgb))
+        hematoxylin, eosin = (means(labels, count, stain) for stain in densities(rgb, H_E).values())
+        return cls(
+            hematoxylin=hematoxylin,
+            eosin=eosin,
+            is_ink=is_green_ink(red, green, blue) | is_red_ink(red, green, blue),
+            on_glass=means(labels, count, glass_around(rgb, mpp)) > config.max_glass,
+        )
+
+    def is_enough(self, config: SegmentConfig, has_brown: bool) -> NDArray[np.bool_]:
+        """(N,) which may be nuclei: those with hematoxylin, on glass more of it.
+
+        On slides that have a brown chromogen, brown nuclei have none.
+        """
+        least = np.where(self.on_glass, config.min_hematoxylin_on_glass, config.min_hematoxylin)
+        return np.asarray(~self.is_ink & (has_brown | (self.hematoxylin >= least)))
+
+    def is_pale(self, config: SegmentConfig) -> NDArray[np.bool_]:
+        """(N,) which have little hematoxylin, and less of it than of eosin, as collagen has."""
+        return np.asarray(
+            (self.hematoxylin < config.pale_hematoxylin) & (self.hematoxylin < self.eosin)
+        )
 
 
 def glass_around(rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.float32]:

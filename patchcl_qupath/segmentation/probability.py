@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.models.model import Confidence, Model, features_of
 from patchcl_qupath.segmentation.measurements import maxima, means
 
@@ -20,6 +21,22 @@ def nucleus_probability(
     if model.calibration is None:
         return means(labels, int(labels.max(initial=0)), found.nucleus)
     return model.calibration(nucleus_features(labels, found, mpp))
+
+
+def is_probable(
+    model: Model,
+    probability: NDArray[np.float64],
+    is_pale: NDArray[np.bool_],
+    config: SegmentConfig,
+) -> NDArray[np.bool_]:
+    """(N,) which are probable enough to be kept; of pale nuclei (N,) more is asked.
+
+    All are where the model has no calibration: a mean of pixels is no probability of a nucleus.
+    """
+    if model.calibration is None:
+        return np.ones(len(probability), np.bool_)
+    least = np.where(is_pale, config.min_probability_of_pale, config.min_probability)
+    return np.asarray(probability >= least)
 
 
 def nucleus_features(

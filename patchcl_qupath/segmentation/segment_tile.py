@@ -16,8 +16,8 @@ from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Confidence, Model, confidence
 from patchcl_qupath.segmentation.contours import centroids, nuclei_of_tile, to_level0
 from patchcl_qupath.segmentation.instances import instances, postprocessing_margin_um
-from patchcl_qupath.segmentation.measurements import has_hematoxylin
-from patchcl_qupath.segmentation.probability import nucleus_probability
+from patchcl_qupath.segmentation.measurements import NuclearStain
+from patchcl_qupath.segmentation.probability import is_probable, nucleus_probability
 from patchcl_qupath.segmentation.uncertainty import (
     bin_px,
     merge_grids,
@@ -123,12 +123,13 @@ def _measure(
     image, settings, tile = context.image, context.config.segment, predicted.tile
     rows, cols = centroids(labels, tile)
     owned = tile.write.holds(rows, cols) & _in_tissue(image, tile.write, rows, cols)
-    if not (image.normaliser and image.normaliser.has_brown):  # brown nuclei have none
-        owned &= has_hematoxylin(labels, predicted.rgb, image.slide.mpp, settings)
+    stain = NuclearStain.of(labels, predicted.rgb, image.slide.mpp, settings)
+    has_brown = image.normaliser is not None and image.normaliser.has_brown
+    owned &= stain.is_enough(settings, has_brown)
     found = Confidence(predicted.probability, predicted.core)
     probability = nucleus_probability(context.model, labels, found, image.slide.mpp)
-    if context.model.calibration is not None:
-        owned &= probability >= settings.min_probability
+    is_pale = stain.is_pale(settings) & (not has_brown)
+    owned &= is_probable(context.model, probability, is_pale, settings)
     nuclei = nuclei_of_tile(
         labels=labels,
         owned=owned,

@@ -19,7 +19,12 @@ from patchcl_qupath.errors import DamagedError, ImageError, TrainingError
 from patchcl_qupath.overlap import Stop, overlapped
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.slides.stains import StainNormaliser, stains_to_measure
+from patchcl_qupath.slides.stains import (
+    StainNormaliser,
+    colour_densities,
+    is_green_ink,
+    stains_to_measure,
+)
 from patchcl_qupath.slides.tissue import (
     check_brightfield,
     sample_boxes,
@@ -32,6 +37,7 @@ from patchcl_qupath.storage.records import TILE_FORMAT, file_signature, to_plain
 _NORMALISER_CROPS = 24  # crops that the normaliser is fitted to
 _NORMALISER_CROP_PX = 256
 _READ_AT_ONCE = 4  # slides, for training crops
+_STAINED = 0.15  # mean optical density of the colours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +47,7 @@ class PreparedImage:
     ``tissue`` (h, w) is its mask, whose px are ``tissue_px`` working px wide. ``normaliser`` is
     fitted to all tissue, in the analysis region or not; None where there is no tissue. ``region``
     is the analysis region on the working grid; None for the whole image. ``stains`` are measured.
+    ``is_green`` where most of the tissue has the colour of green ink.
     """
 
     id: str
@@ -50,6 +57,7 @@ class PreparedImage:
     normaliser: StainNormaliser | None
     region: shapely.Geometry | None
     stains: StainVectors
+    is_green: bool = False
 
     def tissue_mm2(self, region: shapely.Geometry | None = None) -> float:
         """Area of the tissue in a region (level 0), or in the analysis region, in mm²."""
@@ -116,8 +124,15 @@ def prepare(entry: ImageEntry, config: Config) -> PreparedImage:
     )
     if not tissue.any():
         return image
-    crops = image.crops(_NORMALISER_CROPS, _NORMALISER_CROP_PX, seed=0)
-    return replace(image, normaliser=StainNormaliser.fit(crops))
+    crops = [*image.crops(_NORMALISER_CROPS, _NORMALISER_CROP_PX, seed=0)]
+    return replace(image, normaliser=StainNormaliser.fit(crops), is_green=_are_green(crops))
+
+
+def _are_green(crops: Sequence[NDArray[np.uint8]]) -> bool:
+    """Whether most of the stained pixels of crops (H, W, 3) are green."""
+    density = np.concatenate([colour_densities(crop).reshape(3, -1) for crop in crops], axis=1)
+    stained = density[:, density.mean(axis=0) > _STAINED]  # (3, N)
+    return bool(stained.size and is_green_ink(*stained).mean() > 0.5)
 
 
 def _region(entry: ImageEntry, slide: Slide) -> shapely.Geometry | None:

@@ -26,6 +26,8 @@ from patchcl_qupath.slides.stain_vectors import stains_to_measure as stains_to_m
 # Hematoxylin, eosin and DAB of Ruifrok & Johnston, for the input of networks. Rows are stains.
 RUIFROK_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
+Densities = NDArray[np.floating]
+
 _LEVELS = np.arange(256, dtype=np.float64)
 _OD_NETWORK = np.maximum(0, -np.log(np.maximum(_LEVELS, 1) / 245))  # glass is seldom brighter
 
@@ -59,6 +61,7 @@ def _measured(stains: StainVectors) -> NDArray[np.float32]:
 
 
 _HED_TABLES = _tables(RUIFROK_HED, _OD_NETWORK)
+_COLOUR_TABLES = _tables(np.eye(3), -np.log10(np.maximum(_LEVELS, 1) / 255))
 
 
 @compiled
@@ -83,9 +86,28 @@ def densities(rgb: NDArray[np.uint8], stains: StainVectors = H_E) -> dict[str, N
     return dict(zip(stains.names, planes, strict=True))
 
 
-def hematoxylin(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """From RGB (..., 3) to the optical density (...) of hematoxylin, QuPath's default vector."""
-    return np.asarray(_planes(rgb, _measured(H_E)[..., :1])[0])
+def colour_densities(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """From RGB (..., 3) to the optical densities of red, green and blue (3, ...), not unmixed."""
+    return _planes(rgb, _COLOUR_TABLES)
+
+
+# Of 25,000 nuclei, in H&E, hematoxylin alone, or with DAB, the density of green is at least 0.94 of
+# the lesser of red and blue, and that of red at least 0.42 of the lesser of green and blue.
+_GREEN_INK = 0.9
+_RED_INK = 0.35
+
+
+def is_green_ink(red: Densities, green: Densities, blue: Densities) -> NDArray[np.bool_]:
+    """Whether optical densities (N,) are those of green ink, which no stain of tissue is."""
+    return np.asarray(green < _GREEN_INK * np.minimum(red, blue))
+
+
+def is_red_ink(red: Densities, green: Densities, blue: Densities) -> NDArray[np.bool_]:
+    """Whether optical densities (N,) are those of red ink, and not those of a nucleus.
+
+    Eosin alone may be as red.
+    """
+    return np.asarray(red < _RED_INK * np.minimum(green, blue))
 
 
 def unmix_hed(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:

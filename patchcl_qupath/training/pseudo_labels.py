@@ -41,6 +41,7 @@ class PseudoLabels(NamedTuple):
 
     nuclei: NDArray[np.int32]  # labels (H, W), 1..N
     background: NDArray[np.bool_]  # (H, W)
+    artefacts: NDArray[np.bool_] | None = None  # (H, W): of the background, see ``artefact_mask``
 
 
 def pseudo_labels(
@@ -92,7 +93,13 @@ def pseudo_labels(
         background |= artefacts
         mean_confidence = means(labels, int(labels.max(initial=0)), confidence)
         confident = np.append(False, mean_confidence >= config.min_confidence)
-        found.append(PseudoLabels(keep_labels(labels, confident), background & (labels == 0)))
+        found.append(
+            PseudoLabels(
+                nuclei=keep_labels(labels, confident),
+                background=background & (labels == 0),
+                artefacts=artefacts & (labels == 0),
+            )
+        )
     return _without_fragments(found, config.min_fragment)
 
 
@@ -214,7 +221,7 @@ def _without_fragments(found: list[PseudoLabels], min_fragment: float) -> list[P
         return found
     typical = every[np.searchsorted(np.cumsum(every), every.sum() / 2)]
     return [
-        PseudoLabels(keep_labels(labels.nuclei, area >= min_fragment * typical), labels.background)
+        labels._replace(nuclei=keep_labels(labels.nuclei, area >= min_fragment * typical))
         for labels, area in zip(found, areas, strict=True)
     ]
 

@@ -31,10 +31,11 @@ from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import NucleusNetwork, device, to_channels_last
 from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter
 from patchcl_qupath.segmentation.instances import instances
+from patchcl_qupath.segmentation.measurements import means
 from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.records import PatchCLLog, SelfTrainingLog
-from patchcl_qupath.training.pseudo_labels import PseudoLabels, is_glass, pseudo_labels
+from patchcl_qupath.training.pseudo_labels import PseudoLabels, is_glass, keep_labels, pseudo_labels
 from patchcl_qupath.training.supervision import (
     TrainingSample,
     augment_stains,
@@ -49,6 +50,7 @@ from patchcl_qupath.training.touching import with_touching_nuclei
 
 _WARMUP_STEPS = 20  # in which the learning rate rises
 _LEAST_FOUND = 0.5  # of the area of nuclei that the first network was taught
+_MAX_ARTEFACT = 0.5  # of the pixels of a nucleus
 _TURNS = 4  # of a crop, by 90 degrees, over which a network's probabilities are averaged
 
 
@@ -79,6 +81,8 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     labelled: list[LabelledCrop] = []
     for steps in (settings.first_steps, settings.steps):
         found = pseudo_labelled(crops, teacher, choosing)
+        if labelled:
+            found = [*map(without_artefacts, found, labelled)]
         if _nucleus_px(found) > _LEAST_FOUND * _nucleus_px(labelled):
             labelled = found
         if not labelled:
@@ -182,6 +186,23 @@ def pseudo_labelled(crops: TrainingCrops, teacher: Model, report: ShowCount) -> 
         found |= zip(indices, map(LabelledCrop, stains, labels), strict=True)
         report(len(found), len(crops))
     return [found[i] for i in range(len(crops))]
+
+
+def without_artefacts(crop: LabelledCrop, before: LabelledCrop) -> LabelledCrop:
+    """A crop without the nuclei that a network finds in what was an artefact ``before``.
+
+    A network that learns that keratin is background still takes some of it for nuclei, and would
+    teach them.
+    """
+    artefacts = before.labels.artefacts
+    if artefacts is None:
+        return crop
+    nuclei = crop.labels.nuclei
+    count = int(nuclei.max(initial=0))
+    kept = np.append(False, means(nuclei, count, artefacts.astype(np.float32)) < _MAX_ARTEFACT)
+    nuclei = keep_labels(nuclei, kept)
+    background = (crop.labels.background | artefacts) & (nuclei == 0)
+    return crop._replace(labels=PseudoLabels(nuclei, background, artefacts))
 
 
 def training_samples(
