@@ -194,6 +194,8 @@ def slept(count: int, slides: int, times: Times) -> float:
             )
             workers.call(time.sleep, times.finish)
 
+        workers.client.run(bool, 1)  # processes have started
+        one((-1, Turn()))  # and imported what they need
         began, items = time.perf_counter(), [*enumerate(turns(slides))]
         for done in overlapped(one, items, workers.images_at_once(), stop):
             done.result()
