@@ -79,7 +79,7 @@ def images(data: Path) -> dict[str, tuple[Any, float]]:
         path.stem: (skimage.io.imread(path)[..., :3], 0.25)
         for path in sorted((data / "deepliif_ihc" / "images").glob("*.png"))
     }
-    return found | {"immunohistochemistry": (skimage.data.immunohistochemistry(), 0.5)}
+    return found | {"immunohistochemistry": (skimage.data.immunohistochemistry(), 0.5)}  # type: ignore[no-untyped-call]
 
 
 def measure(
