@@ -63,7 +63,7 @@ def main() -> None:
         pace = len(log["loss"]) / log["seconds"]
         waiting = log["seconds_for_batches"] / log["seconds"]
         print(f"  self-training: {pace:.1f} steps/s, {1 - waiting:.0%} of the time in the network")
-        seconds, *_ = timed("run", sample, "--backend", "files")
+        seconds, *_ = timed("run", sample, "--backend", "files", "--expand", "5")
         print(f"a run that compiles what is not compiled yet: {seconds:.0f} s for the sample")
         shutil.rmtree(sample / "patchcl" / "runs")
         figures = [measure("sample", sample, gemm)]
@@ -75,6 +75,8 @@ def main() -> None:
             subprocess.run([*COMMAND, "init", project, slide], check=True, capture_output=True)
             shutil.copytree(sample / "patchcl" / "models", project / "patchcl" / "models")
             figures.append(measure(f"{area:g} mm²", project, gemm))
+            if slide == first:
+                print_cells(project, figures[-1])
             for other in (("--workers", "1"), ("--engine", "torch")) if slide == first else ():
                 shutil.rmtree(project / "patchcl" / "runs")
                 _, outcome, _ = timed("run", project, "--backend", "files", *other)
@@ -99,6 +101,8 @@ def measure(name: str, project: Path, gemm: float) -> dict[str, float]:
         "mm2": area,
         "nuclei": image["nuclei"],
         "tiles_s": main["tiles"],
+        "write_s": main["write"],
+        "run_s": image["seconds"],
         "s_per_mm2": image["seconds"] / area,
         "network_share": worker["network"] / (CORES * image["seconds"]),
         "network_of_gemm": flop / worker["network"] * CORES / gemm,
@@ -119,6 +123,15 @@ def measure(name: str, project: Path, gemm: float) -> dict[str, float]:
         f"{figures['nuclei_per_s_written']:,.0f} nuclei/s"
     )
     return figures
+
+
+def print_cells(project: Path, run: dict[str, float]) -> None:
+    """Grow cells after a run, which has the nuclei already, and print how much more they take."""
+    _, outcome, _ = timed("run", project, "--backend", "files", "--expand", "5")
+    main, worker = (outcome["images"][0][f"{of}_seconds"] for of in ("main", "worker"))
+    tiles, writing = main["tiles"] / run["run_s"], (main["write"] - run["write_s"]) / run["run_s"]
+    print(f"  --expand 5: {tiles:.0%} of the run more for cells, {writing:.0%} more to write them")
+    print("  their workers: " + shares(worker, CORES * run["run_s"]), flush=True)
 
 
 def shares(seconds: dict[str, float], total: float) -> str:

@@ -205,18 +205,22 @@ def _fill(
 ) -> NDArray[np.int32]:
     """As ``fill``; ``origin`` is the first row and column of the box."""
     labels = np.zeros(shape, np.int32)
+    crossed = np.zeros(shape[1] + 1, np.int64)  # by sides, of the pixels' centres in a row
     row0, col0 = origin
     for k in range(len(bounds)):
         x0, y0, x1, y1 = bounds[k]
         for row in range(max(int(y0) - row0, 0), min(int(y1) + 1 - row0, shape[0])):
-            y = row + row0 + 0.5
-            for col in range(max(int(x0) - col0, 0), min(int(x1) + 1 - col0, shape[1])):
-                x, inside = col + col0 + 0.5, False
-                for s in range(first[k], first[k + 1]):
-                    px, py = x - sides[s, 0], y - sides[s, 1]
-                    dx, dy = sides[s, 2], sides[s, 3]
-                    if (py < 0) != (py < dy) and (px * dy < py * dx) == (dy > 0):
-                        inside = not inside
+            y, left = row + row0 + 0.5, max(int(x0) - col0, 0)
+            right = min(int(x1) + 1 - col0, shape[1])
+            crossed[left : right + 1] = 0
+            for s in range(first[k], first[k + 1]):
+                py, dy = y - sides[s, 1], sides[s, 3]
+                if (py < 0) != (py < dy):
+                    x = sides[s, 0] + py / dy * sides[s, 2] - col0
+                    crossed[min(max(int(np.ceil(x - 0.5)), left), right)] += 1
+            inside = 0
+            for col in range(left, right):
+                inside ^= crossed[col] & 1
                 if inside:
                     labels[row, col] = k + 1
     return labels
