@@ -1,6 +1,7 @@
 /**
  * Exports the annotations of the open image as analysis regions, for `patchcl-qp run --within CLASS` and `--summarise
- * CLASS`, its TMA cores, for `--tma`, and its stain vectors, for the measurements; with 'Run > Run for project', of every image chosen there. Without a window:
+ * CLASS`, its TMA cores, for `--tma`, and its stain vectors, for the measurements; with 'Run > Run for project', of
+ * every image chosen there. Without a window:
  *
  *     QuPath script -p project.qpproj export_regions.groovy
  *

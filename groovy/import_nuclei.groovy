@@ -1459,8 +1459,9 @@ static void measureImport(PathObject region, Map<String, Integer> count) {
 
 /**
  * Counts the nuclei in the 'PatchCL' regions of an image anew, and in the annotations and cores that the run
- * summarised, as they are now: after nuclei were drawn, deleted, classified, moved to other parents or made into cells. 'result' is the content of result.json, null without any. Returns what was
- * measured of each region. groovy/summarise.groovy and patchcl-qp call this.
+ * summarised, as they are now: after nuclei were drawn, deleted, classified, moved to other parents or made into
+ * cells. 'result' is the content of result.json, null without any. Returns what was measured of each region.
+ * groovy/summarise.groovy and patchcl-qp call this.
  */
 static List<Map<String, Object>> summarise(ImageData<?> imageData, ProjectImageEntry<?> entry, JsonObject result) {
     Marks marks = readMarks(imageData)
@@ -1531,7 +1532,7 @@ static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObj
     List<PathObject> annotations = countedAnnotations(imageData, marks, result)
     if (regions.isEmpty() && cores.isEmpty() && annotations.isEmpty())
         return regions
-    Map<PathObject, Tally> tallies = new LinkedHashMap<>()
+    Map<PathObject, Tally> tallies = [:]
     for (PathObject counted : regions + cores + annotations)
         tallies[counted] = new Tally()
     boolean withForeign = result != null && overlapping(result) == 'keep'

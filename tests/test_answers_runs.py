@@ -146,7 +146,7 @@ def test_cores_are_segmented_alone(folder: Path, model: pipeline.Model, client: 
     """Those that are missing are not; one without tissue has a row of zeros."""
     export(
         folder,
-        core(550, 2200, "A-1", metadata={"Case ID": "7"}),
+        core(1800, 2300, "A-1", metadata={"Case ID": "7"}),
         core(1200, 1500, "A-2", classification={"name": "Tumor", "color": [1, 2, 3]}),
         core(1500, 700, "B-1", isMissing=True),
         core(2600, 300, "B-2"),
