@@ -63,10 +63,19 @@ def left_by_run(output: Path) -> dict[str, bytes]:
     return found
 
 
-def last_stage(log: Path) -> str:
-    """What a run was doing when it was killed, without the image's name."""
+def last_stages(log: Path, project: Path, since: float) -> list[str]:
+    """What a run that began at ``since`` was doing with images that it had not finished."""
     lines = [line for line in log.read_text("utf-8").splitlines() if line.startswith("{")]
-    return json.loads(lines[-1])["stage"].split(": ")[-1].split()[0] if lines else "starting"
+    doing = {}
+    for line in lines:
+        image, _, stage = json.loads(line)["stage"].rpartition(": ")
+        doing[image] = stage.split()[0]
+    images = json.loads((project / "project.qpproj").read_text("utf-8"))["images"]
+    for image in images:
+        result = project / "patchcl" / "results" / str(image["entryID"]) / "result.json"
+        if result.exists() and result.stat().st_mtime >= since:
+            doing.pop(image["imageName"], None)
+    return sorted({*doing.values()}) or ["starting"]
 
 
 def begin_anew(output: Path) -> None:
@@ -75,8 +84,8 @@ def begin_anew(output: Path) -> None:
         shutil.rmtree(output / folder, ignore_errors=True)
 
 
-def kill_runs(kills: int, project: Path, options: list[str]) -> list[str]:
-    """-> what each of the killed runs was doing."""
+def kill_runs(kills: int, project: Path, options: list[str]) -> list[list[str]]:
+    """-> what each of the killed runs was doing with its images."""
     output, log = project / "patchcl", project / "output.log"
     command = ["run", str(project), "--progress", "json", *options]
     assert threading.active_count() == 1, "a fork has one thread only"
@@ -88,8 +97,9 @@ def kill_runs(kills: int, project: Path, options: list[str]) -> list[str]:
 
     rng, stages = random.Random(0), []
     while True:
+        since = time.time()
         child, ended = start(command, log), 0
-        deadline = time.monotonic() + rng.uniform(0, 0.4) * whole
+        deadline = time.monotonic() + rng.uniform(0, 0.8) * whole
         while not ended and (time.monotonic() < deadline or len(stages) == kills):
             time.sleep(0.001)
             ended, status = os.waitpid(child, os.WNOHANG)
@@ -102,7 +112,7 @@ def kill_runs(kills: int, project: Path, options: list[str]) -> list[str]:
         else:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            stages.append(last_stage(log))
+            stages.append(last_stages(log, project, since))
             if len(stages) % 10 == 0 and len(stages) < kills:
                 begin_anew(output)  # or no tile is left to be killed at
 
