@@ -184,7 +184,7 @@ def test_other_expansions_share_the_tiles_of_nuclei(
     assert len(runs) == 2
     # Contours are simplified by up to 0.2 px.
     assert (areas[0] < areas[1] + 0.2 * lengths).all()
-    assert np.median(areas[1] / areas[0]) > 1.2
+    assert (areas[1] > 1.1 * areas[0]).sum() > 5  # of large nuclei: others are at their limit
     figures = json.loads((folder / "patchcl/report/images/1/figures.json").read_text("utf-8"))
     assert figures["area"]["median"] == pytest.approx(
         np.median(nuclei.measurements["Area µm^2"]), rel=0.02
