@@ -38,6 +38,7 @@ from patchcl_qupath.project.jvm import Process, contour_vertices, java_options, 
 from patchcl_qupath.project.paquo import PaquoProject, find_qupath
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.status import image_status
+from patchcl_qupath.storage.layout import Layout
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
@@ -551,6 +552,7 @@ def test_run_that_is_stopped_while_qupath_writes_is_resumed(
 
     writing = path.parent / "data" / "1" / "data.qpdata.patchcl-before"
     for sign in (signal.SIGKILL, signal.SIGINT):
+        Layout(path.parent / "patchcl").outcome("1").unlink()  # or there is nothing to do
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not writing.exists():
             assert run.poll() is None
