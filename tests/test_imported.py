@@ -274,7 +274,9 @@ def test_a_run_after_a_detection_of_qupath(tmp_path: Path, session: qupath.Sessi
     assert theirs == count // 2
 
     for overlapping, left_out in [((), 0), (("--overlapping", "keep"), theirs)]:
+        shown = call(*run, "paquo", *overlapping)
         (outcome,) = json.loads(call(*run, "paquo", *overlapping, "--json"))["images"]
+        assert outcome["unchanged"]  # nothing was left to do
         numbers = outcome["imported"]
         added = count - left_out
         assert (numbers["found"], numbers["added"], numbers["left_out"]) == (count, added, left_out)
@@ -282,7 +284,6 @@ def test_a_run_after_a_detection_of_qupath(tmp_path: Path, session: qupath.Sessi
         (row,) = json.loads(call("status", "--json"))["images"]
         assert row["imported"] == numbers
         words = f"In QuPath: a.tif: {count:,} nuclei found, {added:,} added, {left_out:,} left out"
-        shown = call(*run, "paquo", *overlapping)
         assert words in shown
         assert words in call("status")
         page = (path.parent / "patchcl" / "report" / "index.html").read_text("utf-8")
