@@ -87,7 +87,7 @@ def draw(trained: Trained) -> None:
     folder = DOCS / "figures"
     folder.mkdir(exist_ok=True)
     for name, figure in figures.items():
-        figure(trained).save(folder / f"{name}.jpg", quality=80, optimize=True)
+        figure(trained).save(folder / f"{name}.jpg", quality=65, optimize=True)
 
 
 def stains(trained: Trained) -> Image.Image:

@@ -20,7 +20,7 @@ from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.parquet import read_nuclei
 
 FIGURES = Path(__file__).parent / "figures"
-SIDE, ZOOM, GAP, HEAD = 140, 2, 8, 34
+SIDE, ZOOM, GAP, HEAD = 120, 2, 8, 34
 PLACES = {  # top left corners at level 0 (x, y)
     "large pale nuclei": (585, 2630),
     "purple cytoplasm": (1130, 985),
@@ -46,7 +46,7 @@ def main(before: str, after: str) -> None:
         for col, polygons in enumerate(([], *nuclei)):
             here = shapely.transform(polygons, lambda xy, x=x, y=y: xy - (x, y))
             picture.paste(draw_contours(rgb, here, ZOOM), (col * (ZOOM * SIDE + GAP), top + HEAD))
-    picture.save(FIGURES / "gallery.jpg", quality=80, optimize=True)
+    picture.save(FIGURES / "gallery.jpg", quality=65, optimize=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from PIL import Image
 from slides import check_boxes, scene, shrunk, whole, write_svs, write_tiff
 
 from patchcl_qupath import pipeline
-from patchcl_qupath.config import Config, ResultConfig
+from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box, ImageEntry, Nuclei
 from patchcl_qupath.errors import ImageError, SlideError
 from patchcl_qupath.execution.outcome import note
@@ -655,7 +655,7 @@ def test_tissue_of_no_known_stain_is_noted(
     Image.fromarray(np.roll(square, turned_hue, axis=-1)).save(tmp_path / "a.png")
     image = prepare(entry(tmp_path / "a.png", fallback_mpp=0.5), Config())
     assert image.is_green == bool(turned_hue)
-    shown = note(entry(tmp_path / "a.png"), image, count, has_tissue=True, settings=ResultConfig())
+    shown = note(entry(tmp_path / "a.png"), image, count, has_tissue=True, settings=Config())
     assert shown == message
 
 
