@@ -16,6 +16,7 @@ from patchcl_qupath.slides.stains import (
     H_E,
     colour_densities,
     densities,
+    hematoxylin_and_eosin,
     is_green_ink,
     is_red_ink,
 )
@@ -135,8 +136,8 @@ def _compartments(
 class NuclearStain(NamedTuple):
     """Mean optical densities (N,) of labels, by QuPath's default vectors, whatever is measured."""
 
-    hematoxylin: NDArray[np.float64]
-    eosin: NDArray[np.float64]
+    hematoxylin: NDArray[np.floating]
+    eosin: NDArray[np.floating]
     is_ink: NDArray[np.bool_]  # green or red, as no stain of nuclei is
     on_glass: NDArray[np.bool_]  # as membranes of fat cells are
 
@@ -147,7 +148,7 @@ class NuclearStain(NamedTuple):
         """That of labels 1..N (H, W) in pixels (H, W, 3) of ``mpp`` µm."""
         count = int(labels.max(initial=0))
         red, green, blue = (means(labels, count, colour) for colour in colour_densities(rgb))
-        hematoxylin, eosin = (means(labels, count, stain) for stain in densities(rgb, H_E).values())
+        hematoxylin, eosin = hematoxylin_and_eosin(red, green, blue)
         return cls(
             hematoxylin=hematoxylin,
             eosin=eosin,
