@@ -25,6 +25,20 @@ from paquo._config import settings, to_kwargs
 from paquo.jpype_backend import find_qupath
 print(find_qupath(**to_kwargs(settings)).app_dir)
 """
+# Groovy before calls of draw(name, class, x, y, width, height), which add annotations.
+DRAW_RECTANGLES = """
+import qupath.lib.objects.PathObjects
+import qupath.lib.objects.classes.PathClass
+import qupath.lib.regions.ImagePlane
+import qupath.lib.roi.ROIs
+
+def draw = { String name, String of, double x, double y, double width, double height ->
+    def roi = ROIs.createRectangleROI(x, y, width, height, ImagePlane.getDefaultPlane())
+    def annotation = PathObjects.createAnnotationObject(roi, PathClass.fromString(of))
+    annotation.setName(name)
+    hierarchy.addObject(annotation)
+}
+"""
 
 
 def launcher() -> Path:

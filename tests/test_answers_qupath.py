@@ -44,18 +44,9 @@ def of = { [name: it.getName(), path_class: it.getPathClass()?.toString(),
     measurements: it.getMeasurements().findAll { key, value -> !Double.isNaN(value as double) }] }
 JsonOutput.toJson([objects: hierarchy.getAllObjects(false).collect(of)])
 """
-DRAW = """
-import qupath.lib.objects.PathObjects
-import qupath.lib.objects.classes.PathClass
-import qupath.lib.regions.ImagePlane
-import qupath.lib.roi.ROIs
-
-def draw = { String name, String of, double x, double y, double width, double height ->
-    def roi = ROIs.createRectangleROI(x, y, width, height, ImagePlane.getDefaultPlane())
-    def annotation = PathObjects.createAnnotationObject(roi, PathClass.fromString(of))
-    annotation.setName(name)
-    hierarchy.addObject(annotation)
-}
+DRAW = (
+    qupath.DRAW_RECTANGLES
+    + """
 draw('left', 'Tumor', 0, 0, 210, 900)
 draw('inner', 'Stroma', 30, 30, 90, 110)
 draw('right', 'Tumor', 2100, 0, 400, 200)   // reaches beyond the image
@@ -63,6 +54,7 @@ draw('other', 'Necrosis', 0, 0, 100, 100)
 entry.saveImageData(imageData)
 '1'
 """
+)
 GRID = """
 import qupath.lib.objects.PathObjects
 import qupath.lib.objects.hierarchy.DefaultTMAGrid

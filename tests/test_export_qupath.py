@@ -30,23 +30,15 @@ ROOT = Path(__file__).parent.parent
 SLIDE = ROOT / "sample_project" / "CMU-1-Small-Region.svs"  # 2220 x 2967 px of 0.499 µm
 MPP = (0.499, 0.499)  # by its file
 
-DRAW = """
-import qupath.lib.objects.PathObjects
-import qupath.lib.objects.classes.PathClass
-import qupath.lib.regions.ImagePlane
-import qupath.lib.roi.ROIs
-
-def draw = { String name, String of, double x, double y, double width, double height ->
-    def roi = ROIs.createRectangleROI(x, y, width, height, ImagePlane.getDefaultPlane())
-    def annotation = PathObjects.createAnnotationObject(roi, PathClass.fromString(of))
-    annotation.setName(name)
-    hierarchy.addObject(annotation)
-}
+DRAW = (
+    qupath.DRAW_RECTANGLES
+    + """
 draw('left', 'Tumor', 0, 0, 210, 900)
 draw(null, 'Stroma', 30, 30, 90, 110)
 entry.saveImageData(imageData)
 '1'
 """
+)
 # What QuPath shows in its tables of detections, annotations and images, and exports. The method
 # setImageData needs a display, which asks whether it is called by QuPath's window.
 TABLES = """
