@@ -35,6 +35,7 @@ from patchcl_qupath.storage.files import (
 )
 from patchcl_qupath.storage.parquet import (
     CELL,
+    NUCLEUS,
     from_table,
     grid_columns,
     grid_of_columns,
@@ -112,7 +113,7 @@ class TileStore:
 
         There is none of a tile without cells.
         """
-        column = CELL if of_cells else "geometry"
+        column = CELL if of_cells else NUCLEUS
         for tile in tiles:
             source = self._source(tile)
             if of_cells and column not in pq.read_schema(source).names:

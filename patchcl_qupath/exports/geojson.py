@@ -9,10 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from patchcl_qupath.exports.images import CELL, ExportedImage
-from patchcl_qupath.exports.nuclei import GEOMETRY, contours, read_batches
+from patchcl_qupath.exports.images import ExportedImage
+from patchcl_qupath.exports.nuclei import read_batches
 from patchcl_qupath.project.results import geojson_polygons
 from patchcl_qupath.storage.files import atomic_write
+from patchcl_qupath.storage.parquet import CELL, NUCLEUS, polygons_of
 
 _BEGIN, _END = b'{"type": "FeatureCollection", "features": [\n', b"\n]}\n"
 
@@ -50,7 +51,7 @@ def write_visium_hd(folder: Path, name: str, image: ExportedImage) -> list[tuple
     microscope image, numbered from 1 (``cell_id``), as Space Ranger takes them by
     ``--custom-segmentation-file``. Raises StorageError.
     """
-    kinds = {"nuclei": GEOMETRY}
+    kinds = {"nuclei": NUCLEUS}
     if CELL in image.columns:
         kinds["cells"] = CELL
     written = []
@@ -66,7 +67,7 @@ def _write_polygons(path: Path, image: ExportedImage, column: str) -> int:
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(_BEGIN)
         for batch in read_batches(image):
-            drawn = contours(batch, column)
+            drawn = polygons_of(batch, column)
             numbers = pa.array(range(count + 1, count + len(batch) + 1)).cast(pa.string())
             features = pc.binary_join_element_wise(
                 '{"type": "Feature", "id": "',

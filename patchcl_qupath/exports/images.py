@@ -12,16 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from patchcl_qupath import config
 from patchcl_qupath.answers.regions import Regions
 from patchcl_qupath.datatypes import DrawnRegion, ImageEntry
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.drawn import OUR_REGION, read_drawn
 from patchcl_qupath.storage.files import readable
-from patchcl_qupath.storage.parquet import parquet_source
+from patchcl_qupath.storage.parquet import CELL, parquet_source
 from patchcl_qupath.storage.records import RemovedRecord, ResultRecord, Summary, read_result
 
-CELL = "cell"  # QuPath's type of object, and the column with its contour beside the nucleus's
 _SUFFIX = re.compile(r"(\.ome)?\.[A-Za-z][A-Za-z0-9]{1,6}$", re.IGNORECASE)  # of an image's file
 
 
@@ -53,7 +53,7 @@ class ExportedImage:
     @property
     def has_cells(self) -> bool:
         """Whether the objects in QuPath are cells."""
-        return CELL in self.columns and self.result.object_type == CELL
+        return CELL in self.columns and self.result.object_type == config.CELL
 
     @property
     def mpp(self) -> tuple[float, float]:

@@ -6,7 +6,6 @@ added. Nuclei are read a batch at a time, so that memory does not grow with thei
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,18 +18,20 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Polygons
-from patchcl_qupath.exports.images import CELL, ExportedImage, damaged
-from patchcl_qupath.storage.parquet import CLASSIFICATION, NOT_MEASURED, parquet_source
+from patchcl_qupath.exports.images import ExportedImage, damaged
+from patchcl_qupath.storage.parquet import (
+    CELL,
+    CLASSIFICATION,
+    NOT_MEASURED,
+    NUCLEUS,
+    geo_metadata,
+    parquet_source,
+    polygons_of,
+)
 
 TEXTS = ("Image", "Object ID", "Object type", "Name", "Classification", "Parent", "ROI")
 CORE = "TMA core"  # beside Parent, where an image has a TMA grid
 CENTROIDS = ("Centroid X µm", "Centroid Y µm", "Centroid X px", "Centroid Y px")
-GEOMETRY = "geometry"
-GEO = {  # GeoParquet 1.1; coordinates are pixels, so there is no reference system
-    "version": "1.1.0",
-    "primary_column": GEOMETRY,
-    "columns": {GEOMETRY: {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None}},
-}
 _BATCH = 32_768  # nuclei that are in memory at once
 _DECIMALS = 3  # of centroids
 
@@ -71,7 +72,7 @@ class NucleiTable:
         fields += [(name, pa.float32()) for name in self.measurements]
         if not self.geometry:
             return pa.schema(fields)
-        return pa.schema([*fields, (GEOMETRY, pa.binary())], metadata={"geo": json.dumps(GEO)})
+        return pa.schema([*fields, (NUCLEUS, pa.binary())], metadata=geo_metadata([NUCLEUS]))
 
     def batches(self) -> Iterator[pa.Table]:
         """The rows, some at a time, image by image."""
@@ -122,11 +123,6 @@ def _reading(image: ExportedImage) -> Iterator[None]:
         raise damaged(image.name, image.nuclei, error) from error
 
 
-def contours(batch: pa.Table, column: str = GEOMETRY) -> Polygons:
-    """The contours (N,) in a column of WKB; None where there is none."""
-    return np.asarray(shapely.from_wkb(batch[column].to_numpy(zero_copy_only=False)), object)
-
-
 def classes(image: ExportedImage, batch: pa.Table) -> pa.Array:
     """The QuPath class (N,) of each nucleus."""
     if CLASSIFICATION in batch.column_names:
@@ -137,12 +133,12 @@ def classes(image: ExportedImage, batch: pa.Table) -> pa.Array:
 def _rows(image: ExportedImage, batch: pa.Table, schema: pa.Schema) -> pa.Table:
     """The rows of nuclei, as in a file, in the columns of a table."""
     count = len(batch)
-    nuclei = contours(batch)
-    drawn = CELL if image.has_cells else GEOMETRY  # the ROI of the object in QuPath
-    shown = nuclei if drawn == GEOMETRY else contours(batch, drawn)
+    nuclei = polygons_of(batch)
+    drawn = CELL if image.has_cells else NUCLEUS  # the ROI of the object in QuPath
+    shown = nuclei if drawn == NUCLEUS else polygons_of(batch, drawn)
     px = centroids(shown)
     values = dict(zip(CENTROIDS, np.round(_in_um_and_px(px, image.mpp), _DECIMALS), strict=True))
-    places = image.places(px if drawn == GEOMETRY else centroids(nuclei))
+    places = image.places(px if drawn == NUCLEUS else centroids(nuclei))
     columns: dict[str, pa.Array | NDArray[np.float64]] = {
         "Image": _constant(image.name, count),
         "Object ID": batch["id"],
@@ -152,7 +148,7 @@ def _rows(image: ExportedImage, batch: pa.Table, schema: pa.Schema) -> pa.Table:
         "Parent": places.parents,
         "ROI": _constant("Polygon", count),
         **values,
-        GEOMETRY: batch[drawn],
+        NUCLEUS: batch[drawn],
     }
     found = [columns.get(field.name, _measured(batch, field)) for field in schema]
     return pa.table(found, schema=schema)

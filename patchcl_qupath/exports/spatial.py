@@ -20,15 +20,14 @@ from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale
 
 from patchcl_qupath import __version__
-from patchcl_qupath.exports.images import CELL, ExportedImage, file_names
+from patchcl_qupath.exports.images import ExportedImage, file_names
 from patchcl_qupath.exports.nuclei import (
     CENTROIDS,
-    GEOMETRY,
     NucleiTable,
-    contours,
     read_batches,
 )
 from patchcl_qupath.storage.files import atomic_write
+from patchcl_qupath.storage.parquet import CELL, NUCLEUS, polygons_of
 
 _REGION, _INSTANCE = "region", "object_id"  # columns by which SpatialData finds a row's shape
 
@@ -55,7 +54,7 @@ def write_spatialdata(path: Path, images: Sequence[ExportedImage]) -> int:
     shapes: dict[str, Any] = {}
     regions = []
     for name, image in zip(element_names(images), images, strict=True):
-        drawn = {"nuclei": GEOMETRY} | ({"cells": CELL} if CELL in image.columns else {})
+        drawn = {"nuclei": NUCLEUS} | ({"cells": CELL} if CELL in image.columns else {})
         for kind, column in drawn.items():
             frame = _shapes(image, column)
             if len(frame):
@@ -114,7 +113,7 @@ def _anndata(images: Sequence[ExportedImage]) -> anndata.AnnData:
 def _shapes(image: ExportedImage, column: str) -> geopandas.GeoDataFrame:
     """The contours of one kind, by the ids of their nuclei."""
     batches = list(read_batches(image))
-    drawn = [contours(batch, column) for batch in batches]
+    drawn = [polygons_of(batch, column) for batch in batches]
     ids = [name for batch in batches for name in batch["id"].to_pylist()]
     frame = geopandas.GeoDataFrame(
         geometry=np.concatenate([np.empty(0, object), *drawn]), index=pd.Index(ids, dtype=str)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import re
 
 _OF_COMPARTMENT = re.compile(r"(Nucleus|Cytoplasm|Membrane|Cell): (.+): (Mean|Std\.Dev\.|Min|Max)")
-COMPARTMENT_FIRST = (
-    0,
-    6,
-)  # the first QuPath with `Nucleus: DAB: Mean`, before `DAB: Nucleus: Mean`
+# The first QuPath with `Nucleus: DAB: Mean`; before, it was `DAB: Nucleus: Mean`.
+COMPARTMENT_FIRST = (0, 6)
 
 
 def in_qupath(name: str, version: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -38,13 +39,18 @@ def to_table(nuclei: Nuclei) -> pa.Table:
     }
     if nuclei.cells is not None:
         columns[CELL] = pa.array(shapely.to_wkb(nuclei.cells).tolist(), pa.binary())
-    shapes = {name: _POLYGONS for name in (NUCLEUS, CELL) if name in columns}
-    geo = {"version": "1.1.0", "primary_column": NUCLEUS, "columns": shapes}
     if nuclei.classes is not None:
         classes = pa.array(nuclei.classes.tolist(), pa.string())
         columns[CLASSIFICATION] = classes.cast(pa.dictionary(pa.int8(), pa.string()))
     columns |= {name: pa.array(v, pa.float32()) for name, v in nuclei.measurements.items()}
-    return pa.table(columns).replace_schema_metadata({"geo": json.dumps(geo)})
+    return pa.table(columns).replace_schema_metadata(geo_metadata(columns))
+
+
+def geo_metadata(names: Collection[str]) -> dict[str, str]:
+    """The metadata of GeoParquet, for a table with these columns."""
+    shapes = {name: _POLYGONS for name in (NUCLEUS, CELL) if name in names}
+    geo = {"version": "1.1.0", "primary_column": NUCLEUS, "columns": shapes}
+    return {"geo": json.dumps(geo)}
 
 
 def from_table(table: pa.Table) -> Nuclei:
@@ -63,7 +69,7 @@ def from_table(table: pa.Table) -> Nuclei:
 
 
 def polygons_of(table: pa.Table, column: str = NUCLEUS) -> Polygons:
-    """The contours (N,) in a column of a table: of nuclei, or of cells."""
+    """The contours (N,) in a column of a table: of nuclei or of cells; None where none is."""
     return np.asarray(shapely.from_wkb(table[column].to_numpy(zero_copy_only=False)), object)
 
 
