@@ -317,7 +317,8 @@ exporting = _bundle(
         click.option(
             "--to",
             type=click.Choice([*map(str, ExportFormat)]),
-            required=True,
+            default=str(ExportFormat.CSV),
+            show_default=True,
             help="csv and parquet are tables; geojson is for QuPath; visium-hd is GeoJSON for "
             "Space Ranger; spatialdata and anndata need an extra: pip install "
             "'patchcl-qupath[spatial]'.",
