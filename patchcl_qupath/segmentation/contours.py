@@ -155,9 +155,9 @@ def _trace(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], Labels]:
     """Trace the borders of all labels along the edges of their pixels.
 
-    Returns of each edge its first corner (E, 2) and the step to the next one (E, 2), in (x, y), ring
-    by ring; the first edge (R + 1,) of each ring, E in the end; and its label (R,). Holes have
-    rings of their own.
+    Returns of each edge its first corner (E, 2) and the step to the next one (E, 2), in (x, y),
+    ring by ring; the first edge (R + 1,) of each ring, E in the end; and its label (R,). Holes
+    have rings of their own.
     """
     rows, cols = labels.shape
     width = cols + 2

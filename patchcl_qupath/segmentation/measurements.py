@@ -241,7 +241,8 @@ def _mean_densities(
                 count[label] += 1
                 for colour in range(3):
                     total[colour, label] += density[rgb[row, col, colour]]
-    return total[:, 1:] / np.maximum(count[1:], 1)
+    mean: NDArray[np.float64] = total[:, 1:] / np.maximum(count[1:], 1)
+    return mean
 
 
 @compiled
