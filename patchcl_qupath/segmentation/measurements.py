@@ -222,7 +222,8 @@ def _mean_squares(
                 for k in range(col, col + side):
                     total[label] += column[k]
         column -= padded[row]
-    return total[1:] / np.maximum(count[1:] * side**2, 1)
+    mean: NDArray[np.float64] = total[1:] / np.maximum(count[1:] * side**2, 1)
+    return mean
 
 
 @compiled
@@ -241,8 +242,7 @@ def _mean_densities(
                 count[label] += 1
                 for colour in range(3):
                     total[colour, label] += density[rgb[row, col, colour]]
-    mean: NDArray[np.float64] = total[:, 1:] / np.maximum(count[1:], 1)
-    return mean
+    return total[:, 1:] / np.maximum(count[1:], 1)
 
 
 @compiled
