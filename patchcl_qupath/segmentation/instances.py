@@ -163,30 +163,37 @@ def _smooth(
 ) -> NDArray[np.float32]:
     """Values (H, W) smoothed with a symmetric kernel, half of it in ``taps``; 0 outside the mask.
 
-    Mirrored at the border. Down the columns first, for a whole row at once; then along the row, but
-    only inside the mask, a fifth of a slide.
+    Mirrored at the border. Down the columns, then along the row, for a whole row at once.
     """
     rows, cols = values.shape
     reach = len(taps) - 1
     blurred = np.zeros((rows, cols), np.float32)
-    padded = np.empty(cols + 2 * reach)
-    line = padded[reach : reach + cols]
+    line, padded = np.empty(cols), np.empty(cols + 2 * reach)
     for row in range(rows):
         line[:] = values[row] * taps[0]
         for k in range(reach, 0, -1):
             above, below = values[_mirrored(row - k, rows)], values[_mirrored(row + k, rows)]
-            for col in range(cols):
-                line[col] += (above[col] + below[col]) * taps[k]
+            _add(line, above, below, taps[k])
+        padded[reach : reach + cols] = line
         for k in range(1, reach + 1):
             padded[reach - k] = line[_mirrored(-k, cols)]
             padded[reach + cols - 1 + k] = line[_mirrored(cols - 1 + k, cols)]
+        line *= taps[0]
+        for k in range(reach, 0, -1):
+            left, right = padded[reach - k : cols + reach - k], padded[reach + k : cols + reach + k]
+            _add(line, left, right, taps[k])
         for col in range(cols):
-            if mask[row, col]:
-                total = line[col] * taps[0]
-                for k in range(reach, 0, -1):
-                    total += (padded[reach + col - k] + padded[reach + col + k]) * taps[k]
-                blurred[row, col] = total
+            blurred[row, col] = line[col] if mask[row, col] else 0
     return blurred
+
+
+@compiled
+def _add(
+    line: NDArray[np.float64], one: NDArray[np.float64], other: NDArray[np.float64], weight: float
+) -> None:
+    """Add two lines (W,), times a weight, to another."""
+    for col in range(len(line)):
+        line[col] += (one[col] + other[col]) * weight
 
 
 @compiled
@@ -251,16 +258,14 @@ def _steepest_ascent(
     """
     rows, cols = pieces.shape
     inside = np.flatnonzero(pieces)
-    parent, basins = np.empty(rows * cols, np.int32), np.zeros(rows * cols, np.int32)
+    parent, basins = _highest_near(elevation, pieces, near), np.zeros(rows * cols, np.int32)
     peak = [np.float32(-np.inf)]
     for pixel in inside:
-        best = _highest(elevation, pieces, pixel, near)
-        if best == pixel:
-            best = _highest(elevation, pieces, pixel, far)
-        parent[pixel] = best
-        if best == pixel:
-            basins[pixel] = len(peak)
-            peak.append(elevation.flat[pixel])
+        if parent[pixel] == pixel:
+            parent[pixel] = _highest(elevation, pieces, pixel, far)
+            if parent[pixel] == pixel:
+                basins[pixel] = len(peak)
+                peak.append(elevation.flat[pixel])
     for pixel in inside:
         maximum = pixel
         while not basins[maximum]:
@@ -273,6 +278,37 @@ def _steepest_ascent(
 
 
 @compiled
+def _highest_near(
+    elevation: NDArray[np.float32], pieces: NDArray[np.int32], offsets: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """As ``_highest`` of each pixel inside, (H * W,): for a whole row at once.
+
+    ``offsets`` ascend, and have (0, 0): so of equally high pixels the last one is taken.
+    """
+    rows, cols = pieces.shape
+    found = np.empty((rows, cols), np.int32)
+    for row in range(rows):
+        height = np.full(cols, -np.inf, np.float32)
+        for down, right in offsets:
+            if not 0 <= row + down < rows:
+                continue
+            first, last = max(0, -right), min(cols, cols - right)
+            here, best, highest = (
+                pieces[row, first:last],
+                found[row, first:last],
+                height[first:last],
+            )
+            first, last = first + right, last + right
+            piece, there = pieces[row + down, first:last], elevation[row + down, first:last]
+            start = np.int32((row + down) * cols + first)
+            for col in range(last - first):
+                higher = (piece[col] == here[col]) & (there[col] >= highest[col])
+                highest[col] = there[col] if higher else highest[col]
+                best[col] = start + np.int32(col) if higher else best[col]
+    return found.ravel()
+
+
+@compiled
 def _highest(
     elevation: NDArray[np.float32],
     pieces: NDArray[np.int32],
@@ -282,16 +318,13 @@ def _highest(
     """The highest of a pixel and those of its piece at the offsets from it, as row * W + col."""
     rows, cols = pieces.shape
     row, col = pixel // cols, pixel % cols
-    piece, best_elevation = pieces[row, col], elevation[row, col]
-    best = pixel
-    for k in range(len(offsets)):
-        r, c = row + offsets[k, 0], col + offsets[k, 1]
-        if 0 <= r < rows and 0 <= c < cols and pieces[r, c] == piece:
+    best, highest = pixel, elevation[row, col]
+    for down, right in offsets:
+        r, c = row + down, col + right
+        if 0 <= r < rows and 0 <= c < cols and pieces[r, c] == pieces[row, col]:
             there = r * cols + c
-            higher = elevation[r, c] > best_elevation
-            higher |= (elevation[r, c] == best_elevation) & (there > best)
-            best = there if higher else best
-            best_elevation = elevation[r, c] if higher else best_elevation
+            if elevation[r, c] > highest or (elevation[r, c] == highest and there > best):
+                best, highest = there, elevation[r, c]
     return best
 
 
@@ -484,6 +517,5 @@ def _disc(radius: float) -> NDArray[np.bool_]:
 
 
 def _offsets(radius: float) -> NDArray[np.int64]:
-    """(row, col) offsets (K, 2) to all other pixels within ``radius``."""
-    offsets = np.argwhere(_disc(radius)) - int(radius)
-    return offsets[offsets.any(axis=1)]
+    """(row, col) offsets (K, 2) to the pixels within ``radius``, ascending; (0, 0) is one."""
+    return np.asarray(np.argwhere(_disc(radius)) - int(radius))
