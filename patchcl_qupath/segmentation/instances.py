@@ -262,7 +262,7 @@ def _steepest_ascent(
     peak = [np.float32(-np.inf)]
     for pixel in inside:
         if parent[pixel] == pixel:
-            parent[pixel] = _highest(elevation, pieces, pixel, far)
+            parent[pixel] = _highest(elevation, pieces, int(pixel), far)
             if parent[pixel] == pixel:
                 basins[pixel] = len(peak)
                 peak.append(elevation.flat[pixel])
