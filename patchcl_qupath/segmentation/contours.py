@@ -166,8 +166,8 @@ def _trace(
         flat[(row + 1) * width + 1 : (row + 1) * width + 1 + cols] = labels[row]
     across = np.array([-width, 1, width, -1])
     ahead = np.array([1, width, -1, -width])
-    edges = 0
-    for pixel in np.flatnonzero(flat):
+    edges, inside = 0, np.flatnonzero(flat)
+    for pixel in inside:
         for way in range(4):
             edges += flat[pixel] != flat[pixel + across[way]]
     corner, step = np.empty((edges, 2), np.int64), np.empty((edges, 2), np.int64)
@@ -175,7 +175,7 @@ def _trace(
 
     traced = np.zeros(len(flat), np.bool_)  # along this pixel's top; every ring has such an edge
     edge = rings = 0
-    for start in np.flatnonzero(flat):
+    for start in inside:
         label = flat[start]
         if traced[start] or flat[start + across[0]] == label:
             continue

@@ -246,6 +246,16 @@ def _mean_densities(
 
 
 @compiled
+def counts(labels: NDArray[np.int32], n: int) -> NDArray[np.int64]:
+    """The number of pixels (n,) of labels 1..n (H, W)."""
+    count = np.zeros(n + 1, np.int64)
+    for row in range(labels.shape[0]):
+        for col in range(labels.shape[1]):
+            count[labels[row, col]] += 1
+    return count[1:]
+
+
+@compiled
 def means(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> NDArray[np.float64]:
     """Mean (n,) of the values (H, W) in labels 1..n (H, W); 0 for a label without pixels."""
     count, total = np.zeros(n + 1), np.zeros(n + 1)
