@@ -47,6 +47,6 @@ def nucleus_features(
     count = int(labels.max(initial=0))
     return features_of(
         mean_probability=means(labels, count, found.nucleus),
-        area_um2=counts(labels, count) * mpp**2,
+        area_um2=np.asarray(counts(labels, count) * mpp**2, np.float64),
         largest_core=maxima(labels, count, found.core),
     )
