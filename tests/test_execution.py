@@ -228,8 +228,9 @@ def test_processes_are_set_up_before_the_context_is_unpacked(
     assert not any("None" in stage for stage in seconds)
 
 
-def test_processes_keep_the_memory_of_large_arrays() -> None:
+def test_processes_keep_the_memory_of_large_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dask's own setting would let glibc give it back each time."""
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)  # of processes of other tests
     with open_workers(6) as workers:
         assert workers.are_processes
         variables = workers.client.submit(lambda: dict(os.environ)).result()

@@ -50,11 +50,11 @@ _SETTINGS = {
     "distributed.worker.memory.spill": False,
     "distributed.admin.low-level-log-length": 0,
     "distributed.scheduler.allowed-failures": ATTEMPTS - 1,  # workers that die over a tile
-    # Dask's own, without MALLOC_TRIM_THRESHOLD_: with it, glibc gives each large array back at once,
-    # and separation and measurements take 1.6 times as long.
-    "distributed.nanny.pre-spawn-environ": {
-        name: 1 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    },
+    # Dask's own, without MALLOC_TRIM_THRESHOLD_: with it, glibc gives each large array back, and
+    # separation and measurements take 1.6 times as long.
+    "distributed.nanny.pre-spawn-environ": dict.fromkeys(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), 1
+    ),
 }
 
 
