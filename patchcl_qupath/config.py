@@ -323,8 +323,13 @@ class SelfTrainConfig(Settings):
         setting(
             "Training steps of a first network, which finds the pseudo-labels of the next", ge=1
         ),
-    ] = 600
-    steps: Annotated[int, setting("Training steps of the network that is kept", ge=1)] = 1000
+    ] = 500
+    steps: Annotated[
+        int,
+        setting(
+            "Training steps of the network that is kept, from the first one's weights on", ge=1
+        ),
+    ] = 500
     touching: Annotated[
         float,
         setting(

@@ -9,6 +9,7 @@ Segmentation, MICCAI 2015.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, TypeVar
@@ -20,24 +21,141 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from patchcl_qupath.config import NetworkInput, PatchCLConfig
 
+_LANES = 32  # channels that torch's batch norm takes at a time
+
 
 class ConvBlock(nn.Module):
     """3x3 convolution that keeps the size, batch norm, ELU or ReLU."""
 
     def __init__(self, inputs: int, outputs: int, dilation: int = 1, elu: bool = True) -> None:
         super().__init__()
-        self.activation = F.elu if elu else F.relu
+        self.elu = elu
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False)
         self.norm: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.norm(self.conv(x)), inplace=True)  # (B, outputs, H, W)
+        x = self.conv(x)  # (B, outputs, H, W)
+        if self.training and isinstance(self.norm, nn.BatchNorm2d) and _columns(x) > 1:
+            return _norm_in_columns(x, self.norm, self.elu)
+        activation = F.elu if self.elu else F.relu
+        return activation(self.norm(x), inplace=True)
 
     def fold(self) -> None:
         """Fold the batch norm into the convolution: same values, a third less work."""
         assert isinstance(self.norm, nn.BatchNorm2d)
         self.conv = fuse_conv_bn_eval(self.conv, self.norm)
         self.norm = nn.Identity()
+
+
+def _columns(x: Tensor) -> int:
+    """How many pixels in a row the batch norm of (B, C, H, W) takes for one: 1 as torch does it."""
+    columns = _LANES // math.gcd(_LANES, x.shape[1])
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return columns if x.device.type == "cpu" and last and x.shape[3] % columns == 0 else 1
+
+
+def _norm_in_columns(x: Tensor, norm: nn.BatchNorm2d, elu: bool) -> Tensor:
+    """Batch norm and activation of (B, C, H, W), of which the norm takes half the time of torch's.
+
+    On CPUs, torch takes 32 channels at a time, and fewer one by one. So pixels in a row, as many as
+    make whole 32s, are one wide pixel. Each of its channels has statistics of its own, those of
+    every second or fourth column of the batch: hardly others than those of all columns.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    columns = _columns(x)
+    mean, variance = norm.running_mean.repeat(columns), norm.running_var.repeat(columns)
+    y: Tensor = _NormInColumns.apply(  # type: ignore[no-untyped-call]
+        x, norm.weight, norm.bias, mean, variance, norm.momentum, norm.eps, elu
+    )
+    with torch.no_grad():
+        norm.running_mean.copy_(mean.view(columns, -1).mean(dim=0))
+        norm.running_var.copy_(variance.view(columns, -1).mean(dim=0))
+        norm.num_batches_tracked.add_(1)
+    return y
+
+
+class _NormInColumns(torch.autograd.Function):
+    """The computation of ``_norm_in_columns``; ``mean`` and ``variance`` (columns * C,) move on."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        momentum: float,
+        eps: float,
+        elu: bool,
+    ) -> Tensor:
+        columns = _columns(x)
+        wide, weight = _widened(x, columns), weight.repeat(columns)
+        y, mean, scale = torch.native_batch_norm(
+            wide, weight, bias.repeat(columns), mean, variance, True, momentum, eps
+        )
+        y = F.elu(y, inplace=True) if elu else F.relu(y, inplace=True)
+        context.save_for_backward(wide, y, weight, mean, scale)
+        context.columns, context.eps, context.elu = columns, eps, elu
+        return _narrowed(y, columns)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        wide, y, weight, mean, scale = context.saved_tensors
+        gradient = gradients[0].contiguous(memory_format=torch.channels_last)
+        gradient = _widened(gradient, context.columns)
+        aten = torch.ops.aten
+        if context.elu:
+            gradient = aten.elu_backward(gradient, 1.0, 1.0, 1.0, True, y)
+        else:
+            gradient = aten.threshold_backward(gradient, y, 0)
+        of_x, of_weight, of_bias = aten.native_batch_norm_backward(
+            gradient, wide, weight, None, None, mean, scale, True, context.eps, [True] * 3
+        )
+        return (
+            _narrowed(of_x, context.columns),
+            of_weight.view(context.columns, -1).sum(dim=0),
+            of_bias.view(context.columns, -1).sum(dim=0),
+            *(None,) * 5,
+        )
+
+
+def _widened(x: Tensor, columns: int) -> Tensor:
+    """(B, C, H, W) as (B, columns * C, H, W / columns); both have channels last in memory."""
+    batch, channels, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1)
+    return pixels.view(batch, height, width // columns, columns * channels).permute(0, 3, 1, 2)
+
+
+def _narrowed(x: Tensor, columns: int) -> Tensor:
+    """(B, columns * C, H, W / columns) as (B, C, H, W); both have channels last in memory."""
+    batch, channels, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1)
+    return pixels.view(batch, height, width * columns, channels // columns).permute(0, 3, 1, 2)
+
+
+class _Doubling(torch.autograd.Function):
+    """Each pixel as four; their gradients add up in a third of the time of torch's."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        rows = gradient[:, :, 0::2] + gradient[:, :, 1::2]  # (B, C, H, 2 W)
+        return rows[..., 0::2] + rows[..., 1::2]  # (B, C, H, W)
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """(B, C, H, W) as (B, C, 2 H, 2 W): each pixel four times."""
+    if not torch.is_grad_enabled():
+        return F.interpolate(x, scale_factor=2)
+    doubled: Tensor = _Doubling.apply(x)  # type: ignore[no-untyped-call]
+    return doubled
 
 
 class SegmentationNetwork(nn.Module):
@@ -101,11 +219,15 @@ class ConfidenceNetwork(SegmentationNetwork):
 
     def forward(self, x: Tensor) -> Tensor:
         """Network input (B, 3, H, W) to confidences (B, channels, H, W) in (0, 1)."""
+        return torch.sigmoid(self.logits(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Network input (B, 3, H, W) to the log-odds (B, channels, H, W) of confidences."""
         x = self.first(x)  # (B, width, H, W)
         for block in self.blocks:
             y = block(x)  # (B, width, H, W)
             x = x + y if torch.is_grad_enabled() else x.add_(y)  # in place: a map less to move
-        return torch.sigmoid(self.last(x))  # (B, channels, H, W)
+        return torch.as_tensor(self.last(x))  # (B, channels, H, W)
 
     def probabilities(self, x: Tensor) -> Tensor:
         """The confidences."""
@@ -170,9 +292,9 @@ class NucleusNetwork(SegmentationNetwork):
         fine = self.down(x)  # (B, fine, H, W)
         middle = self.down_middle(F.max_pool2d(fine, 2))  # (B, middle, H / 2, W / 2)
         coarse = self.coarse(F.max_pool2d(middle, 2))  # (B, coarse, H / 4, W / 4)
-        up = F.interpolate(coarse, scale_factor=2)  # (B, coarse, H / 2, W / 2)
+        up = _doubled(coarse)  # (B, coarse, H / 2, W / 2)
         middle = self.up_middle(torch.cat([up, middle], dim=1))  # (B, middle, H / 2, W / 2)
-        up = F.interpolate(middle, scale_factor=2)  # (B, middle, H, W)
+        up = _doubled(middle)  # (B, middle, H, W)
         fine = self.up(torch.cat([up, fine], dim=1))  # (B, fine, H, W)
         return self.last(fine), coarse  # (B, 2, H, W), (B, coarse, H / 4, W / 4)
 

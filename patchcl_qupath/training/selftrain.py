@@ -13,6 +13,7 @@ Networks, ICML 2013 workshop.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,8 +28,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from patchcl_qupath.config import SegmentConfig, SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
+from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import NucleusNetwork, device, to_channels_last
+from patchcl_qupath.overlap import Stop, in_turn, overlapped
 from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.measurements import means
@@ -51,6 +54,8 @@ from patchcl_qupath.training.touching import with_touching_nuclei
 _WARMUP_STEPS = 20  # in which the learning rate rises
 _LEAST_FOUND = 0.5  # of the area of nuclei that the first network was taught
 _MAX_ARTEFACT = 0.5  # of the pixels of a nucleus
+_SEEDS = 1000  # between the seeds of two rounds
+_BATCHES_AT_ONCE = 4  # that are made or used
 _TURNS = 4  # of a crop, by 90 degrees, over which a network's probabilities are averaged
 
 
@@ -67,7 +72,8 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     """Train a network on the pseudo-labels of ``teacher``, of PatchCL, in tissue crops.
 
     A first network learns from these; what it finds in the crops are the pseudo-labels of the
-    second, which is returned. A first network that finds far less than it was taught teaches none.
+    second, which begins with its weights, and is returned. A first network that finds far less than
+    it was taught teaches none.
     Equal crops, teachers and numbers of threads give equal weights on one machine. Raises
     TrainingError where no nucleus is pseudo-labelled.
     """
@@ -83,13 +89,16 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
         found = pseudo_labelled(crops, teacher, choosing)
         if labelled:
             found = [*map(without_artefacts, found, labelled)]
+        start = None
         if _nucleus_px(found) > _LEAST_FOUND * _nucleus_px(labelled):
             labelled = found
+            start = rounds[-1].network if rounds else None
         if not labelled:
             raise TrainingError("no clear nucleus was found: add images of cellular tissue")
         samples = training_samples(labelled, settings.touching, config.patchcl.seed)
         show = partial(_show_all, report=training, done=done, total=total)
-        rounds.append(train_on(samples, replace(settings, steps=steps), config.patchcl.seed, show))
+        seed = config.patchcl.seed + _SEEDS * len(rounds)
+        rounds.append(train_on(samples, replace(settings, steps=steps), seed, show, start))
         teacher = Model(network=rounds[-1].network, config=config)
         done += steps
     return replace(
@@ -117,22 +126,32 @@ def train_on(
     settings: SelfTrainConfig,
     seed: int,
     report: ShowCount,
+    start: NucleusNetwork | None = None,
 ) -> Trained:
-    """Train a network on samples alone; its weights are averaged over the last steps."""
-    rng = np.random.default_rng(seed)
+    """Train a network on samples alone; its weights are averaged over the last steps.
+
+    It begins with the weights of ``start``, if there is one. Batches are made ahead, on threads.
+    """
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
         network = NucleusNetwork(settings.widths).to(device())
+    if start is not None:
+        network.load_state_dict(start.state_dict())
     to_channels_last(network)
     average = ema_model(network, warmup_steps=1)
     # The scheduler multiplies the optimizer's rate with what its function returns.
-    optimizer = torch.optim.AdamW(network.parameters(), 1.0, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), 1.0, weight_decay=settings.weight_decay, fused=True
+    )
     scheduler = LambdaLR(optimizer, partial(learning_rate, settings=settings))
     losses: list[Tensor] = []
+    make = partial(_batch, samples, settings, seed)
+    at_once = max(1, min(_BATCHES_AT_ONCE, os.cpu_count() or 1))
+    batches = overlapped(make, range(settings.steps), at_once, Stop())
     began, waited = time.perf_counter(), 0.0
     for step in range(settings.steps):
         asked = time.perf_counter()
-        stains, target = _batch(samples, settings, rng)
+        stains, target = next(batches).result()
         waited += time.perf_counter() - asked
         with mixed_precision():
             logits = network(stains)
@@ -177,12 +196,11 @@ def pseudo_labelled(crops: TrainingCrops, teacher: Model, report: ShowCount) -> 
     for slide in dict.fromkeys(crops.slides):
         indices = [i for i in range(len(crops)) if crops.slides[i] == slide]
         of_slide = crops.select(indices)
-        pairs = [*zip(of_slide.images, of_slide.normalisers, strict=True)]
-        stains = [normaliser.apply(image) for image, normaliser in pairs]
+        stains = in_turn(StainNormaliser.apply, of_slide.normalisers, of_slide.images)
         if teacher.network.core_channel is None:
             labels = _of_patchcl(of_slide, stains, teacher)
         else:
-            labels = [_of_network(teacher, *pair) for pair in pairs]
+            labels = in_turn(partial(_of_network, teacher), of_slide.images, of_slide.normalisers)
         found |= zip(indices, map(LabelledCrop, stains, labels), strict=True)
         report(len(found), len(crops))
     return [found[i] for i in range(len(crops))]
@@ -222,11 +240,11 @@ def _of_patchcl(
 ) -> list[PseudoLabels]:
     """The pseudo-labels of the crops of one slide, by PatchCL's confidence and by shape."""
     config = teacher.config
-    pairs = [*zip(crops.images, crops.normalisers, strict=True)]
+    predict = partial(confidence, teacher, engine=engines.choose(config.engine))
     return pseudo_labels(
         crops=stains,
-        glass=[is_glass(image, config.slide.mpp, config.selftrain) for image, _ in pairs],
-        confidences=[confidence(teacher, *pair).nucleus for pair in pairs],
+        glass=[is_glass(image, config.slide.mpp, config.selftrain) for image in crops.images],
+        confidences=[found.nucleus for found in in_turn(predict, crops.images, crops.normalisers)],
         mpp=config.slide.mpp,
         config=config.selftrain,
         has_brown=crops.normalisers[0].has_brown,
@@ -241,8 +259,9 @@ def _of_network(
     Probabilities are means over four turns of the crop: where they differ, the network is not sure.
     """
     nucleus, core = np.zeros((2, *image.shape[:2]), np.float32)
+    engine = engines.choose(teacher.config.engine)
     for turns in range(_TURNS):
-        found = confidence(teacher, np.rot90(image, turns), normaliser)
+        found = confidence(teacher, np.rot90(image, turns), normaliser, engine)
         assert found.core is not None
         nucleus += np.rot90(found.nucleus, -turns) / _TURNS
         core += np.rot90(found.core, -turns) / _TURNS
@@ -257,9 +276,10 @@ def learning_rate(step: int, settings: SelfTrainConfig) -> float:
 
 
 def _batch(
-    samples: Sequence[TrainingSample], settings: SelfTrainConfig, rng: np.random.Generator
+    samples: Sequence[TrainingSample], settings: SelfTrainConfig, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Augmented stains and targets (B, 3, S, S) of random crops."""
+    """Augmented stains and targets (B, 3, S, S) of random crops, the same for each step."""
+    rng = np.random.default_rng((seed, step))
     stains, target = [], []
     for k in rng.integers(len(samples), size=settings.batch):
         crop = random_crop(samples[k], settings.crop_px, settings.scale_jitter, rng)
