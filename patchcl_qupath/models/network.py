@@ -227,7 +227,7 @@ class ConfidenceNetwork(SegmentationNetwork):
         for block in self.blocks:
             y = block(x)  # (B, width, H, W)
             x = x + y if torch.is_grad_enabled() else x.add_(y)  # in place: a map less to move
-        return torch.as_tensor(self.last(x))  # (B, channels, H, W)
+        return self.last(x)  # type: ignore[no-any-return]  # (B, channels, H, W)
 
     def probabilities(self, x: Tensor) -> Tensor:
         """The confidences."""
