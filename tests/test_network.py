@@ -8,8 +8,16 @@ import torch
 
 from patchcl_qupath.config import Config, PatchCLConfig, SelfTrainConfig
 from patchcl_qupath.errors import ModelError, StorageError
+from patchcl_qupath.models import network as networks
 from patchcl_qupath.models.model import Model, confidence
-from patchcl_qupath.models.network import ConfidenceNetwork, FeatureNetwork, NucleusNetwork, folded
+from patchcl_qupath.models.network import (
+    ConfidenceNetwork,
+    ConvBlock,
+    FeatureNetwork,
+    NucleusNetwork,
+    folded,
+    to_channels_last,
+)
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.records import CDCLLog, to_plain, training_log
 
@@ -309,3 +317,58 @@ def test_failed_save_leaves_nothing(tmp_path):
     with pytest.raises(StorageError):
         random_model().save(tmp_path, "mine")
     assert {p.name for p in tmp_path.iterdir()} <= {"mine.pt", "mine.json"}
+
+
+def norm_and_gradients(x, target, elu, block):
+    """The output of a block in training, and the gradients of its input and of its norm."""
+    x = x.clone(memory_format=torch.channels_last).requires_grad_()
+    y = block(x)
+    ((y - target) ** 2).mean().backward()
+    return y.detach(), x.grad, block.norm.weight.grad, block.norm.bias.grad
+
+
+@pytest.mark.parametrize("elu", [False, True])
+@pytest.mark.parametrize("channels", [8, 16, 24])
+def test_a_norm_of_columns_is_that_of_all_pixels(monkeypatch, channels, elu):
+    """To the bit of single precision where all columns are alike, and nearly so elsewhere."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4, 3, 64, 16, generator=generator).repeat_interleave(4, dim=3)
+    target = torch.rand(4, channels, 64, 64, generator=generator)
+    block = ConvBlock(3, channels, elu=elu)
+    block.conv = torch.nn.Conv2d(3, channels, 1, bias=False)  # keeps equal columns equal
+    with torch.no_grad():
+        block.norm.weight.copy_(torch.rand(channels, generator=generator) + 0.5)
+    to_channels_last(block)
+    results, statistics = [], []
+    for lanes in (1, 32):  # as torch does it, and in columns
+        monkeypatch.setattr(networks, "_LANES", lanes)
+        block.norm.reset_running_stats()
+        block.zero_grad()
+        results.append(norm_and_gradients(x, target, elu, block))
+        statistics.append([values.clone() for values in block.norm.buffers()])
+    for plain, in_columns in zip(*results, strict=True):
+        torch.testing.assert_close(in_columns, plain, rtol=2e-2, atol=2e-6)
+    for plain, in_columns in zip(*statistics, strict=True):
+        torch.testing.assert_close(in_columns, plain, rtol=1e-3, atol=1e-6)
+    assert block.norm.num_batches_tracked == 1
+
+
+def test_a_norm_of_columns_has_the_statistics_of_each_column(monkeypatch):
+    """Odd and even columns that differ by 2 in all pixels are normalised to the same."""
+    x = torch.randn(2, 16, 32, 32, generator=torch.Generator().manual_seed(1))
+    x[..., 1::2] = x[..., 0::2] + 2
+    x = x.contiguous(memory_format=torch.channels_last)
+    norm = torch.nn.BatchNorm2d(16)
+    y = networks._norm_in_columns(x, norm, elu=True)
+    torch.testing.assert_close(y[..., 0::2], y[..., 1::2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.running_mean, 0.1 * x.mean(dim=(0, 2, 3)))
+
+
+def test_doubled_pixels_have_the_gradients_of_torch():
+    x = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    target = torch.randn(2, 3, 10, 12, generator=torch.Generator().manual_seed(2))
+    found = []
+    for double in (networks._doubled, lambda y: torch.nn.functional.interpolate(y, scale_factor=2)):
+        y = double(x)
+        found.append((y.detach(), torch.autograd.grad((y * target).sum(), x)[0]))
+    torch.testing.assert_close(*found)

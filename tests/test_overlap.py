@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 
-from patchcl_qupath.overlap import Stop, StoppedError, overlapped
+from patchcl_qupath.overlap import Stop, StoppedError, in_turn, overlapped
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -82,3 +82,14 @@ def test_an_end_after_the_last_stops_nothing() -> None:
     stop = Stop()
     assert [future.result() for future in overlapped(abs, [-1, 2], 2, stop)] == [1, 2]
     stop.check()
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_calls_in_turn_are_a_map(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert in_turn(pow, [2, 3, 4], [3, 2, 1]) == [8, 9, 4]
+    assert in_turn(pow, [], []) == []
+    with pytest.raises(ZeroDivisionError):
+        in_turn(lambda a: 1 / a, [1, 0, 2])
+    with pytest.raises(ValueError, match="zip"):
+        in_turn(pow, [1, 2], [1])

@@ -301,6 +301,40 @@ def test_a_first_network_that_finds_nothing_teaches_nothing(monkeypatch):
     assert model.training.nucleus_fraction > 0
 
 
+def test_batches_made_ahead_are_those_of_one_core(monkeypatch):
+    """In their order, and equal: so are the weights, whatever the number of cores."""
+    images, ground_truths = nuclei_images(2)
+    normaliser = StainNormaliser.fit(images)
+    samples = [
+        TrainingSample(normaliser.apply(image), targets(labels, labels == 0))
+        for image, labels in zip(images, ground_truths, strict=True)
+    ]
+    quick = replace(CONFIG, steps=6, crop_px=32, widths=(2, 2, 2))
+    found = []
+    for cores in (1, 8):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        found.append(selftrain.train_on(samples, quick, 3, lambda *_: None))
+    assert found[0].loss == found[1].loss
+    assert len(set(found[0].loss)) == 6
+    other = selftrain.train_on(samples, quick, 4, lambda *_: None)
+    assert other.loss != found[0].loss
+
+
+def test_a_second_network_begins_with_the_weights_of_the_first():
+    images, ground_truths = nuclei_images(1)
+    sample = TrainingSample(
+        StainNormaliser.fit(images).apply(images[0]),
+        targets(ground_truths[0], images[0][..., 0] > 0),
+    )
+    quick = replace(CONFIG, steps=1, crop_px=32, widths=(2, 2, 2), learning_rate=1e-9)
+    first = selftrain.train_on([sample], quick, 0, lambda *_: None).network
+    second = selftrain.train_on([sample], quick, 1, lambda *_: None, first).network
+    fresh = selftrain.train_on([sample], quick, 1, lambda *_: None).network
+    for name, weights in first.named_parameters():
+        torch.testing.assert_close(dict(second.named_parameters())[name], weights)
+    assert not torch.equal(fresh.down[0].conv.weight, first.down[0].conv.weight)
+
+
 def test_the_nuclei_of_a_network_and_all_else_as_background_are_its_pseudo_labels():
     rgb = np.full((80, 80, 3), (225, 180, 205), np.uint8)
     ground_truth = discs((80, 80), [(25, 20, 8), (50, 60, 9)])
