@@ -753,7 +753,10 @@ class Config(Settings):
     ] = Recipe.SELFTRAIN
     engine: Annotated[
         EngineChoice,
-        setting("What runs the network: `torch`, `openvino`, or `auto`, the fastest installed"),
+        setting(
+            "What runs the network: `torch`; `openvino`, in bfloat16 or float32; or `auto`, the "
+            "fastest installed, in 8 bits where the CPU is fast in these"
+        ),
     ] = EngineChoice.AUTO
     slide: SlideConfig = field(default_factory=SlideConfig)
     patchcl: PatchCLConfig = field(default_factory=PatchCLConfig)

@@ -17,7 +17,7 @@ from patchcl_qupath import __version__
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.errors import ProjectError
 from patchcl_qupath.models import engines
-from patchcl_qupath.models.network import device
+from patchcl_qupath.models.network import NucleusNetwork, device
 from patchcl_qupath.project.paquo import find_qupath
 from patchcl_qupath.slides.level import MissingReaderError
 from patchcl_qupath.slides.openslide import FORMATS, openslide_version
@@ -58,7 +58,7 @@ def _qupath(folder: Path | None) -> Finding:
 
 
 def _engine() -> Finding:
-    kind = engines.choose("auto")
+    kind = engines.choose("auto", NucleusNetwork)
     found = f"{kind}, torch {version('torch')}"
     if kind.is_openvino:
         return Finding("engine", f"{found}, OpenVINO {version('openvino')}")

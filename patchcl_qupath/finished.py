@@ -138,8 +138,12 @@ def _model_digest(path: Path) -> str | None:
 
 
 def _fits(engine: str, choice: EngineChoice) -> bool:
-    """Whether a person who asked for ``choice`` may have nuclei of an engine."""
-    return choice == EngineChoice.AUTO or engine.split()[0] == choice
+    """Whether a person who asked for ``choice`` may have nuclei of an engine.
+
+    Who asks for OpenVINO does not ask for 8 bits.
+    """
+    backend, *precision = engine.split()
+    return choice == EngineChoice.AUTO or (backend == choice and precision != ["int8"])
 
 
 def _is_written(layout: Layout, image: str, result: ResultRecord) -> bool:

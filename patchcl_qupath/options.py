@@ -256,7 +256,8 @@ overrides = _bundle(
             "--engine",
             type=click.Choice([*map(str, EngineChoice)]),
             help="What runs the network. Default: on a GPU torch in float16; on CPUs OpenVINO, if "
-            "it is installed, else torch in float32.",
+            "it is installed, in 8 bits where the CPU is fast in these; else torch in float32. "
+            "openvino: in bfloat16 or float32.",
         ),
         click.option(
             "--object-type",

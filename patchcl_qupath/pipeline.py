@@ -380,7 +380,7 @@ class Run:
     @cached_property
     def engine(self) -> EngineKind:
         """What runs the network: the fastest there is, unless the settings name one."""
-        engine = engines.choose(self.config.engine)
+        engine = engines.choose(self.config.engine, self.model.network)
         logger.info("engine: %s", engine)
         return engine
 

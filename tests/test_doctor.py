@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from patchcl_qupath import __version__, console
 from patchcl_qupath.cli import main
 from patchcl_qupath.models import engines
-from patchcl_qupath.models.network import device
+from patchcl_qupath.models.network import NucleusNetwork, device
 
 
 def doctor(*options):
@@ -26,7 +26,7 @@ def parts(*options):
 def test_what_is_here_is_named():
     found = parts()
     assert __version__ in found["program"]["found"]
-    assert engines.choose("auto") in found["engine"]["found"]
+    assert engines.choose("auto", NucleusNetwork) in found["engine"]["found"]
     table = doctor()
     assert all(part in table for part in found)
 

@@ -18,7 +18,7 @@ from survivor import left_by_run
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import EngineChoice
-from patchcl_qupath.finished import all_finished
+from patchcl_qupath.finished import _fits, all_finished
 from patchcl_qupath.project import open_project
 from patchcl_qupath.storage.records import ImageOutcome
 
@@ -171,6 +171,19 @@ def test_what_is_not_finished_is_run(folder: Path, change: Callable[[Path], Any]
     assert finished(folder)
     change(folder)
     assert finished(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "fitting"),
+    [
+        ("torch", {"auto", "torch"}),
+        ("openvino bfloat16", {"auto", "openvino"}),
+        ("openvino int8", {"auto"}),
+        ("torch cuda float16", {"auto", "torch"}),
+    ],
+)
+def test_nuclei_of_an_engine_are_those_of_who_asked_for_it(engine: str, fitting: set[str]) -> None:
+    assert {choice for choice in EngineChoice if _fits(engine, choice)} == fitting
 
 
 def test_other_settings_are_another_run(folder: Path) -> None:

@@ -132,7 +132,7 @@ def test_engines_find_the_same_nuclei(model, client, project_folder, untiled):
     image = prepare(entry, QUICK)
     rgb = image.slide.read(Box(400, 400, 1200, 1200))
     exact = confidence(model, rgb, image.normaliser)
-    found = confidence(model, rgb, image.normaliser, engines.choose("openvino"))
+    found = confidence(model, rgb, image.normaliser, engines.choose("openvino", model.network))
     assert np.abs(found.nucleus - exact.nucleus).max() < 0.02 + 1 / 255
     assert np.abs(found.core - exact.core).max() < 0.02 + 1 / 255
 

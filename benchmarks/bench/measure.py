@@ -150,7 +150,7 @@ def run_key(model: Model, images: ImageSet) -> dict[str, Any]:
     return {
         "run": model.digest,
         "images": images.digest,
-        "engine": engines.choose(model.config.engine),
+        "engine": engines.choose(model.config.engine, model.network),
         "config": without(model.config, _NOT_OF_A_RUN),
         **code(*_RUN),
     }

@@ -137,6 +137,7 @@ _LEAST_RANGE = 0.15
 # Of the residual stain, the 99th percentile is 3.2 or more where DAB is; in H&E it is below 1.8,
 # but in tissue full of blood, which has even more eosin.
 _BROWN = 2.0
+STAIN_RANGE = (-0.2, 1.3)  # of normalised stains
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class StainNormaliser:
         stains = unmix_hed(rgb)
         stains -= low
         stains /= span
-        return np.clip(stains, -0.2, 1.3, out=stains)
+        return np.clip(stains, *STAIN_RANGE, out=stains)
 
     def network_input(self, rgb: NDArray[np.uint8], kind: NetworkInput) -> NDArray[np.float32]:
         """RGB (..., 3) as the input of a network: normalised stains, or RGB in [0, 1]."""

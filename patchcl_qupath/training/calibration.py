@@ -54,7 +54,7 @@ def calibrated(model: Model, crops: TrainingCrops, report: ShowCount) -> Model:
     """
     chosen = crops.select([*np.linspace(0, len(crops) - 1, min(len(crops), _CROPS)).astype(int)])
     rng = np.random.default_rng(model.config.patchcl.seed)
-    engine = engines.choose(model.config.engine)
+    engine = engines.choose(model.config.engine, model.network)
     features, agreement = [], []
     for i, (image, normaliser) in enumerate(zip(chosen.images, chosen.normalisers, strict=True)):
         found = confidence(model, image, normaliser, engine)
