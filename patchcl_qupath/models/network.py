@@ -37,7 +37,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, dilation: int = 1, elu: bool = True) -> None:
         super().__init__()
-        self.elu = elu
+        self.activation = F.elu if elu else F.relu
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False)
         self.norm: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(outputs)
         self.largest = math.inf
@@ -45,9 +45,8 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)  # (B, outputs, H, W)
         if self.training and isinstance(self.norm, nn.BatchNorm2d) and _columns(x) > 1:
-            return _norm_in_columns(x, self.norm, self.elu)
-        activation = F.elu if self.elu else F.relu
-        return activation(self.norm(x), inplace=True)
+            return _norm_in_columns(x, self.norm, self.activation is F.elu)
+        return self.activation(self.norm(x), inplace=True)
 
     def fold(self) -> None:
         """Fold the batch norm into the convolution: same values, a third less work.

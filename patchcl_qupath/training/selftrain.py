@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from patchcl_qupath.config import SegmentConfig, SelfTrainConfig
+from patchcl_qupath.config import EngineChoice, SegmentConfig, SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models import engines
+from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import NucleusNetwork, device, to_channels_last
 from patchcl_qupath.overlap import Stop, in_turn, overlapped
@@ -240,7 +241,7 @@ def _of_patchcl(
 ) -> list[PseudoLabels]:
     """The pseudo-labels of the crops of one slide, by PatchCL's confidence and by shape."""
     config = teacher.config
-    predict = partial(confidence, teacher, engine=engines.choose(config.engine))
+    predict = partial(confidence, teacher, engine=_engine(teacher))
     return pseudo_labels(
         crops=stains,
         glass=[is_glass(image, config.slide.mpp, config.selftrain) for image in crops.images],
@@ -251,6 +252,14 @@ def _of_patchcl(
     )
 
 
+def _engine(teacher: Model) -> EngineKind:
+    """What runs a teacher: as in a run, but not in 8 bits."""
+    kind = engines.choose(teacher.config.engine, teacher.network)
+    if kind is EngineKind.OPENVINO_INT8:
+        return engines.choose(EngineChoice.OPENVINO, teacher.network)
+    return kind
+
+
 def _of_network(
     teacher: Model, image: NDArray[np.uint8], normaliser: StainNormaliser
 ) -> PseudoLabels:
@@ -259,7 +268,7 @@ def _of_network(
     Probabilities are means over four turns of the crop: where they differ, the network is not sure.
     """
     nucleus, core = np.zeros((2, *image.shape[:2]), np.float32)
-    engine = engines.choose(teacher.config.engine)
+    engine = _engine(teacher)
     for turns in range(_TURNS):
         found = confidence(teacher, np.rot90(image, turns), normaliser, engine)
         assert found.core is not None
