@@ -94,14 +94,15 @@ def overlapped(
                 future.cancel()
 
 
-def in_turn(call: Callable[..., Result], *items: Sequence[Any]) -> list[Result]:
-    """``map`` as a list, with as many calls under way as the machine has cores.
+def in_turn(call: Callable[..., Result], *items: Sequence[Any]) -> Iterator[Result]:
+    """``map``, in order, with as many calls under way as the machine has cores.
 
     That pays for calls that spend their time in compiled code, which releases Python's lock.
     """
     calls = [*zip(*items, strict=True)]
     at_once = max(1, min(len(calls), os.cpu_count() or 1))
-    return [done.result() for done in overlapped(lambda each: call(*each), calls, at_once, Stop())]
+    for done in overlapped(lambda each: call(*each), calls, at_once, Stop()):
+        yield done.result()
 
 
 def _finished(call: Callable[[Item], Result], item: Item) -> Future[Result]:

@@ -87,9 +87,9 @@ def test_an_end_after_the_last_stops_nothing() -> None:
 @pytest.mark.parametrize("cores", [1, 3])
 def test_calls_in_turn_are_a_map(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: cores)
-    assert in_turn(pow, [2, 3, 4], [3, 2, 1]) == [8, 9, 4]
-    assert in_turn(pow, [], []) == []
+    assert [*in_turn(pow, [2, 3, 4], [3, 2, 1])] == [8, 9, 4]
+    assert [*in_turn(pow, [], [])] == []
     with pytest.raises(ZeroDivisionError):
-        in_turn(lambda a: 1 / a, [1, 0, 2])
+        [*in_turn(lambda a: 1 / a, [1, 0, 2])]
     with pytest.raises(ValueError, match="zip"):
-        in_turn(pow, [1, 2], [1])
+        [*in_turn(pow, [1, 2], [1])]

@@ -62,8 +62,8 @@ def pseudo_labels(
     thresholds come from the crops together: a crop without nuclei must not yield its own darkest
     spots.
     """
-    densities = in_turn(partial(density, mpp=mpp, config=config, has_brown=has_brown), crops)
-    slopes = in_turn(_slope, densities)
+    densities = [*in_turn(partial(density, mpp=mpp, config=config, has_brown=has_brown), crops)]
+    slopes = [*in_turn(_slope, densities)]
     pixels = _pixels(densities)
     threshold = otsu(pixels)
     slide = _Thresholds(
@@ -74,7 +74,7 @@ def pseudo_labels(
         ),
     )
     find = partial(_of_crop, slide=slide, mpp=mpp, config=config)
-    found = in_turn(find, densities, slopes, glass, confidences)
+    found = [*in_turn(find, densities, slopes, glass, confidences)]
     return _without_fragments(found, config.min_fragment)
 
 

@@ -197,11 +197,12 @@ def pseudo_labelled(crops: TrainingCrops, teacher: Model, report: ShowCount) -> 
     for slide in dict.fromkeys(crops.slides):
         indices = [i for i in range(len(crops)) if crops.slides[i] == slide]
         of_slide = crops.select(indices)
-        stains = in_turn(StainNormaliser.apply, of_slide.normalisers, of_slide.images)
+        stains = [*in_turn(StainNormaliser.apply, of_slide.normalisers, of_slide.images)]
         if teacher.network.core_channel is None:
             labels = _of_patchcl(of_slide, stains, teacher)
         else:
-            labels = in_turn(partial(_of_network, teacher), of_slide.images, of_slide.normalisers)
+            find = partial(_of_network, teacher)
+            labels = [*in_turn(find, of_slide.images, of_slide.normalisers)]
         found |= zip(indices, map(LabelledCrop, stains, labels), strict=True)
         report(len(found), len(crops))
     return [found[i] for i in range(len(crops))]
