@@ -328,11 +328,11 @@ def norm_and_gradients(x, target, elu, block):
 
 
 @pytest.mark.parametrize("elu", [False, True])
-@pytest.mark.parametrize("channels", [8, 16, 24])
+@pytest.mark.parametrize("channels", [4, 8, 12])
 def test_a_norm_of_columns_is_that_of_all_pixels(monkeypatch, channels, elu):
     """To the bit of single precision where all columns are alike, and nearly so elsewhere."""
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(4, 3, 64, 16, generator=generator).repeat_interleave(4, dim=3)
+    x = torch.randn(4, 3, 64, 8, generator=generator).repeat_interleave(8, dim=3)
     target = torch.rand(4, channels, 64, 64, generator=generator)
     block = ConvBlock(3, channels, elu=elu)
     block.conv = torch.nn.Conv2d(3, channels, 1, bias=False)  # keeps equal columns equal
@@ -353,12 +353,12 @@ def test_a_norm_of_columns_is_that_of_all_pixels(monkeypatch, channels, elu):
     assert block.norm.num_batches_tracked == 1
 
 
-def test_a_norm_of_columns_has_the_statistics_of_each_column(monkeypatch):
+def test_a_norm_of_columns_has_the_statistics_of_each_column():
     """Odd and even columns that differ by 2 in all pixels are normalised to the same."""
-    x = torch.randn(2, 16, 32, 32, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 8, 32, 32, generator=torch.Generator().manual_seed(1))
     x[..., 1::2] = x[..., 0::2] + 2
     x = x.contiguous(memory_format=torch.channels_last)
-    norm = torch.nn.BatchNorm2d(16)
+    norm = torch.nn.BatchNorm2d(8)
     y = networks._norm_in_columns(x, norm, elu=True)
     torch.testing.assert_close(y[..., 0::2], y[..., 1::2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(norm.running_mean, 0.1 * x.mean(dim=(0, 2, 3)))

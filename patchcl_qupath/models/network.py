@@ -30,6 +30,7 @@ from patchcl_qupath.slides.stains import STAIN_RANGE
 _DEVIATIONS = 8.0
 
 _LANES = 32  # channels that torch's batch norm takes at a time
+_FEW = 15  # channels at most, for which another way is faster
 
 
 class ConvBlock(nn.Module):
@@ -63,16 +64,17 @@ class ConvBlock(nn.Module):
 def _columns(x: Tensor) -> int:
     """How many pixels in a row the batch norm of (B, C, H, W) takes for one: 1 as torch does it."""
     columns = _LANES // math.gcd(_LANES, x.shape[1])
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return columns if x.device.type == "cpu" and last and x.shape[3] % columns == 0 else 1
+    can = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
+    return columns if can and x.shape[1] <= _FEW and x.shape[3] % columns == 0 else 1
 
 
 def _norm_in_columns(x: Tensor, norm: nn.BatchNorm2d, elu: bool) -> Tensor:
-    """Batch norm and activation of (B, C, H, W), of which the norm takes half the time of torch's.
+    """Batch norm and activation of (B, C, H, W) with few channels: a training step of PatchCL in
+    bfloat16 takes 0.8 of the time that it takes with torch's.
 
     On CPUs, torch takes 32 channels at a time, and fewer one by one. So pixels in a row, as many as
-    make whole 32s, are one wide pixel. Each of its channels has statistics of its own, those of
-    every second or fourth column of the batch: hardly others than those of all columns.
+    make whole 32s, are one wide pixel. Each of its channels has statistics of its own: with 8
+    channels those of every fourth column of the batch, hardly others than those of all columns.
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None
