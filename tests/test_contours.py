@@ -3,10 +3,12 @@
 import hashlib
 import uuid
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import shapely
+from scipy import ndimage
 
 from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.datatypes import Box, Nuclei, Tile
@@ -246,6 +248,51 @@ def test_contours_run_where_confidence_falls_to_the_threshold():
         assert polygon.is_valid
 
 
+def rings_of_noise():
+    """Points (E, 2) of the smoothed contours of noise, first points of these, and polygons."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(2).standard_normal((200, 200)), 1.5)
+    labels, _ = ndimage.label(noise > 0.01)
+    corner, step, first, _ = contours._trace(labels.astype(np.int32))
+    xy = contours._smooth(corner + step / 2, first)
+    ring = np.repeat(np.arange(len(first) - 1), np.diff(first))
+    return xy, first, shapely.polygons(shapely.linearrings(xy, indices=ring))
+
+
+def simplified(xy, first):
+    points, starts = contours._simplified(xy, first, np.arange(len(first) - 1))
+    return [points[a:b] for a, b in pairwise(starts)]
+
+
+def test_simplified_contours_stay_within_a_fifth_of_a_px():
+    xy, first, polygons = rings_of_noise()
+    assert len(polygons) > 100
+    found = simplified(xy, first)
+    assert sum(map(len, found)) < len(xy) / 2
+    for points, polygon in zip(found, polygons, strict=True):
+        ring = shapely.LinearRing(points)
+        assert len(points) >= 3
+        assert shapely.hausdorff_distance(ring, polygon.exterior) <= 0.4  # twice: at the first one
+
+
+@pytest.mark.skipif(shapely.geos_version < (3, 13, 0), reason="older GEOS keeps the first point")
+def test_contours_are_simplified_as_geos_does():
+    xy, first, polygons = rings_of_noise()
+    by_geos = shapely.simplify(polygons, 0.2, preserve_topology=False)
+    equal = 0
+    for points, one, whole in zip(simplified(xy, first), by_geos, polygons, strict=True):
+        if one.geom_type == "Polygon" and not one.is_empty and shapely.Polygon(points).is_valid:
+            equal += 1
+            assert shapely.equals_exact(shapely.Polygon(points), one)
+        elif one.is_empty:
+            assert shapely.equals_exact(shapely.Polygon(points), whole)
+    assert equal > 0.9 * len(polygons)
+
+
+def test_areas_of_rings_are_those_of_their_polygons():
+    xy, first, polygons = rings_of_noise()
+    np.testing.assert_array_equal(contours._areas(xy, first), shapely.area(polygons))
+
+
 def test_contours_at_touching_nuclei_and_at_the_border_stay_between_pixels():
     labels = np.zeros((20, 30), np.int32)
     labels[:, :15], labels[:, 15:] = 1, 2
@@ -314,11 +361,34 @@ def test_what_has_less_hematoxylin_than_eosin_and_little_of_it_is_pale():
     assert stain.is_pale(config).tolist() == [True, False, False]
 
 
-def test_glass_around_a_pixel_is_the_same_in_each_tile():
-    rgb = np.random.default_rng(0).integers(200, 256, (90, 110, 3)).astype(np.uint8)
-    whole, part = glass_around(rgb, 0.5), glass_around(rgb[13:, 29:], 0.5)
-    assert whole.min() < whole.max()
-    assert np.array_equal(whole[30:80, 50:100], part[17:67, 21:71])
+def test_glass_around_nuclei_is_that_of_squares_mirrored_at_the_border():
+    labels = disc_labels((60, 70), [(4, 3), (30, 40), (57, 66), (20, 60)], 5)
+    rgb = np.random.default_rng(0).integers(200, 256, (60, 70, 3)).astype(np.uint8)
+    wanted = np.array([True, True, True, False])
+    glass = rgb.sum(axis=-1) > 3 * 225
+    around = ndimage.uniform_filter(glass.astype(float), 17, mode="reflect")
+    expected = ndimage.mean(around, labels, [1, 2, 3])
+    found = glass_around(labels, wanted, rgb, mpp=0.5)
+    np.testing.assert_allclose(found, [*expected, 0], rtol=1e-12)
+    assert 0 < found[0] != found[1]
+
+
+@pytest.mark.parametrize("stains", [H_E, H_DAB])
+def test_measurements_of_noise_are_those_of_numpy(stains):
+    rng = np.random.default_rng(1)
+    rgb = rng.integers(0, 256, (50, 60, 3)).astype(np.uint8)
+    labels = rng.integers(0, 6, (50, 60)).astype(np.int32)
+    boxes = np.array([shapely.box(0, 0, 1, 1)] * 5)
+    found = measure(boxes, labels, rgb, np.zeros(5), stains)
+    for name, density in densities(rgb, stains).items():
+        of = [density[labels == label] for label in range(1, 6)]
+        for statistic, expected in (
+            ("Mean", [np.mean(values, dtype=np.float64) for values in of]),
+            ("Std.Dev.", [np.std(values, ddof=1, dtype=np.float64) for values in of]),
+            ("Min", [values.min() for values in of]),
+            ("Max", [values.max() for values in of]),
+        ):
+            np.testing.assert_allclose(found[f"{name}: {statistic}"], expected, rtol=1e-6)
 
 
 def test_ids_are_uuids_of_version_5():

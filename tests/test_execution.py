@@ -228,6 +228,15 @@ def test_processes_are_set_up_before_the_context_is_unpacked(
     assert not any("None" in stage for stage in seconds)
 
 
+def test_processes_keep_the_memory_of_large_arrays() -> None:
+    """Dask's own setting would let glibc give it back each time."""
+    with open_workers(6) as workers:
+        assert workers.are_processes
+        variables = workers.client.submit(lambda: dict(os.environ)).result()
+    assert "MALLOC_TRIM_THRESHOLD_" not in variables
+    assert variables["OMP_NUM_THREADS"] == "1"
+
+
 def test_worker_that_fails_the_check_is_named_and_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,6 +9,10 @@ from scipy import ndimage
 from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.segmentation.instances import (
     _distance,
+    _highest_near,
+    _large_pieces,
+    _offsets,
+    _smooth,
     instances,
     postprocessing_margin_um,
 )
@@ -192,3 +196,41 @@ def test_distances_are_exact_up_to_the_maximum(shape, most):
 
 def test_a_mask_without_background_has_no_small_distance():
     assert (_distance(np.ones((40, 50), dtype=bool), 6.0) >= 6).all()
+
+
+@pytest.mark.parametrize("shape", [(70, 90), (1, 40), (40, 1), (5, 2)])
+@pytest.mark.parametrize("least_um2", [0.0, 0.5, 3.0, 1e9])
+def test_large_pieces_are_those_of_scipy(shape, least_um2):
+    """Of noise, whose pieces wind about and meet below; and of masks of one value."""
+    noise = np.random.default_rng(5).random(shape) < 0.58
+    for mask in (noise, ~noise, np.ones(shape, bool), np.zeros(shape, bool)):
+        labels, _ = ndimage.label(mask)
+        large = mask & (np.bincount(labels.ravel())[labels] * 0.25 >= least_um2)
+        found = _large_pieces(mask, 0.25, least_um2)
+        np.testing.assert_array_equal(found > 0, large)
+        pairs = np.unique(np.stack([found[large], labels[large]]), axis=1)
+        assert len(np.unique(pairs[0])) == len(np.unique(pairs[1])) == pairs.shape[1]
+
+
+def test_the_highest_pixel_near_is_of_the_same_piece_and_the_last_of_equal_ones():
+    rng = np.random.default_rng(6)
+    elevation = rng.integers(1, 4, (30, 40)).astype(np.float32)  # many are equal
+    pieces = rng.integers(0, 3, (30, 40)).astype(np.int32)
+    found = _highest_near(elevation, pieces, _offsets(1.5)).reshape(30, 40)
+    for row, col in np.argwhere(pieces):
+        rows, cols = np.mgrid[max(row - 1, 0) : row + 2, max(col - 1, 0) : col + 2]
+        rows, cols = rows[(rows < 30) & (cols < 40)], cols[(rows < 30) & (cols < 40)]
+        same = pieces[rows, cols] == pieces[row, col]
+        pixels = rows[same] * 40 + cols[same]
+        assert found[row, col] == max(pixels, key=lambda p: (elevation.flat[p], p))
+
+
+@pytest.mark.parametrize("shape", [(50, 60), (2, 30), (30, 3)])
+def test_elevations_are_smoothed_as_scipy_does(shape):
+    rng = np.random.default_rng(7)
+    values, mask = rng.random(shape), rng.random(shape) < 0.5
+    half = np.exp(-0.5 * (np.arange(6) / 1.2) ** 2)
+    half /= 2 * half.sum() - half[0]
+    kernel = np.concatenate([half[:0:-1], half])
+    expected = ndimage.correlate1d(ndimage.correlate1d(values, kernel, axis=0), kernel, axis=1)
+    np.testing.assert_allclose(_smooth(values, mask, half), expected * mask, rtol=1e-6)

@@ -13,6 +13,8 @@ F. Meyer, Topographic distance and watershed lines, Signal Processing 38 (1994).
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -22,7 +24,6 @@ from scipy.sparse.csgraph import connected_components
 from patchcl_qupath.compiled import compiled, take
 from patchcl_qupath.config import SegmentConfig
 
-_CROSS = ndimage.generate_binary_structure(2, 1)  # pixels connect by edges, not by corners
 # Largest height and width of what is joined, relative to ``max_diameter_um``. Two thirds of it lie
 # beyond the centroid, and the neighbour that a nucleus may be joined to as far again: together the
 # two thirds of ``max_diameter_um`` that the margin of a tile holds.
@@ -65,8 +66,9 @@ def instances(
     basins, peak = _steepest_ascent(elevation, pieces, near, far)
     into = _merge_low_prominence(basins, peak, elevation, np.float32(config.min_prominence_um))
     basins = take(into, basins)
-    into = _join_ellipses(basins, peak, elevation, mpp, config)
-    return take(_number(basins, into, core, mpp, config), basins)
+    found = _Basins(*_sums(basins, len(peak), core))
+    into = _join_ellipses(found, _saddles(basins, elevation), peak, mpp, config)
+    return take(_number(found, into, core is not None, mpp, config), basins)
 
 
 def _pieces(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDArray[np.int32]:
@@ -76,29 +78,75 @@ def _pieces(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDAr
     """
     radius = config.open_radius_um / mpp
     mask = np.asarray(ndimage.binary_opening(above, _disc(radius))) if radius >= 1 else above
-    holes, count = ndimage.label(~mask, _CROSS)
-    stay = _sizes(holes, count) * mpp**2 >= config.max_hole_um2
-    stay[0] = False  # the mask itself
-    pieces, count = ndimage.label(take(~stay, holes), _CROSS)
-    large = _sizes(pieces, count) * mpp**2 >= config.min_area_um2
-    large[0] = False
-    return take(np.where(large, np.arange(count + 1), 0).astype(np.int32), pieces)
+    background = _large_pieces(~mask, mpp**2, config.max_hole_um2) > 0
+    return _large_pieces(~background, mpp**2, config.min_area_um2)
 
 
 @compiled
-def _sizes(labels: NDArray[np.int32], count: int) -> NDArray[np.int64]:
-    """The number of pixels of each label 0..N: (N + 1,)."""
-    sizes = np.zeros(count + 1, np.int64)
-    for label in labels.flat:
-        sizes[label] += 1
-    return sizes
+def _large_pieces(mask: NDArray[np.bool_], px_um2: float, least_um2: float) -> NDArray[np.int32]:
+    """The connected pieces (H, W) of a mask, as labels; 0 for those of less than ``least_um2``.
+
+    Pixels connect by edges, not by corners. Pieces are sets of runs, pixels of a row side by side:
+    runs that touch runs of the row above belong to the same piece (union-find).
+    """
+    rows, cols = mask.shape
+    most = rows * (cols // 2 + 1)
+    start, end = np.empty(most, np.int32), np.empty(most, np.int32)
+    parent, size = np.empty(most, np.int32), np.zeros(most, np.int64)
+    first = np.zeros(rows + 2, np.int64)  # run of each row; those above the first row are none
+    count = 0
+    for row in range(rows):
+        above, col = first[row], 0
+        first[row + 1] = count
+        while col < cols:
+            if not mask[row, col]:
+                col += 1
+                continue
+            start[count], parent[count] = col, count
+            while col < cols and mask[row, col]:
+                col += 1
+            end[count] = col
+            while above < first[row + 1] and end[above] <= start[count]:
+                above += 1
+            other = above
+            while other < first[row + 1] and start[other] < col:
+                _unite(parent, other, count)
+                other += 1
+            count += 1
+    first[rows + 1] = count
+    for run in range(count):
+        parent[run] = parent[parent[run]]  # of which the parent is known: it came before
+        size[parent[run]] += end[run] - start[run]
+    pieces = np.zeros((rows, cols), np.int32)
+    for row in range(rows):
+        for run in range(first[row + 1], first[row + 2]):
+            if size[parent[run]] * px_um2 >= least_um2:
+                pieces[row, start[run] : end[run]] = parent[run] + 1
+    return pieces
+
+
+@compiled
+def _unite(parent: NDArray[np.int32], one: int, other: int) -> None:
+    """Make one set of the two sets of a forest that hold ``one`` and ``other``.
+
+    The root of a set is its first member.
+    """
+    while parent[one] != one:
+        parent[one] = parent[parent[one]]
+        one = parent[one]
+    while parent[other] != other:
+        parent[other] = parent[parent[other]]
+        other = parent[other]
+    parent[max(one, other)] = min(one, other)
 
 
 def _elevation(
     mask: NDArray[np.bool_], core: NDArray[np.float32] | None, mpp: float, config: SegmentConfig
 ) -> NDArray[np.float32]:
     """The elevation map (H, W): the depth inside the mask, in µm, raised in cores; smoothed."""
-    depth = np.minimum(_distance(mask, config.max_depth_um / mpp) * mpp, config.max_depth_um)
+    depth = _distance(mask, config.max_depth_um / mpp)
+    depth *= mpp
+    np.minimum(depth, config.max_depth_um, out=depth)
     if core is not None:
         depth += config.core_um * core
     sigma = config.smooth_um / mpp
@@ -115,25 +163,37 @@ def _smooth(
 ) -> NDArray[np.float32]:
     """Values (H, W) smoothed with a symmetric kernel, half of it in ``taps``; 0 outside the mask.
 
-    Mirrored at the border. Down the columns first, for a whole row at once; then along the row, but
-    only inside the mask, a fifth of a slide.
+    Mirrored at the border. Down the columns, then along the row, for a whole row at once.
     """
     rows, cols = values.shape
+    reach = len(taps) - 1
     blurred = np.zeros((rows, cols), np.float32)
-    line = np.empty(cols)
+    line, padded = np.empty(cols), np.empty(cols + 2 * reach)
     for row in range(rows):
         line[:] = values[row] * taps[0]
-        for k in range(len(taps) - 1, 0, -1):
-            line += (values[_mirrored(row - k, rows)] + values[_mirrored(row + k, rows)]) * taps[k]
+        for k in range(reach, 0, -1):
+            above, below = values[_mirrored(row - k, rows)], values[_mirrored(row + k, rows)]
+            _add(line, above, below, taps[k])
+        padded[reach : reach + cols] = line
+        for k in range(1, reach + 1):
+            padded[reach - k] = line[_mirrored(-k, cols)]
+            padded[reach + cols - 1 + k] = line[_mirrored(cols - 1 + k, cols)]
+        line *= taps[0]
+        for k in range(reach, 0, -1):
+            left, right = padded[reach - k : cols + reach - k], padded[reach + k : cols + reach + k]
+            _add(line, left, right, taps[k])
         for col in range(cols):
-            if mask[row, col]:
-                total = line[col] * taps[0]
-                for k in range(len(taps) - 1, 0, -1):
-                    total += (
-                        line[_mirrored(col - k, cols)] + line[_mirrored(col + k, cols)]
-                    ) * taps[k]
-                blurred[row, col] = total
+            blurred[row, col] = line[col] if mask[row, col] else 0
     return blurred
+
+
+@compiled
+def _add(
+    line: NDArray[np.float64], one: NDArray[np.float64], other: NDArray[np.float64], weight: float
+) -> None:
+    """Add two lines (W,), times a weight, to another."""
+    for col in range(len(line)):
+        line[col] += (one[col] + other[col]) * weight
 
 
 @compiled
@@ -155,17 +215,20 @@ def _distance(mask: NDArray[np.bool_], most: float) -> NDArray[np.float64]:
     rows, cols = mask.shape
     reach = int(np.ceil(most))
     down = np.zeros((rows, cols), np.int32)  # to the nearest pixel outside in the same column
-    for row in range(rows):
+    down[0] = mask[0] * (reach + 1)
+    for row in range(1, rows):
+        above, here, inside = down[row - 1], down[row], mask[row]
         for col in range(cols):
-            if mask[row, col]:
-                above = down[row - 1, col] if row else reach
-                down[row, col] = min(above, reach) + 1
+            here[col] = (min(above[col], reach) + 1) * inside[col]
     for row in range(rows - 2, -1, -1):
+        here, below = down[row], down[row + 1]
         for col in range(cols):
-            down[row, col] = min(down[row, col], down[row + 1, col] + 1)
+            here[col] = min(here[col], below[col] + 1)
     distance = np.zeros((rows, cols))
     for row in range(rows):
         for col in range(cols):
+            if not mask[row, col]:
+                continue
             square = down[row, col] ** 2
             step = 1
             while step <= reach and step**2 < square:
@@ -194,56 +257,74 @@ def _steepest_ascent(
     there are no cycles, and nothing depends on where the tile begins.
     """
     rows, cols = pieces.shape
-    parent = np.full(rows * cols, -1, np.int32)
-    maxima = 0
-    for row in range(rows):
-        for col in range(cols):
-            if pieces[row, col]:
-                best = _highest(elevation, pieces, row, col, near)
-                if best == row * cols + col:
-                    best = _highest(elevation, pieces, row, col, far)
-                parent[row * cols + col] = best
-                maxima += best == row * cols + col
-    basins = np.zeros(rows * cols, np.int32)
-    peak = np.full(maxima + 1, -np.inf, np.float32)
-    number = 0
-    for pixel in range(rows * cols):
+    inside = np.flatnonzero(pieces)
+    parent, basins = _highest_near(elevation, pieces, near), np.zeros(rows * cols, np.int32)
+    peak = [np.float32(-np.inf)]
+    for pixel in inside:
         if parent[pixel] == pixel:
-            number += 1
-            basins[pixel] = number
-            peak[number] = elevation[pixel // cols, pixel % cols]
-    for pixel in range(rows * cols):
-        if parent[pixel] >= 0:
-            maximum = pixel
-            while not basins[maximum]:
-                maximum = parent[maximum]
-            step = pixel
-            while not basins[step]:  # the next pixel on this path is there at once
-                basins[step] = basins[maximum]
-                step = parent[step]
-    return basins.reshape(rows, cols), peak
+            parent[pixel] = _highest(elevation, pieces, int(pixel), far)
+            if parent[pixel] == pixel:
+                basins[pixel] = len(peak)
+                peak.append(elevation.flat[pixel])
+    for pixel in inside:
+        maximum = pixel
+        while not basins[maximum]:
+            maximum = parent[maximum]
+        step = pixel
+        while not basins[step]:  # the next pixel on this path is there at once
+            basins[step] = basins[maximum]
+            step = parent[step]
+    return basins.reshape(rows, cols), np.array(peak)
+
+
+@compiled
+def _highest_near(
+    elevation: NDArray[np.float32], pieces: NDArray[np.int32], offsets: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """As ``_highest`` of each pixel inside, (H * W,): for a whole row at once.
+
+    ``offsets`` ascend, and have (0, 0): so of equally high pixels the last one is taken.
+    """
+    rows, cols = pieces.shape
+    found = np.empty((rows, cols), np.int32)
+    for row in range(rows):
+        height = np.full(cols, -np.inf, np.float32)
+        for down, right in offsets:
+            if not 0 <= row + down < rows:
+                continue
+            first, last = max(0, -right), min(cols, cols - right)
+            here, best, highest = (
+                pieces[row, first:last],
+                found[row, first:last],
+                height[first:last],
+            )
+            first, last = first + right, last + right
+            piece, there = pieces[row + down, first:last], elevation[row + down, first:last]
+            start = np.int32((row + down) * cols + first)
+            for col in range(last - first):
+                higher = (piece[col] == here[col]) & (there[col] >= highest[col])
+                highest[col] = there[col] if higher else highest[col]
+                best[col] = start + np.int32(col) if higher else best[col]
+    return found.ravel()
 
 
 @compiled
 def _highest(
     elevation: NDArray[np.float32],
     pieces: NDArray[np.int32],
-    row: int,
-    col: int,
+    pixel: int,
     offsets: NDArray[np.int64],
 ) -> int:
     """The highest of a pixel and those of its piece at the offsets from it, as row * W + col."""
     rows, cols = pieces.shape
-    piece, best_elevation = pieces[row, col], elevation[row, col]
-    best: int = row * cols + col
-    for k in range(len(offsets)):
-        r, c = row + offsets[k, 0], col + offsets[k, 1]
-        if 0 <= r < rows and 0 <= c < cols and pieces[r, c] == piece:
+    row, col = pixel // cols, pixel % cols
+    best, highest = pixel, elevation[row, col]
+    for down, right in offsets:
+        r, c = row + down, col + right
+        if 0 <= r < rows and 0 <= c < cols and pieces[r, c] == pieces[row, col]:
             there = r * cols + c
-            if elevation[r, c] > best_elevation or (
-                elevation[r, c] == best_elevation and there > best
-            ):
-                best, best_elevation = there, elevation[r, c]
+            if elevation[r, c] > highest or (elevation[r, c] == highest and there > best):
+                best, highest = there, elevation[r, c]
     return best
 
 
@@ -283,10 +364,19 @@ def _merge_low_prominence(
     return into
 
 
+class _Basins(NamedTuple):
+    """Basins 0..N: ``sums`` (N + 1, 6) of pixels, of row, col, and of their products; ``ends``
+    (N + 1, 4), the largest row, col, -row and -col; ``core`` (N + 1,), its largest value."""
+
+    sums: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    core: NDArray[np.float32]
+
+
 def _join_ellipses(
-    basins: NDArray[np.int32],
+    found: _Basins,
+    saddles: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]],
     peak: NDArray[np.float32],
-    elevation: NDArray[np.float32],
     mpp: float,
     config: SegmentConfig,
 ) -> NDArray[np.int32]:
@@ -297,10 +387,9 @@ def _join_ellipses(
     than they are. Each pair is judged by itself, so that no nucleus depends on how others far away
     were joined. Parts whose union would be too large stay apart.
     """
-    sums, box = _moments(basins, len(peak))
-    low, high, saddle = _saddles(basins, elevation)
-    together = np.maximum(box[low], box[high])  # bottom, right, -top, -left
-    small = (together[:, :2] + together[:, 2:] + 1).max(axis=1, initial=0) * mpp
+    sums, ends = found.sums, found.ends
+    low, high, saddle = saddles
+    small = _side(np.maximum(ends[low], ends[high])) * mpp
     reach_um = _MAX_JOINED * config.max_diameter_um
     apart = (_ellipticity(sums[low]) * sums[low, 0] + _ellipticity(sums[high]) * sums[high, 0]) / (
         np.maximum(sums[low, 0] + sums[high, 0], 1)
@@ -316,16 +405,14 @@ def _join_ellipses(
     order = np.lexsort((np.arange(len(peak)), peak))
     highest = np.zeros(len(peak), np.int32)
     highest[group[order]] = order
-    extent = np.full((len(peak), 4), -np.inf)
-    np.maximum.at(extent, group, box)
-    fits = ((extent[:, :2] + extent[:, 2:] + 1).max(axis=1) * mpp <= reach_um)[group]
+    fits = (_side(_largest(ends, group)) * mpp <= reach_um)[group]
     return np.where(fits, highest[group], np.arange(len(peak))).astype(np.int32)
 
 
 def _ellipticity(sums: NDArray[np.int64]) -> NDArray[np.float64]:
     """The area of regions (N,) over that of the ellipse with their second moments: 1 for ellipses.
 
-    ``sums`` (N, 6) are those of ``_moments``. Central moments are exact integers, so that they do
+    ``sums`` (N, 6) are those of ``_Basins``. Central moments are exact integers, so that they do
     not depend on where a tile begins.
     """
     n, row, col, row_row, col_col, row_col = sums.T
@@ -337,12 +424,25 @@ def _ellipticity(sums: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.minimum(np.where(n > 0, n / np.maximum(area / np.maximum(n, 1), 1e-9), 0), 1)
 
 
+def _side(ends: NDArray[Any]) -> NDArray[Any]:
+    """The larger of height and width (N,) in px, by the largest row, col, -row and -col (N, 4)."""
+    return np.asarray((ends[:, :2] + ends[:, 2:] + 1).max(axis=1, initial=0))
+
+
+def _largest(values: NDArray[Any], into: NDArray[np.int32]) -> NDArray[np.float64]:
+    """The largest values (N, ...) of the basins that go ``into`` (N,) each one."""
+    largest = np.full(values.shape, -np.inf)
+    np.maximum.at(largest, into, values)
+    return largest
+
+
 @compiled
-def _moments(basins: NDArray[np.int32], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of each basin (n, 6): the number of pixels, the sums of row, col, and of their products; and
-    (n, 4) its largest row and col, and largest -row and -col."""
-    sums = np.zeros((n, 6), np.int64)
-    box = np.full((n, 4), -(2**31))
+def _sums(
+    basins: NDArray[np.int32], n: int, core: NDArray[np.float32] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """The three arrays of ``_Basins``, of basins (H, W) 0..n-1 and a core probability (H, W)."""
+    sums, ends = np.zeros((n, 6), np.int64), np.full((n, 4), -(2**31))
+    largest = np.full(n, -np.inf, np.float32)
     for row in range(basins.shape[0]):
         for col in range(basins.shape[1]):
             basin = basins[row, col]
@@ -353,11 +453,13 @@ def _moments(basins: NDArray[np.int32], n: int) -> tuple[NDArray[np.int64], NDAr
                 sums[basin, 3] += row * row
                 sums[basin, 4] += col * col
                 sums[basin, 5] += row * col
-                box[basin, 0] = max(box[basin, 0], row)
-                box[basin, 1] = max(box[basin, 1], col)
-                box[basin, 2] = max(box[basin, 2], -row)
-                box[basin, 3] = max(box[basin, 3], -col)
-    return sums, box
+                ends[basin, 0] = row
+                ends[basin, 1] = max(ends[basin, 1], col)
+                ends[basin, 2] = max(ends[basin, 2], -row)
+                ends[basin, 3] = max(ends[basin, 3], -col)
+                if core is not None:
+                    largest[basin] = max(largest[basin], core[row, col])
+    return sums, ends, largest
 
 
 def _saddles(
@@ -394,42 +496,17 @@ def _borders(
 
 
 def _number(
-    basins: NDArray[np.int32],
-    into: NDArray[np.int32],
-    core: NDArray[np.float32] | None,
-    mpp: float,
-    config: SegmentConfig,
+    found: _Basins, into: NDArray[np.int32], has_core: bool, mpp: float, config: SegmentConfig
 ) -> NDArray[np.int32]:
     """The label (N + 1,) of each basin, 1..M: 0 for those of the wrong size, or without a core."""
-    count, tall, wide, max_core = _extents(basins, into, core)
+    count = np.zeros(len(into), np.int64)
+    np.add.at(count, into, found.sums[:, 0])
     area = count * mpp**2
     keep = (count > 0) & (area >= config.min_area_um2) & (area <= config.max_area_um2)
-    keep &= np.maximum(tall, wide) * mpp <= config.max_diameter_um
-    if core is not None:
-        keep &= max_core >= config.min_core
+    keep &= _side(_largest(found.ends, into)) * mpp <= config.max_diameter_um
+    if has_core:
+        keep &= _largest(found.core, into) >= config.min_core
     return np.asarray(np.where(keep, np.cumsum(keep), 0)[into], np.int32)
-
-
-@compiled
-def _extents(
-    basins: NDArray[np.int32], into: NDArray[np.int32], values: NDArray[np.float32] | None
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Of each basin with those merged into it, (N + 1,): the number of its pixels, its height and
-    width in px, and the largest of the values (H, W) in it."""
-    n = len(into)
-    count, most = np.zeros(n, np.int64), np.full(n, -np.inf, np.float32)
-    top, bottom = np.full(n, basins.size), np.full(n, -1)
-    left, right = np.full(n, basins.size), np.full(n, -1)
-    for row in range(basins.shape[0]):
-        for col in range(basins.shape[1]):
-            if basins[row, col]:
-                basin = into[basins[row, col]]
-                count[basin] += 1
-                top[basin], bottom[basin] = min(top[basin], row), max(bottom[basin], row)
-                left[basin], right[basin] = min(left[basin], col), max(right[basin], col)
-                if values is not None:
-                    most[basin] = max(most[basin], values[row, col])
-    return count, bottom - top + 1, right - left + 1, most
 
 
 def _disc(radius: float) -> NDArray[np.bool_]:
@@ -440,6 +517,5 @@ def _disc(radius: float) -> NDArray[np.bool_]:
 
 
 def _offsets(radius: float) -> NDArray[np.int64]:
-    """(row, col) offsets (K, 2) to all other pixels within ``radius``."""
-    offsets = np.argwhere(_disc(radius)) - int(radius)
-    return offsets[offsets.any(axis=1)]
+    """(row, col) offsets (K, 2) to the pixels within ``radius``, ascending; (0, 0) is one."""
+    return np.asarray(np.argwhere(_disc(radius)) - int(radius))

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import shapely
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from patchcl_qupath.compiled import compiled
 from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.datatypes import Polygons, StainVectors
 from patchcl_qupath.slides.stains import (
+    COLOUR_DENSITIES,
     H_E,
-    colour_densities,
     densities,
+    density_tables,
     hematoxylin_and_eosin,
     is_green_ink,
     is_red_ink,
@@ -43,8 +43,9 @@ def measure(
     """
     named = shape_measurements(polygons_um)
     n = len(polygons_um)
-    for stain, density in densities(rgb, stains).items():
-        for name, per_nucleus in zip(_STATISTICS, _statistics(labels, n, density), strict=True):
+    statistics = _statistics(labels, n, rgb, density_tables(stains))
+    for stain, of_stain in zip(stains.names, statistics, strict=True):
+        for name, per_nucleus in zip(_STATISTICS, of_stain, strict=True):
             named[f"{stain}: {name}"] = per_nucleus
     named[PROBABILITY] = probability
     return {name: values.astype(np.float32) for name, values in named.items()}
@@ -139,7 +140,7 @@ class NuclearStain(NamedTuple):
     hematoxylin: NDArray[np.floating]
     eosin: NDArray[np.floating]
     is_ink: NDArray[np.bool_]  # green or red, as no stain of nuclei is
-    on_glass: NDArray[np.bool_]  # as membranes of fat cells are
+    on_glass: NDArray[np.bool_]  # as membranes of fat cells are; False where it does not matter
 
     @classmethod
     def of(
@@ -147,13 +148,15 @@ class NuclearStain(NamedTuple):
     ) -> NuclearStain:
         """That of labels 1..N (H, W) in pixels (H, W, 3) of ``mpp`` µm."""
         count = int(labels.max(initial=0))
-        red, green, blue = (means(labels, count, colour) for colour in colour_densities(rgb))
+        red, green, blue = _mean_densities(labels, count, rgb, COLOUR_DENSITIES)
         hematoxylin, eosin = hematoxylin_and_eosin(red, green, blue)
+        low, high = sorted((config.min_hematoxylin, config.min_hematoxylin_on_glass))
+        matters = (hematoxylin >= low) & (hematoxylin < high)
         return cls(
             hematoxylin=hematoxylin,
             eosin=eosin,
             is_ink=is_green_ink(red, green, blue) | is_red_ink(red, green, blue),
-            on_glass=means(labels, count, glass_around(rgb, mpp)) > config.max_glass,
+            on_glass=glass_around(labels, matters, rgb, mpp) > config.max_glass,
         )
 
     def is_enough(self, config: SegmentConfig, has_brown: bool) -> NDArray[np.bool_]:
@@ -171,13 +174,85 @@ class NuclearStain(NamedTuple):
         )
 
 
-def glass_around(rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.float32]:
-    """The fraction (H, W) of glass in the square of 8 µm around each pixel (H, W, 3)."""
-    side = 2 * round(_AROUND_UM / 2 / mpp) + 1
-    glass = rgb.astype(np.uint16).sum(axis=-1) > 3 * _GLASS
-    # Whole numbers of pixels: sums of fractions would depend on where a tile begins.
-    pixels = np.rint(ndimage.uniform_filter(glass.astype(np.float64), side) * side**2)
-    return np.asarray(pixels / side**2, np.float32)
+def glass_around(
+    labels: NDArray[np.int32], wanted: NDArray[np.bool_], rgb: NDArray[np.uint8], mpp: float
+) -> NDArray[np.float64]:
+    """The mean fraction (N,) of glass in the squares of 8 µm around the pixels of labels 1..N.
+
+    ``labels`` (H, W) and ``rgb`` (H, W, 3) are mirrored at the border. Labels that are not
+    ``wanted`` (N,) have 0, as those without pixels.
+    """
+    half = round(_AROUND_UM / 2 / mpp)
+    padded = np.pad(_is_glass(rgb), half, mode="symmetric")
+    return _mean_squares(labels, np.append(False, wanted), padded)
+
+
+@compiled
+def _is_glass(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Whether pixels (H, W, 3) let nearly all light through: (H, W)."""
+    glass = np.empty(rgb.shape[:2], np.bool_)
+    for row in range(rgb.shape[0]):
+        for col in range(rgb.shape[1]):
+            light = np.int32(rgb[row, col, 0]) + rgb[row, col, 1] + rgb[row, col, 2]
+            glass[row, col] = light > 3 * _GLASS
+    return glass
+
+
+@compiled
+def _mean_squares(
+    labels: NDArray[np.int32], wanted: NDArray[np.bool_], padded: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """The mean (N,) of a mask in the squares around the pixels of labels 1..N (H, W).
+
+    Of those ``wanted`` (N + 1,); 0 of others. The mask is ``padded`` by half a square on each side.
+    Sums are whole numbers, which do not depend on where a tile begins.
+    """
+    rows, cols = labels.shape
+    side = len(padded) - rows + 1
+    count, total = np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.int64)
+    column = np.zeros(padded.shape[1], np.int32)  # of the mask in the rows of the squares
+    for row in range(side - 1):
+        column += padded[row]
+    for row in range(rows):
+        column += padded[row + side - 1]
+        for col in range(cols):
+            label = labels[row, col]
+            if wanted[label]:
+                count[label] += 1
+                for k in range(col, col + side):
+                    total[label] += column[k]
+        column -= padded[row]
+    mean: NDArray[np.float64] = total[1:] / np.maximum(count[1:] * side**2, 1)
+    return mean
+
+
+@compiled
+def _mean_densities(
+    labels: NDArray[np.int32], n: int, rgb: NDArray[np.uint8], density: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Mean optical density of red, green and blue (3, n) in labels 1..n (H, W); 0 without pixels.
+
+    ``rgb`` (H, W, 3) are the pixels, ``density`` (256,) that of each level.
+    """
+    count, total = np.zeros(n + 1), np.zeros((3, n + 1))
+    for row in range(labels.shape[0]):
+        for col in range(labels.shape[1]):
+            label = labels[row, col]
+            if label:
+                count[label] += 1
+                for colour in range(3):
+                    total[colour, label] += density[rgb[row, col, colour]]
+    return total[:, 1:] / np.maximum(count[1:], 1)
+
+
+@compiled
+def counts(labels: NDArray[np.int32], n: int) -> NDArray[np.int64]:
+    """The number of pixels (n,) of labels 1..n (H, W)."""
+    count = np.zeros(n + 1, np.int64)
+    for row in range(labels.shape[0]):
+        for col in range(labels.shape[1]):
+            count[labels[row, col]] += 1
+    return count[1:]
 
 
 @compiled
@@ -207,23 +282,41 @@ def maxima(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> ND
 
 @compiled
 def _statistics(
-    labels: NDArray[np.int32], n: int, values: NDArray[np.float32]
+    labels: NDArray[np.int32], n: int, rgb: NDArray[np.uint8], tables: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """Mean, standard deviation, minimum and maximum (4, n) of the values (H, W) in labels 1..n."""
-    statistics = np.zeros((4, n))
-    mean, deviation, least, most = statistics
-    mean[:], least[:], most[:] = means(labels, n, values), np.inf, -np.inf
-    count = np.zeros(n)
-    for row in range(labels.shape[0]):
-        for col in range(labels.shape[1]):
-            label, value = labels[row, col] - 1, values[row, col]
-            if label >= 0:
-                count[label] += 1
-                deviation[label] += (value - mean[label]) ** 2
-                least[label] = min(least[label], value)
-                most[label] = max(most[label], value)
-    deviation[:] = np.sqrt(deviation / np.maximum(count - 1, 1))  # of a sample, as in QuPath
-    return statistics
+    """Mean, standard deviation, minimum and maximum of S stains in labels 1..n: (S, 4, n).
+
+    ``labels`` (H, W) and ``rgb`` (H, W, 3) are pixels; ``tables`` (3, 256, S) those of
+    ``density_tables``.
+    """
+    stains = tables.shape[2]
+    count, found = np.zeros(n), np.zeros((n, stains, 4))
+    found[:, :, 2], found[:, :, 3] = np.inf, -np.inf
+    for deviating in (False, True):
+        for row in range(labels.shape[0]):
+            for col in range(labels.shape[1]):
+                label = labels[row, col] - 1
+                if label < 0:
+                    continue
+                red, green, blue = rgb[row, col]
+                count[label] += not deviating
+                for stain in range(stains):
+                    value = tables[0, red, stain] + tables[1, green, stain] + tables[2, blue, stain]
+                    of_stain = found[label, stain]
+                    if deviating:
+                        of_stain[1] += (value - of_stain[0]) ** 2
+                    else:
+                        of_stain[0] += value
+                        of_stain[2] = min(of_stain[2], value)
+                        of_stain[3] = max(of_stain[3], value)
+        for label in range(n):
+            for stain in range(stains):
+                if deviating:  # of a sample, as in QuPath
+                    spread = found[label, stain, 1] / max(count[label] - 1, 1)
+                    found[label, stain, 1] = np.sqrt(spread)
+                else:
+                    found[label, stain, 0] /= max(count[label], 1)
+    return found.transpose(1, 2, 0)
 
 
 def shape_measurements(polygons_um: Polygons) -> dict[str, NDArray[np.float64]]:

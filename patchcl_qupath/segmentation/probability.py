@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.models.model import Confidence, Model, features_of
-from patchcl_qupath.segmentation.measurements import maxima, means
+from patchcl_qupath.segmentation.measurements import counts, maxima, means
 
 
 def nucleus_probability(
@@ -47,6 +47,6 @@ def nucleus_features(
     count = int(labels.max(initial=0))
     return features_of(
         mean_probability=means(labels, count, found.nucleus),
-        area_um2=np.asarray(np.bincount(labels.ravel(), minlength=count + 1)[1:] * mpp**2),
+        area_um2=np.asarray(counts(labels, count) * mpp**2, np.float64),
         largest_core=maxima(labels, count, found.core),
     )

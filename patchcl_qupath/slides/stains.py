@@ -62,6 +62,7 @@ def _measured(stains: StainVectors) -> NDArray[np.float32]:
 
 _HED_TABLES = _tables(RUIFROK_HED, _OD_NETWORK)
 _COLOUR_TABLES = _tables(np.eye(3), -np.log10(np.maximum(_LEVELS, 1) / 255))
+COLOUR_DENSITIES = _COLOUR_TABLES[0, :, 0]  # (256,) of the levels of a colour
 
 
 @compiled
@@ -82,8 +83,13 @@ def _planes(rgb: NDArray[np.uint8], tables: NDArray[np.float32]) -> NDArray[np.f
 
 def densities(rgb: NDArray[np.uint8], stains: StainVectors = H_E) -> dict[str, NDArray[np.float32]]:
     """From RGB (..., 3) to the optical density (...) of each stain, by its name in QuPath."""
-    planes = _planes(rgb, _measured(stains)[..., : len(stains.names)])
+    planes = _planes(rgb, density_tables(stains))
     return dict(zip(stains.names, planes, strict=True))
+
+
+def density_tables(stains: StainVectors) -> NDArray[np.float32]:
+    """(3 colours, 256 levels, S stains): a stain's density is the sum over the colours."""
+    return np.ascontiguousarray(_measured(stains)[..., : len(stains.names)])
 
 
 def colour_densities(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
