@@ -8,8 +8,14 @@ import torch
 
 from patchcl_qupath.config import Config, PatchCLConfig, SelfTrainConfig
 from patchcl_qupath.errors import ModelError, StorageError
+from patchcl_qupath.models import network as networks
 from patchcl_qupath.models.model import Model, confidence
-from patchcl_qupath.models.network import ConfidenceNetwork, FeatureNetwork, NucleusNetwork, folded
+from patchcl_qupath.models.network import (
+    ConfidenceNetwork,
+    FeatureNetwork,
+    NucleusNetwork,
+    folded,
+)
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.records import CDCLLog, to_plain, training_log
 
@@ -309,3 +315,13 @@ def test_failed_save_leaves_nothing(tmp_path):
     with pytest.raises(StorageError):
         random_model().save(tmp_path, "mine")
     assert {p.name for p in tmp_path.iterdir()} <= {"mine.pt", "mine.json"}
+
+
+def test_doubled_pixels_have_the_gradients_of_torch():
+    x = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    target = torch.randn(2, 3, 10, 12, generator=torch.Generator().manual_seed(2))
+    found = []
+    for double in (networks._doubled, lambda y: torch.nn.functional.interpolate(y, scale_factor=2)):
+        y = double(x)
+        found.append((y.detach(), torch.autograd.grad((y * target).sum(), x)[0]))
+    torch.testing.assert_close(*found)

@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 
-from patchcl_qupath.overlap import Stop, StoppedError, overlapped
+from patchcl_qupath.overlap import Stop, StoppedError, mapped, overlapped
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -82,3 +82,14 @@ def test_an_end_after_the_last_stops_nothing() -> None:
     stop = Stop()
     assert [future.result() for future in overlapped(abs, [-1, 2], 2, stop)] == [1, 2]
     stop.check()
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_calls_on_all_cores_are_a_map(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert [*mapped(pow, [2, 3, 4], [3, 2, 1])] == [8, 9, 4]
+    assert [*mapped(pow, [], [])] == []
+    with pytest.raises(ZeroDivisionError):
+        [*mapped(lambda a: 1 / a, [1, 0, 2])]
+    with pytest.raises(ValueError, match="zip"):
+        [*mapped(pow, [1, 2], [1])]

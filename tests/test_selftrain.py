@@ -36,6 +36,7 @@ from patchcl_qupath.training.touching import with_touching_nuclei
 
 MPP = 0.5
 CONFIG = SelfTrainConfig()
+BY_TORCH = replace(Config(), engine="torch")  # networks made up here have other operations
 
 
 def discs(shape, centres_radii):
@@ -244,7 +245,7 @@ def test_a_network_is_trained_on_the_pseudo_labels_of_patchcl():
     normaliser = StainNormaliser.fit(images)
     crops = TrainingCrops(tuple(images[:4]), (normaliser,) * 4, ("1",) * 4)
     quick = replace(CONFIG, first_steps=100, steps=150, widths=(8, 12, 16))
-    config = replace(Config(), selftrain=quick)
+    config = replace(BY_TORCH, selftrain=quick)
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
     steps = []
     model = selftrain.train(crops, teacher, steps.append)
@@ -283,7 +284,7 @@ def test_a_first_network_that_finds_nothing_teaches_nothing(monkeypatch):
     images, _ = nuclei_images(2)
     crops = TrainingCrops(tuple(images), (StainNormaliser.fit(images),) * 2, ("1",) * 2)
     quick = replace(CONFIG, first_steps=1, steps=2, widths=(2, 2, 2))
-    config = replace(Config(), selftrain=quick)
+    config = replace(BY_TORCH, selftrain=quick)
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
     taught = []
 
@@ -300,12 +301,31 @@ def test_a_first_network_that_finds_nothing_teaches_nothing(monkeypatch):
     assert model.training.nucleus_fraction > 0
 
 
+def test_batches_made_ahead_are_those_of_one_core(monkeypatch):
+    """In their order, and equal: so are the weights, whatever the number of cores."""
+    images, ground_truths = nuclei_images(2)
+    normaliser = StainNormaliser.fit(images)
+    samples = [
+        TrainingSample(normaliser.apply(image), targets(labels, labels == 0))
+        for image, labels in zip(images, ground_truths, strict=True)
+    ]
+    quick = replace(CONFIG, steps=6, crop_px=32, widths=(2, 2, 2))
+    found = []
+    for cores in (1, 8):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        found.append(selftrain.train_on(samples, quick, 3, lambda *_: None))
+    assert found[0].loss == found[1].loss
+    assert len(set(found[0].loss)) == 6
+    other = selftrain.train_on(samples, quick, 4, lambda *_: None)
+    assert other.loss != found[0].loss
+
+
 def test_the_nuclei_of_a_network_and_all_else_as_background_are_its_pseudo_labels():
     rgb = np.full((80, 80, 3), (225, 180, 205), np.uint8)
     ground_truth = discs((80, 80), [(25, 20, 8), (50, 60, 9)])
     rgb[ground_truth > 0] = (110, 70, 150)
     crops = TrainingCrops((rgb,), (StainNormaliser.fit([rgb]),), ("1",))
-    model = Model(network=Halves(), config=Config(), threshold=0.65)
+    model = Model(network=Halves(), config=BY_TORCH, threshold=0.65)
     ((stains, labels),) = selftrain.pseudo_labelled(crops, model, lambda *_: None)
     np.testing.assert_array_equal(stains, crops.normalisers[0].apply(rgb))
     # The mean over four turns is 0.7 everywhere; at one turn, half of the nuclei would be missing.
@@ -442,7 +462,7 @@ def test_crops_are_of_one_slide_by_its_id_and_not_by_its_stains():
     rgb[ground_truth > 0] = (110, 70, 150)
     images = (rgb, rgb[:, :80], rgb[::-1])
     normaliser = StainNormaliser.fit(images)
-    teacher = Model(network=Prediction(), config=Config())
+    teacher = Model(network=Prediction(), config=BY_TORCH)
     done = []
     crops = TrainingCrops(images, (normaliser,) * 3, ("1", "2", "1"))
     labelled = selftrain.pseudo_labelled(crops, teacher, lambda *n: done.append(n))
@@ -454,6 +474,6 @@ def test_crops_are_of_one_slide_by_its_id_and_not_by_its_stains():
 def test_no_nucleus_to_train_on_is_an_error():
     blank = np.full((200, 200, 3), 240, np.uint8)
     normaliser = StainNormaliser.fit(nuclei_images(1)[0])
-    teacher = Model(network=Prediction(), config=Config(), training=patchcl_log())
+    teacher = Model(network=Prediction(), config=BY_TORCH, training=patchcl_log())
     with pytest.raises(TrainingError, match="no clear nucleus was found"):
         selftrain.train(TrainingCrops((blank,), (normaliser,), ("1",)), teacher, hide_progress)

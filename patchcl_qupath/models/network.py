@@ -55,6 +55,28 @@ class ConvBlock(nn.Module):
         self.norm = nn.Identity()
 
 
+class _Doubling(torch.autograd.Function):
+    """Each pixel as four; their gradients add up in a third of the time of torch's."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        rows = gradient[:, :, 0::2] + gradient[:, :, 1::2]  # (B, C, H, 2 W)
+        return rows[..., 0::2] + rows[..., 1::2]  # (B, C, H, W)
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """(B, C, H, W) as (B, C, 2 H, 2 W): each pixel four times."""
+    if not torch.is_grad_enabled():
+        return F.interpolate(x, scale_factor=2)
+    doubled: Tensor = _Doubling.apply(x)  # type: ignore[no-untyped-call]
+    return doubled
+
+
 class SegmentationNetwork(nn.Module):
     """A network from pixels to probability maps, and what must be known of it to run it.
 
@@ -118,11 +140,15 @@ class ConfidenceNetwork(SegmentationNetwork):
 
     def forward(self, x: Tensor) -> Tensor:
         """Network input (B, 3, H, W) to confidences (B, channels, H, W) in (0, 1)."""
+        return torch.sigmoid(self.logits(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Network input (B, 3, H, W) to the log-odds (B, channels, H, W) of confidences."""
         x = self.first(x)  # (B, width, H, W)
         for block in self.blocks:
             y = block(x)  # (B, width, H, W)
             x = x + y if torch.is_grad_enabled() else x.add_(y)  # in place: a map less to move
-        return torch.sigmoid(self.last(x))  # (B, channels, H, W)
+        return self.last(x)  # type: ignore[no-any-return]  # (B, channels, H, W)
 
     def probabilities(self, x: Tensor) -> Tensor:
         """The confidences."""
@@ -188,9 +214,9 @@ class NucleusNetwork(SegmentationNetwork):
         fine = self.down(x)  # (B, fine, H, W)
         middle = self.down_middle(F.max_pool2d(fine, 2))  # (B, middle, H / 2, W / 2)
         coarse = self.coarse(F.max_pool2d(middle, 2))  # (B, coarse, H / 4, W / 4)
-        up = F.interpolate(coarse, scale_factor=2)  # (B, coarse, H / 2, W / 2)
+        up = _doubled(coarse)  # (B, coarse, H / 2, W / 2)
         middle = self.up_middle(torch.cat([up, middle], dim=1))  # (B, middle, H / 2, W / 2)
-        up = F.interpolate(middle, scale_factor=2)  # (B, middle, H, W)
+        up = _doubled(middle)  # (B, middle, H, W)
         fine = self.up(torch.cat([up, fine], dim=1))  # (B, fine, H, W)
         return self.last(fine), coarse  # (B, 2, H, W), (B, coarse, H / 4, W / 4)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from scipy import ndimage
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Calibration, Confidence, Model, confidence
+from patchcl_qupath.overlap import mapped
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.probability import nucleus_features
@@ -53,25 +55,38 @@ def calibrated(model: Model, crops: TrainingCrops, report: ShowCount) -> Model:
     Equal models and crops give equal calibrations on one machine.
     """
     chosen = crops.select([*np.linspace(0, len(crops) - 1, min(len(crops), _CROPS)).astype(int)])
-    rng = np.random.default_rng(model.config.patchcl.seed)
     engine = engines.choose(model.config.engine, model.network)
     features, agreement = [], []
-    for i, (image, normaliser) in enumerate(zip(chosen.images, chosen.normalisers, strict=True)):
-        found = confidence(model, image, normaliser, engine)
-        labels = _instances(model, found)
-        features.append(nucleus_features(labels, found, model.mpp))
-        overlaps = [
-            _overlaps(labels, _instances(model, view))
-            for view in _views(model, image, normaliser, engine, rng)
-        ]
-        agreement.append(np.mean(overlaps, axis=0))
-        report(i + 1, len(chosen))
+    seeds = [(model.config.patchcl.seed, i) for i in range(len(chosen))]
+    of_crop = partial(_of_crop, model, engine)
+    for found in mapped(of_crop, chosen.images, chosen.normalisers, seeds):
+        features.append(found[0])
+        agreement.append(found[1])
+        report(len(features), len(chosen))
     x, y = np.concatenate(features), np.concatenate(agreement)
     if len(x) < _LEAST_NUCLEI:
         return model
     even = _EVEN_REFINED if isinstance(model.training, CDCLLog) else _EVEN
     right = 1 / (1 + np.exp(-_STEEPNESS * (y - even)))
     return replace(model, calibration=logistic_regression(x, right))
+
+
+def _of_crop(
+    model: Model,
+    engine: EngineKind,
+    image: NDArray[np.uint8],
+    normaliser: StainNormaliser,
+    seed: tuple[int, ...],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The features (N, 3) of the nuclei in a crop, and their mean overlap (N,) with its views."""
+    rng = np.random.default_rng(seed)
+    found = confidence(model, image, normaliser, engine)
+    labels = _instances(model, found)
+    overlaps = [
+        _overlaps(labels, _instances(model, view))
+        for view in _views(model, image, normaliser, engine, rng)
+    ]
+    return nucleus_features(labels, found, model.mpp), np.mean(overlaps, axis=0)
 
 
 def logistic_regression(x: NDArray[np.float64], y: NDArray[np.float64]) -> Calibration:

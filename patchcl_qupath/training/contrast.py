@@ -184,7 +184,10 @@ def _nearness(distances: Tensor, weights: Tensor, temperature: float) -> Tensor:
 
 def _patch_means(maps: Tensor, settings: PatchCLConfig) -> Tensor:
     """Means (B, C, P) over the patches of maps (B, C, H, W), row by row."""
-    return F.avg_pool2d(maps, settings.patch_px, settings.stride_px).flatten(2)
+    side, stride = settings.patch_px, settings.stride_px
+    if side % stride == 0:  # each pixel is in several patches, and is added up once
+        return F.avg_pool2d(F.avg_pool2d(maps, stride), side // stride, 1).flatten(2)
+    return F.avg_pool2d(maps, side, stride).flatten(2)
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:

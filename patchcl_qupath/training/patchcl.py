@@ -41,7 +41,7 @@ from patchcl_qupath.training.contrast import (
     similarity_space,
 )
 from patchcl_qupath.training.pseudo_labels import otsu
-from patchcl_qupath.training.supervision import random_window
+from patchcl_qupath.training.supervision import mixed_precision, random_window
 
 _SHOWN_PX = 192  # side of the crop that the report shows the channels of
 _VALIDATION_CROPS = 32  # crops on which channel and threshold are chosen
@@ -168,7 +168,9 @@ def _steps(crops: TrainingCrops, config: Config, seed: int) -> Iterator[_Trained
     while step < last:
         step += 1
         x = _batch(crops, settings, rng).to(device())  # (B, 3, S, S)
-        prediction = network(x)  # (B, C, S, S)
+        with mixed_precision(settings.similarity not in MEASURES):
+            logits = network.logits(x)
+        prediction = torch.sigmoid(logits.float())  # (B, C, S, S)
         index = draw_patches(prediction.detach(), settings, generator)  # (B, C, n)
         if settings.similarity in MEASURES:
             contrast = contrast_patches(prediction, x, index, settings, features, generator)

@@ -12,15 +12,18 @@ seen by their rim alone, are found by their contour (``star_contours``).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from patchcl_qupath.compiled import take
 from patchcl_qupath.config import SegmentConfig, SelfTrainConfig
+from patchcl_qupath.overlap import mapped
 from patchcl_qupath.segmentation.contours import trace_contours
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.measurements import means
@@ -59,48 +62,76 @@ def pseudo_labels(
     thresholds come from the crops together: a crop without nuclei must not yield its own darkest
     spots.
     """
-    densities = [density(crop, mpp, config, has_brown) for crop in crops]
-    slopes = [np.hypot(ndimage.sobel(d, 0), ndimage.sobel(d, 1)) for d in densities]
+    densities = [*mapped(partial(density, mpp=mpp, config=config, has_brown=has_brown), crops)]
+    slopes = [*mapped(_slope, densities)]
     pixels = _pixels(densities)
     threshold = otsu(pixels)
-    steep = max(float(np.percentile(_pixels(slopes), 95)), 1e-6)
-    levels = np.linspace(
-        config.tree_threshold * threshold, np.percentile(pixels, 99.5), config.levels
+    slide = _Thresholds(
+        otsu=threshold,
+        steep=max(float(np.percentile(_pixels(slopes), 95)), 1e-6),
+        levels=np.linspace(
+            config.tree_threshold * threshold, np.percentile(pixels, 99.5), config.levels
+        ),
     )
-    found = []
-    for d, slope, clear, confidence in zip(densities, slopes, glass, confidences, strict=True):
-        mean, deviation = _local_statistics(d, config.background_radius_um / mpp)
-        mask = (d > mean + config.local_contrast * deviation) & (
-            d > config.mask_threshold * threshold
-        )
-        for _ in range(2):
-            mask = ndimage.binary_closing(ndimage.binary_opening(mask, _CROSS), _CROSS)
-        background = ~mask & ((d < threshold) | (d < mean))
-        tree = [_components(mask & (d > level), mpp, config) for level in levels]
-        scores = [component_scores(labels, slope / steep, mpp, config) for labels in tree]
-        labels = separated(best_disjoint_components(tree, scores), mpp)
-        artefacts = artefact_mask(tree[0], labels, clear, mpp, config)
-        labels = np.where(artefacts, 0, labels)
-        labels = with_star_contours(
-            labels=keep_labels(labels, np.bincount(labels.ravel()) > 0),
-            density=d,
-            steep=steep,
-            min_density=config.contour_threshold * threshold,
-            excluded=artefacts,
-            areas_um2=(config.min_contour_um2, config.max_area_um2),
-            mpp=mpp,
-        )
-        background |= artefacts
-        mean_confidence = means(labels, int(labels.max(initial=0)), confidence)
-        confident = np.append(False, mean_confidence >= config.min_confidence)
-        found.append(
-            PseudoLabels(
-                nuclei=keep_labels(labels, confident),
-                background=background & (labels == 0),
-                artefacts=artefacts & (labels == 0),
-            )
-        )
+    find = partial(_of_crop, slide=slide, mpp=mpp, config=config)
+    found = [*mapped(find, densities, slopes, glass, confidences)]
     return _without_fragments(found, config.min_fragment)
+
+
+class _Thresholds(NamedTuple):
+    """What the crops of a slide have in common, in units of its smoothed hematoxylin.
+
+    Otsu's threshold, the slope of the steepest edges, and the levels of the component tree.
+    """
+
+    otsu: float
+    steep: float
+    levels: NDArray[Any]
+
+
+def _slope(d: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The slope (H, W) of a map by a Sobel filter: 8 times that of a pixel."""
+    return np.asarray(np.hypot(ndimage.sobel(d, 0), ndimage.sobel(d, 1)))
+
+
+def _of_crop(
+    d: NDArray[np.float32],
+    slope: NDArray[np.float32],
+    clear: NDArray[np.bool_],
+    confidence: NDArray[np.float32],
+    slide: _Thresholds,
+    mpp: float,
+    config: SelfTrainConfig,
+) -> PseudoLabels:
+    """The pseudo-labels of a crop: its density, slope, glass and confidence, (H, W) each."""
+    threshold, steep = slide.otsu, slide.steep
+    mean, deviation = _local_statistics(d, config.background_radius_um / mpp)
+    mask = (d > mean + config.local_contrast * deviation) & (d > config.mask_threshold * threshold)
+    for _ in range(2):
+        mask = ndimage.binary_closing(ndimage.binary_opening(mask, _CROSS), _CROSS)
+    background = ~mask & ((d < threshold) | (d < mean))
+    tree = [_components(mask & (d > level), mpp, config) for level in slide.levels]
+    scores = [component_scores(labels, slope / steep, mpp, config) for labels in tree]
+    labels = separated(best_disjoint_components(tree, scores), mpp)
+    artefacts = artefact_mask(tree[0], labels, clear, mpp, config)
+    labels = np.where(artefacts, 0, labels)
+    labels = with_star_contours(
+        labels=keep_labels(labels, np.bincount(labels.ravel()) > 0),
+        density=d,
+        steep=steep,
+        min_density=config.contour_threshold * threshold,
+        excluded=artefacts,
+        areas_um2=(config.min_contour_um2, config.max_area_um2),
+        mpp=mpp,
+    )
+    background |= artefacts
+    mean_confidence = means(labels, int(labels.max(initial=0)), confidence)
+    confident = np.append(False, mean_confidence >= config.min_confidence)
+    return PseudoLabels(
+        nuclei=keep_labels(labels, confident),
+        background=background & (labels == 0),
+        artefacts=artefacts & (labels == 0),
+    )
 
 
 def is_glass(rgb: NDArray[np.uint8], mpp: float, config: SelfTrainConfig) -> NDArray[np.bool_]:
@@ -157,7 +188,7 @@ def keep_labels(labels: NDArray[np.int32], keep: NDArray[np.bool_]) -> NDArray[n
     """Labels (H, W) without those that ``keep`` (N + 1,) has not, renumbered; 0 is background."""
     keep = keep.copy()
     keep[0] = False
-    return np.where(keep, np.cumsum(keep), 0).astype(np.int32)[labels]
+    return take(np.where(keep, np.cumsum(keep), 0).astype(np.int32), labels)
 
 
 def artefact_mask(
@@ -228,7 +259,13 @@ def _without_fragments(found: list[PseudoLabels], min_fragment: float) -> list[P
 
 def _rim(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
     """The outermost pixels (H, W) of components: those that touch the background."""
-    return np.asarray((labels > 0) & (ndimage.grey_erosion(labels, footprint=_CROSS) == 0))
+    inside = labels > 0
+    within = inside.copy()
+    within[1:] &= inside[:-1]
+    within[:-1] &= inside[1:]
+    within[:, 1:] &= inside[:, :-1]
+    within[:, :-1] &= inside[:, 1:]
+    return inside & ~within
 
 
 def _components(mask: NDArray[np.bool_], mpp: float, config: SelfTrainConfig) -> NDArray[np.int32]:
@@ -248,9 +285,10 @@ def component_scores(
     ``slope`` (H, W) is that of the map, relative to the slide's steepest.
     """
     area = np.bincount(labels.ravel()) * mpp**2
-    rim = _rim(labels)
-    length = np.bincount(labels[rim], minlength=len(area))
-    edge = np.bincount(labels[rim], slope[rim], len(area)) / np.maximum(length, 1)
+    rim = np.flatnonzero(_rim(labels))
+    of_rim = labels.ravel()[rim]
+    length = np.bincount(of_rim, minlength=len(area))
+    edge = np.bincount(of_rim, slope.ravel()[rim], len(area)) / np.maximum(length, 1)
     possible = (area >= config.min_area_um2) & (area <= config.max_area_um2)
     possible &= edge >= config.min_edge
     possible[0] = False

@@ -13,6 +13,7 @@ Networks, ICML 2013 workshop.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,10 +26,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from patchcl_qupath.config import SegmentConfig, SelfTrainConfig
+from patchcl_qupath.config import EngineChoice, SegmentConfig, SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
+from patchcl_qupath.models import engines
+from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import NucleusNetwork, device, to_channels_last
+from patchcl_qupath.overlap import Stop, mapped, overlapped
 from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.measurements import means
@@ -51,6 +55,7 @@ from patchcl_qupath.training.touching import with_touching_nuclei
 _WARMUP_STEPS = 20  # in which the learning rate rises
 _LEAST_FOUND = 0.5  # of the area of nuclei that the first network was taught
 _MAX_ARTEFACT = 0.5  # of the pixels of a nucleus
+_BATCHES_AT_ONCE = 4  # that are made or used
 _TURNS = 4  # of a crop, by 90 degrees, over which a network's probabilities are averaged
 
 
@@ -118,21 +123,28 @@ def train_on(
     seed: int,
     report: ShowCount,
 ) -> Trained:
-    """Train a network on samples alone; its weights are averaged over the last steps."""
-    rng = np.random.default_rng(seed)
+    """Train a network on samples alone; its weights are averaged over the last steps.
+
+    Batches are made ahead, on threads.
+    """
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
         network = NucleusNetwork(settings.widths).to(device())
     to_channels_last(network)
     average = ema_model(network, warmup_steps=1)
     # The scheduler multiplies the optimizer's rate with what its function returns.
-    optimizer = torch.optim.AdamW(network.parameters(), 1.0, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), 1.0, weight_decay=settings.weight_decay, fused=True
+    )
     scheduler = LambdaLR(optimizer, partial(learning_rate, settings=settings))
     losses: list[Tensor] = []
+    make = partial(_batch, samples, settings, seed)
+    at_once = max(1, min(_BATCHES_AT_ONCE, os.cpu_count() or 1))
+    batches = overlapped(make, range(settings.steps), at_once, Stop())
     began, waited = time.perf_counter(), 0.0
     for step in range(settings.steps):
         asked = time.perf_counter()
-        stains, target = _batch(samples, settings, rng)
+        stains, target = next(batches).result()
         waited += time.perf_counter() - asked
         with mixed_precision():
             logits = network(stains)
@@ -177,12 +189,12 @@ def pseudo_labelled(crops: TrainingCrops, teacher: Model, report: ShowCount) -> 
     for slide in dict.fromkeys(crops.slides):
         indices = [i for i in range(len(crops)) if crops.slides[i] == slide]
         of_slide = crops.select(indices)
-        pairs = [*zip(of_slide.images, of_slide.normalisers, strict=True)]
-        stains = [normaliser.apply(image) for image, normaliser in pairs]
+        stains = [*mapped(StainNormaliser.apply, of_slide.normalisers, of_slide.images)]
         if teacher.network.core_channel is None:
             labels = _of_patchcl(of_slide, stains, teacher)
         else:
-            labels = [_of_network(teacher, *pair) for pair in pairs]
+            find = partial(_of_network, teacher)
+            labels = [*mapped(find, of_slide.images, of_slide.normalisers)]
         found |= zip(indices, map(LabelledCrop, stains, labels), strict=True)
         report(len(found), len(crops))
     return [found[i] for i in range(len(crops))]
@@ -222,15 +234,23 @@ def _of_patchcl(
 ) -> list[PseudoLabels]:
     """The pseudo-labels of the crops of one slide, by PatchCL's confidence and by shape."""
     config = teacher.config
-    pairs = [*zip(crops.images, crops.normalisers, strict=True)]
+    predict = partial(confidence, teacher, engine=_engine(teacher))
     return pseudo_labels(
         crops=stains,
-        glass=[is_glass(image, config.slide.mpp, config.selftrain) for image, _ in pairs],
-        confidences=[confidence(teacher, *pair).nucleus for pair in pairs],
+        glass=[is_glass(image, config.slide.mpp, config.selftrain) for image in crops.images],
+        confidences=[found.nucleus for found in mapped(predict, crops.images, crops.normalisers)],
         mpp=config.slide.mpp,
         config=config.selftrain,
         has_brown=crops.normalisers[0].has_brown,
     )
+
+
+def _engine(teacher: Model) -> EngineKind:
+    """What runs a teacher: as in a run, but not in 8 bits."""
+    kind = engines.choose(teacher.config.engine, teacher.network)
+    if kind is EngineKind.OPENVINO_INT8:
+        return engines.choose(EngineChoice.OPENVINO, teacher.network)
+    return kind
 
 
 def _of_network(
@@ -241,8 +261,9 @@ def _of_network(
     Probabilities are means over four turns of the crop: where they differ, the network is not sure.
     """
     nucleus, core = np.zeros((2, *image.shape[:2]), np.float32)
+    engine = _engine(teacher)
     for turns in range(_TURNS):
-        found = confidence(teacher, np.rot90(image, turns), normaliser)
+        found = confidence(teacher, np.rot90(image, turns), normaliser, engine)
         assert found.core is not None
         nucleus += np.rot90(found.nucleus, -turns) / _TURNS
         core += np.rot90(found.core, -turns) / _TURNS
@@ -257,9 +278,10 @@ def learning_rate(step: int, settings: SelfTrainConfig) -> float:
 
 
 def _batch(
-    samples: Sequence[TrainingSample], settings: SelfTrainConfig, rng: np.random.Generator
+    samples: Sequence[TrainingSample], settings: SelfTrainConfig, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Augmented stains and targets (B, 3, S, S) of random crops."""
+    """Augmented stains and targets (B, 3, S, S) of random crops, the same for each step."""
+    rng = np.random.default_rng((seed, step))
     stains, target = [], []
     for k in rng.integers(len(samples), size=settings.batch):
         crop = random_crop(samples[k], settings.crop_px, settings.scale_jitter, rng)

@@ -80,17 +80,17 @@ def bce_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     return (bce + 1 - (2 * both + 1) / (either + 1)).sum()
 
 
-def mixed_precision() -> torch.autocast:
+def mixed_precision(wanted: bool = True) -> torch.autocast:
     """Within it, convolutions are in bfloat16 where the device multiplies it: 1.7 times as fast.
 
-    Weights, their averages, batch statistics and losses stay in float32.
+    Weights, their averages, batch statistics and losses stay in float32; if not ``wanted``, all.
     """
     where = device().type
     if where == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = multiplies_bfloat16()
-    return torch.autocast(where, torch.bfloat16, enabled=native)
+    return torch.autocast(where, torch.bfloat16, enabled=wanted and native)
 
 
 def random_crop(
@@ -136,11 +136,10 @@ def ema_model(model: nn.Module, warmup_steps: int) -> AveragedModel:
     @torch.no_grad()
     def update(means: Sequence[Tensor], values: Sequence[Tensor], updates: Tensor | int) -> None:
         decay = min(_MAX_DECAY, 1 - 1 / (int(updates) + warmup_steps))
-        for mean, value in zip(means, values, strict=True):
-            if mean.dtype.is_floating_point:
-                mean.lerp_(value, 1 - decay)
-            else:  # how many batches were seen
-                mean.copy_(value)
+        if means[0].dtype.is_floating_point:  # all are of one type
+            torch._foreach_lerp_([*means], [*values], 1 - decay)
+        else:  # how many batches were seen
+            torch._foreach_copy_([*means], [*values])
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
@@ -166,7 +165,8 @@ def random_window(
     for layer in layers:
         window = layer[row : row + side_px, col : col + side_px]
         missing = [(0, side_px - window.shape[0]), (0, side_px - window.shape[1])]
-        window = np.pad(window, [*missing, *[(0, 0)] * (window.ndim - 2)], mode="symmetric")
+        if window.shape[:2] != (side_px, side_px):
+            window = np.pad(window, [*missing, *[(0, 0)] * (window.ndim - 2)], mode="symmetric")
         window = np.rot90(window, turns)
         windows.append(window[:, ::-1] if mirror else window)
     return windows
