@@ -25,6 +25,8 @@ from patchcl_qupath.datatypes import Box, Polygons, grid_to_level0
 _SIMPLIFY_PX = 0.2  # a contour may move by this much when points are left out, as of nuclei
 _NO_LIMIT = 1.0  # largest ``constrain_scale`` that is none, as in QuPath
 _BLOCK = 4  # px, each way, that look for their nearest sides together
+_NEAR = 1e-6  # px, within which GEOS finds whether lines touch
+_APART, _HOLDS, _MEETS = 0, 1, 2  # a cell and a nucleus
 _EAST = np.array([1, 0, -1, 0])
 _SOUTH = np.array([0, 1, 0, -1])
 
@@ -108,26 +110,116 @@ def fill(polygons_px: Polygons, box: Box) -> NDArray[np.int32]:
 
 
 def fit_to_nuclei(cells: Polygons, nuclei: Polygons) -> Polygons:
-    """Cells (C,) without what other nuclei (N,) cover, and with all of their own.
+    """Valid cells (C,) without what other nuclei (N,) cover, and with all of their own.
 
     The first C of the nuclei are those of the cells. A contour between touching nuclei may run
-    through either by a fraction of a pixel. Vertices come in one order, whatever was cut off first.
+    through either by a fraction of a pixel. A cell that fits is the same object as before; vertices
+    of others come in one order, whatever was cut off first.
     """
-    tree = shapely.STRtree(nuclei)
-    cell, nucleus = tree.query(cells, predicate="intersects")
-    other = cell != nucleus
-    cell, nucleus = cell[other], nucleus[other]
-    shared = shapely.area(shapely.intersection(cells[cell], nuclei[nucleus])) > 0
-    cell, nucleus = cell[shared], nucleus[shared]
-    from_the_top = np.argsort(np.argsort(_from_the_top(nuclei))[nucleus], kind="stable")
-    cell, nucleus = cell[from_the_top], nucleus[from_the_top]
+    cell, nucleus = shapely.STRtree(nuclei).query(cells)
+    meets = _meetings(_rings(cells), _rings(nuclei), cell, nucleus)
+    own, other = cell == nucleus, cell != nucleus
     fitted = cells.copy()
-    for k, j in zip(cell.tolist(), nucleus.tolist(), strict=True):  # a few, at touching nuclei
-        fitted[k] = shapely.difference(fitted[k], nuclei[j])
-    own = nuclei[: len(cells)]
-    poking = ~shapely.covers(fitted, own)
-    fitted[poking] = shapely.union(fitted[poking], own[poking])
-    return np.asarray(shapely.normalize(_whole(fitted, own)), dtype=object)
+    _cut(fitted, nuclei, cell[other & (meets != _APART)], nucleus[other & (meets != _APART)])
+    unclear = np.zeros(len(cells), np.bool_)
+    unclear[cell[own & (meets != _HOLDS)]] = True
+    unclear |= fitted != cells
+    unclear[unclear] = ~shapely.covers(fitted[unclear], nuclei[: len(cells)][unclear])
+    fitted[unclear] = shapely.union(fitted[unclear], nuclei[: len(cells)][unclear])
+    changed = fitted != cells
+    whole = _whole(fitted[changed], nuclei[: len(cells)][changed])
+    fitted[changed] = shapely.normalize(whole)
+    return fitted
+
+
+def _cut(
+    cells: Polygons, nuclei: Polygons, cell: NDArray[np.intp], nucleus: NDArray[np.intp]
+) -> None:
+    """Cut each of some nuclei (M,) off its ``cell`` (M,), from the top, if they share an area."""
+    rank = np.argsort(_from_the_top(nuclei))[nucleus]
+    order = np.lexsort((rank, cell))
+    cell, nucleus = cell[order], nucleus[order]
+    before = np.arange(len(cell)) - np.searchsorted(cell, cell)  # others of the same cell
+    for turn in range(before.max(initial=-1) + 1):
+        now = before == turn
+        whole = cells[cell[now]]
+        rest = shapely.difference(whole, nuclei[nucleus[now]])
+        cells[cell[now]] = np.where(shapely.area(rest) < shapely.area(whole), rest, whole)
+
+
+class _Rings(NamedTuple):
+    """Closed rings (N,): points ``xy[:, first[k] : first[k + 1]]``, the first one again as last."""
+
+    xy: Floats
+    first: Integers
+
+
+def _rings(polygons: Polygons) -> _Rings:
+    """The rings of polygons (N,) without holes."""
+    xy, of = shapely.get_coordinates(polygons, return_index=True)
+    first = np.searchsorted(of, np.arange(len(polygons) + 1))
+    return _Rings(xy=np.ascontiguousarray(xy.T), first=first)
+
+
+@compiled
+def _meetings(
+    cells: _Rings, nuclei: _Rings, cell: Integers, nucleus: Integers
+) -> NDArray[np.int8]:
+    """How each of some cells (M,) and a nucleus meet: ``_HOLDS`` it, ``_APART``, or else."""
+    found = np.empty(len(cell), np.int8)
+    x, y = cells.xy[0], cells.xy[1]
+    u, v = nuclei.xy[0], nuclei.xy[1]
+    for m in range(len(cell)):
+        begin, end = cells.first[cell[m]], cells.first[cell[m] + 1]
+        start, stop = nuclei.first[nucleus[m]], nuclei.first[nucleus[m] + 1]
+        found[m] = _APART
+        if begin == end or start == stop:
+            continue
+        left, right = u[start:stop].min() - _NEAR, u[start:stop].max() + _NEAR
+        top, bottom = v[start:stop].min() - _NEAR, v[start:stop].max() + _NEAR
+        crosses, inside, within = False, False, False
+        for a in range(begin, end - 1):
+            x0, y0, x1, y1 = x[a], y[a], x[a + 1], y[a + 1]
+            # A ray to the right, from a point of the nucleus.
+            if (v[start] < y0) != (v[start] < y1):
+                inside ^= u[start] < x0 + (v[start] - y0) / (y1 - y0) * (x1 - x0)
+            if max(x0, x1) < left or min(x0, x1) > right:
+                continue
+            if max(y0, y1) < top or min(y0, y1) > bottom:
+                continue
+            for b in range(start, stop - 1):
+                crosses |= _may_touch(x0, y0, x1, y1, u[b], v[b], u[b + 1], v[b + 1])
+            if crosses:
+                break
+        for b in range(start, stop - 1):  # and one from a point of the cell
+            if (y[begin] < v[b]) != (y[begin] < v[b + 1]):
+                along = (y[begin] - v[b]) / (v[b + 1] - v[b])
+                within ^= x[begin] < u[b] + along * (u[b + 1] - u[b])
+        if crosses or within:
+            found[m] = _MEETS
+        elif inside:
+            found[m] = _HOLDS
+    return found
+
+
+@compiled
+def _may_touch(
+    x0: float, y0: float, x1: float, y1: float, u0: float, v0: float, u1: float, v1: float
+) -> bool:
+    """Whether two lines are nearer than ``_NEAR``; in doubt they are."""
+    if max(u0, u1) < min(x0, x1) - _NEAR or min(u0, u1) > max(x0, x1) + _NEAR:
+        return False
+    if max(v0, v1) < min(y0, y1) - _NEAR or min(v0, v1) > max(y0, y1) + _NEAR:
+        return False
+    dx, dy, du, dv = x1 - x0, y1 - y0, u1 - u0, v1 - v0
+    near = _NEAR * (abs(dx) + abs(dy) + abs(du) + abs(dv))
+    a = dx * (v0 - y0) - dy * (u0 - x0)
+    b = dx * (v1 - y0) - dy * (u1 - x0)
+    if (a > near and b > near) or (a < -near and b < -near):
+        return False
+    a = du * (y0 - v0) - dv * (x0 - u0)
+    b = du * (y1 - v0) - dv * (x1 - u0)
+    return not ((a > near and b > near) or (a < -near and b < -near))
 
 
 def _whole(cells: Polygons, nuclei: Polygons) -> Polygons:

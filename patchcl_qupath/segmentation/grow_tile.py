@@ -111,8 +111,10 @@ def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Nuclei, Uncertai
         (x, y), count = slide.downsample, len(nuclei)
         on_grid = grid_to_level0(all_nuclei, (1 / x, 1 / y))
         grown = grow(on_grid, count, box, slide.grid_mpp, context.config)
-        cells = _rounded(grid_to_level0(grown, slide.downsample))
-        cells = _rounded(fit_to_nuclei(cells, all_nuclei))
+        cells = shapely.normalize(_rounded(grid_to_level0(grown, slide.downsample)))
+        fitted = fit_to_nuclei(cells, all_nuclei)
+        changed = fitted != cells
+        cells[changed] = _rounded(fitted[changed])
     with timed(seconds, "read cells"):
         rgb = slide.read(box)
     with timed(seconds, "measure cells"):
