@@ -447,31 +447,40 @@ def _block_radius(frame: _Frame) -> float:
 
 @compiled
 def _candidates(
-    shapes: _Shapes, near: NDArray[np.int32], at: tuple[float, float], radius: float, squares: Floats
-) -> tuple[Integers, Integers]:
-    """The sides (C,) that may be the nearest one to a point up to ``radius`` from ``at``.
+    shapes: _Shapes,
+    near: NDArray[np.int32],
+    at: tuple[float, float],
+    radius: float,
+    squares: Floats,
+    found: Integers,
+) -> int:
+    """How many sides may be the nearest one to a point up to ``radius`` from ``at``: C.
 
-    And the nucleus (C,) of each, one of those ``near`` the point. ``squares`` (S,) is room.
+    Sides of the nuclei ``near`` that point, written to ``found`` (2, S): the side and its nucleus.
+    ``squares`` (2, S) is room.
     """
     x, y = at
-    beside = np.empty(len(near))
+    first, bounds, sides = shapes.first, shapes.bounds, shapes.sides
+    beside, apart = squares[0], squares[1]
+    closest = 0
     for n in range(len(near)):
-        x0, y0, x1, y1 = shapes.bounds[near[n]]
+        x0, y0, x1, y1 = bounds[near[n], 0], bounds[near[n], 1], bounds[near[n], 2], bounds[near[n], 3]
         beside[n] = max(x0 - x, x - x1, 0.0) ** 2 + max(y0 - y, y - y1, 0.0) ** 2
-    order = np.argsort(beside)
-    least, seen, count = np.inf, 0, 0
-    for n in order:
-        if beside[n] > (np.sqrt(least) + 2 * radius) ** 2:
-            break
-        begin, end = shapes.first[near[n]], shapes.first[near[n] + 1]
+        closest = n if beside[n] < beside[closest] else closest
+    least, most, count = np.inf, np.inf, 0
+    for turn in range(len(near)):  # that with the closest bounds first, then the others
+        n = closest if turn == 0 else turn - (turn <= closest)
+        if beside[n] > most:
+            continue
+        begin, end = first[near[n]], first[near[n] + 1]
         sx, sy, dx, dy, inverse = (
-            shapes.sides[0, begin:end],
-            shapes.sides[1, begin:end],
-            shapes.sides[2, begin:end],
-            shapes.sides[3, begin:end],
-            shapes.sides[4, begin:end],
+            sides[0, begin:end],
+            sides[1, begin:end],
+            sides[2, begin:end],
+            sides[3, begin:end],
+            sides[4, begin:end],
         )
-        here = squares[count : count + end - begin]
+        here = apart[:end - begin]
         for s in range(end - begin):
             px, py = x - sx[s], y - sy[s]
             along = min(max((px * dx[s] + py * dy[s]) * inverse[s], 0.0), 1.0)
@@ -479,19 +488,12 @@ def _candidates(
             here[s] = ox * ox + oy * oy
         for s in range(end - begin):
             least = min(least, here[s])
-        count += end - begin
-        seen += 1
-    most = (np.sqrt(least) + 2 * radius) ** 2
-    sides, nuclei = np.empty(count, np.int64), np.empty(count, np.int64)
-    found = count = 0
-    for n in order[:seen]:
-        k = near[n]
-        for s in range(shapes.first[k], shapes.first[k + 1]):
-            if squares[count] <= most:
-                sides[found], nuclei[found] = s, k
-                found += 1
-            count += 1
-    return sides[:found], nuclei[:found]
+        most = (np.sqrt(least) + 2 * radius) ** 2
+        for s in range(end - begin):
+            if here[s] <= most:
+                found[0, count], found[1, count] = begin + s, near[n]
+                count += 1
+    return count
 
 
 @compiled
@@ -510,7 +512,8 @@ def _nearest(
     wide = frame.reach + 1.5 * max(frame.scale_x, frame.scale_y)
     first, near, wanted = _blocks_near(shapes, frame, wide)
     radius = _block_radius(frame)
-    squares = np.empty(shapes.sides.shape[1])
+    sides = shapes.sides
+    squares, found = np.empty((2, sides.shape[1])), np.empty((2, sides.shape[1]), np.int64)
     pixels = _BLOCK * _BLOCK
     x, y = np.empty(pixels), np.empty(pixels)
     best, who = np.empty(pixels), np.empty(pixels, np.int64)
@@ -524,13 +527,12 @@ def _nearest(
             x[p] = (col0 + p % _BLOCK + frame.col0 + 0.5) * frame.scale_x
             y[p] = (row0 + p // _BLOCK + frame.row0 + 0.5) * frame.scale_y
         at = (x[0] + x[-1]) / 2, (y[0] + y[-1]) / 2
-        sides, nuclei = _candidates(
-            shapes, near[first[block] : first[block + 1]], at, radius, squares
-        )
+        around = near[first[block] : first[block + 1]]
+        count = _candidates(shapes, around, at, radius, squares, found)
         best[:], who[:] = np.inf, -1
-        for c in range(len(sides)):
-            sx, sy, dx, dy, inverse = shapes.sides[:, sides[c]]
-            k = nuclei[c]
+        for c in range(count):
+            s, k = found[0, c], found[1, c]
+            sx, sy, dx, dy, inverse = sides[0, s], sides[1, s], sides[2, s], sides[3, s], sides[4, s]
             for p in range(pixels):
                 px, py = x[p] - sx, y[p] - sy
                 along = min(max((px * dx + py * dy) * inverse, 0.0), 1.0)
