@@ -48,12 +48,13 @@ class _Frame(NamedTuple):
 
 
 class _Shapes(NamedTuple):
-    """Nuclei (N,) in µm: the sides ``sides[:, first[k] : first[k + 1]]`` of each, and its ``bounds``.
+    """Nuclei (N,) in µm: their sides and bounds, and the limits of their cells.
 
-    A column of sides is (x, y, dx, dy, 1 / length²), bounds are (x0, y0, x1, y1); ``growth`` is how
-    far the limit of its cell is outside of each of these. ``planes[limit[k] : limit[k + 1]]`` (normal x, normal
-    y, offset) are the sides of that convex limit: a point is outside by the largest of normal *
-    point - offset.
+    Nucleus k has the sides ``sides[:, first[k] : first[k + 1]]``, a column of (x, y, dx, dy,
+    1 / length²) each, and ``bounds`` (x0, y0, x1, y1); ``growth`` is how far the limit of its cell
+    is outside of each of these. ``planes[limit[k] : limit[k + 1]]`` (normal x, normal y, offset)
+    are the sides of that convex limit: a point is outside by the largest of normal * point -
+    offset.
     """
 
     sides: Floats
@@ -91,8 +92,8 @@ def grow(
     wanted[rank + 1] = True
     pixels, beyond, ring, owner, fixed, backwards = _trace(labels, wanted)
     reach, ends = _crossings(pixels, beyond, labels, nearest, distance, shapes, frame)
-    points = (pixels + reach[:, None] * (beyond - pixels))[:, ::-1] + 0.5
-    points += [box.col0, box.row0]
+    crossed = pixels + reach[:, None] * (beyond - pixels)
+    points = np.asarray(crossed[:, ::-1] + [box.col0 + 0.5, box.row0 + 0.5], np.float64)
     fixed |= _beside(ends, ring)
     kept = _simplify(points, ring, fixed, backwards, _SIMPLIFY_PX)
     rings = shapely.polygons(shapely.linearrings(points[kept], indices=ring[kept]))
@@ -129,7 +130,7 @@ def fit_to_nuclei(cells: Polygons, nuclei: Polygons) -> Polygons:
     changed = fitted != cells
     whole = _whole(fitted[changed], nuclei[: len(cells)][changed])
     fitted[changed] = shapely.normalize(whole)
-    return fitted
+    return np.asarray(fitted)
 
 
 def _cut(
@@ -162,9 +163,7 @@ def _rings(polygons: Polygons) -> _Rings:
 
 
 @compiled
-def _meetings(
-    cells: _Rings, nuclei: _Rings, cell: Integers, nucleus: Integers
-) -> NDArray[np.int8]:
+def _meetings(cells: _Rings, nuclei: _Rings, cell: Integers, nucleus: Integers) -> NDArray[np.int8]:
     """How each of some cells (M,) and a nucleus meet: ``_HOLDS`` it, ``_APART``, or else."""
     found = np.empty(len(cell), np.int8)
     x, y = cells.xy[0], cells.xy[1]
@@ -248,9 +247,7 @@ def _shapes(polygons_px: Polygons, mpp: Floats, constrain_scale: float) -> _Shap
     planes, limit = np.empty((0, 3)), np.zeros(len(polygons) + 1, np.int64)
     growth = np.full(bounds.shape, np.inf)
     if constrain_scale > _NO_LIMIT:
-        hulls = shapely.convex_hull(polygons)
-        planes, limit = _half_planes(hulls, constrain_scale)
-        centre = shapely.get_coordinates(shapely.centroid(hulls))
+        planes, limit, centre = _half_planes(sides, first, constrain_scale)
         growth = (constrain_scale - 1) * np.abs(bounds - np.tile(centre, 2))
     return _Shapes(
         sides=sides, first=first, bounds=bounds, growth=growth, planes=planes, limit=limit
@@ -267,18 +264,70 @@ def _sides(polygons: Polygons) -> tuple[Floats, Integers]:
     return np.stack([*xy[begin].T, *along.T, inverse]), first
 
 
-def _half_planes(hulls: Polygons, scale: float) -> tuple[Floats, Integers]:
-    """The sides of convex hulls (N,), scaled about their centroids, as ``planes`` and ``limit``."""
-    sides, first = _sides(hulls)
-    of = np.repeat(np.arange(len(hulls)), np.diff(first))
-    centre = shapely.get_coordinates(shapely.centroid(hulls))[of]
-    x, y, dx, dy, inverse = sides
-    normal = np.stack([dy, -dx], axis=1) * np.sqrt(inverse)[:, None]
-    begin = np.stack([x, y], axis=1)
-    inwards = ((begin - centre) * normal).sum(axis=1) < 0
-    normal[inwards] *= -1
-    corner = centre + scale * (begin - centre)
-    return np.column_stack([normal, (normal * corner).sum(axis=1)]), first
+@compiled
+def _hull(x: Floats, y: Floats, hull: Integers) -> int:
+    """The number of corners of the convex hull of points (N,), written to ``hull`` (N + 1,).
+
+    Corners are in the order of A. Andrew, Another efficient algorithm for convex hulls in two
+    dimensions, 1979.
+    """
+    order = np.argsort(x)
+    for n in range(1, len(x)):  # of equal x by y
+        m = n
+        while m and x[order[m - 1]] == x[order[m]] and y[order[m - 1]] > y[order[m]]:
+            order[m - 1], order[m] = order[m], order[m - 1]
+            m -= 1
+    count = 0
+    for chain in range(2):
+        begin = count
+        for n in range(len(x)):
+            c = order[n] if chain == 0 else order[len(x) - 1 - n]
+            while count >= begin + 2:
+                a, b = hull[count - 2], hull[count - 1]
+                if (x[b] - x[a]) * (y[c] - y[a]) - (y[b] - y[a]) * (x[c] - x[a]) > 0:
+                    break
+                count -= 1
+            hull[count] = c
+            count += 1
+        count -= 1  # the last is the first of the other chain
+    return count
+
+
+@compiled
+def _half_planes(sides: Floats, first: Integers, scale: float) -> tuple[Floats, Integers, Floats]:
+    """The convex hulls of polygons (N,), scaled about their centroids (N, 2).
+
+    As ``planes`` and ``limit``, and with these centroids.
+    """
+    count = len(first) - 1
+    planes, limit = np.empty((sides.shape[1], 3)), np.zeros(count + 1, np.int64)
+    centres = np.full((count, 2), np.nan)
+    hull = np.empty(sides.shape[1] + 1, np.int64)
+    end = 0
+    for k in range(count):
+        x, y = sides[0, first[k] : first[k + 1]], sides[1, first[k] : first[k + 1]]
+        if not len(x):
+            continue
+        corners = _hull(x, y, hull)
+        area, at_x, at_y = 0.0, 0.0, 0.0
+        for n in range(1, corners - 1):  # triangles at the first corner
+            ax, ay = x[hull[n]] - x[hull[0]], y[hull[n]] - y[hull[0]]
+            bx, by = x[hull[n + 1]] - x[hull[0]], y[hull[n + 1]] - y[hull[0]]
+            twice = ax * by - ay * bx
+            area, at_x, at_y = area + twice, at_x + twice * (ax + bx), at_y + twice * (ay + by)
+        if area > 0:
+            centres[k, 0] = x[hull[0]] + at_x / (3 * area)
+            centres[k, 1] = y[hull[0]] + at_y / (3 * area)
+            for n in range(corners):
+                a, b = hull[n], hull[(n + 1) % corners]
+                length = np.hypot(x[b] - x[a], y[b] - y[a])
+                nx, ny = (y[b] - y[a]) / length, (x[a] - x[b]) / length
+                ax = centres[k, 0] + scale * (x[a] - centres[k, 0])
+                ay = centres[k, 1] + scale * (y[a] - centres[k, 1])
+                planes[end, 0], planes[end, 1], planes[end, 2] = nx, ny, nx * ax + ny * ay
+                end += 1
+        limit[k + 1] = end
+    return planes[:end], limit, centres
 
 
 @compiled
@@ -464,7 +513,12 @@ def _candidates(
     beside, apart = squares[0], squares[1]
     closest = 0
     for n in range(len(near)):
-        x0, y0, x1, y1 = bounds[near[n], 0], bounds[near[n], 1], bounds[near[n], 2], bounds[near[n], 3]
+        x0, y0, x1, y1 = (
+            bounds[near[n], 0],
+            bounds[near[n], 1],
+            bounds[near[n], 2],
+            bounds[near[n], 3],
+        )
         beside[n] = max(x0 - x, x - x1, 0.0) ** 2 + max(y0 - y, y - y1, 0.0) ** 2
         closest = n if beside[n] < beside[closest] else closest
     least, most, count = np.inf, np.inf, 0
@@ -480,7 +534,7 @@ def _candidates(
             sides[3, begin:end],
             sides[4, begin:end],
         )
-        here = apart[:end - begin]
+        here = apart[: end - begin]
         for s in range(end - begin):
             px, py = x - sx[s], y - sy[s]
             along = min(max((px * dx[s] + py * dy[s]) * inverse[s], 0.0), 1.0)
@@ -532,7 +586,13 @@ def _nearest(
         best[:], who[:] = np.inf, -1
         for c in range(count):
             s, k = found[0, c], found[1, c]
-            sx, sy, dx, dy, inverse = sides[0, s], sides[1, s], sides[2, s], sides[3, s], sides[4, s]
+            sx, sy, dx, dy, inverse = (
+                sides[0, s],
+                sides[1, s],
+                sides[2, s],
+                sides[3, s],
+                sides[4, s],
+            )
             for p in range(pixels):
                 px, py = x[p] - sx, y[p] - sy
                 along = min(max((px * dx + py * dy) * inverse, 0.0), 1.0)
@@ -562,9 +622,9 @@ def _within_limits(
             label = nearest[row, col]
             if label:
                 x = (col + frame.col0 + 0.5) * frame.scale_x
-                if np.isnan(distance[row, col]):  # in the nucleus
-                    labels[row, col] = label
-                elif _room(shapes, label - 1, distance[row, col], x, y, frame.reach) > 0:
+                here = distance[row, col]
+                inside = np.isnan(here)
+                if inside or _room(shapes, label - 1, here, x, y, frame.reach) > 0:
                     labels[row, col] = label
     return labels
 
@@ -692,7 +752,6 @@ def _trace(
             if not wanted[label] or traced[row0, col0] or above == label:
                 continue
             row, col, way = row0, col0, 0
-            begin = edge
             junction = _is_junction(labels, row, col)
             while True:
                 if way == 0:
