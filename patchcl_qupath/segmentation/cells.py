@@ -91,9 +91,7 @@ def grow(
     wanted = np.zeros(len(order) + 1, np.bool_)
     wanted[rank + 1] = True
     pixels, beyond, ring, owner, fixed, backwards = _trace(labels, wanted)
-    reach, ends = _crossings(pixels, beyond, labels, nearest, distance, shapes, frame)
-    crossed = pixels + reach[:, None] * (beyond - pixels)
-    points = np.asarray(crossed[:, ::-1] + [box.col0 + 0.5, box.row0 + 0.5], np.float64)
+    points, ends = _crossings(pixels, beyond, labels, nearest, distance, shapes, frame)
     fixed |= _beside(ends, ring)
     kept = _simplify(points, ring, fixed, backwards, _SIMPLIFY_PX)
     rings = shapely.polygons(shapely.linearrings(points[kept], indices=ring[kept]))
@@ -651,11 +649,12 @@ def _crossings(
     shapes: _Shapes,
     frame: _Frame,
 ) -> tuple[Floats, Bools]:
-    """How far cells reach from ``pixels`` (E, 2) of theirs to those ``beyond``, in px: (E,).
+    """Where cells end between ``pixels`` (E, 2) of theirs and those ``beyond``: points (E, 2).
 
-    And whether the border there is not one line of two cells: one of them ends before it.
+    On the working grid. And whether the border there is not one line of two cells, since one of
+    them ends before it.
     """
-    reaches, ends = np.empty(len(pixels)), np.zeros(len(pixels), np.bool_)
+    points, ends = np.empty((len(pixels), 2)), np.zeros(len(pixels), np.bool_)
     for edge in range(len(pixels)):
         row, col, r, c = pixels[edge, 0], pixels[edge, 1], beyond[edge, 0], beyond[edge, 1]
         k = labels[row, col] - 1
@@ -679,9 +678,8 @@ def _crossings(
         if room < 0:
             limit = _share(min(frame.reach - here, -_outside_limit(shapes, k, x, y)), -room)
         if not is_in_image:
-            reaches[edge] = min(limit, 0.5)
-            continue
-        if other >= 0 and other != k:
+            border = 0.5
+        elif other >= 0 and other != k:
             others = _signed_distance(shapes, other, x, y)
             if k < other:  # one line, made from the lesser side
                 border = _share(others - here, there - its_own)
@@ -691,9 +689,12 @@ def _crossings(
             if room < 0:
                 at = min(frame.reach - its_own, -_outside_limit(shapes, other, u, v))
                 beside = _share(at, -room)
-        reaches[edge] = min(limit, border)
-        ends[edge] = labels[r, c] > 0 and (limit < border or beside < 1 - border)
-    return reaches, ends
+        reach = min(limit, border)
+        points[edge, 0] = frame.col0 + col + 0.5 + reach * (c - col)
+        points[edge, 1] = frame.row0 + row + 0.5 + reach * (r - row)
+        if is_in_image and labels[r, c] > 0:
+            ends[edge] = limit < border or beside < 1 - border
+    return points, ends
 
 
 @compiled
