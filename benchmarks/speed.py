@@ -1,12 +1,15 @@
 """Speed of segmentation by stage, and its growth with the size of the slide.
 
-    python benchmarks/speed.py [--areas MM2 ...] [--json]
+    python benchmarks/speed.py [--areas MM2 ...] [--expand UM] [--json]
 
 Trains on the sample project, as `patchcl-qp run` does; then segments the sample and generated
 slides at 0.25 µm/px with that model: mosaics of real tissue in tiled JPEG pyramids, by default of
 6, 25 and 100 mm² (40,000 x 40,000 px). Each run is a process of its own, from .qpproj to written
 nuclei. For comparison across machines, the network's speed is also given as a fraction of the
 speed of a product of float32 matrices.
+
+With --expand, runs with and without cells of that expansion alternate on each generated slide, and
+nothing else is measured.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ REAL = ROOT.parent / "shared" / "data" / "monuseg_train" / "images"
 COMMAND = [sys.executable, "-m", "patchcl_qupath.cli"]
 MPP = 0.25
 TILE = 256
+_TURNS = 3  # of runs with and without cells
 CORES = os.cpu_count() or 1
 
 
@@ -50,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--areas", nargs="+", type=float, default=[6.25, 25, 100], help="mm²")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--expand", type=float, metavar="UM", help="only what cells cost")
     options = parser.parse_args()
     gemm = matrix_product()
     print(f"{CORES} cores, {gemm / 1e9:.0f} GFLOP/s in float32 matrix products")
@@ -66,7 +71,7 @@ def main() -> None:
         seconds, *_ = timed("run", sample, "--backend", "files", "--expand", "5")
         print(f"a run that compiles what is not compiled yet: {seconds:.0f} s for the sample")
         shutil.rmtree(sample / "patchcl" / "runs")
-        figures = [measure("sample", sample, gemm)]
+        figures = [] if options.expand else [measure("sample", sample, gemm)]
         first = Path(folder) / f"{min(options.areas):g} mm2.tif"
         for area in sorted(options.areas):
             slide = Path(folder) / f"{area:g} mm2.tif"
@@ -74,6 +79,10 @@ def main() -> None:
             project = Path(folder) / f"{area:g}"
             subprocess.run([*COMMAND, "init", project, slide], check=True, capture_output=True)
             shutil.copytree(sample / "patchcl" / "models", project / "patchcl" / "models")
+            if options.expand:
+                print_ratio(f"{area:g} mm²", project, options.expand)
+                slide.unlink()
+                continue
             figures.append(measure(f"{area:g} mm²", project, gemm))
             if slide == first:
                 print_cells(project, figures[-1])
@@ -83,6 +92,8 @@ def main() -> None:
                 slower = outcome["images"][0]["main_seconds"]["tiles"] / figures[-1]["tiles_s"]
                 print(f"  {' '.join(other)}: tiles take {slower:.2f} times as long", flush=True)
             slide.unlink()
+    if options.expand:
+        return
     *_, smaller, largest = figures
     time_4x = 4 * largest["s_per_mm2"] / smaller["s_per_mm2"]
     print(f"4 times the area takes {time_4x:.2f} times the time")
@@ -132,6 +143,24 @@ def print_cells(project: Path, run: dict[str, float]) -> None:
     tiles, writing = main["tiles"] / run["run_s"], (main["write"] - run["write_s"]) / run["run_s"]
     print(f"  --expand 5: {tiles:.0%} of the run more for cells, {writing:.0%} more to write them")
     print("  their workers: " + shares(worker, CORES * run["run_s"]), flush=True)
+
+
+def print_ratio(name: str, project: Path, expand_um: float) -> None:
+    """Print the time of runs with cells as a multiple of that of runs without, in turn."""
+    took: dict[bool, list[float]] = {False: [], True: []}
+    for with_cells in (False, True) * _TURNS:
+        shutil.rmtree(project / "patchcl" / "runs", ignore_errors=True)
+        cells = ("--expand", f"{expand_um:g}") if with_cells else ()
+        _, outcome, _ = timed("run", project, "--backend", "files", *cells)
+        took[with_cells].append(outcome["images"][0]["seconds"])
+    without, with_ = (float(np.median(took[with_cells])) for with_cells in (False, True))
+    image = outcome["images"][0]
+    print(
+        f"{name}, {image['nuclei']:,} nuclei: {without:.1f} s, with --expand {expand_um:g} "
+        f"{with_:.1f} s: {with_ / without - 1:.0%} more"
+    )
+    print("  workers: " + shares(image["worker_seconds"], CORES * without))
+    print("  the run: " + shares(image["main_seconds"], without), flush=True)
 
 
 def shares(seconds: dict[str, float], total: float) -> str:

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from results import result_of
+from scipy import ndimage
 from shapely import affinity
 
 from patchcl_qupath.cli import main
@@ -24,6 +25,7 @@ from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.project.names import in_qupath
 from patchcl_qupath.project.results import write_results
+from patchcl_qupath.segmentation import cells
 from patchcl_qupath.segmentation.cells import fill, fit_to_nuclei, grow
 from patchcl_qupath.segmentation.grow_tile import NucleiOfTiles
 from patchcl_qupath.segmentation.measurements import PROBABILITY, measure_cells
@@ -166,6 +168,68 @@ def test_cells_meet_half_way_and_a_neighbour_without_a_cell_keeps_its_place() ->
         assert cells[0].intersection(row).bounds[2] == pytest.approx(49.25, abs=0.05)
     alone = cells_of(nuclei[:1], 12)
     assert alone[0].bounds[2] == pytest.approx(58, abs=0.1)
+
+
+@given(fields(), PIXELS, st.sampled_from([0.0, 1.5]))
+@settings(max_examples=30)
+def test_the_nearest_nucleus_of_a_pixel_is_that_of_all_sides(
+    nuclei: Polygons, mpp: tuple[float, float], scale: float
+) -> None:
+    """Blocks of pixels look at few sides, and miss none: distances are equal to the last bit."""
+    box = Box(5, 2, SIDE - 5, SIDE - 4)
+    reach = 5.0
+    frame = cells._Frame(box.row0, box.col0, *box.shape, *mpp, reach)
+    shapes = cells._shapes(nuclei, np.array(mpp), scale)
+    inside = cells._innermost(shapes, frame)
+    nearest, distance = cells._nearest(shapes, inside, frame)
+    labels = cells._within_limits(nearest, distance, shapes, frame)
+
+    x0, y0, dx, dy, inverse = shapes.sides[..., None, None]
+    rows, cols = np.mgrid[: frame.rows, : frame.cols] + 0.5
+    px, py = (cols + box.col0) * mpp[0] - x0, (rows + box.row0) * mpp[1] - y0
+    along = np.clip((px * dx + py * dy) * inverse, 0, 1)
+    squares = (px - along * dx) ** 2 + (py - along * dy) ** 2
+    each = np.sqrt(np.minimum.reduceat(squares, shapes.first[:-1]))
+    points = shapely.points(cols + box.col0, rows + box.row0)
+    holds = np.array([shapely.contains(nucleus, points) for nucleus in nuclei])
+    assert ((inside > 0) == holds.any(axis=0)).all()
+
+    beside = labels > 0  # where a cell is, and the pixels beside it
+    beside = ndimage.binary_dilation(beside) & (inside == 0)
+    assert (nearest[beside] == 1 + each.argmin(axis=0)[beside]).all()
+    assert (distance[beside] == each.min(axis=0)[beside]).all()
+    bounds = [shapes.limit[k : k + 2] for k in range(len(nuclei))]
+    outside = np.array(
+        [
+            (shapes.planes[a:b, :2] @ [(px + x0)[0].ravel(), (py + y0)[0].ravel()])
+            .__sub__(shapes.planes[a:b, 2:])
+            .max(axis=0, initial=-np.inf)
+            .reshape(frame.rows, frame.cols)
+            for a, b in bounds
+        ]
+    )
+    k = each.argmin(axis=0)[None]
+    fits = (each.min(axis=0) < reach) & (np.take_along_axis(outside, k, 0)[0] < 0)
+    assert (labels == np.where(inside > 0, inside, np.where(fits, k[0] + 1, 0))).all()
+
+
+@given(fields(), fields())
+@settings(max_examples=30)
+def test_cells_that_hold_their_nuclei_are_found_without_geos(one: Polygons, two: Polygons) -> None:
+    """What is taken for apart or for held is so; what is so, and by more than a hair, is found."""
+    polygons = np.concatenate([one, cells_of(one, 4)])
+    left, right = np.indices((len(polygons), len(two))).reshape(2, -1)
+    found = cells._meetings(cells._rings(polygons), cells._rings(two), left, right)
+    meets = shapely.intersects(polygons[left], two[right])
+    holds = shapely.covers(polygons[left], two[right])
+    assert not meets[found == cells._APART].any()
+    assert holds[found == cells._HOLDS].all()
+    apart = shapely.distance(polygons[left], two[right]) > 1e-3
+    assert (found[apart] == cells._APART).all()
+    properly = (
+        shapely.distance(shapely.boundary(polygons[left]), shapely.boundary(two[right])) > 1e-3
+    )
+    assert (found[holds & properly] == cells._HOLDS).all()
 
 
 @given(fields(), st.randoms(use_true_random=False))

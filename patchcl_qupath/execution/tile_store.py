@@ -36,6 +36,7 @@ from patchcl_qupath.storage.files import (
 from patchcl_qupath.storage.parquet import (
     CELL,
     NUCLEUS,
+    encoding,
     from_table,
     grid_columns,
     grid_of_columns,
@@ -72,7 +73,8 @@ class TileStore:
         columns = {name: values.tolist() for name, values in grid_columns(uncertainty).items()}
         header = table.schema.metadata | {_GRID: json.dumps([uncertainty.bin_size, columns])}
         sink = pa.BufferOutputStream()
-        pq.write_table(table.replace_schema_metadata(header), sink, compression="zstd")
+        table = table.replace_schema_metadata(header)
+        pq.write_table(table, sink, **encoding(table.column_names))
         return bytes(sink.getvalue())
 
     @staticmethod

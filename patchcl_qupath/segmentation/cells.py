@@ -24,6 +24,9 @@ from patchcl_qupath.datatypes import Box, Polygons, grid_to_level0
 
 _SIMPLIFY_PX = 0.2  # a contour may move by this much when points are left out, as of nuclei
 _NO_LIMIT = 1.0  # largest ``constrain_scale`` that is none, as in QuPath
+_BLOCK = 4  # px, each way, that look for their nearest sides together
+_NEAR = 1e-6  # px, within which GEOS finds whether lines touch
+_APART, _HOLDS, _MEETS = 0, 1, 2  # a cell and a nucleus
 _EAST = np.array([1, 0, -1, 0])
 _SOUTH = np.array([0, 1, 0, -1])
 
@@ -45,12 +48,13 @@ class _Frame(NamedTuple):
 
 
 class _Shapes(NamedTuple):
-    """Nuclei (N,) in µm: the sides ``sides[first[k] : first[k + 1]]`` of each, and its ``bounds``.
+    """Nuclei (N,) in µm: their sides and bounds, and the limits of their cells.
 
-    A side is (x, y, dx, dy, 1 / length²), bounds (x0, y0, x1, y1); ``growth`` is how far the limit
-    of its cell is outside of each of these. ``planes[limit[k] : limit[k + 1]]`` (normal x, normal
-    y, offset) are the sides of that convex limit: a point is outside by the largest of normal *
-    point - offset.
+    Nucleus k has the sides ``sides[:, first[k] : first[k + 1]]``, a column of (x, y, dx, dy,
+    1 / length²) each, and ``bounds`` (x0, y0, x1, y1); ``growth`` is how far the limit of its cell
+    is outside of each of these. ``planes[limit[k] : limit[k + 1]]`` (normal x, normal y, offset)
+    are the sides of that convex limit: a point is outside by the largest of normal * point -
+    offset.
     """
 
     sides: Floats
@@ -82,11 +86,13 @@ def grow(
         reach=config.expand_um,
     )
     shapes = _shapes(polygons_px[order], np.array(mpp), config.constrain_scale)
-    nearest, distance = _nearest(shapes, frame)
+    nearest, distance = _nearest(shapes, _innermost(shapes, frame), frame)
     labels = _within_limits(nearest, distance, shapes, frame)
     wanted = np.zeros(len(order) + 1, np.bool_)
     wanted[rank + 1] = True
-    points, ring, owner, fixed, backwards = _trace(labels, wanted, nearest, distance, shapes, frame)
+    pixels, beyond, ring, owner, fixed, backwards = _trace(labels, wanted)
+    points, ends = _crossings(pixels, beyond, labels, nearest, distance, shapes, frame)
+    fixed |= _beside(ends, ring)
     kept = _simplify(points, ring, fixed, backwards, _SIMPLIFY_PX)
     rings = shapely.polygons(shapely.linearrings(points[kept], indices=ring[kept]))
     return _largest(rings, owner, len(order))[rank]
@@ -103,26 +109,114 @@ def fill(polygons_px: Polygons, box: Box) -> NDArray[np.int32]:
 
 
 def fit_to_nuclei(cells: Polygons, nuclei: Polygons) -> Polygons:
-    """Cells (C,) without what other nuclei (N,) cover, and with all of their own.
+    """Valid cells (C,) without what other nuclei (N,) cover, and with all of their own.
 
     The first C of the nuclei are those of the cells. A contour between touching nuclei may run
-    through either by a fraction of a pixel. Vertices come in one order, whatever was cut off first.
+    through either by a fraction of a pixel. A cell that fits is the same object as before; vertices
+    of others come in one order, whatever was cut off first.
     """
-    tree = shapely.STRtree(nuclei)
-    cell, nucleus = tree.query(cells, predicate="intersects")
-    other = cell != nucleus
-    cell, nucleus = cell[other], nucleus[other]
-    shared = shapely.area(shapely.intersection(cells[cell], nuclei[nucleus])) > 0
-    cell, nucleus = cell[shared], nucleus[shared]
-    from_the_top = np.argsort(np.argsort(_from_the_top(nuclei))[nucleus], kind="stable")
-    cell, nucleus = cell[from_the_top], nucleus[from_the_top]
+    cell, nucleus = shapely.STRtree(nuclei).query(cells)
+    meets = _meetings(_rings(cells), _rings(nuclei), cell, nucleus)
+    own, other = cell == nucleus, cell != nucleus
     fitted = cells.copy()
-    for k, j in zip(cell.tolist(), nucleus.tolist(), strict=True):  # a few, at touching nuclei
-        fitted[k] = shapely.difference(fitted[k], nuclei[j])
-    own = nuclei[: len(cells)]
-    poking = ~shapely.covers(fitted, own)
-    fitted[poking] = shapely.union(fitted[poking], own[poking])
-    return np.asarray(shapely.normalize(_whole(fitted, own)), dtype=object)
+    _cut(fitted, nuclei, cell[other & (meets != _APART)], nucleus[other & (meets != _APART)])
+    unclear = np.zeros(len(cells), np.bool_)
+    unclear[cell[own & (meets != _HOLDS)]] = True
+    unclear |= fitted != cells
+    unclear[unclear] = ~shapely.covers(fitted[unclear], nuclei[: len(cells)][unclear])
+    fitted[unclear] = shapely.union(fitted[unclear], nuclei[: len(cells)][unclear])
+    changed = fitted != cells
+    whole = _whole(fitted[changed], nuclei[: len(cells)][changed])
+    fitted[changed] = shapely.normalize(whole)
+    return np.asarray(fitted)
+
+
+def _cut(
+    cells: Polygons, nuclei: Polygons, cell: NDArray[np.intp], nucleus: NDArray[np.intp]
+) -> None:
+    """Cut each of some nuclei (M,) off its ``cell`` (M,), from the top, if they share an area."""
+    rank = np.argsort(_from_the_top(nuclei))[nucleus]
+    order = np.lexsort((rank, cell))
+    cell, nucleus = cell[order], nucleus[order]
+    before = np.arange(len(cell)) - np.searchsorted(cell, cell)  # others of the same cell
+    for turn in range(before.max(initial=-1) + 1):
+        now = before == turn
+        whole = cells[cell[now]]
+        rest = shapely.difference(whole, nuclei[nucleus[now]])
+        cells[cell[now]] = np.where(shapely.area(rest) < shapely.area(whole), rest, whole)
+
+
+class _Rings(NamedTuple):
+    """Closed rings (N,): points ``xy[:, first[k] : first[k + 1]]``, the first one again as last."""
+
+    xy: Floats
+    first: Integers
+
+
+def _rings(polygons: Polygons) -> _Rings:
+    """The rings of polygons (N,) without holes."""
+    xy, of = shapely.get_coordinates(polygons, return_index=True)
+    first = np.searchsorted(of, np.arange(len(polygons) + 1))
+    return _Rings(xy=np.ascontiguousarray(xy.T), first=first)
+
+
+@compiled
+def _meetings(cells: _Rings, nuclei: _Rings, cell: Integers, nucleus: Integers) -> NDArray[np.int8]:
+    """How each of some cells (M,) and a nucleus meet: ``_HOLDS`` it, ``_APART``, or else."""
+    found = np.empty(len(cell), np.int8)
+    x, y = cells.xy[0], cells.xy[1]
+    u, v = nuclei.xy[0], nuclei.xy[1]
+    for m in range(len(cell)):
+        begin, end = cells.first[cell[m]], cells.first[cell[m] + 1]
+        start, stop = nuclei.first[nucleus[m]], nuclei.first[nucleus[m] + 1]
+        found[m] = _APART
+        if begin == end or start == stop:
+            continue
+        left, right = u[start:stop].min() - _NEAR, u[start:stop].max() + _NEAR
+        top, bottom = v[start:stop].min() - _NEAR, v[start:stop].max() + _NEAR
+        crosses, inside, within = False, False, False
+        for a in range(begin, end - 1):
+            x0, y0, x1, y1 = x[a], y[a], x[a + 1], y[a + 1]
+            # A ray to the right, from a point of the nucleus.
+            if (v[start] < y0) != (v[start] < y1):
+                inside ^= u[start] < x0 + (v[start] - y0) / (y1 - y0) * (x1 - x0)
+            if max(x0, x1) < left or min(x0, x1) > right:
+                continue
+            if max(y0, y1) < top or min(y0, y1) > bottom:
+                continue
+            for b in range(start, stop - 1):
+                crosses |= _may_touch(x0, y0, x1, y1, u[b], v[b], u[b + 1], v[b + 1])
+            if crosses:
+                break
+        for b in range(start, stop - 1):  # and one from a point of the cell
+            if (y[begin] < v[b]) != (y[begin] < v[b + 1]):
+                along = (y[begin] - v[b]) / (v[b + 1] - v[b])
+                within ^= x[begin] < u[b] + along * (u[b + 1] - u[b])
+        if crosses or within:
+            found[m] = _MEETS
+        elif inside:
+            found[m] = _HOLDS
+    return found
+
+
+@compiled
+def _may_touch(
+    x0: float, y0: float, x1: float, y1: float, u0: float, v0: float, u1: float, v1: float
+) -> bool:
+    """Whether two lines are nearer than ``_NEAR``; in doubt they are."""
+    if max(u0, u1) < min(x0, x1) - _NEAR or min(u0, u1) > max(x0, x1) + _NEAR:
+        return False
+    if max(v0, v1) < min(y0, y1) - _NEAR or min(v0, v1) > max(y0, y1) + _NEAR:
+        return False
+    dx, dy, du, dv = x1 - x0, y1 - y0, u1 - u0, v1 - v0
+    near = _NEAR * (abs(dx) + abs(dy) + abs(du) + abs(dv))
+    a = dx * (v0 - y0) - dy * (u0 - x0)
+    b = dx * (v1 - y0) - dy * (u1 - x0)
+    if (a > near and b > near) or (a < -near and b < -near):
+        return False
+    a = du * (y0 - v0) - dv * (x0 - u0)
+    b = du * (y1 - v0) - dv * (x1 - u0)
+    return not ((a > near and b > near) or (a < -near and b < -near))
 
 
 def _whole(cells: Polygons, nuclei: Polygons) -> Polygons:
@@ -151,9 +245,7 @@ def _shapes(polygons_px: Polygons, mpp: Floats, constrain_scale: float) -> _Shap
     planes, limit = np.empty((0, 3)), np.zeros(len(polygons) + 1, np.int64)
     growth = np.full(bounds.shape, np.inf)
     if constrain_scale > _NO_LIMIT:
-        hulls = shapely.convex_hull(polygons)
-        planes, limit = _half_planes(hulls, constrain_scale)
-        centre = shapely.get_coordinates(shapely.centroid(hulls))
+        planes, limit, centre = _half_planes(sides, first, constrain_scale)
         growth = (constrain_scale - 1) * np.abs(bounds - np.tile(centre, 2))
     return _Shapes(
         sides=sides, first=first, bounds=bounds, growth=growth, planes=planes, limit=limit
@@ -161,35 +253,90 @@ def _shapes(polygons_px: Polygons, mpp: Floats, constrain_scale: float) -> _Shap
 
 
 def _sides(polygons: Polygons) -> tuple[Floats, Integers]:
-    """The sides of polygons (N,), as in ``_Shapes``, and the first one of each (N + 1,)."""
+    """The sides (5, S) of polygons (N,), as in ``_Shapes``; the first one of each (N + 1,)."""
     xy, of = shapely.get_coordinates(polygons, return_index=True)  # closed: first point = last
     begin = np.flatnonzero(of[1:] == of[:-1])
     along = xy[begin + 1] - xy[begin]
     inverse = 1 / np.maximum((along**2).sum(axis=1), 1e-24)
     first = np.searchsorted(of[begin], np.arange(len(polygons) + 1))
-    return np.column_stack([xy[begin], along, inverse]), first
+    return np.stack([*xy[begin].T, *along.T, inverse]), first
 
 
-def _half_planes(hulls: Polygons, scale: float) -> tuple[Floats, Integers]:
-    """The sides of convex hulls (N,), scaled about their centroids, as ``planes`` and ``limit``."""
-    sides, first = _sides(hulls)
-    of = np.repeat(np.arange(len(hulls)), np.diff(first))
-    centre = shapely.get_coordinates(shapely.centroid(hulls))[of]
-    normal = np.stack([sides[:, 3], -sides[:, 2]], axis=1) * np.sqrt(sides[:, 4:])
-    inwards = ((sides[:, :2] - centre) * normal).sum(axis=1) < 0
-    normal[inwards] *= -1
-    corner = centre + scale * (sides[:, :2] - centre)
-    return np.column_stack([normal, (normal * corner).sum(axis=1)]), first
+@compiled
+def _hull(x: Floats, y: Floats, hull: Integers) -> int:
+    """The number of corners of the convex hull of points (N,), written to ``hull`` (N + 1,).
+
+    Corners are in the order of A. Andrew, Another efficient algorithm for convex hulls in two
+    dimensions, 1979.
+    """
+    order = np.argsort(x)
+    for n in range(1, len(x)):  # of equal x by y
+        m = n
+        while m and x[order[m - 1]] == x[order[m]] and y[order[m - 1]] > y[order[m]]:
+            order[m - 1], order[m] = order[m], order[m - 1]
+            m -= 1
+    count = 0
+    for chain in range(2):
+        begin = count
+        for n in range(len(x)):
+            c = order[n] if chain == 0 else order[len(x) - 1 - n]
+            while count >= begin + 2:
+                a, b = hull[count - 2], hull[count - 1]
+                if (x[b] - x[a]) * (y[c] - y[a]) - (y[b] - y[a]) * (x[c] - x[a]) > 0:
+                    break
+                count -= 1
+            hull[count] = c
+            count += 1
+        count -= 1  # the last is the first of the other chain
+    return count
+
+
+@compiled
+def _half_planes(sides: Floats, first: Integers, scale: float) -> tuple[Floats, Integers, Floats]:
+    """The convex hulls of polygons (N,), scaled about their centroids (N, 2).
+
+    As ``planes`` and ``limit``, and with these centroids.
+    """
+    count = len(first) - 1
+    planes, limit = np.empty((sides.shape[1], 3)), np.zeros(count + 1, np.int64)
+    centres = np.full((count, 2), np.nan)
+    hull = np.empty(sides.shape[1] + 1, np.int64)
+    end = 0
+    for k in range(count):
+        x, y = sides[0, first[k] : first[k + 1]], sides[1, first[k] : first[k + 1]]
+        if not len(x):
+            continue
+        corners = _hull(x, y, hull)
+        area, at_x, at_y = 0.0, 0.0, 0.0
+        for n in range(1, corners - 1):  # triangles at the first corner
+            ax, ay = x[hull[n]] - x[hull[0]], y[hull[n]] - y[hull[0]]
+            bx, by = x[hull[n + 1]] - x[hull[0]], y[hull[n + 1]] - y[hull[0]]
+            twice = ax * by - ay * bx
+            area, at_x, at_y = area + twice, at_x + twice * (ax + bx), at_y + twice * (ay + by)
+        if area > 0:
+            centres[k, 0] = x[hull[0]] + at_x / (3 * area)
+            centres[k, 1] = y[hull[0]] + at_y / (3 * area)
+            for n in range(corners):
+                a, b = hull[n], hull[(n + 1) % corners]
+                length = np.hypot(x[b] - x[a], y[b] - y[a])
+                nx, ny = (y[b] - y[a]) / length, (x[a] - x[b]) / length
+                ax = centres[k, 0] + scale * (x[a] - centres[k, 0])
+                ay = centres[k, 1] + scale * (y[a] - centres[k, 1])
+                planes[end, 0], planes[end, 1], planes[end, 2] = nx, ny, nx * ax + ny * ay
+                end += 1
+        limit[k + 1] = end
+    return planes[:end], limit, centres
 
 
 @compiled
 def _signed_distance(shapes: _Shapes, k: int, x: float, y: float) -> float:
     """The distance from a point to the contour of nucleus k, in µm; negative within it."""
+    sides, first = shapes.sides, shapes.first
     inside, least = False, np.inf
-    for s in range(shapes.first[k], shapes.first[k + 1]):
-        dx, dy = shapes.sides[s, 2], shapes.sides[s, 3]
-        px, py = x - shapes.sides[s, 0], y - shapes.sides[s, 1]
-        along = min(max((px * dx + py * dy) * shapes.sides[s, 4], 0.0), 1.0)
+    for s in range(first[k], first[k + 1]):
+        dx, dy = sides[2, s], sides[3, s]
+        px, py = x - sides[0, s], y - sides[1, s]
+        along = min(max((px * dx + py * dy) * sides[4, s], 0.0), 1.0)
         ox, oy = px - along * dx, py - along * dy
         least = min(least, ox * ox + oy * oy)
         # A ray to the right crosses the side.
@@ -205,22 +352,28 @@ def _fill(
 ) -> NDArray[np.int32]:
     """As ``fill``; ``origin`` is the first row and column of the box."""
     labels = np.zeros(shape, np.int32)
-    crossed = np.zeros(shape[1] + 1, np.int64)  # by sides, of the pixels' centres in a row
     row0, col0 = origin
     for k in range(len(bounds)):
         x0, y0, x1, y1 = bounds[k]
-        for row in range(max(int(y0) - row0, 0), min(int(y1) + 1 - row0, shape[0])):
-            y, left = row + row0 + 0.5, max(int(x0) - col0, 0)
-            right = min(int(x1) + 1 - col0, shape[1])
-            crossed[left : right + 1] = 0
-            for s in range(first[k], first[k + 1]):
-                py, dy = y - sides[s, 1], sides[s, 3]
+        top, bottom = max(int(y0) - row0, 0), min(int(y1) + 1 - row0, shape[0])
+        left, right = max(int(x0) - col0, 0), min(int(x1) + 1 - col0, shape[1])
+        if top >= bottom or left >= right:
+            continue
+        # Whether sides cross a row an odd number of times, before each of its pixels' centres.
+        crossed = np.zeros((bottom - top, right - left + 1), np.bool_)
+        for s in range(first[k], first[k + 1]):
+            sx, sy, dx, dy = sides[0, s], sides[1, s], sides[2, s], sides[3, s]
+            begin = max(int(min(sy, sy + dy)) - 1 - row0, top)
+            for row in range(begin, min(int(max(sy, sy + dy)) + 2 - row0, bottom)):
+                py = row + row0 + 0.5 - sy
                 if (py < 0) != (py < dy):
-                    x = sides[s, 0] + py / dy * sides[s, 2] - col0
-                    crossed[min(max(int(np.ceil(x - 0.5)), left), right)] += 1
-            inside = 0
+                    x = sx + py / dy * dx - col0
+                    col = min(max(int(np.ceil(x - 0.5)), left), right)
+                    crossed[row - top, col - left] ^= True
+        for row in range(top, bottom):
+            inside = False
             for col in range(left, right):
-                inside ^= crossed[col] & 1
+                inside ^= crossed[row - top, col - left]
                 if inside:
                     labels[row, col] = k + 1
     return labels
@@ -229,10 +382,10 @@ def _fill(
 @compiled
 def _outside_limit(shapes: _Shapes, k: int, x: float, y: float) -> float:
     """How far a point is outside of the limit of cell k, in µm; negative within it."""
+    planes, limit = shapes.planes, shapes.limit
     most = -np.inf
-    for side in range(shapes.limit[k], shapes.limit[k + 1]):
-        plane = shapes.planes[side]
-        most = max(most, plane[0] * x + plane[1] * y - plane[2])
+    for side in range(limit[k], limit[k + 1]):
+        most = max(most, planes[side, 0] * x + planes[side, 1] * y - planes[side, 2])
     return most
 
 
@@ -254,42 +407,204 @@ def _window(bounds: Floats, beyond: Floats, frame: _Frame) -> tuple[int, int, in
 
 
 @compiled
-def _nearest(shapes: _Shapes, frame: _Frame) -> tuple[NDArray[np.int32], Floats]:
+def _innermost(shapes: _Shapes, frame: _Frame) -> NDArray[np.int32]:
+    """The nucleus (H, W) that holds the centre of each pixel, k + 1; of several the deepest."""
+    labels = np.zeros((frame.rows, frame.cols), np.int32)
+    for k in range(len(shapes.first) - 1):
+        top, bottom, left, right = _window(shapes.bounds[k], np.zeros(4), frame)
+        if top >= bottom or left >= right:
+            continue
+        crossed = np.zeros((bottom - top, right - left + 1), np.bool_)
+        for s in range(shapes.first[k], shapes.first[k + 1]):
+            sx, sy, dx, dy = shapes.sides[:4, s]
+            begin = int(np.floor(min(sy, sy + dy) / frame.scale_y)) - 1 - frame.row0
+            end = int(np.floor(max(sy, sy + dy) / frame.scale_y)) + 2 - frame.row0
+            for row in range(max(begin, top), min(end, bottom)):
+                py = (row + frame.row0 + 0.5) * frame.scale_y - sy
+                if (py < 0) != (py < dy):
+                    x = (sx + py / dy * dx) / frame.scale_x - frame.col0
+                    col = min(max(int(np.ceil(x - 0.5)), left), right)
+                    crossed[row - top, col - left] ^= True
+        for row in range(top, bottom):
+            inside = False
+            for col in range(left, right):
+                inside ^= crossed[row - top, col - left]
+                if inside:
+                    other = labels[row, col] - 1
+                    if other >= 0:
+                        x = (col + frame.col0 + 0.5) * frame.scale_x
+                        y = (row + frame.row0 + 0.5) * frame.scale_y
+                        depth = _signed_distance(shapes, k, x, y)
+                        if depth >= _signed_distance(shapes, other, x, y):
+                            continue
+                    labels[row, col] = k + 1
+    return labels
+
+
+@compiled
+def _blocks_near(
+    shapes: _Shapes, frame: _Frame, wide: float
+) -> tuple[Integers, NDArray[np.int32], Bools]:
+    """Which nuclei are near the blocks (B,) of a frame, row by row.
+
+    Returns the nuclei ``near[first[b] : first[b + 1]]`` that may be nearer than ``wide`` µm to
+    pixels of each block, and in which blocks there may be a pixel of a cell or beside one (B,).
+    """
+    rows, cols = (frame.rows + _BLOCK - 1) // _BLOCK, (frame.cols + _BLOCK - 1) // _BLOCK
+    radius = _block_radius(frame)
+    first, wanted = np.zeros(rows * cols + 2, np.int64), np.zeros(rows * cols, np.bool_)
+    near = np.empty(0, np.int32)
+    beyond = np.full(4, wide)
+    px = max(frame.scale_x, frame.scale_y)
+    for fills in (False, True):
+        if fills:
+            for block in range(rows * cols):
+                first[block + 2] += first[block + 1]
+            near = np.empty(first[-1], np.int32)
+        for k in range(len(shapes.first) - 1):
+            top, bottom, left, right = _window(shapes.bounds[k], beyond, frame)
+            if top >= bottom or left >= right:
+                continue
+            x0, y0, x1, y1 = shapes.bounds[k]
+            for i in range(top // _BLOCK, (bottom - 1) // _BLOCK + 1):
+                y = (frame.row0 + i * _BLOCK + _BLOCK / 2) * frame.scale_y
+                beside_y = max(y0 - y, y - y1, 0.0)
+                for j in range(left // _BLOCK, (right - 1) // _BLOCK + 1):
+                    x = (frame.col0 + j * _BLOCK + _BLOCK / 2) * frame.scale_x
+                    beside_x = max(x0 - x, x - x1, 0.0)
+                    if beside_x**2 + beside_y**2 > (wide + radius) ** 2:
+                        continue
+                    block = i * cols + j
+                    if fills:
+                        near[first[block + 1]] = k
+                        first[block + 1] += 1
+                    else:
+                        first[block + 2] += 1
+                        if not wanted[block]:
+                            wanted[block] = _outside_limit(shapes, k, x, y) < radius + px
+    return first[:-1], near, wanted
+
+
+@compiled
+def _block_radius(frame: _Frame) -> float:
+    """How far a pixel's centre is from the centre of its block, at most, in µm."""
+    radius: float = (_BLOCK - 1) / 2 * np.hypot(frame.scale_x, frame.scale_y) * (1 + 1e-9)
+    return radius
+
+
+@compiled
+def _candidates(
+    shapes: _Shapes,
+    near: NDArray[np.int32],
+    at: tuple[float, float],
+    radius: float,
+    squares: Floats,
+    found: Integers,
+) -> int:
+    """How many sides may be the nearest one to a point up to ``radius`` from ``at``: C.
+
+    Sides of the nuclei ``near`` that point, written to ``found`` (2, S): the side and its nucleus.
+    ``squares`` (2, S) is room.
+    """
+    x, y = at
+    first, bounds, sides = shapes.first, shapes.bounds, shapes.sides
+    beside, apart = squares[0], squares[1]
+    closest = 0
+    for n in range(len(near)):
+        x0, y0, x1, y1 = (
+            bounds[near[n], 0],
+            bounds[near[n], 1],
+            bounds[near[n], 2],
+            bounds[near[n], 3],
+        )
+        beside[n] = max(x0 - x, x - x1, 0.0) ** 2 + max(y0 - y, y - y1, 0.0) ** 2
+        closest = n if beside[n] < beside[closest] else closest
+    least, most, count = np.inf, np.inf, 0
+    for turn in range(len(near)):  # that with the closest bounds first, then the others
+        n = closest if turn == 0 else turn - (turn <= closest)
+        if beside[n] > most:
+            continue
+        begin, end = first[near[n]], first[near[n] + 1]
+        sx, sy, dx, dy, inverse = (
+            sides[0, begin:end],
+            sides[1, begin:end],
+            sides[2, begin:end],
+            sides[3, begin:end],
+            sides[4, begin:end],
+        )
+        here = apart[: end - begin]
+        for s in range(end - begin):
+            px, py = x - sx[s], y - sy[s]
+            along = min(max((px * dx[s] + py * dy[s]) * inverse[s], 0.0), 1.0)
+            ox, oy = px - along * dx[s], py - along * dy[s]
+            here[s] = ox * ox + oy * oy
+        for s in range(end - begin):
+            least = min(least, here[s])
+        most = (np.sqrt(least) + 2 * radius) ** 2
+        for s in range(end - begin):
+            if here[s] <= most:
+                found[0, count], found[1, count] = begin + s, near[n]
+                count += 1
+    return count
+
+
+@compiled
+def _nearest(
+    shapes: _Shapes, inside: NDArray[np.int32], frame: _Frame
+) -> tuple[NDArray[np.int32], Floats]:
     """The nearest nucleus (H, W) of each pixel, k + 1, 0 without one in reach; and its distance.
 
-    First each nucleus has the pixels that its cell might hold; then those of others to which it is
-    nearer, although its cell does not hold them.
+    That is left out where no cell may be, or only other ones; and the distance ``inside`` (H, W) of
+    nuclei, NaN, which few pixels need. In each block only those sides are looked at that may be the
+    nearest ones to a pixel of it.
     """
-    nearest = np.zeros((frame.rows, frame.cols), np.int32)
-    distance = np.full((frame.rows, frame.cols), np.inf)
+    nearest = inside.copy()
+    distance = np.full((frame.rows, frame.cols), np.nan)
     # Pixels with their centre up to one px beyond the reach: contours end between two of them.
     wide = frame.reach + 1.5 * max(frame.scale_x, frame.scale_y)
-    far = np.full(4, wide)
-    for others in (False, True):
-        for k in range(len(shapes.first) - 1):
-            x0, y0, x1, y1 = shapes.bounds[k]
-            near = _window(shapes.bounds[k], np.minimum(shapes.growth[k], wide), frame)
-            top, bottom, left, right = _window(shapes.bounds[k], far, frame) if others else near
-            for row in range(top, bottom):
-                y = (row + frame.row0 + 0.5) * frame.scale_y
-                beside_y = max(y0 - y, y - y1, 0.0)
-                for col in range(left, right):
-                    if others and not nearest[row, col]:
-                        continue
-                    x = (col + frame.col0 + 0.5) * frame.scale_x
-                    beside_x = max(x0 - x, x - x1, 0.0)
-                    most = min(distance[row, col], wide)
-                    outside = beside_x > 0 or beside_y > 0
-                    if outside and (most <= 0 or beside_x**2 + beside_y**2 >= most**2):
-                        continue
-                    if others and nearest[row, col] == k + 1:
-                        continue
-                    if others and near[0] <= row < near[1] and near[2] <= col < near[3]:
-                        continue
-                    found = _signed_distance(shapes, k, x, y)
-                    if found < distance[row, col]:
-                        distance[row, col] = found
-                        nearest[row, col] = k + 1
+    first, near, wanted = _blocks_near(shapes, frame, wide)
+    radius = _block_radius(frame)
+    sides = shapes.sides
+    squares, found = np.empty((2, sides.shape[1])), np.empty((2, sides.shape[1]), np.int64)
+    pixels = _BLOCK * _BLOCK
+    x, y = np.empty(pixels), np.empty(pixels)
+    best, who = np.empty(pixels), np.empty(pixels, np.int64)
+    across = (frame.cols + _BLOCK - 1) // _BLOCK
+    for block in range(len(wanted)):
+        row0, col0 = block // across * _BLOCK, block % across * _BLOCK
+        row1, col1 = min(row0 + _BLOCK, frame.rows), min(col0 + _BLOCK, frame.cols)
+        if not wanted[block] or (inside[row0:row1, col0:col1] > 0).all():
+            continue
+        for p in range(pixels):
+            x[p] = (col0 + p % _BLOCK + frame.col0 + 0.5) * frame.scale_x
+            y[p] = (row0 + p // _BLOCK + frame.row0 + 0.5) * frame.scale_y
+        at = (x[0] + x[-1]) / 2, (y[0] + y[-1]) / 2
+        around = near[first[block] : first[block + 1]]
+        count = _candidates(shapes, around, at, radius, squares, found)
+        best[:], who[:] = np.inf, -1
+        for c in range(count):
+            s, k = found[0, c], found[1, c]
+            sx, sy, dx, dy, inverse = (
+                sides[0, s],
+                sides[1, s],
+                sides[2, s],
+                sides[3, s],
+                sides[4, s],
+            )
+            for p in range(pixels):
+                px, py = x[p] - sx, y[p] - sy
+                along = min(max((px * dx + py * dy) * inverse, 0.0), 1.0)
+                ox, oy = px - along * dx, py - along * dy
+                square = ox * ox + oy * oy
+                closer = square < best[p] or (square == best[p] and k < who[p])
+                best[p] = square if closer else best[p]
+                who[p] = k if closer else who[p]
+        for row in range(row0, row1):
+            for col in range(col0, col1):
+                p = (row - row0) * _BLOCK + col - col0
+                if not inside[row, col] and best[p] < wide * wide:
+                    nearest[row, col] = who[p] + 1
+                    distance[row, col] = np.sqrt(best[p])
     return nearest, distance
 
 
@@ -305,7 +620,9 @@ def _within_limits(
             label = nearest[row, col]
             if label:
                 x = (col + frame.col0 + 0.5) * frame.scale_x
-                if _room(shapes, label - 1, distance[row, col], x, y, frame.reach) > 0:
+                here = distance[row, col]
+                inside = np.isnan(here)
+                if inside or _room(shapes, label - 1, here, x, y, frame.reach) > 0:
                     labels[row, col] = label
     return labels
 
@@ -323,43 +640,61 @@ def _share(one: float, other: float) -> float:
 
 
 @compiled
-def _until(
-    pixel: tuple[int, int],
-    beyond: tuple[int, int],
+def _crossings(
+    pixels: Integers,
+    beyond: Integers,
     labels: NDArray[np.int32],
     nearest: NDArray[np.int32],
     distance: Floats,
     shapes: _Shapes,
     frame: _Frame,
-) -> tuple[float, bool]:
-    """How far the cell of a pixel reaches towards a neighbour that is not its own, in px.
+) -> tuple[Floats, Bools]:
+    """Where cells end between ``pixels`` (E, 2) of theirs and those ``beyond``: points (E, 2).
 
-    And whether the border there is not one line of two cells: one of them ends before it.
+    On the working grid. And whether the border there is not one line of two cells, since one of
+    them ends before it.
     """
-    (row, col), (r, c) = pixel, beyond
-    k, here = labels[row, col] - 1, distance[row, col]
-    x, y = (col + frame.col0 + 0.5) * frame.scale_x, (row + frame.row0 + 0.5) * frame.scale_y
-    u, v = (c + frame.col0 + 0.5) * frame.scale_x, (r + frame.row0 + 0.5) * frame.scale_y
-    there = _signed_distance(shapes, k, u, v)
-    limit, border, beside = 1.0, 1.0, 1.0
-    room = _room(shapes, k, there, u, v, frame.reach)
-    if room < 0:
-        limit = _share(_room(shapes, k, here, x, y, frame.reach), -room)
-    if not (0 <= r < frame.rows and 0 <= c < frame.cols):  # the image ends
-        return min(limit, 0.5), False
-    other = nearest[r, c] - 1
-    if other >= 0 and other != k:
-        others = _signed_distance(shapes, other, x, y)
-        if k < other:  # one line, made from the lesser side
-            border = _share(others - here, there - distance[r, c])
-        else:
-            border = 1 - _share(there - distance[r, c], others - here)
-        room = _room(shapes, other, others, x, y, frame.reach)
+    points, ends = np.empty((len(pixels), 2)), np.zeros(len(pixels), np.bool_)
+    for edge in range(len(pixels)):
+        row, col, r, c = pixels[edge, 0], pixels[edge, 1], beyond[edge, 0], beyond[edge, 1]
+        k = labels[row, col] - 1
+        x, y = (col + frame.col0 + 0.5) * frame.scale_x, (row + frame.row0 + 0.5) * frame.scale_y
+        u, v = (c + frame.col0 + 0.5) * frame.scale_x, (r + frame.row0 + 0.5) * frame.scale_y
+        is_in_image = 0 <= r < frame.rows and 0 <= c < frame.cols
+        here, there = distance[row, col], np.nan
+        if np.isnan(here):
+            here = _signed_distance(shapes, k, x, y)
+        other, its_own = -1, np.nan
+        if is_in_image:
+            other, its_own = nearest[r, c] - 1, distance[r, c]
+            there = its_own
+        if other >= 0 and np.isnan(its_own):
+            its_own = _signed_distance(shapes, other, u, v)
+            there = its_own
+        if other != k:
+            there = _signed_distance(shapes, k, u, v)
+        limit, border, beside = 1.0, 1.0, 1.0
+        room = min(frame.reach - there, -_outside_limit(shapes, k, u, v))
         if room < 0:
-            at = _room(shapes, other, distance[r, c], u, v, frame.reach)
-            beside = _share(at, -room)
-    both = labels[r, c] > 0
-    return min(limit, border), both and (limit < border or beside < 1 - border)
+            limit = _share(min(frame.reach - here, -_outside_limit(shapes, k, x, y)), -room)
+        if not is_in_image:
+            border = 0.5
+        elif other >= 0 and other != k:
+            others = _signed_distance(shapes, other, x, y)
+            if k < other:  # one line, made from the lesser side
+                border = _share(others - here, there - its_own)
+            else:
+                border = 1 - _share(there - its_own, others - here)
+            room = min(frame.reach - others, -_outside_limit(shapes, other, x, y))
+            if room < 0:
+                at = min(frame.reach - its_own, -_outside_limit(shapes, other, u, v))
+                beside = _share(at, -room)
+        reach = min(limit, border)
+        points[edge, 0] = frame.col0 + col + 0.5 + reach * (c - col)
+        points[edge, 1] = frame.row0 + row + 0.5 + reach * (r - row)
+        if is_in_image and labels[r, c] > 0:
+            ends[edge] = limit < border or beside < 1 - border
+    return points, ends
 
 
 @compiled
@@ -394,26 +729,21 @@ def _count_edges(labels: NDArray[np.int32], wanted: Bools) -> int:
 
 @compiled
 def _trace(
-    labels: NDArray[np.int32],
-    wanted: Bools,
-    nearest: NDArray[np.int32],
-    distance: Floats,
-    shapes: _Shapes,
-    frame: _Frame,
-) -> tuple[Floats, Integers, NDArray[np.int32], Bools, Bools]:
+    labels: NDArray[np.int32], wanted: Bools
+) -> tuple[Integers, Integers, Integers, NDArray[np.int32], Bools, Bools]:
     """Trace the borders of the ``wanted`` labels along the edges of their pixels.
 
-    Returns of each edge where the contour crosses it, on the working grid, (E, 2), and its ring
-    (E,), ascending; of each ring its label (R,); of each edge whether its point stays, since three
-    borders meet beside it, and whether the border is simplified from its other end: that of two
-    cells in one direction for both.
+    Returns of each edge its pixel and the one beyond it (E, 2), as (row, column), and its ring
+    (E,), ascending; of each ring its label (R,); of each edge whether three borders meet at its
+    beginning or end, and whether the border is simplified from its other end: that of two cells in
+    one direction for both.
     """
     rows, cols = labels.shape
     ahead_row, ahead_col = _SOUTH, _EAST
     edges = _count_edges(labels, wanted)
-    points, ring = np.empty((edges, 2)), np.empty(edges, np.int64)
+    pixels, beyond = np.empty((edges, 2), np.int64), np.empty((edges, 2), np.int64)
+    ring, owner = np.empty(edges, np.int64), np.empty(edges, np.int32)
     fixed, backwards = np.zeros(edges, np.bool_), np.zeros(edges, np.bool_)
-    owner = np.empty(edges, np.int32)
     traced = np.zeros((rows, cols), np.bool_)  # along the pixel's top; every ring has such an edge
     edge = rings = 0
     for row0 in range(rows):
@@ -423,32 +753,23 @@ def _trace(
             if not wanted[label] or traced[row0, col0] or above == label:
                 continue
             row, col, way = row0, col0, 0
-            begin = edge
-            stays = _is_junction(labels, row, col)  # whether the next point does
-            ends_first = False
+            junction = _is_junction(labels, row, col)
             while True:
                 if way == 0:
                     traced[row, col] = True
                 # Outwards is to the left of where the edge leads.
                 r, c = row - ahead_col[way], col + ahead_row[way]
                 other = labels[r, c] if 0 <= r < rows and 0 <= c < cols else 0
-                reach, ends = _until((row, col), (r, c), labels, nearest, distance, shapes, frame)
-                points[edge, 0] = frame.col0 + col + 0.5 + reach * (c - col)
-                points[edge, 1] = frame.row0 + row + 0.5 + reach * (r - row)
+                pixels[edge], beyond[edge] = (row, col), (r, c)
                 ring[edge] = rings
                 backwards[edge] = other != 0 and label > other
-                fixed[edge] |= stays or ends
-                if edge == begin:
-                    ends_first = ends
-                else:
-                    fixed[edge - 1] |= ends
-                next_row, next_col = row + ahead_row[way], col + ahead_col[way]
-                left_row, left_col = next_row - ahead_col[way], next_col + ahead_row[way]
+                fixed[edge] = junction
                 # The corner at the end of the edge, as the upper left one of a pixel.
                 junction = _is_junction(labels, row + (way in (1, 2)), col + (way in (0, 1)))
                 fixed[edge] |= junction
-                stays = junction or ends
                 edge += 1
+                next_row, next_col = row + ahead_row[way], col + ahead_col[way]
+                left_row, left_col = next_row - ahead_col[way], next_col + ahead_row[way]
                 in_front = 0 <= next_row < rows and 0 <= next_col < cols
                 in_front = in_front and labels[next_row, next_col] == label
                 to_left = 0 <= left_row < rows and 0 <= left_col < cols
@@ -461,11 +782,24 @@ def _trace(
                     row, col, way = left_row, left_col, (way - 1) % 4
                 if row == row0 and col == col0 and way == 0:
                     break
-            fixed[begin] |= stays
-            fixed[edge - 1] |= ends_first
             owner[rings] = label - 1
             rings += 1
-    return points, ring, owner[:rings], fixed, backwards
+    return pixels, beyond, ring, owner[:rings], fixed, backwards
+
+
+@compiled
+def _beside(marked: Bools, ring: Integers) -> Bools:
+    """Which edges (E,) of closed rings are ``marked``, or beside one that is."""
+    beside = marked.copy()
+    begin = 0
+    for edge in range(len(ring)):
+        is_last = edge + 1 == len(ring) or ring[edge + 1] != ring[edge]
+        after = begin if is_last else edge + 1
+        beside[edge] |= marked[after]
+        beside[after] |= marked[edge]
+        if is_last:
+            begin = edge + 1
+    return beside
 
 
 @compiled

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 import shapely
+from numpy.typing import NDArray
 
 from patchcl_qupath.config import CellConfig
 from patchcl_qupath.datatypes import (
@@ -69,7 +70,7 @@ class NucleiOfTiles:
 
     def __call__(self, tile: Tile) -> TileNuclei:
         """The nuclei of a finished tile."""
-        own = self._contours(tile)
+        own, _ = self._contours(tile)
         around = [contours for contours in self._others(tile, own) if len(contours)]
         together = (
             shapely.multipolygons(np.concatenate(around)) if around else shapely.MultiPolygon()
@@ -78,9 +79,10 @@ class NucleiOfTiles:
             tile=tile, content=self._store.content(tile), around=shapely.to_wkb(together)
         )
 
-    def _read(self, tile: Tile) -> Polygons:
+    def _read(self, tile: Tile) -> tuple[Polygons, NDArray[np.float64]]:
+        """The nuclei (N,) of a tile and their bounds (N, 4)."""
         (contours,) = self._store.contours([tile])
-        return contours
+        return contours, shapely.bounds(contours)
 
     def _others(self, tile: Tile, own: Polygons) -> list[Polygons]:
         """The nuclei of each other tile that are near those of a tile."""
@@ -89,10 +91,13 @@ class NucleiOfTiles:
         reach_px = math.ceil((2 * MAX_RADIUS_UM + self._near_um) / min(self._slide.grid_mpp))
         beside = tile.write.grow(reach_px, self._slide.shape)
         x, y = (self._near_um / side for side in self._slide.mpp_level0)
-        x0, y0, x1, y1 = shapely.total_bounds(own)
-        near = shapely.box(x0 - x, y0 - y, x1 + x, y1 + y)
+        least, most = np.split(shapely.total_bounds(own) + np.array([-x, -y, x, y]), 2)
         others = [t for t in self._tiles if t != tile and t.write.meets(beside)]
-        return [c[shapely.intersects(c, near)] for c in map(self._contours, others)]
+        near = []
+        for contours, bounds in map(self._contours, others):
+            meets = (bounds[:, :2] <= most) & (bounds[:, 2:] >= least)
+            near.append(contours[meets.all(axis=1)])
+        return near
 
 
 def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
@@ -111,8 +116,10 @@ def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Nuclei, Uncertai
         (x, y), count = slide.downsample, len(nuclei)
         on_grid = grid_to_level0(all_nuclei, (1 / x, 1 / y))
         grown = grow(on_grid, count, box, slide.grid_mpp, context.config)
-        cells = _rounded(grid_to_level0(grown, slide.downsample))
-        cells = _rounded(fit_to_nuclei(cells, all_nuclei))
+        cells = shapely.normalize(_rounded(grid_to_level0(grown, slide.downsample)))
+        fitted = fit_to_nuclei(cells, all_nuclei)
+        changed = fitted != cells
+        cells[changed] = _rounded(fitted[changed])
     with timed(seconds, "read cells"):
         rgb = slide.read(box)
     with timed(seconds, "measure cells"):
