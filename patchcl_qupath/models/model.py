@@ -32,7 +32,7 @@ from patchcl_qupath.storage.records import (
 
 _FORMAT = "patchcl-qupath model 2"
 _PROBABILITIES = (0.5, 0.999)  # of what is nucleus; nearer to 1, log-odds mean nothing
-_BAND_PX = 2**20  # of an image, about, that a network is run on at once
+_BAND_PX = 3 * 2**19  # of an image, about, that a network is run on at once: a tile of 1,250 px
 
 # How a network of a model file is made, by its name there.
 _NETWORKS: dict[str, Callable[[Config], SegmentationNetwork]] = {

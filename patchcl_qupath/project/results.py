@@ -7,7 +7,6 @@ result.json                 their provenance, and the names of the GeoJSON files
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -131,7 +130,10 @@ class _Table:
 
 
 class _Members:
-    """A gzip file of a member for each text, in half the time of one: those of cells are long."""
+    """A gzip file of a member for each text, in half the time of one.
+
+    Without a time stamp: equal nuclei make equal files.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -159,7 +161,7 @@ class _Chunks:
         self._object_type = object_type
         self._config = config
         self._qupath_version = qupath_version
-        self._file: gzip.GzipFile | _Members | None = None
+        self._file: _Members | None = None
         self._written = 0
         self._background = background
 
@@ -207,14 +209,10 @@ class _Chunks:
         assert self._file is not None
         self._background.start(self._file.write, text)
 
-    def _next_file(self) -> gzip.GzipFile | _Members:
+    def _next_file(self) -> _Members:
         self.close()
         name = f"nuclei-{len(self.names):03d}.geojson.gz"
-        file: gzip.GzipFile | _Members
-        if self._object_type == CELL:
-            file = _Members(self._folder / name)
-        else:  # without a time stamp, equal nuclei make equal files
-            file = gzip.GzipFile(self._folder / name, "wb", compresslevel=1, mtime=0)
+        file = _Members(self._folder / name)
         file.write(b'{"type": "FeatureCollection", "features": [')
         self.names.append(name)
         self._written = 0
