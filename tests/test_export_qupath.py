@@ -48,7 +48,7 @@ import qupath.lib.gui.measure.ObservableMeasurementTableData
 def rows = { objects ->
     def table = new ObservableMeasurementTableData()
     table.@imageData = imageData
-    table.@list.setAll(objects)
+    table.getBackingListEntries().setAll(objects)
     table.updateMeasurementList()
     objects.collect { object ->
         table.getAllNames().collectEntries { [it, table.getStringValue(object, it) ?: ''] }
