@@ -26,7 +26,7 @@ from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.project.names import in_qupath
 from patchcl_qupath.project.results import write_results
 from patchcl_qupath.segmentation import cells
-from patchcl_qupath.segmentation.cells import fill, fit_to_nuclei, grow
+from patchcl_qupath.segmentation.cells import fill, fill_cells, fit_to_nuclei, grow
 from patchcl_qupath.segmentation.grow_tile import NucleiOfTiles
 from patchcl_qupath.segmentation.measurements import PROBABILITY, measure_cells
 from patchcl_qupath.slides.stains import H_E, densities
@@ -56,6 +56,22 @@ def in_um(polygons: Polygons, mpp: tuple[float, float]) -> Polygons:
 
 def disc(x: float, y: float, radius: float) -> shapely.Polygon:
     return shapely.Point(x, y).buffer(radius, quad_segs=16)
+
+
+def test_a_pixel_in_two_nuclei_belongs_to_the_lower_one_in_each_tile() -> None:
+    upper, lower = shapely.box(10, 10, 20, 21), shapely.box(12, 20, 22, 30)
+    cells = np.array([shapely.box(6, 6, 24, 21), shapely.box(8, 20, 26, 34)])
+    of_cells, of_nuclei = fill_cells(cells, np.array([upper, lower]), BOX)
+    assert (of_nuclei[20, 12:20] == 2).all()  # the row that both hold
+    assert (of_cells[20, 12:20] == 2).all()
+    assert (of_nuclei[20, 10:12] == 1).all()
+    swapped = fill_cells(cells[::-1], np.array([lower, upper]), BOX)
+    for labels, others in zip((of_cells, of_nuclei), swapped, strict=True):
+        np.testing.assert_array_equal(labels[10:30, 10:22], (3 - others)[10:30, 10:22] % 3)
+    # The other nucleus is that of another tile: the pixels of the upper one are the same.
+    alone = fill_cells(cells[:1], np.array([upper, lower]), BOX)
+    np.testing.assert_array_equal(alone[1] == 1, of_nuclei == 1)
+    assert not alone[0][20, 12:20].any()
 
 
 @st.composite

@@ -99,8 +99,8 @@ def test_cells_of_a_slide_are_apart_and_hold_their_nuclei(tiled: Path) -> None:
     found = cells(tiled)
     assert found.cells is not None
     assert shapely.is_valid(found.cells).all()
-    sticking_out = shapely.area(shapely.difference(found.polygons, found.cells))
-    assert sticking_out.max() < 0.05  # px²: coordinates are rounded
+    near = shapely.buffer(found.cells, 0.01)  # coordinates are rounded to as much
+    assert shapely.covers(near, found.polygons).all()
     one, other = shapely.STRtree(found.cells).query(found.cells, predicate="intersects")
     one, other = one[one < other], other[one < other]
     assert len(one) > 200

@@ -11,7 +11,7 @@ from torch import nn
 
 from patchcl_qupath.models import cuda, engines
 from patchcl_qupath.models.engines import EngineKind
-from patchcl_qupath.models.network import device, folded
+from patchcl_qupath.models.network import NucleusNetwork, device, folded
 
 CPU = torch.device("cpu")
 STAINS = NORMALISER.apply(random_rgb(32, 24))
@@ -249,5 +249,5 @@ def test_a_worker_without_a_gpu_does_the_same_on_the_cpu(monkeypatch, caplog):
 def test_a_gpu_is_the_default_where_there_is_one(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert device().type == "cuda"
-    assert engines.choose("auto") is EngineKind.CUDA_FLOAT16
-    assert engines.choose("torch") is EngineKind.TORCH
+    assert engines.choose("auto", NucleusNetwork) is EngineKind.CUDA_FLOAT16
+    assert engines.choose("torch", NucleusNetwork) is EngineKind.TORCH

@@ -54,6 +54,22 @@ def test_openvino_reports_its_use_to_nobody():
     assert shown.splitlines()[1:] == ["[]"]
 
 
+def test_threads_may_load_openvino_at_once():
+    pytest.importorskip("openvino")
+    code = """if True:
+        import threading
+        from concurrent.futures import ThreadPoolExecutor
+        from patchcl_qupath.models import engines
+        together = threading.Barrier(8)
+        def choose(_):
+            together.wait()
+            return engines.multiplies_bfloat16()
+        with ThreadPoolExecutor(8) as threads:
+            print(len(set(threads.map(choose, range(8)))))
+    """
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1\n"
+
+
 class _Changed(NucleusNetwork):
     """A network whose last step is a function of the test's choice."""
 

@@ -124,17 +124,20 @@ def test_the_survey_says_where_tissue_nuclei_and_doubts_are(model, client, proje
 
 def test_engines_find_the_same_nuclei(model, client, project_folder, untiled):
     pytest.importorskip("openvino")
-    _, nuclei = segment(project_folder, model, client, engine="torch")
-    assert matched(nuclei.polygons, untiled.polygons, iou=0.5) >= 0.995 * len(nuclei)
-    assert matched(untiled.polygons, nuclei.polygons, iou=0.5) >= 0.995 * len(untiled)
+    _, exact = segment(project_folder, model, client, engine="torch")
+    _, rounded = segment(project_folder, model, client, engine="openvino")
+    # In 8 bits, where the CPU does these, a few more: the model was trained for moments.
+    for nuclei, least in ((rounded, 0.995), (untiled, 0.99)):
+        assert matched(exact.polygons, nuclei.polygons, iou=0.5) >= least * len(exact)
+        assert matched(nuclei.polygons, exact.polygons, iou=0.5) >= least * len(nuclei)
 
     (entry,) = open_project(SAMPLE).images()
     image = prepare(entry, QUICK)
     rgb = image.slide.read(Box(400, 400, 1200, 1200))
-    exact = confidence(model, rgb, image.normaliser)
+    by_torch = confidence(model, rgb, image.normaliser)
     found = confidence(model, rgb, image.normaliser, engines.choose("openvino", model.network))
-    assert np.abs(found.nucleus - exact.nucleus).max() < 0.02 + 1 / 255
-    assert np.abs(found.core - exact.core).max() < 0.02 + 1 / 255
+    assert np.abs(found.nucleus - by_torch.nucleus).max() < 0.02 + 1 / 255
+    assert np.abs(found.core - by_torch.core).max() < 0.02 + 1 / 255
 
 
 def test_many_workers_equal_one(model, project_folder, tmp_path):

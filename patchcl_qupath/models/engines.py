@@ -144,8 +144,13 @@ def _torch_on_cpu(network: SegmentationNetwork) -> Engine:
     return run
 
 
-@cache
 def _core() -> Any:
+    with _STARTING:
+        return _only_core()
+
+
+@cache
+def _only_core() -> Any:
     return load_openvino().Core()
 
 

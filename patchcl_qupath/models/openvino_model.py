@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -20,14 +21,21 @@ from torch import Tensor, fx, nn
 
 from patchcl_qupath.models.network import ConvBlock, SegmentationNetwork
 
+_LOADING = threading.Lock()
 
-@cache
+
 def load_openvino() -> Any:
-    """The module openvino, imported without its telemetry.
+    """The module openvino, imported without its telemetry; threads may ask for it at once.
 
     That reports the import to a web service, in a process of its own: a fork of this one, which has
     threads, or, from Python 3.14 on, one that runs the user's script again.
     """
+    with _LOADING:
+        return _loaded()
+
+
+@cache
+def _loaded() -> Any:
     telemetry = sys.modules.get("openvino_telemetry")
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # as if not installed
     try:

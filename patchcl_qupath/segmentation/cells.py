@@ -18,7 +18,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.compiled import compiled
+from patchcl_qupath.compiled import compiled, take
 from patchcl_qupath.config import CellConfig
 from patchcl_qupath.datatypes import Box, Polygons, grid_to_level0
 
@@ -106,6 +106,21 @@ def fill(polygons_px: Polygons, box: Box) -> NDArray[np.int32]:
     return _fill(
         sides, first, shapely.bounds(polygons_px), np.array([box.row0, box.col0]), box.shape
     )
+
+
+def fill_cells(
+    cells_px: Polygons, nuclei_px: Polygons, box: Box
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The cell, and the nucleus, (H, W) each, of each pixel of a box, 1..C; 0 where there is none.
+
+    The first C of the nuclei (N,) are those of the cells. A pixel in two nuclei, which may overlap,
+    belongs to the lower one, and to its cell: also where that is the other's of another tile.
+    """
+    order = _from_the_top(nuclei_px)
+    own = np.append(0, np.where(order < len(cells_px), order + 1, -1)).astype(np.int32)
+    nuclei = take(own, fill(nuclei_px[order], box))
+    cells = np.where(nuclei, nuclei, fill(cells_px, box))
+    return np.maximum(cells, 0), np.maximum(nuclei, 0)
 
 
 def fit_to_nuclei(cells: Polygons, nuclei: Polygons) -> Polygons:

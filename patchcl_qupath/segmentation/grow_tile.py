@@ -25,7 +25,7 @@ from patchcl_qupath.datatypes import (
     grid_to_level0,
 )
 from patchcl_qupath.execution.tile_store import TileStore
-from patchcl_qupath.segmentation.cells import fill, fit_to_nuclei, grow
+from patchcl_qupath.segmentation.cells import fill_cells, fit_to_nuclei, grow
 from patchcl_qupath.segmentation.measurements import measure_cells
 from patchcl_qupath.segmentation.segmented_image import MAX_RADIUS_UM
 from patchcl_qupath.slides.prepare import PreparedImage
@@ -123,11 +123,12 @@ def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Nuclei, Uncertai
     with timed(seconds, "read cells"):
         rgb = slide.read(box)
     with timed(seconds, "measure cells"):
+        of_cells, of_nuclei = fill_cells(grid_to_level0(cells, (1 / x, 1 / y)), on_grid, box)
         measurements = measure_cells(
             nuclei.measurements,
             grid_to_level0(cells, slide.mpp_level0),  # µm are pixels of 1 µm
-            cells=fill(grid_to_level0(cells, (1 / x, 1 / y)), box),
-            nuclei=fill(on_grid[:count], box),
+            cells=of_cells,
+            nuclei=of_nuclei,
             rgb=rgb,
             stains=context.image.stains,
         )
