@@ -103,9 +103,16 @@ def fill(polygons_px: Polygons, box: Box) -> NDArray[np.int32]:
     if not len(polygons_px):
         return np.zeros(box.shape, np.int32)
     sides, first = _sides(polygons_px)
-    return _fill(
-        sides, first, shapely.bounds(polygons_px), np.array([box.row0, box.col0]), box.shape
+    frame = _Frame(
+        row0=box.row0,
+        col0=box.col0,
+        rows=box.shape[0],
+        cols=box.shape[1],
+        scale_x=1.0,
+        scale_y=1.0,
+        reach=0.0,
     )
+    return _fill(sides, first, shapely.bounds(polygons_px), frame)
 
 
 def fill_cells(
@@ -362,34 +369,45 @@ def _signed_distance(shapes: _Shapes, k: int, x: float, y: float) -> float:
 
 
 @compiled
-def _fill(
-    sides: Floats, first: Integers, bounds: Floats, origin: Integers, shape: tuple[int, int]
-) -> NDArray[np.int32]:
-    """As ``fill``; ``origin`` is the first row and column of the box."""
-    labels = np.zeros(shape, np.int32)
-    row0, col0 = origin
+def _held(sides: Floats, window: tuple[int, int, int, int], frame: _Frame) -> Bools:
+    """Which pixels of a window of a frame have their centres in the ring with these sides (5, S).
+
+    (H, W + 1), of which the last column means nothing. The window is (top, bottom, left, right).
+    """
+    top, bottom, left, right = window
+    # First whether sides cross a row an odd number of times, before each of its pixels' centres.
+    held = np.zeros((bottom - top, right - left + 1), np.bool_)
+    for s in range(sides.shape[1]):
+        sx, sy, dx, dy = sides[0, s], sides[1, s], sides[2, s], sides[3, s]
+        begin = int(np.floor(min(sy, sy + dy) / frame.scale_y)) - 1 - frame.row0
+        end = int(np.floor(max(sy, sy + dy) / frame.scale_y)) + 2 - frame.row0
+        for row in range(max(begin, top), min(end, bottom)):
+            py = (row + frame.row0 + 0.5) * frame.scale_y - sy
+            if (py < 0) != (py < dy):
+                x = (sx + py / dy * dx) / frame.scale_x - frame.col0
+                col = min(max(int(np.ceil(x - 0.5)), left), right)
+                held[row - top, col - left] ^= True
+    for row in range(bottom - top):
+        for col in range(1, right - left):
+            held[row, col] ^= held[row, col - 1]
+    return held
+
+
+@compiled
+def _fill(sides: Floats, first: Integers, bounds: Floats, frame: _Frame) -> NDArray[np.int32]:
+    """As ``fill``, in a frame of 1 µm per px."""
+    labels = np.zeros((frame.rows, frame.cols), np.int32)
+    row0, col0 = frame.row0, frame.col0
     for k in range(len(bounds)):
         x0, y0, x1, y1 = bounds[k]
-        top, bottom = max(int(y0) - row0, 0), min(int(y1) + 1 - row0, shape[0])
-        left, right = max(int(x0) - col0, 0), min(int(x1) + 1 - col0, shape[1])
+        top, bottom = max(int(y0) - row0, 0), min(int(y1) + 1 - row0, frame.rows)
+        left, right = max(int(x0) - col0, 0), min(int(x1) + 1 - col0, frame.cols)
         if top >= bottom or left >= right:
             continue
-        # Whether sides cross a row an odd number of times, before each of its pixels' centres.
-        crossed = np.zeros((bottom - top, right - left + 1), np.bool_)
-        for s in range(first[k], first[k + 1]):
-            sx, sy, dx, dy = sides[0, s], sides[1, s], sides[2, s], sides[3, s]
-            begin = max(int(min(sy, sy + dy)) - 1 - row0, top)
-            for row in range(begin, min(int(max(sy, sy + dy)) + 2 - row0, bottom)):
-                py = row + row0 + 0.5 - sy
-                if (py < 0) != (py < dy):
-                    x = sx + py / dy * dx - col0
-                    col = min(max(int(np.ceil(x - 0.5)), left), right)
-                    crossed[row - top, col - left] ^= True
+        held = _held(sides[:, first[k] : first[k + 1]], (top, bottom, left, right), frame)
         for row in range(top, bottom):
-            inside = False
             for col in range(left, right):
-                inside ^= crossed[row - top, col - left]
-                if inside:
+                if held[row - top, col - left]:
                     labels[row, col] = k + 1
     return labels
 
@@ -429,22 +447,11 @@ def _innermost(shapes: _Shapes, frame: _Frame) -> NDArray[np.int32]:
         top, bottom, left, right = _window(shapes.bounds[k], np.zeros(4), frame)
         if top >= bottom or left >= right:
             continue
-        crossed = np.zeros((bottom - top, right - left + 1), np.bool_)
-        for s in range(shapes.first[k], shapes.first[k + 1]):
-            sx, sy, dx, dy = shapes.sides[:4, s]
-            begin = int(np.floor(min(sy, sy + dy) / frame.scale_y)) - 1 - frame.row0
-            end = int(np.floor(max(sy, sy + dy) / frame.scale_y)) + 2 - frame.row0
-            for row in range(max(begin, top), min(end, bottom)):
-                py = (row + frame.row0 + 0.5) * frame.scale_y - sy
-                if (py < 0) != (py < dy):
-                    x = (sx + py / dy * dx) / frame.scale_x - frame.col0
-                    col = min(max(int(np.ceil(x - 0.5)), left), right)
-                    crossed[row - top, col - left] ^= True
+        sides = shapes.sides[:, shapes.first[k] : shapes.first[k + 1]]
+        held = _held(sides, (top, bottom, left, right), frame)
         for row in range(top, bottom):
-            inside = False
             for col in range(left, right):
-                inside ^= crossed[row - top, col - left]
-                if inside:
+                if held[row - top, col - left]:
                     other = labels[row, col] - 1
                     if other >= 0:
                         x = (col + frame.col0 + 0.5) * frame.scale_x
