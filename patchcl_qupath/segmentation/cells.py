@@ -15,24 +15,29 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.compiled import compiled, take
+from patchcl_qupath.compiled import compiled
 from patchcl_qupath.config import CellConfig
-from patchcl_qupath.datatypes import Box, Polygons, grid_to_level0
+from patchcl_qupath.datatypes import Box
+from patchcl_qupath.segmentation.cell_borders import Borders, largest, outlines, trace
+from patchcl_qupath.segmentation.fit_cells import from_the_top
+from patchcl_qupath.segmentation.rings import (
+    Bools,
+    Floats,
+    Integers,
+    Rings,
+    bounds_of,
+    hulls_of,
+    scaled,
+    taken,
+)
 
-_SIMPLIFY_PX = 0.2  # a contour may move by this much when points are left out, as of nuclei
 _NO_LIMIT = 1.0  # largest ``constrain_scale`` that is none, as in QuPath
 _BLOCK = 4  # px, each way, that look for their nearest sides together
-_NEAR = 1e-6  # px, within which GEOS finds whether lines touch
-_APART, _HOLDS, _MEETS = 0, 1, 2  # a cell and a nucleus
-_EAST = np.array([1, 0, -1, 0])
-_SOUTH = np.array([0, 1, 0, -1])
+_AMPLE = 2.0  # px from where a cell could reach: less matters for where it ends
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-Bools = NDArray[np.bool_]
+Labels = NDArray[np.int32]
 
 
 class _Frame(NamedTuple):
@@ -51,30 +56,53 @@ class _Shapes(NamedTuple):
     """Nuclei (N,) in µm: their sides and bounds, and the limits of their cells.
 
     Nucleus k has the sides ``sides[:, first[k] : first[k + 1]]``, a column of (x, y, dx, dy,
-    1 / length²) each, and ``bounds`` (x0, y0, x1, y1); ``growth`` is how far the limit of its cell
-    is outside of each of these. ``planes[limit[k] : limit[k + 1]]`` (normal x, normal y, offset)
-    are the sides of that convex limit: a point is outside by the largest of normal * point -
-    offset.
+    1 / length²) each, and ``bounds`` (x0, y0, x1, y1). ``planes[limit[k] : limit[k + 1]]`` (normal
+    x, normal y, offset) are the sides of the convex limit of its cell: a point is outside by the
+    largest of normal * point - offset.
     """
 
     sides: Floats
     first: Integers
     bounds: Floats
-    growth: Floats
     planes: Floats
     limit: Integers
 
 
+class _Spans(NamedTuple):
+    """The pixels within the limits of cells (N,), row by row.
+
+    Those of cell k in the row ``top[k] + n`` are the columns ``left[first[k] + n]`` to
+    ``right[first[k] + n]`` (exclusive), for each n up to ``first[k + 1] - first[k]``.
+    """
+
+    first: Integers
+    top: Integers
+    left: Integers
+    right: Integers
+
+
+class _Nearest(NamedTuple):
+    """The nucleus of each pixel (H, W), k + 1, 0 where none matters; and its distance.
+
+    ``inside`` is the nucleus that holds the pixel, of several the deepest. The distance is NaN
+    within nuclei, and where it is less than the reach by some px.
+    """
+
+    nucleus: Labels
+    inside: Labels
+    distance: Floats
+
+
 def grow(
-    polygons_px: Polygons, count: int, box: Box, mpp: tuple[float, float], config: CellConfig
-) -> Polygons:
+    nuclei_px: Rings, count: int, box: Box, mpp: tuple[float, float], config: CellConfig
+) -> Rings:
     """The cells (count,) of the first ``count`` of nuclei (N,).
 
-    Polygons are on the working grid, of ``mpp`` (x, y) µm per px. The box holds the cells; the
+    Contours are on the working grid, of ``mpp`` (x, y) µm per px. The box holds the cells; the
     nuclei are those that have one, and all others up to twice ``expand_um`` from them. Where two
     are equally near, the upper one has the pixel, whatever the order of the nuclei.
     """
-    order = _from_the_top(polygons_px)
+    order = from_the_top(bounds_of(nuclei_px))
     rank = np.argsort(order)[:count]
     frame = _Frame(
         row0=box.row0,
@@ -85,273 +113,108 @@ def grow(
         scale_y=mpp[1],
         reach=config.expand_um,
     )
-    shapes = _shapes(polygons_px[order], np.array(mpp), config.constrain_scale)
-    nearest, distance = _nearest(shapes, _innermost(shapes, frame), frame)
-    labels = _within_limits(nearest, distance, shapes, frame)
+    shapes = _shapes(scaled(taken(nuclei_px, order), mpp), config.constrain_scale)
+    spans = _spans(shapes, frame)
+    nearest = _nearest(shapes, spans, frame)
+    labels = _within_limits(nearest, spans, frame)
     wanted = np.zeros(len(order) + 1, np.bool_)
     wanted[rank + 1] = True
-    pixels, beyond, ring, owner, fixed, backwards = _trace(labels, wanted)
-    points, ends = _crossings(pixels, beyond, labels, nearest, distance, shapes, frame)
-    fixed |= _beside(ends, ring)
-    kept = _simplify(points, ring, fixed, backwards, _SIMPLIFY_PX)
-    rings = shapely.polygons(shapely.linearrings(points[kept], indices=ring[kept]))
-    return _largest(rings, owner, len(order))[rank]
+    borders = trace(labels, wanted)
+    points, ends = _crossings(borders, labels, nearest, shapes, frame)
+    rings = outlines(points, borders, ends)
+    return taken(largest(rings, borders.owner, len(order)), rank)
 
 
-def fill(polygons_px: Polygons, box: Box) -> NDArray[np.int32]:
-    """The polygon (H, W) that holds the centre of each pixel of a box: k + 1, 0 where none does."""
-    if not len(polygons_px):
-        return np.zeros(box.shape, np.int32)
-    sides, first = _sides(polygons_px)
-    frame = _Frame(
-        row0=box.row0,
-        col0=box.col0,
-        rows=box.shape[0],
-        cols=box.shape[1],
-        scale_x=1.0,
-        scale_y=1.0,
-        reach=0.0,
-    )
-    return _fill(sides, first, shapely.bounds(polygons_px), frame)
-
-
-def fill_cells(
-    cells_px: Polygons, nuclei_px: Polygons, box: Box
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """The cell, and the nucleus, (H, W) each, of each pixel of a box, 1..C; 0 where there is none.
-
-    The first C of the nuclei (N,) are those of the cells. A pixel in two nuclei, which may overlap,
-    belongs to the lower one, and to its cell: also where that is the other's of another tile.
-    """
-    order = _from_the_top(nuclei_px)
-    own = np.append(0, np.where(order < len(cells_px), order + 1, -1)).astype(np.int32)
-    nuclei = take(own, fill(nuclei_px[order], box))
-    cells = np.where(nuclei, nuclei, fill(cells_px, box))
-    return np.maximum(cells, 0), np.maximum(nuclei, 0)
-
-
-def fit_to_nuclei(cells: Polygons, nuclei: Polygons) -> Polygons:
-    """Valid cells (C,) without what other nuclei (N,) cover, and with all of their own.
-
-    The first C of the nuclei are those of the cells. A contour between touching nuclei may run
-    through either by a fraction of a pixel. A cell that fits is the same object as before; vertices
-    of others come in one order, whatever was cut off first.
-    """
-    cell, nucleus = shapely.STRtree(nuclei).query(cells)
-    meets = _meetings(_rings(cells), _rings(nuclei), cell, nucleus)
-    own, other = cell == nucleus, cell != nucleus
-    fitted = cells.copy()
-    _cut(fitted, nuclei, cell[other & (meets != _APART)], nucleus[other & (meets != _APART)])
-    unclear = np.zeros(len(cells), np.bool_)
-    unclear[cell[own & (meets != _HOLDS)]] = True
-    unclear |= fitted != cells
-    unclear[unclear] = ~shapely.covers(fitted[unclear], nuclei[: len(cells)][unclear])
-    fitted[unclear] = shapely.union(fitted[unclear], nuclei[: len(cells)][unclear])
-    changed = fitted != cells
-    whole = _whole(fitted[changed], nuclei[: len(cells)][changed])
-    fitted[changed] = shapely.normalize(whole)
-    return np.asarray(fitted)
-
-
-def _cut(
-    cells: Polygons, nuclei: Polygons, cell: NDArray[np.intp], nucleus: NDArray[np.intp]
-) -> None:
-    """Cut each of some nuclei (M,) off its ``cell`` (M,), from the top, if they share an area."""
-    rank = np.argsort(_from_the_top(nuclei))[nucleus]
-    order = np.lexsort((rank, cell))
-    cell, nucleus = cell[order], nucleus[order]
-    before = np.arange(len(cell)) - np.searchsorted(cell, cell)  # others of the same cell
-    for turn in range(before.max(initial=-1) + 1):
-        now = before == turn
-        whole = cells[cell[now]]
-        rest = shapely.difference(whole, nuclei[nucleus[now]])
-        cells[cell[now]] = np.where(shapely.area(rest) < shapely.area(whole), rest, whole)
-
-
-class _Rings(NamedTuple):
-    """Closed rings (N,): points ``xy[:, first[k] : first[k + 1]]``, the first one again as last."""
-
-    xy: Floats
-    first: Integers
-
-
-def _rings(polygons: Polygons) -> _Rings:
-    """The rings of polygons (N,) without holes."""
-    xy, of = shapely.get_coordinates(polygons, return_index=True)
-    first = np.searchsorted(of, np.arange(len(polygons) + 1))
-    return _Rings(xy=np.ascontiguousarray(xy.T), first=first)
-
-
-@compiled
-def _meetings(cells: _Rings, nuclei: _Rings, cell: Integers, nucleus: Integers) -> NDArray[np.int8]:
-    """How each of some cells (M,) and a nucleus meet: ``_HOLDS`` it, ``_APART``, or else."""
-    found = np.empty(len(cell), np.int8)
-    x, y = cells.xy[0], cells.xy[1]
-    u, v = nuclei.xy[0], nuclei.xy[1]
-    for m in range(len(cell)):
-        begin, end = cells.first[cell[m]], cells.first[cell[m] + 1]
-        start, stop = nuclei.first[nucleus[m]], nuclei.first[nucleus[m] + 1]
-        found[m] = _APART
-        if begin == end or start == stop:
-            continue
-        left, right = u[start:stop].min() - _NEAR, u[start:stop].max() + _NEAR
-        top, bottom = v[start:stop].min() - _NEAR, v[start:stop].max() + _NEAR
-        crosses, inside, within = False, False, False
-        for a in range(begin, end - 1):
-            x0, y0, x1, y1 = x[a], y[a], x[a + 1], y[a + 1]
-            # A ray to the right, from a point of the nucleus.
-            if (v[start] < y0) != (v[start] < y1):
-                inside ^= u[start] < x0 + (v[start] - y0) / (y1 - y0) * (x1 - x0)
-            if max(x0, x1) < left or min(x0, x1) > right:
-                continue
-            if max(y0, y1) < top or min(y0, y1) > bottom:
-                continue
-            for b in range(start, stop - 1):
-                crosses |= _may_touch(x0, y0, x1, y1, u[b], v[b], u[b + 1], v[b + 1])
-            if crosses:
-                break
-        for b in range(start, stop - 1):  # and one from a point of the cell
-            if (y[begin] < v[b]) != (y[begin] < v[b + 1]):
-                along = (y[begin] - v[b]) / (v[b + 1] - v[b])
-                within ^= x[begin] < u[b] + along * (u[b + 1] - u[b])
-        if crosses or within:
-            found[m] = _MEETS
-        elif inside:
-            found[m] = _HOLDS
-    return found
-
-
-@compiled
-def _may_touch(
-    x0: float, y0: float, x1: float, y1: float, u0: float, v0: float, u1: float, v1: float
-) -> bool:
-    """Whether two lines are nearer than ``_NEAR``; in doubt they are."""
-    if max(u0, u1) < min(x0, x1) - _NEAR or min(u0, u1) > max(x0, x1) + _NEAR:
-        return False
-    if max(v0, v1) < min(y0, y1) - _NEAR or min(v0, v1) > max(y0, y1) + _NEAR:
-        return False
-    dx, dy, du, dv = x1 - x0, y1 - y0, u1 - u0, v1 - v0
-    near = _NEAR * (abs(dx) + abs(dy) + abs(du) + abs(dv))
-    a = dx * (v0 - y0) - dy * (u0 - x0)
-    b = dx * (v1 - y0) - dy * (u1 - x0)
-    if (a > near and b > near) or (a < -near and b < -near):
-        return False
-    a = du * (y0 - v0) - dv * (x0 - u0)
-    b = du * (y1 - v0) - dv * (x1 - u0)
-    return not ((a > near and b > near) or (a < -near and b < -near))
-
-
-def _whole(cells: Polygons, nuclei: Polygons) -> Polygons:
-    """Cells as valid polygons without holes; of several parts, that with most of the nucleus."""
-    plain = shapely.get_type_id(cells) == shapely.GeometryType.POLYGON
-    plain &= shapely.is_valid(cells) & (shapely.get_num_interior_rings(cells) == 0)
-    for k in np.flatnonzero(~plain):
-        parts = shapely.get_parts(shapely.make_valid(cells[k]))
-        parts = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
-        most = np.argmax(shapely.area(shapely.intersection(parts, nuclei[k])))
-        cells[k] = shapely.Polygon(parts[most].exterior)
-    return cells
-
-
-def _from_the_top(polygons: Polygons) -> NDArray[np.intp]:
-    """The order of polygons by their upper edges; the same whatever others are there."""
-    x0, y0, x1, y1 = shapely.bounds(polygons).T
-    return np.lexsort((x1, y1, x0, y0))
-
-
-def _shapes(polygons_px: Polygons, mpp: Floats, constrain_scale: float) -> _Shapes:
-    """Nuclei on the working grid, of ``mpp`` (x, y) µm per px, and the limits of their cells."""
-    polygons = grid_to_level0(polygons_px, (mpp[0], mpp[1]))  # µm are pixels of 1 µm
-    sides, first = _sides(polygons)
-    bounds = shapely.bounds(polygons)
-    planes, limit = np.empty((0, 3)), np.zeros(len(polygons) + 1, np.int64)
-    growth = np.full(bounds.shape, np.inf)
+def _shapes(nuclei: Rings, constrain_scale: float) -> _Shapes:
+    """Nuclei in µm, and the limits of their cells."""
+    planes, limit = np.empty((0, 3)), np.zeros(len(nuclei.first), np.int64)
     if constrain_scale > _NO_LIMIT:
-        planes, limit, centre = _half_planes(sides, first, constrain_scale)
-        growth = (constrain_scale - 1) * np.abs(bounds - np.tile(centre, 2))
-    return _Shapes(
-        sides=sides, first=first, bounds=bounds, growth=growth, planes=planes, limit=limit
-    )
-
-
-def _sides(polygons: Polygons) -> tuple[Floats, Integers]:
-    """The sides (5, S) of polygons (N,), as in ``_Shapes``; the first one of each (N + 1,)."""
-    xy, of = shapely.get_coordinates(polygons, return_index=True)  # closed: first point = last
-    begin = np.flatnonzero(of[1:] == of[:-1])
-    along = xy[begin + 1] - xy[begin]
-    inverse = 1 / np.maximum((along**2).sum(axis=1), 1e-24)
-    first = np.searchsorted(of[begin], np.arange(len(polygons) + 1))
-    return np.stack([*xy[begin].T, *along.T, inverse]), first
+        planes, limit = _half_planes(hulls_of(nuclei), constrain_scale)
+    sides, first = _sides(nuclei)
+    return _Shapes(sides=sides, first=first, bounds=bounds_of(nuclei), planes=planes, limit=limit)
 
 
 @compiled
-def _hull(x: Floats, y: Floats, hull: Integers) -> int:
-    """The number of corners of the convex hull of points (N,), written to ``hull`` (N + 1,).
-
-    Corners are in the order of A. Andrew, Another efficient algorithm for convex hulls in two
-    dimensions, 1979.
-    """
-    order = np.argsort(x)
-    for n in range(1, len(x)):  # of equal x by y
-        m = n
-        while m and x[order[m - 1]] == x[order[m]] and y[order[m - 1]] > y[order[m]]:
-            order[m - 1], order[m] = order[m], order[m - 1]
-            m -= 1
-    count = 0
-    for chain in range(2):
-        begin = count
-        for n in range(len(x)):
-            c = order[n] if chain == 0 else order[len(x) - 1 - n]
-            while count >= begin + 2:
-                a, b = hull[count - 2], hull[count - 1]
-                if (x[b] - x[a]) * (y[c] - y[a]) - (y[b] - y[a]) * (x[c] - x[a]) > 0:
-                    break
-                count -= 1
-            hull[count] = c
-            count += 1
-        count -= 1  # the last is the first of the other chain
-    return count
+def _sides(rings: Rings) -> tuple[Floats, Integers]:
+    """The sides (5, S) of rings (N,), as in ``_Shapes``; the first one of each (N + 1,)."""
+    first = np.zeros(len(rings.first), np.int64)
+    sides = np.empty((5, len(rings.xy)))
+    s = 0
+    for k in range(len(first) - 1):
+        for point in range(rings.first[k], rings.first[k + 1] - 1):
+            x, y = rings.xy[point, 0], rings.xy[point, 1]
+            dx, dy = rings.xy[point + 1, 0] - x, rings.xy[point + 1, 1] - y
+            sides[0, s], sides[1, s], sides[2, s], sides[3, s] = x, y, dx, dy
+            sides[4, s] = 1 / max(dx * dx + dy * dy, 1e-24)
+            s += 1
+        first[k + 1] = s
+    return sides[:, :s].copy(), first
 
 
 @compiled
-def _half_planes(sides: Floats, first: Integers, scale: float) -> tuple[Floats, Integers, Floats]:
-    """The convex hulls of polygons (N,), scaled about their centroids (N, 2).
-
-    As ``planes`` and ``limit``, and with these centroids.
-    """
-    count = len(first) - 1
-    planes, limit = np.empty((sides.shape[1], 3)), np.zeros(count + 1, np.int64)
-    centres = np.full((count, 2), np.nan)
-    hull = np.empty(sides.shape[1] + 1, np.int64)
+def _half_planes(hulls: Rings, scale: float) -> tuple[Floats, Integers]:
+    """Convex hulls (N,), scaled about their centroids, as ``planes`` and ``limit``."""
+    planes, limit = np.empty((len(hulls.xy), 3)), np.zeros(len(hulls.first), np.int64)
     end = 0
-    for k in range(count):
-        x, y = sides[0, first[k] : first[k + 1]], sides[1, first[k] : first[k + 1]]
-        if not len(x):
-            continue
-        corners = _hull(x, y, hull)
+    for k in range(len(limit) - 1):
+        xy = hulls.xy[hulls.first[k] : hulls.first[k + 1]]
         area, at_x, at_y = 0.0, 0.0, 0.0
-        for n in range(1, corners - 1):  # triangles at the first corner
-            ax, ay = x[hull[n]] - x[hull[0]], y[hull[n]] - y[hull[0]]
-            bx, by = x[hull[n + 1]] - x[hull[0]], y[hull[n + 1]] - y[hull[0]]
-            twice = ax * by - ay * bx
+        for n in range(1, len(xy) - 2):  # triangles at the first corner
+            ax, ay = xy[n, 0] - xy[0, 0], xy[n, 1] - xy[0, 1]
+            bx, by = xy[n + 1, 0] - xy[0, 0], xy[n + 1, 1] - xy[0, 1]
+            twice = by * ax - bx * ay
             area, at_x, at_y = area + twice, at_x + twice * (ax + bx), at_y + twice * (ay + by)
-        if area > 0:
-            centres[k, 0] = x[hull[0]] + at_x / (3 * area)
-            centres[k, 1] = y[hull[0]] + at_y / (3 * area)
-            for n in range(corners):
-                a, b = hull[n], hull[(n + 1) % corners]
-                length = np.hypot(x[b] - x[a], y[b] - y[a])
-                nx, ny = (y[b] - y[a]) / length, (x[a] - x[b]) / length
-                ax = centres[k, 0] + scale * (x[a] - centres[k, 0])
-                ay = centres[k, 1] + scale * (y[a] - centres[k, 1])
-                planes[end, 0], planes[end, 1], planes[end, 2] = nx, ny, nx * ax + ny * ay
+        if area != 0:
+            x0, y0 = xy[0, 0] + at_x / (3 * area), xy[0, 1] + at_y / (3 * area)
+            for n in range(len(xy) - 1):
+                dx, dy = xy[n + 1, 0] - xy[n, 0], xy[n + 1, 1] - xy[n, 1]
+                length = np.hypot(dx, dy)
+                nx, ny = -dy / length, dx / length  # a hull has what is outside to its left
+                x, y = x0 + scale * (xy[n, 0] - x0), y0 + scale * (xy[n, 1] - y0)
+                planes[end, 0], planes[end, 1], planes[end, 2] = nx, ny, nx * x + ny * y
                 end += 1
         limit[k + 1] = end
-    return planes[:end], limit, centres
+    return planes[:end], limit
 
 
 @compiled
-def _signed_distance(shapes: _Shapes, k: int, x: float, y: float) -> float:
+def _spans(shapes: _Shapes, frame: _Frame) -> _Spans:
+    """The pixels of a frame within the limits of cells, and within reach of their bounds."""
+    count = len(shapes.first) - 1
+    first, top = np.zeros(count + 1, np.int64), np.zeros(count, np.int64)
+    for k in range(count):
+        bounds = shapes.bounds[k]
+        rows = 0
+        if shapes.first[k + 1] > shapes.first[k]:
+            upper = int(np.floor((bounds[1] - frame.reach) / frame.scale_y)) - frame.row0
+            lower = int(np.ceil((bounds[3] + frame.reach) / frame.scale_y)) - frame.row0
+            top[k] = max(upper, 0)
+            rows = max(min(lower, frame.rows) - top[k], 0)
+        first[k + 1] = first[k] + rows
+    left, right = np.zeros(first[count], np.int64), np.zeros(first[count], np.int64)
+    for k in range(count):
+        for row in range(first[k + 1] - first[k]):
+            y = (top[k] + row + frame.row0 + 0.5) * frame.scale_y
+            least, most = shapes.bounds[k, 0] - frame.reach, shapes.bounds[k, 2] + frame.reach
+            for side in range(shapes.limit[k], shapes.limit[k + 1]):
+                nx = shapes.planes[side, 0]
+                rest = shapes.planes[side, 2] - shapes.planes[side, 1] * y
+                if nx > 0:
+                    most = min(most, rest / nx)
+                elif nx < 0:
+                    least = max(least, rest / nx)
+                elif rest <= 0:
+                    most = -np.inf
+            if least < most:
+                col0 = int(np.floor(least / frame.scale_x - 0.5)) + 1 - frame.col0
+                col1 = int(np.ceil(most / frame.scale_x - 0.5)) - frame.col0
+                left[first[k] + row] = max(col0, 0)
+                right[first[k] + row] = min(col1, frame.cols)
+    return _Spans(first, top, left, right)
+
+
+@compiled
+def _distance(shapes: _Shapes, k: int, x: float, y: float, may_be_inside: bool) -> float:
     """The distance from a point to the contour of nucleus k, in µm; negative within it."""
     sides, first = shapes.sides, shapes.first
     inside, least = False, np.inf
@@ -362,54 +225,10 @@ def _signed_distance(shapes: _Shapes, k: int, x: float, y: float) -> float:
         ox, oy = px - along * dx, py - along * dy
         least = min(least, ox * ox + oy * oy)
         # A ray to the right crosses the side.
-        if (py < 0) != (py < dy) and (px * dy < py * dx) == (dy > 0):
+        if may_be_inside and (py < 0) != (py < dy) and (px * dy < py * dx) == (dy > 0):
             inside = not inside
     distance: float = np.sqrt(least)
     return -distance if inside else distance
-
-
-@compiled
-def _held(sides: Floats, window: tuple[int, int, int, int], frame: _Frame) -> Bools:
-    """Which pixels of a window of a frame have their centres in the ring with these sides (5, S).
-
-    (H, W + 1), of which the last column means nothing. The window is (top, bottom, left, right).
-    """
-    top, bottom, left, right = window
-    # First whether sides cross a row an odd number of times, before each of its pixels' centres.
-    held = np.zeros((bottom - top, right - left + 1), np.bool_)
-    for s in range(sides.shape[1]):
-        sx, sy, dx, dy = sides[0, s], sides[1, s], sides[2, s], sides[3, s]
-        begin = int(np.floor(min(sy, sy + dy) / frame.scale_y)) - 1 - frame.row0
-        end = int(np.floor(max(sy, sy + dy) / frame.scale_y)) + 2 - frame.row0
-        for row in range(max(begin, top), min(end, bottom)):
-            py = (row + frame.row0 + 0.5) * frame.scale_y - sy
-            if (py < 0) != (py < dy):
-                x = (sx + py / dy * dx) / frame.scale_x - frame.col0
-                col = min(max(int(np.ceil(x - 0.5)), left), right)
-                held[row - top, col - left] ^= True
-    for row in range(bottom - top):
-        for col in range(1, right - left):
-            held[row, col] ^= held[row, col - 1]
-    return held
-
-
-@compiled
-def _fill(sides: Floats, first: Integers, bounds: Floats, frame: _Frame) -> NDArray[np.int32]:
-    """As ``fill``, in a frame of 1 µm per px."""
-    labels = np.zeros((frame.rows, frame.cols), np.int32)
-    row0, col0 = frame.row0, frame.col0
-    for k in range(len(bounds)):
-        x0, y0, x1, y1 = bounds[k]
-        top, bottom = max(int(y0) - row0, 0), min(int(y1) + 1 - row0, frame.rows)
-        left, right = max(int(x0) - col0, 0), min(int(x1) + 1 - col0, frame.cols)
-        if top >= bottom or left >= right:
-            continue
-        held = _held(sides[:, first[k] : first[k + 1]], (top, bottom, left, right), frame)
-        for row in range(top, bottom):
-            for col in range(left, right):
-                if held[row - top, col - left]:
-                    labels[row, col] = k + 1
-    return labels
 
 
 @compiled
@@ -423,88 +242,123 @@ def _outside_limit(shapes: _Shapes, k: int, x: float, y: float) -> float:
 
 
 @compiled
-def _room(shapes: _Shapes, k: int, distance: float, x: float, y: float, reach: float) -> float:
-    """How much farther cell k might reach at a point, in µm, were it alone; negative outside."""
-    return min(reach - distance, -_outside_limit(shapes, k, x, y))
-
-
-@compiled
-def _window(bounds: Floats, beyond: Floats, frame: _Frame) -> tuple[int, int, int, int]:
-    """First and last rows and columns (exclusive) of the pixels up to ``beyond`` (x0, y0, x1, y1)
-    µm from bounds, with one more on each side."""
-    top = int(np.floor((bounds[1] - beyond[1]) / frame.scale_y)) - frame.row0 - 1
-    bottom = int(np.ceil((bounds[3] + beyond[3]) / frame.scale_y)) - frame.row0 + 1
-    left = int(np.floor((bounds[0] - beyond[0]) / frame.scale_x)) - frame.col0 - 1
-    right = int(np.ceil((bounds[2] + beyond[2]) / frame.scale_x)) - frame.col0 + 1
-    return max(top, 0), min(bottom, frame.rows), max(left, 0), min(right, frame.cols)
-
-
-@compiled
-def _innermost(shapes: _Shapes, frame: _Frame) -> NDArray[np.int32]:
+def _innermost(shapes: _Shapes, frame: _Frame) -> Labels:
     """The nucleus (H, W) that holds the centre of each pixel, k + 1; of several the deepest."""
     labels = np.zeros((frame.rows, frame.cols), np.int32)
+    crossed = np.zeros((64, 64), np.bool_)
     for k in range(len(shapes.first) - 1):
-        top, bottom, left, right = _window(shapes.bounds[k], np.zeros(4), frame)
+        x0, y0, x1, y1 = shapes.bounds[k]
+        if np.isnan(x0):
+            continue
+        top = max(int(np.floor(y0 / frame.scale_y - 0.5)) - frame.row0, 0)
+        bottom = min(int(np.ceil(y1 / frame.scale_y + 0.5)) - frame.row0, frame.rows)
+        left = max(int(np.floor(x0 / frame.scale_x - 0.5)) - frame.col0, 0)
+        right = min(int(np.ceil(x1 / frame.scale_x + 0.5)) - frame.col0, frame.cols)
         if top >= bottom or left >= right:
             continue
-        sides = shapes.sides[:, shapes.first[k] : shapes.first[k + 1]]
-        held = _held(sides, (top, bottom, left, right), frame)
+        if bottom - top > crossed.shape[0] or right - left >= crossed.shape[1]:
+            crossed = np.zeros((bottom - top + 64, right - left + 64), np.bool_)
+        here = crossed[: bottom - top, : right - left + 1]
+        _cross(shapes.sides[:, shapes.first[k] : shapes.first[k + 1]], (top, left), frame, here)
         for row in range(top, bottom):
+            inside = False
             for col in range(left, right):
-                if held[row - top, col - left]:
-                    other = labels[row, col] - 1
-                    if other >= 0:
-                        x = (col + frame.col0 + 0.5) * frame.scale_x
-                        y = (row + frame.row0 + 0.5) * frame.scale_y
-                        depth = _signed_distance(shapes, k, x, y)
-                        if depth >= _signed_distance(shapes, other, x, y):
-                            continue
-                    labels[row, col] = k + 1
+                inside ^= here[row - top, col - left]
+                if not inside:
+                    continue
+                other = labels[row, col] - 1
+                if other >= 0:
+                    x = (col + frame.col0 + 0.5) * frame.scale_x
+                    y = (row + frame.row0 + 0.5) * frame.scale_y
+                    if _distance(shapes, k, x, y, True) >= _distance(shapes, other, x, y, True):
+                        continue
+                labels[row, col] = k + 1
+        here[:] = False
     return labels
 
 
 @compiled
-def _blocks_near(
-    shapes: _Shapes, frame: _Frame, wide: float
-) -> tuple[Integers, NDArray[np.int32], Bools]:
-    """Which nuclei are near the blocks (B,) of a frame, row by row.
+def _cross(sides: Floats, corner: tuple[int, int], frame: _Frame, crossed: Bools) -> None:
+    """Mark before which pixels (H, W + 1) sides (5, S) cross their row an odd number of times.
 
-    Returns the nuclei ``near[first[b] : first[b + 1]]`` that may be nearer than ``wide`` µm to
-    pixels of each block, and in which blocks there may be a pixel of a cell or beside one (B,).
+    By the pixels' centres; ``corner`` (row, column) is the first of them in the frame.
+    """
+    top, left = corner
+    rows, cols = crossed.shape
+    for s in range(sides.shape[1]):
+        sx, sy, dx, dy = sides[0, s], sides[1, s], sides[2, s], sides[3, s]
+        begin = int(np.floor(min(sy, sy + dy) / frame.scale_y)) - 1 - frame.row0 - top
+        end = int(np.floor(max(sy, sy + dy) / frame.scale_y)) + 2 - frame.row0 - top
+        for row in range(max(begin, 0), min(end, rows)):
+            py = (row + top + frame.row0 + 0.5) * frame.scale_y - sy
+            if (py < 0) != (py < dy):
+                x = (sx + py / dy * dx) / frame.scale_x - frame.col0 - left
+                crossed[row, min(max(int(np.ceil(x - 0.5)), 0), cols - 1)] ^= True
+
+
+@compiled
+def _wanted_blocks(spans: _Spans, frame: _Frame) -> Bools:
+    """The blocks (B,), row by row, with a pixel that may be a cell's, or one beside such."""
+    rows, cols = (frame.rows + _BLOCK - 1) // _BLOCK, (frame.cols + _BLOCK - 1) // _BLOCK
+    wanted = np.zeros((rows, cols), np.bool_)
+    for k in range(len(spans.top)):
+        for n in range(spans.first[k + 1] - spans.first[k]):
+            left, right = spans.left[spans.first[k] + n], spans.right[spans.first[k] + n]
+            if left >= right:
+                continue
+            row = spans.top[k] + n
+            first, last = max(left - 1, 0) // _BLOCK, min(right, frame.cols - 1) // _BLOCK
+            for i in range(max(row - 1, 0) // _BLOCK, min(row + 1, frame.rows - 1) // _BLOCK + 1):
+                for j in range(first, last + 1):
+                    wanted[i, j] = True
+    return wanted.ravel()
+
+
+@compiled
+def _blocks_near(
+    shapes: _Shapes, wanted: Bools, frame: _Frame, wide: float
+) -> tuple[Integers, Labels]:
+    """Which nuclei are near the ``wanted`` blocks (B,) of a frame, row by row.
+
+    The nuclei ``near[first[b] : first[b + 1]]`` may be nearer than ``wide`` µm to pixels of block
+    b: ``first`` and ``near``.
     """
     rows, cols = (frame.rows + _BLOCK - 1) // _BLOCK, (frame.cols + _BLOCK - 1) // _BLOCK
+    high, across = _BLOCK * frame.scale_y, _BLOCK * frame.scale_x
+    x_of_0 = frame.col0 * frame.scale_x + across / 2
+    y_of_0 = frame.row0 * frame.scale_y + high / 2
     radius = _block_radius(frame)
-    first, wanted = np.zeros(rows * cols + 2, np.int64), np.zeros(rows * cols, np.bool_)
+    first = np.zeros(rows * cols + 2, np.int64)
     near = np.empty(0, np.int32)
-    beyond = np.full(4, wide)
-    px = max(frame.scale_x, frame.scale_y)
     for fills in (False, True):
         if fills:
             for block in range(rows * cols):
                 first[block + 2] += first[block + 1]
             near = np.empty(first[-1], np.int32)
         for k in range(len(shapes.first) - 1):
-            top, bottom, left, right = _window(shapes.bounds[k], beyond, frame)
-            if top >= bottom or left >= right:
-                continue
             x0, y0, x1, y1 = shapes.bounds[k]
-            for i in range(top // _BLOCK, (bottom - 1) // _BLOCK + 1):
-                y = (frame.row0 + i * _BLOCK + _BLOCK / 2) * frame.scale_y
+            if np.isnan(x0):
+                continue
+            top = max(int(np.floor((y0 - wide - radius - y_of_0) / high)), 0)
+            bottom = min(int(np.ceil((y1 + wide + radius - y_of_0) / high)) + 1, rows)
+            left = max(int(np.floor((x0 - wide - radius - x_of_0) / across)), 0)
+            right = min(int(np.ceil((x1 + wide + radius - x_of_0) / across)) + 1, cols)
+            for i in range(top, bottom):
+                y = y_of_0 + i * high
                 beside_y = max(y0 - y, y - y1, 0.0)
-                for j in range(left // _BLOCK, (right - 1) // _BLOCK + 1):
-                    x = (frame.col0 + j * _BLOCK + _BLOCK / 2) * frame.scale_x
+                for j in range(left, right):
+                    if not wanted[i * cols + j]:
+                        continue
+                    x = x_of_0 + j * across
                     beside_x = max(x0 - x, x - x1, 0.0)
                     if beside_x**2 + beside_y**2 > (wide + radius) ** 2:
                         continue
-                    block = i * cols + j
                     if fills:
-                        near[first[block + 1]] = k
-                        first[block + 1] += 1
+                        near[first[i * cols + j + 1]] = k
+                        first[i * cols + j + 1] += 1
                     else:
-                        first[block + 2] += 1
-                        if not wanted[block]:
-                            wanted[block] = _outside_limit(shapes, k, x, y) < radius + px
-    return first[:-1], near, wanted
+                        first[i * cols + j + 2] += 1
+    return first[:-1], near
 
 
 @compiled
@@ -517,20 +371,20 @@ def _block_radius(frame: _Frame) -> float:
 @compiled
 def _candidates(
     shapes: _Shapes,
-    near: NDArray[np.int32],
+    near: Labels,
     at: tuple[float, float],
     radius: float,
     squares: Floats,
     found: Integers,
-) -> int:
+) -> tuple[int, float]:
     """How many sides may be the nearest one to a point up to ``radius`` from ``at``: C.
 
     Sides of the nuclei ``near`` that point, written to ``found`` (2, S): the side and its nucleus.
-    ``squares`` (2, S) is room.
+    And the least distance of ``at`` itself. ``squares`` (3, S) is room.
     """
     x, y = at
     first, bounds, sides = shapes.first, shapes.bounds, shapes.sides
-    beside, apart = squares[0], squares[1]
+    beside, apart, kept = squares[0], squares[1], squares[2]
     closest = 0
     for n in range(len(near)):
         x0, y0, x1, y1 = (
@@ -565,29 +419,33 @@ def _candidates(
         most = (np.sqrt(least) + 2 * radius) ** 2
         for s in range(end - begin):
             if here[s] <= most:
-                found[0, count], found[1, count] = begin + s, near[n]
+                found[0, count], found[1, count], kept[count] = begin + s, near[n], here[s]
                 count += 1
-    return count
+    fewer = 0
+    for c in range(count):  # the first ones were compared with more
+        if kept[c] <= most:
+            found[0, fewer], found[1, fewer] = found[0, c], found[1, c]
+            fewer += 1
+    return fewer, np.sqrt(least)
 
 
 @compiled
-def _nearest(
-    shapes: _Shapes, inside: NDArray[np.int32], frame: _Frame
-) -> tuple[NDArray[np.int32], Floats]:
-    """The nearest nucleus (H, W) of each pixel, k + 1, 0 without one in reach; and its distance.
+def _nearest(shapes: _Shapes, spans: _Spans, frame: _Frame) -> _Nearest:
+    """The nearest nucleus of each pixel that may be a cell's, and of those beside.
 
-    That is left out where no cell may be, or only other ones; and the distance ``inside`` (H, W) of
-    nuclei, NaN, which few pixels need. In each block only those sides are looked at that may be the
-    nearest ones to a pixel of it.
+    In each block only those sides are looked at that may be the nearest ones to a pixel of it.
     """
+    inside = _innermost(shapes, frame)
     nearest = inside.copy()
     distance = np.full((frame.rows, frame.cols), np.nan)
     # Pixels with their centre up to one px beyond the reach: contours end between two of them.
-    wide = frame.reach + 1.5 * max(frame.scale_x, frame.scale_y)
-    first, near, wanted = _blocks_near(shapes, frame, wide)
+    px = max(frame.scale_x, frame.scale_y)
+    wide, ample = frame.reach + 1.5 * px, frame.reach - _AMPLE * px
+    wanted = _wanted_blocks(spans, frame)
+    first, near = _blocks_near(shapes, wanted, frame, wide)
     radius = _block_radius(frame)
     sides = shapes.sides
-    squares, found = np.empty((2, sides.shape[1])), np.empty((2, sides.shape[1]), np.int64)
+    squares, found = np.empty((3, sides.shape[1])), np.empty((2, sides.shape[1]), np.int64)
     pixels = _BLOCK * _BLOCK
     x, y = np.empty(pixels), np.empty(pixels)
     best, who = np.empty(pixels), np.empty(pixels, np.int64)
@@ -600,9 +458,18 @@ def _nearest(
         for p in range(pixels):
             x[p] = (col0 + p % _BLOCK + frame.col0 + 0.5) * frame.scale_x
             y[p] = (row0 + p // _BLOCK + frame.row0 + 0.5) * frame.scale_y
-        at = (x[0] + x[-1]) / 2, (y[0] + y[-1]) / 2
+        at = (x[0] + x[pixels - 1]) / 2, (y[0] + y[pixels - 1]) / 2
         around = near[first[block] : first[block + 1]]
-        count = _candidates(shapes, around, at, radius, squares, found)
+        count, least = _candidates(shapes, around, at, radius, squares, found)
+        one = found[1, 0] if count else 0
+        for c in range(1, count):
+            one = one if found[1, c] == one else -1
+        if count and one >= 0 and least + radius < ample:
+            for row in range(row0, row1):
+                for col in range(col0, col1):
+                    if not inside[row, col]:
+                        nearest[row, col] = one + 1
+            continue
         best[:], who[:] = np.inf, -1
         for c in range(count):
             s, k = found[0, c], found[1, c]
@@ -627,25 +494,21 @@ def _nearest(
                 if not inside[row, col] and best[p] < wide * wide:
                     nearest[row, col] = who[p] + 1
                     distance[row, col] = np.sqrt(best[p])
-    return nearest, distance
+    return _Nearest(nearest, inside, distance)
 
 
 @compiled
-def _within_limits(
-    nearest: NDArray[np.int32], distance: Floats, shapes: _Shapes, frame: _Frame
-) -> NDArray[np.int32]:
+def _within_limits(nearest: _Nearest, spans: _Spans, frame: _Frame) -> Labels:
     """The cell (H, W) of each pixel: of its nearest nucleus, where that reaches so far."""
-    labels = np.zeros(nearest.shape, np.int32)
-    for row in range(frame.rows):
-        y = (row + frame.row0 + 0.5) * frame.scale_y
-        for col in range(frame.cols):
-            label = nearest[row, col]
-            if label:
-                x = (col + frame.col0 + 0.5) * frame.scale_x
-                here = distance[row, col]
-                inside = np.isnan(here)
-                if inside or _room(shapes, label - 1, here, x, y, frame.reach) > 0:
-                    labels[row, col] = label
+    labels = nearest.inside.copy()
+    for k in range(len(spans.top)):
+        for n in range(spans.first[k + 1] - spans.first[k]):
+            row = spans.top[k] + n
+            for col in range(spans.left[spans.first[k] + n], spans.right[spans.first[k] + n]):
+                if nearest.nucleus[row, col] == k + 1:
+                    here = nearest.distance[row, col]
+                    if np.isnan(here) or here < frame.reach:
+                        labels[row, col] = k + 1
     return labels
 
 
@@ -662,236 +525,63 @@ def _share(one: float, other: float) -> float:
 
 
 @compiled
-def _crossings(
-    pixels: Integers,
-    beyond: Integers,
-    labels: NDArray[np.int32],
-    nearest: NDArray[np.int32],
-    distance: Floats,
-    shapes: _Shapes,
-    frame: _Frame,
-) -> tuple[Floats, Bools]:
-    """Where cells end between ``pixels`` (E, 2) of theirs and those ``beyond``: points (E, 2).
+def _room(shapes: _Shapes, k: int, distance: float, x: float, y: float, reach: float) -> float:
+    """How much farther cell k might reach at a point, in µm, were it alone; negative outside.
 
-    On the working grid. And whether the border there is not one line of two cells, since one of
-    them ends before it.
+    The distance of the nucleus may be NaN where it leaves more room than the limit.
     """
-    points, ends = np.empty((len(pixels), 2)), np.zeros(len(pixels), np.bool_)
-    for edge in range(len(pixels)):
-        row, col, r, c = pixels[edge, 0], pixels[edge, 1], beyond[edge, 0], beyond[edge, 1]
+    room = -_outside_limit(shapes, k, x, y)
+    return room if np.isnan(distance) else min(reach - distance, room)
+
+
+@compiled
+def _crossings(
+    borders: Borders, labels: Labels, nearest: _Nearest, shapes: _Shapes, frame: _Frame
+) -> tuple[Floats, Bools]:
+    """Where cells end between their pixels and those beyond: points (E, 2) on the working grid.
+
+    And whether the border there is not one line of two cells, since one of them ends before it.
+    """
+    points, ends = np.empty((len(borders.ring), 2)), np.zeros(len(borders.ring), np.bool_)
+    reach, inside = frame.reach, nearest.inside
+    is_ample = reach >= _AMPLE * max(frame.scale_x, frame.scale_y)
+    for edge in range(len(points)):
+        row, col = borders.pixels[edge, 0], borders.pixels[edge, 1]
+        r, c = borders.beyond[edge, 0], borders.beyond[edge, 1]
         k = labels[row, col] - 1
         x, y = (col + frame.col0 + 0.5) * frame.scale_x, (row + frame.row0 + 0.5) * frame.scale_y
         u, v = (c + frame.col0 + 0.5) * frame.scale_x, (r + frame.row0 + 0.5) * frame.scale_y
         is_in_image = 0 <= r < frame.rows and 0 <= c < frame.cols
-        here, there = distance[row, col], np.nan
-        if np.isnan(here):
-            here = _signed_distance(shapes, k, x, y)
-        other, its_own = -1, np.nan
+        other, its_own, held_there = -1, np.nan, False
         if is_in_image:
-            other, its_own = nearest[r, c] - 1, distance[r, c]
-            there = its_own
-        if other >= 0 and np.isnan(its_own):
-            its_own = _signed_distance(shapes, other, u, v)
-            there = its_own
-        if other != k:
-            there = _signed_distance(shapes, k, u, v)
+            other, its_own = nearest.nucleus[r, c] - 1, nearest.distance[r, c]
+            held_there = inside[r, c] > 0
+        held_here, here, there = inside[row, col] > 0, nearest.distance[row, col], its_own
+        is_border = other >= 0 and other != k
+        if np.isnan(here) and (is_border or (held_here and not is_ample)):
+            here = _distance(shapes, k, x, y, held_here)
+        if other != k or (held_there and not is_ample):
+            there = _distance(shapes, k, u, v, held_there)
         limit, border, beside = 1.0, 1.0, 1.0
-        room = min(frame.reach - there, -_outside_limit(shapes, k, u, v))
+        room = _room(shapes, k, there, u, v, reach)
         if room < 0:
-            limit = _share(min(frame.reach - here, -_outside_limit(shapes, k, x, y)), -room)
+            limit = _share(_room(shapes, k, here, x, y, reach), -room)
         if not is_in_image:
             border = 0.5
-        elif other >= 0 and other != k:
-            others = _signed_distance(shapes, other, x, y)
+        elif is_border:
+            if np.isnan(its_own):
+                its_own = _distance(shapes, other, u, v, held_there)
+            others = _distance(shapes, other, x, y, held_here)
             if k < other:  # one line, made from the lesser side
                 border = _share(others - here, there - its_own)
             else:
                 border = 1 - _share(there - its_own, others - here)
-            room = min(frame.reach - others, -_outside_limit(shapes, other, x, y))
+            room = _room(shapes, other, others, x, y, reach)
             if room < 0:
-                at = min(frame.reach - its_own, -_outside_limit(shapes, other, u, v))
-                beside = _share(at, -room)
-        reach = min(limit, border)
-        points[edge, 0] = frame.col0 + col + 0.5 + reach * (c - col)
-        points[edge, 1] = frame.row0 + row + 0.5 + reach * (r - row)
+                beside = _share(_room(shapes, other, its_own, u, v, reach), -room)
+        share = min(limit, border, 1016 / 1024)
+        points[edge, 0] = frame.col0 + col + 0.5 + share * (c - col)
+        points[edge, 1] = frame.row0 + row + 0.5 + share * (r - row)
         if is_in_image and labels[r, c] > 0:
             ends[edge] = limit < border or beside < 1 - border
     return points, ends
-
-
-@compiled
-def _is_junction(labels: NDArray[np.int32], row: int, col: int) -> bool:
-    """Whether more than two borders meet at the upper left corner of a pixel."""
-    rows, cols = labels.shape
-    around = np.zeros(4, np.int32)
-    for k in range(4):
-        r, c = row - (k < 2), col - (k == 0 or k == 3)
-        if 0 <= r < rows and 0 <= c < cols:
-            around[k] = labels[r, c]
-    borders = 0
-    for k in range(4):
-        borders += around[k] != around[(k + 1) % 4]
-    return borders > 2
-
-
-@compiled
-def _count_edges(labels: NDArray[np.int32], wanted: Bools) -> int:
-    """The number of pixels' edges along the borders of the ``wanted`` labels."""
-    rows, cols = labels.shape
-    edges = 0
-    for row in range(rows):
-        for col in range(cols):
-            if wanted[labels[row, col]]:
-                for way in range(4):
-                    r, c = row + _SOUTH[way], col + _EAST[way]
-                    inside = 0 <= r < rows and 0 <= c < cols
-                    edges += not inside or labels[r, c] != labels[row, col]
-    return edges
-
-
-@compiled
-def _trace(
-    labels: NDArray[np.int32], wanted: Bools
-) -> tuple[Integers, Integers, Integers, NDArray[np.int32], Bools, Bools]:
-    """Trace the borders of the ``wanted`` labels along the edges of their pixels.
-
-    Returns of each edge its pixel and the one beyond it (E, 2), as (row, column), and its ring
-    (E,), ascending; of each ring its label (R,); of each edge whether three borders meet at its
-    beginning or end, and whether the border is simplified from its other end: that of two cells in
-    one direction for both.
-    """
-    rows, cols = labels.shape
-    ahead_row, ahead_col = _SOUTH, _EAST
-    edges = _count_edges(labels, wanted)
-    pixels, beyond = np.empty((edges, 2), np.int64), np.empty((edges, 2), np.int64)
-    ring, owner = np.empty(edges, np.int64), np.empty(edges, np.int32)
-    fixed, backwards = np.zeros(edges, np.bool_), np.zeros(edges, np.bool_)
-    traced = np.zeros((rows, cols), np.bool_)  # along the pixel's top; every ring has such an edge
-    edge = rings = 0
-    for row0 in range(rows):
-        for col0 in range(cols):
-            label = labels[row0, col0]
-            above = labels[row0 - 1, col0] if row0 else 0
-            if not wanted[label] or traced[row0, col0] or above == label:
-                continue
-            row, col, way = row0, col0, 0
-            junction = _is_junction(labels, row, col)
-            while True:
-                if way == 0:
-                    traced[row, col] = True
-                # Outwards is to the left of where the edge leads.
-                r, c = row - ahead_col[way], col + ahead_row[way]
-                other = labels[r, c] if 0 <= r < rows and 0 <= c < cols else 0
-                pixels[edge], beyond[edge] = (row, col), (r, c)
-                ring[edge] = rings
-                backwards[edge] = other != 0 and label > other
-                fixed[edge] = junction
-                # The corner at the end of the edge, as the upper left one of a pixel.
-                junction = _is_junction(labels, row + (way in (1, 2)), col + (way in (0, 1)))
-                fixed[edge] |= junction
-                edge += 1
-                next_row, next_col = row + ahead_row[way], col + ahead_col[way]
-                left_row, left_col = next_row - ahead_col[way], next_col + ahead_row[way]
-                in_front = 0 <= next_row < rows and 0 <= next_col < cols
-                in_front = in_front and labels[next_row, next_col] == label
-                to_left = 0 <= left_row < rows and 0 <= left_col < cols
-                to_left = to_left and labels[left_row, left_col] == label
-                if not in_front:
-                    way = (way + 1) % 4
-                elif not to_left:
-                    row, col = next_row, next_col
-                else:
-                    row, col, way = left_row, left_col, (way - 1) % 4
-                if row == row0 and col == col0 and way == 0:
-                    break
-            owner[rings] = label - 1
-            rings += 1
-    return pixels, beyond, ring, owner[:rings], fixed, backwards
-
-
-@compiled
-def _beside(marked: Bools, ring: Integers) -> Bools:
-    """Which edges (E,) of closed rings are ``marked``, or beside one that is."""
-    beside = marked.copy()
-    begin = 0
-    for edge in range(len(ring)):
-        is_last = edge + 1 == len(ring) or ring[edge + 1] != ring[edge]
-        after = begin if is_last else edge + 1
-        beside[edge] |= marked[after]
-        beside[after] |= marked[edge]
-        if is_last:
-            begin = edge + 1
-    return beside
-
-
-@compiled
-def _simplify(
-    points: Floats, ring: Integers, fixed: Bools, backwards: Bools, tolerance: float
-) -> Bools:
-    """Which points (E,) of closed rings stay: the others are nearer than ``tolerance`` to lines.
-
-    Lines end at ``fixed`` points; in a ring without any, at its first point and at the one that is
-    farthest from that (D. Douglas, T. Peucker, 1973).
-    """
-    keep = fixed.copy()
-    first = 0
-    for last in range(len(ring)):
-        if last + 1 < len(ring) and ring[last + 1] == ring[last]:
-            continue
-        size = last + 1 - first
-        start = first
-        while start <= last and not keep[start]:
-            start += 1
-        if start > last:
-            start = first
-            apart = points[first : last + 1] - points[first]
-            keep[start] = True
-            keep[first + np.argmax((apart**2).sum(axis=1))] = True
-        line = np.empty(size + 1, np.int64)
-        length = 0
-        for k in range(size + 1):
-            at = first + (start - first + k) % size
-            line[length] = at
-            length += 1
-            if keep[at] and length > 1:
-                middle = line[1] if length > 2 else line[0]
-                if backwards[middle]:
-                    _reduce(points, line[:length][::-1].copy(), keep, tolerance)
-                else:
-                    _reduce(points, line[:length].copy(), keep, tolerance)
-                line[0] = at
-                length = 1
-        if keep[first : last + 1].sum() < 3:
-            keep[first : last + 1] = True
-        first = last + 1
-    return keep
-
-
-@compiled
-def _reduce(points: Floats, line: Integers, keep: Bools, tolerance: float) -> None:
-    """Mark the points of a line, between its ends, that stay."""
-    stack = [(0, len(line) - 1)]
-    while stack:
-        begin, end = stack.pop()
-        ax, ay = points[line[begin]]
-        dx, dy = points[line[end], 0] - ax, points[line[end], 1] - ay
-        length = dx * dx + dy * dy
-        farthest, most = -1, tolerance * tolerance
-        for k in range(begin + 1, end):
-            px, py = points[line[k], 0] - ax, points[line[k], 1] - ay
-            along = min(max((px * dx + py * dy) / length, 0.0), 1.0) if length > 0 else 0.0
-            off = (px - along * dx) ** 2 + (py - along * dy) ** 2
-            if off > most:
-                farthest, most = k, off
-        if farthest >= 0:
-            keep[line[farthest]] = True
-            stack.append((begin, farthest))
-            stack.append((farthest, end))
-
-
-def _largest(rings: Polygons, owner: NDArray[np.int32], count: int) -> Polygons:
-    """The largest ring (count,) of each label; empty for one without pixels."""
-    order = np.lexsort((shapely.area(rings), owner))
-    largest = np.full(count, shapely.Polygon(), dtype=object)
-    largest[owner[order]] = rings[order]  # of several, the last
-    return largest

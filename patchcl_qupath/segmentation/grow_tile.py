@@ -16,17 +16,12 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import CellConfig
-from patchcl_qupath.datatypes import (
-    Box,
-    Nuclei,
-    Polygons,
-    Tile,
-    UncertaintyGrid,
-    grid_to_level0,
-)
+from patchcl_qupath.datatypes import Box, Nuclei, Polygons, Tile, UncertaintyGrid
 from patchcl_qupath.execution.tile_store import TileStore
-from patchcl_qupath.segmentation.cells import fill_cells, fit_to_nuclei, grow
+from patchcl_qupath.segmentation.cells import grow
+from patchcl_qupath.segmentation.fit_cells import fit_to_nuclei, rounded_rings
 from patchcl_qupath.segmentation.measurements import measure_cells
+from patchcl_qupath.segmentation.rings import polygons_of, rings_of, scaled
 from patchcl_qupath.segmentation.segmented_image import MAX_RADIUS_UM
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
@@ -111,28 +106,27 @@ def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Nuclei, Uncertai
     nuclei, uncertainty = TileStore.decode(found.content)
     with timed(seconds, "grow"):
         around = shapely.get_parts(shapely.from_wkb(found.around))
-        all_nuclei = np.concatenate([nuclei.polygons, around])
+        all_nuclei = rings_of(np.concatenate([nuclei.polygons, around]))
         box = _box(nuclei.polygons, slide, context.config.expand_um)
         (x, y), count = slide.downsample, len(nuclei)
-        on_grid = grid_to_level0(all_nuclei, (1 / x, 1 / y))
+        on_grid = scaled(all_nuclei, (1 / x, 1 / y))
         grown = grow(on_grid, count, box, slide.grid_mpp, context.config)
-        cells = shapely.normalize(_rounded(grid_to_level0(grown, slide.downsample)))
-        fitted = fit_to_nuclei(cells, all_nuclei)
-        changed = fitted != cells
-        cells[changed] = _rounded(fitted[changed])
+        cells = rounded_rings(scaled(grown, slide.downsample))
+        cells = rounded_rings(fit_to_nuclei(cells, all_nuclei))
     with timed(seconds, "read cells"):
         rgb = slide.read(box)
     with timed(seconds, "measure cells"):
-        of_cells, of_nuclei = fill_cells(grid_to_level0(cells, (1 / x, 1 / y)), on_grid, box)
         measurements = measure_cells(
             nuclei.measurements,
-            grid_to_level0(cells, slide.mpp_level0),  # µm are pixels of 1 µm
-            cells=of_cells,
-            nuclei=of_nuclei,
+            scaled(cells, slide.mpp_level0),  # µm are pixels of 1 µm
+            cells=scaled(cells, (1 / x, 1 / y)),
+            nuclei=on_grid,
             rgb=rgb,
+            box=box,
             stains=context.image.stains,
         )
-    return replace(nuclei, cells=cells, measurements=measurements), uncertainty, seconds
+        polygons = polygons_of(cells)
+    return replace(nuclei, cells=polygons, measurements=measurements), uncertainty, seconds
 
 
 def _box(nuclei: Polygons, slide: Slide, expand_um: float) -> Box:
@@ -144,9 +138,3 @@ def _box(nuclei: Polygons, slide: Slide, expand_um: float) -> Box:
     margin = math.ceil(expand_um / min(slide.grid_mpp)) + _BESIDE_PX
     inner = Box(math.floor(y0 / y), math.floor(x0 / x), math.ceil(y1 / y), math.ceil(x1 / x))
     return inner.grow(margin, (rows, cols))
-
-
-def _rounded(polygons: Polygons) -> Polygons:
-    """Polygons to 0.01 px, as nuclei are; one that would cross itself stays as it is."""
-    rounded = np.asarray(shapely.transform(polygons, lambda xy: np.round(xy, 2)), dtype=object)
-    return np.where(shapely.is_valid(rounded), rounded, polygons)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.compiled import compiled
 from patchcl_qupath.config import SegmentConfig
-from patchcl_qupath.datatypes import Polygons, StainVectors
+from patchcl_qupath.datatypes import Box, Polygons, StainVectors
+from patchcl_qupath.segmentation.rings import Rings, areas_of, hulls_of, lengths_of, rings_of
 from patchcl_qupath.slides.stains import (
     COLOUR_DENSITIES,
     H_E,
-    densities,
     density_tables,
     hematoxylin_and_eosin,
     is_green_ink,
@@ -60,34 +59,32 @@ def measurement_names(stains: StainVectors) -> list[str]:
 
 def measure_cells(
     of_nuclei: dict[str, NDArray[np.float32]],
-    cells_um: Polygons,
+    cells_um: Rings,
     *,
-    cells: NDArray[np.int32],
-    nuclei: NDArray[np.int32],
+    cells: Rings,
+    nuclei: Rings,
     rgb: NDArray[np.uint8],
+    box: Box,
     stains: StainVectors = H_E,
 ) -> dict[str, NDArray[np.float32]]:
     """Measurements of cells 1..N under the names of QuPath 0.6 -> name: (N,) float32.
 
     ``of_nuclei`` are those of their nuclei, as of ``measure``; ``cells_um`` (N,) the contours of
-    cells in µm; ``cells`` and ``nuclei`` (H, W) the labels of pixels in them, ``rgb`` (H, W, 3) the
-    pixels. Shapes and densities are defined as in QuPath's ``ObjectMeasurements``: the cytoplasm is
-    the cell without the nucleus, and a pixel is in a contour by its centre. A cytoplasm of no pixel
-    has no density (NaN).
+    cells in µm; ``cells`` and ``nuclei``, of which the first N are theirs, on the working grid;
+    ``rgb`` (H, W, 3) the pixels of a ``box`` there. Shapes and densities are defined as in QuPath's
+    ``ObjectMeasurements``: the cytoplasm is the cell without the nucleus, and a pixel is in a
+    contour by its centre, whatever other contours it is in. A cytoplasm of no pixel has no density
+    (NaN).
     """
-    n = len(cells_um)
-    shapes = shape_measurements(cells_um)
+    shapes = _shapes(cells_um)
     ratio = of_nuclei["Area µm^2"] / shapes["Area µm^2"]
     named: dict[str, NDArray[Any]] = {f"Nucleus: {name}": of_nuclei[name] for name in shapes}
     named |= {f"Cell: {name}": values for name, values in shapes.items()}
     named["Nucleus/Cell area ratio"] = np.minimum(ratio, 1)
-    found = {
-        stain: _compartments(cells, nuclei, n, density)
-        for stain, density in densities(rgb, stains).items()
-    }
-    for part, compartment in enumerate(("Nucleus", "Cytoplasm", "Cell")):
-        for stain, statistics in found.items():
-            for name, per_cell in zip(_STATISTICS, statistics[part], strict=True):
+    found = _compartments(cells, nuclei, (box.row0, box.col0), rgb, density_tables(stains))
+    for compartment, of_compartment in zip(("Nucleus", "Cytoplasm", "Cell"), found, strict=True):
+        for stain, of_stain in zip(stains.names, of_compartment, strict=True):
+            for name, per_cell in zip(_STATISTICS, of_stain, strict=True):
                 named[f"{compartment}: {stain}: {name}"] = per_cell
     named[PROBABILITY] = of_nuclei[PROBABILITY]
     return {name: np.asarray(values, np.float32) for name, values in named.items()}
@@ -95,43 +92,105 @@ def measure_cells(
 
 @compiled
 def _compartments(
-    cells: NDArray[np.int32], nuclei: NDArray[np.int32], n: int, values: NDArray[np.float32]
+    cells: Rings,
+    nuclei: Rings,
+    corner: tuple[int, int],
+    rgb: NDArray[np.uint8],
+    tables: NDArray[np.float32],
 ) -> NDArray[np.float64]:
-    """As ``_statistics``, of nuclei, cytoplasms and whole cells 1..n: (3, 4, n).
+    """Statistics of S stains in nuclei, cytoplasms and whole cells (N,): (3, S, 4, N).
 
-    NaN for a compartment without pixels.
+    As of ``_statistics``; NaN for a compartment without pixels. ``corner`` (row, column) is that of
+    the pixels ``rgb`` (H, W, 3).
     """
-    count, total, squares = np.zeros((3, n)), np.zeros((3, n)), np.zeros((3, n))
-    found = np.empty((3, 4, n))
-    found[:, 2], found[:, 3] = np.inf, -np.inf
-    for row in range(cells.shape[0]):
-        for col in range(cells.shape[1]):
-            label = cells[row, col] - 1
-            if label < 0:
-                continue
-            value = np.float64(values[row, col])  # squares of float32 would round
-            part = 0 if nuclei[row, col] == label + 1 else 1
-            count[part, label] += 1
-            total[part, label] += value
-            squares[part, label] += value * value
-            found[part, 2, label] = min(found[part, 2, label], value)
-            found[part, 3, label] = max(found[part, 3, label], value)
-    for label in range(n):
-        count[2, label] = count[0, label] + count[1, label]
-        total[2, label] = total[0, label] + total[1, label]
-        squares[2, label] = squares[0, label] + squares[1, label]
-        found[2, 2, label] = min(found[0, 2, label], found[1, 2, label])
-        found[2, 3, label] = max(found[0, 3, label], found[1, 3, label])
-        for part in range(3):
-            pixels = count[part, label]
-            if pixels == 0:
-                found[part, :, label] = np.nan
-                continue
-            mean = total[part, label] / pixels
-            spread = max(squares[part, label] - pixels * mean * mean, 0.0)
-            found[part, 0, label] = mean
-            found[part, 1, label] = np.sqrt(spread / max(pixels - 1, 1))  # of a sample
+    n, stains = len(cells.first) - 1, tables.shape[2]
+    found = np.empty((3, stains, 4, n))
+    crossed = np.zeros((2, 64, 64), np.bool_)
+    count, sums = np.empty(3), np.empty((3, stains, 4))
+    for k in range(n):
+        cell = cells.xy[cells.first[k] : cells.first[k + 1]]
+        nucleus = nuclei.xy[nuclei.first[k] : nuclei.first[k + 1]]
+        top, bottom, left, right = _window(cell, corner, rgb.shape)
+        high, wide = max(bottom - top, 0), max(right - left, 0)
+        if high > crossed.shape[1] or wide >= crossed.shape[2]:
+            crossed = np.zeros((2, high + 64, wide + 64), np.bool_)
+        origin = top + corner[0], left + corner[1]
+        _cross(cell, origin, crossed[0, :high, : wide + 1])
+        _cross(nucleus, origin, crossed[1, :high, : wide + 1])
+        count[:] = 0
+        sums[:, :, :2], sums[:, :, 2], sums[:, :, 3] = 0, np.inf, -np.inf
+        for row in range(high):
+            in_cell = in_nucleus = False
+            for col in range(wide):
+                in_cell ^= crossed[0, row, col]
+                in_nucleus ^= crossed[1, row, col]
+                if not (in_cell or in_nucleus):
+                    continue
+                part = 0 if in_nucleus else 1
+                count[part] += 1
+                red, green, blue = rgb[top + row, left + col]
+                for stain in range(stains):
+                    density = tables[0, red, stain] + tables[1, green, stain]
+                    value = np.float64(density + tables[2, blue, stain])  # of float32 would round
+                    of_stain = sums[part, stain]
+                    of_stain[0] += value
+                    of_stain[1] += value * value
+                    of_stain[2] = min(of_stain[2], value)
+                    of_stain[3] = max(of_stain[3], value)
+        crossed[:, :high, : wide + 1] = False
+        count[2] = count[0] + count[1]
+        for stain in range(stains):
+            for which in range(2):
+                sums[2, stain, which] = sums[0, stain, which] + sums[1, stain, which]
+            sums[2, stain, 2] = min(sums[0, stain, 2], sums[1, stain, 2])
+            sums[2, stain, 3] = max(sums[0, stain, 3], sums[1, stain, 3])
+            for part in range(3):
+                total, squares, least, most = sums[part, stain]
+                pixels = count[part]
+                if pixels == 0:
+                    found[part, stain, :, k] = np.nan
+                    continue
+                mean = total / pixels
+                spread = max(squares - pixels * mean * mean, 0.0)
+                found[part, stain, 0, k] = mean
+                found[part, stain, 1, k] = np.sqrt(spread / max(pixels - 1, 1))  # of a sample
+                found[part, stain, 2, k], found[part, stain, 3, k] = least, most
     return found
+
+
+@compiled
+def _window(
+    ring: NDArray[np.float64], corner: tuple[int, int], shape: tuple[int, int, int]
+) -> tuple[int, int, int, int]:
+    """First and last rows and columns (exclusive) of a ring in pixels from a ``corner`` on."""
+    if not len(ring):
+        return 0, 0, 0, 0
+    x0 = x1 = ring[0, 0]
+    y0 = y1 = ring[0, 1]
+    for point in range(1, len(ring)):
+        x, y = ring[point, 0], ring[point, 1]
+        x0, y0, x1, y1 = min(x0, x), min(y0, y), max(x1, x), max(y1, y)
+    row0, col0 = corner
+    top, bottom = max(int(np.floor(y0)) - row0, 0), min(int(np.ceil(y1)) - row0, shape[0])
+    left, right = max(int(np.floor(x0)) - col0, 0), min(int(np.ceil(x1)) - col0, shape[1])
+    return top, bottom, left, right
+
+
+@compiled
+def _cross(ring: NDArray[np.float64], origin: tuple[int, int], crossed: NDArray[np.bool_]) -> None:
+    """Mark before which pixels (H, W + 1) a closed ring crosses their row an odd number of times.
+
+    By the pixels' centres; ``origin`` (row, column) is that of the first.
+    """
+    rows, cols = crossed.shape
+    for point in range(len(ring) - 1):
+        x0, y0 = ring[point, 0] - origin[1] - 0.5, ring[point, 1] - origin[0] - 0.5
+        x1, y1 = ring[point + 1, 0] - origin[1] - 0.5, ring[point + 1, 1] - origin[0] - 0.5
+        if y0 > y1:  # the same result whichever way a ring goes
+            x0, y0, x1, y1 = x1, y1, x0, y0
+        for row in range(max(int(np.ceil(y0)), 0), min(int(np.ceil(y1)), rows)):
+            x = x0 + (row - y0) / (y1 - y0) * (x1 - x0)
+            crossed[row, min(max(int(np.ceil(x)), 0), cols - 1)] ^= True
 
 
 class NuclearStain(NamedTuple):
@@ -321,17 +380,19 @@ def _statistics(
 
 def shape_measurements(polygons_um: Polygons) -> dict[str, NDArray[np.float64]]:
     """Size and shape of polygons in µm, named and defined as in QuPath."""
-    area, length = shapely.area(polygons_um), shapely.length(polygons_um)
-    hulls = shapely.convex_hull(polygons_um)
-    xy, hull = shapely.get_coordinates(hulls, return_index=True)  # closed: first point = last
-    first = np.searchsorted(hull, np.arange(len(hulls) + 1))
+    return _shapes(rings_of(polygons_um))
+
+
+def _shapes(rings_um: Rings) -> dict[str, NDArray[np.float64]]:
+    """As ``shape_measurements``, of contours."""
+    area, length, hulls = areas_of(rings_um), lengths_of(rings_um), hulls_of(rings_um)
     return {
         "Area µm^2": area,
         "Length µm": length,
         "Circularity": 4 * np.pi * area / length**2,
-        "Solidity": area / shapely.area(hulls),
-        "Max diameter µm": 2 * _bounding_radii(xy, first),
-        "Min diameter µm": _min_widths(xy, first),
+        "Solidity": area / areas_of(hulls),
+        "Max diameter µm": 2 * _bounding_radii(hulls.xy, hulls.first),
+        "Min diameter µm": _min_widths(hulls.xy, hulls.first),
     }
 
 

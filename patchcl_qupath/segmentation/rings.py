@@ -1,0 +1,148 @@
+"""Contours as flat arrays, for compiled loops: no object for each of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from patchcl_qupath.compiled import compiled
+from patchcl_qupath.datatypes import Polygons
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+class Rings(NamedTuple):
+    """Closed rings (N,): points ``xy[first[k] : first[k + 1]]`` (P, 2), the first again as last."""
+
+    xy: Floats
+    first: Integers
+
+
+def rings_of(polygons: Polygons) -> Rings:
+    """The rings of polygons (N,) without holes."""
+    xy, of = shapely.get_coordinates(polygons, return_index=True)
+    return Rings(xy, np.searchsorted(of, np.arange(len(polygons) + 1)))
+
+
+def polygons_of(rings: Rings) -> Polygons:
+    """The polygons (N,) of rings; empty where a ring has no points."""
+    sizes = np.diff(rings.first)
+    polygons = np.full(len(sizes), shapely.Polygon(), dtype=object)
+    numbers = np.repeat(np.cumsum(sizes > 0) - 1, sizes)
+    polygons[sizes > 0] = shapely.polygons(shapely.linearrings(rings.xy, indices=numbers))
+    return polygons
+
+
+def scaled(rings: Rings, factor: tuple[float, float]) -> Rings:
+    """Rings whose coordinates (x, y) are multiplied by a factor, from frame to frame."""
+    return Rings(rings.xy * np.array(factor), rings.first)
+
+
+def joined(parts: list[Rings]) -> Rings:
+    """All rings of some parts."""
+    sizes = np.concatenate([np.diff(part.first) for part in parts])
+    return Rings(
+        np.concatenate([part.xy for part in parts]), np.concatenate([[0], np.cumsum(sizes)])
+    )
+
+
+@compiled
+def taken(rings: Rings, wanted: Integers) -> Rings:
+    """Some of the rings, in the order of ``wanted`` (M,)."""
+    first = np.zeros(len(wanted) + 1, np.int64)
+    for n in range(len(wanted)):
+        first[n + 1] = first[n] + rings.first[wanted[n] + 1] - rings.first[wanted[n]]
+    xy = np.empty((first[-1], 2))
+    for n in range(len(wanted)):
+        begin = rings.first[wanted[n]]
+        for point in range(first[n + 1] - first[n]):
+            xy[first[n] + point, 0] = rings.xy[begin + point, 0]
+            xy[first[n] + point, 1] = rings.xy[begin + point, 1]
+    return Rings(xy, first)
+
+
+@compiled
+def bounds_of(rings: Rings) -> Floats:
+    """The bounds (x0, y0, x1, y1) of rings: (N, 4); NaN of one without points."""
+    bounds = np.full((len(rings.first) - 1, 4), np.nan)
+    for k in range(len(bounds)):
+        begin, end = rings.first[k], rings.first[k + 1]
+        if begin == end:
+            continue
+        x0, y0 = rings.xy[begin]
+        x1, y1 = x0, y0
+        for point in range(begin + 1, end):
+            x, y = rings.xy[point, 0], rings.xy[point, 1]
+            x0, y0, x1, y1 = min(x0, x), min(y0, y), max(x1, x), max(y1, y)
+        bounds[k, 0], bounds[k, 1], bounds[k, 2], bounds[k, 3] = x0, y0, x1, y1
+    return bounds
+
+
+@compiled
+def hulls_of(rings: Rings) -> Rings:
+    """The convex hulls of rings, each from its least y, along its least x, as GEOS has them.
+
+    Corners are found in the order of A. Andrew, Another efficient algorithm for convex hulls in two
+    dimensions, 1979.
+    """
+    xy, first = np.empty((len(rings.xy) + len(rings.first), 2)), np.zeros_like(rings.first)
+    end = 0
+    for k in range(len(first) - 1):
+        size = max(rings.first[k + 1] - rings.first[k] - 1, 0)
+        points = rings.xy[rings.first[k] : rings.first[k] + size]
+        order = np.argsort(points[:, 1])
+        for n in range(1, size):  # of equal y by x
+            m = n
+            while m and points[order[m - 1], 1] == points[order[m], 1]:
+                if points[order[m - 1], 0] <= points[order[m], 0]:
+                    break
+                order[m - 1], order[m] = order[m], order[m - 1]
+                m -= 1
+        for chain in range(2 * (size > 0)):
+            begin = end
+            for n in range(size):
+                x, y = points[order[n] if chain == 0 else order[size - 1 - n]]
+                while end >= begin + 2:
+                    x0, y0 = xy[end - 2]
+                    if (xy[end - 1, 0] - x0) * (y - y0) - (xy[end - 1, 1] - y0) * (x - x0) < 0:
+                        break
+                    end -= 1
+                xy[end, 0], xy[end, 1] = x, y
+                end += 1
+            end -= 1  # the last is the first of the other chain
+        if size:
+            xy[end] = xy[first[k]]
+            end += 1
+        first[k + 1] = end
+    return Rings(xy[:end].copy(), first)
+
+
+@compiled
+def areas_of(rings: Rings) -> Floats:
+    """The areas (N,) of rings."""
+    areas = np.zeros(len(rings.first) - 1)
+    for k in range(len(areas)):
+        begin, end = rings.first[k], rings.first[k + 1]
+        twice = 0.0
+        for point in range(begin + 1, end - 1):
+            up = rings.xy[point - 1, 1] - rings.xy[point + 1, 1]
+            twice += (rings.xy[point, 0] - rings.xy[begin, 0]) * up
+        areas[k] = abs(twice / 2)
+    return areas
+
+
+@compiled
+def lengths_of(rings: Rings) -> Floats:
+    """The lengths (N,) of rings."""
+    lengths = np.zeros(len(rings.first) - 1)
+    for k in range(len(lengths)):
+        for point in range(rings.first[k], rings.first[k + 1] - 1):
+            dx = rings.xy[point + 1, 0] - rings.xy[point, 0]
+            dy = rings.xy[point + 1, 1] - rings.xy[point, 1]
+            lengths[k] += np.sqrt(dx * dx + dy * dy)
+    return lengths
