@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import shapely
 from click.testing import CliRunner
@@ -23,6 +24,7 @@ from patchcl_qupath.config import CellConfig, Config, ObjectType, ResultConfig, 
 from patchcl_qupath.datatypes import Box, Nuclei, Polygons, Tile, UncertaintyGrid
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.execution.tile_store import TileStore
+from patchcl_qupath.project.coordinates import points_text
 from patchcl_qupath.project.names import in_qupath
 from patchcl_qupath.project.results import write_results
 from patchcl_qupath.segmentation import cells, fit_cells
@@ -222,8 +224,8 @@ def test_the_nearest_nucleus_of_a_pixel_is_that_of_all_sides(
     bounds = [shapes.limit[k : k + 2] for k in range(len(nuclei))]
     outside = np.array(
         [
-            (shapes.planes[a:b, :2] @ [(px + x0)[0].ravel(), (py + y0)[0].ravel()])
-            .__sub__(shapes.planes[a:b, 2:])
+            (shapes.planes[:2, a:b].T @ [(px + x0)[0].ravel(), (py + y0)[0].ravel()])
+            .__sub__(shapes.planes[2:, a:b].T)
             .max(axis=0, initial=-np.inf)
             .reshape(frame.rows, frame.cols)
             for a, b in bounds
@@ -516,6 +518,26 @@ def test_tables_have_the_cell_beside_the_nucleus(tmp_path: Path) -> None:
     assert set(geo["columns"]) == {"geometry", "cell"}
     for column in geo["columns"]:
         assert table.schema.field(column).metadata[b"ARROW:extension:name"] == b"geoarrow.wkb"
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.integers(-(10**9), 10**11).map(lambda c: c / 100), st.sampled_from([0.0, -0.0])
+        ),
+        min_size=2,
+        max_size=20,
+    )
+)
+def test_coordinates_are_written_as_by_arrow(values: list[float]) -> None:
+    xy = np.array(values[: len(values) // 2 * 2]).reshape(-1, 2)
+    text, offsets, is_done = points_text(xy, np.array([0, len(xy), len(xy)]))
+    assert is_done
+    x, y = (pa.array(axis).cast(pa.string()).to_pylist() for axis in xy.T)
+    assert bytes(text).decode() == "],[".join(f"{a},{b}" for a, b in zip(x, y, strict=True))
+    assert offsets.tolist() == [0, len(text), len(text)]
+    for other in (0.125, 1e13, np.nan):
+        assert not points_text(np.array([[1, other]]), np.array([0, 1]))[2]
 
 
 # ---------------------------------------------------------------- settings

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.config import CELL, ResultConfig, class_colour
 from patchcl_qupath.datatypes import Nuclei, Polygons
+from patchcl_qupath.project.coordinates import points_text
 from patchcl_qupath.project.names import in_qupath
 from patchcl_qupath.storage.files import atomic_write
 from patchcl_qupath.storage.layout import NUCLEI, RESULT
@@ -262,10 +263,16 @@ def _geometries(polygons: Polygons) -> list[pa.StringArray | str]:
     if not plain.all() or shapely.get_num_interior_rings(polygons).any():
         return [pa.array(shapely.to_geojson(polygons).tolist(), pa.string())]
     xy, polygon = shapely.get_coordinates(polygons, return_index=True)
-    x, y = (pa.array(np.ascontiguousarray(axis)).cast(pa.string()) for axis in xy.T)
-    first = np.searchsorted(polygon, np.arange(len(polygons) + 1)).astype(np.int32)
-    points = pa.ListArray.from_arrays(first, pc.binary_join_element_wise(x, y, ","))
-    return ['{"type": "Polygon", "coordinates": [[[', pc.binary_join(points, "],["), "]]]}"]
+    first = np.searchsorted(polygon, np.arange(len(polygons) + 1))
+    text, offsets, is_done = points_text(xy, first)
+    if is_done:
+        buffers = pa.py_buffer(offsets), pa.py_buffer(text)
+        points = pa.StringArray.from_buffers(len(polygons), *buffers)
+    else:
+        x, y = (pa.array(np.ascontiguousarray(axis)).cast(pa.string()) for axis in xy.T)
+        pairs = pc.binary_join_element_wise(x, y, ",")
+        points = pc.binary_join(pa.ListArray.from_arrays(first.astype(np.int32), pairs), "],[")
+    return ['{"type": "Polygon", "coordinates": [[[', points, "]]]}"]
 
 
 def geojson_polygons(polygons: Polygons) -> pa.StringArray:

@@ -35,6 +35,7 @@ from patchcl_qupath.segmentation.rings import (
 
 _NO_LIMIT = 1.0  # largest ``constrain_scale`` that is none, as in QuPath
 _BLOCK = 4  # px, each way, that look for their nearest sides together
+_AT_ONCE = 4096  # edges of cells, so that what is known of them stays in the cache
 _AMPLE = 2.0  # px from where a cell could reach: less matters for where it ends
 
 Labels = NDArray[np.int32]
@@ -562,16 +563,18 @@ class _Ends(NamedTuple):
 
 
 @compiled
-def _ends_of(borders: Borders, labels: Labels, nearest: _Nearest, frame: _Frame) -> _Ends:
-    """The ends of the edges of borders; distances as far as they are known, and else infinite."""
-    edges = len(borders.ring)
+def _ends_of(
+    pixels: Labels, beyond: Labels, labels: Labels, nearest: _Nearest, frame: _Frame
+) -> _Ends:
+    """The ends of edges between pixels (E, 2); distances where they are known, else infinite."""
+    edges = len(pixels)
     x, y, held = np.empty((2, edges)), np.empty((2, edges)), np.zeros((2, edges), np.bool_)
     own, other = np.empty(edges, np.int64), np.full(edges, -1)
     distance, in_image = np.full((2, 2, edges), np.nan), np.zeros(edges, np.bool_)
     is_ample = frame.reach >= _AMPLE * max(frame.scale_x, frame.scale_y)
     for edge in range(edges):
-        row, col = borders.pixels[edge, 0], borders.pixels[edge, 1]
-        r, c = borders.beyond[edge, 0], borders.beyond[edge, 1]
+        row, col = pixels[edge, 0], pixels[edge, 1]
+        r, c = beyond[edge, 0], beyond[edge, 1]
         x[0, edge], x[1, edge] = (
             (col + frame.col0 + 0.5) * frame.scale_x,
             (c + frame.col0 + 0.5) * frame.scale_x,
@@ -675,30 +678,33 @@ def _crossings(
 
     And whether the border there is not one line of two cells, since one of them ends before it.
     """
-    ends = _ends_of(borders, labels, nearest, frame)
-    _fill_distances(ends, shapes)
-    rooms, distance = _rooms(ends, shapes, frame.reach), ends.distance
-    points, is_end = np.empty((len(ends.own), 2)), np.zeros(len(ends.own), np.bool_)
-    for edge in range(len(points)):
-        row, col = borders.pixels[edge, 0], borders.pixels[edge, 1]
-        r, c = borders.beyond[edge, 0], borders.beyond[edge, 1]
-        limit, border, beside = 1.0, 1.0, 1.0
-        if rooms[0, 1, edge] < 0:
-            limit = _share(rooms[0, 0, edge], -rooms[0, 1, edge])
-        if not ends.in_image[edge]:
-            border = 0.5
-        elif ends.other[edge] >= 0:
-            one = distance[1, 0, edge] - distance[0, 0, edge]
-            other = distance[0, 1, edge] - distance[1, 1, edge]
-            if ends.own[edge] < ends.other[edge]:  # one line, made from the lesser side
-                border = _share(one, other)
-            else:
-                border = 1 - _share(other, one)
-            if rooms[1, 0, edge] < 0:
-                beside = _share(rooms[1, 1, edge], -rooms[1, 0, edge])
-        share = min(limit, border, 1016 / 1024)
-        points[edge, 0] = frame.col0 + col + 0.5 + share * (c - col)
-        points[edge, 1] = frame.row0 + row + 0.5 + share * (r - row)
-        if ends.in_image[edge] and labels[r, c] > 0:
-            is_end[edge] = limit < border or beside < 1 - border
+    edges = len(borders.ring)
+    points, is_end = np.empty((edges, 2)), np.zeros(edges, np.bool_)
+    for begin in range(0, edges, _AT_ONCE):
+        pixels = borders.pixels[begin : begin + _AT_ONCE]
+        beyond = borders.beyond[begin : begin + _AT_ONCE]
+        ends = _ends_of(pixels, beyond, labels, nearest, frame)
+        _fill_distances(ends, shapes)
+        rooms = _rooms(ends, shapes, frame.reach)
+        for n in range(len(pixels)):
+            limit, border, beside = 1.0, 1.0, 1.0
+            if rooms[0, 1, n] < 0:
+                limit = _share(rooms[0, 0, n], -rooms[0, 1, n])
+            if not ends.in_image[n]:
+                border = 0.5
+            elif ends.other[n] >= 0:
+                one = ends.distance[1, 0, n] - ends.distance[0, 0, n]
+                other = ends.distance[0, 1, n] - ends.distance[1, 1, n]
+                if ends.own[n] < ends.other[n]:  # one line, made from the lesser side
+                    border = _share(one, other)
+                else:
+                    border = 1 - _share(other, one)
+                if rooms[1, 0, n] < 0:
+                    beside = _share(rooms[1, 1, n], -rooms[1, 0, n])
+            row, col, r, c = pixels[n, 0], pixels[n, 1], beyond[n, 0], beyond[n, 1]
+            share = min(limit, border, 1016 / 1024)
+            points[begin + n, 0] = frame.col0 + col + 0.5 + share * (c - col)
+            points[begin + n, 1] = frame.row0 + row + 0.5 + share * (r - row)
+            if ends.in_image[n] and labels[r, c] > 0:
+                is_end[begin + n] = limit < border or beside < 1 - border
     return points, is_end

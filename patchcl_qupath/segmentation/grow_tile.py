@@ -60,6 +60,8 @@ class NucleiOfTiles:
         self, store: TileStore, tiles: Sequence[Tile], slide: Slide, config: CellConfig
     ) -> None:
         self._store, self._tiles, self._slide = store, tiles, slide
+        boxes = [(t.write.row0, t.write.col0, t.write.row1, t.write.col1) for t in tiles]
+        self._boxes = np.array(boxes, np.int64).reshape(-1, 4)
         self._near_um = 2 * config.expand_um
         self._contours = lru_cache(_REMEMBERED)(self._read)
 
@@ -87,7 +89,10 @@ class NucleiOfTiles:
         beside = tile.write.grow(reach_px, self._slide.shape)
         x, y = (self._near_um / side for side in self._slide.mpp_level0)
         least, most = np.split(shapely.total_bounds(own) + np.array([-x, -y, x, y]), 2)
-        others = [t for t in self._tiles if t != tile and t.write.meets(beside)]
+        first, last = np.split(self._boxes, 2, axis=1)
+        meets = (first < (beside.row1, beside.col1)) & (last > (beside.row0, beside.col0))
+        found = [self._tiles[n] for n in np.flatnonzero(meets.all(axis=1))]
+        others = [other for other in found if other != tile]
         near = []
         for contours, bounds in map(self._contours, others):
             meets = (bounds[:, :2] <= most) & (bounds[:, 2:] >= least)
