@@ -91,7 +91,7 @@ class NucleiOfTiles:
         least, most = np.split(shapely.total_bounds(own) + np.array([-x, -y, x, y]), 2)
         first, last = np.split(self._boxes, 2, axis=1)
         meets = (first < (beside.row1, beside.col1)) & (last > (beside.row0, beside.col0))
-        found = [self._tiles[n] for n in np.flatnonzero(meets.all(axis=1))]
+        found = [self._tiles[n] for n in np.flatnonzero(meets.all(axis=1)).tolist()]
         others = [other for other in found if other != tile]
         near = []
         for contours, bounds in map(self._contours, others):
