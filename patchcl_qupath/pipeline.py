@@ -20,7 +20,7 @@ import shapely
 from patchcl_qupath.answers.answer import Answer, answer, check
 from patchcl_qupath.config import TMA_CORES, Config, Recipe
 from patchcl_qupath.correction import changes
-from patchcl_qupath.correction.labels import read_corrected_samples
+from patchcl_qupath.correction.labels import corrected_crops, read_corrected, training_samples
 from patchcl_qupath.datatypes import Corrections, ImageEntry, Tile
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.execution.map_tiles import map_tiles
@@ -65,6 +65,7 @@ from patchcl_qupath.storage.records import (
 from patchcl_qupath.timing import Seconds, add_seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
 from patchcl_qupath.training.calibration import calibrated
+from patchcl_qupath.training.supervision import TrainingSample
 
 logger = logging.getLogger(__name__)
 
@@ -95,16 +96,16 @@ def refine(
     """Refine a model by CDCL with ROIs in which a person corrected all nuclei.
 
     ROIs are annotations of class ``labels_from``; ``found`` takes them, by image. The images' other
-    tissue is used, too, with the model's own pseudo-labels. Raises ImageError for labels that
-    cannot be trained on, TrainingError where there are none, ConfigError for a model of PatchCL
-    alone.
+    tissue is used, too, with what the model itself finds there as pseudo-labels. Raises ImageError
+    for labels that cannot be trained on, TrainingError where there are none, ConfigError for a
+    model of PatchCL alone.
     """
     if not start.network.can_be_refined:
         raise ConfigError(
             "a model of PatchCL alone cannot be refined: train one with "
             'recipe = "selftrain", the default'
         )
-    corrected = read_corrected_samples(
+    corrected = read_corrected(
         project,
         entries,
         start.config,
@@ -112,10 +113,16 @@ def refine(
         show_count=counter(progress, Stage.READING_ROIS),
         found=found,
     )
+    labelled = [sample for each in corrected for sample in training_samples(*each)]
     crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-    unlabelled = [crop.sample for crop in selftrain.pseudo_labelled(crops, start, choosing)]
-    model = cdcl.refine(start, corrected, unlabelled, counter(progress, Stage.REFINING), seed)
+
+    def pseudo_labelled(model: Model) -> list[TrainingSample]:
+        found = selftrain.pseudo_labelled(crops, model, choosing)
+        return [crop.sample for crop in corrected_crops(found, crops, corrected)]
+
+    refining = counter(progress, Stage.REFINING)
+    model = cdcl.refine(start, labelled, pseudo_labelled, refining, seed)
     return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
 
 
