@@ -140,7 +140,7 @@ def _roi(
 def _models(project: Project, start: Model, drawn: Drawn, draw: int) -> dict[str, Model]:
     """The models that are compared, by KINDS."""
     config = start.config
-    alone = replace(config.selftrain, steps=config.cdcl.steps)
+    alone = replace(config.selftrain, steps=config.cdcl.rounds * config.cdcl.steps)
     training = counter(progress, Stage.TRAINING_NETWORK)
     trained = selftrain.train_on(drawn.samples, alone, draw, training)
     crops = training_crops(project.images(), config, counter(progress, Stage.READING_CROPS))
