@@ -49,7 +49,7 @@ from patchcl_qupath.segmentation.segment_tile import (
     segment_tile,
 )
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
-from patchcl_qupath.segmentation.tiling import plan
+from patchcl_qupath.segmentation.tiling import largest_first, plan
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.parquet import write_uncertainty_grid
@@ -236,7 +236,7 @@ class Run:
         )
         folder = self.project.layout.tiles(self.id_of_nuclei, image.id)
         store = TileStore.open(folder, image.fingerprint())
-        missing = store.missing(tiles)
+        missing = largest_first(store.missing(tiles))
         logger.info(
             "%s: %d tiles, %d resumed from %s",
             entry.name,
