@@ -45,8 +45,8 @@ def plan(
 def largest_first(tiles: Sequence[Tile]) -> list[Tile]:
     """Tiles in the order in which to work on them: by the area that is read.
 
-    Small ones in the end keep all workers busy for longer. And those that follow fit into the memory
-    that was taken for the first ones: where tiles grow, a run takes a sixth more.
+    Small ones in the end keep all workers busy for longer. And the memory that was taken for the
+    first ones holds those that follow: where tiles grow, a run takes a sixth more.
     """
     return sorted(tiles, key=lambda tile: -math.prod(tile.read.shape))
 
