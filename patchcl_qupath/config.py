@@ -194,7 +194,7 @@ class SlideConfig(Settings):
     tile_px: Annotated[
         int,
         setting("Largest side of the part of a tile that owns nuclei (without halo)", "px", ge=16),
-    ] = 1024
+    ] = 1536
     tissue_mpp: Annotated[
         float, setting("Resolution of the tissue mask", "µm/px", ge=0.5, le=64)
     ] = 8.0

@@ -37,7 +37,7 @@ from patchcl_qupath.finished import finished_outcome, provenance_of, run_id
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model
-from patchcl_qupath.overlap import Stop, Turn, overlapped, turns
+from patchcl_qupath.overlap import Stop, Turn, meanwhile, overlapped, turns
 from patchcl_qupath.progress import Progress, ShowProgress, Stage, counter
 from patchcl_qupath.project import Project
 from patchcl_qupath.report.figures import write_figures, write_preview
@@ -49,7 +49,7 @@ from patchcl_qupath.segmentation.segment_tile import (
     segment_tile,
 )
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
-from patchcl_qupath.segmentation.tiling import plan
+from patchcl_qupath.segmentation.tiling import largest_first, plan
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.parquet import write_uncertainty_grid
@@ -181,7 +181,7 @@ class Run:
         return msgspec.structs.replace(outcome, seconds=time.perf_counter() - began)
 
     def image(self, entry: ImageEntry, turn: Turn) -> ImageOutcome:
-        """One image: read its regions and stains; find tissue; segment tiles; write; draw."""
+        """One image: read its regions and stains; find tissue; segment tiles; write and draw."""
         seconds: Seconds = {}
         entry = self._with_regions_and_stains(entry)
         with timed(seconds, "prepare"):
@@ -193,9 +193,8 @@ class Run:
         with timed(seconds, "write"):
             answered = answer(segmented, entry, self.config.result)
             result = self._result(entry, segmented, answered)
-            imported = self._write(entry, segmented, answered, result)
-        with timed(seconds, "pictures"):
-            self.workers.call(self._draw, segmented, result)
+            with meanwhile(self._draw, segmented, result, seconds):
+                imported = self._write(entry, segmented, answered, result)
             changed = changes.finish(self.project.layout, segmented, self.model.digest, result.run)
         outcome = self._outcome(entry, segmented, result, seconds, worker_seconds)
         known = {"imported": imported, "corrections": changed, **answered.known}
@@ -243,7 +242,7 @@ class Run:
         )
         folder = self.project.layout.tiles(self.id_of_nuclei, image.id)
         store = TileStore.open(folder, image.fingerprint())
-        missing = store.missing(tiles)
+        missing = largest_first(store.missing(tiles))
         logger.info(
             "%s: %d tiles, %d resumed from %s",
             entry.name,
@@ -361,8 +360,12 @@ class Run:
             write_uncertainty_grid(path, segmented.uncertainty)
         return imported
 
-    def _draw(self, segmented: SegmentedImage, result: ResultRecord) -> None:
+    def _draw(self, segmented: SegmentedImage, result: ResultRecord, seconds: Seconds) -> None:
         """Draw the preview, and the pictures and figures of the report."""
+        with timed(seconds, "pictures"):
+            self.workers.call(self._draw_here, segmented, result)
+
+    def _draw_here(self, segmented: SegmentedImage, result: ResultRecord) -> None:
         layout, id_ = self.project.layout, segmented.image.id
         write_preview(layout.preview(id_), segmented)
         write_figures(layout.figures(id_), segmented, result)
