@@ -194,7 +194,7 @@ class SlideConfig(Settings):
     tile_px: Annotated[
         int,
         setting("Largest side of the part of a tile that owns nuclei (without halo)", "px", ge=16),
-    ] = 1024
+    ] = 1536
     tissue_mpp: Annotated[
         float, setting("Resolution of the tissue mask", "µm/px", ge=0.5, le=64)
     ] = 8.0
@@ -444,7 +444,10 @@ class CDCLConfig(Settings):
 
     table: ClassVar[str] = "cdcl"
 
-    steps: Annotated[int, setting("Training steps", ge=1)] = 300
+    rounds: Annotated[
+        int, setting("Rounds; each begins with what the model so far finds (paper: one)", ge=1)
+    ] = 2
+    steps: Annotated[int, setting("Training steps of each round", ge=1)] = 300
     labelled: Annotated[int, setting("Crops per step from corrected ROIs", ge=1)] = 6
     unlabelled: Annotated[int, setting("Crops per step from all other tissue", ge=1)] = 6
     crop_px: Annotated[int, setting("Side of a training crop, a multiple of 4", "px", ge=4)] = 128

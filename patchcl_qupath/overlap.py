@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -92,6 +93,18 @@ def overlapped(
                 stop.set()
             for future in running:
                 future.cancel()
+
+
+@contextmanager
+def meanwhile(call: Callable[..., object], *arguments: Any) -> Iterator[None]:
+    """A call that is made in a thread while the block runs, and has ended when the block has.
+
+    Raises the error of the block or, where it has none, that of the call.
+    """
+    with ThreadPoolExecutor(1, "meanwhile") as thread:
+        made = thread.submit(call, *arguments)
+        yield
+        made.result()
 
 
 def mapped(call: Callable[..., Result], *items: Sequence[Any]) -> Iterator[Result]:

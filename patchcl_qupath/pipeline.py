@@ -20,7 +20,7 @@ import shapely
 from patchcl_qupath.answers.answer import Answer, answer, check
 from patchcl_qupath.config import TMA_CORES, Config, Recipe
 from patchcl_qupath.correction import changes
-from patchcl_qupath.correction.labels import read_corrected_samples
+from patchcl_qupath.correction.labels import corrected_crops, read_corrected, training_samples
 from patchcl_qupath.datatypes import Corrections, ImageEntry, Tile
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.execution.map_tiles import map_tiles
@@ -37,7 +37,7 @@ from patchcl_qupath.finished import finished_outcome, provenance_of, run_id
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model
-from patchcl_qupath.overlap import Stop, Turn, overlapped, turns
+from patchcl_qupath.overlap import Stop, Turn, meanwhile, overlapped, turns
 from patchcl_qupath.progress import Progress, ShowProgress, Stage, counter
 from patchcl_qupath.project import Project
 from patchcl_qupath.report.figures import write_figures, write_preview
@@ -49,7 +49,7 @@ from patchcl_qupath.segmentation.segment_tile import (
     segment_tile,
 )
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
-from patchcl_qupath.segmentation.tiling import plan
+from patchcl_qupath.segmentation.tiling import largest_first, plan
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.parquet import write_uncertainty_grid
@@ -65,6 +65,7 @@ from patchcl_qupath.storage.records import (
 from patchcl_qupath.timing import Seconds, add_seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
 from patchcl_qupath.training.calibration import calibrated
+from patchcl_qupath.training.supervision import TrainingSample
 
 logger = logging.getLogger(__name__)
 
@@ -95,16 +96,16 @@ def refine(
     """Refine a model by CDCL with ROIs in which a person corrected all nuclei.
 
     ROIs are annotations of class ``labels_from``; ``found`` takes them, by image. The images' other
-    tissue is used, too, with the model's own pseudo-labels. Raises ImageError for labels that
-    cannot be trained on, TrainingError where there are none, ConfigError for a model of PatchCL
-    alone.
+    tissue is used, too, with what the model itself finds there as pseudo-labels. Raises ImageError
+    for labels that cannot be trained on, TrainingError where there are none, ConfigError for a
+    model of PatchCL alone.
     """
     if not start.network.can_be_refined:
         raise ConfigError(
             "a model of PatchCL alone cannot be refined: train one with "
             'recipe = "selftrain", the default'
         )
-    corrected = read_corrected_samples(
+    corrected = read_corrected(
         project,
         entries,
         start.config,
@@ -112,10 +113,16 @@ def refine(
         show_count=counter(progress, Stage.READING_ROIS),
         found=found,
     )
+    labelled = [sample for each in corrected for sample in training_samples(*each)]
     crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-    unlabelled = [crop.sample for crop in selftrain.pseudo_labelled(crops, start, choosing)]
-    model = cdcl.refine(start, corrected, unlabelled, counter(progress, Stage.REFINING), seed)
+
+    def pseudo_labelled(model: Model) -> list[TrainingSample]:
+        found = selftrain.pseudo_labelled(crops, model, choosing)
+        return [crop.sample for crop in corrected_crops(found, crops, corrected)]
+
+    refining = counter(progress, Stage.REFINING)
+    model = cdcl.refine(start, labelled, pseudo_labelled, refining, seed)
     return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
 
 
@@ -174,7 +181,7 @@ class Run:
         return msgspec.structs.replace(outcome, seconds=time.perf_counter() - began)
 
     def image(self, entry: ImageEntry, turn: Turn) -> ImageOutcome:
-        """One image: read its regions and stains; find tissue; segment tiles; write; draw."""
+        """One image: read its regions and stains; find tissue; segment tiles; write and draw."""
         seconds: Seconds = {}
         entry = self._with_regions_and_stains(entry)
         with timed(seconds, "prepare"):
@@ -186,9 +193,8 @@ class Run:
         with timed(seconds, "write"):
             answered = answer(segmented, entry, self.config.result)
             result = self._result(entry, segmented, answered)
-            imported = self._write(entry, segmented, answered, result)
-        with timed(seconds, "pictures"):
-            self.workers.call(self._draw, segmented, result)
+            with meanwhile(self._draw, segmented, result, seconds):
+                imported = self._write(entry, segmented, answered, result)
             changed = changes.finish(self.project.layout, segmented, self.model.digest, result.run)
         outcome = self._outcome(entry, segmented, result, seconds, worker_seconds)
         known = {"imported": imported, "corrections": changed, **answered.known}
@@ -236,7 +242,7 @@ class Run:
         )
         folder = self.project.layout.tiles(self.id_of_nuclei, image.id)
         store = TileStore.open(folder, image.fingerprint())
-        missing = store.missing(tiles)
+        missing = largest_first(store.missing(tiles))
         logger.info(
             "%s: %d tiles, %d resumed from %s",
             entry.name,
@@ -354,8 +360,12 @@ class Run:
             write_uncertainty_grid(path, segmented.uncertainty)
         return imported
 
-    def _draw(self, segmented: SegmentedImage, result: ResultRecord) -> None:
+    def _draw(self, segmented: SegmentedImage, result: ResultRecord, seconds: Seconds) -> None:
         """Draw the preview, and the pictures and figures of the report."""
+        with timed(seconds, "pictures"):
+            self.workers.call(self._draw_here, segmented, result)
+
+    def _draw_here(self, segmented: SegmentedImage, result: ResultRecord) -> None:
         layout, id_ = self.project.layout, segmented.image.id
         write_preview(layout.preview(id_), segmented)
         write_figures(layout.figures(id_), segmented, result)

@@ -13,7 +13,9 @@ import zarr
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Box
+from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.slides.stains import StainNormaliser
 
 # (x, y, radius) in µm, from the top left corner; no symmetry maps them onto each other.
 DISCS_UM = ((30.0, 20.0, 4.0), (80.0, 25.0, 5.0), (45.0, 70.0, 6.0), (110.0, 60.0, 3.0))
@@ -148,6 +150,19 @@ def write_ome_zarr(
     metadata |= {"omero": omero} if omero else {}
     group.attrs.update({"ome": metadata} if zarr_format == 3 else metadata)
     return path
+
+
+def crops_of(
+    images: Sequence[NDArray[np.uint8]],
+    normaliser: StainNormaliser | None = None,
+    slides: Sequence[str] = (),
+) -> TrainingCrops:
+    """Whole images as training crops, of slides of these ids, or of one."""
+    count, normaliser = len(images), normaliser or StainNormaliser.fit(images)
+    boxes = tuple(Box(0, 0, *image.shape[:2]) for image in images)
+    return TrainingCrops(
+        tuple(images), (normaliser,) * count, tuple(slides) or ("1",) * count, boxes
+    )
 
 
 def whole(slide: Slide) -> Box:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
+from slides import crops_of
 from test_network import selftraining_log
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from patchcl_qupath.segmentation.probability import (
     nucleus_features,
     nucleus_probability,
 )
-from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser, unmix_hed
 from patchcl_qupath.storage.records import to_plain, training_log
 from patchcl_qupath.training.calibration import calibrated, logistic_regression
@@ -69,7 +69,7 @@ def test_what_is_found_in_every_view_is_more_probable() -> None:
     image, normaliser, dark = slide()
     model = Model(network=_Threshold().eval(), config=TORCH)
     reported: list[tuple[int, int]] = []
-    crops = TrainingCrops((image, image), (normaliser, normaliser), ("1", "1"))
+    crops = crops_of([image, image], normaliser)
     trained = calibrated(model, crops, lambda *count: reported.append(count))
     assert reported == [(1, 2), (2, 2)]
     assert trained.calibration is not None
@@ -90,7 +90,7 @@ def test_nuclei_of_a_refined_model_are_more_probable_where_views_agree_as_much()
     log = training_log(
         to_plain(selftraining_log()) | {"cdcl": [{"labelled": 1.0}], "refined_from": "0"}
     )
-    crops = TrainingCrops((image, image), (normaliser, normaliser), ("1", "1"))
+    crops = crops_of([image, image], normaliser)
     features = features_of(np.full(3, 0.8), np.full(3, 40.0), np.full(3, 0.9))
     probabilities = []
     for model in (plain, replace(plain, training=log)):
@@ -103,7 +103,7 @@ def test_nuclei_of_a_refined_model_are_more_probable_where_views_agree_as_much()
 def test_few_nuclei_are_no_ground_for_a_calibration() -> None:
     image, normaliser, _ = slide()
     model = Model(network=_Threshold().eval(), config=TORCH)
-    crops = TrainingCrops((image[:90, :90],), (normaliser,), ("1",))
+    crops = crops_of([image[:90, :90]], normaliser)
     assert calibrated(model, crops, lambda *count: None) is model
 
 

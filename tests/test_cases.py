@@ -311,7 +311,7 @@ def test_damage_costs_its_own_tiles(
     nuclei, failed = segmented(model, image)
     assert 1 <= failed <= 4
     assert len(nuclei) > 0.5 * len(complete)
-    assert all(crop.shape == (256, 256, 3) for crop in image.crops(8, 256, seed=1))
+    assert all(crop.shape == (256, 256, 3) for _, crop in image.crops(8, 256, seed=1))
 
 
 def test_a_slide_without_a_readable_pixel_is_refused(

@@ -113,7 +113,8 @@ def forgetful(place: Path, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds
 
 def environment() -> str:
     """What a process is set up with."""
-    return f"{os.environ.get('OMP_WAIT_POLICY')}, level {logs.level_shown()}"
+    names = ("OMP_WAIT_POLICY", "ARROW_DEFAULT_MEMORY_POOL")
+    return f"{', '.join(str(os.environ.get(name)) for name in names)}, level {logs.level_shown()}"
 
 
 class WhenUnpacked:
@@ -214,6 +215,7 @@ def test_processes_are_set_up_before_the_context_is_unpacked(
 ) -> None:
     """Workers of a cluster were started by others, with another environment."""
     monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.delenv("ARROW_DEFAULT_MEMORY_POOL", raising=False)
     logs.show_logs(logging.INFO)
     try:
         with (
@@ -224,7 +226,7 @@ def test_processes_are_set_up_before_the_context_is_unpacked(
     finally:
         logs.hide_logs()
     assert failed == {}
-    assert f"PASSIVE, level {logging.INFO}" in seconds
+    assert f"PASSIVE, system, level {logging.INFO}" in seconds
     assert not any("None" in stage for stage in seconds)
 
 

@@ -308,7 +308,7 @@ def test_a_roi_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.Monk
 def samples(folder: Path, **options: Any) -> Any:
     project = open_project(folder, "files")
     read: dict[str, Corrections] = {}
-    found = labels.read_corrected_samples(
+    images = labels.read_corrected(
         project,
         project.images(),
         Config(),
@@ -316,6 +316,7 @@ def samples(folder: Path, **options: Any) -> Any:
         show_count=lambda *_: None,
         found=read,
     )
+    found = [sample for each in images for sample in labels.training_samples(*each)]
     return found, labels.corrected_images(project.images(), read)
 
 
@@ -353,7 +354,6 @@ def test_refine_reports_what_was_left_out(
     start = Model(network=NucleusNetwork(widths), config=config, training=selftraining_log())
     start.save(folder / "patchcl" / "models", "patchcl")
     monkeypatch.setattr(pipeline, "training_crops", lambda *_: [])
-    monkeypatch.setattr(pipeline.selftrain, "pseudo_labelled", lambda *_: [])
     monkeypatch.setattr(pipeline.cdcl, "refine", lambda *_: start)
     monkeypatch.setattr(pipeline, "calibrated", lambda model, *_: model)
     vessel = feature(disc(250, 250, 100), "Vessel")

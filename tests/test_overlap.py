@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 
-from patchcl_qupath.overlap import Stop, StoppedError, mapped, overlapped
+from patchcl_qupath.overlap import Stop, StoppedError, mapped, meanwhile, overlapped
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -93,3 +93,37 @@ def test_calls_on_all_cores_are_a_map(monkeypatch: pytest.MonkeyPatch, cores: in
         [*mapped(lambda a: 1 / a, [1, 0, 2])]
     with pytest.raises(ValueError, match="zip"):
         [*mapped(pow, [1, 2], [1])]
+
+
+def test_a_call_is_made_meanwhile_and_has_ended_with_the_block() -> None:
+    meet, ended = threading.Barrier(2, timeout=10), []
+
+    def call(item: int) -> None:
+        meet.wait()  # while the block runs, or it breaks
+        time.sleep(0.01)
+        ended.append(item)
+
+    with meanwhile(call, 3):
+        meet.wait()
+    assert ended == [3]
+
+
+def test_a_call_meanwhile_is_waited_for_when_the_block_fails() -> None:
+    ended = []
+
+    def call() -> None:
+        time.sleep(0.05)
+        ended.append(True)
+
+    with pytest.raises(ValueError, match="block"), meanwhile(call):
+        raise ValueError("block")
+    assert ended == [True]
+
+
+def test_errors_of_a_call_meanwhile_come_after_those_of_the_block() -> None:
+    done = []
+    with pytest.raises(ZeroDivisionError), meanwhile(lambda: 1 / 0):
+        done.append("block")
+    assert done == ["block"]
+    with pytest.raises(ValueError, match="block"), meanwhile(lambda: 1 / 0):
+        raise ValueError("block")

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+from slides import crops_of
 
 import patchcl_qupath
 from patchcl_qupath.config import Config, PatchCLConfig
 from patchcl_qupath.errors import ConfigError, TrainingError
 from patchcl_qupath.models.model import confidence
 from patchcl_qupath.models.network import FeatureNetwork
-from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.training import patchcl
 from patchcl_qupath.training.contrast import (
@@ -47,12 +47,6 @@ def tissue(seed, side=160):
 
 def config(**changes):
     return replace(Config(), patchcl=replace(SETTINGS, **changes))
-
-
-def crops_of(images):
-    """Training crops of one slide."""
-    n = len(images)
-    return TrainingCrops(tuple(images), (StainNormaliser.fit(images),) * n, ("1",) * n)
 
 
 def trained(settings, images=None, report=None):

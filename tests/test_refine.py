@@ -17,16 +17,18 @@ from test_selftrain import nuclei_images
 from patchcl_qupath import cli, pipeline
 from patchcl_qupath.config import CDCLConfig, Config
 from patchcl_qupath.correction import labels
-from patchcl_qupath.datatypes import Corrections, ImageEntry
+from patchcl_qupath.datatypes import Box, Corrections, ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
 from patchcl_qupath.evaluation.metrics import aji
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork
 from patchcl_qupath.project import open_project
 from patchcl_qupath.segmentation.instances import instances
-from patchcl_qupath.slides.prepare import prepare
+from patchcl_qupath.slides.prepare import TrainingCrops, prepare
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.training import cdcl, selftrain
+from patchcl_qupath.training.pseudo_labels import PseudoLabels
+from patchcl_qupath.training.selftrain import LabelledCrop
 from patchcl_qupath.training.supervision import TrainingSample, targets
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
@@ -106,7 +108,7 @@ def test_corrections_improve_a_model_beyond_its_pseudo_labels():
     config = replace(
         Config(),
         selftrain=replace(Config().selftrain, steps=120, widths=(8, 12, 16)),
-        cdcl=replace(CONFIG, steps=80, learning_rate=3e-3, pseudo_weight=0.0),
+        cdcl=replace(CONFIG, steps=40, learning_rate=3e-3, pseudo_weight=0.0),
     )
     training_samples = [
         TrainingSample(normaliser.apply(i), targets(t, t == 0))
@@ -115,9 +117,15 @@ def test_corrections_improve_a_model_beyond_its_pseudo_labels():
     trained = selftrain.train_on(training_samples[:4], config.selftrain, 0, lambda *_: None)
     start = Model(network=trained.network, config=config, training=selftraining_log())
     corrected = [TrainingSample(normaliser.apply(images[0]), targets(large[0], large[0] == 0))]
-    steps = []
-    refined = cdcl.refine(start, corrected, training_samples[1:4], lambda *step: steps.append(step))
-    assert steps[-1] == (80, 80)
+    steps, teachers = [], []
+
+    def pseudo_labelled(model):
+        teachers.append(model)
+        return training_samples[1:4]
+
+    refined = cdcl.refine(start, corrected, pseudo_labelled, lambda *step: steps.append(step))
+    assert steps == [(step, 80) for step in range(1, 81)]
+    assert len(refined.training.cdcl) == 80
     assert refined.training.refined_from == start.digest != refined.digest
     assert refined.training.patchcl == start.training.patchcl
     last = refined.training.cdcl[-1]
@@ -129,8 +137,11 @@ def test_corrections_improve_a_model_beyond_its_pseudo_labels():
         predicted = instances(found.nucleus, 0.5, config.segment, 0.5, found.core)
         return aji(predicted, large[5])
 
+    first, second = teachers
+    assert first is start
+    assert start.digest != second.digest != refined.digest
     assert score(refined) > score(start)
-    again = cdcl.refine(start, corrected, training_samples[1:4], lambda *step: None)
+    again = cdcl.refine(start, corrected, pseudo_labelled, lambda *step: None)
     assert again.digest == refined.digest
 
 
@@ -162,6 +173,41 @@ def test_a_roi_labels_all_its_pixels_and_no_others():
     assert other[10, 10, 2] == 1
     assert other[-10, -10, 2] == 0
     assert not other[..., 0].any()
+
+
+def pseudo_labelled_crop(box, discs):
+    """A crop with pseudo-labels: discs (row, col, radius) of the crop, all else is background."""
+    rows, cols = np.mgrid[: box.shape[0], : box.shape[1]]
+    nuclei = np.zeros(box.shape, np.int32)
+    for k, (row, col, radius) in enumerate(discs, start=1):
+        nuclei[(rows - row) ** 2 + (cols - col) ** 2 < radius**2] = k
+    return LabelledCrop(np.zeros((*box.shape, 3), np.float32), PseudoLabels(nuclei, nuclei == 0))
+
+
+def test_in_corrected_rois_the_labels_of_crops_are_those_of_the_person():
+    box = Box(600, 700, 1000, 1100)  # rows 600 to 1000, columns 700 to 1100: the ROI ends at 900
+    blank = np.zeros((*box.shape, 3), np.uint8)
+    crops = TrainingCrops((blank,) * 2, (None,) * 2, ("1", "2"), (box,) * 2)
+    wrong, reaching, right = (100, 100, 20), (350, 200, 25), (100, 300, 20)
+    crop = pseudo_labelled_crop(box, [wrong, reaching, right])
+    corrections = Corrections(
+        (ROI,), (ACROSS, OUTSIDE), ignored=(shapely.box(700, 900, 750, 1000),)
+    )
+    found, other = labels.corrected_crops([crop] * 2, crops, [(prepared(), corrections)])
+    assert other is crop  # of another slide
+    nuclei, background = found.labels.nuclei, found.labels.background
+    assert len(np.unique(nuclei)) == 3  # one drawn, and one pseudo-labelled outside the ROI
+    assert nuclei[200, 200 - 15] == nuclei[200, 200 + 15] > 0  # drawn; on both sides of the border
+    assert nuclei[100, 300] == 3
+    assert (nuclei == nuclei[200, 200]).sum() == pytest.approx(ACROSS.area, rel=0.02)
+    assert nuclei[100, 100] == 0
+    assert background[100, 100]
+    assert background[350, 190]
+    assert not nuclei[350, 210]
+    assert not background[350, 210]  # the rest of a pseudo-labelled nucleus
+    assert background[390, 300]
+    assert not background[350, 20]  # the person left it open
+    assert crop.labels.nuclei[100, 100] == 1  # as it was
 
 
 @pytest.mark.parametrize("roi", [shapely.box(400, 500, 420, 900), shapely.box(-90, 0, -10, 90)])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from slides import crops_of
 from test_network import patchcl_log
 
 from patchcl_qupath.config import Config, SelfTrainConfig
@@ -15,7 +16,6 @@ from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
 from patchcl_qupath.progress import Progress, Stage, hide_progress
 from patchcl_qupath.segmentation.instances import instances
-from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.training import selftrain
 from patchcl_qupath.training.pseudo_labels import (
@@ -243,7 +243,7 @@ def nuclei_images(n):
 def test_a_network_is_trained_on_the_pseudo_labels_of_patchcl():
     images, ground_truths = nuclei_images(5)
     normaliser = StainNormaliser.fit(images)
-    crops = TrainingCrops(tuple(images[:4]), (normaliser,) * 4, ("1",) * 4)
+    crops = crops_of(images[:4], normaliser)
     quick = replace(CONFIG, first_steps=100, steps=150, widths=(8, 12, 16))
     config = replace(BY_TORCH, selftrain=quick)
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
@@ -282,7 +282,7 @@ class Halves(NucleusNetwork):
 def test_a_first_network_that_finds_nothing_teaches_nothing(monkeypatch):
     """The second learns from what the first one did: as if there were no first."""
     images, _ = nuclei_images(2)
-    crops = TrainingCrops(tuple(images), (StainNormaliser.fit(images),) * 2, ("1",) * 2)
+    crops = crops_of(images)
     quick = replace(CONFIG, first_steps=1, steps=2, widths=(2, 2, 2))
     config = replace(BY_TORCH, selftrain=quick)
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
@@ -324,7 +324,7 @@ def test_the_nuclei_of_a_network_and_all_else_as_background_are_its_pseudo_label
     rgb = np.full((80, 80, 3), (225, 180, 205), np.uint8)
     ground_truth = discs((80, 80), [(25, 20, 8), (50, 60, 9)])
     rgb[ground_truth > 0] = (110, 70, 150)
-    crops = TrainingCrops((rgb,), (StainNormaliser.fit([rgb]),), ("1",))
+    crops = crops_of([rgb])
     model = Model(network=Halves(), config=BY_TORCH, threshold=0.65)
     ((stains, labels),) = selftrain.pseudo_labelled(crops, model, lambda *_: None)
     np.testing.assert_array_equal(stains, crops.normalisers[0].apply(rgb))
@@ -464,7 +464,7 @@ def test_crops_are_of_one_slide_by_its_id_and_not_by_its_stains():
     normaliser = StainNormaliser.fit(images)
     teacher = Model(network=Prediction(), config=BY_TORCH)
     done = []
-    crops = TrainingCrops(images, (normaliser,) * 3, ("1", "2", "1"))
+    crops = crops_of(images, normaliser, ("1", "2", "1"))
     labelled = selftrain.pseudo_labelled(crops, teacher, lambda *n: done.append(n))
     assert done == [(2, 3), (3, 3)]
     for crop, image in zip(labelled, images, strict=True):
@@ -476,4 +476,4 @@ def test_no_nucleus_to_train_on_is_an_error():
     normaliser = StainNormaliser.fit(nuclei_images(1)[0])
     teacher = Model(network=Prediction(), config=BY_TORCH, training=patchcl_log())
     with pytest.raises(TrainingError, match="no clear nucleus was found"):
-        selftrain.train(TrainingCrops((blank,), (normaliser,), ("1",)), teacher, hide_progress)
+        selftrain.train(crops_of([blank], normaliser), teacher, hide_progress)

@@ -1,12 +1,14 @@
 """Atomic writes and exclusive locks; errors of failed writes give advice."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import shapely
 
@@ -83,6 +85,17 @@ def same(one, other):
     return one.bin_size == other.bin_size and all(
         np.array_equal(vars(one)[name], vars(other)[name]) for name in vars(one)
     )
+
+
+def test_measurements_are_stored_plain_and_contours_compressed():
+    group = pq.ParquetFile(io.BytesIO(encoded(50))).metadata.row_group(0)
+    columns = [group.column(place) for place in range(group.num_columns)]
+    assert {column.path_in_schema: column.compression for column in columns} == {
+        "id": "ZSTD",
+        "geometry": "ZSTD",
+        "Area µm^2": "UNCOMPRESSED",
+    }
+    assert not any(column.has_dictionary_page for column in columns)
 
 
 def test_uncertainty_grids_survive_parquet(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import ImageError
-from patchcl_qupath.segmentation.tiling import plan
+from patchcl_qupath.segmentation.tiling import largest_first, plan
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import check_brightfield, inside, sample_boxes, tissue_mask
 
@@ -108,6 +109,18 @@ def test_tiles_partition_the_grid(shape: tuple[int, int]) -> None:
     assert (owners == 1).all()
     assert len({tile.name for tile in tiles}) == len(tiles)
     assert [tile.name for tile in tiles] == sorted(tile.name for tile in tiles)
+
+
+def test_large_tiles_come_first_and_none_is_lost() -> None:
+    tissue = np.zeros((64, 96), dtype=bool)  # of 16 px
+    tissue[10:64, 40:90] = True
+    tiles = plan((1020, 1530), tissue, 16, 256, 20)
+    ordered = largest_first(tiles)
+    areas = [math.prod(tile.read.shape) for tile in ordered]
+    assert areas == sorted(areas, reverse=True)
+    assert len({*areas}) > 3
+    assert sorted(tile.name for tile in ordered) == [tile.name for tile in tiles]
+    assert largest_first([]) == []
 
 
 def test_tiles_are_where_the_tissue_is() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +13,7 @@ from bench.cache import code
 from bench.measure import Bench, Measures, progress, run_key, segment, without
 from bench.sets import ImageSet, project_of
 from patchcl_qupath.config import Config
-from patchcl_qupath.correction.labels import training_samples
+from patchcl_qupath.correction.labels import LabelledImage, corrected_crops, training_samples
 from patchcl_qupath.datatypes import Corrections, ImageEntry, Polygons
 from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
 from patchcl_qupath.evaluation.metrics import Kind, Overlaps
@@ -45,10 +44,15 @@ LABELLED: dict[str, tuple[int | Fraction, int | None]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """The labelled images of a draw, by id, each with its labelled ROI, and their samples."""
+    """The labelled images of a draw, each with its labelled ROI, and their samples."""
 
-    corrections: dict[str, Corrections]
+    images: list[LabelledImage]
     samples: list[TrainingSample]
+
+    @property
+    def corrections(self) -> dict[str, Corrections]:
+        """The labelled ROIs, by the ids of their images."""
+        return {image.id: labels for image, labels in self.images}
 
 
 def few_labels(
@@ -74,6 +78,7 @@ def few_labels(
         **code(
             "pipeline.train",
             "slides.prepare.training_crops",
+            "correction.labels.corrected_crops",
             "correction.labels.training_samples",
             "training.cdcl.refine",
             "training.calibration.calibrated",
@@ -107,15 +112,14 @@ def _draw(
     """Draw images at random, and in each a ROI."""
     rng = np.random.default_rng(draw)
     entries = project.images()
-    drawn: dict[str, Corrections] = {}
-    samples: list[TrainingSample] = []
+    drawn: list[LabelledImage] = []
     for i in rng.choice(len(entries), size=count, replace=False):
         image = prepare(entries[i], config)
         nuclei = _true_nuclei(entries[i], images)
         roi = _roi(image, nuclei, side, rng)
-        drawn[entries[i].id] = Corrections(rois=(roi,), nuclei=tuple(nuclei))
-        samples += training_samples(image, drawn[entries[i].id])
-    return Drawn(corrections=drawn, samples=samples)
+        drawn.append((image, Corrections(rois=(roi,), nuclei=tuple(nuclei))))
+    samples = [sample for each in drawn for sample in training_samples(*each)]
+    return Drawn(images=drawn, samples=samples)
 
 
 def _roi(
@@ -136,25 +140,28 @@ def _roi(
 def _models(project: Project, start: Model, drawn: Drawn, draw: int) -> dict[str, Model]:
     """The models that are compared, by KINDS."""
     config = start.config
-    alone = replace(config.selftrain, steps=config.cdcl.steps)
+    alone = replace(config.selftrain, steps=config.cdcl.rounds * config.cdcl.steps)
     training = counter(progress, Stage.TRAINING_NETWORK)
     trained = selftrain.train_on(drawn.samples, alone, draw, training)
     crops = training_crops(project.images(), config, counter(progress, Stage.READING_CROPS))
-    refined = refined_on(start, drawn.samples, crops, draw)
+    refined = refined_on(start, drawn, crops, draw)
     # Its views agree little, so that a calibration would leave out half of its nuclei.
     labelled_alone = replace(start, network=trained.network, calibration=None)
     return dict(zip(KINDS, (start, labelled_alone, refined), strict=True))
 
 
-def refined_on(
-    start: Model, labelled: Sequence[TrainingSample] | None, crops: TrainingCrops, seed: int
-) -> Model:
-    """CDCL as the pipeline does it, with crops as the unlabelled ones, and, without samples, as
-    the labelled ones, too."""
+def refined_on(start: Model, drawn: Drawn, crops: TrainingCrops, seed: int) -> Model:
+    """CDCL as the pipeline does it, with crops as the unlabelled ones, and, where nothing is drawn,
+    as the labelled ones, too."""
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-    unlabelled = [crop.sample for crop in selftrain.pseudo_labelled(crops, start, choosing)]
+
+    def pseudo_labelled(model: Model) -> list[TrainingSample]:
+        found = selftrain.pseudo_labelled(crops, model, choosing)
+        return [crop.sample for crop in corrected_crops(found, crops, drawn.images)]
+
     refining = counter(progress, Stage.REFINING)
-    model = cdcl.refine(start, labelled or unlabelled, unlabelled, refining, seed)
+    labelled = drawn.samples or pseudo_labelled(start)
+    model = cdcl.refine(start, labelled, pseudo_labelled, refining, seed)
     return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
 
 

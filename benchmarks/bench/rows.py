@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import otsu
 from bench.cache import code
-from bench.few_labels import LABELLED, few_labels, refined_on
+from bench.few_labels import LABELLED, Drawn, few_labels, refined_on
 from bench.measure import Bench, Measures, progress, run_key, seeded, without
 from bench.paper import choices, semantic_dice
 from bench.pseudo import pseudo_label_measures
@@ -114,6 +114,6 @@ def _refined_without_labels(bench: Bench, images: ImageSet, start: Model, seed: 
         with project_of(images) as project:
             count = counter(progress, Stage.READING_CROPS)
             crops = training_crops(project.images(), start.config, count)
-        return refined_on(start, None, crops, seed)
+        return refined_on(start, Drawn(images=[], samples=[]), crops, seed)
 
     return bench.cache.model(key, start.config, refine)

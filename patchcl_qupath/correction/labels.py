@@ -1,4 +1,4 @@
-"""Corrected ROIs as training samples: normalised pixels, and the labels of their nuclei."""
+"""Corrected ROIs as labels to train with: as samples, and in place of pseudo-labels."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.project import Project
 from patchcl_qupath.segmentation.tiling import bounds
-from patchcl_qupath.slides.prepare import PreparedImage, on_grid, prepare
+from patchcl_qupath.slides.prepare import PreparedImage, TrainingCrops, on_grid, prepare
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import inside_region
 from patchcl_qupath.storage.geojson import class_name
 from patchcl_qupath.storage.records import Record
+from patchcl_qupath.training.pseudo_labels import PseudoLabels
+from patchcl_qupath.training.selftrain import LabelledCrop
 from patchcl_qupath.training.supervision import TrainingSample, targets
 
 MIN_ROI_UM = 16.0  # a narrower ROI contains no whole nucleus
@@ -68,15 +70,15 @@ class CorrectedImage(Record, frozen=True, kw_only=True, rename={"rois": "fields"
         )
 
 
-def read_corrected_samples(
+def read_corrected(
     project: Project,
     entries: Sequence[ImageEntry],
     config: Config,
     labels_from: str,
     show_count: ShowCount,
     found: dict[str, Corrections] | None = None,
-) -> list[TrainingSample]:
-    """One training sample for each annotation of class ``labels_from`` in a project.
+) -> list[LabelledImage]:
+    """The images with annotations of class ``labels_from`` in a project, and the nuclei in these.
 
     ``found`` takes what was read, by the id of the image. Raises ImageError for labels that cannot
     be trained on, with the problems of all images; TrainingError if there are none; ConfigError for
@@ -114,7 +116,7 @@ def read_corrected_samples(
             f"no ROI of class {labels_from} has a nucleus: correct one with nuclei, too"
         )
     check_agreement(labelled)
-    return [sample for image, labels in labelled for sample in training_samples(image, labels)]
+    return labelled
 
 
 def corrected_images(
@@ -201,8 +203,7 @@ def training_samples(image: PreparedImage, labels: Corrections) -> list[Training
         )
     if image.normaliser is None:
         raise ImageError(f"{slide.name} shows no tissue, but has labelled ROIs: delete them")
-    nuclei = np.array([level0_to_grid(n, slide.downsample) for n in labels.nuclei], dtype=object)
-    ignored = [level0_to_grid(area, slide.downsample) for area in labels.ignored]
+    nuclei, ignored = _on_grid(labels.nuclei, slide), _on_grid(labels.ignored, slide)
     samples = []
     for roi in labels.rois:
         roi = on_grid(roi, slide)
@@ -216,6 +217,47 @@ def training_samples(image: PreparedImage, labels: Corrections) -> list[Training
         target = targets(painted, labelled & (painted == 0))
         samples.append(TrainingSample(stains, target))
     return samples
+
+
+def corrected_crops(
+    labelled: Sequence[LabelledCrop], crops: TrainingCrops, images: Sequence[LabelledImage]
+) -> list[LabelledCrop]:
+    """Pseudo-labelled crops, in corrected ROIs with what a person drew in place of pseudo-labels.
+
+    A pseudo-labelled nucleus that reaches into a ROI is left out: the rest of it is unlabelled. One
+    that a person drew, and that reaches out of the ROI, is labelled as a whole.
+    """
+    corrections = {image.id: (image, labels) for image, labels in images}
+    corrected = []
+    for crop, id_, box in zip(labelled, crops.slides, crops.boxes, strict=True):
+        if id_ in corrections:
+            crop = crop._replace(labels=_corrected(crop.labels, *corrections[id_], box))
+        corrected.append(crop)
+    return corrected
+
+
+def _corrected(
+    pseudo: PseudoLabels, image: PreparedImage, labels: Corrections, box: Box
+) -> PseudoLabels:
+    """Pseudo-labels of a box of the working grid with what a person drew in ROIs there."""
+    slide = image.slide
+    rois = on_grid(shapely.union_all(labels.rois), slide)
+    contours = _on_grid(labels.nuclei, slide)
+    drawn = _painted(contours[shapely.intersects(contours, rois)], box)
+    unknown = np.zeros(box.shape, np.bool_)
+    for area in _on_grid(labels.ignored, slide):
+        unknown |= _pixels(area, box)
+    inside = _pixels(rois, box) | (drawn > 0)
+    reaching = np.unique(pseudo.nuclei[inside])
+    nuclei = np.where(np.isin(pseudo.nuclei, reaching), 0, pseudo.nuclei)
+    nuclei = np.where(drawn > 0, drawn + nuclei.max(initial=0), nuclei)
+    background = np.where(inside, (drawn == 0) & ~unknown, pseudo.background)
+    return pseudo._replace(nuclei=nuclei, background=background)
+
+
+def _on_grid(areas: Sequence[shapely.Geometry], slide: Slide) -> Polygons:
+    """Areas (N,) from level 0 to the working grid."""
+    return np.array([level0_to_grid(area, slide.downsample) for area in areas], dtype=object)
 
 
 def _bounding_box(roi: shapely.Geometry, slide: Slide) -> Box:

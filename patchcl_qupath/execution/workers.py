@@ -188,7 +188,8 @@ def scheduler_gone() -> ImageError:
 
 
 def set_environment() -> None:
-    """Set up a process: variables that torch reads when it is imported, and Python's collector.
+    """Set up a process: variables that torch and Arrow read as they are imported, and Python's
+    collector.
 
     Variables that are set already stay.
     The command calls it first of all, and each process that segments tiles before it unpacks any.
@@ -196,6 +197,8 @@ def set_environment() -> None:
     # Threads of torch that wait by spinning starve whatever else the machine does, and themselves:
     # a training beside one busy process took three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Arrow then uses memory that tiles have left, and takes no other for itself.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     # Looking for unused cycles among the 400,000 objects of libraries, each time that some ten
     # thousand are new, took a twentieth of a run.
     gc.set_threshold(_NEW_OBJECTS)

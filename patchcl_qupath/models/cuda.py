@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 _AT_ONCE = 2  # threads: one computes, one copies
-_WINDOW = (640, 1216)  # rows and columns, for a band of a tile of the default size, with its halo
+_WINDOW = (448, 1728)  # rows and columns: four make a tile of the default size, with its halo
 # Largest error of a probability that rounding explains. What is above is a fault, or an overflow.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
 _PROBE_PX = 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config, NetworkInput, from_dict, to_dict
+from patchcl_qupath.datatypes import Box
 from patchcl_qupath.errors import ModelError
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
@@ -32,7 +33,7 @@ from patchcl_qupath.storage.records import (
 
 _FORMAT = "patchcl-qupath model 2"
 _PROBABILITIES = (0.5, 0.999)  # of what is nucleus; nearer to 1, log-odds mean nothing
-_BAND_PX = 3 * 2**19  # of an image, about, that a network is run on at once: a tile of 1,250 px
+_BAND_PX = 3 * 2**19  # of an image that a network is run on at once: half a tile, with its halo
 
 # How a network of a model file is made, by its name there.
 _NETWORKS: dict[str, Callable[[Config], SegmentationNetwork]] = {
@@ -220,35 +221,42 @@ def confidence(
     Values are multiples of 1/255: how a convolution sums depends on the size of the tile, and two
     tiles would differ in the last bits of a pixel, which a threshold may turn into another nucleus.
     """
-    height, width = rgb.shape[:2]
-    divisor = model.divisor
-    rgb = np.pad(rgb, ((0, -height % divisor), (0, -width % divisor), (0, 0)), mode="edge")
     run = engines.of(engine, model.network, model.digest)
-    pixels = normaliser.network_input(rgb, model.input)
-    maps = _in_bands(run, pixels, model.receptive_radius_px, divisor)  # (C, H', W')
-    maps = maps[:, :height, :width]
-    maps = np.asarray(np.rint(maps * 255) / 255, np.float32)
-    nucleus, core = maps[model.channel], model.network.core_channel
-    return Confidence(
-        nucleus=1 - nucleus if model.inverted else nucleus,
-        core=None if core is None else maps[core],
-    )
+    shape = rgb.shape[:2]
+    whole = Box(0, 0, *shape)
+    channels = [model.channel, model.network.core_channel]
+    found = [None if channel is None else np.empty(shape, np.float32) for channel in channels]
+    for box in _bands(shape, model.divisor):
+        read = box.grow(model.receptive_radius_px, shape).aligned(model.divisor, shape)
+        maps = run(_network_input(model, rgb[read.within(whole)], normaliser))
+        maps = maps[:, *box.within(read)]
+        for channel, values in zip(channels, found, strict=True):
+            if values is not None:
+                values[box.within(whole)] = np.rint(maps[channel] * 255) / 255
+    nucleus, core = found
+    assert nucleus is not None
+    if model.inverted:
+        np.subtract(1, nucleus, out=nucleus)
+    return Confidence(nucleus=nucleus, core=core)
 
 
-def _in_bands(
-    run: engines.Engine, pixels: NDArray[np.float32], receptive_radius_px: int, divisor: int
+def _network_input(
+    model: Model, rgb: NDArray[np.uint8], normaliser: StainNormaliser
 ) -> NDArray[np.float32]:
-    """The maps (C, H, W) of network input (H, W, 3), band by band, each with a halo.
+    """What a network sees of pixels (H, W, 3), as many as it must be given."""
+    rows, cols = (-side % model.divisor for side in rgb.shape[:2])
+    if rows or cols:
+        rgb = np.pad(rgb, ((0, rows), (0, cols), (0, 0)), mode="edge")
+    return normaliser.network_input(rgb, model.input)
 
-    Same values, in a fraction of the memory: a network needs some 200 bytes for each pixel.
+
+def _bands(shape: tuple[int, int], divisor: int) -> Iterator[Box]:
+    """An image of ``shape`` in bands of rows, which begin at multiples of ``divisor``.
+
+    Same values, in a fraction of the memory: a network needs some 150 bytes for each pixel.
     """
-    height, width = pixels.shape[:2]
-    bands = -(-height * width // _BAND_PX)
-    step = divisor * -(-height // (divisor * max(1, bands)))
-    halo = divisor * -(-receptive_radius_px // divisor)
-    parts = []
+    height, width = shape
+    bands = max(1, -(-height * width // _BAND_PX))
+    step = divisor * -(-height // (divisor * bands))
     for row in range(0, height, step):
-        first = max(0, row - halo)
-        part = run(pixels[first : row + step + halo])
-        parts.append(part[:, row - first : row - first + step])
-    return np.concatenate(parts, axis=1)
+        yield Box(row, 0, min(height, row + step), width)

@@ -145,16 +145,28 @@ def _elevation(
 ) -> NDArray[np.float32]:
     """The elevation map (H, W): the depth inside the mask, in µm, raised in cores; smoothed."""
     depth = _distance(mask, config.max_depth_um / mpp)
-    depth *= mpp
-    np.minimum(depth, config.max_depth_um, out=depth)
-    if core is not None:
-        depth += config.core_um * core
+    _raise(depth, mpp, config.max_depth_um, core, np.float32(config.core_um))
     sigma = config.smooth_um / mpp
     if sigma == 0:
         return depth.astype(np.float32)
     x = np.arange(int(4 * sigma + 0.5) + 1)
     taps = np.exp(-0.5 * (x / sigma) ** 2)
     return _smooth(depth, mask, taps / (2 * taps.sum() - taps[0]))
+
+
+@compiled
+def _raise(
+    depth: NDArray[np.float64],
+    mpp: float,
+    most_um: float,
+    core: NDArray[np.float32] | None,
+    core_um: np.float32,
+) -> None:
+    """Make an elevation (H, W) in µm of a depth in px: at most ``most_um``, and raised in cores."""
+    for row in range(depth.shape[0]):
+        for col in range(depth.shape[1]):
+            height = min(depth[row, col] * mpp, most_um)
+            depth[row, col] = height if core is None else height + core_um * core[row, col]
 
 
 @compiled

@@ -14,7 +14,7 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
-from patchcl_qupath.datatypes import ImageEntry, StainVectors, level0_to_grid
+from patchcl_qupath.datatypes import Box, ImageEntry, StainVectors, level0_to_grid
 from patchcl_qupath.errors import DamagedError, ImageError, TrainingError
 from patchcl_qupath.overlap import Stop, overlapped
 from patchcl_qupath.progress import ShowCount
@@ -74,10 +74,11 @@ class PreparedImage:
         area_px = rows * cols if part is None else part.area
         return float(area_px * self.slide.mpp**2 / 1e6)
 
-    def crops(self, n: int, side_px: int, seed: int) -> Iterator[NDArray[np.uint8]]:
+    def crops(self, n: int, side_px: int, seed: int) -> Iterator[tuple[Box, NDArray[np.uint8]]]:
         """``n`` random tissue crops (side_px, side_px, 3), smaller where the image is.
 
-        Those with damaged pixels are left out. Raises SlideError if there are no others.
+        Each comes with its box of the working grid. Those with damaged pixels are left out. Raises
+        SlideError if there are no others.
         """
         rng, shape = np.random.default_rng(seed), self.slide.shape
         damaged, count = None, 0
@@ -88,7 +89,7 @@ class PreparedImage:
                 damaged = error
                 continue
             count += 1
-            yield crop
+            yield box, crop
         if damaged is not None and not count:
             raise damaged
 
@@ -134,7 +135,7 @@ def prepare(entry: ImageEntry, config: Config) -> PreparedImage:
     )
     if not tissue.any():
         return image
-    crops = [*image.crops(_NORMALISER_CROPS, _NORMALISER_CROP_PX, seed=0)]
+    crops = [crop for _, crop in image.crops(_NORMALISER_CROPS, _NORMALISER_CROP_PX, seed=0)]
     return replace(image, normaliser=StainNormaliser.fit(crops), is_green=_are_green(crops))
 
 
@@ -166,15 +167,17 @@ def on_grid(geometry: shapely.Geometry, slide: Slide) -> shapely.Geometry:
 
 @dataclass(frozen=True)
 class TrainingCrops:
-    """Random tissue crops of several slides; the three tuples have one item for each crop.
+    """Random tissue crops of several slides; the tuples have one item for each crop.
 
     ``images`` are RGB (H, W, 3); ``normalisers`` those of each crop's slide; ``slides`` the ids of
-    these in the project: equal for crops of one slide, and for these alone.
+    these in the project: equal for crops of one slide, and for these alone; ``boxes`` those of the
+    crops on the working grids of their slides.
     """
 
     images: tuple[NDArray[np.uint8], ...]
     normalisers: tuple[StainNormaliser, ...]
     slides: tuple[str, ...]
+    boxes: tuple[Box, ...]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -185,13 +188,14 @@ class TrainingCrops:
             tuple(self.images[i] for i in indices),
             tuple(self.normalisers[i] for i in indices),
             tuple(self.slides[i] for i in indices),
+            tuple(self.boxes[i] for i in indices),
         )
 
 
 def _crops_of(
     entry: ImageEntry, config: Config, count: int
-) -> tuple[str, StainNormaliser, list[NDArray[np.uint8]]]:
-    """The id of an image, its normaliser, and tissue crops. Raises ImageError."""
+) -> tuple[str, StainNormaliser, list[tuple[Box, NDArray[np.uint8]]]]:
+    """The id of an image, its normaliser, and tissue crops with their boxes. Raises ImageError."""
     image, settings = prepare(entry, config), config.patchcl
     if image.normaliser is None:
         raise ImageError(f"{entry.name} shows no tissue")
@@ -215,6 +219,7 @@ def training_crops(
     images: list[NDArray[np.uint8]] = []
     normalisers: list[StainNormaliser] = []
     slides: list[str] = []
+    boxes: list[Box] = []
     problems: list[str] = []
     used = 0
     order = np.random.default_rng(settings.seed).permutation(len(entries))
@@ -229,7 +234,8 @@ def training_crops(
             problems.append(str(error))
             continue
         used += 1
-        images += new
+        boxes += [box for box, _ in new]
+        images += [crop for _, crop in new]
         normalisers += [normaliser] * len(new)
         slides += [image] * len(new)
         show_count(used, wanted)
@@ -238,4 +244,4 @@ def training_crops(
     show_count(used, used)
     if not images:
         raise TrainingError("no image to train on: " + "; ".join(problems[:5]))
-    return TrainingCrops(tuple(images), tuple(normalisers), tuple(slides))
+    return TrainingCrops(tuple(images), tuple(normalisers), tuple(slides), tuple(boxes))

@@ -49,11 +49,9 @@ def to_table(nuclei: Nuclei) -> pa.Table:
 def encoding(names: Collection[str]) -> dict[str, Any]:
     """How to write nuclei as parquet, a table with these columns: options of pyarrow.
 
-    With cells there are twice as many measurements. Dictionaries of their values, nearly all of
-    which differ, and compressing them take half of the time and save nothing.
+    Dictionaries of values nearly all of which differ, and compressing measurements, take half of
+    the time and save nothing.
     """
-    if CELL not in names:
-        return {"compression": "zstd"}
     packed = {"id", NUCLEUS, CELL, CLASSIFICATION}
     return {
         "compression": {name: "zstd" if name in packed else "none" for name in names},

@@ -8,15 +8,17 @@ average of its weights, predicts with confidence on a less augmented view (consi
 predictions become certain (entropy minimisation), and features of patches of nuclei alike, and
 unlike those of background, from whichever image (cross-patch dense contrast). Beyond the paper:
 student and teacher begin as the label-free model, and its pseudo-labels stay in the loss on
-unlabelled crops, or the student would forget whatever one labelled ROI does not show.
+unlabelled crops, or the student would forget whatever one labelled ROI does not show. There are two
+rounds: what the model of the first one finds are the pseudo-labels of the second.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -54,16 +56,46 @@ class Batch(NamedTuple):
 def refine(
     start: Model,
     labelled: Sequence[TrainingSample],
-    unlabelled: Sequence[TrainingSample],
+    pseudo_labelled: Callable[[Model], Sequence[TrainingSample]],
     report: ShowCount,
     seed: int = 0,
 ) -> Model:
-    """Refine a model with samples of labelled ROIs, and with pseudo-labelled samples.
+    """Refine a model with samples of labelled ROIs, and with those that a model pseudo-labels.
 
     Equal samples, seeds and numbers of threads give equal weights on one machine.
     """
-    assert start.network.feature_channels is not None, "this network cannot be refined"
     assert isinstance(start.training, SelfTrainingLog), "CDCL begins with self-training"
+    settings = start.config.cdcl
+    model, log = start, list[dict[str, float]]()
+    for turn in range(settings.rounds):
+        show = partial(_show_all, report=report, turn=turn, rounds=settings.rounds)
+        network, losses = _round(model, labelled, pseudo_labelled(model), show, (seed, turn))
+        model = replace(start, network=network, calibration=None)
+        log += losses
+    return replace(
+        model,
+        training=CDCLLog(
+            **{name: getattr(start.training, name) for name in SelfTrainingLog.__struct_fields__},
+            cdcl=log,
+            refined_from=start.digest,
+        ),
+    )
+
+
+def _show_all(step: int, of: int, *, report: ShowCount, turn: int, rounds: int) -> None:
+    """Report a step of one round as one of all rounds."""
+    report(turn * of + step, rounds * of)
+
+
+def _round(
+    start: Model,
+    labelled: Sequence[TrainingSample],
+    unlabelled: Sequence[TrainingSample],
+    report: ShowCount,
+    seed: tuple[int, int],
+) -> tuple[SegmentationNetwork, list[dict[str, float]]]:
+    """The network of the teacher after one round, and the losses of each step by name."""
+    assert start.network.feature_channels is not None, "this network cannot be refined"
     settings = start.config.cdcl
     rng = np.random.default_rng(seed)
     student = deepcopy(start.network).to(device()).train()
@@ -72,7 +104,7 @@ def refine(
     teacher = average.module.eval()
     assert isinstance(teacher, SegmentationNetwork)
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
-        torch.manual_seed(seed)
+        torch.manual_seed(int(rng.integers(2**31)))
         projection = nn.Conv2d(start.network.feature_channels, settings.dimensions, 1)
         projection.to(device())
     optimizer = torch.optim.AdamW(
@@ -101,16 +133,7 @@ def refine(
         average.update_parameters(student)
         log.append({name: round(loss.item(), 4) for name, loss in losses.items()})
         report(step + 1, settings.steps)
-    return Model(
-        network=teacher.cpu().eval(),
-        config=start.config,
-        threshold=start.threshold,
-        training=CDCLLog(
-            **{name: getattr(start.training, name) for name in SelfTrainingLog.__struct_fields__},
-            cdcl=log,
-            refined_from=start.digest,
-        ),
-    )
+    return teacher.cpu().eval(), log
 
 
 def consistency_weight(step: int, settings: CDCLConfig) -> float:
