@@ -62,7 +62,7 @@ class Times:
             tiles=tiles,
             tile=(sum(worker.values()) - stored) / tiles,
             store=stored / tiles,
-            finish=main["write"] + main["pictures"],
+            finish=main["write"],  # pictures are drawn meanwhile
             lock=lock,
         )
 

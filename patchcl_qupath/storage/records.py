@@ -329,7 +329,8 @@ class ImageOutcome(
     """The outcome of one image in a run: ``problem`` is None unless it failed.
 
     With ``failed_tiles``, the nuclei of all other tiles are written. ``seconds`` are wall time;
-    ``main_seconds`` those of the run itself by stage, ``worker_seconds`` the sums over workers.
+    ``main_seconds`` those of the run itself by stage (pictures are drawn while nuclei are written),
+    ``worker_seconds`` the sums over workers.
     ``network_px`` is the number of working pixels that the network processed. ``imported`` is what
     became of the nuclei in QuPath, unset where they wait to be imported. ``corrections`` are those
     of a person that a refined model makes by itself, unset for other models. ``positivity`` and
