@@ -44,11 +44,11 @@ class Times:
     it does one thing at a time.
     """
 
-    prepare: float = 1.6
-    tiles: int = 400
-    tile: float = 0.32
+    prepare: float = 1.5
+    tiles: int = 196
+    tile: float = 0.5
     store: float = 0.004
-    finish: float = 7.3
+    finish: float = 5.3
     lock: float = 0.5
 
     @classmethod
