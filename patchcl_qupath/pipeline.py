@@ -20,7 +20,11 @@ import shapely
 from patchcl_qupath.answers.answer import Answer, answer, check
 from patchcl_qupath.config import TMA_CORES, Config, Recipe
 from patchcl_qupath.correction import changes
-from patchcl_qupath.correction.labels import corrected_crops, read_corrected, training_samples
+from patchcl_qupath.correction.labels import (
+    pseudo_labelled_samples,
+    read_corrected,
+    training_samples,
+)
 from patchcl_qupath.datatypes import Corrections, ImageEntry, Tile
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.execution.map_tiles import map_tiles
@@ -65,7 +69,6 @@ from patchcl_qupath.storage.records import (
 from patchcl_qupath.timing import Seconds, add_seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
 from patchcl_qupath.training.calibration import calibrated
-from patchcl_qupath.training.supervision import TrainingSample
 
 logger = logging.getLogger(__name__)
 
@@ -116,13 +119,9 @@ def refine(
     labelled = [sample for each in corrected for sample in training_samples(*each)]
     crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-
-    def pseudo_labelled(model: Model) -> list[TrainingSample]:
-        found = selftrain.pseudo_labelled(crops, model, choosing)
-        return [crop.sample for crop in corrected_crops(found, crops, corrected)]
-
+    label = partial(pseudo_labelled_samples, crops=crops, images=corrected, report=choosing)
     refining = counter(progress, Stage.REFINING)
-    model = cdcl.refine(start, labelled, pseudo_labelled, refining, seed)
+    model = cdcl.refine(start, labelled, label, refining, seed)
     return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
 
 

@@ -58,5 +58,17 @@ def counter(show: ShowProgress, stage: Stage, image: str | None = None) -> ShowC
     return show_count
 
 
+def part_of(show_count: ShowCount, before: int, total: int) -> ShowCount:
+    """A function that shows the steps of one part of a stage as some of ``total``.
+
+    ``before`` are the steps of other parts that are done.
+    """
+
+    def show_part(done: int, of: int) -> None:
+        show_count(before + done, total)
+
+    return show_part
+
+
 def hide_progress(progress: Progress) -> None:
     """Shows nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,11 @@ from bench.cache import code
 from bench.measure import Bench, Measures, progress, run_key, segment, without
 from bench.sets import ImageSet, project_of
 from patchcl_qupath.config import Config
-from patchcl_qupath.correction.labels import LabelledImage, corrected_crops, training_samples
+from patchcl_qupath.correction.labels import (
+    LabelledImage,
+    pseudo_labelled_samples,
+    training_samples,
+)
 from patchcl_qupath.datatypes import Corrections, ImageEntry, Polygons
 from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
 from patchcl_qupath.evaluation.metrics import Kind, Overlaps
@@ -78,12 +83,11 @@ def few_labels(
         **code(
             "pipeline.train",
             "slides.prepare.training_crops",
-            "correction.labels.corrected_crops",
+            "correction.labels.pseudo_labelled_samples",
             "correction.labels.training_samples",
             "training.cdcl.refine",
             "training.calibration.calibrated",
             "training.selftrain.train_on",
-            "training.selftrain.pseudo_labelled",
             script=Path(__file__),
         ),
     }
@@ -154,14 +158,9 @@ def refined_on(start: Model, drawn: Drawn, crops: TrainingCrops, seed: int) -> M
     """CDCL as the pipeline does it, with crops as the unlabelled ones, and, where nothing is drawn,
     as the labelled ones, too."""
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-
-    def pseudo_labelled(model: Model) -> list[TrainingSample]:
-        found = selftrain.pseudo_labelled(crops, model, choosing)
-        return [crop.sample for crop in corrected_crops(found, crops, drawn.images)]
-
+    label = partial(pseudo_labelled_samples, crops=crops, images=drawn.images, report=choosing)
     refining = counter(progress, Stage.REFINING)
-    labelled = drawn.samples or pseudo_labelled(start)
-    model = cdcl.refine(start, labelled, pseudo_labelled, refining, seed)
+    model = cdcl.refine(start, drawn.samples or label(start), label, refining, seed)
     return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import shapely
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, Config
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Polygons, level0_to_grid
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
+from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.project import Project
 from patchcl_qupath.segmentation.tiling import bounds
@@ -22,7 +24,7 @@ from patchcl_qupath.slides.tissue import inside_region
 from patchcl_qupath.storage.geojson import class_name
 from patchcl_qupath.storage.records import Record
 from patchcl_qupath.training.pseudo_labels import PseudoLabels
-from patchcl_qupath.training.selftrain import LabelledCrop
+from patchcl_qupath.training.selftrain import LabelledCrop, pseudo_labelled
 from patchcl_qupath.training.supervision import TrainingSample, targets
 
 MIN_ROI_UM = 16.0  # a narrower ROI contains no whole nucleus
@@ -227,27 +229,47 @@ def corrected_crops(
     A pseudo-labelled nucleus that reaches into a ROI is left out: the rest of it is unlabelled. One
     that a person drew, and that reaches out of the ROI, is labelled as a whole.
     """
-    corrections = {image.id: (image, labels) for image, labels in images}
+    drawn = {image.id: _Drawn.of(image, labels) for image, labels in images}
     corrected = []
     for crop, id_, box in zip(labelled, crops.slides, crops.boxes, strict=True):
-        if id_ in corrections:
-            crop = crop._replace(labels=_corrected(crop.labels, *corrections[id_], box))
+        if id_ in drawn:
+            crop = crop._replace(labels=_corrected(crop.labels, drawn[id_], box))
         corrected.append(crop)
     return corrected
 
 
-def _corrected(
-    pseudo: PseudoLabels, image: PreparedImage, labels: Corrections, box: Box
-) -> PseudoLabels:
+def pseudo_labelled_samples(
+    model: Model, crops: TrainingCrops, images: Sequence[LabelledImage], report: ShowCount
+) -> list[TrainingSample]:
+    """The crops as samples with a model's pseudo-labels; in corrected ROIs with those of people."""
+    found = pseudo_labelled(crops, model, report)
+    return [crop.sample for crop in corrected_crops(found, crops, images)]
+
+
+class _Drawn(NamedTuple):
+    """What a person drew on an image, on the working grid; nuclei (N,) are those in the ROIs."""
+
+    rois: shapely.Geometry
+    nuclei: Polygons
+    ignored: Polygons
+
+    @classmethod
+    def of(cls, image: PreparedImage, labels: Corrections) -> _Drawn:
+        """That of an image, at level 0."""
+        rois = on_grid(shapely.union_all(labels.rois), image.slide)
+        nuclei = _on_grid(labels.nuclei, image.slide)
+        inside = nuclei[shapely.intersects(nuclei, rois)]
+        return cls(rois, inside, _on_grid(labels.ignored, image.slide))
+
+
+def _corrected(pseudo: PseudoLabels, person: _Drawn, box: Box) -> PseudoLabels:
     """Pseudo-labels of a box of the working grid with what a person drew in ROIs there."""
-    slide = image.slide
-    rois = on_grid(shapely.union_all(labels.rois), slide)
-    contours = _on_grid(labels.nuclei, slide)
-    drawn = _painted(contours[shapely.intersects(contours, rois)], box)
+    here = shapely.box(box.col0, box.row0, box.col1, box.row1)
+    drawn = _painted(person.nuclei[shapely.intersects(person.nuclei, here)], box)
     unknown = np.zeros(box.shape, np.bool_)
-    for area in _on_grid(labels.ignored, slide):
+    for area in person.ignored:
         unknown |= _pixels(area, box)
-    inside = _pixels(rois, box) | (drawn > 0)
+    inside = _pixels(person.rois, box) | (drawn > 0)
     reaching = np.unique(pseudo.nuclei[inside])
     nuclei = np.where(np.isin(pseudo.nuclei, reaching), 0, pseudo.nuclei)
     nuclei = np.where(drawn > 0, drawn + nuclei.max(initial=0), nuclei)

@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from patchcl_qupath.config import CDCLConfig
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import SegmentationNetwork, device
-from patchcl_qupath.progress import ShowCount
+from patchcl_qupath.progress import ShowCount, part_of
 from patchcl_qupath.storage.records import CDCLLog, SelfTrainingLog
 from patchcl_qupath.training.supervision import (
     TrainingSample,
@@ -68,7 +68,7 @@ def refine(
     settings = start.config.cdcl
     model, log = start, list[dict[str, float]]()
     for turn in range(settings.rounds):
-        show = partial(_show_all, report=report, turn=turn, rounds=settings.rounds)
+        show = part_of(report, turn * settings.steps, settings.rounds * settings.steps)
         network, losses = _round(model, labelled, pseudo_labelled(model), show, (seed, turn))
         model = replace(start, network=network, calibration=None)
         log += losses
@@ -80,11 +80,6 @@ def refine(
             refined_from=start.digest,
         ),
     )
-
-
-def _show_all(step: int, of: int, *, report: ShowCount, turn: int, rounds: int) -> None:
-    """Report a step of one round as one of all rounds."""
-    report(turn * of + step, rounds * of)
 
 
 def _round(

@@ -33,7 +33,7 @@ from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import NucleusNetwork, device, to_channels_last
 from patchcl_qupath.overlap import Stop, mapped, overlapped
-from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter
+from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter, part_of
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.measurements import means
 from patchcl_qupath.slides.prepare import TrainingCrops
@@ -93,7 +93,7 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
         if not labelled:
             raise TrainingError("no clear nucleus was found: add images of cellular tissue")
         samples = training_samples(labelled, settings.touching, config.patchcl.seed)
-        show = partial(_show_all, report=training, done=done, total=total)
+        show = part_of(training, done, total)
         rounds.append(train_on(samples, replace(settings, steps=steps), config.patchcl.seed, show))
         teacher = Model(network=rounds[-1].network, config=config)
         done += steps
@@ -110,11 +110,6 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
             seconds_for_batches=round(sum(trained.seconds_for_batches for trained in rounds), 1),
         ),
     )
-
-
-def _show_all(step: int, of: int, *, report: ShowCount, done: int, total: int) -> None:
-    """Report a step of one round as one of all rounds."""
-    report(done + step, total)
 
 
 def train_on(
