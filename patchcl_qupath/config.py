@@ -541,17 +541,20 @@ class SegmentConfig(Settings):
         float,
         fraction("Minimum probability of a nucleus, `Detection probability`, by calibrated models"),
     ] = 0.35
-    pale_hematoxylin: Annotated[
-        float,
-        setting(
-            "Mean optical density of hematoxylin below which a nucleus that has more eosin is pale",
-            ge=0,
-        ),
-    ] = 0.25
     min_probability_of_pale: Annotated[
         float,
-        fraction("Minimum probability of a pale nucleus: gaps and fibres of collagen have less"),
-    ] = 0.5
+        fraction(
+            "Minimum probability of what is a little paler and redder than the surest nuclei of "
+            "its image; fibres and gaps have less"
+        ),
+    ] = 0.45
+    min_probability_of_palest: Annotated[
+        float,
+        fraction(
+            "The same of what absorbs half as much red light as the palest of these, or has two "
+            "thirds of their share of red in all light that is absorbed"
+        ),
+    ] = 0.9
     max_hole_um2: Annotated[
         float, setting("Holes in a nucleus below this area are filled", "µm²", ge=0)
     ] = 40.0

@@ -54,6 +54,7 @@ from patchcl_qupath.segmentation.segment_tile import (
 )
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.segmentation.tiling import largest_first, plan
+from patchcl_qupath.segmentation.unlikely import without_unlikely
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.parquet import write_uncertainty_grid
@@ -269,10 +270,13 @@ class Run:
             ),
         )
         left_out = set(store.missing(tiles))
+        finished = tuple(tile for tile in tiles if tile not in left_out)
+        if self.model.calibration is not None:
+            store = without_unlikely(store, finished, self.config.segment)
         segmented = SegmentedImage(
             image=image,
             store=store,
-            tiles=tuple(tile for tile in tiles if tile not in left_out),
+            tiles=finished,
             failed_tiles=tile_progress.in_order(),
             resumed=len(tiles) - len(missing),
             network_px=sum(math.prod(tile.read.shape) for tile in missing),

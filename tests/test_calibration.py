@@ -137,15 +137,13 @@ def test_without_calibration_the_probability_is_the_mean_of_the_pixels() -> None
     assert nucleus_probability(model, labels, found, 0.5) == pytest.approx([0.7])
 
 
-def test_pale_nuclei_must_be_more_probable_than_others() -> None:
+def test_nuclei_must_be_probable_if_the_model_is_calibrated() -> None:
     plain = Model(network=NucleusNetwork((2, 2, 2)).eval(), config=Config())
     model = replace(plain, calibration=Calibration(0.5, 1.0, -1.0, 2.0))
-    config = SegmentConfig(min_probability=0.3, min_probability_of_pale=0.7)
-    probability = np.array([0.2, 0.3, 0.6, 0.6, 0.7])
-    is_pale = np.array([False, False, False, True, True])
-    kept = is_probable(model, probability, is_pale, config)
-    assert kept.tolist() == [False, True, True, False, True]
-    assert is_probable(plain, probability, is_pale, config).all()
+    config = SegmentConfig(min_probability=0.3)
+    probability = np.array([0.2, 0.3, 0.6])
+    assert is_probable(model, probability, config).tolist() == [False, True, True]
+    assert is_probable(plain, probability, config).all()
 
 
 def test_model_keeps_its_calibration(tmp_path: Path) -> None:

@@ -348,17 +348,17 @@ def test_ink_is_no_nucleus_but_brown_and_violet_are():
     assert enough_stain(labels, rgb, config) == [True] * 2 + [False] * 3 + [True]
 
 
-def test_what_has_less_hematoxylin_than_eosin_and_little_of_it_is_pale():
+def test_densities_of_nuclei_are_those_of_light_and_of_hematoxylin():
     amounts = [(0.15, 0.3), (0.15, 0.05), (0.4, 0.6)]  # of hematoxylin and eosin
     labels = disc_labels((60, 120), [(30, 20), (30, 60), (30, 100)], 6)
     rgb = np.full((60, 120, 3), 200, dtype=np.uint8)
-    for label, amount in enumerate(amounts, start=1):
-        density = np.array(amount) @ np.array(H_E.vectors)
+    of_light = np.array(amounts) @ np.array(H_E.vectors)
+    for label, density in enumerate(of_light, start=1):
         rgb[labels == label] = np.round(255 * 10**-density)
-    config = SegmentConfig(pale_hematoxylin=0.2)
-    stain = NuclearStain.of(labels, rgb, mpp=0.5, config=config)
-    assert np.allclose([*zip(stain.hematoxylin, stain.eosin, strict=True)], amounts, atol=0.01)
-    assert stain.is_pale(config).tolist() == [True, False, False]
+    stain = NuclearStain.of(labels, rgb, mpp=0.5, config=SegmentConfig())
+    assert np.allclose(stain.hematoxylin, [0.15, 0.15, 0.4], atol=0.01)
+    assert np.allclose(stain.red, of_light[:, 0], atol=0.005)
+    assert np.allclose(stain.all_colours, of_light.sum(axis=1), atol=0.01)
 
 
 def test_glass_around_nuclei_is_that_of_squares_mirrored_at_the_border():

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import (
+    BIN_COL,
+    BIN_ROW,
     Nuclei,
     Polygons,
     Tile,
@@ -36,6 +38,7 @@ from patchcl_qupath.storage.files import (
 from patchcl_qupath.storage.parquet import (
     CELL,
     NUCLEUS,
+    Table,
     encoding,
     from_table,
     grid_columns,
@@ -51,9 +54,13 @@ _GRID = "survey"  # of a file's header
 
 @dataclass(frozen=True)
 class TileStore:
-    """The finished tiles of one image in one run: a folder of parquet files and its plan."""
+    """The finished tiles of one image in one run: a folder of parquet files and its plan.
+
+    ``kept`` says which nuclei (N,) of a tile are shown; all are of tiles that it does not name.
+    """
 
     folder: Path
+    kept: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path, plan: dict[str, Any]) -> TileStore:
@@ -85,7 +92,10 @@ class TileStore:
 
     def content(self, tile: Tile) -> bytes:
         """A finished tile, encoded."""
-        return self.path(tile).read_bytes()
+        if tile.name not in self.kept:
+            return self.path(tile).read_bytes()
+        (nuclei,), (grid,) = self.nuclei([tile]), self.uncertainty_grids([tile])
+        return self.encode(nuclei, grid)
 
     def path(self, tile: Tile) -> Path:
         """The file of a finished tile."""
@@ -104,11 +114,16 @@ class TileStore:
 
     def count(self, tiles: Sequence[Tile]) -> int:
         """How many nuclei finished tiles hold together, without reading them."""
-        return sum(int(pq.read_metadata(self._source(tile)).num_rows) for tile in tiles)
+        return sum(
+            int(self.kept[tile.name].sum())
+            if tile.name in self.kept
+            else int(pq.read_metadata(self._source(tile)).num_rows)
+            for tile in tiles
+        )
 
     def nuclei(self, tiles: Sequence[Tile]) -> Iterator[Nuclei]:
         """The nuclei of finished tiles, one tile after the other, in the tiles' order."""
-        return (from_table(pq.read_table(self._source(tile))) for tile in tiles)
+        return (from_table(self._table(tile)) for tile in tiles)
 
     def contours(self, tiles: Sequence[Tile], of_cells: bool = False) -> Iterator[Polygons]:
         """Their contours alone, several times as fast; with ``of_cells`` those of their cells.
@@ -117,25 +132,38 @@ class TileStore:
         """
         column = CELL if of_cells else NUCLEUS
         for tile in tiles:
-            source = self._source(tile)
-            if of_cells and column not in pq.read_schema(source).names:
+            if of_cells and column not in self._columns(tile):
                 yield np.empty(0, dtype=object)
             else:
-                yield polygons_of(pq.read_table(source, columns=[column]), column)
+                yield polygons_of(self._table(tile, [column]), column)
 
     def measurements(self, tiles: Sequence[Tile], names: Sequence[str]) -> Iterator[Measurements]:
-        """Some of their measurements alone, those of nuclei also where these have cells."""
+        """Some of their measurements alone, those of nuclei also where these have cells.
+
+        They may be of ``IN_TILES``.
+        """
         for tile in tiles:
-            source = self._source(tile)
-            there = pq.read_schema(source).names
+            there = self._columns(tile)
             columns = {name: name_of_nucleus(name, there) for name in names}
-            table = pq.read_table(source, columns=[*columns.values()])
+            table = self._table(tile, [*columns.values()])
             yield {name: table[column].to_numpy() for name, column in columns.items()}
 
     def uncertainty_grids(self, tiles: Sequence[Tile]) -> Iterator[UncertaintyGrid]:
         """Their uncertainty grids, without reading the nuclei."""
         for tile in tiles:
-            yield _grid_of(pq.read_schema(self._source(tile)).metadata)
+            grid = _grid_of(pq.read_schema(self._source(tile)).metadata)
+            if tile.name in self.kept:
+                bins = pq.read_table(self._source(tile), columns=[BIN_ROW, BIN_COL])
+                grid = _without(grid, bins.filter(~self.kept[tile.name]))
+            yield grid
+
+    def _table(self, tile: Tile, columns: list[str] | None = None) -> Table:
+        """The nuclei of a tile that are shown, or some columns of them."""
+        table = pq.read_table(self._source(tile), columns=columns)
+        return table.filter(self.kept[tile.name]) if tile.name in self.kept else table
+
+    def _columns(self, tile: Tile) -> list[str]:
+        return list(pq.read_schema(self._source(tile)).names)
 
     def _source(self, tile: Tile) -> Path | io.BytesIO:
         return parquet_source(self.path(tile))
@@ -145,3 +173,12 @@ def _grid_of(header: dict[bytes, bytes]) -> UncertaintyGrid:
     """The uncertainty grid in the header of a file."""
     bin_size, columns = json.loads(header[_GRID.encode()])
     return grid_of_columns(bin_size, columns)
+
+
+def _without(grid: UncertaintyGrid, bins: Table) -> UncertaintyGrid:
+    """A tile's uncertainty grid without nuclei whose ``bins`` are given."""
+    rows, cols = (bins[name].to_numpy().astype(np.int64) for name in (BIN_ROW, BIN_COL))
+    nuclei = grid.nuclei.copy()
+    # Each bin occurs once, row by row.
+    np.subtract.at(nuclei, np.searchsorted(grid.rows << 32 | grid.cols, rows << 32 | cols), 1)
+    return replace(grid, nuclei=nuclei)

@@ -15,7 +15,7 @@ from patchcl_qupath.slides.stains import (
     COLOUR_DENSITIES,
     H_E,
     density_tables,
-    hematoxylin_and_eosin,
+    hematoxylin_density,
     is_green_ink,
     is_red_ink,
 )
@@ -194,10 +194,13 @@ def _cross(ring: NDArray[np.float64], origin: tuple[int, int], crossed: NDArray[
 
 
 class NuclearStain(NamedTuple):
-    """Mean optical densities (N,) of labels, by QuPath's default vectors, whatever is measured."""
+    """Mean optical densities (N,) of labels: of red light, of red, green and blue together, and of
+    hematoxylin by QuPath's default vectors, whatever is measured.
+    """
 
+    red: NDArray[np.floating]
+    all_colours: NDArray[np.floating]
     hematoxylin: NDArray[np.floating]
-    eosin: NDArray[np.floating]
     is_ink: NDArray[np.bool_]  # green or red, as no stain of nuclei is
     on_glass: NDArray[np.bool_]  # as membranes of fat cells are; False where it does not matter
 
@@ -208,12 +211,13 @@ class NuclearStain(NamedTuple):
         """That of labels 1..N (H, W) in pixels (H, W, 3) of ``mpp`` µm."""
         count = int(labels.max(initial=0))
         red, green, blue = _mean_densities(labels, count, rgb, COLOUR_DENSITIES)
-        hematoxylin, eosin = hematoxylin_and_eosin(red, green, blue)
+        hematoxylin = hematoxylin_density(red, green, blue)
         low, high = sorted((config.min_hematoxylin, config.min_hematoxylin_on_glass))
         matters = (hematoxylin >= low) & (hematoxylin < high)
         return cls(
+            red=red,
+            all_colours=red + green + blue,
             hematoxylin=hematoxylin,
-            eosin=eosin,
             is_ink=is_green_ink(red, green, blue) | is_red_ink(red, green, blue),
             on_glass=glass_around(labels, matters, rgb, mpp) > config.max_glass,
         )
@@ -225,12 +229,6 @@ class NuclearStain(NamedTuple):
         """
         least = np.where(self.on_glass, config.min_hematoxylin_on_glass, config.min_hematoxylin)
         return np.asarray(~self.is_ink & (has_brown | (self.hematoxylin >= least)))
-
-    def is_pale(self, config: SegmentConfig) -> NDArray[np.bool_]:
-        """(N,) which have little hematoxylin, and less of it than of eosin, as collagen has."""
-        return np.asarray(
-            (self.hematoxylin < config.pale_hematoxylin) & (self.hematoxylin < self.eosin)
-        )
 
 
 def glass_around(

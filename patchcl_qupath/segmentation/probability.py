@@ -24,19 +24,15 @@ def nucleus_probability(
 
 
 def is_probable(
-    model: Model,
-    probability: NDArray[np.float64],
-    is_pale: NDArray[np.bool_],
-    config: SegmentConfig,
+    model: Model, probability: NDArray[np.float64], config: SegmentConfig
 ) -> NDArray[np.bool_]:
-    """(N,) which are probable enough to be kept; of pale nuclei (N,) more is asked.
+    """(N,) which are probable enough to be kept.
 
     All are where the model has no calibration: a mean of pixels is no probability of a nucleus.
     """
     if model.calibration is None:
         return np.ones(len(probability), np.bool_)
-    least = np.where(is_pale, config.min_probability_of_pale, config.min_probability)
-    return np.asarray(probability >= least)
+    return np.asarray(probability >= config.min_probability)
 
 
 def nucleus_features(

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
-from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
+from patchcl_qupath.datatypes import IN_TILES, Box, Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Confidence, Model, confidence
@@ -119,7 +119,10 @@ def _separate(context: TileContext, predicted: _Prediction) -> NDArray[np.int32]
 def _measure(
     context: TileContext, predicted: _Prediction, labels: NDArray[np.int32]
 ) -> tuple[Nuclei, Pixels, Pixels]:
-    """The nuclei (N,) that the tile owns, at level 0; and the pixels with their centroids."""
+    """The nuclei (N,) that the tile owns, at level 0; and the pixels with their centroids.
+
+    With ``IN_TILES`` among the measurements.
+    """
     image, settings, tile = context.image, context.config.segment, predicted.tile
     rows, cols = centroids(labels, tile)
     owned = tile.write.holds(rows, cols) & _in_tissue(image, tile.write, rows, cols)
@@ -128,8 +131,7 @@ def _measure(
     owned &= stain.is_enough(settings, has_brown)
     found = Confidence(predicted.probability, predicted.core)
     probability = nucleus_probability(context.model, labels, found, image.slide.mpp)
-    is_pale = stain.is_pale(settings) & (not has_brown)
-    owned &= is_probable(context.model, probability, is_pale, settings)
+    owned &= is_probable(context.model, probability, settings)
     nuclei = nuclei_of_tile(
         labels=labels,
         owned=owned,
@@ -141,9 +143,13 @@ def _measure(
         threshold=context.model.threshold,
         stains=image.stains,
     )
+    rows, cols, px = rows[owned], cols[owned], bin_px(image.slide.mpp)
+    of_tile = (stain.red[owned], stain.all_colours[owned], rows // px, cols // px)
+    more = {name: each.astype(np.float32) for name, each in zip(IN_TILES, of_tile, strict=True)}
+    nuclei = replace(nuclei, measurements=nuclei.measurements | more)
     compact = nuclei.measurements["Solidity"] >= settings.min_solidity  # strands are not
     at_level0 = to_level0(nuclei[compact], image.slide.downsample, image.id)
-    return at_level0, rows[owned][compact], cols[owned][compact]
+    return at_level0, rows[compact], cols[compact]
 
 
 def _in_tissue(image: PreparedImage, box: Box, rows: Pixels, cols: Pixels) -> NDArray[np.bool_]:

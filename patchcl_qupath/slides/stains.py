@@ -97,14 +97,11 @@ def colour_densities(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     return _planes(rgb, _COLOUR_TABLES)
 
 
-def hematoxylin_and_eosin(
-    red: Densities, green: Densities, blue: Densities
-) -> tuple[Densities, Densities]:
-    """Densities (N,) of QuPath's default vectors, from those of colours, or from means of these."""
+def hematoxylin_density(red: Densities, green: Densities, blue: Densities) -> Densities:
+    """Densities (N,) by QuPath's default vectors, from those of colours, or from means of these."""
     matrix = _unmixing(np.array(H_E.vectors))
     # Plain sums: those of a matrix product may depend on how many there are.
-    hematoxylin = red * matrix[0, 0] + green * matrix[1, 0] + blue * matrix[2, 0]
-    return hematoxylin, red * matrix[0, 1] + green * matrix[1, 1] + blue * matrix[2, 1]
+    return np.asarray(red * matrix[0, 0] + green * matrix[1, 0] + blue * matrix[2, 0])
 
 
 # Of 25,000 nuclei, in H&E, hematoxylin alone, or with DAB, the density of green is at least 0.94 of
