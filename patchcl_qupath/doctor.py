@@ -45,6 +45,7 @@ def findings(qupath: Path | None = None) -> Iterator[Finding]:
     yield _gpu()
     readers = ("tiffslide", "tifffile", "imagecodecs", "pillow", "zarr")
     yield Finding("readers", ", ".join(f"{name} {version(name)}" for name in readers))
+    yield _jpeg()
     yield _openslide()
     yield _queues()
 
@@ -71,6 +72,14 @@ def _gpu() -> Finding:
     if torch.cuda.is_available():
         return Finding("GPU", torch.cuda.get_device_name())
     return Finding("GPU", None, "none is needed; with CUDA and its torch, training is faster")
+
+
+def _jpeg() -> Finding:
+    try:
+        return Finding("JPEG", f"simplejpeg {version('simplejpeg')}")
+    except PackageNotFoundError:
+        note = "pip install 'patchcl-qupath[jpeg]': JPEG tiles are read in 0.7 of the time"
+        return Finding("JPEG", None, note)
 
 
 def _openslide() -> Finding:

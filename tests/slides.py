@@ -3,16 +3,19 @@ discs in known places."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tifffile
 import zarr
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 
-from patchcl_qupath.datatypes import Box
+from patchcl_qupath.datatypes import Box, ImageEntry
+from patchcl_qupath.slides.level import Level
 from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.stains import StainNormaliser
@@ -20,6 +23,9 @@ from patchcl_qupath.slides.stains import StainNormaliser
 # (x, y, radius) in µm, from the top left corner; no symmetry maps them onto each other.
 DISCS_UM = ((30.0, 20.0, 4.0), (80.0, 25.0, 5.0), (45.0, 70.0, 6.0), (110.0, 60.0, 3.0))
 BLUE = (60, 40, 120)
+TILE_PX = 64  # of what ``write_encoded`` writes
+
+Encode = Callable[[NDArray[np.uint8]], bytes]
 
 
 def scene(width: int, height: int, mpp: tuple[float, float]) -> NDArray[np.uint8]:
@@ -65,6 +71,61 @@ def write_tiff(
                 **resolution,
             )
     return path
+
+
+def tissue(rows: int, cols: int, seed: int = 0) -> NDArray[np.uint8]:
+    """A scene with noise that is as soft as an objective makes it."""
+    noise = np.random.default_rng(seed).normal(0, 80, (rows, cols, 3))
+    pixels = scene(cols, rows, (0.25, 0.25)) + gaussian_filter(noise, (1.2, 1.2, 0))
+    return pixels.clip(20, 235).astype(np.uint8)
+
+
+def write_encoded(
+    path: Path,
+    pixels: NDArray[np.uint8],
+    encode: Encode,
+    *,
+    changed: dict[int, Encode] | None = None,
+    photometric: str = "ycbcr",
+    compression: str | int = "jpeg",
+) -> Path:
+    """A TIFF of 0.25 µm/px with encoded tiles, of which some are ``changed``."""
+    rows, cols = pixels.shape[:2]
+    padded = np.pad(pixels, ((0, -rows % TILE_PX), (0, -cols % TILE_PX), (0, 0)), mode="edge")
+    tiles = [
+        np.ascontiguousarray(padded[row : row + TILE_PX, col : col + TILE_PX])
+        for row in range(0, rows, TILE_PX)
+        for col in range(0, cols, TILE_PX)
+    ]
+    encoded = [(changed or {}).get(i, encode)(tile) for i, tile in enumerate(tiles)]
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(
+            iter(encoded),
+            shape=pixels.shape,
+            dtype=np.uint8,
+            tile=(TILE_PX, TILE_PX),
+            compression=compression,
+            photometric=photometric,
+            resolution=(4e4, 4e4),
+            resolutionunit="CENTIMETER",
+            metadata=None,
+        )
+    return path
+
+
+def opened(path: Path, mpp: float = 0.5) -> Slide:
+    """The slide of a file, at 0.5 µm/px."""
+    return Slide.open(ImageEntry(id="1", name=path.name, path=path), mpp)
+
+
+def at_full_size(
+    path: Path, monkeypatch: pytest.MonkeyPatch, box: Box | None = None
+) -> NDArray[np.int64]:
+    """A box of a slide at 0.5 µm/px, or all of it, with all tiles decoded at full size."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Level, "averaged", lambda self, downsample, origin: self)
+        slide = opened(path)
+        return slide.read(box or whole(slide)).astype(int)
 
 
 def write_svs(

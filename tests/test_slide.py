@@ -52,14 +52,14 @@ def area_mean(pixels: NDArray[np.uint8], shape: tuple[int, int], factor: float) 
 def chunks_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each tile was decoded, as 'level/number'."""
     counter: Counter[str] = Counter()
-    decoded = TiledPage._decoded
+    decoded = TiledPage.decoded
 
     def counting(self: TiledPage, index: int) -> object:
         levels = [level.keyframe for level in self.page.parent.series[0].levels]
         counter[f"{levels.index(self.page)}/{index}"] += 1
         return decoded(self, index)
 
-    monkeypatch.setattr(TiledPage, "_decoded", counting)
+    monkeypatch.setattr(TiledPage, "decoded", counting)
     return counter
 
 

@@ -15,11 +15,26 @@ MAX_IN_MEMORY_PX = 178_000_000  # of a level that cannot be read in parts: 0.5 G
 
 @dataclass(frozen=True)
 class Level:
-    """One level of a pyramid."""
+    """One level of a pyramid.
+
+    ``half`` is the same at half its size, decoded at that size: averages of 2 x 2 px within a grey
+    value or so. None where it cannot be decoded so.
+    """
 
     pixels: Any  # sliced by rows and columns: uint8 (rows, cols, 3 or 4), as a numpy array
     chunk: tuple[int, int]  # (rows, cols) that are decoded together
     scale: tuple[float, float]  # (x, y) level-0 px per px of this level
+    half: Level | None = None
+
+    def averaged(self, downsample: tuple[float, float], origin: tuple[int, int]) -> Level:
+        """The level to average the px of a grid from: ``half`` where they are blocks of its px.
+
+        The grid has ``downsample`` (x, y) level-0 px per px, and begins at ``origin`` (x, y).
+        """
+        if self.half is None:
+            return self
+        lengths = zip((*downsample, *origin), 2 * self.half.scale, strict=True)
+        return self.half if all(n % scale == 0 for n, scale in lengths) else self
 
 
 @dataclass(frozen=True, eq=False)

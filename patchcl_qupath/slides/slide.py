@@ -124,13 +124,13 @@ class Slide:
     def read(self, box: Box) -> NDArray[np.uint8]:
         """The area-averaged pixels (rows, cols, 3) uint8 of a box of the working grid.
 
-        Reads one slice of the coarsest pyramid level that is fine enough: no chunk is decoded
-        twice.
+        Reads one slice of the coarsest pyramid level that is fine enough, or of its half: no chunk
+        is decoded twice.
         Raises SlideError for damaged pixels.
         """
         assert box == box.grow(0, self.shape), (box, self.shape)
         with _reopening():
-            return self._grid(self.shape, self.downsample).read(box)
+            return self._grid(self.shape, self.downsample, from_half=True).read(box)
 
     def thumbnail_px(self, mpp: float) -> int:
         """Working px per thumbnail px: the whole number nearest to ``mpp`` µm."""
@@ -183,11 +183,20 @@ class Slide:
                 f"{found} bytes, not {size}: copy it there again, and run again"
             )
 
-    def _grid(self, shape: tuple[int, int], downsample: Pair) -> LevelGrid:
-        """A grid over the image, on the coarsest level that is fine enough."""
+    def _grid(
+        self, shape: tuple[int, int], downsample: Pair, *, from_half: bool = False
+    ) -> LevelGrid:
+        """A grid over the image, on the coarsest level that is fine enough.
+
+        ``from_half`` where it may be averaged from that level's half: not where voids are to be
+        found, or painted, px by px.
+        """
+        level = self._pyramid().level_for(downsample)
+        if from_half and self.void is None:
+            level = level.averaged(downsample, self.origin)
         return LevelGrid.of(
             self.name,
-            level=self._pyramid().level_for(downsample),
+            level=level,
             shape=shape,
             downsample=downsample,
             origin=self.origin,

@@ -11,6 +11,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from patchcl_qupath.slides.level import (
     level_scale,
 )
 from patchcl_qupath.slides.pixel_size import tiff_pixel_sizes
-from patchcl_qupath.slides.tiled_page import tiled_pages
+from patchcl_qupath.slides.tiled_page import HalfPage, TiledPage, tiled_pages
 
 MAX_LOOK_PX = 16_000_000  # of a level whose alpha is looked at as a whole
 
@@ -200,7 +201,28 @@ def _level(array: Any, convert: ToRGB, series: TiffPageSeries, finer: Sequence[L
                 raise
             missing = np.ones((1, 1), bool)
     pixels = ChunkedPixels(stored=array, chunk=chunk, to_rgb=convert, missing=missing, finer=below)
-    return Level(pixels, chunk, scale)
+    return _with_half(Level(pixels, chunk, scale))
+
+
+def _with_half(level: Level) -> Level:
+    """A level with one of half its size beside it, where its tiles can be decoded at half of it.
+
+    What cannot, as a damaged tile, is averaged from the level itself.
+    """
+    whole = level.pixels
+    page = HalfPage.of(whole.stored) if isinstance(whole.stored, TiledPage) else None
+    if page is None:
+        return level
+    scale = 2 * level.scale[0], 2 * level.scale[1]
+    chunk = page.chunks[:2]
+    pixels = ChunkedPixels(
+        stored=page,
+        chunk=chunk,
+        to_rgb=whole.to_rgb,
+        missing=whole.missing,
+        finer=drawn_from(level, page.shape[:2], scale),
+    )
+    return replace(level, half=Level(pixels, chunk, scale))
 
 
 def _missing(

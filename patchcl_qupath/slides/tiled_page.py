@@ -18,8 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from patchcl_qupath.slides.half_jpeg import HalfJPEG
+
 if TYPE_CHECKING:
     from tifffile import TiffPage, TiffPageSeries
+
+_JPEG, _RGB, _YCBCR = 7, 2, 6  # TIFF's compression, and photometric interpretations
+_END = b"\xff\xd9"  # of a JPEG
 
 
 class TiffBytes:
@@ -50,20 +55,25 @@ class TiffBytes:
         return found
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class TiledPage:
-    """The samples (rows, cols, S) of a page whose tiles are decoded as it is sliced.
+class Tiles:
+    """Samples (rows, cols, S) in tiles, which are decoded as it is sliced.
 
     A tile that is not in the file is 0; slicing raises what decoding a damaged one raises.
     """
 
-    page: TiffPage
-    store: TiffBytes
     shape: tuple[int, int, int]
-    chunks: tuple[int, int, int]
-
+    chunks: tuple[int, int, int]  # of a tile
     ndim = 3
     dtype = np.dtype(np.uint8)
+
+    @property
+    def across(self) -> int:
+        """The number of tiles in a row of tiles."""
+        return -(-self.shape[1] // self.chunks[1])
+
+    def decoded(self, index: int) -> NDArray[np.uint8] | None:
+        """A tile (h, w, S) by its number; None where it is not in the file."""
+        raise NotImplementedError
 
     def __getitem__(self, at: slice | tuple[slice, slice]) -> NDArray[np.uint8]:
         """Samples (h, w, S) of rows and columns."""
@@ -73,30 +83,101 @@ class TiledPage:
         )
         height, width, samples = self.chunks
         pixels = np.zeros((max(0, row1 - row0), max(0, col1 - col0), samples), np.uint8)
-        across = -(-self.shape[1] // width)
         for (i, inner_rows, outer_rows), (j, inner_cols, outer_cols) in product(
             _parts(row0, row1, height), _parts(col0, col1, width)
         ):
-            tile = self._decoded(i * across + j)
+            tile = self.decoded(i * self.across + j)
             if tile is not None:
                 pixels[outer_rows, outer_cols] = tile[inner_rows, inner_cols]
         return pixels
 
-    def _decoded(self, index: int) -> NDArray[np.uint8] | None:
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TiledPage(Tiles):
+    """The samples of a page."""
+
+    page: TiffPage
+    store: TiffBytes
+    shape: tuple[int, int, int]
+    chunks: tuple[int, int, int]
+
+    def decoded(self, index: int) -> NDArray[np.uint8] | None:
         """A tile (h, w, S) by its number; None where it is not in the file."""
-        offset, count = self._place(index)
-        if not (offset and count):
+        data = self.encoded(index)
+        if data is None:
             return None
         decode: Any = self.page.decode
         tables, header = self.page.jpegtables, self.page.jpegheader
-        data = self.store.read(offset, count)
         tile = decode(data, index, jpegtables=tables, jpegheader=header, _fullsize=True)[0]
         return np.asarray(tile[0])
+
+    def encoded(self, index: int) -> bytes | None:
+        """A tile as it is in the file, which may end before it does; None where it is not there."""
+        offset, count = self._place(index)
+        return self.store.read(offset, count) if offset and count else None
+
+    def first(self) -> bytes | None:
+        """The first tile in the file; None where there is none."""
+        places = zip(self.page.dataoffsets, self.page.databytecounts, strict=False)
+        stored = next((index for index, place in enumerate(places) if all(place)), None)
+        return None if stored is None else self.encoded(stored)
 
     def _place(self, index: int) -> tuple[int, int]:
         """Offset and number of bytes of a tile; the table may end before the last ones."""
         offsets, counts = self.page.dataoffsets, self.page.databytecounts
         return (offsets[index], counts[index]) if index < min(len(offsets), len(counts)) else (0, 0)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HalfPage(Tiles):
+    """A page at half its size: the pixels (rows, cols, 3) of its JPEG tiles, decoded at that size.
+
+    Slicing raises ValueError for a tile that cannot be decoded so.
+    """
+
+    whole: TiledPage
+    decoder: HalfJPEG
+    shape: tuple[int, int, int]
+    chunks: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, whole: TiledPage) -> HalfPage | None:
+        """A page at half its size; None where its tiles cannot be decoded so."""
+        (rows, cols, samples), (height, width, _) = whole.shape, whole.chunks
+        decoder = _half_decoder(whole) if samples == 3 and min(rows, cols) > 1 else None
+        if decoder is None:
+            return None
+        shape, chunks = (rows // 2, cols // 2, 3), (height // 2, width // 2, 3)
+        return cls(whole=whole, decoder=decoder, shape=shape, chunks=chunks)
+
+    @property
+    def across(self) -> int:
+        """The number of tiles in a row of tiles, of which the last may lie beyond the shape."""
+        return self.whole.across
+
+    def decoded(self, index: int) -> NDArray[np.uint8] | None:
+        """A tile (h, w, 3) by its number; None where it is not in the file."""
+        data = self.whole.encoded(index)
+        return None if data is None else self.decoder.decode(_headed(self.whole.page, data))
+
+
+def _half_decoder(whole: TiledPage) -> HalfJPEG | None:
+    """What decodes tiles such as the first one in the file at half their size, if anything does."""
+    page: Any = whole.page
+    photometric, first = int(page.photometric), whole.first()
+    if int(page.compression) != _JPEG or photometric not in (_RGB, _YCBCR) or first is None:
+        return None
+    return HalfJPEG.of(
+        _headed(page, first),
+        whole.chunks[:2],
+        tables=page.jpegtables or b"",
+        is_rgb=photometric == _RGB and not page.is_jfif,
+    )
+
+
+def _headed(page: Any, data: bytes) -> bytes:
+    """A tile with its header, where there is one JPEG header for all, as in Hamamatsu's."""
+    return page.jpegheader + data + _END if page.jpegheader else data
 
 
 def _parts(start: int, stop: int, side: int) -> Iterator[tuple[int, slice, slice]]:
