@@ -32,7 +32,7 @@ from patchcl_qupath.segmentation.cells import grow
 from patchcl_qupath.segmentation.fit_cells import fit_to_nuclei
 from patchcl_qupath.segmentation.grow_tile import NucleiOfTiles
 from patchcl_qupath.segmentation.measurements import PROBABILITY, measure_cells, shape_measurements
-from patchcl_qupath.segmentation.rings import bounds_of, polygons_of, rings_of, scaled
+from patchcl_qupath.segmentation.rings import polygons_of, rings_of, scaled
 from patchcl_qupath.slides.stains import H_E, densities
 from patchcl_qupath.storage.geojson import read_objects
 from patchcl_qupath.storage.parquet import read_geoarrow, read_nuclei
@@ -128,7 +128,8 @@ def test_what_holds_of_all_cells(
     # At most so far, by true distances, and within the scaled convex hull.
     for cell, nucleus in zip(in_um(fitted, mpp), in_um(nuclei, mpp), strict=True):
         distance = shapely.distance(shapely.points(shapely.get_coordinates(cell)), nucleus)
-        assert distance.max() <= expand + 0.2 * px
+        # Half a px, since distances are those between pixels, and 0.2 px of simplifying.
+        assert distance.max() <= expand + 0.7 * px
         if scale > 1:
             hull = nucleus.convex_hull
             limit = affinity.scale(hull, scale, scale, origin=hull.centroid).union(nucleus)
@@ -145,9 +146,10 @@ def test_cells_fill_what_is_nearest_to_them(nuclei: Polygons, expand: float, sca
     order = np.sort(distance, axis=0)
     nearest = np.argmin(distance, axis=0)
     sure = order[0] > 0.3  # of pixels within nuclei, contours decide
+    # A nucleus begins up to half a px from its first pixel: less is sure than of contours.
     if len(nuclei) > 1:
-        sure &= order[1] - order[0] > 0.6  # not on a border
-    inside = np.abs(order[0] - expand) > 0.5
+        sure &= order[1] - order[0] > 1.1  # not on a border
+    inside = np.abs(order[0] - expand) > 1
     expected = np.where(order[0] < expand, nearest + 1, 0)
     if scale > 1:
         hulls = [n.convex_hull for n in nuclei]
@@ -166,10 +168,10 @@ def test_a_lonely_nucleus_becomes_a_disc_in_um() -> None:
     nucleus = affinity.scale(disc(0, 0, 1), 4 / 0.5, 4 / 0.25)  # 4 µm
     nuclei = np.array([affinity.translate(nucleus, 60.3, 59.6)], dtype=object)
     (cell,) = in_um(cells_of(nuclei, 5, mpp=mpp), mpp)
-    assert cell.area == pytest.approx(np.pi * 9**2, rel=0.01)
+    assert cell.area == pytest.approx(np.pi * 9**2, rel=0.02)
     centre = shapely.Point(60.3 * 0.5, 59.6 * 0.25)
     radii = shapely.distance(shapely.points(shapely.get_coordinates(cell)), centre)
-    assert 8.9 < radii.min() <= radii.max() < 9.03
+    assert 8.75 < radii.min() <= radii.max() < 9.25  # half a px
 
     (limited,) = in_um(cells_of(nuclei, 5, scale=1.5, mpp=mpp), mpp)  # 4 µm by half
     assert limited.area == pytest.approx(np.pi * 6**2, rel=0.01)
@@ -185,79 +187,73 @@ def test_cells_meet_half_way_and_a_neighbour_without_a_cell_keeps_its_place() ->
         # 49.25 is half way between 46 and 52.5.
         assert cells[0].bounds[2] == pytest.approx(49.5, abs=0.6)
         row = shapely.LineString([(40, 60.5), (60, 60.5)])
-        assert cells[0].intersection(row).bounds[2] == pytest.approx(49.25, abs=0.05)
+        assert cells[0].intersection(row).bounds[2] == pytest.approx(49.25, abs=0.5)
     alone = cells_of(nuclei[:1], 12)
     assert alone[0].bounds[2] == pytest.approx(58, abs=0.1)
 
 
-@given(fields(), PIXELS, st.sampled_from([0.0, 1.5]))
-@settings(max_examples=30)
-def test_the_nearest_nucleus_of_a_pixel_is_that_of_all_sides(
-    nuclei: Polygons, mpp: tuple[float, float], scale: float
+@given(fields(), PIXELS, st.sampled_from([0.0, 1.5]), st.sampled_from([0.3, 5.0]))
+@settings(max_examples=40)
+def test_a_pixel_belongs_to_the_nucleus_of_the_nearest_pixel(
+    nuclei: Polygons, mpp: tuple[float, float], scale: float, expand_um: float
 ) -> None:
-    """Blocks of pixels look at few sides, and miss none: distances are equal to the last bit."""
+    """By distances of another library, for each pixel; up to the limits, to the last pixel."""
     box = Box(5, 2, SIDE - 5, SIDE - 4)
-    reach = 5.0
-    frame = cells._Frame(box.row0, box.col0, *box.shape, *mpp, reach)
-    shapes = cells._shapes(scaled(rings_of(nuclei), mpp), scale)
-    spans = cells._spans(shapes, frame)
-    found = cells._nearest(shapes, spans, frame)
-    inside, nearest, distance = found.inside, found.nucleus, found.distance
-    labels = cells._within_limits(found, spans, frame)
+    rings = rings_of(nuclei)
+    frame, limits = cells._frame(box, mpp, expand_um), cells._limits(rings, scale)
+    filled = cells._filled(rings, frame)
+    labels = filled.copy()
+    distances = cells._grow_to_nearest(labels, frame)
+    grown = labels.copy()
+    cells._limit(grown, distances, limits, frame)
 
-    x0, y0, dx, dy, inverse = shapes.sides[..., None, None]
     rows, cols = np.mgrid[: frame.rows, : frame.cols] + 0.5
-    px, py = (cols + box.col0) * mpp[0] - x0, (rows + box.row0) * mpp[1] - y0
-    along = np.clip((px * dx + py * dy) * inverse, 0, 1)
-    squares = (px - along * dx) ** 2 + (py - along * dy) ** 2
-    each = np.sqrt(np.minimum.reduceat(squares, shapes.first[:-1]))
-    points = shapely.points(cols + box.col0, rows + box.row0)
-    holds = np.array([shapely.contains(nucleus, points) for nucleus in nuclei])
-    assert ((inside > 0) == holds.any(axis=0)).all()
-
-    beside = labels > 0  # where a cell is, and the pixels beside it
-    beside = ndimage.binary_dilation(beside) & (inside == 0)
-    assert (nearest[beside] == 1 + each.argmin(axis=0)[beside]).all()
-    known = ~np.isnan(distance) & beside
-    assert (distance[known] == each.min(axis=0)[known]).all()
-    assert (each.min(axis=0)[beside & ~known] < reach - 2 * max(mpp)).all()
-    bounds = [shapes.limit[k : k + 2] for k in range(len(nuclei))]
-    outside = np.array(
+    points = shapely.points(cols + frame.col0, rows + frame.row0)
+    inner = np.pad(np.ones(box.shape, np.bool_), 1)
+    holds = np.array([shapely.contains(nucleus, points) for nucleus in nuclei]) & inner
+    assert (filled == np.where(holds.any(axis=0), holds.argmax(axis=0) + 1, 0)).all()
+    each = np.array(
         [
-            (shapes.planes[:2, a:b].T @ [(px + x0)[0].ravel(), (py + y0)[0].ravel()])
-            .__sub__(shapes.planes[2:, a:b].T)
-            .max(axis=0, initial=-np.inf)
-            .reshape(frame.rows, frame.cols)
-            for a, b in bounds
+            ndimage.distance_transform_edt(filled != k + 1, sampling=mpp[::-1])
+            if (filled == k + 1).any()
+            else np.full(filled.shape, np.inf)
+            for k in range(len(nuclei))
         ]
     )
-    k = each.argmin(axis=0)[None]
-    fits = (each.min(axis=0) < reach) & (np.take_along_axis(outside, k, 0)[0] < 0)
-    assert (labels == np.where(inside > 0, inside, np.where(fits, k[0] + 1, 0))).all()
-
-
-@given(fields(), fields())
-@settings(max_examples=30)
-def test_cells_that_hold_their_nuclei_are_found_without_geos(one: Polygons, two: Polygons) -> None:
-    """What is taken for apart or for held is so; what is so, and by more than a hair, is found."""
-    polygons = np.concatenate([one, cells_of(one, 4)])
-    rings, others = rings_of(polygons), rings_of(two)
-    order = fit_cells.from_the_top(bounds_of(others))
-    pairs = fit_cells._pairs(rings, others, bounds_of(rings), bounds_of(others), order)
-    left, right = np.indices((len(polygons), len(two))).reshape(2, -1)
-    table = np.full((len(polygons), len(two)), fit_cells._APART)
-    table[np.repeat(np.arange(len(polygons)), np.diff(pairs.first)), pairs.nucleus] = pairs.meeting
-    found = table.ravel()
-    meets = shapely.intersects(polygons[left], two[right])
-    holds = shapely.covers(polygons[left], two[right])
-    assert not meets[found == fit_cells._APART].any()
-    assert holds[found == fit_cells._HOLDS].all()
-    apart = shapely.distance(polygons[left], two[right]) > 1e-3
-    assert (found[apart] == fit_cells._APART).all()
-    properly = (
-        shapely.distance(shapely.boundary(polygons[left]), shapely.boundary(two[right])) > 1e-3
+    least, free = each.min(axis=0), inner & (filled == 0)
+    near = least < expand_um + sum(mpp) / 4 + max(mpp) - 1e-3
+    found = np.take_along_axis(each, np.maximum(-labels, 1)[None] - 1, 0)[0]
+    assert (labels[free & near] < 0).all()
+    assert found[free & near] == pytest.approx(least[free & near], rel=1e-3)
+    reach = expand_um + sum(mpp) / 4
+    assert distances[free & near] == pytest.approx(
+        least[free & near] / reach * frame.reach, rel=1e-3, abs=1
     )
-    assert (found[holds & properly] == fit_cells._HOLDS).all()
+    hulls = [nucleus.convex_hull for nucleus in nuclei]
+    held = [
+        shapely.contains(affinity.scale(h, scale, scale, origin=h.centroid), points) for h in hulls
+    ]
+    within = np.take_along_axis(np.array(held), np.abs(labels)[None] - 1, 0)[0] | (scale <= 1)
+    sure = free & (np.abs(least - reach) > 1e-3)
+    assert ((grown > 0) == (within & (least < reach)))[sure].all()
+    assert (grown[filled > 0] == filled[filled > 0]).all()
+    assert (np.abs(grown) == np.abs(labels)).all()
+
+
+@given(fields(), st.sampled_from([0.0, 1.5]))
+@settings(max_examples=30)
+def test_cells_that_fit_stay_as_they_are(nuclei: Polygons, scale: float) -> None:
+    """Those that hold their nucleus and touch no other; all others are no longer the same."""
+    grown = cells_of(nuclei, 4, scale)
+    fitted = fitted_to(nuclei, grown)
+    others, of = shapely.STRtree(nuclei).query(grown, predicate="intersects")
+    touches = np.isin(np.arange(len(nuclei)), others[others != of])
+    fits = shapely.contains_properly(grown, nuclei) & ~touches
+    assert shapely.equals_exact(grown[fits], fitted[fits], tolerance=0).all()
+    shared = shapely.area(shapely.intersection(grown[others], nuclei[of]))
+    cut = np.unique(others[(others != of) & (shared > 1e-3)])
+    wrong = np.union1d(cut, np.flatnonzero(shapely.area(shapely.difference(nuclei, grown)) > 1e-3))
+    assert not shapely.equals_exact(grown[wrong], fitted[wrong], tolerance=0).any()
 
 
 @given(fields(), fields(), st.booleans(), st.booleans())
@@ -267,12 +263,15 @@ def test_contours_are_cut_and_joined_as_by_geos(
     """Also of nuclei that share lines with cells, and in either direction."""
     for other in (*two, *(polygon.convex_hull for polygon in one)):
         for cell in one:
+            shared, least = cell.intersection(other).area, min(cell.area, other.area)
+            if joins and shared < 1e-3:  # a cell shares pixels with its nucleus
+                continue
             ring, nucleus = (shapely.get_coordinates(polygon) for polygon in (cell, other))
             nucleus = nucleus[::-1].copy() if mirrored else nucleus
-            found, change = fit_cells._combined(ring, nucleus, 1.0, joins)
+            room, bounds = np.empty((64, 5)), np.array(other.bounds)
+            found, is_clear = fit_cells._combined(ring, nucleus, bounds, 1.0, joins, room)
             expected = cell.union(other) if joins else cell.difference(other)
-            if change == fit_cells._UNCLEAR:  # GEOS does it: in pieces, all of it, or apart
-                shared, least = cell.intersection(other).area, min(cell.area, other.area)
+            if not is_clear:  # GEOS does it: in pieces, all of it, or apart
                 is_one = len(shapely.get_parts(expected)) == 1
                 assert not is_one or shared < 1e-3 or shared > least - 1e-3
                 continue

@@ -11,64 +11,58 @@ from patchcl_qupath.compiled import compiled
 from patchcl_qupath.segmentation.rings import Bools, Floats, Integers, Rings, areas_of, taken
 
 _SIMPLIFY_PX = 0.2  # a contour may move by this much when points are left out, as of nuclei
-_EAST = np.array([1, 0, -1, 0])
-_SOUTH = np.array([0, 1, 0, -1])
 
 
 class Borders(NamedTuple):
-    """The borders of labels along the edges of their pixels, ring by ring.
+    """The borders of labels (H, W) along the edges of their pixels, ring by ring.
 
-    Of each edge the pixel and the one ``beyond`` (E, 2), as (row, column); and its ``ring`` (E,),
-    ascending. Of each ring its ``owner`` (R,), the label less 1. Of each edge whether three borders
+    Of each edge (E,) the ``pixel``, row by row, and the ``way`` around it: 0 east along its top, 1
+    south along its right, 2 west along its bottom, 3 north along its left. Whether three borders
     meet at its beginning or end (``fixed``), and whether the border is simplified from its other
-    end: that of two labels in one direction for both (``backwards``).
+    end: that of two labels in one direction for both (``backwards``). Ring k has the edges from
+    ``first[k]`` to ``first[k + 1]``; its ``owner`` (R,) is the label less 1.
     """
 
-    pixels: NDArray[np.int32]
-    beyond: NDArray[np.int32]
-    ring: Integers
-    owner: Integers
+    pixel: NDArray[np.int32]
+    way: NDArray[np.int8]
     fixed: Bools
     backwards: Bools
+    first: Integers
+    owner: Integers
 
 
 @compiled
 def trace(labels: NDArray[np.int32], wanted: Bools) -> Borders:
-    """Trace the borders of the ``wanted`` (N + 1,) of labels (H, W)."""
-    rows, cols = labels.shape
-    width = cols + 2
-    flat = np.zeros((rows + 2) * width, np.int32)  # with a border: every pixel has neighbours
-    edges = 0
-    for row in range(rows):
-        flat[(row + 1) * width + 1 : (row + 1) * width + 1 + cols] = labels[row]
+    """Trace the borders of the ``wanted`` (N + 1,) of labels (H, W).
+
+    Those below 1 are no label. The first and last row and column hold none.
+    """
+    width, flat = labels.shape[1], labels.ravel()
     across = np.array([-width, 1, width, -1])
     ahead = np.array([1, width, -1, -width])
     corner = np.array([1, width + 1, width, 0])  # at the end of an edge, as a pixel's upper left
-    for pixel in range(width, len(flat) - width):
-        label = flat[pixel]
-        if label and wanted[label]:
-            for way in range(4):
-                edges += flat[pixel + across[way]] != label
-    pixels, beyond = np.empty((edges, 2), np.int32), np.empty((edges, 2), np.int32)
-    ring, owner = np.empty(edges, np.int64), np.empty(edges, np.int64)
-    fixed, backwards = np.zeros(edges, np.bool_), np.zeros(edges, np.bool_)
+    edges = 0
+    for pixel in range(width, len(flat)):
+        edges += flat[pixel] != flat[pixel - 1]
+        edges += flat[pixel] != flat[pixel - width]
+    edges *= 2  # those of two labels are edges of both; there are no more than that
+    pixels, ways = np.empty(edges, np.int32), np.empty(edges, np.int8)
+    fixed, backwards = np.empty(edges, np.bool_), np.empty(edges, np.bool_)
+    first, owner = np.zeros(edges + 1, np.int64), np.empty(edges, np.int64)
     traced = np.zeros(len(flat), np.bool_)  # along the pixel's top; every ring has such an edge
     edge = rings = 0
     for start in range(width, len(flat) - width):
         label = flat[start]
-        if not label or flat[start - width] == label or traced[start] or not wanted[label]:
+        if label <= 0 or flat[start - width] == label or traced[start] or not wanted[label]:
             continue
         pixel, way = start, 0
-        row, col = start // width - 1, start % width - 1
         junction = _is_junction(flat, pixel, width)
         while True:
             if way == 0:
                 traced[pixel] = True
             other = flat[pixel + across[way]]  # to the left of where the edge leads
-            pixels[edge, 0], pixels[edge, 1] = row, col
-            beyond[edge, 0], beyond[edge, 1] = row - _EAST[way], col + _SOUTH[way]
-            ring[edge] = rings
-            backwards[edge] = other != 0 and label > other
+            pixels[edge], ways[edge] = pixel, way
+            backwards[edge] = 0 < other < label
             was = junction
             junction = _is_junction(flat, pixel + corner[way], width)
             fixed[edge] = was or junction
@@ -77,24 +71,30 @@ def trace(labels: NDArray[np.int32], wanted: Bools) -> Borders:
             front_left = front + across[way]
             if flat[front] != label:
                 way = (way + 1) % 4
+            elif flat[front_left] == label:
+                pixel, way = front_left, (way - 1) % 4
             else:
-                row, col = row + _SOUTH[way], col + _EAST[way]
                 pixel = front
-                if flat[front_left] == label:
-                    row, col = row - _EAST[way], col + _SOUTH[way]
-                    pixel, way = front_left, (way - 1) % 4
             if pixel == start and way == 0:
                 break
         owner[rings] = label - 1
         rings += 1
-    return Borders(pixels, beyond, ring, owner[:rings].copy(), fixed, backwards)
+        first[rings] = edge
+    return Borders(
+        pixels[:edge],
+        ways[:edge],
+        fixed[:edge],
+        backwards[:edge],
+        first[: rings + 1].copy(),
+        owner[:rings].copy(),
+    )
 
 
 @compiled
 def _is_junction(flat: NDArray[np.int32], pixel: int, width: int) -> bool:
     """Whether more than two borders meet at the upper left corner of a pixel."""
-    here, left = flat[pixel], flat[pixel - 1]
-    above, beside = flat[pixel - width], flat[pixel - width - 1]
+    here, left = max(flat[pixel], 0), max(flat[pixel - 1], 0)
+    above, beside = max(flat[pixel - width], 0), max(flat[pixel - width - 1], 0)
     borders = int(here != left) + int(left != beside) + int(beside != above) + int(above != here)
     return borders > 2
 
@@ -105,22 +105,20 @@ def outlines(points: Floats, borders: Borders, ends: Bools) -> Rings:
     Two cells leave out the same points of the border between them: ``ends`` (E,) are those where it
     is not one line.
     """
-    fixed = borders.fixed | _beside(ends, borders.ring)
+    fixed = borders.fixed | _beside(ends, borders.first)
     return _simplified(points, borders, fixed, _SIMPLIFY_PX)
 
 
 @compiled
-def _beside(marked: Bools, ring: Integers) -> Bools:
+def _beside(marked: Bools, first: Integers) -> Bools:
     """Which edges (E,) of closed rings are ``marked``, or beside one that is."""
     beside = marked.copy()
-    begin = 0
-    for edge in range(len(ring)):
-        is_last = edge + 1 == len(ring) or ring[edge + 1] != ring[edge]
-        after = begin if is_last else edge + 1
-        beside[edge] |= marked[after]
-        beside[after] |= marked[edge]
-        if is_last:
-            begin = edge + 1
+    for ring in range(len(first) - 1):
+        before = first[ring + 1] - 1
+        for edge in range(first[ring], first[ring + 1]):
+            beside[edge] |= marked[before]
+            beside[before] |= marked[edge]
+            before = edge
     return beside
 
 
@@ -131,13 +129,10 @@ def _simplified(points: Floats, borders: Borders, fixed: Bools, tolerance: float
     Lines end at ``fixed`` points; in a ring without any, at its first point and at the one that is
     farthest from that (D. Douglas, T. Peucker, 1973). One of fewer than three points stays.
     """
-    ring, rings = borders.ring, len(borders.owner)
+    rings, end = len(borders.owner), 0
     first, xy = np.zeros(rings + 1, np.int64), np.empty((len(points) + rings, 2))
-    begin = end = 0
     for k in range(rings):
-        size = 1
-        while begin + size < len(ring) and ring[begin + size] == ring[begin]:
-            size += 1
+        begin, size = borders.first[k], borders.first[k + 1] - borders.first[k]
         closed, keep = np.empty((size + 1, 2)), np.zeros(size + 1, np.bool_)
         start = 0
         while start < size and not fixed[begin + start]:
@@ -164,7 +159,6 @@ def _simplified(points: Floats, borders: Borders, fixed: Bools, tolerance: float
         xy[end] = xy[first[k]]
         end += 1
         first[k + 1] = end
-        begin += size
     return Rings(xy[:end].copy(), first)
 
 

@@ -2,12 +2,13 @@
 
 A cell is the part of the image that is nearer to its nucleus than to any other, at most
 ``expand_um`` from it, and within the convex hull of the nucleus, scaled by ``constrain_scale``
-about its centroid (as ``CellTools.estimateCellBoundary`` of QuPath). The straight way from a point
-of a cell to its nucleus lies in the cell: a cell has one piece, and holds its nucleus.
+about its centroid (as ``CellTools.estimateCellBoundary`` of QuPath).
 
-Distances are those to the contours, in µm, with fractions of pixels. The border between two cells
-is one line, which both have: cells do not overlap, except where their nuclei do. Nothing depends on
-the box that is looked at, as long as it holds the cells, and all nuclei nearby are given.
+Cells grow on the pixels of the working grid. Distances are those between the centres of pixels, and
+those that a nucleus holds the centre of are its pixels: a cell ends within about half a pixel of
+where exact distances between contours would have it end. The border between two cells is one line,
+which both have: they do not overlap. Nothing depends on the box that is looked at, as long as it
+holds the cells, and all nuclei nearby are given.
 """
 
 from __future__ import annotations
@@ -29,69 +30,60 @@ from patchcl_qupath.segmentation.rings import (
     Rings,
     bounds_of,
     hulls_of,
-    scaled,
     taken,
 )
 
 _NO_LIMIT = 1.0  # largest ``constrain_scale`` that is none, as in QuPath
-_BLOCK = 4  # px, each way, that look for their nearest sides together
-_AT_ONCE = 4096  # edges of cells, so that what is known of them stays in the cache
-_AMPLE = 2.0  # px from where a cell could reach: less matters for where it ends
+_BEYOND = 2**16 - 1  # of a distance that does not matter
+_SQUARE = 2**19  # of the largest distance that matters, in whole numbers
+_OFFSET_BITS = 10  # for the column of a nucleus, beside the square of the distance to it
+_NONE = 1 << 30  # more than any square with such a column
+_BAND = 64  # rows at once, so that what is known of their columns stays in the cache
+_EAST = np.array([1, 0, -1, 0])  # along the edges of a pixel, as they are traced
+_SOUTH = np.array([0, 1, 0, -1])
 
 Labels = NDArray[np.int32]
+Distances = NDArray[np.uint16]
 
 
 class _Frame(NamedTuple):
-    """A box of the working grid: its first row and column, µm per px (x, y); the reach in µm."""
+    """A box of the working grid, with a border of one px, and how distances are counted in it.
+
+    ``reach`` is the largest distance in a cell, and ``step`` that between neighbours (x, y). All
+    are in parts of the largest distance that matters for where a cell ends, which is ``_BEYOND``.
+    Squares are sums of whole numbers: ``weight`` is that of 1 px (x, y), ``wide`` the largest
+    number of px.
+    """
 
     row0: int
     col0: int
     rows: int
     cols: int
-    scale_x: float
-    scale_y: float
     reach: float
+    step: tuple[float, float]
+    weight: tuple[int, int]
+    wide: tuple[int, int]
 
 
-class _Shapes(NamedTuple):
-    """Nuclei (N,) in µm: their sides and bounds, and the limits of their cells.
+class _Extents(NamedTuple):
+    """Where convex rings (N,) begin and end along rows of pixels, or along columns.
 
-    Nucleus k has the sides ``sides[:, first[k] : first[k + 1]]``, a column of (x, y, dx, dy,
-    1 / length²) each, and ``bounds`` (x0, y0, x1, y1). ``planes[:, limit[k] : limit[k + 1]]``
-    (normal x, normal y, offset) are the sides of the convex limit of its cell: a point is outside
-    by the largest of normal * point - offset.
-    """
-
-    sides: Floats
-    first: Integers
-    bounds: Floats
-    planes: Floats
-    limit: Integers
-
-
-class _Spans(NamedTuple):
-    """The pixels within the limits of cells (N,), row by row.
-
-    Those of cell k in the row ``top[k] + n`` are the columns ``left[first[k] + n]`` to
-    ``right[first[k] + n]`` (exclusive), for each n up to ``first[k + 1] - first[k]``.
+    Ring k holds the centres of the row ``begin[k] + n`` from ``least[first[k] + n]`` to
+    ``most[first[k] + n]`` px, for each n up to ``first[k + 1] - first[k]``, and no others.
     """
 
     first: Integers
-    top: Integers
-    left: Integers
-    right: Integers
+    begin: Integers
+    least: Floats
+    most: Floats
 
 
-class _Nearest(NamedTuple):
-    """The nucleus of each pixel (H, W), k + 1, 0 where none matters; and its distance.
+class _Limits(NamedTuple):
+    """The scaled hulls of nuclei (N,), row by row and column by column; where there ``are`` any."""
 
-    ``inside`` is the nucleus that holds the pixel, of several the deepest. The distance is NaN
-    within nuclei, and where it is less than the reach by some px.
-    """
-
-    nucleus: Labels
-    inside: Labels
-    distance: Floats
+    are: bool
+    rows: _Extents
+    cols: _Extents
 
 
 def grow(
@@ -100,606 +92,332 @@ def grow(
     """The cells (count,) of the first ``count`` of nuclei (N,).
 
     Contours are on the working grid, of ``mpp`` (x, y) µm per px. The box holds the cells; the
-    nuclei are those that have one, and all others up to twice ``expand_um`` from them. Where two
-    are equally near, the upper one has the pixel, whatever the order of the nuclei.
+    nuclei are those that have one, and all others up to twice ``expand_um`` from them. Of two that
+    are equally near, one has the pixel, whatever the order of the nuclei. A nucleus that holds the
+    centre of no pixel has a cell without points.
     """
     order = from_the_top(bounds_of(nuclei_px))
     rank = np.argsort(order)[:count]
-    frame = _Frame(
-        row0=box.row0,
-        col0=box.col0,
-        rows=box.shape[0],
-        cols=box.shape[1],
-        scale_x=mpp[0],
-        scale_y=mpp[1],
-        reach=config.expand_um,
-    )
-    shapes = _shapes(scaled(taken(nuclei_px, order), mpp), config.constrain_scale)
-    spans = _spans(shapes, frame)
-    nearest = _nearest(shapes, spans, frame)
-    labels = _within_limits(nearest, spans, frame)
+    nuclei = taken(nuclei_px, order)
+    frame = _frame(box, mpp, config.expand_um)
+    limits = _limits(nuclei, config.constrain_scale)
+    labels = _filled(nuclei, frame)
+    distances = _grow_to_nearest(labels, frame)
+    _limit(labels, distances, limits, frame)
     wanted = np.zeros(len(order) + 1, np.bool_)
     wanted[rank + 1] = True
     borders = trace(labels, wanted)
-    points, ends = _crossings(borders, labels, nearest, shapes, frame)
-    rings = outlines(points, borders, ends)
-    return taken(largest(rings, borders.owner, len(order)), rank)
+    points, ends = _crossings(borders, labels, distances, limits, frame)
+    return taken(largest(outlines(points, borders, ends), borders.owner, len(order)), rank)
 
 
-def _shapes(nuclei: Rings, constrain_scale: float) -> _Shapes:
-    """Nuclei in µm, and the limits of their cells."""
-    planes, limit = np.empty((3, 0)), np.zeros(len(nuclei.first), np.int64)
-    if constrain_scale > _NO_LIMIT:
-        planes, limit = _half_planes(hulls_of(nuclei), constrain_scale)
-    sides, first = _sides(nuclei)
-    return _Shapes(sides=sides, first=first, bounds=bounds_of(nuclei), planes=planes, limit=limit)
+def _frame(box: Box, mpp: tuple[float, float], expand_um: float) -> _Frame:
+    """The frame of a box; a nucleus ends half a px from the centres of its last pixels."""
+    reach = expand_um + sum(mpp) / 4
+    wide = reach + max(mpp)
+    x, y = mpp
+    return _Frame(
+        row0=box.row0 - 1,
+        col0=box.col0 - 1,
+        rows=box.shape[0] + 2,
+        cols=box.shape[1] + 2,
+        reach=_BEYOND * reach / wide,
+        step=(_BEYOND * x / wide, _BEYOND * y / wide),
+        weight=(round(_SQUARE * (x / wide) ** 2), round(_SQUARE * (y / wide) ** 2)),
+        wide=(int(wide / x), int(wide / y)),
+    )
+
+
+def _limits(nuclei: Rings, constrain_scale: float) -> _Limits:
+    """The limits of the cells of nuclei."""
+    if constrain_scale <= _NO_LIMIT:
+        none = _Extents(np.zeros(1, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
+        return _Limits(False, none, none)
+    hulls = hulls_of(nuclei)
+    xy = _scaled_about_centroids(hulls, constrain_scale)
+    return _Limits(True, _extents(xy, hulls.first, 1), _extents(xy, hulls.first, 0))
 
 
 @compiled
-def _sides(rings: Rings) -> tuple[Floats, Integers]:
-    """The sides (5, S) of rings (N,), as in ``_Shapes``; the first one of each (N + 1,)."""
-    first = np.zeros(len(rings.first), np.int64)
-    sides = np.empty((5, len(rings.xy)))
-    s = 0
-    for k in range(len(first) - 1):
-        for point in range(rings.first[k], rings.first[k + 1] - 1):
-            x, y = rings.xy[point, 0], rings.xy[point, 1]
-            dx, dy = rings.xy[point + 1, 0] - x, rings.xy[point + 1, 1] - y
-            sides[0, s], sides[1, s], sides[2, s], sides[3, s] = x, y, dx, dy
-            sides[4, s] = 1 / max(dx * dx + dy * dy, 1e-24)
-            s += 1
-        first[k + 1] = s
-    return sides[:, :s].copy(), first
-
-
-@compiled
-def _half_planes(hulls: Rings, scale: float) -> tuple[Floats, Integers]:
-    """Convex hulls (N,), scaled about their centroids, as ``planes`` and ``limit``."""
-    planes, limit = np.empty((3, len(hulls.xy))), np.zeros(len(hulls.first), np.int64)
-    end = 0
-    for k in range(len(limit) - 1):
-        xy = hulls.xy[hulls.first[k] : hulls.first[k + 1]]
+def _scaled_about_centroids(hulls: Rings, scale: float) -> Floats:
+    """The points (P, 2) of convex rings, scaled about the centroid of each."""
+    xy = hulls.xy.copy()
+    for k in range(len(hulls.first) - 1):
+        begin, end = hulls.first[k], hulls.first[k + 1]
         area, at_x, at_y = 0.0, 0.0, 0.0
-        for n in range(1, len(xy) - 2):  # triangles at the first corner
-            ax, ay = xy[n, 0] - xy[0, 0], xy[n, 1] - xy[0, 1]
-            bx, by = xy[n + 1, 0] - xy[0, 0], xy[n + 1, 1] - xy[0, 1]
+        for n in range(begin + 1, end - 2):  # triangles at the first corner
+            ax, ay = xy[n, 0] - xy[begin, 0], xy[n, 1] - xy[begin, 1]
+            bx, by = xy[n + 1, 0] - xy[begin, 0], xy[n + 1, 1] - xy[begin, 1]
             twice = by * ax - bx * ay
             area, at_x, at_y = area + twice, at_x + twice * (ax + bx), at_y + twice * (ay + by)
-        if area != 0:
-            x0, y0 = xy[0, 0] + at_x / (3 * area), xy[0, 1] + at_y / (3 * area)
-            for n in range(len(xy) - 1):
-                dx, dy = xy[n + 1, 0] - xy[n, 0], xy[n + 1, 1] - xy[n, 1]
-                length = np.hypot(dx, dy)
-                nx, ny = -dy / length, dx / length  # a hull has what is outside to its left
-                x, y = x0 + scale * (xy[n, 0] - x0), y0 + scale * (xy[n, 1] - y0)
-                planes[0, end], planes[1, end], planes[2, end] = nx, ny, nx * x + ny * y
-                end += 1
-        limit[k + 1] = end
-    return planes[:, :end].copy(), limit
+        if area == 0:
+            continue
+        x0, y0 = xy[begin, 0] + at_x / (3 * area), xy[begin, 1] + at_y / (3 * area)
+        for n in range(begin, end):
+            xy[n, 0], xy[n, 1] = x0 + scale * (xy[n, 0] - x0), y0 + scale * (xy[n, 1] - y0)
+    return xy
 
 
 @compiled
-def _spans(shapes: _Shapes, frame: _Frame) -> _Spans:
-    """The pixels of a frame within the limits of cells, and within reach of their bounds."""
-    count = len(shapes.first) - 1
-    first, top = np.zeros(count + 1, np.int64), np.zeros(count, np.int64)
-    for k in range(count):
-        bounds = shapes.bounds[k]
-        rows = 0
-        if shapes.first[k + 1] > shapes.first[k]:
-            upper = int(np.floor((bounds[1] - frame.reach) / frame.scale_y)) - frame.row0
-            lower = int(np.ceil((bounds[3] + frame.reach) / frame.scale_y)) - frame.row0
-            top[k] = max(upper, 0)
-            rows = max(min(lower, frame.rows) - top[k], 0)
-        first[k + 1] = first[k] + rows
-    left, right = np.zeros(first[count], np.int64), np.zeros(first[count], np.int64)
-    for k in range(count):
-        for row in range(first[k + 1] - first[k]):
-            y = (top[k] + row + frame.row0 + 0.5) * frame.scale_y
-            least, most = shapes.bounds[k, 0] - frame.reach, shapes.bounds[k, 2] + frame.reach
-            for side in range(shapes.limit[k], shapes.limit[k + 1]):
-                nx = shapes.planes[0, side]
-                rest = shapes.planes[2, side] - shapes.planes[1, side] * y
-                if nx > 0:
-                    most = min(most, rest / nx)
-                elif nx < 0:
-                    least = max(least, rest / nx)
-                elif rest <= 0:
-                    most = -np.inf
-            if least < most:
-                col0 = int(np.floor(least / frame.scale_x - 0.5)) + 1 - frame.col0
-                col1 = int(np.ceil(most / frame.scale_x - 0.5)) - frame.col0
-                left[first[k] + row] = max(col0, 0)
-                right[first[k] + row] = min(col1, frame.cols)
-    return _Spans(first, top, left, right)
+def _extents(xy: Floats, first_point: Integers, axis: int) -> _Extents:
+    """The extents of the convex rings ``xy[first_point[k] : first_point[k + 1]]``.
 
-
-@compiled
-def _least_square(
-    sides: Floats, begin: int, end: int, x: float, y: float, squares: Floats
-) -> float:
-    """The square of the least distance from a point to the sides from ``begin`` to ``end``, in µm².
-
-    ``squares`` (S,) is room for those of all sides: two plain loops take less time than one.
-    Comparisons in place of ``min`` and ``max``, which look for NaN, take a third of the time.
+    Along rows with ``axis`` 1, along columns with 0.
     """
-    for s in range(begin, end):
-        dx, dy = sides[2, s], sides[3, s]
-        px, py = x - sides[0, s], y - sides[1, s]
-        along = (px * dx + py * dy) * sides[4, s]
-        along = along if along > 0.0 else 0.0
-        along = along if along < 1.0 else 1.0
-        ox, oy = px - along * dx, py - along * dy
-        squares[s - begin] = ox * ox + oy * oy
-    least = np.inf
-    for n in range(end - begin):
-        least = squares[n] if squares[n] < least else least
-    return least
+    count = len(first_point) - 1
+    first, begin = np.zeros(count + 1, np.int64), np.zeros(count, np.int64)
+    for k in range(count):
+        first[k + 1] = first[k]
+        ring = xy[first_point[k] : first_point[k + 1], axis]
+        if len(ring):
+            lowest = highest = ring[0]
+            for value in ring:
+                lowest = value if value < lowest else lowest
+                highest = value if value > highest else highest
+            begin[k] = int(np.ceil(lowest - 0.5))
+            first[k + 1] += max(int(np.ceil(highest - 0.5)) - begin[k], 0)
+    least, most = np.full(first[-1], np.inf), np.full(first[-1], -np.inf)
+    for k in range(count):
+        for point in range(first_point[k], first_point[k + 1] - 1):
+            v0, u0 = xy[point, axis], xy[point, 1 - axis]
+            v1, u1 = xy[point + 1, axis], xy[point + 1, 1 - axis]
+            if v0 > v1:
+                v0, u0, v1, u1 = v1, u1, v0, u0
+            for line in range(int(np.ceil(v0 - 0.5)), int(np.ceil(v1 - 0.5))):
+                u = u0 + (line + 0.5 - v0) / (v1 - v0) * (u1 - u0)
+                at = first[k] + line - begin[k]
+                least[at], most[at] = min(least[at], u), max(most[at], u)
+    return _Extents(first, begin, least, most)
 
 
 @compiled
-def _depth(shapes: _Shapes, k: int, x: float, y: float) -> float:
-    """The least distance from a point in nucleus k to a side of it, in µm."""
-    begin, end = shapes.first[k], shapes.first[k + 1]
-    depth: float = np.sqrt(_least_square(shapes.sides, begin, end, x, y, np.empty(end - begin)))
-    return depth
+def _room(limits: _Limits, k: int, row: int, col: int, x: int, y: int) -> float:
+    """How far the limit of cell k is from a pixel's centre in one of four directions, in px."""
+    if y == 0:
+        n = limits.rows.first[k] + row - limits.rows.begin[k]
+        if not limits.rows.first[k] <= n < limits.rows.first[k + 1]:
+            return 0.0
+        return limits.rows.most[n] - col - 0.5 if x > 0 else col + 0.5 - limits.rows.least[n]
+    n = limits.cols.first[k] + col - limits.cols.begin[k]
+    if not limits.cols.first[k] <= n < limits.cols.first[k + 1]:
+        return 0.0
+    return limits.cols.most[n] - row - 0.5 if y > 0 else row + 0.5 - limits.cols.least[n]
 
 
 @compiled
-def _innermost(shapes: _Shapes, frame: _Frame) -> Labels:
-    """The nucleus (H, W) that holds the centre of each pixel, k + 1; of several the deepest."""
+def _filled(nuclei: Rings, frame: _Frame) -> Labels:
+    """The nucleus (H, W) that holds the centre of each pixel, k + 1; of several the first.
+
+    None is in the border of the frame.
+    """
     labels = np.zeros((frame.rows, frame.cols), np.int32)
     crossed = np.zeros((64, 64), np.bool_)
-    for k in range(len(shapes.first) - 1):
-        x0, y0, x1, y1 = shapes.bounds[k]
-        if np.isnan(x0):
+    for k in range(len(nuclei.first) - 1):
+        xy = nuclei.xy[nuclei.first[k] : nuclei.first[k + 1]]
+        if not len(xy):
             continue
-        top = max(int(np.floor(y0 / frame.scale_y - 0.5)) - frame.row0, 0)
-        bottom = min(int(np.ceil(y1 / frame.scale_y + 0.5)) - frame.row0, frame.rows)
-        left = max(int(np.floor(x0 / frame.scale_x - 0.5)) - frame.col0, 0)
-        right = min(int(np.ceil(x1 / frame.scale_x + 0.5)) - frame.col0, frame.cols)
+        x0 = x1 = xy[0, 0]
+        y0 = y1 = xy[0, 1]
+        for point in range(1, len(xy)):
+            x, y = xy[point, 0], xy[point, 1]
+            x0, y0, x1, y1 = min(x0, x), min(y0, y), max(x1, x), max(y1, y)
+        top = max(int(np.ceil(y0 - 0.5)) - frame.row0, 1)
+        bottom = min(int(np.ceil(y1 - 0.5)) - frame.row0, frame.rows - 1)
+        left = max(int(np.ceil(x0 - 0.5)) - frame.col0, 1)
+        right = min(int(np.ceil(x1 - 0.5)) - frame.col0, frame.cols - 1)
         if top >= bottom or left >= right:
             continue
         if bottom - top > crossed.shape[0] or right - left >= crossed.shape[1]:
             crossed = np.zeros((bottom - top + 64, right - left + 64), np.bool_)
-        here = crossed[: bottom - top, : right - left + 1]
-        _cross(shapes.sides[:, shapes.first[k] : shapes.first[k + 1]], (top, left), frame, here)
+        for point in range(len(xy) - 1):
+            u0, v0, u1, v1 = xy[point, 0], xy[point, 1], xy[point + 1, 0], xy[point + 1, 1]
+            if v0 > v1:  # the same result whichever way a ring goes
+                u0, v0, u1, v1 = u1, v1, u0, v0
+            begin, end = int(np.ceil(v0 - 0.5)) - frame.row0, int(np.ceil(v1 - 0.5)) - frame.row0
+            for row in range(max(begin, top), min(end, bottom)):
+                x = u0 + (row + frame.row0 + 0.5 - v0) / (v1 - v0) * (u1 - u0)
+                col = int(np.ceil(x - 0.5)) - frame.col0
+                crossed[row - top, min(max(col, left), right) - left] ^= True
         for row in range(top, bottom):
             inside = False
             for col in range(left, right):
-                inside ^= here[row - top, col - left]
-                if not inside:
-                    continue
-                other = labels[row, col] - 1
-                if other >= 0:
-                    x = (col + frame.col0 + 0.5) * frame.scale_x
-                    y = (row + frame.row0 + 0.5) * frame.scale_y
-                    if _depth(shapes, k, x, y) <= _depth(shapes, other, x, y):
-                        continue
-                labels[row, col] = k + 1
-        here[:] = False
+                inside ^= crossed[row - top, col - left]
+                crossed[row - top, col - left] = False
+                if inside and labels[row, col] == 0:
+                    labels[row, col] = k + 1
+            crossed[row - top, right - left] = False
     return labels
 
 
 @compiled
-def _cross(sides: Floats, corner: tuple[int, int], frame: _Frame, crossed: Bools) -> None:
-    """Mark before which pixels (H, W + 1) sides (5, S) cross their row an odd number of times.
+def _grow_to_nearest(labels: Labels, frame: _Frame) -> Distances:
+    """The distance (H, W) of each pixel to the nearest one of a nucleus; grow ``labels`` so far.
 
-    By the pixels' centres; ``corner`` (row, column) is the first of them in the frame.
+    Nucleus k is k + 1 in ``labels`` (H, W); a pixel to which it is the nearest becomes -k - 1.
+
+    In each column the nearest pixel of a nucleus is known; a pixel looks at those of the columns
+    beside it (A. Meijster, J. Roerdink, W. Hesselink, A general algorithm for computing distance
+    transforms in linear time, 2000; only few columns are near enough here). Of equally near ones
+    that of the first column is taken, and in it the upper one.
     """
-    top, left = corner
-    rows, cols = crossed.shape
-    for s in range(sides.shape[1]):
-        sx, sy, dx, dy = sides[0, s], sides[1, s], sides[2, s], sides[3, s]
-        begin = int(np.floor(min(sy, sy + dy) / frame.scale_y)) - 1 - frame.row0 - top
-        end = int(np.floor(max(sy, sy + dy) / frame.scale_y)) + 2 - frame.row0 - top
-        for row in range(max(begin, 0), min(end, rows)):
-            py = (row + top + frame.row0 + 0.5) * frame.scale_y - sy
-            if (py < 0) != (py < dy):
-                x = (sx + py / dy * dx) / frame.scale_x - frame.col0 - left
-                crossed[row, min(max(int(np.ceil(x - 0.5)), 0), cols - 1)] ^= True
+    side, far = frame.wide[0], frame.wide[1] + 1
+    first, last = 1, frame.cols - 1  # without the border
+    cols = last - first
+    distances = np.full(labels.shape, _BEYOND, np.uint16)
+    above, upper = np.full(cols, far, np.int32), np.zeros(cols, np.int32)
+    below, lower = np.empty((_BAND, cols), np.int32), np.empty((_BAND, cols), np.int32)
+    keys, which = np.full(cols + 2 * side, _NONE, np.int32), np.zeros(cols + 2 * side, np.int32)
+    least = np.empty(cols, np.int32)
+    for row in range(1, frame.rows - 1):
+        n = (row - 1) % _BAND
+        if n == 0:
+            _look_ahead(labels, row, far, below, lower)
+        here = labels[row, first:last]
+        _go_on(here, above, upper)
+        _nearest_in_column(above, below[n], far, frame.weight[1], keys[side : side + cols])
+        _choose(above, below[n], upper, lower[n], which[side : side + cols])
+        least[:] = _NONE
+        for offset in range(2 * side + 1):
+            square = frame.weight[0] * (offset - side) ** 2
+            key = np.int32((square << _OFFSET_BITS) | offset)
+            _keep_least(keys[offset : offset + cols], key, least)
+        _take_nearest(least, which, here, distances[row, first:last])
+    return distances
 
 
 @compiled
-def _wanted_blocks(spans: _Spans, inside: Labels, frame: _Frame) -> Bools:
-    """The blocks (B,), row by row, with a pixel that may be a cell's, or one beside such.
+def _go_on(labels: Labels, apart: Labels, which: Labels) -> None:
+    """Go on to the next row (W,): how far ``apart`` the last nucleus of each column is; and it."""
+    for col in range(len(apart)):
+        apart[col] = np.int32(apart[col] + 1) if labels[col] == 0 else 0
+        which[col] = which[col] if labels[col] == 0 else labels[col]
 
-    But not those that are all ``inside`` (H, W) of nuclei.
-    """
-    rows, cols = (frame.rows + _BLOCK - 1) // _BLOCK, (frame.cols + _BLOCK - 1) // _BLOCK
-    wanted = np.zeros((rows, cols), np.bool_)
-    for k in range(len(spans.top)):
-        for n in range(spans.first[k + 1] - spans.first[k]):
-            left, right = spans.left[spans.first[k] + n], spans.right[spans.first[k] + n]
-            if left >= right:
+
+@compiled
+def _look_ahead(labels: Labels, begin: int, far: int, below: Labels, lower: Labels) -> None:
+    """How far ``below`` the next nucleus of each column is, for rows from ``begin`` on; and it."""
+    rows, cols = below.shape
+    apart, which = np.full(cols, far, np.int32), np.zeros(cols, np.int32)
+    for n in range(min(rows + far, len(labels) - begin) - 1, -1, -1):
+        _go_on(labels[begin + n, 1 : cols + 1], apart, which)
+        if n < rows:
+            below[n], lower[n] = apart, which
+
+
+@compiled
+def _nearest_in_column(above: Labels, below: Labels, far: int, weight: int, keys: Labels) -> None:
+    """The squares (W,) of the distance to nuclei in the same column, with room for an offset."""
+    for col in range(len(keys)):
+        rows = above[col] if above[col] < below[col] else below[col]
+        key = np.int32(np.int32(rows * rows) * np.int32(weight << _OFFSET_BITS))
+        keys[col] = key if rows < far else _NONE
+
+
+@compiled
+def _choose(above: Labels, below: Labels, upper: Labels, lower: Labels, which: Labels) -> None:
+    """The nearest nucleus (W,) in the same column: ``upper`` or ``lower``, by how far these are."""
+    for col in range(len(which)):
+        which[col] = upper[col] if above[col] <= below[col] else lower[col]
+
+
+@compiled
+def _keep_least(keys: Labels, more: np.int32, least: Labels) -> None:
+    """The ``least`` keys (W,) so far, and others that are greater by some ``more``."""
+    for col in range(len(least)):
+        key = np.int32(keys[col] + more)
+        least[col] = key if key < least[col] else least[col]
+
+
+@compiled
+def _take_nearest(keys: Labels, which: Labels, labels: Labels, distances: Distances) -> None:
+    """The nearest nucleus of each pixel of a row (W,), by the least keys, and its distance."""
+    unit = np.float32(_BEYOND / np.sqrt(_SQUARE))
+    for col in range(len(keys)):
+        square = keys[col] >> _OFFSET_BITS
+        label = -which[np.uintp(col + (keys[col] & ((1 << _OFFSET_BITS) - 1)))]
+        is_near = square < _SQUARE
+        distances[col] = np.uint16(unit * np.sqrt(np.float32(square))) if is_near else _BEYOND
+        label = label if is_near else 0
+        labels[col] = labels[col] if labels[col] > 0 else label
+
+
+@compiled
+def _limit(labels: Labels, distances: Distances, limits: _Limits, frame: _Frame) -> None:
+    """Make pixels of cells of those (H, W) that are nearest to a nucleus, up to the limits."""
+    reach = np.uint16(frame.reach)
+    if not limits.are:
+        for row in range(frame.rows):
+            for col in range(frame.cols):
+                is_cell = distances[row, col] < reach
+                labels[row, col] = abs(labels[row, col]) if is_cell else labels[row, col]
+        return
+    extents = limits.rows
+    for k in range(len(extents.begin)):
+        for n in range(extents.first[k], extents.first[k + 1]):
+            row = extents.begin[k] + n - extents.first[k] - frame.row0
+            if not 0 < row < frame.rows - 1:
                 continue
-            row = spans.top[k] + n
-            first, last = max(left - 1, 0) // _BLOCK, min(right, frame.cols - 1) // _BLOCK
-            for i in range(max(row - 1, 0) // _BLOCK, min(row + 1, frame.rows - 1) // _BLOCK + 1):
-                for j in range(first, last + 1):
-                    wanted[i, j] = True
-    for i in range(frame.rows // _BLOCK):
-        for j in range(frame.cols // _BLOCK):
-            outside = 0
-            for row in range(i * _BLOCK, (i + 1) * _BLOCK):
-                for col in range(j * _BLOCK, (j + 1) * _BLOCK):
-                    outside += inside[row, col] == 0
-            wanted[i, j] &= outside > 0
-    return wanted.ravel()
+            left = int(np.floor(extents.least[n] - 0.5)) + 1 - frame.col0
+            right = int(np.ceil(extents.most[n] - 0.5)) - frame.col0
+            for col in range(max(left, 1), min(right, frame.cols - 1)):
+                if labels[row, col] == -k - 1 and distances[row, col] < reach:
+                    labels[row, col] = k + 1
 
 
 @compiled
-def _blocks_near(
-    shapes: _Shapes, wanted: Bools, frame: _Frame, wide: float
-) -> tuple[Integers, Labels]:
-    """Which nuclei are near the ``wanted`` blocks (B,) of a frame, row by row.
-
-    The nuclei ``near[first[b] : first[b + 1]]`` may be nearer than ``wide`` µm to pixels of block
-    b: ``first`` and ``near``.
-    """
-    rows, cols = (frame.rows + _BLOCK - 1) // _BLOCK, (frame.cols + _BLOCK - 1) // _BLOCK
-    high, across = _BLOCK * frame.scale_y, _BLOCK * frame.scale_x
-    x_of_0 = frame.col0 * frame.scale_x + across / 2
-    y_of_0 = frame.row0 * frame.scale_y + high / 2
-    radius = _block_radius(frame)
-    first = np.zeros(rows * cols + 2, np.int64)
-    near = np.empty(0, np.int32)
-    for fills in (False, True):
-        if fills:
-            for block in range(rows * cols):
-                first[block + 2] += first[block + 1]
-            near = np.empty(first[-1], np.int32)
-        for k in range(len(shapes.first) - 1):
-            x0, y0, x1, y1 = shapes.bounds[k]
-            if np.isnan(x0):
-                continue
-            top = max(int(np.floor((y0 - wide - radius - y_of_0) / high)), 0)
-            bottom = min(int(np.ceil((y1 + wide + radius - y_of_0) / high)) + 1, rows)
-            left = max(int(np.floor((x0 - wide - radius - x_of_0) / across)), 0)
-            right = min(int(np.ceil((x1 + wide + radius - x_of_0) / across)) + 1, cols)
-            for i in range(top, bottom):
-                y = y_of_0 + i * high
-                beside_y = max(y0 - y, y - y1, 0.0)
-                for j in range(left, right):
-                    if not wanted[i * cols + j]:
-                        continue
-                    x = x_of_0 + j * across
-                    beside_x = max(x0 - x, x - x1, 0.0)
-                    if beside_x**2 + beside_y**2 > (wide + radius) ** 2:
-                        continue
-                    if fills:
-                        near[first[i * cols + j + 1]] = k
-                        first[i * cols + j + 1] += 1
-                    else:
-                        first[i * cols + j + 2] += 1
-    return first[:-1], near
-
-
-@compiled
-def _block_radius(frame: _Frame) -> float:
-    """How far a pixel's centre is from the centre of its block, at most, in µm."""
-    radius: float = (_BLOCK - 1) / 2 * np.hypot(frame.scale_x, frame.scale_y) * (1 + 1e-9)
-    return radius
-
-
-@compiled
-def _fewer_near(
-    shapes: _Shapes, inside: Labels, frame: _Frame, first: Integers, near: Labels
-) -> tuple[Integers, Floats]:
-    """How many of the nuclei near each block (B,) may be the nearest one to a pixel of it.
-
-    These come first among its ``near`` then. And the least distance (B,) from the block's centre;
-    at least that, if they are one nucleus, with pixels ``inside`` (H, W) in the block.
-    """
-    bounds, sides, of = shapes.bounds, shapes.sides, shapes.first
-    across, twice = (frame.cols + _BLOCK - 1) // _BLOCK, 2 * _block_radius(frame)
-    blocks = len(first) - 1
-    few, least = np.zeros(blocks, np.int64), np.full(blocks, np.inf)
-    room = np.diff(first).max()
-    beside, apart, squares = np.empty(room), np.empty(room), np.empty(sides.shape[1])
-    for block in range(blocks):
-        begin, count = first[block], first[block + 1] - first[block]
-        if count == 0:
-            continue
-        row0, col0 = block // across * _BLOCK, block % across * _BLOCK
-        x = (col0 + frame.col0 + _BLOCK / 2) * frame.scale_x
-        y = (row0 + frame.row0 + _BLOCK / 2) * frame.scale_y
-        held = 0  # by a nucleus, which is no farther from the centre than a pixel of the block
-        for row in range(row0, min(row0 + _BLOCK, frame.rows)):
-            for col in range(col0, min(col0 + _BLOCK, frame.cols)):
-                held = inside[row, col] if inside[row, col] > held else held
-        most, may_be = (1.5 * twice) ** 2, 0
-        closest = 0
-        for n in range(count):
-            k = near[begin + n]
-            beside_x = bounds[k, 0] - x if bounds[k, 0] > x else x - bounds[k, 2]
-            beside_y = bounds[k, 1] - y if bounds[k, 1] > y else y - bounds[k, 3]
-            beside_x = beside_x if beside_x > 0.0 else 0.0
-            beside_y = beside_y if beside_y > 0.0 else 0.0
-            beside[n] = beside_x * beside_x + beside_y * beside_y
-            closest = n if beside[n] < beside[closest] else closest
-            may_be += beside[n] <= most
-        if held and may_be == 1:
-            near[begin], few[block], least[block] = held - 1, 1, twice / 2
-            continue
-        nearest, most = np.inf, np.inf
-        for turn in range(count):  # that with the closest bounds first, then the others
-            n = closest if turn == 0 else turn - (turn <= closest)
-            apart[n] = np.inf
-            if beside[n] > most:
-                continue
-            k = near[begin + n]
-            square = _least_square(sides, of[k], of[k + 1], x, y, squares)
-            apart[n], nearest = square, square if square < nearest else nearest
-            most = (np.sqrt(nearest) + twice) ** 2
-        for n in range(count):
-            if apart[n] <= most:
-                near[begin + few[block]] = near[begin + n]
-                few[block] += 1
-        least[block] = np.sqrt(nearest)
-    return few, least
-
-
-@compiled
-def _sides_near(
-    shapes: _Shapes, near: Labels, at: tuple[float, float], most: float, found: Integers
-) -> int:
-    """The number of sides of the nuclei ``near`` that are up to ``most`` µm from a point.
-
-    They are written to ``found`` (2, S): the side and its nucleus.
-    """
-    sides, count = shapes.sides, 0
-    for n in range(len(near)):
-        k = near[n]
-        for s in range(shapes.first[k], shapes.first[k + 1]):
-            dx, dy = sides[2, s], sides[3, s]
-            px, py = at[0] - sides[0, s], at[1] - sides[1, s]
-            along = (px * dx + py * dy) * sides[4, s]
-            along = along if along > 0.0 else 0.0
-            along = along if along < 1.0 else 1.0
-            ox, oy = px - along * dx, py - along * dy
-            if ox * ox + oy * oy <= most * most:
-                found[0, count], found[1, count] = s, k
-                count += 1
-    return count
-
-
-@compiled
-def _nearest(shapes: _Shapes, spans: _Spans, frame: _Frame) -> _Nearest:
-    """The nearest nucleus of each pixel that may be a cell's, and of those beside.
-
-    In each block only those sides are looked at that may be the nearest ones to a pixel of it.
-    """
-    inside = _innermost(shapes, frame)
-    nearest = inside.copy()
-    distance = np.full((frame.rows, frame.cols), np.nan)
-    # Pixels with their centre up to one px beyond the reach: contours end between two of them.
-    px = max(frame.scale_x, frame.scale_y)
-    wide, ample = frame.reach + 1.5 * px, frame.reach - _AMPLE * px
-    wanted = _wanted_blocks(spans, inside, frame)
-    first, near = _blocks_near(shapes, wanted, frame, wide)
-    few, least = _fewer_near(shapes, inside, frame, first, near)
-    sides, radius = shapes.sides, _block_radius(frame)
-    found = np.empty((2, sides.shape[1]), np.int64)
-    x, y = np.empty(_BLOCK * _BLOCK), np.empty(_BLOCK * _BLOCK)
-    best, who = np.empty(_BLOCK * _BLOCK), np.empty(_BLOCK * _BLOCK, np.int64)
-    across = (frame.cols + _BLOCK - 1) // _BLOCK
-    for block in range(len(wanted)):
-        row0, col0 = block // across * _BLOCK, block % across * _BLOCK
-        row1, col1 = min(row0 + _BLOCK, frame.rows), min(col0 + _BLOCK, frame.cols)
-        if not few[block]:
-            continue
-        if few[block] == 1 and least[block] + radius < ample:
-            one = near[first[block]]
-            for row in range(row0, row1):
-                for col in range(col0, col1):
-                    if not inside[row, col]:
-                        nearest[row, col] = one + 1
-            continue
-        for p in range(_BLOCK * _BLOCK):
-            x[p] = (col0 + p % _BLOCK + frame.col0 + 0.5) * frame.scale_x
-            y[p] = (row0 + p // _BLOCK + frame.row0 + 0.5) * frame.scale_y
-            best[p], who[p] = np.inf, -1
-        at = (x[0] + x[-1]) / 2, (y[0] + y[-1]) / 2
-        around = near[first[block] : first[block] + few[block]]
-        for c in range(_sides_near(shapes, around, at, least[block] + 2 * radius, found)):
-            s, k = found[0, c], found[1, c]
-            sx, sy, dx, dy = sides[0, s], sides[1, s], sides[2, s], sides[3, s]
-            for p in range(_BLOCK * _BLOCK):
-                px, py = x[p] - sx, y[p] - sy
-                along = (px * dx + py * dy) * sides[4, s]
-                along = along if along > 0.0 else 0.0
-                along = along if along < 1.0 else 1.0
-                ox, oy = px - along * dx, py - along * dy
-                square = ox * ox + oy * oy
-                closer = square < best[p] or (square == best[p] and k < who[p])
-                best[p] = square if closer else best[p]
-                who[p] = k if closer else who[p]
-        for row in range(row0, row1):
-            for col in range(col0, col1):
-                p = (row - row0) * _BLOCK + col - col0
-                if not inside[row, col] and best[p] < wide * wide:
-                    nearest[row, col] = who[p] + 1
-                    distance[row, col] = np.sqrt(best[p])
-    return _Nearest(nearest, inside, distance)
-
-
-@compiled
-def _within_limits(nearest: _Nearest, spans: _Spans, frame: _Frame) -> Labels:
-    """The cell (H, W) of each pixel: of its nearest nucleus, where that reaches so far."""
-    labels = nearest.inside.copy()
-    for k in range(len(spans.top)):
-        for n in range(spans.first[k + 1] - spans.first[k]):
-            row = spans.top[k] + n
-            for col in range(spans.left[spans.first[k] + n], spans.right[spans.first[k] + n]):
-                if nearest.nucleus[row, col] == k + 1:
-                    here = nearest.distance[row, col]
-                    if np.isnan(here) or here < frame.reach:
-                        labels[row, col] = k + 1
-    return labels
-
-
-@compiled
-def _share(one: float, other: float) -> float:
-    """Where a line from ``one`` to ``-other`` is 0: a fraction of its length, in steps of 1/1024.
+def _rounded(share: float) -> float:
+    """A fraction of the line between the centres of two pixels, in steps of 1/1024.
 
     Such numbers of pixels add up without rounding, so that two cells have the same points.
     """
-    total = one + other
-    fraction = one / total if total > 0 else 0.5
-    rounded: float = np.rint(1024 * fraction)
-    return min(max(rounded, 8.0), 1016.0) / 1024  # not at a pixel's centre
-
-
-class _Ends(NamedTuple):
-    """The ends of edges (E,) between a cell's pixel and the one beyond, 0 and 1: (2, E) each.
-
-    ``x`` and ``y`` in µm; whether they are ``held`` by a nucleus. ``own`` (E,) is the cell's
-    nucleus, ``other`` (E,) the nearest one to the pixel beyond, -1 where that is the same or none.
-    ``distance`` (2, 2, E) is that of both nuclei from both ends, NaN where it does not matter.
-    ``in_image`` (E,) are the pixels beyond that are pixels.
-    """
-
-    x: Floats
-    y: Floats
-    held: Bools
-    own: Integers
-    other: Integers
-    distance: Floats
-    in_image: Bools
-
-
-@compiled
-def _ends_of(
-    pixels: Labels, beyond: Labels, labels: Labels, nearest: _Nearest, frame: _Frame
-) -> _Ends:
-    """The ends of edges between pixels (E, 2); distances where they are known, else infinite."""
-    edges = len(pixels)
-    x, y, held = np.empty((2, edges)), np.empty((2, edges)), np.zeros((2, edges), np.bool_)
-    own, other = np.empty(edges, np.int64), np.full(edges, -1)
-    distance, in_image = np.full((2, 2, edges), np.nan), np.zeros(edges, np.bool_)
-    is_ample = frame.reach >= _AMPLE * max(frame.scale_x, frame.scale_y)
-    for edge in range(edges):
-        row, col = pixels[edge, 0], pixels[edge, 1]
-        r, c = beyond[edge, 0], beyond[edge, 1]
-        x[0, edge], x[1, edge] = (
-            (col + frame.col0 + 0.5) * frame.scale_x,
-            (c + frame.col0 + 0.5) * frame.scale_x,
-        )
-        y[0, edge], y[1, edge] = (
-            (row + frame.row0 + 0.5) * frame.scale_y,
-            (r + frame.row0 + 0.5) * frame.scale_y,
-        )
-        k = labels[row, col] - 1
-        own[edge], held[0, edge] = k, nearest.inside[row, col] > 0
-        distance[0, 0, edge] = nearest.distance[row, col]
-        if 0 <= r < frame.rows and 0 <= c < frame.cols:
-            in_image[edge], held[1, edge] = True, nearest.inside[r, c] > 0
-            j = nearest.nucleus[r, c] - 1
-            if j == k:
-                distance[0, 1, edge] = nearest.distance[r, c]
-            else:
-                distance[0, 1, edge] = np.inf
-                other[edge] = j
-        else:
-            distance[0, 1, edge] = np.inf
-        if other[edge] >= 0:
-            distance[1, 0, edge], distance[1, 1, edge] = np.inf, nearest.distance[r, c]
-            for which in range(2):
-                if np.isnan(distance[which, which, edge]):
-                    distance[which, which, edge] = np.inf
-        for end in range(2):
-            if held[end, edge] and not is_ample and np.isnan(distance[0, end, edge]):
-                distance[0, end, edge] = np.inf
-    return _Ends(x, y, held, own, other, distance, in_image)
-
-
-@compiled
-def _fill_distances(ends: _Ends, shapes: _Shapes) -> None:
-    """Replace infinite distances of ends, in µm; they are negative within a nucleus."""
-    sides, first, distance = shapes.sides, shapes.first, ends.distance
-    squares = np.empty(sides.shape[1])
-    for which in range(2):
-        for end in range(2):
-            for edge in range(len(ends.own)):
-                if not np.isinf(distance[which, end, edge]):
-                    continue
-                k = ends.own[edge] if which == 0 else ends.other[edge]
-                x, y = ends.x[end, edge], ends.y[end, edge]
-                least = _least_square(sides, first[k], first[k + 1], x, y, squares)
-                inside = False
-                if ends.held[end, edge]:
-                    for s in range(first[k], first[k + 1]):  # does a ray to the right cross it?
-                        dx, dy, px, py = sides[2, s], sides[3, s], x - sides[0, s], y - sides[1, s]
-                        if (py < 0) != (py < dy) and (px * dy < py * dx) == (dy > 0):
-                            inside = not inside
-                distance[which, end, edge] = -np.sqrt(least) if inside else np.sqrt(least)
-
-
-@compiled
-def _rooms(ends: _Ends, shapes: _Shapes, reach: float) -> Floats:
-    """How much farther cells might reach at ends, were they alone, in µm: (2, 2, E).
-
-    Negative outside. Of a cell's own nucleus and the other one, as ``distance`` of ends.
-    """
-    planes, limit = shapes.planes, shapes.limit
-    rooms = np.full(ends.distance.shape, np.inf)
-    for which in range(2):
-        for edge in range(len(ends.own)):
-            k = ends.own[edge] if which == 0 else ends.other[edge]
-            if k < 0:
-                continue
-            x, y, u, v = ends.x[0, edge], ends.y[0, edge], ends.x[1, edge], ends.y[1, edge]
-            here, there = np.inf, np.inf
-            for side in range(limit[k], limit[k + 1]):
-                nx, ny, offset = planes[0, side], planes[1, side], planes[2, side]
-                within = offset - (nx * x + ny * y)
-                here = within if within < here else here
-                within = offset - (nx * u + ny * v)
-                there = within if within < there else there
-            from_here = reach - ends.distance[which, 0, edge]
-            from_there = reach - ends.distance[which, 1, edge]
-            # A distance that is NaN leaves more room than the limit.
-            rooms[which, 0, edge] = from_here if from_here < here else here
-            rooms[which, 1, edge] = from_there if from_there < there else there
-    return rooms
+    steps: float = np.rint(1024 * share)
+    steps = steps if steps > 8.0 else 8.0
+    steps = steps if steps < 1016.0 else 1016.0
+    return steps / 1024  # not at a pixel's centre
 
 
 @compiled
 def _crossings(
-    borders: Borders, labels: Labels, nearest: _Nearest, shapes: _Shapes, frame: _Frame
+    borders: Borders, labels: Labels, distances: Distances, limits: _Limits, frame: _Frame
 ) -> tuple[Floats, Bools]:
     """Where cells end between their pixels and those beyond: points (E, 2) on the working grid.
 
     And whether the border there is not one line of two cells, since one of them ends before it.
     """
-    edges = len(borders.ring)
+    edges = len(borders.pixel)
     points, is_end = np.empty((edges, 2)), np.zeros(edges, np.bool_)
-    for begin in range(0, edges, _AT_ONCE):
-        pixels = borders.pixels[begin : begin + _AT_ONCE]
-        beyond = borders.beyond[begin : begin + _AT_ONCE]
-        ends = _ends_of(pixels, beyond, labels, nearest, frame)
-        _fill_distances(ends, shapes)
-        rooms = _rooms(ends, shapes, frame.reach)
-        for n in range(len(pixels)):
-            limit, border, beside = 1.0, 1.0, 1.0
-            if rooms[0, 1, n] < 0:
-                limit = _share(rooms[0, 0, n], -rooms[0, 1, n])
-            if not ends.in_image[n]:
-                border = 0.5
-            elif ends.other[n] >= 0:
-                one = ends.distance[1, 0, n] - ends.distance[0, 0, n]
-                other = ends.distance[0, 1, n] - ends.distance[1, 1, n]
-                if ends.own[n] < ends.other[n]:  # one line, made from the lesser side
-                    border = _share(one, other)
-                else:
-                    border = 1 - _share(other, one)
-                if rooms[1, 0, n] < 0:
-                    beside = _share(rooms[1, 1, n], -rooms[1, 0, n])
-            row, col, r, c = pixels[n, 0], pixels[n, 1], beyond[n, 0], beyond[n, 1]
-            share = min(limit, border, 1016 / 1024)
-            points[begin + n, 0] = frame.col0 + col + 0.5 + share * (c - col)
-            points[begin + n, 1] = frame.row0 + row + 0.5 + share * (r - row)
-            if ends.in_image[n] and labels[r, c] > 0:
-                is_end[begin + n] = limit < border or beside < 1 - border
+    cells, width, apart = labels.ravel(), np.int32(frame.cols), distances.ravel()
+    beyond = np.array([-width, 1, width, -1], np.int32)
+    for edge in range(edges):
+        pixel, way = borders.pixel[edge], borders.way[edge]
+        row, q = pixel // width, pixel + beyond[way]
+        col = pixel - row * width
+        x, y = _SOUTH[way], -_EAST[way]  # outwards
+        own, other = cells[pixel], abs(cells[q])
+        step = frame.step[0] if y == 0 else frame.step[1]
+        here, there = float(apart[pixel]), float(apart[q])
+        limit, border = (frame.reach - here) / step, 1.0
+        if not (0 < row + y < frame.rows - 1 and 0 < col + x < frame.cols - 1):
+            border = 0.5  # the image ends
+        elif own == other:
+            limit = (frame.reach - here) / (there - here) if there > frame.reach else 1.0
+        elif own < other:  # one line, made from the lesser side
+            border = _rounded(0.5 + (there - here) / (2 * step))
+        else:
+            border = 1 - _rounded(0.5 - (there - here) / (2 * step))
+        if limits.are:
+            room = _room(limits, own - 1, row + frame.row0, col + frame.col0, x, y)
+            limit = room if room < limit else limit
+        limit = _rounded(limit)
+        share = limit if limit < border else border
+        share = share if share < 1016 / 1024 else 1016 / 1024
+        if cells[q] > 0:
+            beside = (frame.reach - there) / step
+            if limits.are:
+                at = row + y + frame.row0, col + x + frame.col0
+                room = _room(limits, other - 1, at[0], at[1], -x, -y)
+                beside = room if room < beside else beside
+            is_end[edge] = limit < border or _rounded(beside) < 1 - border
+        points[edge, 0] = frame.col0 + col + 0.5 + share * x
+        points[edge, 1] = frame.row0 + row + 0.5 + share * y
     return points, is_end

@@ -1,20 +1,16 @@
 """Cells that hold all of their own nucleus, and nothing of others.
 
-A contour between touching nuclei may run through either by a fraction of a pixel: cells are cut at
-the contours of others, and joined with their nuclei. Compiled loops do so where two contours cross;
-GEOS does the few cells that fall into pieces, or that another nucleus holds.
+Cells end between pixels, nuclei wherever their contours do: a cell is cut at the contours of other
+nuclei, and joined with its own. Compiled loops do so where two contours cross; GEOS does the few
+cells that fall into pieces, that another nucleus holds, or that would cross themselves.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import shapely
-from numpy.typing import NDArray
 
 from patchcl_qupath.compiled import compiled
-from patchcl_qupath.datatypes import Polygons
 from patchcl_qupath.segmentation.rings import (
     Bools,
     Floats,
@@ -28,38 +24,26 @@ from patchcl_qupath.segmentation.rings import (
 )
 
 _NEAR = 1e-6  # px, within which it is not clear whether lines touch
-_APART, _HOLDS, _MEETS = 0, 1, 2  # a cell and a nucleus
-_SAME, _CHANGED, _UNCLEAR = 0, 1, 2  # a cell, once a nucleus was cut off or joined
 # Contours that share points or lines do not cross: one is moved by this much (x, y), in px.
 _ASIDE_X, _ASIDE_Y = 1e-8, 0.618e-8
 _CRUMB = 0.05  # px², of pieces that are left out
-
-
-class _Pairs(NamedTuple):
-    """Nuclei ``nucleus[first[k] : first[k + 1]]`` near cell k, from the top; and how they meet."""
-
-    first: Integers
-    nucleus: Integers
-    meeting: NDArray[np.int8]
+_CROSSINGS = 64  # of two contours; GEOS does those with more
 
 
 def fit_to_nuclei(cells: Rings, nuclei: Rings) -> Rings:
     """Cells (C,) without what other nuclei (N,) cover, and with all of their own.
 
-    The first C of the nuclei are those of the cells. One that fits stays as it is.
+    The first C of the nuclei are those of the cells. One that fits stays as it is; one without
+    points becomes its nucleus.
     """
     bounds = bounds_of(nuclei)
-    pairs = _pairs(cells, nuclei, bounds_of(cells), bounds, from_the_top(bounds))
-    fitted, found = _fitted(cells, nuclei, pairs)
-    changed = np.flatnonzero(found == _CHANGED)
-    fitted = taken(fitted, changed)
-    found[changed[_crosses_itself(fitted)]] = _UNCLEAR
-    unclear = np.flatnonzero(found == _UNCLEAR)
-    by_geos = rings_of(_by_geos(cells, nuclei, pairs, unclear))
-    source = np.arange(len(found))
-    source[changed] = len(found) + np.arange(len(changed))
-    source[unclear] = len(found) + len(changed) + np.arange(len(unclear))
-    return taken(joined([cells, fitted, by_geos]), source)
+    order = from_the_top(bounds)
+    fitted, is_clear = _fitted(cells, nuclei, bounds, order)
+    unclear = np.flatnonzero(~is_clear | _crosses_itself(fitted))
+    by_geos = [_by_geos(cells, nuclei, bounds, order, k) for k in unclear.tolist()]
+    source = np.arange(len(is_clear))
+    source[unclear] = len(source) + np.arange(len(unclear))
+    return taken(joined([fitted, rings_of(np.array(by_geos, dtype=object))]), source)
 
 
 def rounded_rings(rings: Rings) -> Rings:
@@ -86,84 +70,75 @@ def _crosses_itself(rings: Rings) -> Bools:
     return crosses
 
 
-def _by_geos(cells: Rings, nuclei: Rings, pairs: _Pairs, wanted: Integers) -> Polygons:
-    """Some of the cells (M,), fitted by GEOS."""
-    fitted = np.empty(len(wanted), dtype=object)
-    for n, k in enumerate(wanted):
-        (cell,) = polygons_of(taken(cells, np.array([k])))
-        (own,) = polygons_of(taken(nuclei, np.array([k])))
-        near = slice(pairs.first[k], pairs.first[k + 1])
-        others = pairs.nucleus[near][pairs.meeting[near] == _MEETS]
-        for other in polygons_of(taken(nuclei, others[others != k])):
+def _by_geos(
+    cells: Rings, nuclei: Rings, bounds: Floats, order: Integers, k: int
+) -> shapely.Polygon:
+    """Cell k, fitted by GEOS. ``bounds`` (N, 4) are those of nuclei, in ``order`` from the top."""
+    cell, own = (polygons_of(taken(rings, np.array([k])))[0] for rings in (cells, nuclei))
+    cell = shapely.make_valid(cell)
+    x0, y0, x1, y1 = shapely.total_bounds([cell, own])
+    near = (bounds[:, :2] <= (x1, y1)).all(axis=1) & (bounds[:, 2:] >= (x0, y0)).all(axis=1)
+    near[k] = False
+    for other in polygons_of(taken(nuclei, order[near[order]])):
+        if not cell.contains_properly(other):
             rest = cell.difference(other)
             cell = rest if rest.area < cell.area else cell
-        parts = shapely.get_parts(shapely.make_valid(cell.union(own)))
-        parts = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
-        most = np.argmax(shapely.area(shapely.intersection(parts, own)))
-        fitted[n] = shapely.normalize(shapely.Polygon(parts[most].exterior))
-    return fitted
+    parts = shapely.get_parts(shapely.make_valid(cell.union(own)))
+    parts = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
+    most = np.argmax(shapely.area(shapely.intersection(parts, own)))
+    return shapely.normalize(shapely.Polygon(parts[most].exterior))
 
 
 @compiled
-def _pairs(
-    cells: Rings, nuclei: Rings, of_cells: Floats, of_nuclei: Floats, order: Integers
-) -> _Pairs:
-    """The nuclei near each cell, in their ``order`` from the top, by the bounds (.., 4) of both."""
+def _fitted(cells: Rings, nuclei: Rings, bounds: Floats, order: Integers) -> tuple[Rings, Bools]:
+    """Cells (C,) without other nuclei and with their own; and which are clear.
+
+    ``bounds`` (N, 4) are those of nuclei, in ``order`` from the top. Cells that are unclear stay.
+    """
     count = len(cells.first) - 1
     highest, top = 0.0, np.empty(len(order))
     for n in range(len(order)):
-        top[n] = of_nuclei[order[n], 1]
-        highest = max(highest, of_nuclei[order[n], 3] - top[n])
-    first, room = np.zeros(count + 1, np.int64), 8 * count + 8
-    nucleus, meeting = np.empty(room, np.int64), np.empty(room, np.int8)
-    end = 0
+        top[n] = bounds[order[n], 1]
+        highest = max(highest, bounds[order[n], 3] - top[n])
+    first, is_clear = np.zeros(count + 1, np.int64), np.ones(count, np.bool_)
+    xy, crossings = np.empty((2 * len(cells.xy) + 64, 2)), np.empty((_CROSSINGS, 5))
     for k in range(count):
-        left, right = of_cells[k, 0] - _NEAR, of_cells[k, 2] + _NEAR
-        upper, lower = of_cells[k, 1] - _NEAR, of_cells[k, 3] + _NEAR
-        cell = cells.xy[cells.first[k] : cells.first[k + 1]]
+        own = nuclei.xy[nuclei.first[k] : nuclei.first[k + 1]]
+        whole = cells.xy[cells.first[k] : cells.first[k + 1]]
+        whole = whole if len(whole) else own
+        cell, is_cut = whole, 0
+        left, upper, right, lower = _bounds(whole)
         for n in range(np.searchsorted(top, upper - highest), len(order)):
-            if not len(cell) or top[n] > lower:
-                break
             j = order[n]
-            bounds = of_nuclei[j]
-            if bounds[3] < upper or bounds[2] < left or bounds[0] > right:
+            if top[n] > lower:
+                break
+            if j == k or bounds[j, 3] < upper or bounds[j, 2] < left or bounds[j, 0] > right:
                 continue
-            if end == len(nucleus):
-                nucleus = np.concatenate((nucleus, np.empty_like(nucleus)))
-                meeting = np.concatenate((meeting, np.empty_like(meeting)))
-            nucleus[end] = j
-            of_nucleus = nuclei.xy[nuclei.first[j] : nuclei.first[j + 1]]
-            meeting[end] = _meeting(cell, of_nucleus, bounds)
-            end += 1
+            other = nuclei.xy[nuclei.first[j] : nuclei.first[j + 1]]
+            is_cut += 1
+            cell, clear = _combined(cell, other, bounds[j], is_cut, False, crossings)
+            is_clear[k] &= clear
+        cell, clear = _combined(cell, own, bounds[k], -1, True, crossings)
+        is_clear[k] &= clear
+        cell = cell if is_clear[k] else whole
+        end = first[k] + len(cell)
+        if end > len(xy):
+            xy = np.concatenate((xy, np.empty((len(xy) + len(cell), 2))))
+        xy[first[k] : end] = cell
         first[k + 1] = end
-    return _Pairs(first, nucleus[:end], meeting[:end])
+    return Rings(xy[: first[count]].copy(), first), is_clear
 
 
 @compiled
-def _meeting(cell: Floats, nucleus: Floats, bounds: Floats) -> int:
-    """How a cell and a nucleus, closed rings, meet: ``_HOLDS`` it, ``_APART``, or else.
-
-    ``bounds`` (4,) are those of the nucleus.
-    """
-    u, v = nucleus[:, 0], nucleus[:, 1]
-    left, right = bounds[0] - _NEAR, bounds[2] + _NEAR
-    top, bottom = bounds[1] - _NEAR, bounds[3] + _NEAR
-    inside = False
-    for a in range(len(cell) - 1):
-        x0, y0, x1, y1 = cell[a, 0], cell[a, 1], cell[a + 1, 0], cell[a + 1, 1]
-        # A ray to the right, from a point of the nucleus.
-        if (v[0] < y0) != (v[0] < y1):
-            inside ^= u[0] < x0 + (v[0] - y0) / (y1 - y0) * (x1 - x0)
-        if max(x0, x1) < left or min(x0, x1) > right:
-            continue
-        if max(y0, y1) < top or min(y0, y1) > bottom:
-            continue
-        for b in range(len(nucleus) - 1):
-            if _may_touch(x0, y0, x1, y1, u[b], v[b], u[b + 1], v[b + 1]):
-                return _MEETS
-    if inside:
-        return _HOLDS
-    return _MEETS if _holds(nucleus, cell[0, 0], cell[0, 1]) else _APART
+def _bounds(ring: Floats) -> tuple[float, float, float, float]:
+    """The bounds (x0, y0, x1, y1) of a ring."""
+    x0 = x1 = ring[0, 0]
+    y0 = y1 = ring[0, 1]
+    for point in range(1, len(ring)):
+        x, y = ring[point, 0], ring[point, 1]
+        x0, y0 = x if x < x0 else x0, y if y < y0 else y0
+        x1, y1 = x if x > x1 else x1, y if y > y1 else y1
+    return x0, y0, x1, y1
 
 
 @compiled
@@ -221,125 +196,99 @@ def _may_cross_itself(rings: Rings) -> Bools:
 
 
 @compiled
-def _fitted(cells: Rings, nuclei: Rings, pairs: _Pairs) -> tuple[Rings, NDArray[np.int8]]:
-    """Cells (C,) without other nuclei and with their own; and which changed, or are unclear.
-
-    Others have no points.
-    """
-    count = len(cells.first) - 1
-    first, found = np.zeros(count + 1, np.int64), np.zeros(count, np.int8)
-    xy, end = np.empty((len(cells.xy) + 64, 2)), 0
-    for k in range(count):
-        cell = cells.xy[cells.first[k] : cells.first[k + 1]]
-        own = nuclei.xy[nuclei.first[k] : nuclei.first[k + 1]]
-        is_held = False
-        for n in range(pairs.first[k], pairs.first[k + 1]):
-            j = pairs.nucleus[n]
-            if j == k:
-                is_held = pairs.meeting[n] == _HOLDS
-            elif pairs.meeting[n] == _MEETS and found[k] != _UNCLEAR:
-                other = nuclei.xy[nuclei.first[j] : nuclei.first[j + 1]]
-                cell, change = _combined(cell, other, aside=n - pairs.first[k] + 1.0, joins=False)
-                found[k] = change if change > found[k] else found[k]
-        if found[k] == _CHANGED or (found[k] == _SAME and not is_held):
-            cell, change = _combined(cell, own, aside=-1.0, joins=True)
-            found[k] = change if change > found[k] else found[k]
-        if found[k] == _CHANGED:
-            if end + len(cell) > len(xy):
-                xy = np.concatenate((xy, np.empty((len(xy) + len(cell), 2))))
-            xy[end : end + len(cell)] = cell
-            end += len(cell)
-        first[k + 1] = end
-    return Rings(xy[:end].copy(), first), found
-
-
-@compiled
-def _combined(cell: Floats, nucleus: Floats, aside: float, joins: bool) -> tuple[Floats, int]:
-    """A cell without a nucleus, or joined with it, closed rings; and what became of it.
+def _combined(
+    cell: Floats, nucleus: Floats, bounds: Floats, aside: float, joins: bool, crossings: Floats
+) -> tuple[Floats, bool]:
+    """A cell without a nucleus, or joined with it, closed rings; and whether that is clear.
 
     The cell is followed from where it leaves the nucleus to where it enters it, and from there the
     nucleus to where the cell leaves it (K. Weiler, P. Atherton, Hidden surface removal using
     polygon area sorting, 1977). Of several pieces, the largest; unless others are no crumbs. The
-    nucleus is moved ``aside``, each by another factor.
+    nucleus, with ``bounds`` (4,), is moved ``aside``, each by another factor. ``crossings`` is room
+    for what ``_cross`` finds.
     """
-    origin = cell[0].copy()
-    ring, other = cell - origin, nucleus - origin
-    other[:, 0] += aside * _ASIDE_X
-    other[:, 1] += aside * _ASIDE_Y
-    crossings = _crossings(ring, other)
-    count = len(crossings)
+    shift_x, shift_y = aside * _ASIDE_X, aside * _ASIDE_Y
+    count = _cross(cell, nucleus, bounds, (shift_x, shift_y), crossings)
+    if count == len(crossings):
+        return cell, False
     if count == 0:
         if joins:
-            return cell, _SAME if _holds(ring, other[0, 0], other[0, 1]) else _UNCLEAR
-        return cell, _UNCLEAR if _holds(other, ring[0, 0], ring[0, 1]) else _SAME
-    turn = 1.0 if _twice_area(ring) > 0 else -1.0
-    forwards = (turn * _twice_area(other) > 0) == joins
-    along_other = np.argsort(crossings[:, 1])
+            return cell, _holds(cell, nucleus[0, 0] + shift_x, nucleus[0, 1] + shift_y)
+        return cell, not _holds(nucleus, cell[0, 0] - shift_x, cell[0, 1] - shift_y)
+    found = crossings[np.argsort(crossings[:count, 0])]
+    is_turned = _twice_area(nucleus) > 0
+    turn = 1.0 if _twice_area(cell) > 0 else -1.0
+    forwards = ((turn > 0) == is_turned) == joins
+    leaves = (found[:, 4] > 0) == is_turned
+    along_other = np.argsort(found[:, 1])
     place = np.argsort(along_other)
-    leaving = 0 if crossings[0, 4] else 1  # and every other crossing
+    leaving = 0 if leaves[0] else 1  # and every other crossing
     for n in range(count):
-        if crossings[n, 4] == crossings[n - 1, 4]:
-            return cell, _UNCLEAR
-    points, used = np.empty((len(ring) + len(other) + count, 2)), np.zeros(count, np.bool_)
+        if leaves[n] == leaves[n - 1]:
+            return cell, False
+    points, used = np.empty((len(cell) + len(nucleus) + count, 2)), np.zeros(count, np.bool_)
     best, most, total = points[:0], 0.0, 0.0
     for begin in range(leaving, count, 2):
         size, here = 0, begin
         while not used[here]:
             used[here] = True
             entry = (here + 1) % count
-            size = _follow(ring, crossings[here], crossings[entry], 0, True, points, size)
+            size = _follow(cell, found[here], found[entry], 0, True, points, size)
             here = along_other[(place[entry] + (1 if forwards else -1)) % count]
             if (here - leaving) % 2:
-                return cell, _UNCLEAR
-            begun = size
-            size = _follow(other, crossings[entry], crossings[here], 1, forwards, points, size)
-            points[begun + 1 : size, 0] -= aside * _ASIDE_X
-            points[begun + 1 : size, 1] -= aside * _ASIDE_Y
+                return cell, False
+            size = _follow(nucleus, found[entry], found[here], 1, forwards, points, size)
         piece = _closed(points[:size])
         area = turn * _twice_area(piece)
         total += max(area, 0.0)
         if area > most:
             best, most = piece, area
-    if len(best) < 4 or (total - most > 2 * _CRUMB and not joins):
-        return cell, _UNCLEAR
-    return best + origin, _CHANGED
+    if len(best) < 4 or total - most > 2 * _CRUMB:
+        return cell, False
+    return best, True
 
 
 @compiled
-def _crossings(ring: Floats, other: Floats) -> Floats:
-    """Where two closed rings cross, along the first: (K, 5).
+def _cross(
+    ring: Floats, other: Floats, bounds: Floats, aside: tuple[float, float], found: Floats
+) -> int:
+    """The number of crossings of two closed rings, which are written to ``found`` (K, 5).
 
     The number of the side and how much of it lies before the crossing, of both; (x, y); and whether
-    the first ring leaves the other there.
+    the first ring crosses from the left of the other to its right. The other one, with ``bounds``
+    (4,), is moved ``aside``.
     """
-    found, count = np.empty((16, 5)), 0
-    is_left_inside = _twice_area(other) > 0
-    left, right = other[:, 0].min(), other[:, 0].max()
-    top, bottom = other[:, 1].min(), other[:, 1].max()
+    count = 0
+    left, top = bounds[0] + aside[0], bounds[1] + aside[1]
+    right, bottom = bounds[2] + aside[0], bounds[3] + aside[1]
     for a in range(len(ring) - 1):
         x0, y0, x1, y1 = ring[a, 0], ring[a, 1], ring[a + 1, 0], ring[a + 1, 1]
-        if max(x0, x1) < left or min(x0, x1) > right or max(y0, y1) < top or min(y0, y1) > bottom:
+        if (x0 < left and x1 < left) or (x0 > right and x1 > right):
             continue
+        if (y0 < top and y1 < top) or (y0 > bottom and y1 > bottom):
+            continue
+        x0, y0, x1, y1 = x0 - aside[0], y0 - aside[1], x1 - aside[0], y1 - aside[1]
+        dx, dy = x1 - x0, y1 - y0
+        begins = dx * (other[0, 1] - y0) - dy * (other[0, 0] - x0)
         for b in range(len(other) - 1):
-            u0, v0, u1, v1 = other[b, 0], other[b, 1], other[b + 1, 0], other[b + 1, 1]
-            if max(u0, u1) < min(x0, x1) or min(u0, u1) > max(x0, x1):
+            begun = begins
+            begins = dx * (other[b + 1, 1] - y0) - dy * (other[b + 1, 0] - x0)
+            if (begun > 0) == (begins > 0):
                 continue
-            before = (u1 - u0) * (y0 - v0) - (v1 - v0) * (x0 - u0)
-            after = (u1 - u0) * (y1 - v0) - (v1 - v0) * (x1 - u0)
+            u0, v0 = other[b, 0], other[b, 1]
+            du, dv = other[b + 1, 0] - u0, other[b + 1, 1] - v0
+            before = du * (y0 - v0) - dv * (x0 - u0)
+            after = du * (y1 - v0) - dv * (x1 - u0)
             if (before > 0) == (after > 0):
                 continue
-            begins = (x1 - x0) * (v0 - y0) - (y1 - y0) * (u0 - x0)
-            ends = (x1 - x0) * (v1 - y0) - (y1 - y0) * (u1 - x0)
-            if (begins > 0) == (ends > 0):
-                continue
             if count == len(found):
-                found = np.concatenate((found, np.empty_like(found)))
+                return count
             along = before / (before - after)
-            found[count, 0], found[count, 1] = a + along, b + begins / (begins - ends)
-            found[count, 2], found[count, 3] = x0 + along * (x1 - x0), y0 + along * (y1 - y0)
-            found[count, 4] = (before > 0) == is_left_inside
+            found[count, 0], found[count, 1] = a + along, b + begun / (begun - begins)
+            found[count, 2], found[count, 3] = ring[a, 0] + along * dx, ring[a, 1] + along * dy
+            found[count, 4] = before > 0
             count += 1
-    return found[np.argsort(found[:count, 0])]
+    return count
 
 
 @compiled
@@ -385,8 +334,10 @@ def _closed(points: Floats) -> Floats:
 
 @compiled
 def _twice_area(ring: Floats) -> float:
-    """Twice the signed area of a closed ring near the origin."""
+    """Twice the signed area of a closed ring."""
     twice = 0.0
-    for point in range(len(ring) - 1):
-        twice += ring[point, 0] * ring[point + 1, 1] - ring[point + 1, 0] * ring[point, 1]
+    for point in range(1, len(ring) - 2):
+        x, y = ring[point, 0] - ring[0, 0], ring[point, 1] - ring[0, 1]
+        u, v = ring[point + 1, 0] - ring[0, 0], ring[point + 1, 1] - ring[0, 1]
+        twice += x * v - u * y
     return twice

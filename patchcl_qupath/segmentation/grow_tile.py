@@ -21,7 +21,7 @@ from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.segmentation.cells import grow
 from patchcl_qupath.segmentation.fit_cells import fit_to_nuclei, rounded_rings
 from patchcl_qupath.segmentation.measurements import measure_cells
-from patchcl_qupath.segmentation.rings import polygons_of, rings_of, scaled
+from patchcl_qupath.segmentation.rings import Rings, polygons_of, rings_of, scaled
 from patchcl_qupath.segmentation.segmented_image import MAX_RADIUS_UM
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
@@ -116,7 +116,8 @@ def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Nuclei, Uncertai
         (x, y), count = slide.downsample, len(nuclei)
         on_grid = scaled(all_nuclei, (1 / x, 1 / y))
         grown = grow(on_grid, count, box, slide.grid_mpp, context.config)
-        cells = rounded_rings(scaled(grown, slide.downsample))
+        at_level0 = scaled(grown, slide.downsample)
+        cells = Rings(np.round(at_level0.xy, 2), at_level0.first)
         cells = rounded_rings(fit_to_nuclei(cells, all_nuclei))
     with timed(seconds, "read cells"):
         rgb = slide.read(box)
