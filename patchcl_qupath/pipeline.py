@@ -35,6 +35,7 @@ from patchcl_qupath.execution.outcome import (
     note,
     write_outcomes,
 )
+from patchcl_qupath.execution.pixel_store import PixelStore
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import Workers
 from patchcl_qupath.finished import finished_outcome, provenance_of, run_id
@@ -250,7 +251,13 @@ class Run:
             len(tiles) - len(missing),
             store.folder,
         )
-        context = TileContext(image=image, model=self.model, config=self.config, engine=self.engine)
+        pixels = None
+        if self.config.cells.are_grown:
+            pixels = PixelStore.of(store.folder, image.fingerprint())
+            pixels.make_room(missing)
+        context = TileContext(
+            image=image, model=self.model, config=self.config, engine=self.engine, pixels=pixels
+        )
         tile_progress = self._tile_progress(entry, image, tiles, missing, Stage.SEGMENTING)
         tile_progress.begin()
         seconds = map_tiles(
@@ -296,10 +303,11 @@ class Run:
         tile_progress = self._tile_progress(entry, image, tiles, missing, Stage.GROWING_CELLS)
         tile_progress.begin()
         size = file_signature(entry.path).bytes
+        pixels = PixelStore.of(segmented.store.folder, image.fingerprint())
         seconds = map_tiles(
             workers=self.workers.until(self._stop.check),
             task=grow_tile,
-            context=CellContext(image=image, config=cells),
+            context=CellContext(image=image, config=cells, pixels=pixels),
             tiles=missing,
             store=store,
             on_done=tile_progress.one_more,
@@ -307,6 +315,7 @@ class Run:
             check=partial(replace(image.slide, void=None).check_same, size),
             prepared=NucleiOfTiles(segmented.store, tiles, image.slide, cells),
         )
+        pixels.remove()
         left_out = set(store.missing(tiles))
         grown = replace(
             segmented,

@@ -193,15 +193,14 @@ def _extents(xy: Floats, first_point: Integers, axis: int) -> _Extents:
 @compiled
 def _room(limits: _Limits, k: int, row: int, col: int, x: int, y: int) -> float:
     """How far the limit of cell k is from a pixel's centre in one of four directions, in px."""
-    if y == 0:
-        n = limits.rows.first[k] + row - limits.rows.begin[k]
-        if not limits.rows.first[k] <= n < limits.rows.first[k + 1]:
-            return 0.0
-        return limits.rows.most[n] - col - 0.5 if x > 0 else col + 0.5 - limits.rows.least[n]
-    n = limits.cols.first[k] + col - limits.cols.begin[k]
-    if not limits.cols.first[k] <= n < limits.cols.first[k + 1]:
+    extents, line, at = limits.rows, row, col + 0.5
+    if x == 0:
+        extents, line, at = limits.cols, col, row + 0.5
+    n: int = extents.first[k] + line - extents.begin[k]
+    if not extents.first[k] <= n < extents.first[k + 1]:
         return 0.0
-    return limits.cols.most[n] - row - 0.5 if y > 0 else row + 0.5 - limits.cols.least[n]
+    room: float = extents.most[n] - at if x + y > 0 else at - extents.least[n]
+    return room
 
 
 @compiled

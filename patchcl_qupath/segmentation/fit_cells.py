@@ -77,7 +77,8 @@ def _by_geos(
     cell, own = (polygons_of(taken(rings, np.array([k])))[0] for rings in (cells, nuclei))
     cell = shapely.make_valid(cell)
     x0, y0, x1, y1 = shapely.total_bounds([cell, own])
-    near = (bounds[:, :2] <= (x1, y1)).all(axis=1) & (bounds[:, 2:] >= (x0, y0)).all(axis=1)
+    near: Bools = (bounds <= (x1, y1, np.inf, np.inf)).all(axis=1)
+    near &= (bounds >= (-np.inf, -np.inf, x0, y0)).all(axis=1)
     near[k] = False
     for other in polygons_of(taken(nuclei, order[near[order]])):
         if not cell.contains_properly(other):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.config import CellConfig
 from patchcl_qupath.datatypes import Box, Nuclei, Polygons, Tile, UncertaintyGrid
+from patchcl_qupath.execution.pixel_store import PixelStore
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.segmentation.cells import grow
 from patchcl_qupath.segmentation.fit_cells import fit_to_nuclei, rounded_rings
@@ -33,10 +34,11 @@ _REMEMBERED = 64  # tiles, whose nuclei several others ask for
 
 @dataclass(frozen=True, kw_only=True)
 class CellContext:
-    """What a worker needs beside the nuclei."""
+    """What a worker needs beside the nuclei; ``pixels`` are those that were kept of tiles."""
 
     image: PreparedImage
     config: CellConfig
+    pixels: PixelStore | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,8 @@ def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Nuclei, Uncertai
         cells = Rings(np.round(at_level0.xy, 2), at_level0.first)
         cells = rounded_rings(fit_to_nuclei(cells, all_nuclei))
     with timed(seconds, "read cells"):
-        rgb = slide.read(box)
+        rgb = None if context.pixels is None else context.pixels.read(found.tile, box)
+        rgb = slide.read(box) if rgb is None else rgb
     with timed(seconds, "measure cells"):
         measurements = measure_cells(
             nuclei.measurements,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import IN_TILES, Box, Nuclei, Tile, UncertaintyGrid
+from patchcl_qupath.execution.pixel_store import PixelStore
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Confidence, Model, confidence
@@ -39,12 +40,16 @@ def postprocessing_margin_px(config: Config, slide: Slide) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class TileContext:
-    """What a worker needs beside the tile; ``engine`` runs the network of the model."""
+    """What a worker needs beside the tile; ``engine`` runs the network of the model.
+
+    ``pixels`` keep those of the tile, where cells will be grown.
+    """
 
     image: PreparedImage
     model: Model
     config: Config
     engine: EngineKind
+    pixels: PixelStore | None = None
 
 
 def check_machine(slide: Slide, size: int, engine: EngineKind) -> None:
@@ -76,6 +81,8 @@ def segment_tile(context: TileContext, tile: Tile) -> tuple[Nuclei, UncertaintyG
     seconds: Seconds = {}
     with timed(seconds, "read"):
         rgb = context.image.slide.read(tile.read)
+        if context.pixels is not None:
+            context.pixels.keep(tile, rgb)
     with timed(seconds, "network"):
         predicted = _predict(context, tile, rgb)
     with timed(seconds, "separate"):
