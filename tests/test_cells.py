@@ -341,7 +341,7 @@ def test_a_tile_is_given_its_neighbours_nuclei(tmp_path: Path) -> None:
     store = stored(tmp_path, contours)
     find = NucleiOfTiles(store, tiles, Slide100(), CellConfig(expand_um=4))  # type: ignore[arg-type]
     found = find(tiles[0])
-    around = shapely.get_parts(shapely.from_wkb(found.around))
+    around = polygons_of(found.around)
     assert {c.wkt for c in around} == {near.wkt, below.wkt}  # up to 16 px from the contours
     nuclei, _ = TileStore.decode(found.content)
     assert shapely.equals(nuclei.polygons, contours[tiles[0]]).all()

@@ -24,8 +24,10 @@ from patchcl_qupath.project.paquo import PaquoProject
 from patchcl_qupath.segmentation.contours import nuclei_of_tile, to_level0
 from patchcl_qupath.segmentation.grow_tile import CellContext, TileNuclei, grow_tile
 from patchcl_qupath.segmentation.instances import instances
+from patchcl_qupath.segmentation.rings import NOTHING
 from patchcl_qupath.slides.prepare import prepare
 from patchcl_qupath.slides.stains import densities
+from patchcl_qupath.storage.parquet import from_table
 
 pytestmark = pytest.mark.qupath
 
@@ -299,10 +301,9 @@ def cells_of_the_sample(path: Path) -> Nuclei:
         bin_size=(1, 1), rows=none, cols=none, points=none, entropy=none, nuclei=none
     )
     content = TileStore.encode(to_level0(found, image.slide.downsample, image.id), grid)
-    around = shapely.to_wkb(shapely.MultiPolygon())
     context = CellContext(image=image, config=GROWN.cells)
-    grown, _, _ = grow_tile(context, TileNuclei(tile=whole, content=content, around=around))
-    return grown
+    grown, _, _ = grow_tile(context, TileNuclei(tile=whole, content=content, around=NOTHING))
+    return from_table(grown)
 
 
 def test_cells_measure_as_qupath_measures_them(

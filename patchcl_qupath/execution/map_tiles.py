@@ -28,12 +28,13 @@ from patchcl_qupath.execution.workers import (
     scheduler_gone,
     set_environment,
 )
+from patchcl_qupath.storage.parquet import Table
 from patchcl_qupath.timing import Seconds, add_seconds, timed
 
 logger = logging.getLogger(__name__)
 
 Context = TypeVar("Context")
-TileTask = Callable[[Context, Any], tuple[Nuclei, UncertaintyGrid, Seconds]]
+TileTask = Callable[[Context, Any], tuple[Nuclei | Table, UncertaintyGrid, Seconds]]
 
 _AHEAD = 3  # tiles for each worker thread: enough to keep it busy, few to keep memory flat
 _WORKER_DIED = "its worker died each time: give workers more memory, or fewer threads"

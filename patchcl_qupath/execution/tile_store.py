@@ -44,6 +44,7 @@ from patchcl_qupath.storage.parquet import (
     grid_columns,
     grid_of_columns,
     parquet_source,
+    points_of,
     polygons_of,
     to_table,
 )
@@ -74,9 +75,9 @@ class TileStore:
         return cls(folder)
 
     @staticmethod
-    def encode(nuclei: Nuclei, uncertainty: UncertaintyGrid) -> bytes:
-        """A tile as the content of its file."""
-        table = to_table(nuclei)
+    def encode(nuclei: Nuclei | pa.Table, uncertainty: UncertaintyGrid) -> bytes:
+        """A tile, or its table, as the content of its file."""
+        table = to_table(nuclei) if isinstance(nuclei, Nuclei) else nuclei
         columns = {name: values.tolist() for name, values in grid_columns(uncertainty).items()}
         header = table.schema.metadata | {_GRID: json.dumps([uncertainty.bin_size, columns])}
         sink = pa.BufferOutputStream()
@@ -87,8 +88,14 @@ class TileStore:
     @staticmethod
     def decode(content: bytes) -> tuple[Nuclei, UncertaintyGrid]:
         """The inverse of ``encode``."""
-        table = pq.read_table(io.BytesIO(content))
-        return from_table(table), _grid_of(table.schema.metadata)
+        table, uncertainty = TileStore.decode_table(content)
+        return from_table(table), uncertainty
+
+    @staticmethod
+    def decode_table(content: bytes) -> tuple[pa.Table, UncertaintyGrid]:
+        """As ``decode``, with nuclei as a table."""
+        table = pq.read_table(pa.BufferReader(content))
+        return table, _grid_of(table.schema.metadata)
 
     def content(self, tile: Tile) -> bytes:
         """A finished tile, encoded."""
@@ -124,6 +131,10 @@ class TileStore:
     def nuclei(self, tiles: Sequence[Tile]) -> Iterator[Nuclei]:
         """The nuclei of finished tiles, one tile after the other, in the tiles' order."""
         return (from_table(self._table(tile)) for tile in tiles)
+
+    def points(self, tile: Tile) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The points of the contours of a tile's nuclei, in flat arrays as of ``points_of``."""
+        return points_of(pq.read_table(self._source(tile), columns=[NUCLEUS])[NUCLEUS])
 
     def contours(self, tiles: Sequence[Tile], of_cells: bool = False) -> Iterator[Polygons]:
         """Their contours alone, several times as fast; with ``of_cells`` those of their cells.

@@ -24,6 +24,7 @@ from patchcl_qupath.datatypes import Box
 from patchcl_qupath.segmentation.cell_borders import Borders, largest, outlines, trace
 from patchcl_qupath.segmentation.fit_cells import from_the_top
 from patchcl_qupath.segmentation.rings import (
+    NOTHING,
     Bools,
     Floats,
     Integers,
@@ -65,25 +66,18 @@ class _Frame(NamedTuple):
     wide: tuple[int, int]
 
 
-class _Extents(NamedTuple):
-    """Where convex rings (N,) begin and end along rows of pixels, or along columns.
+class _Limits(NamedTuple):
+    """Where the scaled hulls of nuclei (N,) begin and end: along rows, and along columns.
 
-    Ring k holds the centres of the row ``begin[k] + n`` from ``least[first[k] + n]`` to
-    ``most[first[k] + n]`` px, for each n up to ``first[k + 1] - first[k]``, and no others.
+    Hull k holds the centres of row ``begin[0, k] + n`` from ``least[first[0, k] + n]`` px to
+    ``most[first[0, k] + n]`` px, for each n up to ``first[0, k + 1] - first[0, k]``, and none of
+    other rows; likewise of columns by ``begin[1]`` and ``first[1]``. All are empty without limits.
     """
 
     first: Integers
     begin: Integers
     least: Floats
     most: Floats
-
-
-class _Limits(NamedTuple):
-    """The scaled hulls of nuclei (N,), row by row and column by column; where there ``are`` any."""
-
-    are: bool
-    rows: _Extents
-    cols: _Extents
 
 
 def grow(
@@ -130,12 +124,8 @@ def _frame(box: Box, mpp: tuple[float, float], expand_um: float) -> _Frame:
 
 def _limits(nuclei: Rings, constrain_scale: float) -> _Limits:
     """The limits of the cells of nuclei."""
-    if constrain_scale <= _NO_LIMIT:
-        none = _Extents(np.zeros(1, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
-        return _Limits(False, none, none)
-    hulls = hulls_of(nuclei)
-    xy = _scaled_about_centroids(hulls, constrain_scale)
-    return _Limits(True, _extents(xy, hulls.first, 1), _extents(xy, hulls.first, 0))
+    hulls = hulls_of(nuclei if constrain_scale > _NO_LIMIT else NOTHING)
+    return _extents(_scaled_about_centroids(hulls, constrain_scale), hulls.first)
 
 
 @compiled
@@ -159,48 +149,33 @@ def _scaled_about_centroids(hulls: Rings, scale: float) -> Floats:
 
 
 @compiled
-def _extents(xy: Floats, first_point: Integers, axis: int) -> _Extents:
-    """The extents of the convex rings ``xy[first_point[k] : first_point[k + 1]]``.
-
-    Along rows with ``axis`` 1, along columns with 0.
-    """
-    count = len(first_point) - 1
-    first, begin = np.zeros(count + 1, np.int64), np.zeros(count, np.int64)
-    for k in range(count):
-        first[k + 1] = first[k]
-        ring = xy[first_point[k] : first_point[k + 1], axis]
-        if len(ring):
-            lowest = highest = ring[0]
-            for value in ring:
-                lowest = value if value < lowest else lowest
-                highest = value if value > highest else highest
-            begin[k] = int(np.ceil(lowest - 0.5))
-            first[k + 1] += max(int(np.ceil(highest - 0.5)) - begin[k], 0)
-    least, most = np.full(first[-1], np.inf), np.full(first[-1], -np.inf)
-    for k in range(count):
-        for point in range(first_point[k], first_point[k + 1] - 1):
-            v0, u0 = xy[point, axis], xy[point, 1 - axis]
-            v1, u1 = xy[point + 1, axis], xy[point + 1, 1 - axis]
-            if v0 > v1:
-                v0, u0, v1, u1 = v1, u1, v0, u0
-            for line in range(int(np.ceil(v0 - 0.5)), int(np.ceil(v1 - 0.5))):
-                u = u0 + (line + 0.5 - v0) / (v1 - v0) * (u1 - u0)
-                at = first[k] + line - begin[k]
-                least[at], most[at] = min(least[at], u), max(most[at], u)
-    return _Extents(first, begin, least, most)
-
-
-@compiled
-def _room(limits: _Limits, k: int, row: int, col: int, x: int, y: int) -> float:
-    """How far the limit of cell k is from a pixel's centre in one of four directions, in px."""
-    extents, line, at = limits.rows, row, col + 0.5
-    if x == 0:
-        extents, line, at = limits.cols, col, row + 0.5
-    n: int = extents.first[k] + line - extents.begin[k]
-    if not extents.first[k] <= n < extents.first[k + 1]:
-        return 0.0
-    room: float = extents.most[n] - at if x + y > 0 else at - extents.least[n]
-    return room
+def _extents(xy: Floats, points: Integers) -> _Limits:
+    """Where the convex rings ``xy[points[k] : points[k + 1]]`` begin and end."""
+    count = len(points) - 1
+    first, begin = np.zeros((2, count + 1), np.int64), np.zeros((2, count), np.int64)
+    end = 0
+    for axis in range(2):
+        first[axis, 0] = end
+        for k in range(count):
+            if points[k + 1] > points[k]:
+                along = xy[points[k] : points[k + 1], 1 - axis]
+                begin[axis, k] = int(np.ceil(along.min() - 0.5))
+                end += max(int(np.ceil(along.max() - 0.5)) - begin[axis, k], 0)
+            first[axis, k + 1] = end
+    least, most = np.full(end, np.inf), np.full(end, -np.inf)
+    for axis in range(2):
+        for k in range(count):
+            start = first[axis, k] - begin[axis, k]
+            for point in range(points[k], points[k + 1] - 1):
+                u0, v0 = xy[point, axis], xy[point, 1 - axis]
+                u1, v1 = xy[point + 1, axis], xy[point + 1, 1 - axis]
+                if v0 > v1:
+                    u0, v0, u1, v1 = u1, v1, u0, v0
+                for line in range(int(np.ceil(v0 - 0.5)), int(np.ceil(v1 - 0.5))):
+                    u = u0 + (line + 0.5 - v0) / (v1 - v0) * (u1 - u0)
+                    least[start + line] = min(least[start + line], u)
+                    most[start + line] = max(most[start + line], u)
+    return _Limits(first, begin, least, most)
 
 
 @compiled
@@ -344,20 +319,19 @@ def _take_nearest(keys: Labels, which: Labels, labels: Labels, distances: Distan
 def _limit(labels: Labels, distances: Distances, limits: _Limits, frame: _Frame) -> None:
     """Make pixels of cells of those (H, W) that are nearest to a nucleus, up to the limits."""
     reach = np.uint16(frame.reach)
-    if not limits.are:
+    if limits.first.shape[1] == 1:
         for row in range(frame.rows):
             for col in range(frame.cols):
                 is_cell = distances[row, col] < reach
                 labels[row, col] = abs(labels[row, col]) if is_cell else labels[row, col]
         return
-    extents = limits.rows
-    for k in range(len(extents.begin)):
-        for n in range(extents.first[k], extents.first[k + 1]):
-            row = extents.begin[k] + n - extents.first[k] - frame.row0
+    for k in range(limits.begin.shape[1]):
+        for n in range(limits.first[0, k], limits.first[0, k + 1]):
+            row = limits.begin[0, k] + n - limits.first[0, k] - frame.row0
             if not 0 < row < frame.rows - 1:
                 continue
-            left = int(np.floor(extents.least[n] - 0.5)) + 1 - frame.col0
-            right = int(np.ceil(extents.most[n] - 0.5)) - frame.col0
+            left = int(np.floor(limits.least[n] - 0.5)) + 1 - frame.col0
+            right = int(np.ceil(limits.most[n] - 0.5)) - frame.col0
             for col in range(max(left, 1), min(right, frame.cols - 1)):
                 if labels[row, col] == -k - 1 and distances[row, col] < reach:
                     labels[row, col] = k + 1
@@ -385,8 +359,10 @@ def _crossings(
     """
     edges = len(borders.pixel)
     points, is_end = np.empty((edges, 2)), np.zeros(edges, np.bool_)
-    cells, width, apart = labels.ravel(), np.int32(frame.cols), distances.ravel()
+    cells, apart, width = labels.ravel(), distances.ravel(), np.int32(frame.cols)
+    first, begin, least, most = limits.first, limits.begin, limits.least, limits.most
     beyond = np.array([-width, 1, width, -1], np.int32)
+    are_limited = begin.shape[1] > 0
     for edge in range(edges):
         pixel, way = borders.pixel[edge], borders.way[edge]
         row, q = pixel // width, pixel + beyond[way]
@@ -404,19 +380,28 @@ def _crossings(
             border = _rounded(0.5 + (there - here) / (2 * step))
         else:
             border = 1 - _rounded(0.5 - (there - here) / (2 * step))
-        if limits.are:
-            room = _room(limits, own - 1, row + frame.row0, col + frame.col0, x, y)
-            limit = room if room < limit else limit
+        is_border = cells[q] > 0
+        beside = (frame.reach - there) / step
+        if are_limited:
+            axis = 0 if y == 0 else 1
+            line, at = row + frame.row0, col + frame.col0 + 0.5
+            if axis:
+                line, at = col + frame.col0, row + frame.row0 + 0.5
+            k = own - 1
+            n = first[axis, k] + line - begin[axis, k]
+            if first[axis, k] <= n < first[axis, k + 1]:
+                room = most[n] - at if x + y > 0 else at - least[n]
+                limit = room if room < limit else limit
+            if is_border:
+                k, at = other - 1, at + x + y
+                n = first[axis, k] + line - begin[axis, k]
+                if first[axis, k] <= n < first[axis, k + 1]:
+                    room = at - least[n] if x + y > 0 else most[n] - at
+                    beside = room if room < beside else beside
         limit = _rounded(limit)
         share = limit if limit < border else border
         share = share if share < 1016 / 1024 else 1016 / 1024
-        if cells[q] > 0:
-            beside = (frame.reach - there) / step
-            if limits.are:
-                at = row + y + frame.row0, col + x + frame.col0
-                room = _room(limits, other - 1, at[0], at[1], -x, -y)
-                beside = room if room < beside else beside
-            is_end[edge] = limit < border or _rounded(beside) < 1 - border
+        is_end[edge] = is_border and (limit < border or _rounded(beside) < 1 - border)
         points[edge, 0] = frame.col0 + col + 0.5 + share * x
         points[edge, 1] = frame.row0 + row + 0.5 + share * y
     return points, is_end

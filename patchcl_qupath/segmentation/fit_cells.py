@@ -77,8 +77,8 @@ def _by_geos(
     cell, own = (polygons_of(taken(rings, np.array([k])))[0] for rings in (cells, nuclei))
     cell = shapely.make_valid(cell)
     x0, y0, x1, y1 = shapely.total_bounds([cell, own])
-    near: Bools = (bounds <= (x1, y1, np.inf, np.inf)).all(axis=1)
-    near &= (bounds >= (-np.inf, -np.inf, x0, y0)).all(axis=1)
+    beside = bounds - (x1, y1, x0, y0)
+    near = np.logical_and(beside[:, :2] <= 0, beside[:, 2:] >= 0).all(axis=1)
     near[k] = False
     for other in polygons_of(taken(nuclei, order[near[order]])):
         if not cell.contains_properly(other):
@@ -88,6 +88,24 @@ def _by_geos(
     parts = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
     most = np.argmax(shapely.area(shapely.intersection(parts, own)))
     return shapely.normalize(shapely.Polygon(parts[most].exterior))
+
+
+@compiled
+def _turns_once(ring: Floats) -> bool:
+    """Whether a closed ring turns once around the mean of its points, and never back."""
+    points = len(ring) - 1
+    x, y = 0.0, 0.0
+    for point in range(points):
+        x, y = x + ring[point, 0] / points, y + ring[point, 1] / points
+    turns, left, right = 0, False, False
+    for point in range(points):
+        u0, v0 = ring[point, 0] - x, ring[point, 1] - y
+        u1, v1 = ring[point + 1, 0] - x, ring[point + 1, 1] - y
+        turned = u0 * v1 - u1 * v0
+        left |= turned < _NEAR
+        right |= turned > -_NEAR
+        turns += v0 < 0 <= v1
+    return turns == 1 and not (left and right)
 
 
 @compiled
@@ -180,6 +198,8 @@ def _may_cross_itself(rings: Rings) -> Bools:
     for k in range(len(found)):
         xy = rings.xy[rings.first[k] : rings.first[k + 1]]
         sides = len(xy) - 1
+        if _turns_once(xy):
+            continue
         found[k] = sides < 3
         for a in range(sides):
             x0, y0, x1, y1 = xy[a, 0], xy[a, 1], xy[a + 1, 0], xy[a + 1, 1]

@@ -7,25 +7,32 @@ one of the same tile does. The halo of tiles need not hold such neighbours, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import shapely
-from numpy.typing import NDArray
 
 from patchcl_qupath.config import CellConfig
-from patchcl_qupath.datatypes import Box, Nuclei, Polygons, Tile, UncertaintyGrid
+from patchcl_qupath.datatypes import Box, Tile, UncertaintyGrid
 from patchcl_qupath.execution.pixel_store import PixelStore
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.segmentation.cells import grow
 from patchcl_qupath.segmentation.fit_cells import fit_to_nuclei, rounded_rings
 from patchcl_qupath.segmentation.measurements import measure_cells
-from patchcl_qupath.segmentation.rings import Rings, polygons_of, rings_of, scaled
+from patchcl_qupath.segmentation.rings import (
+    NOTHING,
+    Floats,
+    Rings,
+    bounds_of,
+    joined,
+    scaled,
+    taken,
+)
 from patchcl_qupath.segmentation.segmented_image import MAX_RADIUS_UM
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.storage.parquet import NOT_MEASURED, NUCLEUS, Table, points_of, with_cells
 from patchcl_qupath.timing import Seconds, timed
 
 _BESIDE_PX = 3  # between the cells of a tile and the border of what is looked at
@@ -43,11 +50,11 @@ class CellContext:
 
 @dataclass(frozen=True, kw_only=True)
 class TileNuclei:
-    """A tile with its nuclei, as they are stored; ``around`` are others near them, as WKB."""
+    """A tile with its nuclei, as they are stored; ``around`` are others near them, level 0."""
 
     tile: Tile
     content: bytes
-    around: bytes
+    around: Rings
 
     @property
     def name(self) -> str:
@@ -69,64 +76,59 @@ class NucleiOfTiles:
 
     def __call__(self, tile: Tile) -> TileNuclei:
         """The nuclei of a finished tile."""
-        own, _ = self._contours(tile)
-        around = [contours for contours in self._others(tile, own) if len(contours)]
-        together = (
-            shapely.multipolygons(np.concatenate(around)) if around else shapely.MultiPolygon()
-        )
-        return TileNuclei(
-            tile=tile, content=self._store.content(tile), around=shapely.to_wkb(together)
-        )
+        around = joined([NOTHING, *self._others(tile)])
+        return TileNuclei(tile=tile, content=self._store.content(tile), around=around)
 
-    def _read(self, tile: Tile) -> tuple[Polygons, NDArray[np.float64]]:
+    def _read(self, tile: Tile) -> tuple[Rings, Floats]:
         """The nuclei (N,) of a tile and their bounds (N, 4)."""
-        (contours,) = self._store.contours([tile])
-        return contours, shapely.bounds(contours)
+        contours = Rings(*self._store.points(tile))
+        return contours, bounds_of(contours)
 
-    def _others(self, tile: Tile, own: Polygons) -> list[Polygons]:
+    def _others(self, tile: Tile) -> Iterator[Rings]:
         """The nuclei of each other tile that are near those of a tile."""
+        _, own = self._contours(tile)
         if not len(own):
-            return []
+            return
         reach_px = math.ceil((2 * MAX_RADIUS_UM + self._near_um) / min(self._slide.grid_mpp))
         beside = tile.write.grow(reach_px, self._slide.shape)
         x, y = (self._near_um / side for side in self._slide.mpp_level0)
-        least, most = np.split(shapely.total_bounds(own) + np.array([-x, -y, x, y]), 2)
+        (x0, y0), (x1, y1) = own[:, :2].min(axis=0), own[:, 2:].max(axis=0)
         first, last = np.split(self._boxes, 2, axis=1)
         meets = (first < (beside.row1, beside.col1)) & (last > (beside.row0, beside.col0))
-        found = [self._tiles[n] for n in np.flatnonzero(meets.all(axis=1)).tolist()]
-        others = [other for other in found if other != tile]
-        near = []
-        for contours, bounds in map(self._contours, others):
-            meets = (bounds[:, :2] <= most) & (bounds[:, 2:] >= least)
-            near.append(contours[meets.all(axis=1)])
-        return near
+        for n in np.flatnonzero(meets.all(axis=1)).tolist():
+            if self._tiles[n] != tile:
+                contours, bounds = self._contours(self._tiles[n])
+                near = bounds[:, :2] <= (x1 + x, y1 + y)
+                near &= bounds[:, 2:] >= (x0 - x, y0 - y)
+                yield taken(contours, np.flatnonzero(near.all(axis=1)))
 
 
-def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
+def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Table, UncertaintyGrid, Seconds]:
     """Grow the nuclei of a tile into cells, and measure these.
 
-    Returns the nuclei with their cells, level 0; the uncertainty grid of the tile as it is stored;
-    and the seconds that each stage took. Raises SlideError for damaged pixels.
+    Returns the table of the nuclei with their cells, level 0; the uncertainty grid of the tile as
+    it is stored; and the seconds that each stage took. Raises SlideError for damaged pixels.
     """
     seconds: Seconds = {}
     slide = context.image.slide
-    nuclei, uncertainty = TileStore.decode(found.content)
     with timed(seconds, "grow"):
-        around = shapely.get_parts(shapely.from_wkb(found.around))
-        all_nuclei = rings_of(np.concatenate([nuclei.polygons, around]))
-        box = _box(nuclei.polygons, slide, context.config.expand_um)
-        (x, y), count = slide.downsample, len(nuclei)
-        on_grid = scaled(all_nuclei, (1 / x, 1 / y))
+        table, uncertainty = TileStore.decode_table(found.content)
+        own = Rings(*points_of(table[NUCLEUS]))
+        nuclei = joined([own, found.around])
+        (x, y), count = slide.downsample, len(table)
+        box = _box(own, slide, context.config.expand_um)
+        on_grid = scaled(nuclei, (1 / x, 1 / y))
         grown = grow(on_grid, count, box, slide.grid_mpp, context.config)
         at_level0 = scaled(grown, slide.downsample)
         cells = Rings(np.round(at_level0.xy, 2), at_level0.first)
-        cells = rounded_rings(fit_to_nuclei(cells, all_nuclei))
+        cells = rounded_rings(fit_to_nuclei(cells, nuclei))
     with timed(seconds, "read cells"):
         rgb = None if context.pixels is None else context.pixels.read(found.tile, box)
         rgb = slide.read(box) if rgb is None else rgb
     with timed(seconds, "measure cells"):
+        names = set(table.column_names) - {*NOT_MEASURED}
         measurements = measure_cells(
-            nuclei.measurements,
+            {name: table[name].to_numpy() for name in names},
             scaled(cells, slide.mpp_level0),  # µm are pixels of 1 µm
             cells=scaled(cells, (1 / x, 1 / y)),
             nuclei=on_grid,
@@ -134,16 +136,17 @@ def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Nuclei, Uncertai
             box=box,
             stains=context.image.stains,
         )
-        polygons = polygons_of(cells)
-    return replace(nuclei, cells=polygons, measurements=measurements), uncertainty, seconds
+        table = with_cells(table, *cells, measurements)
+    return table, uncertainty, seconds
 
 
-def _box(nuclei: Polygons, slide: Slide, expand_um: float) -> Box:
+def _box(nuclei: Rings, slide: Slide, expand_um: float) -> Box:
     """The box of the working grid that holds the cells of nuclei, level 0."""
-    if not len(nuclei):
+    if not len(nuclei.xy):
         return Box(0, 0, 1, 1)
     (x, y), (rows, cols) = slide.downsample, slide.shape
-    x0, y0, x1, y1 = shapely.total_bounds(nuclei)
+    bounds = bounds_of(nuclei)
+    (x0, y0), (x1, y1) = np.nanmin(bounds[:, :2], axis=0), np.nanmax(bounds[:, 2:], axis=0)
     margin = math.ceil(expand_um / min(slide.grid_mpp)) + _BESIDE_PX
     inner = Box(math.floor(y0 / y), math.floor(x0 / x), math.ceil(y1 / y), math.ceil(x1 / x))
     return inner.grow(margin, (rows, cols))

@@ -23,6 +23,9 @@ class Rings(NamedTuple):
     first: Integers
 
 
+NOTHING = Rings(np.empty((0, 2)), np.zeros(1, np.int64))
+
+
 def rings_of(polygons: Polygons) -> Rings:
     """The rings of polygons (N,) without holes."""
     xy, of = shapely.get_coordinates(polygons, return_index=True)
@@ -95,14 +98,16 @@ def hulls_of(rings: Rings) -> Rings:
     for k in range(len(first) - 1):
         size = max(rings.first[k + 1] - rings.first[k] - 1, 0)
         points = rings.xy[rings.first[k] : rings.first[k] + size]
-        order = np.argsort(points[:, 1])
-        for n in range(1, size):  # of equal y by x
-            m = n
-            while m and points[order[m - 1], 1] == points[order[m], 1]:
-                if points[order[m - 1], 0] <= points[order[m], 0]:
-                    break
-                order[m - 1], order[m] = order[m], order[m - 1]
+        order = np.arange(size)  # by y, then x: contours go up and down, which takes few steps
+        for n in range(1, size):
+            m, (x, y) = n, points[n]
+            while m and (
+                y < points[order[m - 1], 1]
+                or (y == points[order[m - 1], 1] and x < points[order[m - 1], 0])
+            ):
+                order[m] = order[m - 1]
                 m -= 1
+            order[m] = n
         for chain in range(2 * (size > 0)):
             begin = end
             for n in range(size):

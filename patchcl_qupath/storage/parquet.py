@@ -21,6 +21,9 @@ Table: TypeAlias = pa.Table
 
 # GeoParquet 1.1; coordinates are pixels, so there is no reference system.
 _POLYGONS = {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None}
+# WKB of a polygon with one ring: little endian, its type, the number of rings, that of points.
+_HEADER = np.frombuffer(bytes([1, 3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]), np.uint8)
+_POINT_BYTES = 16
 NUCLEUS, CELL = "geometry", "cell"  # columns of contours
 CLASSIFICATION = "Classification"  # the column of classes, as QuPath's tables call it
 NOT_MEASURED = ("id", NUCLEUS, CELL, CLASSIFICATION, *IN_TILES)  # others are measurements
@@ -44,6 +47,51 @@ def to_table(nuclei: Nuclei) -> pa.Table:
         columns[CLASSIFICATION] = classes.cast(pa.dictionary(pa.int8(), pa.string()))
     columns |= {name: pa.array(v, pa.float32()) for name, v in nuclei.measurements.items()}
     return pa.table(columns).replace_schema_metadata(geo_metadata(columns))
+
+
+def with_cells(
+    table: pa.Table,
+    xy: NDArray[np.float64],
+    first: NDArray[np.int64],
+    measurements: dict[str, NDArray[np.float32]],
+) -> pa.Table:
+    """A table of nuclei as ``to_table`` makes it, with the contours of cells, as of ``points_of``.
+
+    ``measurements`` take the place of those that it has.
+    """
+    columns = {name: table[name] for name in ("id", NUCLEUS)} | {CELL: _wkb_of(xy, first)}
+    columns |= {name: pa.array(v, pa.float32()) for name, v in measurements.items()}
+    return pa.table(columns).replace_schema_metadata(geo_metadata(columns))
+
+
+def points_of(column: pa.ChunkedArray) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The points (P, 2) of polygons without holes, WKB as ``to_table`` makes it.
+
+    Polygon k has those from ``first[k]`` to ``first[k + 1]``, the second array.
+    """
+    wkb = column.combine_chunks()
+    _, offsets, content = wkb.buffers()
+    ends = np.frombuffer(offsets, np.int32)[wkb.offset :][: len(wkb) + 1].astype(np.int64)
+    content = np.frombuffer(content or b"", np.uint8)[: ends[-1]]
+    first = (ends - ends[0] - np.arange(len(ends)) * len(_HEADER)) // _POINT_BYTES
+    is_header = np.zeros(len(content), np.bool_)
+    is_header[: ends[0]] = True
+    is_header[ends[:-1, None] + np.arange(len(_HEADER))] = True
+    return content[~is_header].view("<f8").reshape(-1, 2), first
+
+
+def _wkb_of(xy: NDArray[np.float64], first: NDArray[np.int64]) -> pa.Array:
+    """The inverse of ``points_of``; as shapely's ``to_wkb`` of such polygons."""
+    ends = first * _POINT_BYTES + np.arange(len(first)) * len(_HEADER)
+    content, headers = np.empty(ends[-1], np.uint8), np.tile(_HEADER, (len(first) - 1, 1))
+    headers[:, -4:] = np.diff(first).astype("<u4")[:, None].view(np.uint8)
+    places = ends[:-1, None] + np.arange(len(_HEADER))
+    content[places] = headers
+    is_point = np.ones(len(content), np.bool_)
+    is_point[places] = False
+    content[is_point] = np.ascontiguousarray(xy[first[0] :], "<f8").view(np.uint8).ravel()
+    buffers = [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(content)]
+    return pa.Array.from_buffers(pa.binary(), len(first) - 1, buffers)
 
 
 def encoding(names: Collection[str]) -> dict[str, Any]:
