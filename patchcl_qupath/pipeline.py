@@ -365,7 +365,7 @@ class Run:
         result: ResultRecord,
     ) -> Imported | None:
         """Write the nuclei into the project, and where they are uncertain."""
-        batches = answered.classified(segmented.nuclei())
+        batches = answered.classified_tables(segmented.tables())
         imported = self.project.write(entry, batches, self.config.result, result)
         if segmented.uncertainty is not None:
             path = self.project.layout.uncertainty(entry.id)

@@ -19,6 +19,7 @@ from patchcl_qupath.datatypes import ImageEntry, Nuclei
 from patchcl_qupath.segmentation.measurements import measurement_names
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.slides.prepare import PreparedImage
+from patchcl_qupath.storage.parquet import Table
 from patchcl_qupath.storage.records import ImageOutcome, PositivityRecord, Summary
 
 _NAMED = 3  # regions that a note names
@@ -48,6 +49,12 @@ class Answer:
     def classified(self, batches: Iterable[Nuclei]) -> Iterable[Nuclei]:
         """Batches of nuclei, with classes where these were asked for."""
         return batches if self.positivity is None else self.positivity.apply(batches)
+
+    def classified_tables(self, tables: Iterable[Table]) -> Iterable[Table]:
+        """The same for tables of nuclei."""
+        if self.positivity is None:
+            return tables
+        return map(self.positivity.apply_to_table, tables)
 
     def noted(self, outcome: ImageOutcome) -> ImageOutcome:
         """The outcome of an image with the notes."""

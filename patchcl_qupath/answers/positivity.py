@@ -19,6 +19,7 @@ from patchcl_qupath.answers.mixture import USUAL_THRESHOLD, threshold_between
 from patchcl_qupath.config import GRADES, NEGATIVE, POSITIVE, parse_positive
 from patchcl_qupath.datatypes import Nuclei, StainKind, StainVectors
 from patchcl_qupath.errors import ImageError
+from patchcl_qupath.storage.parquet import Table, with_classes
 from patchcl_qupath.storage.records import AllredScore, PositivityRecord
 
 _COMPARTMENTS = {"nucleus", "cell", "cytoplasm", "membrane"}
@@ -54,6 +55,11 @@ class Positivity:
         for batch in batches:
             values = batch.measurements[self.record.measurement]
             yield replace(batch, classes=self.classes(values))
+
+    def apply_to_table(self, table: Table) -> Table:
+        """A table of nuclei with their classes."""
+        values = table[self.record.measurement].to_numpy()
+        return with_classes(table, self.classes(values))
 
 
 def check_positive(positive: str, image: str, stains: StainVectors, names: Sequence[str]) -> None:

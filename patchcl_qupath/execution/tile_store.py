@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.datatypes import (
     BIN_COL,
     BIN_ROW,
+    IN_TILES,
     Nuclei,
     Polygons,
     Tile,
@@ -75,11 +76,11 @@ class TileStore:
         return cls(folder)
 
     @staticmethod
-    def encode(nuclei: Nuclei | pa.Table, uncertainty: UncertaintyGrid) -> bytes:
+    def encode(nuclei: Nuclei | Table, uncertainty: UncertaintyGrid) -> bytes:
         """A tile, or its table, as the content of its file."""
         table = to_table(nuclei) if isinstance(nuclei, Nuclei) else nuclei
         columns = {name: values.tolist() for name, values in grid_columns(uncertainty).items()}
-        header = table.schema.metadata | {_GRID: json.dumps([uncertainty.bin_size, columns])}
+        header = table.schema.metadata | {_GRID.encode(): json.dumps([uncertainty.bin_size, columns])}
         sink = pa.BufferOutputStream()
         table = table.replace_schema_metadata(header)
         pq.write_table(table, sink, **encoding(table.column_names))
@@ -92,7 +93,7 @@ class TileStore:
         return from_table(table), uncertainty
 
     @staticmethod
-    def decode_table(content: bytes) -> tuple[pa.Table, UncertaintyGrid]:
+    def decode_table(content: bytes) -> tuple[Table, UncertaintyGrid]:
         """As ``decode``, with nuclei as a table."""
         table = pq.read_table(pa.BufferReader(content))
         return table, _grid_of(table.schema.metadata)
@@ -101,8 +102,8 @@ class TileStore:
         """A finished tile, encoded."""
         if tile.name not in self.kept:
             return self.path(tile).read_bytes()
-        (nuclei,), (grid,) = self.nuclei([tile]), self.uncertainty_grids([tile])
-        return self.encode(nuclei, grid)
+        (grid,) = self.uncertainty_grids([tile])
+        return self.encode(self._table(tile), grid)
 
     def path(self, tile: Tile) -> Path:
         """The file of a finished tile."""
@@ -132,9 +133,15 @@ class TileStore:
         """The nuclei of finished tiles, one tile after the other, in the tiles' order."""
         return (from_table(self._table(tile)) for tile in tiles)
 
+    def tables(self, tiles: Sequence[Tile]) -> Iterator[Table]:
+        """The same as tables."""
+        for tile in tiles:
+            table = self._table(tile)
+            yield table.drop_columns([name for name in IN_TILES if name in table.column_names])
+
     def points(self, tile: Tile) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """The points of the contours of a tile's nuclei, in flat arrays as of ``points_of``."""
-        return points_of(pq.read_table(self._source(tile), columns=[NUCLEUS])[NUCLEUS])
+        return points_of(self._table(tile, [NUCLEUS])[NUCLEUS])
 
     def contours(self, tiles: Sequence[Tile], of_cells: bool = False) -> Iterator[Polygons]:
         """Their contours alone, several times as fast; with ``of_cells`` those of their cells.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import shapely
 
@@ -49,6 +49,9 @@ from patchcl_qupath.storage.records import (
     read_record,
     write_record,
 )
+
+if TYPE_CHECKING:  # it loads pyarrow
+    from patchcl_qupath.storage.parquet import Table
 
 SAVING_S = 10.0  # QuPath may save an import so long after the script that made it but did not save
 
@@ -146,7 +149,7 @@ class FilesProject:
     def write(
         self,
         entry: ImageEntry,
-        batches: Iterable[Nuclei],
+        batches: Iterable[Nuclei | Table],
         config: ResultConfig,
         result: ResultRecord,
     ) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import shapely
@@ -52,6 +52,9 @@ from patchcl_qupath.storage.records import (
     read_record,
     write_record,
 )
+
+if TYPE_CHECKING:  # it loads pyarrow
+    from patchcl_qupath.storage.parquet import Table
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +186,7 @@ class PaquoProject:
     def write(
         self,
         entry: ImageEntry,
-        batches: Iterable[Nuclei],
+        batches: Iterable[Nuclei | Table],
         config: ResultConfig,
         result: ResultRecord,
     ) -> Imported:

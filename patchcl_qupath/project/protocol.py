@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import shapely
 
@@ -14,6 +14,9 @@ from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import Imported, RegionSummary, ResultRecord
+
+if TYPE_CHECKING:  # it loads pyarrow
+    from patchcl_qupath.storage.parquet import Table
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Project(Protocol):
     def write(
         self,
         entry: ImageEntry,
-        batches: Iterable[Nuclei],
+        batches: Iterable[Nuclei | Table],
         config: ResultConfig,
         result: ResultRecord,
     ) -> Imported | None:

@@ -29,7 +29,19 @@ from patchcl_qupath.project.coordinates import points_text
 from patchcl_qupath.project.names import in_qupath
 from patchcl_qupath.storage.files import atomic_write
 from patchcl_qupath.storage.layout import NUCLEI, RESULT
-from patchcl_qupath.storage.parquet import encoding, is_utf8, to_table
+from patchcl_qupath.storage.parquet import CELL as CELL_COLUMN
+from patchcl_qupath.storage.parquet import (
+    CLASSIFICATION,
+    NOT_MEASURED,
+    NUCLEUS,
+    Table,
+    encoding,
+    geo_metadata,
+    is_utf8,
+    points_of,
+    polygons_of,
+    to_table,
+)
 from patchcl_qupath.storage.records import RemovedRecord, ResultRecord, write_record
 
 NUCLEI_PER_FILE = 50_000
@@ -37,7 +49,7 @@ NUCLEI_PER_FILE = 50_000
 
 def write_results(
     folder: Path,
-    batches: Iterable[Nuclei],
+    batches: Iterable[Nuclei | Table],
     config: ResultConfig,
     result: ResultRecord,
     qupath_version: str | None = None,
@@ -45,7 +57,8 @@ def write_results(
     """Write the nuclei of one image, level 0, to ``folder``, which is replaced as a whole.
 
     In GeoJSON, measurements have the names of ``qupath_version``; of a new one where it is None.
-    ``batches`` are read one at a time and not kept, so memory does not grow with the slide.
+    ``batches`` of nuclei, or of tables of them, are read one at a time and not kept, so memory does
+    not grow with the slide.
     ``result`` with the names of the written files becomes ``result.json``. Raises StorageError.
     """
     with (
@@ -64,8 +77,9 @@ def write_results(
         )
         table = _Table(new / NUCLEI, tabulating)
         for batch in batches:
-            table.add(batch)
-            formatting.start(chunks.add, batch)
+            nuclei = to_table(batch) if isinstance(batch, Nuclei) else batch
+            table.add(nuclei)
+            formatting.start(chunks.add, nuclei)
         formatting.wait()
         table.close()
         chunks.close()
@@ -107,11 +121,11 @@ class _Table:
         self._file: BinaryIO | None = None  # Arrow takes paths of UTF-8 alone
         self._writer: pq.ParquetWriter | None = None
 
-    def add(self, nuclei: Nuclei) -> None:
+    def add(self, nuclei: Table) -> None:
         self._background.start(self._write, nuclei)
 
-    def _write(self, nuclei: Nuclei) -> None:
-        table = to_table(nuclei)
+    def _write(self, nuclei: Table) -> None:
+        table = nuclei.replace_schema_metadata(geo_metadata(nuclei.column_names))
         if self._writer is None:
             if not is_utf8(self._path):
                 self._file = self._path.open("wb")
@@ -123,7 +137,7 @@ class _Table:
     def close(self) -> None:
         self._background.wait()
         if self._writer is None:
-            self._write(Nuclei.concatenate([]))
+            self._write(to_table(Nuclei.concatenate([])))
         assert self._writer is not None
         self._writer.close()
         if self._file is not None:
@@ -166,7 +180,7 @@ class _Chunks:
         self._written = 0
         self._background = background
 
-    def add(self, nuclei: Nuclei) -> None:
+    def add(self, nuclei: Table) -> None:
         features = _features(
             nuclei,
             self._properties(nuclei),
@@ -181,14 +195,13 @@ class _Chunks:
             self._compress((b",\n" if self._written else b"\n") + _joined(chunk, ",\n"))
             self._written += len(chunk)
 
-    def _properties(self, nuclei: Nuclei) -> str | pa.StringArray:
+    def _properties(self, nuclei: Table) -> str | pa.StringArray:
         """The properties of all nuclei, without the closing bracket, or of each by its class."""
-        if nuclei.classes is None:
+        if CLASSIFICATION not in nuclei.column_names:
             return self._with_class(self._config.class_name)
-        names, codes = np.unique(nuclei.classes, return_inverse=True)
-        return pa.array(list(map(self._with_class, names.tolist())), pa.string()).take(
-            pa.array(codes)
-        )
+        classes = nuclei[CLASSIFICATION].cast(pa.string()).combine_chunks().dictionary_encode()
+        names = map(self._with_class, classes.dictionary.to_pylist())
+        return pa.array([*names], pa.string()).take(classes.indices)
 
     def _with_class(self, name: str) -> str:
         colour = list(class_colour(name, self._config.color))
@@ -221,7 +234,7 @@ class _Chunks:
 
 
 def _features(
-    nuclei: Nuclei, properties: str | pa.StringArray, *, as_cells: bool, version: str | None
+    nuclei: Table, properties: str | pa.StringArray, *, as_cells: bool, version: str | None
 ) -> pa.StringArray:
     """The GeoJSON Feature of each nucleus (N,), for QuPath 0.4 and later.
 
@@ -229,29 +242,39 @@ def _features(
     column by column, without Python's global lock.
     """
     measured: list[pa.Array | str] = []
-    for name, values in nuclei.measurements.items():
+    for name in nuclei.column_names:
+        if name in NOT_MEASURED:
+            continue
         comma = ", " if measured else ""
         label = f"{comma}{json.dumps(in_qupath(name, version), ensure_ascii=False)}: "
-        measured += _numbers(label, values)
-    outlines = _geometries(nuclei.polygons)
-    if as_cells and nuclei.cells is not None:
-        outlines = [*_geometries(nuclei.cells), ', "nucleusGeometry": ', *outlines]
+        measured += _numbers(label, nuclei[name].combine_chunks())
+    outlines = _outlines(nuclei, NUCLEUS)
+    if as_cells and CELL_COLUMN in nuclei.column_names:
+        outlines = [*_outlines(nuclei, CELL_COLUMN), ', "nucleusGeometry": ', *outlines]
     return pc.binary_join_element_wise(
-        *('{"type": "Feature", "id": "', pa.array(nuclei.uuids.tolist(), pa.string())),
+        *('{"type": "Feature", "id": "', nuclei["id"].combine_chunks()),
         *('", "geometry": ', *outlines),
         *(', "properties": ', properties, ', "measurements": {', *measured, "}}}", ""),
     )
 
 
-def _numbers(label: str, values: NDArray[np.float32]) -> list[pa.Array | str]:
+def _outlines(nuclei: Table, column: str) -> list[pa.StringArray | str]:
+    """As ``_geometries``, of a column of contours."""
+    try:
+        return _rings(*points_of(nuclei[column]))
+    except ValueError:
+        return _geometries(polygons_of(nuclei, column))
+
+
+def _numbers(label: str, values: pa.FloatArray) -> list[pa.Array | str]:
     """The columns whose concatenation is a label and each value (N,); nothing for NaN, as JSON
     has none. The first measurement of an object has a value: others follow a comma."""
-    missing = np.isnan(values)
-    texts = pa.array(values).cast(pa.string())
-    if not missing.any():
+    missing = pc.is_nan(values)
+    texts = values.cast(pa.string())
+    if not pc.any(missing).as_py():
         return [label, texts]
     labelled = pc.binary_join_element_wise(label, texts, "")
-    return [pc.if_else(pa.array(missing), "", labelled)]
+    return [pc.if_else(missing, "", labelled)]
 
 
 def _geometries(polygons: Polygons) -> list[pa.StringArray | str]:
@@ -263,11 +286,15 @@ def _geometries(polygons: Polygons) -> list[pa.StringArray | str]:
     if not plain.all() or shapely.get_num_interior_rings(polygons).any():
         return [pa.array(shapely.to_geojson(polygons).tolist(), pa.string())]
     xy, polygon = shapely.get_coordinates(polygons, return_index=True)
-    first = np.searchsorted(polygon, np.arange(len(polygons) + 1))
+    return _rings(xy, np.searchsorted(polygon, np.arange(len(polygons) + 1)))
+
+
+def _rings(xy: NDArray[np.float64], first: NDArray[np.int64]) -> list[pa.StringArray | str]:
+    """The same of rings ``xy[first[k] : first[k + 1]]``."""
     text, offsets, is_done = points_text(xy, first)
     if is_done:
         buffers = pa.py_buffer(offsets), pa.py_buffer(text)
-        points = pa.StringArray.from_buffers(len(polygons), *buffers)
+        points = pa.StringArray.from_buffers(len(first) - 1, *buffers)
     else:
         x, y = (pa.array(np.ascontiguousarray(axis)).cast(pa.string()) for axis in xy.T)
         pairs = pc.binary_join_element_wise(x, y, ",")

@@ -24,6 +24,7 @@ from patchcl_qupath.errors import SlideError
 from patchcl_qupath.execution.tile_store import Measurements, TileStore
 from patchcl_qupath.segmentation.uncertainty import merge_grids
 from patchcl_qupath.slides.prepare import PreparedImage
+from patchcl_qupath.storage.parquet import Table
 
 MAX_RADIUS_UM = 50.0  # no point of a contour is farther from the nucleus's centroid
 _GREY = 128  # of pixels that cannot be read
@@ -60,6 +61,10 @@ class SegmentedImage:
     def nuclei(self) -> Iterator[Nuclei]:
         """All nuclei, at level 0, tile by tile."""
         return self.store.nuclei(self.tiles)
+
+    def tables(self) -> Iterator[Table]:
+        """The same as tables, without an object for each contour."""
+        return self.store.tables(self.tiles)
 
     def measurements(self, names: Sequence[str]) -> Iterator[Measurements]:
         """Some measurements of all nuclei, tile by tile: (N,) float32 by name."""

@@ -64,10 +64,18 @@ def with_cells(
     return pa.table(columns).replace_schema_metadata(geo_metadata(columns))
 
 
-def points_of(column: pa.ChunkedArray) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The points (P, 2) of polygons without holes, WKB as ``to_table`` makes it.
+def with_classes(table: pa.Table, classes: NDArray[np.str_]) -> pa.Table:
+    """A table of nuclei with the QuPath class (N,) of each, where ``to_table`` has it."""
+    place = sum(name in table.column_names for name in ("id", NUCLEUS, CELL))
+    column = pa.array(classes.tolist(), pa.string()).cast(pa.dictionary(pa.int8(), pa.string()))
+    return table.add_column(place, CLASSIFICATION, column)
 
-    Polygon k has those from ``first[k]`` to ``first[k + 1]``, the second array.
+
+def points_of(column: pa.ChunkedArray) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The points (P, 2) of polygons, WKB as ``to_table`` makes it.
+
+    Polygon k has those from ``first[k]`` to ``first[k + 1]``, the second array. Nuclei and cells
+    have no holes; ValueError where the column holds anything else.
     """
     wkb = column.combine_chunks()
     _, offsets, content = wkb.buffers()
@@ -76,7 +84,10 @@ def points_of(column: pa.ChunkedArray) -> tuple[NDArray[np.float64], NDArray[np.
     first = (ends - ends[0] - np.arange(len(ends)) * len(_HEADER)) // _POINT_BYTES
     is_header = np.zeros(len(content), np.bool_)
     is_header[: ends[0]] = True
-    is_header[ends[:-1, None] + np.arange(len(_HEADER))] = True
+    places = ends[:-1, None] + np.arange(len(_HEADER))
+    if (content[places[:, :9]] != _HEADER[:9]).any():
+        raise ValueError("not all are polygons with one ring")
+    is_header[places] = True
     return content[~is_header].view("<f8").reshape(-1, 2), first
 
 
