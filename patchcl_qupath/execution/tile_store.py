@@ -44,8 +44,8 @@ from patchcl_qupath.storage.parquet import (
     from_table,
     grid_columns,
     grid_of_columns,
+    outer_points_of,
     parquet_source,
-    points_of,
     polygons_of,
     to_table,
 )
@@ -140,8 +140,8 @@ class TileStore:
             yield table.drop_columns([name for name in IN_TILES if name in table.column_names])
 
     def points(self, tile: Tile) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """The points of the contours of a tile's nuclei, in flat arrays as of ``points_of``."""
-        return points_of(self._table(tile, [NUCLEUS])[NUCLEUS])
+        """The points of a tile's nuclei, in flat arrays as of ``outer_points_of``."""
+        return outer_points_of(self._table(tile, [NUCLEUS])[NUCLEUS])
 
     def contours(self, tiles: Sequence[Tile], of_cells: bool = False) -> Iterator[Polygons]:
         """Their contours alone, several times as fast; with ``of_cells`` those of their cells.

@@ -32,7 +32,7 @@ from patchcl_qupath.segmentation.rings import (
 from patchcl_qupath.segmentation.segmented_image import MAX_RADIUS_UM
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.storage.parquet import NOT_MEASURED, NUCLEUS, Table, points_of, with_cells
+from patchcl_qupath.storage.parquet import NOT_MEASURED, NUCLEUS, Table, outer_points_of, with_cells
 from patchcl_qupath.timing import Seconds, timed
 
 _BESIDE_PX = 3  # between the cells of a tile and the border of what is looked at
@@ -113,7 +113,7 @@ def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Table, Uncertain
     slide = context.image.slide
     with timed(seconds, "grow"):
         table, uncertainty = TileStore.decode_table(found.content)
-        own = Rings(*points_of(table[NUCLEUS]))
+        own = Rings(*outer_points_of(table[NUCLEUS]))
         nuclei = joined([own, found.around])
         (x, y), count = slide.downsample, len(table)
         box = _box(own, slide, context.config.expand_um)

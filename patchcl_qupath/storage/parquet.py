@@ -74,8 +74,8 @@ def with_classes(table: pa.Table, classes: NDArray[np.str_]) -> pa.Table:
 def points_of(column: pa.ChunkedArray) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """The points (P, 2) of polygons, WKB as ``to_table`` makes it.
 
-    Polygon k has those from ``first[k]`` to ``first[k + 1]``, the second array. Nuclei and cells
-    have no holes; ValueError where the column holds anything else.
+    Polygon k has those from ``first[k]`` to ``first[k + 1]``, the second array. Raises ValueError
+    where one has a hole, or is a multipolygon.
     """
     wkb = column.combine_chunks()
     _, offsets, content = wkb.buffers()
@@ -89,6 +89,19 @@ def points_of(column: pa.ChunkedArray) -> tuple[NDArray[np.float64], NDArray[np.
         raise ValueError("not all are polygons with one ring")
     is_header[places] = True
     return content[~is_header].view("<f8").reshape(-1, 2), first
+
+
+def outer_points_of(
+    column: pa.ChunkedArray,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """As ``points_of``, without holes: nuclei that touched themselves may have one."""
+    try:
+        return points_of(column)
+    except ValueError:
+        polygons = shapely.from_wkb(column.to_numpy(zero_copy_only=False))
+        outer = shapely.get_exterior_ring(polygons)
+        xy, of = shapely.get_coordinates(outer, return_index=True)
+        return xy, np.searchsorted(of, np.arange(len(outer) + 1))
 
 
 def _wkb_of(xy: NDArray[np.float64], first: NDArray[np.int64]) -> pa.Array:
