@@ -40,6 +40,9 @@ _SQUARE = 2**19  # of the largest distance that matters, in whole numbers
 _OFFSET_BITS = 10  # for the column of a nucleus, beside the square of the distance to it
 _NONE = 1 << 30  # more than any square with such a column
 _BAND = 64  # rows at once, so that what is known of their columns stays in the cache
+# Of 1024 from a pixel's centre to where a cell ends: a pixel that two nuclei are equally near to is
+# clearly in one of their cells, for whoever measures it.
+_LEAST_STEPS = 128.0
 _EAST = np.array([1, 0, -1, 0])  # along the edges of a pixel, as they are traced
 _SOUTH = np.array([0, 1, 0, -1])
 
@@ -344,9 +347,9 @@ def _rounded(share: float) -> float:
     Such numbers of pixels add up without rounding, so that two cells have the same points.
     """
     steps: float = np.rint(1024 * share)
-    steps = steps if steps > 8.0 else 8.0
-    steps = steps if steps < 1016.0 else 1016.0
-    return steps / 1024  # not at a pixel's centre
+    steps = steps if steps > _LEAST_STEPS else _LEAST_STEPS
+    steps = steps if steps < 1024 - _LEAST_STEPS else 1024 - _LEAST_STEPS
+    return steps / 1024
 
 
 @compiled
@@ -400,7 +403,7 @@ def _crossings(
                     beside = room if room < beside else beside
         limit = _rounded(limit)
         share = limit if limit < border else border
-        share = share if share < 1016 / 1024 else 1016 / 1024
+        share = share if share < 1 - _LEAST_STEPS / 1024 else 1 - _LEAST_STEPS / 1024
         is_end[edge] = is_border and (limit < border or _rounded(beside) < 1 - border)
         points[edge, 0] = frame.col0 + col + 0.5 + share * x
         points[edge, 1] = frame.row0 + row + 0.5 + share * y
