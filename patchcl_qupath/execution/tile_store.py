@@ -80,7 +80,8 @@ class TileStore:
         """A tile, or its table, as the content of its file."""
         table = to_table(nuclei) if isinstance(nuclei, Nuclei) else nuclei
         columns = {name: values.tolist() for name, values in grid_columns(uncertainty).items()}
-        header = table.schema.metadata | {_GRID.encode(): json.dumps([uncertainty.bin_size, columns])}
+        grid = json.dumps([uncertainty.bin_size, columns]).encode()
+        header = table.schema.metadata | {_GRID.encode(): grid}
         sink = pa.BufferOutputStream()
         table = table.replace_schema_metadata(header)
         pq.write_table(table, sink, **encoding(table.column_names))
@@ -102,8 +103,8 @@ class TileStore:
         """A finished tile, encoded."""
         if tile.name not in self.kept:
             return self.path(tile).read_bytes()
-        (grid,) = self.uncertainty_grids([tile])
-        return self.encode(self._table(tile), grid)
+        (table,), (grid,) = self.tables([tile]), self.uncertainty_grids([tile])
+        return self.encode(table, grid)
 
     def path(self, tile: Tile) -> Path:
         """The file of a finished tile."""
@@ -131,13 +132,12 @@ class TileStore:
 
     def nuclei(self, tiles: Sequence[Tile]) -> Iterator[Nuclei]:
         """The nuclei of finished tiles, one tile after the other, in the tiles' order."""
-        return (from_table(self._table(tile)) for tile in tiles)
+        return map(from_table, self.tables(tiles))
 
     def tables(self, tiles: Sequence[Tile]) -> Iterator[Table]:
-        """The same as tables."""
-        for tile in tiles:
-            table = self._table(tile)
-            yield table.drop_columns([name for name in IN_TILES if name in table.column_names])
+        """The same as tables, without what tiles alone hold."""
+        for table in map(self._table, tiles):
+            yield table.select([name for name in table.column_names if name not in IN_TILES])
 
     def points(self, tile: Tile) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """The points of a tile's nuclei, in flat arrays as of ``outer_points_of``."""
