@@ -285,11 +285,6 @@ class Nuclei:
         )
 
 
-# What finished tiles hold of nuclei beside measurements: mean optical densities of red light and of
-# red, green and blue together; row and column of the bin of the uncertainty grid that they are in.
-RED, ALL_COLOURS, BIN_ROW, BIN_COL = IN_TILES = ("_red", "_all_colours", "_bin_row", "_bin_col")
-
-
 def name_of_nucleus(name: str, names: Collection[str]) -> str:
     """What a measurement of nuclei is called among others: ``Nucleus: `` before it for cells."""
     return name if name in names else f"Nucleus: {name}"

@@ -55,7 +55,7 @@ from patchcl_qupath.segmentation.segment_tile import (
 )
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.segmentation.tiling import largest_first, plan
-from patchcl_qupath.segmentation.unlikely import without_unlikely
+from patchcl_qupath.segmentation.unlikely import surest_nuclei
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.parquet import write_uncertainty_grid
@@ -251,19 +251,12 @@ class Run:
             len(tiles) - len(missing),
             store.folder,
         )
-        pixels = None
-        if self.config.cells.are_grown:
-            pixels = PixelStore.of(store.folder, image.fingerprint())
-            pixels.make_room(missing)
-        context = TileContext(
-            image=image, model=self.model, config=self.config, engine=self.engine, pixels=pixels
-        )
         tile_progress = self._tile_progress(entry, image, tiles, missing, Stage.SEGMENTING)
         tile_progress.begin()
         seconds = map_tiles(
             workers=self.workers.until(self._stop.check),
             task=segment_tile,
-            context=context,
+            context=self._context(image, missing, store),
             tiles=missing,
             store=store,
             on_done=tile_progress.one_more,
@@ -277,19 +270,36 @@ class Run:
             ),
         )
         left_out = set(store.missing(tiles))
-        finished = tuple(tile for tile in tiles if tile not in left_out)
-        if self.model.calibration is not None:
-            store = without_unlikely(store, finished, self.config.segment)
         segmented = SegmentedImage(
             image=image,
             store=store,
-            tiles=finished,
+            tiles=tuple(tile for tile in tiles if tile not in left_out),
             failed_tiles=tile_progress.in_order(),
             resumed=len(tiles) - len(missing),
             network_px=sum(math.prod(tile.read.shape) for tile in missing),
         )
         assert len(segmented.tiles) + len(segmented.failed_tiles) == len(tiles), "a tile was lost"
         return segmented, seconds
+
+    def _context(
+        self, image: PreparedImage, missing: Sequence[Tile], store: TileStore
+    ) -> TileContext:
+        """What workers need to segment the missing tiles, if there are some."""
+        surest, pixels = None, None
+        if missing:
+            settings = (self.config.segment, self.engine)
+            surest = self.workers.call(surest_nuclei, image, self.model, *settings)
+        if self.config.cells.are_grown:
+            pixels = PixelStore.of(store.folder, image.fingerprint())
+            pixels.make_room(missing)
+        return TileContext(
+            image=image,
+            model=self.model,
+            config=self.config,
+            engine=self.engine,
+            surest=surest,
+            pixels=pixels,
+        )
 
     def _grow_cells(
         self, entry: ImageEntry, segmented: SegmentedImage

@@ -358,7 +358,7 @@ def test_densities_of_nuclei_are_those_of_light_and_of_hematoxylin():
     stain = NuclearStain.of(labels, rgb, mpp=0.5, config=SegmentConfig())
     assert np.allclose(stain.hematoxylin, [0.15, 0.15, 0.4], atol=0.01)
     assert np.allclose(stain.red, of_light[:, 0], atol=0.005)
-    assert np.allclose(stain.all_colours, of_light.sum(axis=1), atol=0.01)
+    assert np.allclose(stain.share_of_red, of_light[:, 0] / of_light.sum(axis=1), atol=0.005)
 
 
 def test_glass_around_nuclei_is_that_of_squares_mirrored_at_the_border():

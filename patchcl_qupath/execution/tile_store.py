@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import (
-    BIN_COL,
-    BIN_ROW,
-    IN_TILES,
     Nuclei,
     Polygons,
     Tile,
@@ -56,13 +53,9 @@ _GRID = "survey"  # of a file's header
 
 @dataclass(frozen=True)
 class TileStore:
-    """The finished tiles of one image in one run: a folder of parquet files and its plan.
-
-    ``kept`` says which nuclei (N,) of a tile are shown; all are of tiles that it does not name.
-    """
+    """The finished tiles of one image in one run: a folder of parquet files and its plan."""
 
     folder: Path
-    kept: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path, plan: dict[str, Any]) -> TileStore:
@@ -101,10 +94,7 @@ class TileStore:
 
     def content(self, tile: Tile) -> bytes:
         """A finished tile, encoded."""
-        if tile.name not in self.kept:
-            return self.path(tile).read_bytes()
-        (table,), (grid,) = self.tables([tile]), self.uncertainty_grids([tile])
-        return self.encode(table, grid)
+        return self.path(tile).read_bytes()
 
     def path(self, tile: Tile) -> Path:
         """The file of a finished tile."""
@@ -123,25 +113,19 @@ class TileStore:
 
     def count(self, tiles: Sequence[Tile]) -> int:
         """How many nuclei finished tiles hold together, without reading them."""
-        return sum(
-            int(self.kept[tile.name].sum())
-            if tile.name in self.kept
-            else int(pq.read_metadata(self._source(tile)).num_rows)
-            for tile in tiles
-        )
+        return sum(int(pq.read_metadata(self._source(tile)).num_rows) for tile in tiles)
 
     def nuclei(self, tiles: Sequence[Tile]) -> Iterator[Nuclei]:
         """The nuclei of finished tiles, one tile after the other, in the tiles' order."""
         return map(from_table, self.tables(tiles))
 
     def tables(self, tiles: Sequence[Tile]) -> Iterator[Table]:
-        """The same as tables, without what tiles alone hold."""
-        for table in map(self._table, tiles):
-            yield table.select([name for name in table.column_names if name not in IN_TILES])
+        """The same as tables."""
+        return (pq.read_table(self._source(tile)) for tile in tiles)
 
     def points(self, tile: Tile) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """The points of a tile's nuclei, in flat arrays as of ``outer_points_of``."""
-        return outer_points_of(self._table(tile, [NUCLEUS])[NUCLEUS])
+        return outer_points_of(pq.read_table(self._source(tile), columns=[NUCLEUS])[NUCLEUS])
 
     def contours(self, tiles: Sequence[Tile], of_cells: bool = False) -> Iterator[Polygons]:
         """Their contours alone, several times as fast; with ``of_cells`` those of their cells.
@@ -150,38 +134,25 @@ class TileStore:
         """
         column = CELL if of_cells else NUCLEUS
         for tile in tiles:
-            if of_cells and column not in self._columns(tile):
+            source = self._source(tile)
+            if of_cells and column not in pq.read_schema(source).names:
                 yield np.empty(0, dtype=object)
             else:
-                yield polygons_of(self._table(tile, [column]), column)
+                yield polygons_of(pq.read_table(source, columns=[column]), column)
 
     def measurements(self, tiles: Sequence[Tile], names: Sequence[str]) -> Iterator[Measurements]:
-        """Some of their measurements alone, those of nuclei also where these have cells.
-
-        They may be of ``IN_TILES``.
-        """
+        """Some of their measurements alone, those of nuclei also where these have cells."""
         for tile in tiles:
-            there = self._columns(tile)
+            source = self._source(tile)
+            there = pq.read_schema(source).names
             columns = {name: name_of_nucleus(name, there) for name in names}
-            table = self._table(tile, [*columns.values()])
+            table = pq.read_table(source, columns=[*columns.values()])
             yield {name: table[column].to_numpy() for name, column in columns.items()}
 
     def uncertainty_grids(self, tiles: Sequence[Tile]) -> Iterator[UncertaintyGrid]:
         """Their uncertainty grids, without reading the nuclei."""
         for tile in tiles:
-            grid = _grid_of(pq.read_schema(self._source(tile)).metadata)
-            if tile.name in self.kept:
-                bins = pq.read_table(self._source(tile), columns=[BIN_ROW, BIN_COL])
-                grid = _without(grid, bins.filter(~self.kept[tile.name]))
-            yield grid
-
-    def _table(self, tile: Tile, columns: list[str] | None = None) -> Table:
-        """The nuclei of a tile that are shown, or some columns of them."""
-        table = pq.read_table(self._source(tile), columns=columns)
-        return table.filter(self.kept[tile.name]) if tile.name in self.kept else table
-
-    def _columns(self, tile: Tile) -> list[str]:
-        return list(pq.read_schema(self._source(tile)).names)
+            yield _grid_of(pq.read_schema(self._source(tile)).metadata)
 
     def _source(self, tile: Tile) -> Path | io.BytesIO:
         return parquet_source(self.path(tile))
@@ -191,12 +162,3 @@ def _grid_of(header: dict[bytes, bytes]) -> UncertaintyGrid:
     """The uncertainty grid in the header of a file."""
     bin_size, columns = json.loads(header[_GRID.encode()])
     return grid_of_columns(bin_size, columns)
-
-
-def _without(grid: UncertaintyGrid, bins: Table) -> UncertaintyGrid:
-    """A tile's uncertainty grid without nuclei whose ``bins`` are given."""
-    rows, cols = (bins[name].to_numpy().astype(np.int64) for name in (BIN_ROW, BIN_COL))
-    nuclei = grid.nuclei.copy()
-    # Each bin occurs once, row by row.
-    np.subtract.at(nuclei, np.searchsorted(grid.rows << 32 | grid.cols, rows << 32 | cols), 1)
-    return replace(grid, nuclei=nuclei)

@@ -24,6 +24,7 @@ PROBABILITY = "Detection probability"
 _STATISTICS = ("Mean", "Std.Dev.", "Min", "Max")
 _GLASS = 225  # grey of a pixel that lets nearly all light through
 _AROUND_UM = 8.0
+_NO_LIGHT = 1e-3  # optical density
 
 
 def measure(
@@ -194,12 +195,12 @@ def _cross(ring: NDArray[np.float64], origin: tuple[int, int], crossed: NDArray[
 
 
 class NuclearStain(NamedTuple):
-    """Mean optical densities (N,) of labels: of red light, of red, green and blue together, and of
-    hematoxylin by QuPath's default vectors, whatever is measured.
+    """Mean optical densities (N,) of labels: of red light, and of hematoxylin by QuPath's default
+    vectors, whatever is measured.
     """
 
     red: NDArray[np.floating]
-    all_colours: NDArray[np.floating]
+    share_of_red: NDArray[np.floating]  # in the density of red, green and blue together
     hematoxylin: NDArray[np.floating]
     is_ink: NDArray[np.bool_]  # green or red, as no stain of nuclei is
     on_glass: NDArray[np.bool_]  # as membranes of fat cells are; False where it does not matter
@@ -216,7 +217,7 @@ class NuclearStain(NamedTuple):
         matters = (hematoxylin >= low) & (hematoxylin < high)
         return cls(
             red=red,
-            all_colours=red + green + blue,
+            share_of_red=red / np.maximum(red + green + blue, _NO_LIGHT),
             hematoxylin=hematoxylin,
             is_ink=is_green_ink(red, green, blue) | is_red_ink(red, green, blue),
             on_glass=glass_around(labels, matters, rgb, mpp) > config.max_glass,

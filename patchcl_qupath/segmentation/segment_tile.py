@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
-from patchcl_qupath.datatypes import IN_TILES, Box, Nuclei, Tile, UncertaintyGrid
+from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.execution.pixel_store import PixelStore
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
@@ -25,6 +25,7 @@ from patchcl_qupath.segmentation.uncertainty import (
     predictive_entropy,
     sampling_points,
 )
+from patchcl_qupath.segmentation.unlikely import SurestNuclei, are_unlikely
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import inside, inside_region
@@ -42,13 +43,15 @@ def postprocessing_margin_px(config: Config, slide: Slide) -> int:
 class TileContext:
     """What a worker needs beside the tile; ``engine`` runs the network of the model.
 
-    ``pixels`` keep those of the tile, where cells will be grown.
+    ``surest`` are the surest nuclei of the image, where there are some; ``pixels`` keep those of
+    the tile, where cells will be grown.
     """
 
     image: PreparedImage
     model: Model
     config: Config
     engine: EngineKind
+    surest: SurestNuclei | None = None
     pixels: PixelStore | None = None
 
 
@@ -126,10 +129,7 @@ def _separate(context: TileContext, predicted: _Prediction) -> NDArray[np.int32]
 def _measure(
     context: TileContext, predicted: _Prediction, labels: NDArray[np.int32]
 ) -> tuple[Nuclei, Pixels, Pixels]:
-    """The nuclei (N,) that the tile owns, at level 0; and the pixels with their centroids.
-
-    With ``IN_TILES`` among the measurements.
-    """
+    """The nuclei (N,) that the tile owns, at level 0; and the pixels with their centroids."""
     image, settings, tile = context.image, context.config.segment, predicted.tile
     rows, cols = centroids(labels, tile)
     owned = tile.write.holds(rows, cols) & _in_tissue(image, tile.write, rows, cols)
@@ -139,6 +139,8 @@ def _measure(
     found = Confidence(predicted.probability, predicted.core)
     probability = nucleus_probability(context.model, labels, found, image.slide.mpp)
     owned &= is_probable(context.model, probability, settings)
+    if context.surest is not None:
+        owned &= ~are_unlikely(probability, stain, context.surest, settings)
     nuclei = nuclei_of_tile(
         labels=labels,
         owned=owned,
@@ -150,13 +152,9 @@ def _measure(
         threshold=context.model.threshold,
         stains=image.stains,
     )
-    rows, cols, px = rows[owned], cols[owned], bin_px(image.slide.mpp)
-    of_tile = (stain.red[owned], stain.all_colours[owned], rows // px, cols // px)
-    more = {name: each.astype(np.float32) for name, each in zip(IN_TILES, of_tile, strict=True)}
-    nuclei = replace(nuclei, measurements=nuclei.measurements | more)
     compact = nuclei.measurements["Solidity"] >= settings.min_solidity  # strands are not
     at_level0 = to_level0(nuclei[compact], image.slide.downsample, image.id)
-    return at_level0, rows[compact], cols[compact]
+    return at_level0, rows[owned][compact], cols[owned][compact]
 
 
 def _in_tissue(image: PreparedImage, box: Box, rows: Pixels, cols: Pixels) -> NDArray[np.bool_]:

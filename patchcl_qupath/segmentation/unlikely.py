@@ -8,18 +8,26 @@ an object is, the surer the model must be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import SegmentConfig
-from patchcl_qupath.datatypes import ALL_COLOURS, RED, Tile
-from patchcl_qupath.execution.tile_store import TileStore
-from patchcl_qupath.segmentation.measurements import PROBABILITY
+from patchcl_qupath.models.engines import EngineKind
+from patchcl_qupath.models.model import Model, confidence
+from patchcl_qupath.overlap import mapped
+from patchcl_qupath.segmentation.instances import instances
+from patchcl_qupath.segmentation.measurements import NuclearStain
+from patchcl_qupath.segmentation.probability import is_probable, nucleus_probability
+from patchcl_qupath.slides.prepare import PreparedImage
 
-_SUREST = 0.2  # of the nuclei of an image, which the others are compared with
-_PALEST = 0.05  # of these
+_CROPS = 16  # that nuclei are looked for in
+_SUREST = 0.2  # of these nuclei
+_PALEST = 0.05  # of the surest
 # Density of red light, and its share in that of all colours, relative to those, of what is palest
 # and reddest. Of the right nuclei of six labelled sets, 99 % have a share of 0.83 or more; of
 # fibres of collagen, nine of ten have less.
@@ -27,36 +35,67 @@ _LEAST_DENSITY, _LEAST_SHARE = 0.5, 0.65
 _NO_LIGHT = 1e-3  # optical density
 
 
-def without_unlikely(store: TileStore, tiles: Sequence[Tile], config: SegmentConfig) -> TileStore:
-    """The finished tiles of an image, without nuclei that are unlikely beside all others."""
-    names = (PROBABILITY, RED, ALL_COLOURS)
-    of_tiles = [*store.measurements(tiles, names)]
-    if not of_tiles:
-        return store
-    probability, red, all_colours = (np.concatenate([each[n] for each in of_tiles]) for n in names)
-    likely = ~are_unlikely(probability, red, all_colours, config)
-    ends = np.cumsum([len(each[PROBABILITY]) for each in of_tiles])
-    kept = zip(tiles, np.split(likely, ends[:-1]), strict=True)
-    return TileStore(store.folder, {tile.name: each for tile, each in kept if not each.all()})
+@dataclass(frozen=True, kw_only=True)
+class SurestNuclei:
+    """The optical density of red light that the palest of an image's surest nuclei have, and the
+    share of red in that of all colours that half of them have."""
+
+    density: float
+    share: float
+
+
+def surest_nuclei(
+    image: PreparedImage, model: Model, config: SegmentConfig, engine: EngineKind
+) -> SurestNuclei | None:
+    """Those of an image; None where the model finds no nucleus, or knows no probability.
+
+    They are looked for in crops that the stain normaliser is fitted to: so nuclei are the same in
+    regions as in the whole image, and in any tiling.
+    """
+    if model.calibration is None or image.normaliser is None:
+        return None
+    crops = [*islice(image.typical_crops(), _CROPS)]
+    of_crops = [*mapped(partial(_nuclei, image, model, config, engine), crops)]
+    probability, red, share = np.concatenate(of_crops, axis=1)
+    if not len(probability):
+        return None
+    surest = probability >= np.quantile(probability, 1 - _SUREST)
+    return SurestNuclei(
+        density=max(float(np.quantile(red[surest], _PALEST)), _NO_LIGHT),
+        share=max(float(np.median(share[surest])), _NO_LIGHT),
+    )
+
+
+def _nuclei(
+    image: PreparedImage,
+    model: Model,
+    config: SegmentConfig,
+    engine: EngineKind,
+    crop: NDArray[np.uint8],
+) -> NDArray[np.float64]:
+    """Probability, density of red light and its share of the nuclei in a crop, (3, N)."""
+    assert image.normaliser is not None, "an image without tissue has no crops"
+    torch.set_num_threads(1)  # sums of several threads would differ by how many these are
+    found, mpp = confidence(model, crop, image.normaliser, engine), image.slide.mpp
+    labels = instances(found.nucleus, mpp, config, model.threshold, found.core)
+    stain = NuclearStain.of(labels, crop, mpp, config)
+    probability = nucleus_probability(model, labels, found, mpp)
+    kept = is_probable(model, probability, config)
+    kept &= stain.is_enough(config, image.normaliser.has_brown)
+    return np.stack([probability, stain.red, stain.share_of_red])[:, kept]
 
 
 def are_unlikely(
-    probability: NDArray[np.float32],
-    red: NDArray[np.float32],
-    all_colours: NDArray[np.float32],
+    probability: NDArray[np.float64],
+    stain: NuclearStain,
+    surest: SurestNuclei,
     config: SegmentConfig,
 ) -> NDArray[np.bool_]:
-    """Which of all nuclei (N,) of an image are unlikely: their order makes no difference.
+    """Which nuclei (N,) are unlikely beside the surest ones of their image.
 
-    ``red`` and ``all_colours`` (N,) are their mean optical densities, of red light and of red,
-    green and blue together: hematoxylin absorbs more of the red than eosin, or brown fibres, do.
+    Hematoxylin absorbs more of the red than eosin, or brown fibres, do.
     """
-    if not len(probability):
-        return np.zeros(0, np.bool_)
-    surest = probability >= np.quantile(probability, 1 - _SUREST)
-    share = red / np.maximum(all_colours, _NO_LIGHT)
-    share = share / max(float(np.median(share[surest])), _NO_LIGHT)
-    density = red / max(float(np.quantile(red[surest], _PALEST)), _NO_LIGHT)
+    density, share = stain.red / surest.density, stain.share_of_red / surest.share
     paleness, redness = (1 - density) / (1 - _LEAST_DENSITY), (1 - share) / (1 - _LEAST_SHARE)
     away = np.minimum(paleness**2 + redness**2, 1)
     least, most = config.min_probability_of_pale, config.min_probability_of_palest

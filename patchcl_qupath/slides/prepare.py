@@ -93,6 +93,10 @@ class PreparedImage:
         if damaged is not None and not count:
             raise damaged
 
+    def typical_crops(self) -> Iterator[NDArray[np.uint8]]:
+        """The tissue crops that the normaliser is fitted to: of all tissue, in any region."""
+        return (crop for _, crop in self.crops(_NORMALISER_CROPS, _NORMALISER_CROP_PX, seed=0))
+
     def fingerprint(self) -> dict[str, Any]:
         """What the nuclei of a tile depend on, beside model and settings: pixels and their frame.
 
@@ -135,7 +139,7 @@ def prepare(entry: ImageEntry, config: Config) -> PreparedImage:
     )
     if not tissue.any():
         return image
-    crops = [crop for _, crop in image.crops(_NORMALISER_CROPS, _NORMALISER_CROP_PX, seed=0)]
+    crops = [*image.typical_crops()]
     return replace(image, normaliser=StainNormaliser.fit(crops), is_green=_are_green(crops))
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import IN_TILES, Nuclei, Polygons, UncertaintyGrid
+from patchcl_qupath.datatypes import Nuclei, Polygons, UncertaintyGrid
 from patchcl_qupath.storage.files import atomic_write
 
 Table: TypeAlias = pa.Table
@@ -26,7 +26,7 @@ _HEADER = np.frombuffer(bytes([1, 3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]), np.uint8
 _POINT_BYTES = 16
 NUCLEUS, CELL = "geometry", "cell"  # columns of contours
 CLASSIFICATION = "Classification"  # the column of classes, as QuPath's tables call it
-NOT_MEASURED = ("id", NUCLEUS, CELL, CLASSIFICATION, *IN_TILES)  # others are measurements
+NOT_MEASURED = ("id", NUCLEUS, CELL, CLASSIFICATION)  # all other columns are measurements
 # Attribute of a grid -> column in a file, which has the name of version 0.1.
 _GRID = {"rows": "rows", "cols": "cols", "points": "points", "entropy": "doubt", "nuclei": "nuclei"}
 
@@ -139,7 +139,7 @@ def geo_metadata(names: Collection[str]) -> dict[str, str]:
 
 
 def from_table(table: pa.Table) -> Nuclei:
-    """The inverse of ``to_table``, but for what tiles alone hold."""
+    """The inverse of ``to_table``."""
     names = [name for name in table.column_names if name not in NOT_MEASURED]
     classes = None
     if CLASSIFICATION in table.column_names:
