@@ -668,6 +668,7 @@ def _reporting_errors(as_json: bool) -> Iterator[None]:
 def _interrupt(*_: Any) -> NoReturn:
     """Ctrl-C: end in good order, but not later than in a second, whatever is under way."""
     sys.unraisablehook = _interrupt_again
+    logging.disable(logging.CRITICAL)  # of connections that are cut off, Dask may still log
     _after(1.0, _leave)
     _raise()
 
