@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,10 @@ from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Calibration
 from patchcl_qupath.project import open_project
 from patchcl_qupath.segmentation import unlikely
-from patchcl_qupath.segmentation.measurements import NuclearStain
+from patchcl_qupath.segmentation.measurements import PROBABILITY, NuclearStain
 from patchcl_qupath.segmentation.unlikely import SurestNuclei, are_unlikely, surest_nuclei
 from patchcl_qupath.slides.prepare import PreparedImage, prepare
+from patchcl_qupath.storage.parquet import read_nuclei
 
 CONFIG = SegmentConfig(min_probability_of_pale=0.5, min_probability_of_palest=0.9)
 SUREST = SurestNuclei(density=0.6, share=0.4)
@@ -114,3 +117,28 @@ def test_they_are_of_the_whole_image_whatever_region_is_asked_for(
     assert found[0] is not None
     assert found[0] == found[1]
     assert 0.1 < found[0].share < 0.5 < 5 * found[0].density
+
+
+def test_a_run_leaves_out_what_is_unlikely(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, model: pipeline.Model, client: Any
+) -> None:
+    """All are far paler and redder than such nuclei."""
+    found = {}
+    for surest in (None, SurestNuclei(density=9.0, share=9.0)):
+        monkeypatch.setattr(pipeline, "surest_nuclei", lambda *_, surest=surest: surest)
+        shutil.rmtree(folder / "patchcl", ignore_errors=True)
+        project = open_project(folder / "project.qpproj", backend="files")
+        run = pipeline.Run(
+            project=project,
+            model=model,
+            config=model.config,
+            workers=client,
+            progress=lambda _: None,
+        )
+        (outcome,) = run.images(project.images())
+        nuclei = read_nuclei(Path(str(outcome.results)) / "nuclei.parquet")
+        measured = nuclei.measurements[PROBABILITY]
+        found[surest] = set(nuclei.uuids[measured >= 0.9]), set(nuclei.uuids)
+    all_sure, everything = found.pop(None)
+    ((_, kept),) = found.values()
+    assert kept == all_sure < everything
