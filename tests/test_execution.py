@@ -111,6 +111,12 @@ def forgetful(place: Path, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds
     return one_nucleus(tile), UNCERTAINTY, {}
 
 
+def leave_mark(place: Path) -> None:
+    """Return nothing, and leave a line for each time."""
+    with (place / "marks").open("a") as marks:
+        marks.write(f"{os.getpid()}\n")
+
+
 def environment() -> str:
     """What a process is set up with."""
     names = ("OMP_WAIT_POLICY", "ARROW_DEFAULT_MEMORY_POOL")
@@ -238,6 +244,17 @@ def test_processes_keep_the_memory_of_large_arrays(monkeypatch: pytest.MonkeyPat
         variables = workers.client.submit(lambda: dict(os.environ)).result()
     assert "MALLOC_TRIM_THRESHOLD_" not in variables
     assert variables["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_call_that_returns_nothing_is_made_once_beside_this_process(tmp_path: Path) -> None:
+    with open_workers(6) as workers:
+        assert workers.are_processes
+        workers.call(leave_mark, tmp_path)
+        assert workers.call(len, "abc") == 3
+        with pytest.raises(FileNotFoundError):
+            workers.call(leave_mark, tmp_path / "absent")
+    (maker,) = (tmp_path / "marks").read_text().split()
+    assert int(maker) != os.getpid()
 
 
 def test_worker_that_fails_the_check_is_named_and_left_out(

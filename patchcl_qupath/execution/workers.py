@@ -107,7 +107,7 @@ class Workers:
             return function(*arguments)
         from distributed import KilledWorker
 
-        future = self.client.submit(function, *arguments, pure=False, priority=FIRST)
+        future = self.client.submit(_boxed, function, *arguments, pure=False, priority=FIRST)
         while not future.done():
             self.poll()
             time.sleep(_CALL_S)
@@ -117,7 +117,7 @@ class Workers:
             return function(*arguments)
         if isinstance(found, Exception):
             raise found
-        result: Result = found
+        result: Result = found[0]
         return result
 
     def present(self) -> dict[str, int]:
@@ -165,6 +165,11 @@ def no_worker(scheduler: str) -> str:
         f"there was no worker at {scheduler} for {_NO_WORKER_S / 60:.0f} minutes: start one with "
         f"'dask worker {scheduler}', or mend the network, then run again"
     )
+
+
+def _boxed(function: Callable[..., Result], *arguments: Any) -> tuple[Result]:
+    """What a function returns, in a tuple: None is no lost call."""
+    return (function(*arguments),)
 
 
 def fetched(future: Any) -> Any:
