@@ -87,10 +87,11 @@ class _Changed(NucleusNetwork):
         (torch.sigmoid, None),
         (torch.exp, (NotImplementedError, "exp")),
         (lambda x: x.tanh(), (NotImplementedError, "tanh")),
-        (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), (TypeError, "mode")),
+        (lambda x: F.interpolate(x, scale_factor=2), (NotImplementedError, "interpolate")),
+        (lambda x: F.elu(x, alpha=2.0), (TypeError, "alpha")),
         (lambda x: F.max_pool2d(x, 2, padding=1), (TypeError, "padding")),
     ],
-    ids=["sigmoid", "function", "method", "interpolation", "padding"],
+    ids=["sigmoid", "function", "method", "interpolation", "alpha", "padding"],
 )
 def test_an_operation_that_openvino_is_not_told_of_is_refused_by_name(step, error):
     pytest.importorskip("openvino")

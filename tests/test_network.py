@@ -5,15 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from patchcl_qupath.config import Config, PatchCLConfig, SelfTrainConfig
 from patchcl_qupath.errors import ModelError, StorageError
-from patchcl_qupath.models import network as networks
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import (
     ConfidenceNetwork,
     FeatureNetwork,
     NucleusNetwork,
+    UpBlock,
     folded,
 )
 from patchcl_qupath.slides.stains import StainNormaliser
@@ -317,11 +318,19 @@ def test_failed_save_leaves_nothing(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} <= {"mine.pt", "mine.json"}
 
 
-def test_doubled_pixels_have_the_gradients_of_torch():
-    x = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    target = torch.randn(2, 3, 10, 12, generator=torch.Generator().manual_seed(2))
+def test_a_block_of_coarse_and_fine_maps_convolves_them_side_by_side():
+    random = torch.Generator().manual_seed(1)
+    block = UpBlock(3, 4, 5).double()
+    coarse = torch.randn(2, 3, 5, 6, generator=random, dtype=torch.float64)
+    fine = torch.randn(2, 4, 10, 12, generator=random, dtype=torch.float64)
+    wanted = torch.randn(2, 5, 10, 12, generator=random, dtype=torch.float64)
     found = []
-    for double in (networks._doubled, lambda y: torch.nn.functional.interpolate(y, scale_factor=2)):
-        y = double(x)
-        found.append((y.detach(), torch.autograd.grad((y * target).sum(), x)[0]))
+    for as_one in (False, True):
+        block.as_one = as_one
+        ends = [end.clone().requires_grad_() for end in (coarse, fine)]
+        y = block(*ends)
+        found.append([y, *torch.autograd.grad((y * wanted).sum(), [*ends, block.conv.weight])])
+    doubled = coarse.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    sums = F.conv2d(torch.cat([doubled, fine], dim=1), block.conv.weight, padding=1)
+    torch.testing.assert_close(found[0][0], F.relu(block.norm(sums)))
     torch.testing.assert_close(*found)

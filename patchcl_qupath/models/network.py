@@ -55,26 +55,42 @@ class ConvBlock(nn.Module):
         self.norm = nn.Identity()
 
 
-class _Doubling(torch.autograd.Function):
-    """Each pixel as four; their gradients add up in a third of the time of torch's."""
+class UpBlock(ConvBlock):
+    """A ``ConvBlock`` of coarse maps, each pixel of which stands for four, and of fine ones.
 
-    @staticmethod
-    def forward(context: Any, x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2)
+    Of coarse maps, the nine weights of a fine pixel see no more than four different pixels. Those
+    that see the same are added up first, so that four products are left of nine; nothing is copied.
+    ``as_one`` computes the same by one convolution of all maps, as a folded block does: torch adds
+    up the products of the other way in an order that depends on the size of the maps.
+    """
 
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        (gradient,) = gradients
-        rows = gradient[:, :, 0::2] + gradient[:, :, 1::2]  # (B, C, H, 2 W)
-        return rows[..., 0::2] + rows[..., 1::2]  # (B, C, H, W)
+    def __init__(self, coarse: int, fine: int, outputs: int) -> None:
+        super().__init__(coarse + fine, outputs, elu=False)
+        self.coarse = coarse
+        self.as_one = False
 
+    def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:  # type: ignore[override]
+        """Maps (B, coarse, H / 2, W / 2) and (B, fine, H, W) to (B, outputs, H, W)."""
+        if self.as_one:
+            doubled = F.interpolate(coarse, scale_factor=2)
+            return super().forward(torch.cat([doubled, fine], dim=1))
+        of_coarse, of_fine = self.weights()
+        y = F.conv2d(fine, of_fine, self.conv.bias, padding=1)
+        y = y + F.conv_transpose2d(coarse, of_coarse, stride=2, padding=1)
+        return self.activation(self.norm(y), inplace=True)
 
-def _doubled(x: Tensor) -> Tensor:
-    """(B, C, H, W) as (B, C, 2 H, 2 W): each pixel four times."""
-    if not torch.is_grad_enabled():
-        return F.interpolate(x, scale_factor=2)
-    doubled: Tensor = _Doubling.apply(x)  # type: ignore[no-untyped-call]
-    return doubled
+    def fold(self) -> None:
+        super().fold()
+        self.as_one = True
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Those of coarse maps, (coarse, outputs, 4, 4) of a convolution that is transposed, in
+        steps of 2 and padded by 1; and those of fine maps, (outputs, fine, 3, 3)."""
+        of_coarse, of_fine = self.conv.weight.tensor_split([self.coarse], dim=1)
+        for axis in (2, 3):
+            before, at, after = of_coarse.chunk(3, axis)
+            of_coarse = torch.cat([after, at + after, before + at, before], axis)
+        return of_coarse.transpose(0, 1), of_fine
 
 
 class SegmentationNetwork(nn.Module):
@@ -177,6 +193,17 @@ class FeatureNetwork(nn.Module):
         return torch.as_tensor(self.layers(patches))
 
 
+class _Up(nn.Sequential):
+    """Two blocks: the first sees coarse and fine maps."""
+
+    def __init__(self, coarse: int, fine: int) -> None:
+        super().__init__(UpBlock(coarse, fine, fine), ConvBlock(fine, fine, elu=False))
+
+    def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:  # type: ignore[override]
+        first, second = self
+        return second(first(coarse, fine))  # type: ignore[no-any-return]
+
+
 class NucleusNetwork(SegmentationNetwork):
     """A small U-Net: three stains in; logits of a nucleus, and of the core of a nucleus, out.
 
@@ -196,8 +223,8 @@ class NucleusNetwork(SegmentationNetwork):
         self.down = _twice(3, fine)
         self.down_middle = _twice(fine, middle)
         self.coarse = _twice(middle, coarse)
-        self.up_middle = _twice(coarse + middle, middle)
-        self.up = _twice(middle + fine, fine)
+        self.up_middle = _Up(coarse, middle)
+        self.up = _Up(middle, fine)
         self.last = nn.Conv2d(fine, 2, 1)
         self.feature_channels = coarse
 
@@ -214,10 +241,8 @@ class NucleusNetwork(SegmentationNetwork):
         fine = self.down(x)  # (B, fine, H, W)
         middle = self.down_middle(F.max_pool2d(fine, 2))  # (B, middle, H / 2, W / 2)
         coarse = self.coarse(F.max_pool2d(middle, 2))  # (B, coarse, H / 4, W / 4)
-        up = _doubled(coarse)  # (B, coarse, H / 2, W / 2)
-        middle = self.up_middle(torch.cat([up, middle], dim=1))  # (B, middle, H / 2, W / 2)
-        up = _doubled(middle)  # (B, middle, H, W)
-        fine = self.up(torch.cat([up, fine], dim=1))  # (B, fine, H, W)
+        middle = self.up_middle(coarse, middle)  # (B, middle, H / 2, W / 2)
+        fine = self.up(middle, fine)  # (B, fine, H, W)
         return self.last(fine), coarse  # (B, 2, H, W), (B, coarse, H / 4, W / 4)
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from patchcl_qupath.models.network import ConvBlock, SegmentationNetwork
+from patchcl_qupath.models.network import ConvBlock, SegmentationNetwork, UpBlock
 
 _LOADING = threading.Lock()
 
@@ -106,7 +107,8 @@ def _converter(node: fx.Node, traced: fx.GraphModule, in_int8: bool) -> Callable
     if node.op == "call_module":
         module = traced.get_submodule(str(node.target))
         if type(module) in _MODULES:
-            return lambda ops, x: _MODULES[type(module)](ops, x, module, in_int8)
+            convert = _MODULES[type(module)]
+            return lambda ops, *maps: convert(ops, *maps, module, in_int8)
     elif node.target in _FUNCTIONS:
         return _FUNCTIONS[node.target]
     raise NotImplementedError(f"no OpenVINO operation for {node.op} {node.target}")
@@ -125,8 +127,29 @@ def _in_steps(ops: Any, x: Any, lowest: Any, highest: Any, steps: int = 256) -> 
 
 
 def _block(ops: Any, x: Any, block: ConvBlock, in_int8: bool) -> Any:
-    y = _convolution(ops, x, block.conv, in_int8)
-    y = _FUNCTIONS[block.activation](ops, y, inplace=True)
+    return _activated(ops, _convolution(ops, x, block.conv, in_int8), block, in_int8)
+
+
+def _up_block(ops: Any, coarse: Any, fine: Any, block: UpBlock, in_int8: bool) -> Any:
+    """Sums of 8 bits are the same in any order; those of floats would depend on the tile's size."""
+    once, twice = [1, 1], [2, 2]
+    if not in_int8:
+        maps = ops.concat([_doubled(ops, coarse), fine], 1)
+        return _activated(ops, _convolution(ops, maps, block.conv, in_int8), block, in_int8)
+    of_coarse, of_fine = (weights.detach().numpy() for weights in block.weights())
+    kernels = _kernels(ops, of_coarse, in_int8, output_axis=1)
+    y = ops.convolution_backprop_data(
+        coarse, kernels, twice, pads_begin=once, pads_end=once, dilations=once
+    )
+    # A part of a sum hardly ever exceeds what the sum does, to either side.
+    y = _in_steps(ops, y, -block.largest * 128 / 127, block.largest)
+    kernels = _kernels(ops, of_fine, in_int8, output_axis=0)
+    sums = _biased(ops, ops.convolution(fine, kernels, once, once, once, once), block.conv)
+    return _activated(ops, ops.add(sums, y), block, in_int8)
+
+
+def _activated(ops: Any, x: Any, block: ConvBlock, in_int8: bool) -> Any:
+    y = _FUNCTIONS[block.activation](ops, x, inplace=True)
     return _in_steps(ops, y, 0.0, block.largest) if in_int8 else y
 
 
@@ -134,15 +157,25 @@ def _convolution(ops: Any, x: Any, conv: nn.Conv2d, in_int8: bool) -> Any:
     padding = conv.padding
     assert not isinstance(padding, str)
     assert (conv.groups, conv.padding_mode) == (1, "zeros")
-    values = conv.weight.detach().numpy()
-    weights = ops.constant(values)
-    if in_int8:
-        most = np.abs(values).max(axis=(1, 2, 3), keepdims=True)
-        weights = _in_steps(ops, weights, -most, most, 255)
-    y = ops.convolution(x, weights, [*conv.stride], [*padding], [*padding], [*conv.dilation])
+    kernels = _kernels(ops, conv.weight.detach().numpy(), in_int8, output_axis=0)
+    y = ops.convolution(x, kernels, [*conv.stride], [*padding], [*padding], [*conv.dilation])
+    return _biased(ops, y, conv)
+
+
+def _kernels(ops: Any, weights: NDArray[np.float32], in_int8: bool, *, output_axis: int) -> Any:
+    """Weights (…, …, k, k), as many steps for each output."""
+    constant = ops.constant(np.ascontiguousarray(weights))
+    if not in_int8:
+        return constant
+    others = tuple(axis for axis in range(4) if axis != output_axis)
+    most = np.abs(weights).max(axis=others, keepdims=True)
+    return _in_steps(ops, constant, -most, most, 255)
+
+
+def _biased(ops: Any, x: Any, conv: nn.Conv2d) -> Any:
     if conv.bias is None:
-        return y
-    return ops.add(y, ops.constant(conv.bias.detach().numpy().reshape(1, -1, 1, 1)))
+        return x
+    return ops.add(x, ops.constant(conv.bias.detach().numpy().reshape(1, -1, 1, 1)))
 
 
 def _max_pool(ops: Any, x: Any, size: int) -> Any:
@@ -150,18 +183,16 @@ def _max_pool(ops: Any, x: Any, size: int) -> Any:
     return ops.max_pool(x, sides, [1, 1], none, none, sides).output(0)
 
 
-def _repeated(ops: Any, x: Any, scale_factor: int) -> Any:
-    """Each pixel ``scale_factor`` times, as torch's interpolation does by default."""
-    scales = ops.constant(np.full(2, scale_factor, np.float32))
-    axes = ops.constant(np.array([2, 3], np.int64))
+def _doubled(ops: Any, x: Any) -> Any:
+    """Each pixel as four."""
     return ops.interpolate(
         x,
-        scales,
+        ops.constant(np.full(2, 2, np.float32)),
         "nearest",
         "scales",
         coordinate_transformation_mode="asymmetric",
         nearest_mode="floor",
-        axes=axes,
+        axes=ops.constant(np.array([2, 3], np.int64)),
     )
 
 
@@ -170,27 +201,21 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.relu: lambda ops, x, inplace: ops.relu(x),
     F.elu: lambda ops, x, inplace: ops.elu(x, 1.0),
     F.max_pool2d: _max_pool,
-    F.interpolate: _repeated,
-    torch.cat: lambda ops, maps, dim: ops.concat(maps, dim),
     torch.sigmoid: lambda ops, x: ops.sigmoid(x),
     operator.add: lambda ops, x, y: ops.add(x, y),
     "add_": lambda ops, x, y: ops.add(x, y),
 }
 _MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     ConvBlock: _block,
+    UpBlock: _up_block,
     nn.Conv2d: _convolution,
 }
 _NONE = object()
 _DEFAULTS = {
-    "align_corners": None,
     "alpha": 1.0,
-    "antialias": False,
     "ceil_mode": False,
     "dilation": 1,
-    "mode": "nearest",
     "padding": 0,
-    "recompute_scale_factor": None,
     "return_indices": False,
-    "size": None,
     "stride": None,
 }
