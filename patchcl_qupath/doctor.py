@@ -78,7 +78,7 @@ def _jpeg() -> Finding:
     try:
         return Finding("JPEG", f"simplejpeg {version('simplejpeg')}")
     except PackageNotFoundError:
-        note = "pip install 'patchcl-qupath[jpeg]': JPEG tiles are read in 0.7 of the time"
+        note = "pip install simplejpeg: JPEG tiles are read in 0.7 of the time"
         return Finding("JPEG", None, note)
 
 
