@@ -108,7 +108,7 @@ def test_corrections_improve_a_model_beyond_its_pseudo_labels():
     config = replace(
         Config(),
         selftrain=replace(Config().selftrain, steps=120, widths=(8, 12, 16)),
-        cdcl=replace(CONFIG, steps=40, learning_rate=3e-3, pseudo_weight=0.0),
+        cdcl=replace(CONFIG, steps=80, learning_rate=3e-3, pseudo_weight=0.0),
     )
     training_samples = [
         TrainingSample(normaliser.apply(i), targets(t, t == 0))
@@ -124,8 +124,8 @@ def test_corrections_improve_a_model_beyond_its_pseudo_labels():
         return training_samples[1:4]
 
     refined = cdcl.refine(start, corrected, pseudo_labelled, lambda *step: steps.append(step))
-    assert steps == [(step, 80) for step in range(1, 81)]
-    assert len(refined.training.cdcl) == 80
+    assert steps == [(step, 160) for step in range(1, 161)]
+    assert len(refined.training.cdcl) == 160
     assert refined.training.refined_from == start.digest != refined.digest
     assert refined.training.patchcl == start.training.patchcl
     last = refined.training.cdcl[-1]

@@ -333,7 +333,7 @@ def inside = { roi -> annotations.findAll {
 def rois = (1..3).collect { n -> annotations.find { it.getName() == "ROI ${n} of 3" } }
 def (one, two, three) = inside(rois[0])
 hierarchy.removeObject(three, true)
-one.setROI(square(one.getROI().getBoundsX(), one.getROI().getBoundsY(), 9))
+one.setROI(square(one.getROI().getCentroidX() - 4.5d, one.getROI().getCentroidY() - 4.5d, 9))
 def drawn = PathObjects.createAnnotationObject(three.getROI(), PathClass.fromString('Nucleus'))
 drawn.setName('by hand')
 hierarchy.addObject(drawn)
