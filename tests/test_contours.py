@@ -328,11 +328,13 @@ def test_ink_is_no_nucleus_but_brown_and_violet_are():
         "DAB": (0.27, 0.57, 0.78),
         "green ink": (0.60, 0.25, 0.38),
         "red ink": (0.05, 0.90, 0.80),
+        "cyan ink": (0.60, 0.32, 0.26),
+        "blue hematoxylin": (0.60, 0.38, 0.22),
         "nucleus under a haze of green": (0.75, 0.70, 0.50),
     }
-    at = [(20, 20), (20, 60), (20, 100), (60, 20), (60, 60), (60, 100)]
-    labels = disc_labels((80, 120), at, 6)
-    rgb = np.full((80, 120, 3), 200, dtype=np.uint8)
+    at = [(row, col) for row in (20, 60) for col in (20, 60, 100, 140)]
+    labels = disc_labels((80, 160), at, 6)
+    rgb = np.full((80, 160, 3), 200, dtype=np.uint8)
     for label, density in enumerate(densities.values(), start=1):
         rgb[labels == label] = np.round(255 * 10 ** -np.array(density))
     config = SegmentConfig()
@@ -343,9 +345,11 @@ def test_ink_is_no_nucleus_but_brown_and_violet_are():
         "DAB": True,
         "green ink": False,
         "red ink": False,
+        "cyan ink": False,
+        "blue hematoxylin": True,
         "nucleus under a haze of green": True,
     }
-    assert enough_stain(labels, rgb, config) == [True] * 2 + [False] * 3 + [True]
+    assert enough_stain(labels, rgb, config) == [True] * 2 + [False] * 4 + [True] * 2
 
 
 def test_densities_of_nuclei_are_those_of_light_and_of_hematoxylin():

@@ -16,6 +16,7 @@ from patchcl_qupath.slides.stains import (
     H_E,
     density_tables,
     hematoxylin_density,
+    is_cyan_ink,
     is_green_ink,
     is_red_ink,
 )
@@ -202,7 +203,7 @@ class NuclearStain(NamedTuple):
     red: NDArray[np.floating]
     share_of_red: NDArray[np.floating]  # in the density of red, green and blue together
     hematoxylin: NDArray[np.floating]
-    is_ink: NDArray[np.bool_]  # green or red, as no stain of nuclei is
+    is_ink: NDArray[np.bool_]  # green, cyan or red, as no stain of nuclei is
     on_glass: NDArray[np.bool_]  # as membranes of fat cells are; False where it does not matter
 
     @classmethod
@@ -215,11 +216,12 @@ class NuclearStain(NamedTuple):
         hematoxylin = hematoxylin_density(red, green, blue)
         low, high = sorted((config.min_hematoxylin, config.min_hematoxylin_on_glass))
         matters = (hematoxylin >= low) & (hematoxylin < high)
+        inks = (is_green_ink, is_cyan_ink, is_red_ink)
         return cls(
             red=red,
             share_of_red=red / np.maximum(red + green + blue, _NO_LIGHT),
             hematoxylin=hematoxylin,
-            is_ink=is_green_ink(red, green, blue) | is_red_ink(red, green, blue),
+            is_ink=np.any([is_ink(red, green, blue) for is_ink in inks], axis=0),
             on_glass=glass_around(labels, matters, rgb, mpp) > config.max_glass,
         )
 

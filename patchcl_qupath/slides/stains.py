@@ -105,14 +105,25 @@ def hematoxylin_density(red: Densities, green: Densities, blue: Densities) -> De
 
 
 # Of 25,000 nuclei, in H&E, hematoxylin alone, or with DAB, the density of green is at least 0.94 of
-# the lesser of red and blue, and that of red at least 0.42 of the lesser of green and blue.
+# the lesser of red and blue, and that of red at least 0.42 of the lesser of green and blue. That of
+# red is at most 1.4 of that of green; where it is above 1.3, that of blue is at most 0.75 of it.
 _GREEN_INK = 0.9
 _RED_INK = 0.35
+_CYAN_INK = (1.5, 0.7)  # of red and of blue
 
 
 def is_green_ink(red: Densities, green: Densities, blue: Densities) -> NDArray[np.bool_]:
     """Whether optical densities (N,) are those of green ink, which no stain of tissue is."""
     return np.asarray(green < _GREEN_INK * np.minimum(red, blue))
+
+
+def is_cyan_ink(red: Densities, green: Densities, blue: Densities) -> NDArray[np.bool_]:
+    """Whether optical densities (N,) are those of cyan or teal ink.
+
+    Hematoxylin that is as blue absorbs less of the blue.
+    """
+    of_red, of_blue = _CYAN_INK
+    return np.asarray((red > of_red * green) & (blue > of_blue * green))
 
 
 def is_red_ink(red: Densities, green: Densities, blue: Densities) -> NDArray[np.bool_]:
