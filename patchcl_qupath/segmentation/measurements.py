@@ -25,7 +25,7 @@ PROBABILITY = "Detection probability"
 _STATISTICS = ("Mean", "Std.Dev.", "Min", "Max")
 _GLASS = 225  # grey of a pixel that lets nearly all light through
 _AROUND_UM = 8.0
-_NO_LIGHT = 1e-3  # optical density
+NO_LIGHT = 1e-3  # optical density, so that ratios of densities are finite
 
 
 def measure(
@@ -219,7 +219,7 @@ class NuclearStain(NamedTuple):
         inks = (is_green_ink, is_cyan_ink, is_red_ink)
         return cls(
             red=red,
-            share_of_red=red / np.maximum(red + green + blue, _NO_LIGHT),
+            share_of_red=red / np.maximum(red + green + blue, NO_LIGHT),
             hematoxylin=hematoxylin,
             is_ink=np.any([is_ink(red, green, blue) for is_ink in inks], axis=0),
             on_glass=glass_around(labels, matters, rgb, mpp) > config.max_glass,

@@ -21,7 +21,7 @@ from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.overlap import mapped
 from patchcl_qupath.segmentation.instances import instances
-from patchcl_qupath.segmentation.measurements import NuclearStain
+from patchcl_qupath.segmentation.measurements import NO_LIGHT, NuclearStain
 from patchcl_qupath.segmentation.probability import is_probable, nucleus_probability
 from patchcl_qupath.slides.prepare import PreparedImage
 
@@ -32,7 +32,6 @@ _PALEST = 0.05  # of the surest
 # and reddest. Of the right nuclei of six labelled sets, 99 % have a share of 0.83 or more; of
 # fibres of collagen, nine of ten have less.
 _LEAST_DENSITY, _LEAST_SHARE = 0.5, 0.65
-_NO_LIGHT = 1e-3  # optical density
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +60,8 @@ def surest_nuclei(
         return None
     surest = probability >= np.quantile(probability, 1 - _SUREST)
     return SurestNuclei(
-        density=max(float(np.quantile(red[surest], _PALEST)), _NO_LIGHT),
-        share=max(float(np.median(share[surest])), _NO_LIGHT),
+        density=max(float(np.quantile(red[surest], _PALEST)), NO_LIGHT),
+        share=max(float(np.median(share[surest])), NO_LIGHT),
     )
 
 

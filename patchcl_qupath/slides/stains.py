@@ -105,8 +105,9 @@ def hematoxylin_density(red: Densities, green: Densities, blue: Densities) -> De
 
 
 # Of 25,000 nuclei, in H&E, hematoxylin alone, or with DAB, the density of green is at least 0.94 of
-# the lesser of red and blue, and that of red at least 0.42 of the lesser of green and blue. That of
-# red is at most 1.4 of that of green; where it is above 1.3, that of blue is at most 0.75 of it.
+# the lesser of red and blue, and that of red at least 0.42 of the lesser of green and blue. Of
+# 18,000 that were found, that of red is at most 1.4 of green; where it is above 1.3, that of blue
+# is at most 0.75 of green.
 _GREEN_INK = 0.9
 _RED_INK = 0.35
 _CYAN_INK = (1.5, 0.7)  # of red and of blue
