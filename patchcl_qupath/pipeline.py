@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import shapely
 
+from patchcl_qupath import memory
 from patchcl_qupath.answers.answer import Answer, answer, check
 from patchcl_qupath.config import TMA_CORES, Config, Recipe
 from patchcl_qupath.correction import changes
@@ -80,6 +81,7 @@ def train(entries: Sequence[ImageEntry], config: Config, progress: ShowProgress)
 
     Raises TrainingError where nothing can be learnt from the images.
     """
+    memory.keep_freed()
     crops = training_crops(entries, config, counter(progress, Stage.READING_CROPS))
     count = counter(progress, Stage.TRAINING_PATCHCL)
     model = patchcl.train(crops, config, count)
@@ -110,6 +112,7 @@ def refine(
             "a model of PatchCL alone cannot be refined: train one with "
             'recipe = "selftrain", the default'
         )
+    memory.keep_freed()
     corrected = read_corrected(
         project,
         entries,

@@ -17,7 +17,7 @@ import patchcl_qupath
 _PACKAGE = patchcl_qupath.__name__
 _ROOT = Path(patchcl_qupath.__file__).parent
 # Settings count by their values; the others change no result.
-_WITHOUT_EFFECT = ("config", "errors", "logs", "progress", "timing")
+_WITHOUT_EFFECT = ("config", "errors", "logs", "memory", "progress", "timing")
 
 Reference = tuple[str, str]  # a module of the package, and a name in it
 
