@@ -26,7 +26,7 @@ def engine(request):
     if request.param == BFLOAT16 and not engines.multiplies_bfloat16():
         pytest.skip("this CPU does not multiply bfloat16")
     if request.param == INT8 and not engines.multiplies_int8():
-        pytest.skip("this CPU is not known to multiply integers of 8 bits")
+        pytest.skip("this CPU does not multiply integers of 8 bits fast")
     if request.param == CUDA_FLOAT16 and device().type == "cpu":
         pytest.skip("there is no GPU")
     return request.param
@@ -106,7 +106,7 @@ def test_an_operation_that_openvino_is_not_told_of_is_refused_by_name(step, erro
 def test_8_bits_change_little_of_what_torch_computes():
     pytest.importorskip("openvino")
     if not engines.multiplies_int8():
-        pytest.skip("this CPU is not known to multiply integers of 8 bits")
+        pytest.skip("this CPU does not multiply integers of 8 bits fast")
     stains = NORMALISER.apply(random_rgb(64, 48))
     network = random_network("nucleus").train()
     with torch.no_grad():
@@ -116,6 +116,29 @@ def test_8_bits_change_little_of_what_torch_computes():
     expected, found = (engines.start(kind, network)(stains) for kind in (TORCH, INT8))
     assert expected.std() > 0.1
     assert 0 < np.abs(found - expected).mean() < 0.02  # random weights exaggerate
+
+
+def test_two_products_of_8_bits_do_not_exceed_16():
+    """CPUs without VNNI add them up in 16 bits, and keep the largest such number if they do."""
+    pytest.importorskip("openvino")
+    model = openvino_model(folded(random_network("nucleus")), in_int8=True)
+    weights = 0
+    for node in model.get_ops():
+        if node.get_type_name() != "FakeQuantize":
+            continue
+        rounded, highest = (node.input_value(i).get_node() for i in (0, 2))
+        if rounded.get_type_name() == "Constant":
+            weights += 1
+            steps = np.rint(rounded.data / (highest.data / 127))
+            assert np.abs(steps).max() == 64
+            assert 2 * 255 * np.abs(steps).max() < 2**15
+    assert weights == 13  # ten blocks, two of which have two kinds of maps, and the last
+
+
+def test_8_bits_are_fast_on_cpus_of_x86_with_avx2(monkeypatch):
+    for capability, is_fast in (("AVX2", True), ("AVX512", True), ("DEFAULT", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        assert engines.multiplies_int8() is is_fast
 
 
 def test_a_block_knows_how_large_its_values_are_by_its_batch_norm():

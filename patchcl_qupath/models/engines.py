@@ -53,10 +53,6 @@ _PRECISION_HINTS = {
     EngineKind.OPENVINO_BFLOAT16: "bf16",
     EngineKind.OPENVINO_INT8: "f32",  # of what is not in 8 bits
 }
-# What numpy calls CPUs with AVX512-VNNI, which adds products of 8 bits without overflow, four times
-# as many at once as of float32.
-_MULTIPLY_INT8 = frozenset({"AVX512_CLX", "AVX512_ICL", "AVX512_SPR"})
-
 # OpenVINO's Python side sets itself up when it is given its first array; two threads that do so at
 # the same moment deadlock.
 _STARTING = threading.RLock()
@@ -162,11 +158,9 @@ def multiplies_bfloat16() -> bool:
     )
 
 
-@cache
 def multiplies_int8() -> bool:
-    """Whether the CPU is known to multiply integers of 8 bits twice as fast as bfloat16."""
-    found: list[str] = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
-    return not _MULTIPLY_INT8.isdisjoint(found)
+    """Whether the CPU multiplies integers of 8 bits faster than floats: one of x86 with AVX2."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 def _openvino(model: Any, precision_hint: str) -> Engine:

@@ -54,7 +54,7 @@ def openvino_model(network: SegmentationNetwork, in_int8: bool = False) -> Any:
 
     The batch norms of the network are folded. With ``in_int8``, which needs a network with an
     ``input_range``, all maps and weights of convolutions are rounded to 8 bits, and OpenVINO
-    multiplies these: maps in 256 steps from 0 to what their batch norm lets expect, weights in 255
+    multiplies these: maps in 256 steps from 0 to what their batch norm lets expect, weights in 127
     for each output. Raises NotImplementedError for an operation that no network had so far: add it
     to ``_FUNCTIONS`` or ``_MODULES``.
     """
@@ -163,12 +163,16 @@ def _convolution(ops: Any, x: Any, conv: nn.Conv2d, in_int8: bool) -> Any:
 
 
 def _kernels(ops: Any, weights: NDArray[np.float32], in_int8: bool, *, output_axis: int) -> Any:
-    """Weights (…, …, k, k), as many steps for each output."""
+    """Weights (…, …, k, k), as many steps for each output.
+
+    In 8 bits, weights are of 7: a CPU without VNNI adds up two products in 16 bits, which those of
+    256 and 255 steps would exceed. So all CPUs have the same sums.
+    """
     constant = ops.constant(np.ascontiguousarray(weights))
     if not in_int8:
         return constant
     others = tuple(axis for axis in range(4) if axis != output_axis)
-    most = np.abs(weights).max(axis=others, keepdims=True)
+    most = 2 * np.abs(weights).max(axis=others, keepdims=True)
     return _in_steps(ops, constant, -most, most, 255)
 
 
