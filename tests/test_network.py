@@ -12,6 +12,7 @@ from patchcl_qupath.errors import ModelError, StorageError
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import (
     ConfidenceNetwork,
+    ConvBlock,
     FeatureNetwork,
     NucleusNetwork,
     UpBlock,
@@ -334,3 +335,32 @@ def test_a_block_of_coarse_and_fine_maps_convolves_them_side_by_side():
     sums = F.conv2d(torch.cat([doubled, fine], dim=1), block.conv.weight, padding=1)
     torch.testing.assert_close(found[0][0], F.relu(block.norm(sums)))
     torch.testing.assert_close(*found)
+
+
+def test_few_maps_are_normalised_side_by_side_as_they_are_alone():
+    """On a CPU, in training: each set of columns by itself, which hardly differ."""
+    torch.manual_seed(0)
+    block, x = ConvBlock(3, 8).train(), torch.randn(4, 3, 64, 64)
+    x = (x + 0.3).contiguous(memory_format=torch.channels_last)
+    y = block.conv(x)
+    alone = F.elu(F.batch_norm(y, None, None, block.norm.weight, block.norm.bias, training=True))
+    found = block(x)
+    assert found.shape == alone.shape
+    assert 0 < (found - alone).abs().max() < 0.2
+    assert (found - alone).abs().mean() < 0.02
+    mean, var = block.norm.running_mean / 0.1, 1 + (block.norm.running_var - 1) / 0.1
+    torch.testing.assert_close(mean, y.mean(dim=(0, 2, 3)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(var, y.var(dim=(0, 2, 3)), rtol=0.01, atol=0)
+    assert block.norm.num_batches_tracked == 1
+    wanted = torch.randn(found.shape)
+    gradients = [
+        torch.autograd.grad((y * wanted).sum(), block.conv.weight)[0] for y in (found, alone)
+    ]
+    assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[1].norm()
+
+
+def test_maps_that_do_not_fall_into_sets_of_columns_are_normalised_alone():
+    block, x = ConvBlock(3, 8).train(), torch.randn(2, 3, 12, 12)
+    y = block.conv(x)
+    alone = F.batch_norm(y, None, None, block.norm.weight, block.norm.bias, training=True)
+    torch.testing.assert_close(block(x), F.elu(alone))

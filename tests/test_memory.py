@@ -1,0 +1,43 @@
+import platform
+import subprocess
+import sys
+
+import pytest
+
+# What it prints: the pages that the system cleared, of each of eight arrays of 64 MB.
+PAGES = """
+import resource
+import numpy as np
+from patchcl_qupath import memory
+memory.keep_freed()
+pages = []
+for _ in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    array = np.empty(2**26, np.uint8)
+    array[::4096] = 1
+    del array
+    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*pages)
+"""
+
+
+def pages(code):
+    return [int(n) for n in subprocess.check_output([sys.executable, "-c", code]).split()]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back so")
+def test_memory_that_is_freed_is_used_again():
+    """numpy asks for huge pages, of 512 each, where the system has them."""
+    first, *others = pages(PAGES)
+    assert first >= 32
+    assert max(others) < 8
+    assert min(pages(PAGES.replace("memory.keep_freed()", ""))) >= 32
+
+
+def test_nothing_happens_on_other_systems(monkeypatch):
+    from patchcl_qupath import memory
+
+    for system in ("win32", "darwin"):
+        monkeypatch.setattr(sys, "platform", system)
+        monkeypatch.setattr(memory.ctypes, "CDLL", None)  # it is not called
+        memory.keep_freed()
