@@ -332,7 +332,8 @@ class SelfTrainConfig(Settings):
             ge=0,
         ),
     ] = 0.5
-    batch: Annotated[int, setting("Crops per step", ge=1)] = 4
+    first_batch: Annotated[int, setting("Crops per step of the first network", ge=1)] = 4
+    batch: Annotated[int, setting("Crops per step of the network that is kept", ge=1)] = 8
     crop_px: Annotated[int, setting("Side of a training crop, a multiple of 4", "px", ge=4)] = 128
     learning_rate: Annotated[
         float, setting("Peak learning rate of AdamW, after 20 steps; then a cosine to 0", gt=0)

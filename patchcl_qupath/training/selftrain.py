@@ -84,7 +84,8 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     total, done = settings.first_steps + settings.steps, 0
     rounds: list[Trained] = []
     labelled: list[LabelledCrop] = []
-    for steps in (settings.first_steps, settings.steps):
+    first = replace(settings, steps=settings.first_steps, batch=settings.first_batch)
+    for of_round in (first, settings):
         found = pseudo_labelled(crops, teacher, choosing)
         if labelled:
             found = [*map(without_artefacts, found, labelled)]
@@ -94,9 +95,9 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
             raise TrainingError("no clear nucleus was found: add images of cellular tissue")
         samples = training_samples(labelled, settings.touching, config.patchcl.seed)
         show = part_of(training, done, total)
-        rounds.append(train_on(samples, replace(settings, steps=steps), config.patchcl.seed, show))
+        rounds.append(train_on(samples, of_round, config.patchcl.seed, show))
         teacher = Model(network=rounds[-1].network, config=config)
-        done += steps
+        done += of_round.steps
     return replace(
         teacher,
         training=SelfTrainingLog(
