@@ -151,15 +151,11 @@ def test_the_map_lies_on_the_overview(project: Project) -> None:
     assert np.nanmin(share) < np.nanmax(share)
     places = [(min(64 + 128 * (k // 4), 399), min(64 + 128 * (k % 4), 499)) for k in (low, high)]
     colours = [seen[row // px, col // px, :3] for row, col in places]
-    distances = [
-        [
-            np.abs(colour.astype(int) - end).sum()
-            for end in (POSITIVITY_COLOURS[0], POSITIVITY_COLOURS[-1])
-        ]
-        for colour in colours
-    ]
-    assert distances[0][0] < distances[1][0]
-    assert distances[1][1] < distances[0][1]
+    ends = np.linspace(0, 1, len(POSITIVITY_COLOURS))
+    shares = np.linspace(0, 1, 101)
+    scale = np.stack([np.interp(shares, ends, of) for of in np.transpose(POSITIVITY_COLOURS)], 1)
+    shown = [np.abs(scale - colour.astype(int)).sum(axis=1).argmin() for colour in colours]
+    assert shown[0] < shown[1]
 
 
 def test_the_page_has_maps_charts_tables_and_files(project: Project) -> None:
