@@ -6,7 +6,9 @@ import ctypes
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_LARGEST = 2**30  # bytes of an array that is kept
+# Bytes of an array that is kept; before 2.35, glibc refuses more than the second.
+_LARGEST = (2**30, 2**25)
+_MOST = 2**31 - 1  # bytes that are kept
 
 
 def keep_freed() -> None:
@@ -18,6 +20,7 @@ def keep_freed() -> None:
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # musl has none
-        mallopt(_MMAP_THRESHOLD, _LARGEST)
-        mallopt(_TRIM_THRESHOLD, 2 * _LARGEST - 1)
+    if mallopt is None:  # musl
+        return
+    if any(mallopt(_MMAP_THRESHOLD, size) for size in _LARGEST):
+        mallopt(_TRIM_THRESHOLD, _MOST)
