@@ -325,7 +325,7 @@ def test_other_scanners_and_stains_in_one_project_show_the_same_nuclei(model, cl
         read_nuclei(Path(result.results) / "nuclei.parquet").polygons for result in results
     )
     pale = shapely.transform(pale, lambda xy: xy / 2)
-    assert len(as_it_was) > 200  # of some 350 nuclei
+    assert len(as_it_was) > 300
     for found in (pale, dark):
         assert matched(found, as_it_was, iou=0.5) > 0.85 * len(found)
         assert matched(as_it_was, found, iou=0.5) > 0.85 * len(as_it_was)
