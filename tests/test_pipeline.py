@@ -126,9 +126,8 @@ def test_engines_find_the_same_nuclei(model, client, project_folder, untiled):
     pytest.importorskip("openvino")
     _, exact = segment(project_folder, model, client, engine="torch")
     _, rounded = segment(project_folder, model, client, engine="openvino")
-    # In 8 bits, where the CPU does these, a few more: of a model trained for moments, 98.7 to 99 %
-    # are the same, of the default's, on this slide, 99.2 %.
-    for nuclei, least in ((rounded, 0.995), (untiled, 0.98)):
+    # In 8 bits, where the CPU does these, a few more: the model was trained for moments.
+    for nuclei, least in ((rounded, 0.995), (untiled, 0.99)):
         assert matched(exact.polygons, nuclei.polygons, iou=0.5) >= least * len(exact)
         assert matched(nuclei.polygons, exact.polygons, iou=0.5) >= least * len(nuclei)
 
