@@ -15,6 +15,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ from patchcl_qupath.training.contrast import (
     draw_patches,
     similarity_space,
 )
+from patchcl_qupath.training.halves import Halves
 from patchcl_qupath.training.pseudo_labels import otsu
 from patchcl_qupath.training.supervision import mixed_precision, random_window
 
@@ -165,28 +167,42 @@ def _steps(crops: TrainingCrops, config: Config, seed: int) -> Iterator[_Trained
     scheduler = LambdaLR(optimizer, cooldown)
     log: list[Contrast] = []
     converged_at = None
-    while step < last:
-        step += 1
-        x = _batch(crops, settings, rng).to(device())  # (B, 3, S, S)
-        with mixed_precision(settings.similarity not in MEASURES):
-            logits = network.logits(x)
-        prediction = torch.sigmoid(logits.float())  # (B, C, S, S)
-        index = draw_patches(prediction.detach(), settings, generator)  # (B, C, n)
-        if settings.similarity in MEASURES:
-            contrast = contrast_patches(prediction, x, index, settings, features, generator)
-        else:
-            space = similarity_space(x, config)  # (B, 2, S, S)
-            contrast = contrast_prototypes(prediction, space, index, settings)
-        optimizer.zero_grad()
-        if contrast is not None:
-            contrast.loss.backward()  # type: ignore[no-untyped-call]
-            log.append(contrast._replace(loss=contrast.loss.detach()))
-            if converged_at is None and has_converged(log, settings.patience):
-                converged_at = step
-                last = min(last, step + settings.cooldown_steps)
-        optimizer.step()  # without gradients, in a step that is skipped, nothing changes
-        scheduler.step()
-        yield _Trained(network, step, last, converged_at, log)
+    logits_of = partial(_logits, mixed=settings.similarity not in MEASURES)
+    with Halves(network) as halves:
+        while step < last:
+            step += 1
+            x = _batch(crops, settings, rng).to(device())  # (B, 3, S, S)
+            parts = halves.each(logits_of, x)
+            logits = torch.cat([part.detach() for part in parts]).requires_grad_()
+            prediction = torch.sigmoid(logits)  # (B, C, S, S)
+            index = draw_patches(prediction.detach(), settings, generator)  # (B, C, n)
+            if settings.similarity in MEASURES:
+                contrast = contrast_patches(prediction, x, index, settings, features, generator)
+            else:
+                space = similarity_space(x, config)  # (B, 2, S, S)
+                contrast = contrast_prototypes(prediction, space, index, settings)
+            optimizer.zero_grad()
+            if contrast is not None:
+                contrast.loss.backward()  # type: ignore[no-untyped-call]
+                assert logits.grad is not None
+                halves.each(_backward, parts, logits.grad)
+                halves.join()
+                log.append(contrast._replace(loss=contrast.loss.detach()))
+                if converged_at is None and has_converged(log, settings.patience):
+                    converged_at = step
+                    last = min(last, step + settings.cooldown_steps)
+            optimizer.step()  # without gradients, in a step that is skipped, nothing changes
+            scheduler.step()
+            yield _Trained(network, step, last, converged_at, log)
+
+
+def _logits(network: ConfidenceNetwork, x: Tensor, *, mixed: bool) -> Tensor:
+    with mixed_precision(mixed):
+        return network.logits(x).float()
+
+
+def _backward(_: ConfidenceNetwork, logits: Tensor, gradient: Tensor) -> None:
+    logits.backward(gradient)  # type: ignore[no-untyped-call]
 
 
 class Snapshot(NamedTuple):
