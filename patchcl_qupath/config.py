@@ -242,7 +242,7 @@ class PatchCLConfig(Settings):
     stride_px: Annotated[int, setting("Stride between patches (paper: 20)", "px", ge=1)] = 8
     patches: Annotated[int, setting("Patches sampled per crop and channel", ge=1)] = 10
     crop_px: Annotated[int, setting("Side of a training crop (paper: 300)", "px", ge=1)] = 128
-    batch: Annotated[int, setting("Crops per step", ge=1)] = 10
+    batch: Annotated[int, setting("Crops per step (paper: 10)", ge=1)] = 6
     blur_um: Annotated[
         float, setting("`prototypes`: Gaussian sigma that suppresses finer detail", "µm", ge=0)
     ] = 0.4
@@ -294,6 +294,7 @@ class PatchCLConfig(Settings):
             patch_px=50,
             stride_px=20,
             crop_px=300,
+            batch=10,
             learning_rate=2e-4,
             max_steps=150,
             patience=150,
