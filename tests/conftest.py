@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, befo
 import hypothesis
 import pytest
 import qupath
+from filelock import FileLock
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config
@@ -66,10 +67,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model(sample_project: Path) -> pipeline.Model:
-    """A model that learnt from the sample slide for a few seconds."""
-    entries = open_project(sample_project, backend="files").images()
-    return pipeline.train(entries, QUICK, lambda *_: None)
+def model(sample_project: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Model:
+    """A model that learnt from the sample slide for a minute: one for all processes of a test run."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path = folder / "model.pt"
+    with FileLock(folder / "model.lock"):
+        if not path.exists():
+            entries = open_project(sample_project, backend="files").images()
+            pipeline.train(entries, QUICK, lambda *_: None).save(folder, path.stem)
+    return pipeline.Model.load(path)
 
 
 @pytest.fixture(scope="session")
