@@ -68,7 +68,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def model(sample_project: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Model:
-    """A model that learnt from the sample slide for a minute: one for all processes of a test run."""
+    """A model that learnt from the sample slide for a minute; all processes share it."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
