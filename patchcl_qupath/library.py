@@ -82,7 +82,7 @@ def train(
 
     ``images`` are names or ids; all where there are none. ``settings`` are those of the guide, as a
     ``Config`` or as nested dictionaries. ``show`` is called with each
-    ``Progress``. Takes about three minutes on two cores with the default settings. Raises
+    ``Progress``. Takes three to seven minutes on two cores with the default settings. Raises
     TrainingError.
 
     >>> quick = {"patchcl": {"max_steps": 60, "crops": 16}, "selftrain": {"steps": 120}}

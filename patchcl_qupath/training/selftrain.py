@@ -39,7 +39,6 @@ from patchcl_qupath.segmentation.measurements import means
 from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.records import PatchCLLog, SelfTrainingLog
-from patchcl_qupath.training.halves import Halves
 from patchcl_qupath.training.pseudo_labels import PseudoLabels, is_glass, keep_labels, pseudo_labels
 from patchcl_qupath.training.supervision import (
     TrainingSample,
@@ -139,18 +138,20 @@ def train_on(
     at_once = max(1, min(_BATCHES_AT_ONCE, os.cpu_count() or 1))
     batches = overlapped(make, range(settings.steps), at_once, Stop())
     began, waited = time.perf_counter(), 0.0
-    with Halves(network) as halves:
-        for step in range(settings.steps):
-            asked = time.perf_counter()
-            stains, target = next(batches).result()
-            waited += time.perf_counter() - asked
-            optimizer.zero_grad()
-            losses.append(torch.stack(halves.each(_learn, stains, target)).mean())
-            halves.join()
-            optimizer.step()
-            scheduler.step()
-            average.update_parameters(network)
-            report(step + 1, settings.steps)
+    for step in range(settings.steps):
+        asked = time.perf_counter()
+        stains, target = next(batches).result()
+        waited += time.perf_counter() - asked
+        with mixed_precision():
+            logits = network(stains)
+        loss = bce_dice_loss(logits.float(), target)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        scheduler.step()
+        average.update_parameters(network)
+        losses.append(loss.detach())
+        report(step + 1, settings.steps)
     averaged = average.module
     assert isinstance(averaged, NucleusNetwork)
     return Trained(
@@ -159,15 +160,6 @@ def train_on(
         seconds=round(time.perf_counter() - began, 1),
         seconds_for_batches=round(waited, 1),
     )
-
-
-def _learn(network: NucleusNetwork, stains: Tensor, target: Tensor) -> Tensor:
-    """The loss of a half of a batch, whose gradient is added to that of the weights."""
-    with mixed_precision():
-        logits = network(stains)
-    loss = bce_dice_loss(logits.float(), target)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
 
 
 class LabelledCrop(NamedTuple):
