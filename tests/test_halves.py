@@ -103,6 +103,17 @@ def test_a_single_item_is_one_half(network: NucleusNetwork) -> None:
     torch.testing.assert_close(network.state_dict(), alone.state_dict())
 
 
+def test_a_whole_batch_has_one_mean(network: NucleusNetwork) -> None:
+    alone = deepcopy(network)
+    loss = learn(alone, batch(4))
+    with Halves(network, whole=True) as halves:
+        assert halves.each(learn, batch(4)) == pytest.approx([loss], rel=1e-5)
+        halves.join()
+    for found, expected in zip(gradients(network), gradients(alone), strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(network.state_dict(), alone.state_dict())
+
+
 def test_an_error_in_a_half_is_raised(network: NucleusNetwork) -> None:
     threads = torch.get_num_threads()
     with Halves(network) as halves, pytest.raises(RuntimeError, match="channels"):

@@ -22,14 +22,15 @@ Result = TypeVar("Result")
 
 
 class Halves(Generic[Network]):
-    """Has ``network`` learn from both halves of a batch at once; on a GPU, from all of it.
+    """Has ``network`` learn from both halves of a batch at once; on a GPU, or if it is to see the
+    ``whole``, from all of it.
 
     The gradients are the same for any number of threads, as far as those of torch are.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, whole: bool = False) -> None:
         self._networks = [network]
-        if device().type == "cpu":
+        if device().type == "cpu" and not whole:
             self._networks.append(_twin(network))
         at_once = min(len(self._networks), torch.get_num_threads())
         self._threads = ThreadPoolExecutor(at_once, "halves")

@@ -167,8 +167,9 @@ def _steps(crops: TrainingCrops, config: Config, seed: int) -> Iterator[_Trained
     scheduler = LambdaLR(optimizer, cooldown)
     log: list[Contrast] = []
     converged_at = None
-    logits_of = partial(_logits, mixed=settings.similarity not in MEASURES)
-    with Halves(network) as halves:
+    as_published = settings.similarity in MEASURES  # batch norm, too
+    logits_of = partial(_logits, mixed=not as_published)
+    with Halves(network, whole=as_published) as halves:
         while step < last:
             step += 1
             x = _batch(crops, settings, rng).to(device())  # (B, 3, S, S)
@@ -176,7 +177,7 @@ def _steps(crops: TrainingCrops, config: Config, seed: int) -> Iterator[_Trained
             logits = torch.cat([part.detach() for part in parts]).requires_grad_()
             prediction = torch.sigmoid(logits)  # (B, C, S, S)
             index = draw_patches(prediction.detach(), settings, generator)  # (B, C, n)
-            if settings.similarity in MEASURES:
+            if as_published:
                 contrast = contrast_patches(prediction, x, index, settings, features, generator)
             else:
                 space = similarity_space(x, config)  # (B, 2, S, S)
