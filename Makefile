@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/patchcl-qp run sample_project/project.qpproj
 
 test: install
-	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 check: install
 	$(BIN)/ruff check .
