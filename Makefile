@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/patchcl-qp run sample_project/project.qpproj
 
 test: install
-	$(BIN)/pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
+	$(BIN)/pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 check: install
 	$(BIN)/ruff check .

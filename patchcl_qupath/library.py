@@ -85,7 +85,8 @@ def train(
     ``Progress``. Takes three to seven minutes on two cores with the default settings. Raises
     TrainingError.
 
-    >>> quick = {"patchcl": {"max_steps": 60, "crops": 16}, "selftrain": {"steps": 120}}
+    >>> steps = {"first_steps": 40, "steps": 120}
+    >>> quick = {"patchcl": {"max_steps": 60, "crops": 16}, "selftrain": steps}
     >>> model = pq.train(project, settings=quick)
     >>> model.mpp
     0.5

@@ -37,6 +37,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("same")
 os.environ["PATCHCL_QP_BACKEND"] = "files"  # tests of QuPath ask for paquo: it starts slowly
 
+# The longest files: side by side, the last one to begin would be waited for.
+LONGEST = ["cases", "docs", "refine", "survival", "machines", "library", "selftrain", "changes"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files."""
+    of_file = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: of_file.get(item.path.name, len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
