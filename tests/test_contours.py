@@ -25,6 +25,7 @@ from patchcl_qupath.segmentation.measurements import (
     glass_around,
     measure,
     shape_measurements,
+    steepness,
 )
 from patchcl_qupath.slides.stains import H_DAB, H_E, densities
 
@@ -350,6 +351,31 @@ def test_ink_is_no_nucleus_but_brown_and_violet_are():
         "nucleus under a haze of green": True,
     }
     assert enough_stain(labels, rgb, config) == [True] * 2 + [False] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize(("blur_um", "kept"), [(0, True), (1, True), (8, False)])
+def test_what_is_far_out_of_focus_is_no_nucleus(blur_um, kept):
+    """A disc of 6 µm, with the density of dark hematoxylin, that is spread by a blur."""
+    labels = disc_labels((120, 120), [(60, 60)], 6)
+    amount = 0.9 * (labels > 0) + 0.1
+    if blur_um:
+        amount = ndimage.gaussian_filter(amount, blur_um / 0.5)
+        amount = 0.1 + 0.8 * (amount - amount.min()) / np.ptp(amount)
+    rgb = np.round(255 * 10 ** -(amount[..., None] * np.array(H_E.vectors[0]))).astype(np.uint8)
+    assert enough_stain(labels, rgb, SegmentConfig()) == [kept]
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.5])
+def test_steepness_is_the_gradient_of_the_density_of_red_light(mpp):
+    """Densities that rise by 0.03 with each column, and by 0.04 with each row."""
+    rows, cols = np.mgrid[:20, :20]
+    rgb = np.full((20, 20, 3), 255, np.uint8)
+    rgb[..., 0] = np.round(255 * 10 ** -(0.03 * cols + 0.04 * rows))
+    labels = np.zeros((20, 20), np.int32)
+    labels[2:8, 3:9] = 1
+    labels[19, 19] = 3  # nothing beyond it: flat; of 2, there are no pixels
+    found = steepness(labels, rgb, mpp)
+    np.testing.assert_allclose(found, [0.05 / mpp, 0, 0], rtol=0.02)
 
 
 def test_densities_of_nuclei_are_those_of_light_and_of_hematoxylin():

@@ -32,7 +32,9 @@ def unlikely_of(nuclei: list[tuple[float, float, float]], config: SegmentConfig 
     """Which are unlikely of nuclei of a probability, a density of red light, and its share."""
     probability, red, share = np.array(nuclei).T
     no = np.zeros(len(red), np.bool_)
-    stain = NuclearStain(red=red, share_of_red=share, hematoxylin=red, is_ink=no, on_glass=no)
+    stain = NuclearStain(
+        red=red, share_of_red=share, hematoxylin=red, is_ink=no, is_blurred=no, on_glass=no
+    )
     return are_unlikely(probability, stain, SUREST, config).tolist()
 
 

@@ -26,6 +26,9 @@ _STATISTICS = ("Mean", "Std.Dev.", "Min", "Max")
 _GLASS = 225  # grey of a pixel that lets nearly all light through
 _AROUND_UM = 8.0
 NO_LIGHT = 1e-3  # optical density, so that ratios of densities are finite
+# Per µm, of a nucleus's density of red light: the least of 23,400 outlined nuclei is 0.087. With a
+# blur of 1 µm (sigma), 1 % are below 0.04 at most. Of 65 pieces of a smear of ink, 59 are.
+_LEAST_STEEPNESS = 0.04
 
 
 def measure(
@@ -204,6 +207,7 @@ class NuclearStain(NamedTuple):
     share_of_red: NDArray[np.floating]  # in the density of red, green and blue together
     hematoxylin: NDArray[np.floating]
     is_ink: NDArray[np.bool_]  # green, cyan or red, as no stain of nuclei is
+    is_blurred: NDArray[np.bool_]  # as pieces of a smear are that is far out of focus
     on_glass: NDArray[np.bool_]  # as membranes of fat cells are; False where it does not matter
 
     @classmethod
@@ -222,6 +226,7 @@ class NuclearStain(NamedTuple):
             share_of_red=red / np.maximum(red + green + blue, NO_LIGHT),
             hematoxylin=hematoxylin,
             is_ink=np.any([is_ink(red, green, blue) for is_ink in inks], axis=0),
+            is_blurred=steepness(labels, rgb, mpp) < _LEAST_STEEPNESS * red,
             on_glass=glass_around(labels, matters, rgb, mpp) > config.max_glass,
         )
 
@@ -231,7 +236,39 @@ class NuclearStain(NamedTuple):
         On slides that have a brown chromogen, brown nuclei have none.
         """
         least = np.where(self.on_glass, config.min_hematoxylin_on_glass, config.min_hematoxylin)
-        return np.asarray(~self.is_ink & (has_brown | (self.hematoxylin >= least)))
+        enough = has_brown | (self.hematoxylin >= least)
+        return np.asarray(~self.is_ink & ~self.is_blurred & enough)
+
+
+def steepness(labels: NDArray[np.int32], rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.float64]:
+    """The mean gradient (N,) of the optical density of red light in labels 1..N, per µm.
+
+    ``labels`` (H, W) and ``rgb`` (H, W, 3) have pixels of ``mpp`` µm. It is taken towards the next
+    row and column, at the edge of a label from what is around it. Labels without pixels have 0.
+    """
+    count = int(labels.max(initial=0))
+    return _mean_gradients(labels, count, rgb[..., 0], COLOUR_DENSITIES) / mpp
+
+
+@compiled
+def _mean_gradients(
+    labels: NDArray[np.int32], n: int, levels: NDArray[np.uint8], density: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """The mean gradient (n,) in labels 1..n (H, W) of the ``density`` (256,) of ``levels`` (H, W),
+    per pixel."""
+    rows, cols = labels.shape
+    count, total = np.zeros(n + 1), np.zeros(n + 1)
+    for row in range(rows):
+        below = min(row + 1, rows - 1)
+        for col in range(cols):
+            label = labels[row, col]
+            if label:
+                here = density[levels[row, col]]
+                down = density[levels[below, col]] - here
+                right = density[levels[row, min(col + 1, cols - 1)]] - here
+                count[label] += 1
+                total[label] += np.sqrt(down * down + right * right)
+    return total[1:] / np.maximum(count[1:], 1)
 
 
 def glass_around(
