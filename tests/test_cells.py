@@ -27,7 +27,7 @@ from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.project.coordinates import points_text
 from patchcl_qupath.project.names import in_qupath
 from patchcl_qupath.project.results import write_results
-from patchcl_qupath.segmentation import cells, fit_cells
+from patchcl_qupath.segmentation import cells, fit_cells, grow_tile
 from patchcl_qupath.segmentation.cells import grow
 from patchcl_qupath.segmentation.fit_cells import fit_to_nuclei
 from patchcl_qupath.segmentation.grow_tile import NucleiOfTiles
@@ -345,6 +345,42 @@ def test_a_tile_is_given_its_neighbours_nuclei(tmp_path: Path) -> None:
     assert {c.wkt for c in around} == {near.wkt, below.wkt}  # up to 16 px from the contours
     nuclei, _ = TileStore.decode(found.content)
     assert shapely.equals(nuclei.polygons, contours[tiles[0]]).all()
+
+
+@pytest.mark.parametrize(
+    ("expand_um", "scale"), [(3, 1.5), (5, 0), (10, 0), (10, 1.5), (2, 10), (0.6, 0)]
+)
+def test_cells_of_two_tiles_are_those_of_one(
+    expand_um: float, scale: float, tmp_path: Path
+) -> None:
+    """Nuclei at random in two tiles, dense and sparse: neighbours across the border count, up to
+    all that an expansion reaches."""
+    rng = np.random.default_rng(7)
+    slide: Any = Slide100()
+    config = CellConfig(expand_um=expand_um, constrain_scale=scale)
+    left, right, both = Box(0, 0, 400, 200), Box(0, 200, 400, 400), Box(0, 0, 400, 400)
+    tiles = [Tile(row=0, col=k, read=box, write=box) for k, box in enumerate((left, right))]
+    one = Tile(row=1, col=0, read=both, write=both)
+    for case, wanted in enumerate([150, 150, 60, 60, 30, 30]):
+        discs: list[tuple[float, float, float]] = []
+        while len(discs) < wanted:
+            x, y, r = *rng.uniform(15, 385, 2), rng.uniform(6, 12)
+            if all((x - a) ** 2 + (y - b) ** 2 > (r + q + 1) ** 2 for a, b, q in discs):
+                discs.append((x, y, r))
+        nuclei = np.array([disc(*each) for each in discs], dtype=object)
+        in_left = np.array([x < 200 for x, *_ in discs])
+        halves = {tiles[0]: nuclei[in_left], tiles[1]: nuclei[~in_left]}
+        find = NucleiOfTiles(stored(tmp_path / f"{case}", halves), tiles, slide, config)
+        found = np.empty(len(nuclei), dtype=object)
+        for tile, mine in zip(tiles, (in_left, ~in_left), strict=True):
+            around = polygons_of(find(tile).around)
+            given_ = rings_of(np.concatenate([nuclei[mine], around]))
+            found[mine] = polygons_of(grow_tile.cells_of(given_, mine.sum(), slide, config))
+        whole = {one: nuclei}
+        alone = NucleiOfTiles(stored(tmp_path / f"{case} as one", whole), [one], slide, config)
+        assert not len(polygons_of(alone(one).around))
+        expected = polygons_of(grow_tile.cells_of(rings_of(nuclei), len(nuclei), slide, config))
+        assert shapely.equals_exact(found, expected, tolerance=0).all()
 
 
 # ---------------------------------------------------------------- measurements

@@ -7,8 +7,8 @@ about its centroid (as ``CellTools.estimateCellBoundary`` of QuPath).
 Cells grow on the pixels of the working grid. Distances are those between the centres of pixels, and
 those that a nucleus holds the centre of are its pixels: a cell ends within about half a pixel of
 where exact distances between contours would have it end. The border between two cells is one line,
-which both have: they do not overlap. Nothing depends on the box that is looked at, as long as it
-holds the cells, and all nuclei nearby are given.
+which both have: they do not overlap. Nothing depends on the box that is looked at, as long as all
+nuclei nearby are given, and it holds what is near of these.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ def grow(
 ) -> Rings:
     """The cells (count,) of the first ``count`` of nuclei (N,).
 
-    Contours are on the working grid, of ``mpp`` (x, y) µm per px. The box holds the cells; the
-    nuclei are those that have one, and all others up to twice ``expand_um`` from them. Of two that
-    are equally near, one has the pixel, whatever the order of the nuclei. A nucleus that holds the
-    centre of no pixel has a cell without points.
+    Contours are on the working grid, of ``mpp`` (x, y) µm per px. The nuclei are those that have a
+    cell, and all others that are nearer to them than twice ``expand_um`` and 2 px; the box holds
+    all that is so near. Of two that are equally near, one has the pixel, whatever the order of the
+    nuclei. A nucleus that holds the centre of no pixel has a cell without points.
     """
     order = from_the_top(bounds_of(nuclei_px))
     rank = np.argsort(order)[:count]

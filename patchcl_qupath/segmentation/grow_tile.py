@@ -35,7 +35,7 @@ from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.parquet import NOT_MEASURED, NUCLEUS, Table, outer_points_of, with_cells
 from patchcl_qupath.timing import Seconds, timed
 
-_BESIDE_PX = 3  # between the cells of a tile and the border of what is looked at
+_BESIDE_PX = 3  # between what matters of a tile and the border of what is looked at
 _REMEMBERED = 64  # tiles, whose nuclei several others ask for
 
 
@@ -71,7 +71,7 @@ class NucleiOfTiles:
         self._store, self._tiles, self._slide = store, tiles, slide
         boxes = [(t.write.row0, t.write.col0, t.write.row1, t.write.col1) for t in tiles]
         self._boxes = np.array(boxes, np.int64).reshape(-1, 4)
-        self._near_um = 2 * config.expand_um
+        self._near_um = _near_um(slide, config)
         self._contours = lru_cache(_REMEMBERED)(self._read)
 
     def __call__(self, tile: Tile) -> TileNuclei:
@@ -115,14 +115,9 @@ def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Table, Uncertain
         table, uncertainty = TileStore.decode_table(found.content)
         own = Rings(*outer_points_of(table[NUCLEUS]))
         nuclei = joined([own, found.around])
-        (x, y), count = slide.downsample, len(table)
-        box = _box(own, slide, context.config.expand_um)
-        on_grid = scaled(nuclei, (1 / x, 1 / y))
-        grown = grow(on_grid, count, box, slide.grid_mpp, context.config)
-        at_level0 = scaled(grown, slide.downsample)
-        cells = Rings(np.round(at_level0.xy, 2), at_level0.first)
-        cells = rounded_rings(fit_to_nuclei(cells, nuclei))
+        cells = cells_of(nuclei, len(table), slide, context.config)
     with timed(seconds, "read cells"):
+        box = _box(own, slide, context.config.expand_um)
         rgb = None if context.pixels is None else context.pixels.read(found.tile, box)
         rgb = slide.read(box) if rgb is None else rgb
     with timed(seconds, "measure cells"):
@@ -130,8 +125,8 @@ def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Table, Uncertain
         measurements = measure_cells(
             {name: table[name].to_numpy() for name in names},
             scaled(cells, slide.mpp_level0),  # µm are pixels of 1 µm
-            cells=scaled(cells, (1 / x, 1 / y)),
-            nuclei=on_grid,
+            cells=_on_grid(cells, slide),
+            nuclei=_on_grid(nuclei, slide),
             rgb=rgb,
             box=box,
             stains=context.image.stains,
@@ -140,13 +135,40 @@ def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Table, Uncertain
     return table, uncertainty, seconds
 
 
-def _box(nuclei: Rings, slide: Slide, expand_um: float) -> Box:
-    """The box of the working grid that holds the cells of nuclei, level 0."""
+def cells_of(nuclei: Rings, count: int, slide: Slide, config: CellConfig) -> Rings:
+    """The cells (count,) of the first ``count`` of nuclei (N,), level 0.
+
+    The others are those around: all that ``NucleiOfTiles`` gives.
+    """
+    own = taken(nuclei, np.arange(count))
+    box = _box(own, slide, _near_um(slide, config))  # others have their pixels in it
+    grown = grow(_on_grid(nuclei, slide), count, box, slide.grid_mpp, config)
+    at_level0 = scaled(grown, slide.downsample)
+    cells = Rings(np.round(at_level0.xy, 2), at_level0.first)
+    return rounded_rings(fit_to_nuclei(cells, nuclei))
+
+
+def _near_um(slide: Slide, config: CellConfig) -> float:
+    """How far from a nucleus another may be and have a part in where its cell ends.
+
+    A cell ends between pixels, of which the second may be up to two beyond the expansion.
+    """
+    return 2 * (config.expand_um + 2 * max(slide.grid_mpp))
+
+
+def _on_grid(contours: Rings, slide: Slide) -> Rings:
+    """Contours of level 0 on the working grid."""
+    x, y = slide.downsample
+    return scaled(contours, (1 / x, 1 / y))
+
+
+def _box(nuclei: Rings, slide: Slide, around_um: float) -> Box:
+    """The box of the working grid that holds nuclei, level 0, and what is around them."""
     if not len(nuclei.xy):
         return Box(0, 0, 1, 1)
     (x, y), (rows, cols) = slide.downsample, slide.shape
     bounds = bounds_of(nuclei)
     (x0, y0), (x1, y1) = np.nanmin(bounds[:, :2], axis=0), np.nanmax(bounds[:, 2:], axis=0)
-    margin = math.ceil(expand_um / min(slide.grid_mpp)) + _BESIDE_PX
+    margin = math.ceil(around_um / min(slide.grid_mpp)) + _BESIDE_PX
     inner = Box(math.floor(y0 / y), math.floor(x0 / x), math.ceil(y1 / y), math.ceil(x1 / x))
     return inner.grow(margin, (rows, cols))
