@@ -181,6 +181,13 @@ def test_a_threshold_between_two_modes(low: float, high: float, share: float) ->
     assert found.weights == pytest.approx([1 - share, share], abs=0.02)
 
 
+def test_nothing_is_brown_below_a_density_of_a_tenth() -> None:
+    """Nuclei without DAB are around 0, and the two modes cross at 0.02."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(-0.02, 0.03, 4000), rng.normal(0.3, 0.1, 1000)])
+    assert mixture.threshold_between(values.astype(np.float32)) == (0.1, None)
+
+
 @pytest.mark.parametrize(
     ("values", "note"),
     [
@@ -190,6 +197,9 @@ def test_a_threshold_between_two_modes(low: float, high: float, share: float) ->
         (np.full(100, 0.3), "has one mode, not two"),
         (np.full(100, np.nan), "too few nuclei (0)"),
         (np.linspace(0.1, 0.5, 500), "has one mode, not two"),
+        # Some are below 0, and are one value to the mixture.
+        (np.random.default_rng(0).normal(0.12, 0.1, 5000), "has one mode, not two"),
+        (np.random.default_rng(0).normal(0.15, 0.1, 300), "has one mode, not two"),
     ],
 )
 def test_without_two_modes_there_is_a_note(values: Any, note: str) -> None:

@@ -23,6 +23,7 @@ _LEAST_APART = 2.0  # Ashman's D
 _VALLEY = 0.75  # of the density at the lower mode, which that between the modes must be below
 _HARDLY_ANY = 0.01  # of the nuclei above the usual threshold
 _DAB = 0.1  # optical density below which nothing is brown, so no threshold is
+_BESIDE = 0.02  # optical density within which values are counted for the density at one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +132,25 @@ def threshold_between(densities: NDArray[np.float32]) -> tuple[float, str | None
     if len(known) < _LEAST_IN_ALL:
         return USUAL_THRESHOLD, f"too few nuclei ({len(known):,}) to find a threshold: {usual}"
     mixture = fit(np.log(np.maximum(known, 0) + _OFFSET))
-    high = np.exp(mixture.means[1]) - _OFFSET
+    high = float(np.exp(mixture.means[1]) - _OFFSET)
+    threshold = float(np.exp(mixture.crossing) - _OFFSET)
     few = mixture.weights.min() * len(known) < _LEAST_NUCLEI
-    if few or mixture.apart < _LEAST_APART or not mixture.has_valley or high < _DAB:
+    apart = mixture.apart >= _LEAST_APART and mixture.has_valley and high >= _DAB
+    if threshold < _DAB:
+        # Densities below 0 are one value to the mixture, which may pass for a mode of its own.
+        apart &= _fewer_at(_DAB, high, known)
+        threshold = _DAB
+    if few or not apart:
         if np.mean(known >= USUAL_THRESHOLD) < _HARDLY_ANY:
             return USUAL_THRESHOLD, f"hardly any nucleus has DAB: {usual}"
         return USUAL_THRESHOLD, (
             f"DAB of its nuclei has one mode, not two: {usual}; look at the classes, and give "
             "another threshold where they are wrong"
         )
-    return round(max(float(np.exp(mixture.crossing) - _OFFSET), _DAB), 4), None
+    return round(threshold, 4), None
+
+
+def _fewer_at(valley: float, high: float, values: NDArray[np.float64]) -> bool:
+    """Whether fewer values (N,) lie around a valley than around the ``high`` mode."""
+    at, at_high = (np.count_nonzero(abs(values - x) < _BESIDE) for x in (valley, high))
+    return bool(at < _VALLEY * at_high)
