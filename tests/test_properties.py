@@ -333,12 +333,12 @@ def test_a_pixel_is_inside_tissue_as_its_pixel_of_the_mask_is(
 def test_the_area_of_tissue_in_whole_pixels_is_their_number(
     data: st.DataObject, grid: tuple[Shape, NDArray[np.bool_], int]
 ) -> None:
-    _, tissue, px = grid
+    shape, tissue, px = grid
     part = data.draw(boxes_in(tissue.shape))
     region = shapely.box(part.col0 * px, part.row0 * px, part.col1 * px, part.row1 * px)
     expected = tissue[part.within(Box(0, 0, *tissue.shape))].sum() * px**2
-    np.testing.assert_allclose(tissue_area_px(tissue, px, region), expected)
-    assert tissue_area_px(tissue, px, None) == tissue.sum() * px**2
+    np.testing.assert_allclose(tissue_area_px(tissue, px, shape, region), expected)
+    assert tissue_area_px(tissue, px, shape, None) == on_pixels(grid).sum()
 
 
 @given(grids(), st.integers(1, 250), seeds)

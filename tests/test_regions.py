@@ -169,8 +169,20 @@ def test_area_of_tissue_in_a_region(scale: float) -> None:
     tissue = np.zeros((300, 200), dtype=bool)
     tissue[:, :100] = True
     region = shapely.Point(1600, 1000).buffer(30 * scale)  # half of it on tissue of 1600 px
-    assert tissue_area_px(tissue, 16, region) == pytest.approx(region.area / 2, rel=0.02)
-    assert tissue_area_px(tissue, 16, None) == 300 * 100 * 256
+    shape = (300 * 16, 200 * 16)
+    assert tissue_area_px(tissue, 16, shape, region) == pytest.approx(region.area / 2, rel=0.02)
+    assert tissue_area_px(tissue, 16, shape, None) == 300 * 100 * 256
+
+
+def test_tissue_is_no_larger_than_the_image() -> None:
+    """Of an image of 250 x 100 px, whose mask has px of 16, and the last ones reach beyond it."""
+    tissue = np.ones((16, 7), dtype=bool)
+    assert tissue_area_px(tissue, 16, (250, 100), None) == 250 * 100
+    whole = shapely.box(0, 0, 100, 250)
+    found = tissue_area_px(tissue, 16, (250, 100), whole)
+    assert found == pytest.approx(250 * 100, rel=0.01)
+    tissue[-1] = tissue[:, -1] = False
+    assert tissue_area_px(tissue, 16, (250, 100), None) == 240 * 96
 
 
 def segment(

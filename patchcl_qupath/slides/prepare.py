@@ -62,7 +62,8 @@ class PreparedImage:
     def tissue_mm2(self, region: shapely.Geometry | None = None) -> float:
         """Area of the tissue in a region (level 0), or in the analysis region, in mm²."""
         part = self.region if region is None else on_grid(region, self.slide)
-        return tissue_area_px(self.tissue, self.tissue_px, part) * self.slide.mpp**2 / 1e6
+        px = tissue_area_px(self.tissue, self.tissue_px, self.slide.shape, part)
+        return px * self.slide.mpp**2 / 1e6
 
     def area_mm2(self, region: shapely.Geometry | None = None) -> float:
         """Area of the part of a region (level 0) that is in the image, in mm².

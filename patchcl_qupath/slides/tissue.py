@@ -147,11 +147,21 @@ def inside_region(
 
 
 def tissue_area_px(
-    tissue: NDArray[np.bool_], tissue_px: int, region: shapely.Geometry | None
+    tissue: NDArray[np.bool_],
+    tissue_px: int,
+    shape: tuple[int, int],
+    region: shapely.Geometry | None,
 ) -> float:
-    """The area of tissue, in a region of the working grid if there is one, in working px."""
+    """The area of tissue in the working grid of ``shape`` (rows, cols), in working px.
+
+    With a region of that grid, the area in it. The last px of the mask may reach beyond the grid.
+    """
     if region is None:
-        return float(tissue.sum()) * tissue_px**2
+        heights, widths = (
+            np.clip(side - tissue_px * np.arange(count), 0, tissue_px)
+            for side, count in zip(shape, tissue.shape, strict=True)
+        )
+        return float(heights @ tissue @ widths)
     if not region.area:
         return 0.0
     x0, y0, x1, y1 = (bound / tissue_px for bound in region.bounds)
