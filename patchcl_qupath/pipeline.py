@@ -190,7 +190,7 @@ class Run:
         entry = self._with_regions_and_stains(entry)
         with timed(seconds, "prepare"):
             image = self.workers.call(prepare, entry, self.config)
-            check(image, entry, self.config.result)
+            check(image, entry, self.config)
         turn.wait(self._stop)
         with timed(seconds, "tiles"):
             segmented, worker_seconds = self._segment(entry, image, turn)

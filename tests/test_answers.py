@@ -135,15 +135,24 @@ def test_measurements_have_shell_friendly_names(
 def test_an_unknown_measurement_is_named() -> None:
     names = measurement_names(H_DAB)
     with pytest.raises(ImageError, match=r"^a: .*no measurement dab-men .*do you mean dab-mean\?"):
-        check_positive("dab-men=0.2", "a", H_DAB, names)
-    check_positive("cytoplasm-dab-mean=0.2", "a", H_DAB, names)  # with cells there is one
-    check_positive("hematoxylin-mean=0.2", "a", H_E, measurement_names(H_E))
+        check_positive("dab-men=0.2", "a", H_DAB, names, with_cells=False)
+    with pytest.raises(ImageError, match="no measurement membrane-dab-mean"):
+        check_positive("membrane-dab-mean=0.2", "a", H_DAB, names, with_cells=True)
+    check_positive("hematoxylin-mean=0.2", "a", H_E, measurement_names(H_E), with_cells=False)
+
+
+def test_cells_are_measured_where_there_are_cells() -> None:
+    names = measurement_names(H_DAB)
+    for measurement in ("cytoplasm-dab-mean", "cell-dab-max"):
+        check_positive(f"{measurement}=0.2", "a", H_DAB, names, with_cells=True)
+        with pytest.raises(ImageError, match=rf"^a: {measurement} .* pass --expand 5"):
+            check_positive(f"{measurement}=0.2", "a", H_DAB, names, with_cells=False)
 
 
 @pytest.mark.parametrize("positive", ["auto", "nucleus-dab-mean=0.2"])
 def test_an_image_without_dab_is_refused(positive: str) -> None:
     with pytest.raises(ImageError) as error:
-        check_positive(positive, "a.svs", H_E, measurement_names(H_E))
+        check_positive(positive, "a.svs", H_E, measurement_names(H_E), with_cells=False)
     assert str(error.value).startswith("a.svs: --positive needs DAB")
     assert "--stain h-dab" in str(error.value)
     assert "\n" not in str(error.value)
@@ -153,7 +162,7 @@ def test_dab_may_have_another_name() -> None:
     brown = StainVectors(
         kind=StainKind.H_DAB, names=("Hematoxylin", "Ki-67"), vectors=H_DAB.vectors
     )
-    check_positive("auto", "a.svs", brown, measurement_names(brown))
+    check_positive("auto", "a.svs", brown, measurement_names(brown), with_cells=False)
     names = ["Hematoxylin: Mean", "Ki-67: Mean"]
     assert find("auto", names, [0.1], brown).record.measurement == "Ki-67: Mean"
 

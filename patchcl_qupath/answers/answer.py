@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.answers.positivity import Positivity, check_positive, find_positivity
 from patchcl_qupath.answers.regions import Regions
 from patchcl_qupath.answers.summary import Extent, summarise
-from patchcl_qupath.config import ResultConfig
+from patchcl_qupath.config import Config, ResultConfig
 from patchcl_qupath.datatypes import ImageEntry, Nuclei
 from patchcl_qupath.segmentation.measurements import measurement_names
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
@@ -62,11 +62,11 @@ class Answer:
         return msgspec.structs.replace(outcome, note="; ".join(notes) or None)
 
 
-def check(image: PreparedImage, entry: ImageEntry, config: ResultConfig) -> None:
+def check(image: PreparedImage, entry: ImageEntry, config: Config) -> None:
     """Raise ImageError, before it is segmented, for an image that cannot be answered."""
-    if config.positive:
-        names = measurement_names(image.stains)
-        check_positive(config.positive, entry.name, image.stains, names)
+    if positive := config.result.positive:
+        names, with_cells = measurement_names(image.stains), config.cells.are_grown
+        check_positive(positive, entry.name, image.stains, names, with_cells=with_cells)
 
 
 def answer(segmented: SegmentedImage, entry: ImageEntry, config: ResultConfig) -> Answer:

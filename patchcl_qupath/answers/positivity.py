@@ -22,7 +22,7 @@ from patchcl_qupath.errors import ImageError
 from patchcl_qupath.storage.parquet import Table, with_classes
 from patchcl_qupath.storage.records import AllredScore, PositivityRecord
 
-_COMPARTMENTS = {"nucleus", "cell", "cytoplasm", "membrane"}
+_OF_CELLS = {"cell", "cytoplasm"}
 _IMPLIED = {"nucleus", "od"}  # left out of the names of measurements, or spelt out, without change
 _INTENSITY = (NEGATIVE, POSITIVE, *GRADES)
 
@@ -62,10 +62,13 @@ class Positivity:
         return with_classes(table, self.classes(values))
 
 
-def check_positive(positive: str, image: str, stains: StainVectors, names: Sequence[str]) -> None:
+def check_positive(
+    positive: str, image: str, stains: StainVectors, names: Sequence[str], *, with_cells: bool
+) -> None:
     """Raise ImageError for an image whose nuclei cannot be classified as ``result.positive`` asks.
 
-    ``stains`` are those that are measured, ``names`` the measurements of nuclei without cells.
+    ``stains`` are those that are measured, ``names`` the measurements of nuclei; of their cells and
+    of cytoplasm there are the same, if there are cells.
     """
     given = parse_positive(positive)
     words = _words(given[0]) if given else {"dab"}
@@ -75,8 +78,13 @@ def check_positive(positive: str, image: str, stains: StainVectors, names: Seque
             "its type to Brightfield (H-DAB) in QuPath, or pass --stain h-dab; or leave the image "
             "out with --image"
         )
-    if given and not any(words - _COMPARTMENTS == _words(name) for name in names):
+    if given and not any(words - _OF_CELLS == _words(name) for name in names):
         raise ImageError(_unknown(image, given[0], names))
+    if words & _OF_CELLS and not with_cells:
+        raise ImageError(
+            f"{image}: {given[0] if given else positive} for --positive is measured in cells, and "
+            "there are only nuclei: pass --expand 5, or a measurement of nuclei"
+        )
 
 
 def find_positivity(
