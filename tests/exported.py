@@ -108,6 +108,7 @@ def write(
                 tissue_mm2=0.002,
                 x=g.centroid.x,
                 y=g.centroid.y,
+                area_px=g.area,
             )
             for g in regions.geometries
         ]

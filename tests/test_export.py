@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from exported import (
 
 import patchcl_qupath.exports.nuclei as nuclei_module
 from patchcl_qupath.cli import main
-from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.datatypes import FailedTile, Nuclei
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project import Project
 from patchcl_qupath.storage.geojson import read_objects
@@ -203,6 +204,41 @@ def test_numbers_of_rows_are_those_of_their_nuclei(project: Project) -> None:
         assert len(inside) == int(region["Num Detections"])
         positive = sum("Negative" not in row["Classification"] for row in inside)
         assert 100 * positive / len(inside) == float(region["Nucleus: Positive %"])
+
+
+@pytest.mark.parametrize("kind", ["larger", "a ring"])
+def test_a_region_that_was_reshaped_about_its_centroid_is_another(
+    kind: str, project: Project
+) -> None:
+    region = DRAWN[0]
+    larger = shapely.affinity.scale(region.geometry, 1.5, 1.5)
+    ring = region.geometry - shapely.affinity.scale(region.geometry, 0.5, 0.5)
+    changed = replace(region, geometry=larger if kind == "larger" else ring)
+    assert changed.geometry.centroid.distance(region.geometry.centroid) < 1e-6
+    export_drawn(project.layout.regions(project.images()[0].id), (changed, *DRAWN[1:]))
+    done = call(project.path, "--to", "csv")
+    assert "a, b.svs: 1 of its 3 regions were changed since the run" in done.stderr
+
+
+def test_images_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "made", ["a.svs", "a.svs", "b.svs"])
+    for number in range(3):
+        write(project, number, nuclei("abc"[number], 2))
+    expected = ["a.svs (1)", "a.svs (2)", "b.svs"]
+    rows = rows_of(exported(project, "--to", "csv")[0])
+    assert [row["Image"] for row in rows] == [name for name in expected for _ in range(2)]
+    rows = rows_of(exported(project, "--to", "csv", "--per", "image")[0])
+    assert [row["Image"] for row in rows] == expected
+
+
+def test_tiles_that_failed_are_a_note(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "made", ["a.svs", "b.svs"])
+    failed = FailedTile(x=0, y=0, width=9, height=9, reason="damaged")
+    write(project, 0, nuclei("a", 2), failed_tiles=(failed,))
+    write(project, 1, nuclei("b", 2))
+    done = call(project.path, "--to", "csv")
+    assert "a.svs: 1 of its tiles could not be segmented" in done.stderr
+    assert "b.svs: " not in done.stderr
 
 
 def test_regions_that_changed_since_are_named(project: Project) -> None:

@@ -16,7 +16,7 @@ from patchcl_qupath.config import ExportFormat, ExportRows
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
 from patchcl_qupath.exports.geojson import write_qupath, write_visium_hd
-from patchcl_qupath.exports.images import ExportedImage, exported_image, file_names
+from patchcl_qupath.exports.images import ExportedImage, exported_image, file_names, told_apart
 from patchcl_qupath.exports.nuclei import NucleiTable
 from patchcl_qupath.exports.summaries import KINDS, summary_table
 from patchcl_qupath.exports.writing import write_csv, write_parquet
@@ -123,6 +123,11 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
             continue
         images.append(found)
         notes += found.notes
+        if failed := len(found.result.failed_tiles):
+            notes.append(
+                f"{entry.name}: {failed} of its tiles could not be segmented: their nuclei are "
+                "missing, and counts and densities are too low: run again"
+            )
         imported = imported_nuclei(project, entry)
         if imported is not None and imported.left_out:
             notes.append(f"{entry.name}: not all of its nuclei are in QuPath: {imported.in_words}")
@@ -135,7 +140,7 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
         kinds = {summary.kind for image in images for summary in image.result.summaries}
         if KINDS[request.per] not in kinds:
             notes.append(_NOT_COUNTED[request.per])
-    written = _WRITERS[request.to](project, images, request)
+    written = _WRITERS[request.to](project, told_apart(images), request)
     if request.excel:
         notes += [
             f"{path} has {rows:,} rows, and Excel shows {_EXCEL_ROWS:,}: export fewer images, or "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from patchcl_qupath.storage.files import readable
 from patchcl_qupath.storage.parquet import CELL, parquet_source
 from patchcl_qupath.storage.records import RemovedRecord, ResultRecord, Summary, read_result
 
+_SAME_AREA = 0.01  # of a region: what is exported and read again differs by less
 _SUFFIX = re.compile(r"(\.ome)?\.[A-Za-z][A-Za-z0-9]{1,6}$", re.IGNORECASE)  # of an image's file
 
 
@@ -37,12 +39,14 @@ class Places:
 class ExportedImage:
     """An image with nuclei.
 
+    ``name_in_tables`` ends with the id where another image has the same name (``told_apart``).
     ``nuclei`` is their file, ``columns`` the names in it, ``folder`` the folder of that file;
     ``regions`` are those that the run counted nuclei in. ``notes`` are for people.
     """
 
     id: str
     name: str
+    name_in_tables: str
     result: ResultRecord
     folder: Path
     nuclei: Path
@@ -119,6 +123,7 @@ def exported_image(project: Project, entry: ImageEntry) -> ExportedImage | str:
     return ExportedImage(
         id=entry.id,
         name=entry.name,
+        name_in_tables=entry.name,
         result=result,
         folder=layout.results(entry.id),
         nuclei=nuclei,
@@ -151,11 +156,25 @@ def _regions(path: Path, image: str, result: ResultRecord) -> tuple[Regions, tup
 
 
 def _same(region: DrawnRegion, summary: Summary) -> bool:
-    """Whether a region is the one that was summarised, in the same place."""
+    """Whether a region is the one that was summarised, in the same place and as large."""
     x, y = region.geometry.centroid.coords[0]
     same = (region.class_name, region.name) == (summary.class_name, summary.name)
     near = summary.x is not None and abs(summary.x - x) < 1 and abs((summary.y or 0) - y) < 1
-    return same and near and region.is_core == (summary.kind == "core")
+    area, before = region.geometry.area, summary.area_px
+    as_large = before is None or abs(area - before) <= _SAME_AREA * before
+    return same and near and as_large and region.is_core == (summary.kind == "core")
+
+
+def told_apart(images: Iterable[ExportedImage]) -> list[ExportedImage]:
+    """The images, with names in tables that no two of them have."""
+    images = list(images)
+    count = Counter(image.name for image in images)
+    return [
+        replace(image, name_in_tables=f"{image.name} ({image.id})")
+        if count[image.name] > 1
+        else image
+        for image in images
+    ]
 
 
 def damaged(image: str, nuclei: Path, error: Exception) -> ImageError:

@@ -140,7 +140,7 @@ def _rows(image: ExportedImage, batch: pa.Table, schema: pa.Schema) -> pa.Table:
     values = dict(zip(CENTROIDS, np.round(_in_um_and_px(px, image.mpp), _DECIMALS), strict=True))
     places = image.places(px if drawn == NUCLEUS else centroids(nuclei))
     columns: dict[str, pa.Array | NDArray[np.float64]] = {
-        "Image": _constant(image.name, count),
+        "Image": _constant(image.name_in_tables, count),
         "Object ID": batch["id"],
         "Object type": _constant(image.object_type, count),
         "Classification": classes(image, batch),

@@ -98,7 +98,7 @@ def _numbers(values: list[float | int | None], measured: bool) -> pa.Array:
 def _texts(image: ExportedImage, summary: Summary) -> dict[str, str]:
     """The texts of a row."""
     return {
-        "Image": image.name,
+        "Image": image.name_in_tables,
         "Object ID": summary.id,
         "Object type": _TYPES[summary.kind],
         "Name": "" if summary.kind == "image" else summary.name,

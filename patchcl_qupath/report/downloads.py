@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from patchcl_qupath.config import ExportRows
 from patchcl_qupath.errors import ImageError, StorageError
-from patchcl_qupath.exports.images import ExportedImage, exported_image
+from patchcl_qupath.exports.images import ExportedImage, exported_image, told_apart
 from patchcl_qupath.exports.nuclei import NucleiTable
 from patchcl_qupath.exports.summaries import summary_table
 from patchcl_qupath.exports.writing import write_csv
@@ -51,7 +51,7 @@ def write_downloads(project: Project) -> list[Download]:
 
     One that cannot be written, as Excel has it open say, is left out: it costs no report.
     """
-    images = list(_images(project))
+    images = told_apart(_images(project))
     folder = project.layout.report / _FOLDER
     written = []
     for per, name in _NAMES.items():
