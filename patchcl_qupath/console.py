@@ -154,7 +154,7 @@ def _print_answers(outcomes: Sequence[ImageOutcome]) -> None:
         rows = [
             [
                 image,
-                "all" if summary.kind == "image" else summary.name or summary.class_name,
+                "all" if summary.kind == "image" else summary.label,
                 None if summary.tissue_mm2 is None else f"{summary.tissue_mm2:.3f}",
                 f"{summary.nuclei:,}",
                 None if summary.per_mm2 is None else f"{summary.per_mm2:,.0f}",

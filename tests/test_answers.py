@@ -290,7 +290,7 @@ def test_summaries_of_nested_regions() -> None:
     ]
     extents = [
         Extent(area_mm2=4, tissue_mm2=2.0),
-        Extent(area_mm2=1, tissue_mm2=0.5),
+        Extent(area_mm2=1, tissue_mm2=0.5, x=50, y=50),
         Extent(area_mm2=0.25),
         Extent(area_mm2=0.1, tissue_mm2=0.0),
     ]
@@ -308,6 +308,7 @@ def test_summaries_of_nested_regions() -> None:
     assert image.classes["Nucleus: Positive"].per_mm2 == 1
     assert (tumor.kind, tumor.id, tumor.class_name) == ("region", "a", "Tumor")
     assert (tumor.nuclei, tumor.own) == (3, 1)
+    assert (tumor.label, stroma.label) == ("Tumor at x 50, y 50 px", "s")
     assert tumor.per_mm2 == 6
     assert tumor.positive_percent == pytest.approx(200 / 3)
     assert (stroma.name, stroma.nuclei, stroma.own, stroma.per_mm2) == ("s", 2, 2, 8)

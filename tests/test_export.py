@@ -354,17 +354,16 @@ def test_an_image_without_nuclei_is_a_header(tmp_path: Path) -> None:
 
 
 def test_excel_leaves_texts_as_they_are(tmp_path: Path) -> None:
-    names = ["0012", "1-2", "2e5", "=1+1", "SEPT2", "@x", 'say "3"', "é 12"]
+    changed = ["0012", "1-2", "2e5", "=1+1", "SEPT2", "@x", "5%", "(5)", "$ 5", "5 A", "9:30 pm"]
+    names = [*changed, 'say "3"', "é 12", "5 AB", "A 5%"]
     project = make_project(tmp_path / "made", names)
     for number, name in enumerate(names):
         write(project, number, nuclei(name, 1))
     (path,) = exported(project, "--to", "csv", "--excel")
     assert path.read_bytes().startswith(b"\xef\xbb\xbfImage,Object ID")
     rows = rows_of(path)
-    assert [row["Image"] for row in rows] == [
-        *('="0012"', '="1-2"', '="2e5"', '="=1+1"', '="SEPT2"', '="@x"'),
-        *('say "3"', "é 12"),
-    ]
+    formulas = [f'="{name}"' for name in changed]
+    assert [row["Image"] for row in rows] == [*formulas, *names[len(changed) :]]
     assert [row["Object ID"] for row in rows] == [id_of(name, 0) for name in names]
     (plain,) = exported(project, "--to", "csv")
     assert plain.read_bytes().startswith(b"Image,Object ID")

@@ -16,9 +16,10 @@ from patchcl_qupath.storage.files import atomic_write
 
 _MARK = b"\xef\xbb\xbf"  # of UTF-8, by which Excel knows it
 _MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
-# Texts that Excel would calculate, or change into a number or a date: 0012, 1-2, 2e5, =A1, SEPT2.
+# Texts that Excel would calculate, or change into a number, a date or a time: 0012, 1-2, 2e5, 5%,
+# (5), $5, 5 A, =A1, SEPT2.
 _CHANGED = (
-    r"(?i)^\s*([=+\-@\t]|[0-9][0-9\s.,:/e+\-]*$|true$|false$|"
+    r"(?i)^\s*([=+\-@\t]|[($€£]?\s*[0-9][0-9\s.,:/e+\-]*[%)]?(\s[ap]m?)?\s*$|true$|false$|"
     rf"[0-9]{{1,4}}[-/ .]?{_MONTH}([-/ .]|$)|{_MONTH}[-/ .]?[0-9]{{1,4}}$)"
 )
 

@@ -119,6 +119,13 @@ class Summary(Record, frozen=True, kw_only=True, omit_defaults=True):
     allred: AllredScore | None = None
     measurements: dict[str, Quartiles] = {}
 
+    @property
+    def label(self) -> str:
+        """What people call it: its name, else its class and place."""
+        if self.name or self.x is None or self.y is None:
+            return self.name or self.class_name
+        return f"{self.class_name or 'annotation'} at x {self.x:.0f}, y {self.y:.0f} px"
+
 
 class PositivityRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
     """What makes a nucleus positive: its ``measurement`` is one of ``thresholds`` or above it.
