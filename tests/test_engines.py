@@ -225,6 +225,24 @@ def test_an_engine_is_chosen_by_what_there_is(monkeypatch):
         engines.start(FLOAT32, random_network())
 
 
+def test_openvino_that_cannot_be_loaded_is_as_if_it_were_not_installed(monkeypatch, caplog):
+    """A library that it needs is absent, or the system is too old."""
+    pytest.importorskip("openvino")
+
+    def fail():
+        raise ImportError("libopenvino.so: cannot open shared object file")
+
+    monkeypatch.setattr("patchcl_qupath.models.openvino_model.load_openvino", fail)
+    monkeypatch.setattr(engines, "device", lambda: torch.device("cpu"))
+    assert engines.choose("auto", NucleusNetwork) is TORCH
+    assert "libopenvino.so" in caplog.text
+    assert not engines.multiplies_bfloat16.__wrapped__()
+    with pytest.raises(ConfigError, match="pip install openvino"):
+        engines.choose("openvino", NucleusNetwork)
+    with pytest.raises(ConfigError, match="install it on all workers"):
+        engines.check_installed(FLOAT32)
+
+
 def test_kinds_of_engine_are_named_as_in_version_0_1():
     """A run that was stopped resumes only if its engine has the name that it had then."""
     names = ["torch", "openvino float32", "openvino bfloat16"]

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from enum import StrEnum
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from patchcl_qupath.config import EngineChoice
 from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.models.cuda import cuda_engine
 from patchcl_qupath.models.network import SegmentationNetwork, device, folded, to_channels_last
-from patchcl_qupath.models.openvino_model import load_openvino, openvino_model
+from patchcl_qupath.models.openvino_model import has_openvino, load_openvino, openvino_model
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +71,9 @@ def choose(
     """
     if wanted == EngineChoice.AUTO and device().type != "cpu":
         return EngineKind.CUDA_FLOAT16
-    if wanted == EngineChoice.OPENVINO and not find_spec("openvino"):
+    if wanted == EngineChoice.OPENVINO and not has_openvino():
         raise ConfigError("there is no OpenVINO here: pip install openvino, or use --engine torch")
-    if wanted == EngineChoice.TORCH or not find_spec("openvino"):
+    if wanted == EngineChoice.TORCH or not has_openvino():
         return EngineKind.TORCH
     if wanted == EngineChoice.AUTO and network.input_range is not None and multiplies_int8():
         return EngineKind.OPENVINO_INT8
@@ -108,7 +107,7 @@ def start(kind: EngineKind, network: SegmentationNetwork) -> Engine:
 def check_installed(kind: EngineKind) -> None:
     """Raise ConfigError on a machine that has not what another machine chose: OpenVINO, or a CPU
     that multiplies in 8 bits without overflow."""
-    if kind.is_openvino and not find_spec("openvino"):
+    if kind.is_openvino and not has_openvino():
         raise ConfigError(
             f"{platform.node()} has no OpenVINO: install it on all workers, or use --engine torch"
         )
@@ -153,9 +152,7 @@ def _only_core() -> Any:
 @cache
 def multiplies_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16, twice as fast as float32; not known without OpenVINO."""
-    return bool(find_spec("openvino")) and (
-        "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    )
+    return has_openvino() and ("BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def multiplies_int8() -> bool:

@@ -7,11 +7,13 @@ each process. The networks here are of few operations, so that these are written
 
 from __future__ import annotations
 
+import logging
 import operator
 import sys
 import threading
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from patchcl_qupath.models.network import ConvBlock, SegmentationNetwork, UpBlock
+
+logger = logging.getLogger(__name__)
 
 _LOADING = threading.Lock()
 
@@ -33,6 +37,18 @@ def load_openvino() -> Any:
     """
     with _LOADING:
         return _loaded()
+
+
+def has_openvino() -> bool:
+    """Whether OpenVINO is installed, and can be loaded: a library that it needs may be absent."""
+    if find_spec("openvino") is None:
+        return False
+    try:
+        load_openvino()
+    except (ImportError, OSError, RuntimeError) as error:
+        logger.warning("OpenVINO cannot be loaded, and is not used: %s", error)
+        return False
+    return True
 
 
 @cache
