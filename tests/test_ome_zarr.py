@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import re
 import shutil
@@ -182,6 +184,23 @@ def test_a_damaged_chunk_is_an_error_where_it_is_read(tmp_path: Path) -> None:
     slide = opened(path, 0.25)
     slide.read(Box(0, 0, 64, 400))
     with pytest.raises(SlideError, match=r"^a\.zarr cannot be read .*copy the file again$"):
+        slide.read(Box(60, 0, 70, 400))
+
+
+def test_a_chunk_that_cannot_be_looked_up_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be read as glass, as a disk fails for a moment."""
+    slide = opened(write_ome_zarr(tmp_path / "a.zarr", scene(400, 300, MPP), MPP), 0.25)
+    look = Path.stat
+
+    def stat(path: Path, **options: Any) -> os.stat_result:
+        if path.parts[-4:] == ("0", "0", "1", "2"):
+            raise OSError(errno.EIO, "Input/output error")
+        return look(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(SlideError, match="Input/output error"):
         slide.read(Box(60, 0, 70, 400))
 
 

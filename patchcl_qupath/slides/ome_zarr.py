@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -244,7 +245,16 @@ class _Plane:
             for plane in planes
         )
         found = (self.folder / array.metadata.encode_chunk_key(key) for key in keys)
-        return (any if array.fill_value else all)(path.is_file() for path in found)
+        return (any if array.fill_value else all)(map(_is_file, found))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file. Raises OSError where that cannot be found out, as a disk fails:
+    from Python 3.14 on, ``Path.is_file`` says that there is none."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 @dataclass(frozen=True, eq=False)
