@@ -112,15 +112,24 @@ class TiledPage(Tiles):
         return np.asarray(tile[0])
 
     def encoded(self, index: int) -> bytes | None:
-        """A tile as it is in the file, which may end before it does; None where it is not there."""
+        """A tile as it is in the file; None where it is not there.
+
+        Raises ValueError where the file ends before it does: JPEG decoders draw what is left out in
+        grey.
+        """
         offset, count = self._place(index)
-        return self.store.read(offset, count) if offset and count else None
+        if not offset or not count:
+            return None
+        data = self.store.read(offset, count)
+        if len(data) < count and not data.endswith(_END):
+            raise ValueError(f"the file ends {count - len(data):,} bytes before tile {index} does")
+        return data
 
     def first(self) -> bytes | None:
-        """The first tile in the file; None where there is none."""
+        """The first tile in the file, or what there is of it; None where there is none."""
         places = zip(self.page.dataoffsets, self.page.databytecounts, strict=False)
-        stored = next((index for index, place in enumerate(places) if all(place)), None)
-        return None if stored is None else self.encoded(stored)
+        stored = next((place for place in places if all(place)), None)
+        return None if stored is None else self.store.read(*stored)
 
     def _place(self, index: int) -> tuple[int, int]:
         """Offset and number of bytes of a tile; the table may end before the last ones."""
