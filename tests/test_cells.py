@@ -22,7 +22,7 @@ from shapely import affinity
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import CellConfig, Config, ObjectType, ResultConfig, from_dict
 from patchcl_qupath.datatypes import Box, Nuclei, Polygons, Tile, UncertaintyGrid
-from patchcl_qupath.errors import ConfigError
+from patchcl_qupath.errors import ConfigError, StorageError
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.project.coordinates import points_text
 from patchcl_qupath.project.names import in_qupath
@@ -345,6 +345,19 @@ def test_a_tile_is_given_its_neighbours_nuclei(tmp_path: Path) -> None:
     assert {c.wkt for c in around} == {near.wkt, below.wkt}  # up to 16 px from the contours
     nuclei, _ = TileStore.decode(found.content)
     assert shapely.equals(nuclei.polygons, contours[tiles[0]]).all()
+
+
+def test_a_tile_that_cannot_be_read_is_named_and_not_the_scheduler(tmp_path: Path) -> None:
+    box = Box(0, 0, 200, 200)
+    tile = Tile(row=0, col=0, read=box, write=box)
+    store = stored(tmp_path, {tile: np.array([disc(50, 50, 6)], dtype=object)})
+    find = NucleiOfTiles(store, [tile], Slide100(), CellConfig())  # type: ignore[arg-type]
+    store.path(tile).unlink()
+    with pytest.raises(StorageError, match=r"finished tiles in .* cannot be read .*: run again$"):
+        find(tile)
+    store.path(tile).write_bytes(b"no parquet")
+    with pytest.raises(StorageError):
+        find(tile)
 
 
 @pytest.mark.parametrize(
