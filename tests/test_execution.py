@@ -464,3 +464,16 @@ def test_workers_can_be_opened_again_in_a_process() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def die(_: str) -> None:
+    """What a decoder does that a damaged slide breaks, or a system that is out of memory."""
+    os._exit(1)
+
+
+def test_a_call_that_kills_its_worker_does_not_kill_this_process() -> None:
+    with open_workers(6) as workers:
+        assert workers.are_processes
+        with pytest.raises(ImageError, match="its worker died each time"):
+            workers.call(die, "a")
+        assert workers.call(len, "abc") == 3  # others take its place

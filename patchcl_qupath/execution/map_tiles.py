@@ -23,6 +23,7 @@ from patchcl_qupath.execution.admission import Admission, NotHeldError, held
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import (
     ATTEMPTS,
+    WORKER_DIED,
     Workers,
     fetched,
     scheduler_gone,
@@ -37,7 +38,6 @@ Context = TypeVar("Context")
 TileTask = Callable[[Context, Any], tuple[Nuclei | Table, UncertaintyGrid, Seconds]]
 
 _AHEAD = 3  # tiles for each worker thread: enough to keep it busy, few to keep memory flat
-_WORKER_DIED = "its worker died each time: give workers more memory, or fewer threads"
 
 
 def map_tiles(
@@ -169,7 +169,7 @@ class _TileQueue:
         logger.info("tile %s was lost, and is given to others", tile.name)
         self._losses[tile.name] += 1
         if self._losses[tile.name] == ATTEMPTS:
-            yield tile, ImageError(_WORKER_DIED)
+            yield tile, ImageError(WORKER_DIED)
         else:
             self.waiting.appendleft(tile)
 
@@ -239,7 +239,7 @@ def _outcome(future: Any) -> tuple[bytes, Seconds] | Exception | None:
     from distributed import KilledWorker
 
     found: tuple[bytes, Seconds] | Exception | None = fetched(future)
-    return ImageError(_WORKER_DIED) if isinstance(found, KilledWorker) else found
+    return ImageError(WORKER_DIED) if isinstance(found, KilledWorker) else found
 
 
 class _Shared:

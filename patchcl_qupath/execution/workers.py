@@ -23,6 +23,7 @@ from patchcl_qupath.execution.jobs import Jobs
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # at a tile, before it is left out
+WORKER_DIED = "its worker died each time: give workers more memory, or fewer threads"
 
 FIRST = 10  # priority of what tiles wait for
 _MAX_IMAGES = 8  # under way at once; each takes some memory
@@ -112,9 +113,11 @@ class Workers:
             self.poll()
             time.sleep(_CALL_S)
         found = fetched(future)
-        if found is None or isinstance(found, KilledWorker):
+        if found is None:
             logger.info("a call was lost with its worker, and is made here")
             return function(*arguments)
+        if isinstance(found, KilledWorker):  # as this process may, if it were made here
+            raise ImageError(WORKER_DIED)
         if isinstance(found, Exception):
             raise found
         result: Result = found[0]
