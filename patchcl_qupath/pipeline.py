@@ -67,7 +67,6 @@ from patchcl_qupath.storage.records import (
     RegionRecord,
     ResultRecord,
     SlideProvenance,
-    file_signature,
 )
 from patchcl_qupath.timing import Seconds, add_seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
@@ -234,6 +233,7 @@ class Run:
         self, entry: ImageEntry, image: PreparedImage, turn: Turn
     ) -> tuple[SegmentedImage, Seconds]:
         """Plan the tiles, and have workers segment those that are missing."""
+        image.check_unchanged()  # it may have waited for its turn
         margin_px = postprocessing_margin_px(self.config, image.slide)
         tiles = plan(
             shape=image.slide.shape,
@@ -268,10 +268,11 @@ class Run:
             check=partial(
                 check_machine,
                 replace(image.slide, void=None),
-                file_signature(entry.path).bytes,
+                image.file.bytes,
                 self.engine,
             ),
         )
+        image.check_unchanged()
         left_out = set(store.missing(tiles))
         segmented = SegmentedImage(
             image=image,
@@ -292,9 +293,12 @@ class Run:
         if missing:
             settings = (self.config.segment, self.engine)
             surest = self.workers.call(surest_nuclei, image, self.model, *settings)
+        kept = PixelStore.of(store.folder, image.fingerprint())
         if self.config.cells.are_grown:
-            pixels = PixelStore.of(store.folder, image.fingerprint())
+            pixels = kept
             pixels.make_room(missing)
+        else:
+            kept.remove()  # of a run that was stopped before its cells had grown
         return TileContext(
             image=image,
             model=self.model,
@@ -315,7 +319,6 @@ class Run:
         missing = store.missing(tiles)
         tile_progress = self._tile_progress(entry, image, tiles, missing, Stage.GROWING_CELLS)
         tile_progress.begin()
-        size = file_signature(entry.path).bytes
         pixels = PixelStore.of(segmented.store.folder, image.fingerprint())
         seconds = map_tiles(
             workers=self.workers.until(self._stop.check),
@@ -325,10 +328,11 @@ class Run:
             store=store,
             on_done=tile_progress.one_more,
             on_failed=tile_progress.one_failed,
-            check=partial(replace(image.slide, void=None).check_same, size),
+            check=partial(replace(image.slide, void=None).check_same, image.file.bytes),
             prepared=NucleiOfTiles(segmented.store, tiles, image.slide, cells),
         )
         pixels.remove()
+        image.check_unchanged()
         left_out = set(store.missing(tiles))
         grown = replace(
             segmented,
@@ -458,7 +462,7 @@ class Run:
             **msgspec.structs.asdict(self.provenance),
             tissue_mm2=image.tissue_mm2(),
             slide=SlideProvenance(
-                file=file_signature(entry.path),
+                file=image.file,
                 mpp=image.slide.mpp_level0,
                 mpp_source=image.slide.mpp_source,
             ),

@@ -223,6 +223,35 @@ def test_tiles_of_another_slide_are_not_taken_over(model, client, project_folder
     assert third.tiles_resumed == third.tiles
 
 
+@pytest.mark.parametrize("when", ["before its turn", "meanwhile"])
+@pytest.mark.parametrize("what", ["another", "gone"])
+def test_a_slide_that_changes_after_it_was_prepared_fails_in_one_line(
+    when, what, model, client, project_folder, monkeypatch
+):
+    """Its tissue and stains were those of another file."""
+    slide = project_folder / "CMU-1-Small-Region.svs"
+
+    def change(*_):
+        if what == "gone":
+            slide.unlink(missing_ok=True)
+        elif slide.stat().st_mtime_ns != 1:
+            os.utime(slide, ns=(1, 1))
+
+    if when == "meanwhile":
+        monkeypatch.setattr(pipeline, "map_tiles", lambda **_: change() or {})
+    else:
+        monkeypatch.setattr(pipeline.Turn, "wait", change)
+    project = open_project(project_folder, backend="files")
+    run = pipeline.Run(
+        project=project, model=model, config=QUICK, workers=client, progress=lambda _: None
+    )
+    (outcome,) = run.images(project.images())
+    message = "changed while it was segmented" if what == "another" else "can no longer be read"
+    assert message in outcome.problem
+    assert "internal error" not in outcome.problem
+    assert not project.layout.result("1").exists()
+
+
 def test_nuclei_lie_on_dark_blue_structures(untiled):
     """Hematoxylin inside each outline is above that of the ring around it, for nearly all."""
     (entry,) = open_project(SAMPLE).images()

@@ -16,6 +16,7 @@ from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.stains import H_E
+from patchcl_qupath.storage.records import file_signature
 
 WIDTH, HEIGHT, MPP = 600, 401, 0.25  # at level 0; the working grid is half as fine
 ROWS, COLS = HEIGHT // 2, WIDTH // 2
@@ -55,6 +56,7 @@ def segmented(tmp_path: Path) -> SegmentedImage:
     image = PreparedImage(
         id="1",
         slide=slide,
+        file=file_signature(path),
         tissue=np.ones((-(-ROWS // TISSUE_PX), -(-COLS // TISSUE_PX)), dtype=bool),
         tissue_px=TISSUE_PX,
         normaliser=None,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box, ImageEntry, StainVectors, level0_to_grid
-from patchcl_qupath.errors import DamagedError, ImageError, TrainingError
+from patchcl_qupath.errors import DamagedError, ImageError, SlideError, TrainingError
 from patchcl_qupath.overlap import Stop, overlapped
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.slides.slide import Slide
@@ -31,8 +31,8 @@ from patchcl_qupath.slides.tissue import (
     tissue_area_px,
     tissue_mask,
 )
-from patchcl_qupath.storage.files import digest
-from patchcl_qupath.storage.records import TILE_FORMAT, file_signature, to_plain
+from patchcl_qupath.storage.files import digest, readable
+from patchcl_qupath.storage.records import TILE_FORMAT, FileSignature, file_signature, to_plain
 
 _NORMALISER_CROPS = 24  # crops that the normaliser is fitted to
 _NORMALISER_CROP_PX = 256
@@ -47,11 +47,13 @@ class PreparedImage:
     ``tissue`` (h, w) is its mask, whose px are ``tissue_px`` working px wide. ``normaliser`` is
     fitted to all tissue, in the analysis region or not; None where there is no tissue. ``region``
     is the analysis region on the working grid; None for the whole image. ``stains`` are measured.
-    ``is_green`` where most of the tissue has the colour of green ink.
+    ``is_green`` where most of the tissue has the colour of green ink. ``file`` is the slide's file
+    as it was.
     """
 
     id: str
     slide: Slide
+    file: FileSignature
     tissue: NDArray[np.bool_]
     tissue_px: int
     normaliser: StainNormaliser | None
@@ -110,10 +112,23 @@ class PreparedImage:
             "name": None,
             "void": None if self.slide.void is None else self.slide.void.packed.hex(),
             "form": TILE_FORMAT,
-            **to_plain(file_signature(self.slide.path)),
+            **to_plain(self.file),
             "region": region,
             "stains": asdict(self.stains),
         }
+
+    def check_unchanged(self) -> None:
+        """Raise SlideError where the slide's file is no longer there, or another one is."""
+        path = self.slide.path
+        try:
+            found = file_signature(path)
+        except OSError as error:
+            raise SlideError(
+                f"{self.slide.name}: {path} can no longer be read ({readable(str(error))}): run "
+                "again when it is there; finished tiles are kept"
+            ) from error
+        if found != self.file:
+            raise SlideError(f"{self.slide.name}: {path} changed while it was segmented: run again")
 
 
 def prepare(entry: ImageEntry, config: Config) -> PreparedImage:
@@ -122,6 +137,7 @@ def prepare(entry: ImageEntry, config: Config) -> PreparedImage:
     Raises ImageError for an image that cannot be used.
     """
     slide = Slide.open(entry, config.slide.mpp)
+    file = file_signature(slide.path)
     px = slide.thumbnail_px(config.slide.tissue_mpp)
     slide, overview = slide.without_void(config.slide.tissue_mpp)
     check_brightfield(overview.pixels, entry.name)
@@ -132,6 +148,7 @@ def prepare(entry: ImageEntry, config: Config) -> PreparedImage:
     image = PreparedImage(
         id=entry.id,
         slide=slide,
+        file=file,
         tissue=tissue,
         tissue_px=px,
         normaliser=None,
