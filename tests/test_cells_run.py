@@ -137,7 +137,7 @@ def test_stopped_while_cells_grow_and_resumed_equals_uninterrupted(
             raise ImageError("stopped")
 
     stopped = run(folder, model, client, tile_px=300, progress=stop)
-    assert stopped.problem == "stopped"
+    assert stopped.problem == "CMU-1-Small-Region.svs: stopped"
     assert not (folder / "patchcl/results").exists()
     counts: list[tuple[int, int | None]] = []
 

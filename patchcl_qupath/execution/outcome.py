@@ -118,7 +118,9 @@ def failed_image(entry: ImageEntry, error: Exception) -> ImageOutcome:
     problem = str(error)
     if not isinstance(error, PatchCLError):
         logger.error("%s: internal error", entry.name, exc_info=error)
-        problem = f"{entry.name}: {internal_error(error)}"
+        problem = internal_error(error)
+    if entry.name not in problem:
+        problem = f"{entry.name}: {problem}"
     return ImageOutcome(id=entry.id, image=entry.name, problem=problem)
 
 
