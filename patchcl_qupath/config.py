@@ -558,7 +558,13 @@ class SegmentConfig(Settings):
         ),
     ] = 0.9
     max_hole_um2: Annotated[
-        float, setting("Holes in a nucleus below this area are filled", "µm²", ge=0)
+        float,
+        setting(
+            "Holes in a nucleus below this area are filled, unless they are longer than 0.4 of "
+            "`max_diameter_um`",
+            "µm²",
+            ge=0,
+        ),
     ] = 40.0
     open_radius_um: Annotated[
         float, setting("Radius of the morphological opening of the mask; 0 is none", "µm", ge=0)

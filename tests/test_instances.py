@@ -105,6 +105,28 @@ def test_nuclei_depend_on_no_pixel_beyond_the_margin(seed):
     assert owned(part, 160 - margin) == found
 
 
+def test_a_gap_that_the_border_of_a_tile_closes_is_no_hole():
+    """Two rows of touching nuclei, a gap of a pixel between them, which is open far to the right:
+    its area up to where a tile is cut off is that of a hole."""
+    scene, core = np.full((2, 260, 700), 0.1, np.float32)
+    for first in range(150, 580, 36):
+        for top in (91, 101):
+            scene[top : top + 9, first : first + 36] = 0.9
+            core[top + 2 : top + 7, first + 4 : first + 32] = 0.9
+    scene[100, 150:158] = 0.9
+    margin = int(np.ceil(postprocessing_margin_um(CONFIG) / MPP))
+    whole = instances(scene, MPP, CONFIG, core=core)
+
+    def owned(labels, right):
+        pixels = [np.argwhere(labels == k) for k in range(1, labels.max() + 1)]
+        return sorted(p.tolist() for p in pixels if p.mean(0)[1] < right)
+
+    for right in range(170, 330, 20):
+        cut = slice(0, right + margin)
+        part = instances(scene[:, cut], MPP, CONFIG, core=core[:, cut])
+        assert owned(part, right) == owned(whole, right)
+
+
 def test_labels_have_no_gaps_and_are_4_connected():
     rng = np.random.default_rng(1)
     confidence = discs((300, 300), rng.uniform([10, 10, 4], [290, 290, 9], (120, 3)))
@@ -200,13 +222,17 @@ def test_a_mask_without_background_has_no_small_distance():
 
 @pytest.mark.parametrize("shape", [(70, 90), (1, 40), (40, 1), (5, 2)])
 @pytest.mark.parametrize("least_um2", [0.0, 0.5, 3.0, 1e9])
-def test_large_pieces_are_those_of_scipy(shape, least_um2):
+@pytest.mark.parametrize("longest_px", [4, 12, np.inf])
+def test_large_pieces_are_those_of_scipy(shape, least_um2, longest_px):
     """Of noise, whose pieces wind about and meet below; and of masks of one value."""
     noise = np.random.default_rng(5).random(shape) < 0.58
     for mask in (noise, ~noise, np.ones(shape, bool), np.zeros(shape, bool)):
         labels, _ = ndimage.label(mask)
-        large = mask & (np.bincount(labels.ravel())[labels] * 0.25 >= least_um2)
-        found = _large_pieces(mask, 0.25, least_um2)
+        boxes = ndimage.find_objects(labels)
+        length = np.array([0] + [max(s.stop - s.start for s in box) for box in boxes])
+        large = np.bincount(labels.ravel())[labels] * 0.25 >= least_um2
+        large = mask & (large | (length[labels] > longest_px))
+        found = _large_pieces(mask, 0.25, least_um2, longest_px)
         np.testing.assert_array_equal(found > 0, large)
         pairs = np.unique(np.stack([found[large], labels[large]]), axis=1)
         assert len(np.unique(pairs[0])) == len(np.unique(pairs[1])) == pairs.shape[1]

@@ -28,6 +28,9 @@ from patchcl_qupath.config import SegmentConfig
 # beyond the centroid, and the neighbour that a nucleus may be joined to as far again: together the
 # two thirds of ``max_diameter_um`` that the margin of a tile holds.
 _MAX_JOINED = 0.4
+# Largest height and width of a hole that is filled, relative to the same: beside a nucleus it lies
+# within that margin. A long gap that the border of a tile closes would be a hole there alone.
+_MAX_HOLE = 0.4
 
 
 def postprocessing_margin_um(config: SegmentConfig) -> float:
@@ -37,8 +40,9 @@ def postprocessing_margin_um(config: SegmentConfig) -> float:
     A convex shape extends at most two thirds of its diameter from its centroid; the elevation of
     its outermost pixels depends on the mask up to ``max_depth_um`` farther, and smoothing and the
     search for a higher maximum extend a little beyond that. Whether a nucleus is joined to a
-    neighbour depends on the whole neighbour, but such pairs are so small (``_MAX_JOINED``) that
-    they lie within the same margin.
+    neighbour depends on the whole neighbour, and whether a gap in it is a hole on the whole gap,
+    but such pairs and holes are so small (``_MAX_JOINED``, ``_MAX_HOLE``) that they lie within the
+    same margin.
     """
     beyond = 4 * config.smooth_um + config.marker_radius_um + 2 * config.open_radius_um
     return 2 / 3 * config.max_diameter_um + config.max_depth_um + beyond
@@ -78,13 +82,17 @@ def _pieces(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDAr
     """
     radius = config.open_radius_um / mpp
     mask = np.asarray(ndimage.binary_opening(above, _disc(radius))) if radius >= 1 else above
-    background = _large_pieces(~mask, mpp**2, config.max_hole_um2) > 0
-    return _large_pieces(~background, mpp**2, config.min_area_um2)
+    longest = _MAX_HOLE * config.max_diameter_um / mpp
+    background = _large_pieces(~mask, mpp**2, config.max_hole_um2, longest) > 0
+    return _large_pieces(~background, mpp**2, config.min_area_um2, np.inf)
 
 
 @compiled
-def _large_pieces(mask: NDArray[np.bool_], px_um2: float, least_um2: float) -> NDArray[np.int32]:
-    """The connected pieces (H, W) of a mask, as labels; 0 for those of less than ``least_um2``.
+def _large_pieces(
+    mask: NDArray[np.bool_], px_um2: float, least_um2: float, longest_px: float
+) -> NDArray[np.int32]:
+    """The connected pieces (H, W) of a mask, as labels; 0 for those of less than ``least_um2`` that
+    are not higher or wider than ``longest_px``.
 
     Pixels connect by edges, not by corners. Pieces are sets of runs, pixels of a row side by side:
     runs that touch runs of the row above belong to the same piece (union-find).
@@ -93,6 +101,7 @@ def _large_pieces(mask: NDArray[np.bool_], px_um2: float, least_um2: float) -> N
     most = rows * (cols // 2 + 1)
     start, end = np.empty(most, np.int32), np.empty(most, np.int32)
     parent, size = np.empty(most, np.int32), np.zeros(most, np.int64)
+    bounds = np.empty((most, 4), np.int32)  # first and last row, first column and that after all
     first = np.zeros(rows + 2, np.int64)  # run of each row; those above the first row are none
     count = 0
     for row in range(rows):
@@ -117,10 +126,19 @@ def _large_pieces(mask: NDArray[np.bool_], px_um2: float, least_um2: float) -> N
     for run in range(count):
         parent[run] = parent[parent[run]]  # of which the parent is known: it came before
         size[parent[run]] += end[run] - start[run]
+    for row in range(rows):
+        for run in range(first[row + 1], first[row + 2]):
+            box = bounds[parent[run]]
+            if parent[run] == run:  # the first of its piece
+                box[0], box[2], box[3] = row, start[run], end[run]
+            box[1] = row
+            box[2], box[3] = min(box[2], start[run]), max(box[3], end[run])
     pieces = np.zeros((rows, cols), np.int32)
     for row in range(rows):
         for run in range(first[row + 1], first[row + 2]):
-            if size[parent[run]] * px_um2 >= least_um2:
+            box = bounds[parent[run]]
+            is_long = max(box[1] + 1 - box[0], box[3] - box[2]) > longest_px
+            if is_long or size[parent[run]] * px_um2 >= least_um2:
                 pieces[row, start[run] : end[run]] = parent[run] + 1
     return pieces
 

@@ -17,7 +17,7 @@ from patchcl_qupath.datatypes import CorrectionRoi, FailedTile, StainVectors
 from patchcl_qupath.storage.files import content_file, read_json, write_json
 from patchcl_qupath.timing import Seconds
 
-TILE_FORMAT = 6  # version of the content of a finished tile
+TILE_FORMAT = 7  # version of the content of a finished tile
 
 
 class Record(msgspec.Struct, frozen=True):
