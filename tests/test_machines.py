@@ -260,7 +260,8 @@ def test_workers_that_cannot_be_used_are_named_and_left_out(
         ]
     assert without.status == 1
     (failed,) = without.having("Failed: ")
-    assert re.match(r"Failed: no worker can be used: worker .*\(and 3 more are not used\)", failed)
+    reason = r"no worker can be used: worker .*\(and 3 more are not used\)"
+    assert re.match(rf"Failed: a.tif: {reason}", failed)
     assert ended.status == 0, ended.lines
     assert place.left == expected
 

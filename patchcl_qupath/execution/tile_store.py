@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from patchcl_qupath.datatypes import (
     UncertaintyGrid,
     name_of_nucleus,
 )
+from patchcl_qupath.errors import StorageError
 from patchcl_qupath.storage.files import (
     digest,
     is_whole_parquet,
     read_json,
+    readable,
     remove_folder,
     write_bytes,
     write_json,
@@ -93,8 +96,9 @@ class TileStore:
         return table, _grid_of(table.schema.metadata)
 
     def content(self, tile: Tile) -> bytes:
-        """A finished tile, encoded."""
-        return self.path(tile).read_bytes()
+        """A finished tile, encoded. Raises StorageError."""
+        with self._reading():
+            return self.path(tile).read_bytes()
 
     def path(self, tile: Tile) -> Path:
         """The file of a finished tile."""
@@ -124,8 +128,12 @@ class TileStore:
         return (pq.read_table(self._source(tile)) for tile in tiles)
 
     def points(self, tile: Tile) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """The points of a tile's nuclei, in flat arrays as of ``outer_points_of``."""
-        return outer_points_of(pq.read_table(self._source(tile), columns=[NUCLEUS])[NUCLEUS])
+        """The points of a tile's nuclei, in flat arrays as of ``outer_points_of``.
+
+        Raises StorageError.
+        """
+        with self._reading():
+            return outer_points_of(pq.read_table(self._source(tile), columns=[NUCLEUS])[NUCLEUS])
 
     def contours(self, tiles: Sequence[Tile], of_cells: bool = False) -> Iterator[Polygons]:
         """Their contours alone, several times as fast; with ``of_cells`` those of their cells.
@@ -153,6 +161,17 @@ class TileStore:
         """Their uncertainty grids, without reading the nuclei."""
         for tile in tiles:
             yield _grid_of(pq.read_schema(self._source(tile)).metadata)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise StorageError where a finished tile cannot be read."""
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            reason = readable(str(error))
+            raise StorageError(
+                f"finished tiles in {self.folder} cannot be read ({reason}): run again"
+            ) from error
 
     def _source(self, tile: Tile) -> Path | io.BytesIO:
         return parquet_source(self.path(tile))

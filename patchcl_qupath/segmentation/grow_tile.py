@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import pyarrow as pa
 
 from patchcl_qupath.config import CellConfig
 from patchcl_qupath.datatypes import Box, Tile, UncertaintyGrid
-from patchcl_qupath.errors import StorageError
 from patchcl_qupath.execution.pixel_store import PixelStore
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.segmentation.cells import grow
@@ -34,7 +32,6 @@ from patchcl_qupath.segmentation.rings import (
 from patchcl_qupath.segmentation.segmented_image import MAX_RADIUS_UM
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.storage.files import readable
 from patchcl_qupath.storage.parquet import NOT_MEASURED, NUCLEUS, Table, outer_points_of, with_cells
 from patchcl_qupath.timing import Seconds, timed
 
@@ -79,14 +76,8 @@ class NucleiOfTiles:
 
     def __call__(self, tile: Tile) -> TileNuclei:
         """The nuclei of a finished tile. Raises StorageError."""
-        try:
-            around = joined([NOTHING, *self._others(tile)])
-            return TileNuclei(tile=tile, content=self._store.content(tile), around=around)
-        except (OSError, pa.ArrowException) as error:
-            raise StorageError(
-                f"finished tiles in {self._store.folder} cannot be read ({readable(str(error))}): "
-                "run again"
-            ) from error
+        around = joined([NOTHING, *self._others(tile)])
+        return TileNuclei(tile=tile, content=self._store.content(tile), around=around)
 
     def _read(self, tile: Tile) -> tuple[Rings, Floats]:
         """The nuclei (N,) of a tile and their bounds (N, 4)."""
