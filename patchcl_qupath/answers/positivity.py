@@ -78,12 +78,14 @@ def check_positive(
             "its type to Brightfield (H-DAB) in QuPath, or pass --stain h-dab; or leave the image "
             "out with --image"
         )
-    if given and not any(words - _OF_CELLS == _words(name) for name in names):
+    if not given:
+        return
+    if not any(words - _OF_CELLS == _words(name) for name in names):
         raise ImageError(_unknown(image, given[0], names))
     if words & _OF_CELLS and not with_cells:
         raise ImageError(
-            f"{image}: {given[0] if given else positive} for --positive is measured in cells, and "
-            "there are only nuclei: pass --expand 5, or a measurement of nuclei"
+            f"{image}: {given[0]} for --positive is measured in cells, and there are only nuclei: "
+            "pass --expand 5, or a measurement of nuclei"
         )
 
 
