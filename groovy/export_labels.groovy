@@ -138,6 +138,7 @@ static Map<String, Integer> exportLabels(PathObjectHierarchy hierarchy, Imported
     }
     JsonObject content = toJson(rois + objects)
     content.add('patchcl', GsonTools.getInstance().toJsonTree([
+        roi_class     : roiClass,
         pixel_size_um : imported.pixelSize,
         imported      : imported.centroids.size(),
         deleted       : deletedNuclei(all, rois, imported),

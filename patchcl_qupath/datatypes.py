@@ -213,15 +213,14 @@ class Corrections:
 
     ROIs are valid polygons, nuclei such without holes; they may reach out of a ROI. ``ignored`` are
     areas of a class that QuPath ignores: neither nucleus nor background. ``left_out`` are the
-    numbers of objects in ROIs that are no nuclei, by kind; ``without_nuclei`` remarks on ROIs in
-    which there is none.
+    numbers of objects in ROIs that are no nuclei, by kind; ``notes`` remarks for people.
     """
 
     rois: tuple[shapely.Geometry, ...] = ()
     nuclei: tuple[shapely.Geometry, ...] = ()
     ignored: tuple[shapely.Geometry, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
-    without_nuclei: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ def test_a_vessel_and_ignored_nuclei_are_no_nuclei(story: Story, by: str) -> Non
         "lines": 1,
         "other_programs": 1,
     }
-    (note,) = found.without_nuclei
+    (note,) = found.notes
     assert note.startswith("the ROI at x 1200, y 800 px has no nuclei: all of it is taken as")
 
 

@@ -114,7 +114,7 @@ def test_what_is_no_nucleus_is_left_out_with_its_number(
     found = read(tmp_path, *objects, *map(feature, nuclei))
     assert found.left_out == {**NONE, kind: count}
     assert places(found.nuclei) == places(nuclei)
-    assert found.without_nuclei == ()
+    assert found.notes == ()
 
 
 def test_nuclei_are_read_whatever_they_are(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_roi_without_nuclei_is_background(
     said = {"imported": 100, "deleted": {roi["id"]: more.get("deleted", 0)}}
     others = [one["id"] for one in objects if one["properties"]["objectType"] == "detection"]
     found = read(tmp_path, roi, *objects, feature(disc(60, 60)), **said, other_programs=others)
-    (note,) = found.without_nuclei
+    (note,) = found.notes
     assert note == (
         f"the ROI at x 800, y 200 px has no nuclei{how}: all of it is taken as background; if that "
         "is not meant, outline them and refine again"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from test_network import selftraining_log
 from test_selftrain import nuclei_images
 
 from patchcl_qupath import cli, pipeline
-from patchcl_qupath.config import CDCLConfig, Config
+from patchcl_qupath.config import CORRECTED, CDCLConfig, Config
 from patchcl_qupath.correction import labels
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
@@ -254,10 +255,11 @@ def feature(geometry, name, **more):
     }
 
 
-def export(folder, *features, image=1):
+def export(folder, *features, image=1, **more):
     file = folder / "patchcl" / "labels" / f"{image}.geojson"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"type": "FeatureCollection", "features": features}), "utf-8")
+    content = {"type": "FeatureCollection", "features": features, "patchcl": more}
+    file.write_text(json.dumps(content), "utf-8")
 
 
 def test_labels_are_read(folder):
@@ -271,6 +273,43 @@ def test_labels_are_read(folder):
     found = project.corrections(entry, "Done")
     assert [roi.area for roi in found.rois] == [ROI.area]
     assert [round(nucleus.area) for nucleus in found.nuclei] == [round(INSIDE.area), 400]
+
+
+def test_labels_of_another_class_are_not_those_asked_for(folder):
+    """Of a region that a corrected ROI lies in, the export has no other nuclei."""
+    project = open_project(folder, "files")
+    (entry,) = project.images()
+    around = feature(ROI.buffer(2000), "Tumor")
+    export(folder, feature(ROI, CORRECTED), around, feature(INSIDE, None), roi_class=CORRECTED)
+    assert len(project.corrections(entry, CORRECTED).nuclei) == 1
+    with pytest.raises(ImageError, match="not exported for ROIs of class Tumor: set roiClass to"):
+        project.corrections(entry, "Tumor")
+
+
+def test_labels_that_are_older_than_the_image_are_noted(folder):
+    project = open_project(folder, "files")
+    (entry,) = project.images()
+    saved = folder / "data" / entry.id / "data.qpdata"
+    saved.parent.mkdir(parents=True)
+    saved.touch()
+    export(folder, feature(ROI, "Done"), feature(INSIDE, "Nucleus"), roi_class="Done")
+    os.utime(saved, ns=(1, 1))
+    assert project.corrections(entry, "Done").notes == ()
+    os.utime(saved, ns=(2**62, 2**62))
+    (note,) = project.corrections(entry, "Done").notes
+    assert note.startswith("its ROIs were exported before it was last saved in QuPath")
+
+
+def test_corrected_rois_that_were_not_exported_are_missed(folder):
+    project = open_project(folder, "files")
+    (entry,) = project.images()
+    summary = folder / "data" / entry.id / "summary.json"
+    summary.parent.mkdir(parents=True)
+    counts = {"hierarchy": {"annotationClassificationCounts": {CORRECTED: 3}}}
+    summary.write_text(json.dumps(counts), "utf-8")
+    assert project.corrections(entry, "Done") == Corrections()
+    with pytest.raises(ImageError, match=f"3 ROIs of class {CORRECTED} were not exported: run"):
+        project.corrections(entry, CORRECTED)
 
 
 @pytest.mark.parametrize(

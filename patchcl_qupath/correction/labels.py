@@ -132,7 +132,7 @@ def corrected_images(
             rois=len(found[entry.id].rois),
             nuclei=len(found[entry.id].nuclei),
             left_out=found[entry.id].left_out,
-            notes=found[entry.id].without_nuclei,
+            notes=found[entry.id].notes,
         )
         for entry in entries
         if entry.id in found

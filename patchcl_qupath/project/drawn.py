@@ -180,8 +180,18 @@ def read_labels(
         nuclei=found.nuclei,
         ignored=found.ignored,
         left_out=found.left_out,
-        without_nuclei=tuple(text for text, _ in without),
+        notes=tuple(text for text, _ in without),
     )
+
+
+def exported_roi_class(path: Path, image: str) -> str | None:
+    """The class of ROIs that such a file was exported for; None for one that does not say it.
+
+    Of other classes it has what meets these ROIs, and no more. Raises ImageError if it is damaged.
+    """
+    objects = _exported(path, image)
+    found = objects.more.get("roi_class") if objects else None
+    return class_name(found) if isinstance(found, str) else None
 
 
 def read_corrected_rois(path: Path, image: str) -> tuple[shapely.Geometry, ...]:

@@ -21,6 +21,7 @@ from patchcl_qupath.config import CORRECTED, TO_CORRECT, ResultConfig
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.drawn import (
+    exported_roi_class,
     of_classes,
     read_corrected_rois,
     read_drawn,
@@ -40,6 +41,7 @@ from patchcl_qupath.project.qpproj import (
 )
 from patchcl_qupath.slides.stain_vectors import H_DAB
 from patchcl_qupath.storage.files import read_json, readable
+from patchcl_qupath.storage.geojson import class_name
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import (
     ReceiptRecord,
@@ -135,8 +137,36 @@ class FilesProject:
         )
 
     def corrections(self, entry: ImageEntry, roi_class: str) -> Corrections:
-        """The ROIs and nuclei that groovy/export_labels.groovy exported."""
-        return read_labels(self.layout.labels(entry.id), entry.name, roi_class, entry.mpp)
+        """The ROIs and nuclei that groovy/export_labels.groovy exported.
+
+        Raises ImageError, too, if it exported those of another class, or none of an image that has
+        corrected ones in QuPath.
+        """
+        file = self.layout.labels(entry.id)
+        again = "run groovy/export_labels.groovy in QuPath, and refine again"
+        if not self.has_labels_of(file, entry, roi_class):
+            raise ImageError(
+                f"{entry.name}: {file} was not exported for ROIs of class {roi_class}: set "
+                f"roiClass to that in the script, {again}"
+            )
+        saved = self.qupath_summary(entry).corrected
+        if saved and class_name(roi_class) == CORRECTED and not file.exists():
+            raise ImageError(
+                f"{entry.name}: {saved:,} ROIs of class {CORRECTED} were not exported: {again}; or "
+                "leave the image out with --image"
+            )
+        found = read_labels(file, entry.name, roi_class, entry.mpp)
+        if found.rois and not self.is_current(file, entry):
+            note = (
+                "its ROIs were exported before it was last saved in QuPath: if they changed since, "
+                + again
+            )
+            return replace(found, notes=(*found.notes, note))
+        return found
+
+    def has_labels_of(self, file: Path, entry: ImageEntry, roi_class: str) -> bool:
+        """Whether an exported file, if there is one, may be of the ROIs of a class."""
+        return exported_roi_class(file, entry.name) in (None, class_name(roi_class))
 
     def corrected_rois(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
         """The ROIs marked as corrected that groovy/export_labels.groovy exported."""

@@ -174,9 +174,9 @@ class PaquoProject:
     def corrections(self, entry: ImageEntry, roi_class: str) -> Corrections:
         """The ROIs that are saved, and the nuclei in them; or those exported since then."""
         file = self.layout.labels(entry.id)
-        if self.files.is_current(file, entry):
+        if self._has_labels_of(file, entry, roi_class):
             found = self.files.corrections(entry, roi_class)
-            if found.rois:  # else it may be an export of another class
+            if found.rois:  # else an earlier version may have exported another class
                 return found
         if self.files.data(entry).exists():
             self._check(entry)
@@ -202,10 +202,16 @@ class PaquoProject:
     def corrected_rois(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
         """The ROIs marked as corrected that are saved, or were exported since then."""
         file = self.layout.labels(entry.id)
-        if self.files.qupath_summary(entry).corrected and not self.files.is_current(file, entry):
+        is_marked = self.files.qupath_summary(entry).corrected > 0
+        if is_marked and not self._has_labels_of(file, entry, CORRECTED):
             self._check(entry)
             self.process.ask(Export(self._image(entry), file, CORRECTED))
         return self.files.corrected_rois(entry)
+
+    def _has_labels_of(self, file: Path, entry: ImageEntry, roi_class: str) -> bool:
+        """Whether the ROIs of a class were exported after they were saved."""
+        current = self.files.is_current(file, entry)
+        return current and self.files.has_labels_of(file, entry, roi_class)
 
     def mark_rois(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:
         """Mark ROIs in the image; they replace earlier ones that nobody touched."""
