@@ -89,6 +89,16 @@ def places(nuclei: Any) -> set[tuple[int, int]]:
     ("kind", "objects", "count"),
     [
         ("ignored", [feature(disc(200, 400), "Ignore*"), feature(disc(9, 9), "Tumor: Bad*")], 2),
+        ("ignored", [feature(disc(400, 400, 40), "Ignore*"), feature(disc(390, 400))], 2),
+        # Two that overlap there are no problem.
+        (
+            "ignored",
+            [
+                feature(disc(400, 400, 40), "Ignore*"),
+                *[feature(disc(400, 400, um)) for um in (7, 9)],
+            ],
+            3,
+        ),
         ("regions", [feature(disc(250, 250, 100), "Vessel")], 1),
         ("regions", [feature(disc(250, 420, 45), "Vessel")], 1),  # empty, but huge beside nuclei
         ("regions", [feature(disc(250, 250, 100), None)], 1),
@@ -163,6 +173,19 @@ def test_a_roi_of_two_pieces_is_two(tmp_path: Path) -> None:
     assert [roi.bounds for roi in found.rois] == [(0, 0, 200, 200), (9000, 0, 9200, 200)]
     assert len(read_corrected_rois(file, "a.svs")) == 2
     assert len(found.nuclei) == 2
+
+
+def test_a_small_piece_of_a_roi_is_one_if_it_holds_a_nucleus(tmp_path: Path) -> None:
+    small, slip = shapely.box(900, 0, 1040, 140), shapely.box(2000, 0, 2020, 500)
+    both = shapely.MultiPolygon([shapely.box(0, 0, 500, 500), small, slip])
+    file = tmp_path / "1.geojson"
+    objects = [feature(both, CORRECTED), feature(disc(60, 60)), feature(disc(960, 60))]
+    content = {"features": objects, "patchcl": {"pixel_size_um": [0.5, 0.5]}}
+    file.write_text(json.dumps(content))
+    found = read_labels(file, "a.svs", CORRECTED)
+    for rois in (found.rois, read_corrected_rois(file, "a.svs")):
+        assert {roi.bounds for roi in rois} == {(0, 0, 500, 500), small.bounds}
+    assert places(found.nuclei) == {(60, 60), (960, 60)}
 
 
 def test_all_overlapping_pairs_of_all_rois_are_listed(tmp_path: Path) -> None:
@@ -247,6 +270,21 @@ def test_classes_are_found_however_they_are_written(tmp_path: Path, given: str) 
     file = tmp_path / "1.geojson"
     assert len(read_labels(file, "a.svs", given).nuclei) == 1
     assert [*read_regions(file, "a.svs", [given])] == [given]
+
+
+def test_a_pixel_size_that_is_given_is_used_where_nobody_has_another(tmp_path: Path) -> None:
+    """At 0.5 µm/px a disc of 8 px has 12 µm²; at a usual 0.25, 3 µm²; at 0.1, a speck."""
+    file = tmp_path / "1.geojson"
+    objects = [feature(ROI, CORRECTED), *(feature(disc(x, 60, 4)) for x in (60, 140))]
+    for more, counts in (({}, (2, 0, 2)), ({"pixel_size_um": [0.5, 0.5]}, (2, 2, 2))):
+        file.write_text(json.dumps({"features": objects, "patchcl": more}))
+        found = []
+        for given in (0.5, 0.1, None):
+            try:
+                found.append(len(read_labels(file, "a.svs", CORRECTED, fallback_mpp=given).nuclei))
+            except ImageError:  # a ROI without nuclei
+                found.append(0)
+        assert tuple(found) == counts
 
 
 def test_an_unknown_pixel_size_is_a_usual_one(tmp_path: Path) -> None:

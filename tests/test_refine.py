@@ -176,6 +176,21 @@ def test_a_roi_labels_all_its_pixels_and_no_others():
     assert not other[..., 0].any()
 
 
+@pytest.mark.parametrize("edge", [700.0, 700.6])
+def test_a_nucleus_that_a_roi_cuts_has_the_core_of_the_whole(edge):
+    """A ROI's edge may lie between pixels, within its box, or be the edge of its box."""
+    nucleus = shapely.Point(700, 750).buffer(14)
+    found = []
+    for roi in (shapely.box(500.5, 600.5, edge, 900.5), shapely.box(500.5, 600.5, 900.5, 900.5)):
+        ((_, target),) = labels.training_samples(prepared(), Corrections((roi,), (nucleus,)))
+        found.append(target)
+    cut, whole = found
+    inside = cut[..., 2] > 0
+    assert inside[150].sum() == pytest.approx(edge - 500.5, abs=1)
+    assert cut[..., 1].sum() > 50
+    assert np.array_equal(cut[inside], whole[:, : cut.shape[1]][inside])
+
+
 def pseudo_labelled_crop(box, discs):
     """A crop with pseudo-labels: discs (row, col, radius) of the crop, all else is background."""
     rows, cols = np.mgrid[: box.shape[0], : box.shape[1]]
@@ -233,6 +248,11 @@ def test_rois_of_two_images_of_one_slide_must_agree(nuclei, agree):
     two = replace(one, id="2", slide=replace(one.slide, origin=(100, 50)))
     moved = [shapely.transform(n, lambda xy: xy - (100, 50)) for n in nuclei]
     roi = shapely.box(400, 600, 790, 850)
+    another = replace(two.slide, selection=replace(two.slide.selection, series=1))
+    others = Corrections((roi,), (), ())
+    labels.check_agreement(  # another image of the same file
+        [(one, Corrections((ROI,), (INSIDE, ACROSS))), (replace(two, slide=another), others)]
+    )
     corrections = Corrections((ROI,), (INSIDE, ACROSS))
     images = [(one, corrections), (two, Corrections((roi,), tuple(moved)))]
     for pair in (images, images[::-1]):

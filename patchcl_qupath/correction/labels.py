@@ -17,6 +17,7 @@ from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.project import Project
+from patchcl_qupath.project.outlines import MAX_LENGTH_UM, MIN_ROI_UM
 from patchcl_qupath.segmentation.tiling import bounds
 from patchcl_qupath.slides.prepare import PreparedImage, TrainingCrops, on_grid, prepare
 from patchcl_qupath.slides.slide import Slide
@@ -27,14 +28,16 @@ from patchcl_qupath.training.pseudo_labels import PseudoLabels
 from patchcl_qupath.training.selftrain import LabelledCrop, pseudo_labelled
 from patchcl_qupath.training.supervision import TrainingSample, targets
 
-MIN_ROI_UM = 16.0  # a narrower ROI contains no whole nucleus
 SAME_IOU = 0.5  # above it, two contours are of one nucleus
 
 LabelledImage = tuple[PreparedImage, Corrections]
 
 MAX_ROI_MM2 = 10.0  # the box around a larger ROI does not fit into the memory of a small machine
 _LEFT_OUT = {  # what each kind of object is called, one of it and several
-    "ignored": ("object of a class that QuPath ignores", "objects of a class that QuPath ignores"),
+    "ignored": (
+        "object of a class that QuPath ignores, or in an area of such",
+        "objects of a class that QuPath ignores, or in areas of such",
+    ),
     "regions": ("region or vessel", "regions or vessels"),
     "points": ("point", "points"),
     "lines": ("line", "lines"),
@@ -146,7 +149,7 @@ def check_agreement(images: Sequence[LabelledImage]) -> None:
     on the same pixels as nucleus and as background.
     """
     for (one, one_labels), (other, other_labels) in itertools.combinations(images, 2):
-        if one.slide.path.resolve() != other.slide.path.resolve():
+        if one.slide.source != other.slide.source:
             continue
         place = _disagreement(_in_file(one_labels, one), _in_file(other_labels, other))
         if place is not None:
@@ -210,14 +213,19 @@ def training_samples(image: PreparedImage, labels: Corrections) -> list[Training
     for roi in labels.rois:
         roi = on_grid(roi, slide)
         box = _bounding_box(roi, slide)
-        labelled = _pixels(roi, box)
-        painted = _painted(nuclei[shapely.intersects(nuclei, roi)], box)
-        painted[~labelled] = 0
+        inside = _pixels(roi, box)
+        known = inside.copy()
         for area in ignored:
-            labelled &= ~_pixels(area, box)
-        stains = image.normaliser.apply(slide.read(box))
-        target = targets(painted, labelled & (painted == 0))
-        samples.append(TrainingSample(stains, target))
+            known &= ~_pixels(area, box)
+        # A nucleus that the ROI cuts has its core where the whole one has it.
+        reach = math.ceil(MAX_LENGTH_UM / slide.mpp)
+        wide = Box(box.row0 - reach, box.col0 - reach, box.row1 + reach, box.col1 + reach)
+        painted = _painted(nuclei[shapely.intersects(nuclei, roi)], wide)
+        background = np.zeros(wide.shape, dtype=bool)
+        background[box.within(wide)] = known
+        target = targets(painted, background & (painted == 0))[box.within(wide)]
+        target[~inside] = 0
+        samples.append(TrainingSample(image.normaliser.apply(slide.read(box)), target))
     return samples
 
 
@@ -303,15 +311,22 @@ def _painted(nuclei: Polygons, box: Box) -> NDArray[np.int32]:
     """Nuclei on the working grid as a label image of a box; of two that overlap, the first wins."""
     painted = np.zeros(box.shape, dtype=np.int32)
     for number, nucleus in enumerate(nuclei, start=1):
-        painted[_pixels(nucleus, box) & (painted == 0)] = number
+        part, inside = _part(nucleus, box)
+        here = painted[part]
+        here[inside & (here == 0)] = number
     return painted
 
 
 def _pixels(area: shapely.Geometry, box: Box) -> NDArray[np.bool_]:
     """Which pixels of a box of the working grid have their centre in an area."""
     inside = np.zeros(box.shape, dtype=bool)
-    part = bounds(area, box)
-    if part is not None:
-        rows, cols = np.mgrid[part.row0 : part.row1, part.col0 : part.col1]
-        inside[part.within(box)] = inside_region(area, part, rows, cols)
+    part, pixels = _part(area, box)
+    inside[part] = pixels
     return inside
+
+
+def _part(area: shapely.Geometry, box: Box) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
+    """The smallest part of a box with all its part of an area, and which pixels of it that has."""
+    part = bounds(area, box) or Box(box.row0, box.col0, box.row0, box.col0)
+    rows, cols = np.mgrid[part.row0 : part.row1, part.col0 : part.col1]
+    return part.within(box), inside_region(area, part, rows, cols)

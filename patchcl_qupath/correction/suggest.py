@@ -227,12 +227,13 @@ class _Found:
     def read(cls, project: Project, entries: Sequence[ImageEntry]) -> _Found:
         """From a project's images. Raises ProjectError if none can be used."""
         found = cls(entries=[], candidates=[], corrected=[], problems=[], without=[])
-        slides = {path: k for k, path in enumerate(dict.fromkeys(e.path for e in entries))}
-        for entry in entries:
+        sources = [(entry.path, entry.series, entry.series_name) for entry in entries]
+        slides = {source: k for k, source in enumerate(dict.fromkeys(sources))}
+        for entry, source in zip(entries, sources, strict=True):
             if not isinstance(read_result(project.layout.result(entry.id)), ResultRecord):
                 found.without.append(entry.name)
                 continue
-            slide = slides[entry.path]
+            slide = slides[source]
             try:
                 candidates = _candidates(project, entry, slide)
                 corrected = project.corrected_rois(entry)

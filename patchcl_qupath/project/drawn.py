@@ -18,7 +18,7 @@ from patchcl_qupath.project.outlines import (
     Kind,
     Outlines,
     overlapping,
-    pieces_of,
+    rois_of,
     sort_outlines,
 )
 from patchcl_qupath.slides.stain_vectors import flaw, without_rounding
@@ -151,26 +151,32 @@ def _triple(numbers: Sequence[float]) -> tuple[float, float, float]:
 
 
 def read_labels(
-    path: Path, image: str, roi_class: str, mpp: tuple[float, float] | None = None
+    path: Path,
+    image: str,
+    roi_class: str,
+    mpp: tuple[float, float] | None = None,
+    fallback_mpp: float | None = None,
 ) -> Corrections:
     """The ROIs of an image, and the nuclei in them, that groovy/export_labels.groovy exported.
 
     None for an image that was never exported. ``mpp`` is the pixel size (x, y) at level 0; None if
-    only QuPath has it. Raises ImageError for a file that is damaged, and for all that cannot be
-    meant so: ROIs in which nothing was outlined, and nuclei that overlap.
+    only QuPath has it, or nobody: then it is ``fallback_mpp``. Raises ImageError for a file that is
+    damaged, and for all that cannot be meant so: ROIs in which nothing was outlined, and nuclei
+    that overlap.
     """
     objects = _exported(path, image)
     if objects is None:
         return Corrections()
     is_roi = objects.classes == class_name(roi_class)
     marked = objects.take(is_roi & ~shapely.is_missing(objects.areas))
-    rois, owner = pieces_of(marked.areas)
+    pixel_um2 = _pixel_um2(objects, mpp, fallback_mpp)
+    rois, owner = rois_of(marked.areas, pixel_um2)
     if not len(rois):
         return Corrections()
     ours = np.isin(objects.classes, (TO_CORRECT, CORRECTED))
     ours |= (objects.names == OUR_REGION) & (objects.classes == "")
     others = objects.take(~is_roi & ~ours)
-    found = sort_outlines(others, shapely.union_all(rois), _pixel_um2(objects, mpp))
+    found = sort_outlines(others, shapely.union_all(rois), pixel_um2)
     without = _without_nuclei(rois, marked.ids[owner], found, objects)
     problems = _overlaps(rois, found) + [text for text, is_problem in without if is_problem]
     if problems:
@@ -200,7 +206,7 @@ def read_corrected_rois(path: Path, image: str) -> tuple[shapely.Geometry, ...]:
     if objects is None:
         return ()
     marked = (objects.classes == CORRECTED) & ~shapely.is_missing(objects.areas)
-    rois, _ = pieces_of(objects.areas[marked])
+    rois, _ = rois_of(objects.areas[marked], _pixel_um2(objects))
     return tuple(rois)
 
 
@@ -216,11 +222,14 @@ def _exported(path: Path, image: str) -> Objects | None:
         ) from error
 
 
-def _pixel_um2(objects: Objects, mpp: tuple[float, float] | None) -> float:
-    """The area of a pixel at level 0: in the project, else in the export, else a usual one."""
-    sides = mpp or objects.more.get("pixel_size_um")
+def _pixel_um2(
+    objects: Objects, mpp: tuple[float, float] | None = None, fallback_mpp: float | None = None
+) -> float:
+    """The area of a pixel at level 0: in the project, else in the export, else as given, or a usual
+    one."""
+    sides = mpp or objects.more.get("pixel_size_um") or (fallback_mpp, fallback_mpp)
     try:
-        width, height = map(float, sides)  # type: ignore[arg-type]
+        width, height = map(float, sides)
     except (TypeError, ValueError):
         return UNKNOWN_PIXEL_UM2
     area = width * height

@@ -155,7 +155,7 @@ class FilesProject:
                 f"{entry.name}: {saved:,} ROIs of class {CORRECTED} were not exported: {again}; or "
                 "leave the image out with --image"
             )
-        found = read_labels(file, entry.name, roi_class, entry.mpp)
+        found = read_labels(file, entry.name, roi_class, entry.mpp, entry.fallback_mpp)
         if found.rois and not self.is_current(file, entry):
             note = (
                 "its ROIs were exported before it was last saved in QuPath: if they changed since, "

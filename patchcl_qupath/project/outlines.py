@@ -22,6 +22,7 @@ MIN_AREA_UM2 = 2.0  # of a nucleus: what is smaller is a slip of the mouse
 MAX_TIMES_MEDIAN = 20.0  # of the areas of an image's outlines; of those above this one:
 MAX_COMMON_AREA_UM2 = 600.0
 MIN_COMMON = 5  # outlines that make a median
+MIN_ROI_UM = 16.0  # a narrower ROI contains no whole nucleus
 MIN_PIECE = 0.1  # of the largest piece of an outline
 MAX_HELD = 0.25  # of an outline's area: a smaller one within shows that it is a region
 MAX_SHARED = 0.2  # fraction of the smaller of two nuclei; with more, one of them is a duplicate
@@ -75,15 +76,19 @@ def sort_outlines(objects: Objects, within: shapely.Geometry, pixel_um2: float) 
     small = near & (shapely.area(pieces) * pixel_um2 < MIN_AREA_UM2)
     pieces, classes = pieces[near & ~small], classes[near & ~small]
     is_region = _are_regions(pieces, classes, pixel_um2)
+    ignored = objects.areas[kinds == Kind.IGNORED]
+    shared = shapely.area(shapely.intersection(pieces, shapely.union_all(ignored)))
+    is_ignored = ~is_region & (shared > shapely.area(pieces) / 2)
     points = shapely.intersection(objects.shapes[kinds == Kind.POINTS], within)
     counts = {kind: int(np.count_nonzero(kinds == kind)) for kind in Kind} | {
+        Kind.IGNORED: len(ignored) + int(np.count_nonzero(is_ignored)),
         Kind.REGIONS: int(np.count_nonzero(is_region)),
         Kind.POINTS: int(shapely.get_num_coordinates(points).sum()),
         Kind.SPECKS: int(np.count_nonzero(small)),
     }
     return Outlines(
-        nuclei=tuple(pieces[~is_region]),
-        ignored=tuple(objects.areas[kinds == Kind.IGNORED]),
+        nuclei=tuple(pieces[~is_region & ~is_ignored]),
+        ignored=tuple(ignored),
         left_out={str(kind): count for kind, count in counts.items()},
         unclear=tuple(
             (kind, shape)
@@ -163,4 +168,18 @@ def pieces_of(areas: Polygons) -> tuple[Polygons, NDArray[np.intp]]:
     largest = np.zeros(len(areas))
     np.maximum.at(largest, owner, size)
     keep = size >= MIN_PIECE * largest[owner]
+    return np.asarray(pieces[keep], dtype=object), owner[keep]
+
+
+def rois_of(areas: Polygons, pixel_um2: float) -> tuple[Polygons, NDArray[np.intp]]:
+    """The ROIs (M,) that areas (N,) are, one a piece, and of which of them each is (M,).
+
+    Pieces that hold no whole nucleus, beside such that do, are slips of the brush, and left out.
+    """
+    pieces, owner = shapely.get_parts(areas, return_index=True)
+    x0, y0, x1, y1 = shapely.bounds(pieces).T
+    is_wide = np.minimum(x1 - x0, y1 - y0) * pixel_um2**0.5 >= MIN_ROI_UM
+    has_wide = np.zeros(len(areas), dtype=bool)
+    has_wide[owner[is_wide]] = True
+    keep = is_wide | ~has_wide[owner]
     return np.asarray(pieces[keep], dtype=object), owner[keep]

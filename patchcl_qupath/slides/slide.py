@@ -61,6 +61,11 @@ class Slide:
                 "any slide: copy the file again, or correct its pixel size in QuPath"
             )
 
+    @property
+    def source(self) -> tuple[Path, int | None, str | None]:
+        """The file, and which of its images this is: equal for slides that show the same."""
+        return self.path.resolve(), self.selection.series, self.selection.name
+
     @classmethod
     def open(cls, entry: ImageEntry, mpp: float = 0.5) -> Slide:
         """Open an image of a project, with a working grid of about ``mpp`` µm/px.
