@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -391,6 +392,46 @@ def test_regions_in_ground_truth_are_no_nuclei(project: Path, ground_truth: Path
     ]
     assert image["scores"] == pytest.approx(PERFECT)
     assert image["note"].endswith("contain several others, as regions do: 1")
+
+
+def annotation(geometry: shapely.Geometry, name: str = "", class_name: str = "") -> dict[str, Any]:
+    """An annotation as QuPath exports it."""
+    properties: dict[str, Any] = {"objectType": "annotation", "name": name}
+    if class_name:
+        properties["classification"] = {"name": class_name}
+    return {**feature(geometry), "properties": properties}
+
+
+@pytest.mark.parametrize("true", [NUCLEI[:0], NUCLEI[:1]])
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (annotation(shapely.box(0, 0, 60, 40), "PatchCL"), "annotations of PatchCL and its ROIs"),
+        (annotation(shapely.box(0, 0, 30, 30), "ROI 1 of 6", "PatchCL: corrected"), "and its ROIs"),
+        (annotation(shapely.box(0, 0, 30, 30), "", "PatchCL: correct here"), "and its ROIs"),
+        (annotation(shapely.box(0, 0, 91, 91), "", "Tumor"), "larger than 2,000 µm²"),
+    ],
+)
+def test_annotations_around_few_nuclei_are_no_nuclei(
+    project: Path, ground_truth: Path, true: Any, other: dict[str, Any], words: str
+) -> None:
+    write_nuclei(project, 0, true)
+    (ground_truth / "a.geojson").write_text(json.dumps([other, *map(feature, true)]), "utf-8")
+    result = call("score", project, "--ground-truth", ground_truth, "--json")
+    (image,) = json.loads(result.stdout)["images"]
+    assert (image["true_nuclei"], image["scores"]) == (len(true), pytest.approx(PERFECT))
+    assert words in image["note"]
+    assert image["note"].endswith(": 1")
+
+
+def test_a_large_nucleus_in_ground_truth_is_one(ground_truth: Path) -> None:
+    """At 0.5 µm/px, one of 90 px is too small to be left out; without a pixel size, none is."""
+    path = ground_truth / "a.geojson"
+    for side, mpp in ((89, (0.5, 0.5)), (91, None)):
+        path.write_text(json.dumps([annotation(shapely.box(0, 0, side, side), "PatchCL", "Tumor")]))
+        truth = read_ground_truth([path], replace(ENTRY, mpp=mpp))
+        assert [*shapely.area(truth.polygons)] == [side**2]
+        assert truth.note is None
 
 
 def test_a_run_limited_to_regions_is_scored_inside_them(project: Path, ground_truth: Path) -> None:

@@ -6,6 +6,7 @@ A file belongs to an image if it has the image's name, or its stem, before one o
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from scipy.ndimage import label
 
 from patchcl_qupath.datatypes import ImageEntry, Labels, Polygons, grid_to_level0
 from patchcl_qupath.errors import GroundTruthError
+from patchcl_qupath.project.drawn import are_ours
+from patchcl_qupath.project.outlines import MAX_AREA_UM2
 from patchcl_qupath.segmentation.contours import pixel_polygons
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import readable
@@ -82,11 +85,12 @@ def ground_truth_files(ground_truth: Path, entries: Sequence[ImageEntry]) -> dic
 def read_ground_truth(files: Sequence[Path], entry: ImageEntry) -> GroundTruth:
     """The true nuclei of an image from its ground-truth files, of which there must be one.
 
-    GeoJSON is in px at level 0; a polygon that contains several others is a region, and left out,
-    as are objects without area. Label images, integers with 0 for background, may be finer or
-    coarser than level 0 by an integer factor. Raises GroundTruthError for several files, a damaged
-    file, labels of another size, or a mask that does not separate nuclei; ImageError if the image's
-    size cannot be read.
+    GeoJSON is in px at level 0; a polygon that contains several others, or is too large for a
+    nucleus where ``entry.mpp`` tells, is a region, and left out, as are objects without area, and
+    this program's own annotation and ROIs. Label images, integers with 0 for background, may be
+    finer or coarser than level 0 by an integer factor. Raises GroundTruthError for several files, a
+    damaged file, labels of another size, or a mask that does not separate nuclei; ImageError if the
+    image's size cannot be read.
     """
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
@@ -126,8 +130,12 @@ def _nuclei(path: Path, entry: ImageEntry) -> GroundTruth:
         )
     ignored = has_area & np.char.endswith(objects.classes, "*")  # as in QuPath
     tile = has_area & ~ignored & (objects.kinds == "tile")
-    polygons: Polygons = objects.areas[has_area & ~ignored & ~tile]
+    ours = has_area & ~ignored & ~tile & are_ours(objects)
+    polygons: Polygons = objects.areas[has_area & ~ignored & ~tile & ~ours]
     is_region = holds_several(polygons)
+    # A region around one nucleus, or around none, shows by its size alone.
+    pixel_um2 = math.prod(entry.mpp) if entry.mpp else 0.0
+    is_large = ~is_region & (shapely.area(polygons) * pixel_um2 > MAX_AREA_UM2)
     notes = [
         f"{words}: {count}"
         for words, count in (
@@ -135,13 +143,18 @@ def _nuclei(path: Path, entry: ImageEntry) -> GroundTruth:
                 "true contours left out since they contain several others, as regions do",
                 np.count_nonzero(is_region),
             ),
+            (
+                f"true contours left out since they are larger than {MAX_AREA_UM2:,.0f} µm²",
+                np.count_nonzero(is_large),
+            ),
+            ("annotations of PatchCL and its ROIs left out", np.count_nonzero(ours)),
             ("objects without area left out, such as points and lines", (~has_area).sum()),
             ("objects left out of a class that QuPath ignores, such as Ignore*", ignored.sum()),
             ("tiles left out", tile.sum()),
         )
         if count
     ]
-    return GroundTruth(polygons[~is_region], "; ".join(notes) or None)
+    return GroundTruth(polygons[~is_region & ~is_large], "; ".join(notes) or None)
 
 
 def _labels(path: Path, entry: ImageEntry) -> Labels:

@@ -192,7 +192,7 @@ def _compare(project: Project, entry: ImageEntry, files: Sequence[Path]) -> _Com
     Raises ImageError, GroundTruthError.
     """
     nuclei, probability, regions, mpp = _segmented(project, entry)
-    ground_truth = read_ground_truth(files, entry)
+    ground_truth = read_ground_truth(files, replace(entry, mpp=mpp))
     true, notes = ground_truth.polygons, [ground_truth.note] if ground_truth.note else []
     if regions:
         # A nucleus is inside if its centroid is, as in the run.

@@ -167,9 +167,7 @@ def read_labels(
     rois, owner = pieces_of(marked.areas)
     if not len(rois):
         return Corrections()
-    ours = np.isin(objects.classes, (TO_CORRECT, CORRECTED))
-    ours |= (objects.names == OUR_REGION) & (objects.classes == "")
-    others = objects.take(~is_roi & ~ours)
+    others = objects.take(~is_roi & ~are_ours(objects))
     found = sort_outlines(others, shapely.union_all(rois), _pixel_um2(objects, mpp))
     without = _without_nuclei(rois, marked.ids[owner], found, objects)
     problems = _overlaps(rois, found) + [text for text, is_problem in without if is_problem]
@@ -182,6 +180,14 @@ def read_labels(
         left_out=found.left_out,
         without_nuclei=tuple(text for text, _ in without),
     )
+
+
+def are_ours(objects: Objects) -> NDArray[np.bool_]:
+    """(N,) which objects are what this program puts into an image beside nuclei: the annotation
+    that holds them, and ROIs to correct."""
+    ours: NDArray[np.bool_] = np.isin(objects.classes, (TO_CORRECT, CORRECTED))
+    ours |= (objects.names == OUR_REGION) & (objects.classes == "")
+    return ours
 
 
 def read_corrected_rois(path: Path, image: str) -> tuple[shapely.Geometry, ...]:
