@@ -21,7 +21,7 @@ from patchcl_qupath.cli import main
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box, ImageEntry, Nuclei
 from patchcl_qupath.evaluation import pictures
-from patchcl_qupath.evaluation.ground_truth import read_ground_truth
+from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
 from patchcl_qupath.evaluation.metrics import Kind
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.storage.records import RegionRecord
@@ -361,6 +361,52 @@ def test_two_ground_truth_files_of_one_image_are_refused(project: Path, ground_t
     assert "a.svs has several ground-truth files (a.geojson, a.npy): leave one" in result.output
     np.save(ground_truth / "a.svs.npy", LABELS)  # the whole name precedes the stem
     assert call("score", project, "--ground-truth", ground_truth).exit_code == 0
+
+
+NAMES = ["a.svs", "a.ndpi", "x/a.svs", "b.svs", "b", "Case 1.2 HE", "Case 1.5 HE"]
+
+
+@pytest.mark.parametrize(
+    ("files", "owners"),
+    [
+        (["a"], {"a.svs": "a", "a.ndpi": "a", "x/a.svs": "a"}),
+        (["a", "a.svs"], {"a.svs": "a.svs", "a.ndpi": "a", "x/a.svs": "a"}),
+        (["b"], {"b": "b"}),  # the whole name of one is not the stem of another
+        (["b", "Case 1"], {"b": "b"}),
+        (["Case 1.2 HE"], {"Case 1.2 HE": "Case 1.2 HE"}),
+    ],
+)
+def test_a_file_belongs_to_images_by_name_then_by_stem(
+    ground_truth: Path, files: list[str], owners: dict[str, str]
+) -> None:
+    for file in files:
+        write_geojson(ground_truth / f"{file}.geojson")
+    entries = [ImageEntry(name, name, Path(name)) for name in NAMES]
+    found = ground_truth_files(ground_truth, entries)
+    assert {image: [file.name for file in of_it] for image, of_it in found.items() if of_it} == {
+        image: [f"{file}.geojson"] for image, file in owners.items()
+    }
+
+
+def test_a_file_of_several_images_is_the_ground_truth_of_none(
+    project: Path, ground_truth: Path
+) -> None:
+    path = project / "project.qpproj"
+    content = json.loads(path.read_text())
+    content["images"].append(content["images"][0] | {"entryID": 3, "imageName": "a.ndpi"})
+    path.write_text(json.dumps(content))
+    write_nuclei(project, 1, NUCLEI)
+    write_geojson(ground_truth / "a.geojson")
+    write_geojson(ground_truth / "b.geojson")
+    result = call("score", project, "--ground-truth", ground_truth, "--json")
+    first, second, third = json.loads(result.stdout)["images"]
+    named = "a.geojson is named as several images (a.svs (id 1), a.ndpi (id 3)): give it the whole"
+    for image in (first, third):
+        assert image["problem"].startswith(f"{image['image']}: {named}")
+        assert image["scores"] == {}
+    assert (second["problem"], second["scores"]) == (None, pytest.approx(PERFECT))
+    chosen = call("score", project, "--ground-truth", ground_truth, "--image", "1", "--json")
+    assert json.loads(chosen.stdout)["mean"] == pytest.approx(PERFECT)
 
 
 def test_a_cell_is_its_nucleus_and_areas_are_made_valid(ground_truth: Path) -> None:

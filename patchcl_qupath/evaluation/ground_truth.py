@@ -1,6 +1,7 @@
 """Ground truth of images: nuclei that people outlined, as label images or as GeoJSON.
 
-A file belongs to an image if it has the image's name, or its stem, before one of SUFFIXES.
+A file belongs to an image if it has the image's name, or its stem, before one of SUFFIXES; and to
+one image alone.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -25,6 +26,7 @@ from patchcl_qupath.errors import GroundTruthError
 from patchcl_qupath.project.drawn import are_ours
 from patchcl_qupath.project.outlines import MAX_AREA_UM2
 from patchcl_qupath.segmentation.contours import pixel_polygons
+from patchcl_qupath.slides.pyramid import IMAGE_SUFFIXES
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import readable
 from patchcl_qupath.storage.geojson import holds_several, read_objects
@@ -51,16 +53,18 @@ class GroundTruth:
 def ground_truth_files(ground_truth: Path, entries: Sequence[ImageEntry]) -> dict[str, list[Path]]:
     """The ground-truth files of each image, by its id: those of a folder, or one file of one image.
 
-    An image may have none. Raises GroundTruthError if no image has one.
+    An image may have none. The whole name precedes the stem, of a file as of an image. Raises
+    GroundTruthError if no image has one.
     """
     if ground_truth.is_dir():
         named: dict[str, list[Path]] = {}
         for file in sorted(ground_truth.iterdir()):
             named.setdefault(readable(_name(file)), []).append(file)
         named.pop("", None)
+        whole = {entry.name for entry in entries}
+        by_stem = {name: files for name, files in named.items() if name not in whole}
         found = {
-            entry.id: named.get(entry.name) or named.get(PurePath(entry.name).stem, [])
-            for entry in entries
+            entry.id: named.get(entry.name) or by_stem.get(_stem(entry), []) for entry in entries
         }
         if not any(found.values()):
             raise GroundTruthError(
@@ -80,6 +84,19 @@ def ground_truth_files(ground_truth: Path, entries: Sequence[ImageEntry]) -> dic
             "a folder"
         )
     return {entries[0].id: [ground_truth]}
+
+
+def check_not_shared(
+    entry: ImageEntry, files: Mapping[str, list[Path]], entries: Sequence[ImageEntry]
+) -> None:
+    """Raise GroundTruthError if a file of ``ground_truth_files`` is that of other images, too."""
+    for file in files[entry.id]:
+        sharing = [f"{other.name} (id {other.id})" for other in entries if file in files[other.id]]
+        if len(sharing) > 1:
+            raise GroundTruthError(
+                f"{entry.name}: {file.name} is named as several images ({', '.join(sharing)}): "
+                "give it the whole name of one, or choose one by its id with --image"
+            )
 
 
 def read_ground_truth(files: Sequence[Path], entry: ImageEntry) -> GroundTruth:
@@ -112,6 +129,12 @@ def _name(file: Path) -> str:
         if file.name.lower().endswith(suffix):
             return file.name[: -len(suffix)]
     return ""
+
+
+def _stem(entry: ImageEntry) -> str:
+    """The name of an image without the suffix of its file, if it has that of one."""
+    name = PurePath(entry.name)
+    return name.stem if name.suffix.lower() in IMAGE_SUFFIXES else entry.name
 
 
 def _nuclei(path: Path, entry: ImageEntry) -> GroundTruth:

@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import ImageEntry, Polygons
 from patchcl_qupath.errors import ImageError, PatchCLError
-from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
+from patchcl_qupath.evaluation.ground_truth import (
+    check_not_shared,
+    ground_truth_files,
+    read_ground_truth,
+)
 from patchcl_qupath.evaluation.metrics import MIN_IOU, Kind, Overlaps
 from patchcl_qupath.evaluation.pictures import draw_errors, picture_name
 from patchcl_qupath.project import Project
@@ -96,6 +100,7 @@ def score(
             without.append(entry.name)
             continue
         try:
+            check_not_shared(entry, files, entries)
             scored.append(score_image(project, entry, files[entry.id], pictures))
         except PatchCLError as error:
             scored.append(ImageScore(id=entry.id, image=entry.name, problem=str(error)))
