@@ -19,7 +19,7 @@ from results import result_of
 
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import Config
-from patchcl_qupath.datatypes import Box, ImageEntry, Nuclei
+from patchcl_qupath.datatypes import Box, FailedTile, ImageEntry, Nuclei
 from patchcl_qupath.evaluation import pictures
 from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
 from patchcl_qupath.evaluation.metrics import Kind
@@ -488,6 +488,17 @@ def test_a_run_limited_to_regions_is_scored_inside_them(project: Path, ground_tr
     (image,) = json.loads(result.stdout)["images"]
     assert (image["true_nuclei"], image["scores"]) == (2, pytest.approx(PERFECT))
     assert image["note"] == "only inside the analysis regions of the run"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_tiles_that_failed_are_in_the_note(project: Path, ground_truth: Path, count: int) -> None:
+    tile = FailedTile(x=0, y=16, width=60, height=24, reason="damaged")
+    write_nuclei(project, 0, NUCLEI[:1], failed_tiles=(tile,) * count)
+    write_geojson(ground_truth / "a.geojson")
+    result = call("score", project, "--ground-truth", ground_truth, "--json")
+    (image,) = json.loads(result.stdout)["images"]
+    assert image["note"] == f"tiles that failed, where true nuclei count as missed: {count}"
+    assert image["kinds"]["missed"] == 2
 
 
 def test_what_qupath_exported_is_read(shared_data: Path) -> None:
