@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,19 +121,20 @@ def segment(
     """Segment the nuclei of a project's images, and write them into the project.
 
     ``regions`` are classes of annotations to keep to; ``settings`` those of the model where there
-    are none; ``workers`` the number of threads, all cores where it is None. One image that fails
-    does not stop the others: its outcome has a ``problem``. Resumes what was stopped.
+    are none, and dictionaries without ``slide.mpp`` take that of the model; ``workers`` the number
+    of threads, all cores where it is None. One image that fails does not stop the others: its
+    outcome has a ``problem``. Resumes what was stopped. Raises ConfigError for settings of another
+    ``slide.mpp`` than the model's.
 
     >>> outcome, = pq.segment(project, model)
     >>> outcome.problem is None, outcome.nuclei > 100
     (True, True)
     """
-    config = model.config if settings is None else _config(settings)
     with exclusive_lock(project.layout.root), open_workers(workers) as found:
         run = pipeline.Run(
             project=project,
             model=model,
-            config=config,
+            config=_config_of_run(settings, model),
             workers=found,
             progress=show or hide_progress,
             region_classes=tuple(regions),
@@ -287,3 +289,13 @@ def _config(settings: Settings) -> Config:
     if settings is None or isinstance(settings, Config):
         return settings or Config()
     return from_dict(settings)
+
+
+def _config_of_run(settings: Settings, model: Model) -> Config:
+    """The settings of a run: those of the model where there are none."""
+    if settings is None:
+        return model.config
+    config = _config(settings)
+    if isinstance(settings, Config) or "mpp" in settings.get("slide", {}):
+        return config
+    return replace(config, slide=replace(config.slide, mpp=model.mpp))
