@@ -747,6 +747,9 @@ def parse_positive(text: str) -> tuple[str, tuple[float, ...]] | None:
     return name.strip(), thresholds
 
 
+_BY_RECIPE = PatchCLConfig()  # where nobody chose settings of PatchCL, they are the recipe's
+
+
 @dataclass(frozen=True)
 class Config(Settings):
     """All settings of one run."""
@@ -768,12 +771,17 @@ class Config(Settings):
         ),
     ] = EngineChoice.AUTO
     slide: SlideConfig = field(default_factory=SlideConfig)
-    patchcl: PatchCLConfig = field(default_factory=PatchCLConfig)
+    patchcl: PatchCLConfig = _BY_RECIPE
     selftrain: SelfTrainConfig = field(default_factory=SelfTrainConfig)
     cdcl: CDCLConfig = field(default_factory=CDCLConfig)
     segment: SegmentConfig = field(default_factory=SegmentConfig)
     cells: CellConfig = field(default_factory=CellConfig)
     result: ResultConfig = field(default_factory=ResultConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recipe is Recipe.PAPER and self.patchcl is _BY_RECIPE:
+            object.__setattr__(self, "patchcl", PatchCLConfig.paper())
 
     def kind(self, count: int) -> str:
         """What ``count`` nuclei of one image become in QuPath: annotation, detection or cell.
@@ -833,16 +841,15 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Names of version 0.1 are understood. Raises ConfigError for an unknown table or setting, and
     for a value of the wrong type or out of its range.
     """
-    made: dict[str, Any] = {name: values[name] for name in values if name not in TABLES}
-    for name in made:
+    general: dict[str, Any] = {name: values[name] for name in values if name not in TABLES}
+    for name in general:
         if name not in ("recipe", "engine"):
             raise ConfigError(f"unknown table [{name}]: the tables are {', '.join(TABLES)}")
-    is_paper = values.get("recipe") == Recipe.PAPER
-    defaults = {"patchcl": PatchCLConfig.paper()} if is_paper else {}
-    for name, table in TABLES.items():
-        start = defaults.get(name, table())
-        made[name] = _with_values(start, values[name]) if name in values else start
-    return Config(**made)
+    start = Config(**general)
+    tables: dict[str, Any] = {
+        name: _with_values(getattr(start, name), values[name]) for name in TABLES if name in values
+    }
+    return dataclasses.replace(start, **tables)
 
 
 def load_config(path: Path | None) -> Config:

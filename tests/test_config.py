@@ -1,10 +1,11 @@
 """Settings: what is read is what was written; what makes no sense is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from patchcl_qupath.config import Config, PatchCLConfig, from_dict, load_config, to_dict
+from patchcl_qupath.config import Config, PatchCLConfig, Recipe, from_dict, load_config, to_dict
 from patchcl_qupath.errors import ConfigError
 
 
@@ -54,6 +55,13 @@ def test_recipe_of_the_paper_has_its_settings() -> None:
     assert paper.recipe == "paper"
     assert paper.patchcl == PatchCLConfig.paper(seed=3)
     assert from_dict(to_dict(paper)) == paper
+    for config in (Config(recipe=Recipe.PAPER), replace(Config(), recipe=Recipe.PAPER)):
+        assert config == from_dict({"recipe": "paper"})
+        assert config.patchcl == PatchCLConfig.paper()
+        assert to_dict(config)["patchcl"]["crop_px"] == 300
+    chosen = PatchCLConfig()
+    assert Config(recipe=Recipe.PAPER, patchcl=chosen).patchcl is chosen
+    assert Config(recipe=Recipe.PATCHCL).patchcl == PatchCLConfig()
     assert from_dict({}).recipe == "selftrain"
     with pytest.raises(ConfigError, match="it must be one of selftrain, patchcl, paper"):
         from_dict({"recipe": "magic"})
