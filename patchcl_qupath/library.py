@@ -146,7 +146,8 @@ def read_nuclei(project: Project, image: str) -> Table:
     """The nuclei of an image: id, geometry, and measurements under QuPath's names.
 
     Geometry is WKB, polygons in px at level 0, as a GeoArrow extension type: geopandas takes the
-    table by ``GeoDataFrame.from_arrow``, pandas by ``to_pandas``. Raises ImageError.
+    table by ``GeoDataFrame.from_arrow``, pandas by ``to_pandas``. ``image`` is a name or an id.
+    Raises ImageError where it has no nuclei, ProjectError for no image, or several of that name.
 
     >>> nuclei = pq.read_nuclei(project, "CMU-1-Small-Region.svs")
     >>> nuclei.num_rows == outcome.nuclei
@@ -154,7 +155,10 @@ def read_nuclei(project: Project, image: str) -> Table:
     >>> nuclei.column_names[:4]
     ['id', 'geometry', 'Area µm^2', 'Length µm']
     """
-    (entry,) = _entries(project, [image])
+    entry, *others = _entries(project, [image])
+    if others:
+        ids = ", ".join(each.id for each in (entry, *others))
+        raise ProjectError(f"{1 + len(others)} images are named {image}: pass an id ({ids})")
     path = project.layout.nuclei(entry.id)
     if not path.exists():
         raise ImageError(f"{entry.name} has no nuclei: segment it first")

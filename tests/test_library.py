@@ -1,6 +1,7 @@
 """The library's functions do what their examples show."""
 
 import doctest
+import json
 
 import pytest
 import shapely
@@ -11,7 +12,7 @@ import patchcl_qupath
 from patchcl_qupath import library
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import Config, from_dict
-from patchcl_qupath.errors import ConfigError
+from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.pipeline import Run
@@ -62,6 +63,22 @@ def test_a_command_refuses_a_model_of_another_resolution(folder, fine_model) -> 
         "the model fine was trained at 0.25 µm/px, the settings ask for 0.5: pass --retrain, or "
         "--model with the name of another" in result.output
     )
+
+
+def test_nuclei_of_one_of_two_images_of_a_name_are_read_by_its_id(folder) -> None:
+    path = folder / "project.qpproj"
+    content = json.loads(path.read_text("utf-8"))
+    (first,) = content["images"]
+    content["images"].append(first | {"entryID": 7})
+    path.write_text(json.dumps(content), "utf-8")
+    project = library.open_project(folder)
+    name = first["imageName"]
+    with pytest.raises(ProjectError, match=rf"^2 images are named {name}: pass an id \(1, 7\)$"):
+        library.read_nuclei(project, name)
+    with pytest.raises(ImageError, match="has no nuclei: segment it first"):
+        library.read_nuclei(project, "7")
+    with pytest.raises(ProjectError, match="no image other"):
+        library.read_nuclei(project, "other")
 
 
 def test_examples_run(tmp_path, monkeypatch) -> None:
