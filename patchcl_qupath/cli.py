@@ -267,7 +267,7 @@ def refine(
 @main.command()
 @click.argument("folder", metavar="DIR", type=options.PATH)
 @click.argument("images", metavar="IMAGE...", type=options.PATH, nargs=-1, required=True)
-@click.option("--mpp", type=click.FloatRange(min=0, min_open=True), help="Pixel size in µm.")
+@click.option("--mpp", type=options.PixelSize(), help="Pixel size in µm.")
 @options.verbose
 def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
     """Make a QuPath project in DIR out of image files. Images stay where they are.
@@ -533,6 +533,7 @@ def _load_or_train(
     Raises ConfigError for another name that no model has: a slip must not cost a training, and give
     nuclei of a model that nobody asked for.
     """
+    from patchcl_qupath import pipeline
     from patchcl_qupath.models.model import Model
 
     missing_default = name == DEFAULT_MODEL and not project.layout.model(name).exists()
@@ -540,11 +541,7 @@ def _load_or_train(
         return _train(project, entries, settings, name=name, progress=progress)
     path = _existing_model(project, name)
     model = Model.load(path)
-    if model.mpp != settings.slide.mpp:
-        raise ConfigError(
-            f"the model {name} was trained at {model.mpp} µm/px, the settings ask for "
-            f"{settings.slide.mpp}: pass --retrain, or --model with the name of another"
-        )
+    pipeline.check_resolution(model, settings, name)  # before workers are started for it
     logger.info("model %s loaded: %s", name, path)
     return model
 

@@ -335,7 +335,9 @@ class SelfTrainConfig(Settings):
     ] = 0.5
     first_batch: Annotated[int, setting("Crops per step of the first network", ge=1)] = 4
     batch: Annotated[int, setting("Crops per step of the network that is kept", ge=1)] = 8
-    crop_px: Annotated[int, setting("Side of a training crop, a multiple of 4", "px", ge=4)] = 128
+    crop_px: Annotated[
+        int, setting("Side of a training crop, a multiple of 4", "px", ge=4, multiple_of=4)
+    ] = 128
     learning_rate: Annotated[
         float, setting("Peak learning rate of AdamW, after 20 steps; then a cosine to 0", gt=0)
     ] = 3e-3
@@ -438,6 +440,10 @@ class SelfTrainConfig(Settings):
         ),
     ] = 0.15
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_areas(self)
+
 
 @dataclass(frozen=True)
 class CDCLConfig(Settings):
@@ -452,7 +458,9 @@ class CDCLConfig(Settings):
     steps: Annotated[int, setting("Training steps of each round", ge=1)] = 300
     labelled: Annotated[int, setting("Crops per step from corrected ROIs", ge=1)] = 6
     unlabelled: Annotated[int, setting("Crops per step from all other tissue", ge=1)] = 6
-    crop_px: Annotated[int, setting("Side of a training crop, a multiple of 4", "px", ge=4)] = 128
+    crop_px: Annotated[
+        int, setting("Side of a training crop, a multiple of 4", "px", ge=4, multiple_of=4)
+    ] = 128
     scale_jitter: Annotated[
         float, setting("Training crops are scaled by a random factor of up to this, or down", ge=1)
     ] = 1.35
@@ -500,6 +508,11 @@ class CDCLConfig(Settings):
     bank_patches: Annotated[
         int, setting("Patches of each class that the memory bank keeps of a step", ge=1)
     ] = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patch_px > self.crop_px:
+            raise ConfigError("cdcl.patch_px must be at most cdcl.crop_px")
 
 
 @dataclass(frozen=True)
@@ -604,6 +617,17 @@ class SegmentConfig(Settings):
         float, setting("Elevation that a core probability of 1 adds", "µm", ge=0)
     ] = 3.0
     min_core: Annotated[float, fraction("Minimum core probability within a nucleus")] = 0.6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_areas(self)
+
+
+def _check_areas(table: SelfTrainConfig | SegmentConfig) -> None:
+    """Raise ConfigError where no nucleus could be large and small enough."""
+    if table.min_area_um2 >= table.max_area_um2:
+        name = table.table
+        raise ConfigError(f"{name}.min_area_um2 must be less than {name}.max_area_um2")
 
 
 @dataclass(frozen=True)
@@ -747,6 +771,9 @@ def parse_positive(text: str) -> tuple[str, tuple[float, ...]] | None:
     return name.strip(), thresholds
 
 
+_BY_RECIPE = PatchCLConfig()  # where nobody chose settings of PatchCL, they are the recipe's
+
+
 @dataclass(frozen=True)
 class Config(Settings):
     """All settings of one run."""
@@ -768,12 +795,17 @@ class Config(Settings):
         ),
     ] = EngineChoice.AUTO
     slide: SlideConfig = field(default_factory=SlideConfig)
-    patchcl: PatchCLConfig = field(default_factory=PatchCLConfig)
+    patchcl: PatchCLConfig = _BY_RECIPE
     selftrain: SelfTrainConfig = field(default_factory=SelfTrainConfig)
     cdcl: CDCLConfig = field(default_factory=CDCLConfig)
     segment: SegmentConfig = field(default_factory=SegmentConfig)
     cells: CellConfig = field(default_factory=CellConfig)
     result: ResultConfig = field(default_factory=ResultConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recipe is Recipe.PAPER and self.patchcl is _BY_RECIPE:
+            object.__setattr__(self, "patchcl", PatchCLConfig.paper())
 
     def kind(self, count: int) -> str:
         """What ``count`` nuclei of one image become in QuPath: annotation, detection or cell.
@@ -833,16 +865,15 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Names of version 0.1 are understood. Raises ConfigError for an unknown table or setting, and
     for a value of the wrong type or out of its range.
     """
-    made: dict[str, Any] = {name: values[name] for name in values if name not in TABLES}
-    for name in made:
+    general: dict[str, Any] = {name: values[name] for name in values if name not in TABLES}
+    for name in general:
         if name not in ("recipe", "engine"):
             raise ConfigError(f"unknown table [{name}]: the tables are {', '.join(TABLES)}")
-    is_paper = values.get("recipe") == Recipe.PAPER
-    defaults = {"patchcl": PatchCLConfig.paper()} if is_paper else {}
-    for name, table in TABLES.items():
-        start = defaults.get(name, table())
-        made[name] = _with_values(start, values[name]) if name in values else start
-    return Config(**made)
+    start = Config(**general)
+    tables: dict[str, Any] = {
+        name: _with_values(getattr(start, name), values[name]) for name in TABLES if name in values
+    }
+    return dataclasses.replace(start, **tables)
 
 
 def load_config(path: Path | None) -> Config:

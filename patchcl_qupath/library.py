@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,19 +121,20 @@ def segment(
     """Segment the nuclei of a project's images, and write them into the project.
 
     ``regions`` are classes of annotations to keep to; ``settings`` those of the model where there
-    are none; ``workers`` the number of threads, all cores where it is None. One image that fails
-    does not stop the others: its outcome has a ``problem``. Resumes what was stopped.
+    are none, and dictionaries without ``slide.mpp`` take that of the model; ``workers`` the number
+    of threads, all cores where it is None. One image that fails does not stop the others: its
+    outcome has a ``problem``. Resumes what was stopped. Raises ConfigError for settings of another
+    ``slide.mpp`` than the model's.
 
     >>> outcome, = pq.segment(project, model)
     >>> outcome.problem is None, outcome.nuclei > 100
     (True, True)
     """
-    config = model.config if settings is None else _config(settings)
     with exclusive_lock(project.layout.root), open_workers(workers) as found:
         run = pipeline.Run(
             project=project,
             model=model,
-            config=config,
+            config=_config_of_run(settings, model),
             workers=found,
             progress=show or hide_progress,
             region_classes=tuple(regions),
@@ -144,7 +146,8 @@ def read_nuclei(project: Project, image: str) -> Table:
     """The nuclei of an image: id, geometry, and measurements under QuPath's names.
 
     Geometry is WKB, polygons in px at level 0, as a GeoArrow extension type: geopandas takes the
-    table by ``GeoDataFrame.from_arrow``, pandas by ``to_pandas``. Raises ImageError.
+    table by ``GeoDataFrame.from_arrow``, pandas by ``to_pandas``. ``image`` is a name or an id.
+    Raises ImageError where it has no nuclei, ProjectError for no image, or several of that name.
 
     >>> nuclei = pq.read_nuclei(project, "CMU-1-Small-Region.svs")
     >>> nuclei.num_rows == outcome.nuclei
@@ -152,7 +155,10 @@ def read_nuclei(project: Project, image: str) -> Table:
     >>> nuclei.column_names[:4]
     ['id', 'geometry', 'Area µm^2', 'Length µm']
     """
-    (entry,) = _entries(project, [image])
+    entry, *others = _entries(project, [image])
+    if others:
+        ids = ", ".join(each.id for each in (entry, *others))
+        raise ProjectError(f"{1 + len(others)} images are named {image}: pass an id ({ids})")
     path = project.layout.nuclei(entry.id)
     if not path.exists():
         raise ImageError(f"{entry.name} has no nuclei: segment it first")
@@ -287,3 +293,13 @@ def _config(settings: Settings) -> Config:
     if settings is None or isinstance(settings, Config):
         return settings or Config()
     return from_dict(settings)
+
+
+def _config_of_run(settings: Settings, model: Model) -> Config:
+    """The settings of a run: those of the model where there are none."""
+    if settings is None:
+        return model.config
+    config = _config(settings)
+    if isinstance(settings, Config) or "mpp" in settings.get("slide", {}):
+        return config
+    return replace(config, slide=replace(config.slide, mpp=model.mpp))

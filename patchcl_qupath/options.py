@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -49,6 +50,21 @@ class Renamed(click.Option):
             return super().get_help_record(ctx)
         finally:
             self.opts = names
+
+
+class PixelSize(click.FloatRange):
+    """A pixel size in µm: a positive number, neither NaN nor infinity."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        mpp: float = super().convert(value, param, ctx)
+        if not math.isfinite(mpp):
+            self.fail(f"{value} is not a pixel size in µm.", param, ctx)
+        return mpp
 
 
 def _log(context: click.Context, _: click.Parameter, count: int) -> None:
@@ -216,7 +232,7 @@ reading = _bundle(
     [
         click.option(
             "--mpp",
-            type=click.FloatRange(min=0, min_open=True),
+            type=PixelSize(),
             help="Pixel size, in µm, of images that have none in QuPath or in their file.",
         ),
         click.option("--config", type=PATH, help="TOML file with settings."),

@@ -129,13 +129,28 @@ def refine(
     return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
 
 
+def check_resolution(model: Model, config: Config, name: str | None) -> None:
+    """Raise ConfigError for settings of another µm/px than that of the model; ``name`` is for
+    people, who have the options of the command if the model has one."""
+    if model.mpp == config.slide.mpp:
+        return
+    advice = ": leave slide.mpp out of the settings, or train another model"
+    if name:
+        advice = ": pass --retrain, or --model with the name of another"
+    raise ConfigError(
+        f"the model {name or model.digest} was trained at {model.mpp} µm/px, the settings ask for "
+        f"{config.slide.mpp}{advice}"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One model and one set of settings, applied to images of a project.
 
     ``workers`` segment the tiles. ``region_classes`` are classes of annotations; where there are
     some, nuclei outside of them are left out. Equal models, settings and classes make the same run,
-    so that one that was stopped resumes. ``model_name`` is for people.
+    so that one that was stopped resumes. ``model_name`` is for people. Raises ConfigError for
+    settings of another working resolution than the model's.
     """
 
     project: Project
@@ -148,6 +163,9 @@ class Run:
     _stop: Stop = field(default_factory=Stop)
     _showing: threading.Lock = field(default_factory=threading.Lock)
     _asking_qupath: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        check_resolution(self.model, self.config, self.model_name)
 
     def images(self, entries: Sequence[ImageEntry]) -> Iterator[ImageOutcome]:
         """Segment images, in their order; one that fails does not stop the others.

@@ -361,6 +361,8 @@ def test_nothing_to_learn_from(tmp_path, crop):
         (["run", SAMPLE, "--image", "other.svs"], 1, "no image other.svs"),
         (["run", SAMPLE, "--workers", "0"], 2, "--workers"),
         (["run", SAMPLE, "--mpp", "0"], 2, "--mpp"),
+        (["run", SAMPLE, "--mpp", "nan"], 2, "'--mpp': nan is not a pixel size in µm"),
+        (["init", "new", "none.svs", "--mpp", "inf"], 2, "'--mpp': inf is not a pixel size"),
         (["run", SAMPLE, "--config", "none.toml"], 2, "none.toml"),
         (["init", SAMPLE, SAMPLE / "CMU-1-Small-Region.svs"], 1, "is there already"),
         (["init", "new", "none.svs"], 1, "none.svs"),

@@ -1,10 +1,11 @@
 """Settings: what is read is what was written; what makes no sense is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from patchcl_qupath.config import Config, PatchCLConfig, from_dict, load_config, to_dict
+from patchcl_qupath.config import Config, PatchCLConfig, Recipe, from_dict, load_config, to_dict
 from patchcl_qupath.errors import ConfigError
 
 
@@ -54,6 +55,13 @@ def test_recipe_of_the_paper_has_its_settings() -> None:
     assert paper.recipe == "paper"
     assert paper.patchcl == PatchCLConfig.paper(seed=3)
     assert from_dict(to_dict(paper)) == paper
+    for config in (Config(recipe=Recipe.PAPER), replace(Config(), recipe=Recipe.PAPER)):
+        assert config == from_dict({"recipe": "paper"})
+        assert config.patchcl == PatchCLConfig.paper()
+        assert to_dict(config)["patchcl"]["crop_px"] == 300
+    chosen = PatchCLConfig()
+    assert Config(recipe=Recipe.PAPER, patchcl=chosen).patchcl is chosen
+    assert Config(recipe=Recipe.PATCHCL).patchcl == PatchCLConfig()
     assert from_dict({}).recipe == "selftrain"
     with pytest.raises(ConfigError, match="it must be one of selftrain, patchcl, paper"):
         from_dict({"recipe": "magic"})
@@ -65,6 +73,11 @@ def test_recipe_of_the_paper_has_its_settings() -> None:
         ({"selftrain": {"widths": [8, 8]}}, "widths = .*: expected array of length >= 3"),
         ({"selftrain": {"widths": [8, 0, 8]}}, "widths = .*: expected int >= 1"),
         ({"cdcl": {"patch_px": 6}}, "patch_px = 6: expected int that's a multiple of 4"),
+        ({"cdcl": {"crop_px": 130}}, r"cdcl\.crop_px = 130: expected int that's a multiple of 4"),
+        ({"cdcl": {"crop_px": 96, "patch_px": 100}}, r"cdcl\.patch_px must be at most"),
+        ({"selftrain": {"crop_px": 130}}, r"selftrain\.crop_px = 130: expected .* multiple of 4"),
+        ({"selftrain": {"min_area_um2": 220}}, r"selftrain\.min_area_um2 must be less than"),
+        ({"segment": {"min_area_um2": 500}}, r"min_area_um2 must be less than segment\.max_area"),
         ({"slide": {"tile_px": 0}}, r"slide\.tile_px = 0: expected int >= \d+"),
         ({"slide": {"mpp": 0}}, r"slide\.mpp = 0: expected float >= 0\.05"),
         ({"segment": {"min_solidity": 7}}, r"segment\.min_solidity = 7: expected float <= 1"),

@@ -1,13 +1,21 @@
 """The library's functions do what their examples show."""
 
 import doctest
+import json
 
 import pytest
 import shapely
+from click.testing import CliRunner
 from conftest import copy_sample
 
 import patchcl_qupath
 from patchcl_qupath import library
+from patchcl_qupath.cli import main
+from patchcl_qupath.config import Config, from_dict
+from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
+from patchcl_qupath.models.model import Model
+from patchcl_qupath.models.network import NucleusNetwork
+from patchcl_qupath.pipeline import Run
 
 FUNCTIONS = [name for name in patchcl_qupath.__all__ if name != "Config"]
 
@@ -21,6 +29,56 @@ def test_all_functions_are_offered_and_documented() -> None:
     assert set(patchcl_qupath.__all__) <= set(dir(patchcl_qupath))
     with pytest.raises(AttributeError, match="no attribute 'magic'"):
         _ = patchcl_qupath.magic
+
+
+@pytest.fixture
+def fine_model() -> Model:
+    """A model of 0.25 µm/px that learnt nothing."""
+    config = from_dict({"slide": {"mpp": 0.25}})
+    return Model(network=NucleusNetwork((16, 24, 40)).eval(), config=config)
+
+
+def test_a_model_runs_at_its_own_resolution(folder, fine_model, monkeypatch) -> None:
+    configs: list[Config] = []
+    monkeypatch.setattr(Run, "images", lambda self, _: configs.append(self.config) or iter(()))
+    project = library.open_project(folder)
+    cells = {"cells": {"expand_um": 5}}
+    for settings in (None, cells, cells | {"slide": {"tile_px": 512}}):
+        library.segment(project, fine_model, settings=settings, workers=1)
+    assert [config.slide.mpp for config in configs] == [0.25] * 3
+    assert [config.cells.expand_um for config in configs] == [0, 5, 5]
+    assert configs[2].slide.tile_px == 512
+    for other in (Config(), {"slide": {"mpp": 0.5}}):
+        with pytest.raises(ConfigError, match=r"trained at 0.25 µm/px, .* 0.5: leave slide.mpp"):
+            library.segment(project, fine_model, settings=other, workers=1)
+    assert len(configs) == 3
+
+
+def test_a_command_refuses_a_model_of_another_resolution(folder, fine_model) -> None:
+    project = library.open_project(folder)
+    fine_model.save(project.layout.model("fine").parent, "fine")
+    result = CliRunner().invoke(main, ["run", str(folder), "--model", "fine"])
+    assert result.exit_code == 2
+    assert (
+        "the model fine was trained at 0.25 µm/px, the settings ask for 0.5: pass --retrain, or "
+        "--model with the name of another" in result.output
+    )
+
+
+def test_nuclei_of_one_of_two_images_of_a_name_are_read_by_its_id(folder) -> None:
+    path = folder / "project.qpproj"
+    content = json.loads(path.read_text("utf-8"))
+    (first,) = content["images"]
+    content["images"].append(first | {"entryID": 7})
+    path.write_text(json.dumps(content), "utf-8")
+    project = library.open_project(folder)
+    name = first["imageName"]
+    with pytest.raises(ProjectError, match=rf"^2 images are named {name}: pass an id \(1, 7\)$"):
+        library.read_nuclei(project, name)
+    with pytest.raises(ImageError, match="has no nuclei: segment it first"):
+        library.read_nuclei(project, "7")
+    with pytest.raises(ProjectError, match="no image other"):
+        library.read_nuclei(project, "other")
 
 
 def test_examples_run(tmp_path, monkeypatch) -> None:

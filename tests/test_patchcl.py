@@ -21,6 +21,7 @@ from patchcl_qupath.training import patchcl
 from patchcl_qupath.training.contrast import (
     MEASURES,
     Contrast,
+    blur,
     contrast_patches,
     contrast_prototypes,
     draw_patches,
@@ -308,6 +309,13 @@ def test_prototype_contrast_is_the_formula_term_by_term():
             loss = 2 * pull_f + push_f.log() + pull_g + push_g.log() + away.log()
             terms.append(weight * loss)
     torch.testing.assert_close(found.loss, torch.stack(terms).mean(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_blur_of_0_blurs_nothing() -> None:
+    maps = torch.rand(2, 1, 8, 8)
+    assert torch.equal(blur(maps, 0.0), maps)
+    torch.testing.assert_close(blur(maps, 0.05), maps)
+    assert not torch.allclose(blur(maps, 1.0), maps)
 
 
 def test_published_contrast_is_small_where_positives_are_similar():

@@ -5,21 +5,27 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import shapely
 from click.testing import CliRunner
 from conftest import copy_sample
 from PIL import Image
+from results import RESULT
 
 from patchcl_qupath.cli import main
+from patchcl_qupath.config import Config, to_dict
 from patchcl_qupath.datatypes import Box
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.report import page as report_page
 from patchcl_qupath.report.charts import Mark, curves
 from patchcl_qupath.report.figures import CONTOUR_UNITS
+from patchcl_qupath.report.found import find_image, find_runs
+from patchcl_qupath.report.views import RunView
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.parquet import read_nuclei
 
@@ -226,6 +232,24 @@ def test_texts_of_files_are_escaped(copy):
     assert "<i title" not in page
     assert page.count(expected) >= 2 * len(shown) + 8
     assert "<h3>a &amp;lt; b &amp;amp; c</h3>" in page
+
+
+def test_each_image_has_the_settings_of_its_nuclei(folder: Path) -> None:
+    """Of one run, whose tiles do not depend on what nuclei become in QuPath."""
+    project = open_project(folder)
+    found = find_image(project, project.images()[0])
+    other = replace(Config(), result=replace(Config().result, class_name="Tumor cell"))
+    images = [
+        replace(found, name=name, result=msgspec.structs.replace(RESULT, config=to_dict(config)))
+        for name, config in (("a", Config()), ("b", other), ("c", Config()))
+    ]
+    runs = find_runs(project, images)
+    assert {run.id for run in runs} == {"r"}
+    shown = [
+        (run.provenance["images"], json.loads(run.settings)["result"]["class_name"])
+        for run in map(RunView.of, runs)
+    ]
+    assert shown == [("a, c", "Nucleus"), ("b", "Tumor cell")]
 
 
 def test_templates_escape_all_that_they_are_given():

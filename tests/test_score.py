@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from results import result_of
 
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import Config
-from patchcl_qupath.datatypes import Box, ImageEntry, Nuclei
+from patchcl_qupath.datatypes import Box, FailedTile, ImageEntry, Nuclei
 from patchcl_qupath.evaluation import pictures
-from patchcl_qupath.evaluation.ground_truth import read_ground_truth
+from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
 from patchcl_qupath.evaluation.metrics import Kind
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.storage.records import RegionRecord
@@ -362,6 +363,52 @@ def test_two_ground_truth_files_of_one_image_are_refused(project: Path, ground_t
     assert call("score", project, "--ground-truth", ground_truth).exit_code == 0
 
 
+NAMES = ["a.svs", "a.ndpi", "x/a.svs", "b.svs", "b", "Case 1.2 HE", "Case 1.5 HE"]
+
+
+@pytest.mark.parametrize(
+    ("files", "owners"),
+    [
+        (["a"], {"a.svs": "a", "a.ndpi": "a", "x/a.svs": "a"}),
+        (["a", "a.svs"], {"a.svs": "a.svs", "a.ndpi": "a", "x/a.svs": "a"}),
+        (["b"], {"b": "b"}),  # the whole name of one is not the stem of another
+        (["b", "Case 1"], {"b": "b"}),
+        (["Case 1.2 HE"], {"Case 1.2 HE": "Case 1.2 HE"}),
+    ],
+)
+def test_a_file_belongs_to_images_by_name_then_by_stem(
+    ground_truth: Path, files: list[str], owners: dict[str, str]
+) -> None:
+    for file in files:
+        write_geojson(ground_truth / f"{file}.geojson")
+    entries = [ImageEntry(name, name, Path(name)) for name in NAMES]
+    found = ground_truth_files(ground_truth, entries)
+    assert {image: [file.name for file in of_it] for image, of_it in found.items() if of_it} == {
+        image: [f"{file}.geojson"] for image, file in owners.items()
+    }
+
+
+def test_a_file_of_several_images_is_the_ground_truth_of_none(
+    project: Path, ground_truth: Path
+) -> None:
+    path = project / "project.qpproj"
+    content = json.loads(path.read_text())
+    content["images"].append(content["images"][0] | {"entryID": 3, "imageName": "a.ndpi"})
+    path.write_text(json.dumps(content))
+    write_nuclei(project, 1, NUCLEI)
+    write_geojson(ground_truth / "a.geojson")
+    write_geojson(ground_truth / "b.geojson")
+    result = call("score", project, "--ground-truth", ground_truth, "--json")
+    first, second, third = json.loads(result.stdout)["images"]
+    named = "a.geojson is named as several images (a.svs (id 1), a.ndpi (id 3)): give it the whole"
+    for image in (first, third):
+        assert image["problem"].startswith(f"{image['image']}: {named}")
+        assert image["scores"] == {}
+    assert (second["problem"], second["scores"]) == (None, pytest.approx(PERFECT))
+    chosen = call("score", project, "--ground-truth", ground_truth, "--image", "1", "--json")
+    assert json.loads(chosen.stdout)["mean"] == pytest.approx(PERFECT)
+
+
 def test_a_cell_is_its_nucleus_and_areas_are_made_valid(ground_truth: Path) -> None:
     small = json.loads(shapely.to_geojson(shapely.box(2, 2, 4, 4)))
     crossed = shapely.Polygon([(20, 0), (30, 10), (30, 0), (20, 10)])
@@ -393,6 +440,46 @@ def test_regions_in_ground_truth_are_no_nuclei(project: Path, ground_truth: Path
     assert image["note"].endswith("contain several others, as regions do: 1")
 
 
+def annotation(geometry: shapely.Geometry, name: str = "", class_name: str = "") -> dict[str, Any]:
+    """An annotation as QuPath exports it."""
+    properties: dict[str, Any] = {"objectType": "annotation", "name": name}
+    if class_name:
+        properties["classification"] = {"name": class_name}
+    return {**feature(geometry), "properties": properties}
+
+
+@pytest.mark.parametrize("true", [NUCLEI[:0], NUCLEI[:1]])
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (annotation(shapely.box(0, 0, 60, 40), "PatchCL"), "annotations of PatchCL and its ROIs"),
+        (annotation(shapely.box(0, 0, 30, 30), "ROI 1 of 6", "PatchCL: corrected"), "and its ROIs"),
+        (annotation(shapely.box(0, 0, 30, 30), "", "PatchCL: correct here"), "and its ROIs"),
+        (annotation(shapely.box(0, 0, 91, 91), "", "Tumor"), "larger than 2,000 µm²"),
+    ],
+)
+def test_annotations_around_few_nuclei_are_no_nuclei(
+    project: Path, ground_truth: Path, true: Any, other: dict[str, Any], words: str
+) -> None:
+    write_nuclei(project, 0, true)
+    (ground_truth / "a.geojson").write_text(json.dumps([other, *map(feature, true)]), "utf-8")
+    result = call("score", project, "--ground-truth", ground_truth, "--json")
+    (image,) = json.loads(result.stdout)["images"]
+    assert (image["true_nuclei"], image["scores"]) == (len(true), pytest.approx(PERFECT))
+    assert words in image["note"]
+    assert image["note"].endswith(": 1")
+
+
+def test_a_large_nucleus_in_ground_truth_is_one(ground_truth: Path) -> None:
+    """At 0.5 µm/px, one of 90 px is too small to be left out; without a pixel size, none is."""
+    path = ground_truth / "a.geojson"
+    for side, mpp in ((89, (0.5, 0.5)), (91, None)):
+        path.write_text(json.dumps([annotation(shapely.box(0, 0, side, side), "PatchCL", "Tumor")]))
+        truth = read_ground_truth([path], replace(ENTRY, mpp=mpp))
+        assert [*shapely.area(truth.polygons)] == [side**2]
+        assert truth.note is None
+
+
 def test_a_run_limited_to_regions_is_scored_inside_them(project: Path, ground_truth: Path) -> None:
     left = json.loads(shapely.to_geojson(shapely.box(0, 0, 30, 40)))
     write_nuclei(project, 0, NUCLEI[:2], regions=(RegionRecord(geometry=left, tissue_mm2=0.1),))
@@ -401,6 +488,17 @@ def test_a_run_limited_to_regions_is_scored_inside_them(project: Path, ground_tr
     (image,) = json.loads(result.stdout)["images"]
     assert (image["true_nuclei"], image["scores"]) == (2, pytest.approx(PERFECT))
     assert image["note"] == "only inside the analysis regions of the run"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_tiles_that_failed_are_in_the_note(project: Path, ground_truth: Path, count: int) -> None:
+    tile = FailedTile(x=0, y=16, width=60, height=24, reason="damaged")
+    write_nuclei(project, 0, NUCLEI[:1], failed_tiles=(tile,) * count)
+    write_geojson(ground_truth / "a.geojson")
+    result = call("score", project, "--ground-truth", ground_truth, "--json")
+    (image,) = json.loads(result.stdout)["images"]
+    assert image["note"] == f"tiles that failed, where true nuclei count as missed: {count}"
+    assert image["kinds"]["missed"] == 2
 
 
 def test_what_qupath_exported_is_read(shared_data: Path) -> None:

@@ -1,13 +1,15 @@
 """Ground truth of images: nuclei that people outlined, as label images or as GeoJSON.
 
-A file belongs to an image if it has the image's name, or its stem, before one of SUFFIXES.
+A file belongs to an image if it has the image's name, or its stem, before one of SUFFIXES; and to
+one image alone.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -21,7 +23,10 @@ from scipy.ndimage import label
 
 from patchcl_qupath.datatypes import ImageEntry, Labels, Polygons, grid_to_level0
 from patchcl_qupath.errors import GroundTruthError
+from patchcl_qupath.project.drawn import are_ours
+from patchcl_qupath.project.outlines import MAX_AREA_UM2
 from patchcl_qupath.segmentation.contours import pixel_polygons
+from patchcl_qupath.slides.pyramid import IMAGE_SUFFIXES
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import readable
 from patchcl_qupath.storage.geojson import holds_several, read_objects
@@ -48,16 +53,18 @@ class GroundTruth:
 def ground_truth_files(ground_truth: Path, entries: Sequence[ImageEntry]) -> dict[str, list[Path]]:
     """The ground-truth files of each image, by its id: those of a folder, or one file of one image.
 
-    An image may have none. Raises GroundTruthError if no image has one.
+    An image may have none. The whole name precedes the stem, of a file as of an image. Raises
+    GroundTruthError if no image has one.
     """
     if ground_truth.is_dir():
         named: dict[str, list[Path]] = {}
         for file in sorted(ground_truth.iterdir()):
             named.setdefault(readable(_name(file)), []).append(file)
         named.pop("", None)
+        whole = {entry.name for entry in entries}
+        by_stem = {name: files for name, files in named.items() if name not in whole}
         found = {
-            entry.id: named.get(entry.name) or named.get(PurePath(entry.name).stem, [])
-            for entry in entries
+            entry.id: named.get(entry.name) or by_stem.get(_stem(entry), []) for entry in entries
         }
         if not any(found.values()):
             raise GroundTruthError(
@@ -79,14 +86,28 @@ def ground_truth_files(ground_truth: Path, entries: Sequence[ImageEntry]) -> dic
     return {entries[0].id: [ground_truth]}
 
 
+def check_not_shared(
+    entry: ImageEntry, files: Mapping[str, list[Path]], entries: Sequence[ImageEntry]
+) -> None:
+    """Raise GroundTruthError if a file of ``ground_truth_files`` is that of other images, too."""
+    for file in files[entry.id]:
+        sharing = [f"{other.name} (id {other.id})" for other in entries if file in files[other.id]]
+        if len(sharing) > 1:
+            raise GroundTruthError(
+                f"{entry.name}: {file.name} is named as several images ({', '.join(sharing)}): "
+                "give it the whole name of one, or choose one by its id with --image"
+            )
+
+
 def read_ground_truth(files: Sequence[Path], entry: ImageEntry) -> GroundTruth:
     """The true nuclei of an image from its ground-truth files, of which there must be one.
 
-    GeoJSON is in px at level 0; a polygon that contains several others is a region, and left out,
-    as are objects without area. Label images, integers with 0 for background, may be finer or
-    coarser than level 0 by an integer factor. Raises GroundTruthError for several files, a damaged
-    file, labels of another size, or a mask that does not separate nuclei; ImageError if the image's
-    size cannot be read.
+    GeoJSON is in px at level 0; a polygon that contains several others, or is too large for a
+    nucleus where ``entry.mpp`` tells, is a region, and left out, as are objects without area, and
+    this program's own annotation and ROIs. Label images, integers with 0 for background, may be
+    finer or coarser than level 0 by an integer factor. Raises GroundTruthError for several files, a
+    damaged file, labels of another size, or a mask that does not separate nuclei; ImageError if the
+    image's size cannot be read.
     """
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
@@ -110,6 +131,12 @@ def _name(file: Path) -> str:
     return ""
 
 
+def _stem(entry: ImageEntry) -> str:
+    """The name of an image without the suffix of its file, if it has that of one."""
+    name = PurePath(entry.name)
+    return name.stem if name.suffix.lower() in IMAGE_SUFFIXES else entry.name
+
+
 def _nuclei(path: Path, entry: ImageEntry) -> GroundTruth:
     """The nuclei of a GeoJSON file, and what else is in it.
 
@@ -126,8 +153,12 @@ def _nuclei(path: Path, entry: ImageEntry) -> GroundTruth:
         )
     ignored = has_area & np.char.endswith(objects.classes, "*")  # as in QuPath
     tile = has_area & ~ignored & (objects.kinds == "tile")
-    polygons: Polygons = objects.areas[has_area & ~ignored & ~tile]
+    ours = has_area & ~ignored & ~tile & are_ours(objects)
+    polygons: Polygons = objects.areas[has_area & ~ignored & ~tile & ~ours]
     is_region = holds_several(polygons)
+    # A region around one nucleus, or around none, shows by its size alone.
+    pixel_um2 = math.prod(entry.mpp) if entry.mpp else 0.0
+    is_large = ~is_region & (shapely.area(polygons) * pixel_um2 > MAX_AREA_UM2)
     notes = [
         f"{words}: {count}"
         for words, count in (
@@ -135,13 +166,18 @@ def _nuclei(path: Path, entry: ImageEntry) -> GroundTruth:
                 "true contours left out since they contain several others, as regions do",
                 np.count_nonzero(is_region),
             ),
+            (
+                f"true contours left out since they are larger than {MAX_AREA_UM2:,.0f} µm²",
+                np.count_nonzero(is_large),
+            ),
+            ("annotations of PatchCL and its ROIs left out", np.count_nonzero(ours)),
             ("objects without area left out, such as points and lines", (~has_area).sum()),
             ("objects left out of a class that QuPath ignores, such as Ignore*", ignored.sum()),
             ("tiles left out", tile.sum()),
         )
         if count
     ]
-    return GroundTruth(polygons[~is_region], "; ".join(notes) or None)
+    return GroundTruth(polygons[~is_region & ~is_large], "; ".join(notes) or None)
 
 
 def _labels(path: Path, entry: ImageEntry) -> Labels:

@@ -14,14 +14,18 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import ImageEntry, Polygons
 from patchcl_qupath.errors import ImageError, PatchCLError
-from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
+from patchcl_qupath.evaluation.ground_truth import (
+    check_not_shared,
+    ground_truth_files,
+    read_ground_truth,
+)
 from patchcl_qupath.evaluation.metrics import MIN_IOU, Kind, Overlaps
 from patchcl_qupath.evaluation.pictures import draw_errors, picture_name
 from patchcl_qupath.project import Project
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.geojson import made_valid
 from patchcl_qupath.storage.parquet import read_nuclei
-from patchcl_qupath.storage.records import Record, RemovedRecord, read_result
+from patchcl_qupath.storage.records import Record, RemovedRecord, ResultRecord, read_result
 
 # Lower ends of the bins in which detection probabilities are held against how many are right.
 BINS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -96,6 +100,7 @@ def score(
             without.append(entry.name)
             continue
         try:
+            check_not_shared(entry, files, entries)
             scored.append(score_image(project, entry, files[entry.id], pictures))
         except PatchCLError as error:
             scored.append(ImageScore(id=entry.id, image=entry.name, problem=str(error)))
@@ -191,20 +196,22 @@ def _compare(project: Project, entry: ImageEntry, files: Sequence[Path]) -> _Com
 
     Raises ImageError, GroundTruthError.
     """
-    nuclei, probability, regions, mpp = _segmented(project, entry)
-    ground_truth = read_ground_truth(files, entry)
+    nuclei, probability, regions, result = _segmented(project, entry)
+    ground_truth = read_ground_truth(files, replace(entry, mpp=result.slide.mpp))
     true, notes = ground_truth.polygons, [ground_truth.note] if ground_truth.note else []
     if regions:
         # A nucleus is inside if its centroid is, as in the run.
         centroids = shapely.STRtree(shapely.centroid(true))
         true = true[np.unique(centroids.query(regions, predicate="covers")[1])]
         notes.append("only inside the analysis regions of the run")
+    if failed := len(result.failed_tiles):
+        notes.append(f"tiles that failed, where true nuclei count as missed: {failed}")
     return _Compared(
         nuclei=nuclei,
         probability=probability,
         true=true,
         overlaps=Overlaps.of_polygons(nuclei, true),
-        mpp=mpp,
+        mpp=result.slide.mpp,
         notes=notes,
     )
 
@@ -219,9 +226,9 @@ def _draw(entry: ImageEntry, compared: _Compared, folder: Path) -> Path:
 
 def _segmented(
     project: Project, entry: ImageEntry
-) -> tuple[Polygons, NDArray[np.float32], list[shapely.Geometry], tuple[float, float]]:
+) -> tuple[Polygons, NDArray[np.float32], list[shapely.Geometry], ResultRecord]:
     """The nuclei of the last run, level 0, and their detection probabilities; its analysis regions,
-    if any; its µm/px (x, y) there.
+    if any; its record.
 
     Raises ImageError.
     """
@@ -241,4 +248,4 @@ def _segmented(
         raise ImageError(
             f"{entry.name}: its nuclei in {folder} cannot be read: do `patchcl-qp run` again"
         ) from error
-    return polygons, probability, regions, result.slide.mpp
+    return polygons, probability, regions, result

@@ -173,9 +173,7 @@ def read_labels(
     rois, owner = rois_of(marked.areas, pixel_um2)
     if not len(rois):
         return Corrections()
-    ours = np.isin(objects.classes, (TO_CORRECT, CORRECTED))
-    ours |= (objects.names == OUR_REGION) & (objects.classes == "")
-    others = objects.take(~is_roi & ~ours)
+    others = objects.take(~is_roi & ~are_ours(objects))
     found = sort_outlines(others, shapely.union_all(rois), pixel_um2)
     without = _without_nuclei(rois, marked.ids[owner], found, objects)
     problems = _overlaps(rois, found) + [text for text, is_problem in without if is_problem]
@@ -198,6 +196,14 @@ def exported_roi_class(path: Path, image: str) -> str | None:
     objects = _exported(path, image)
     found = objects.more.get("roi_class") if objects else None
     return class_name(found) if isinstance(found, str) else None
+
+
+def are_ours(objects: Objects) -> NDArray[np.bool_]:
+    """(N,) which objects are what this program puts into an image beside nuclei: the annotation
+    that holds them, and ROIs to correct."""
+    ours: NDArray[np.bool_] = np.isin(objects.classes, (TO_CORRECT, CORRECTED))
+    ours |= (objects.names == OUR_REGION) & (objects.classes == "")
+    return ours
 
 
 def read_corrected_rois(path: Path, image: str) -> tuple[shapely.Geometry, ...]:

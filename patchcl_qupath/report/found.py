@@ -8,6 +8,7 @@ from pathlib import Path
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.imported import imported_nuclei
+from patchcl_qupath.storage.files import digest
 from patchcl_qupath.storage.layout import CHANGES, FIGURES
 from patchcl_qupath.storage.records import (
     ChangesRecord,
@@ -198,15 +199,20 @@ def find_models(project: Project, images: list[FoundImage]) -> list[FoundModel]:
 
 
 def find_runs(project: Project, images: list[FoundImage]) -> list[FoundRun]:
-    """The runs that made the nuclei which are there."""
-    runs: dict[str, FoundRun] = {}
+    """The runs that made the nuclei which are there.
+
+    A run goes on with other settings that its tiles do not depend on, such as a class of nuclei:
+    that is another one here.
+    """
+    runs: dict[tuple[str, str], FoundRun] = {}
     for image in images:
         if image.result is None:
             continue
         run = image.result.run
-        if run not in runs:
+        key = run, digest(image.result.config)
+        if key not in runs:
             record = read_record(project.layout.run_record(run), RunRecord)
             versions = record.versions if record else {}
-            runs[run] = FoundRun(id=run, result=image.result, versions=versions)
-        runs[run].images.append(image.name)
+            runs[key] = FoundRun(id=run, result=image.result, versions=versions)
+        runs[key].images.append(image.name)
     return list(runs.values())

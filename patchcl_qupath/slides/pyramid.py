@@ -19,6 +19,9 @@ from patchcl_qupath.slides.tiff import open_tiff
 from patchcl_qupath.storage.files import content_file
 
 PILLOW_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp"}
+# Of files of images, also those that only QuPath reads: what else follows a dot belongs to a name.
+IMAGE_SUFFIXES = {*FORMATS, *PILLOW_SUFFIXES, ".svs", ".ndpi", ".tif", ".tiff", ".qptiff", ".zarr"}
+IMAGE_SUFFIXES |= {".afi", ".btf", ".gif", ".jp2", ".lif", ".lsm", ".oir", ".tf2", ".tf8", ".vsi"}
 ANY = Selection()
 
 _opening = threading.Lock()  # warnings.catch_warnings is not thread-safe

@@ -197,7 +197,9 @@ def _pick(values: Tensor, index: Tensor) -> Tensor:
 
 
 def blur(maps: Tensor, sigma_px: float) -> Tensor:
-    """Gaussian blur of maps (B, 1, H, W), mirrored at the border."""
+    """Gaussian blur of maps (B, 1, H, W), mirrored at the border; a sigma of 0 is none."""
+    if not sigma_px:
+        return maps
     radius = min(math.ceil(3 * sigma_px), min(maps.shape[2:]) - 1)
     x = torch.arange(-radius, radius + 1, device=maps.device) / sigma_px
     taps = torch.softmax(-0.5 * x**2, dim=0)  # (2 * radius + 1,)
