@@ -61,7 +61,8 @@ beside its weights in `patchcl/models`.
 
 A model keeps the settings of `patchcl` and `selftrain` with which it was trained. To change these,
 pass `--retrain`, or another name with `--model`. Settings of `slide` and `segment` apply to the
-run.
+run. `refine` takes `engine` and those of `cdcl`; all others are those of the model that it begins
+with.
 """
 
 

@@ -123,6 +123,8 @@ def run(
         settings = overrides.of(load_config(reading.config))
         project, entries = _open(common, reading=reading, writing=writing)
         _check_engine(settings)
+        if overrides.seed is not None and not retrain:
+            _check_seed(project, name, overrides.seed)
         click.echo(f"Nuclei are written by {project.backend}", err=True)
         from patchcl_qupath.finished import all_finished
 
@@ -165,8 +167,10 @@ def train(*, common: Common, reading: Reading, name: str, seed: int | None) -> N
         project, entries = _open(common, reading=reading)
         if seed is not None:
             settings = replace(settings, patchcl=replace(settings.patchcl, seed=seed))
+        from patchcl_qupath import pipeline
+
         with _at_work(project), console.progress_bars() as progress:
-            model = _train(project, entries, settings, name=name, progress=progress)
+            model = pipeline.train_as(name, project, entries, settings, progress)
         path = project.layout.model(name)
         if common.as_json:
             console.print_json(
@@ -248,7 +252,8 @@ def refine(
             start = Model.load(_existing_model(project, name))
             path = project.layout.model(new_name)
             check_writable(path.parent)
-            start = replace(start, config=replace(start.config, cdcl=settings.cdcl))
+            config = replace(start.config, engine=settings.engine, cdcl=settings.cdcl)
+            start = replace(start, config=config)
             found: dict[str, Corrections] = {}
             model = pipeline.refine(project, entries, start, labels_from, progress, seed, found)
             model.save(path.parent, new_name)
@@ -466,6 +471,19 @@ def _check_engine(settings: Config) -> None:
         raise ConfigError("OpenVINO runs on CPUs: leave out --device cuda, or use --engine torch")
 
 
+def _check_seed(project: Project, name: str, seed: int) -> None:
+    """Raise ConfigError where the model that there is was trained with another seed."""
+    from patchcl_qupath.storage.records import ModelRecord, read_record
+
+    record = read_record(project.layout.model(name).with_suffix(".json"), ModelRecord)
+    trained_with = record.config.get("patchcl", {}).get("seed") if record else None
+    if trained_with not in (None, seed):
+        raise ConfigError(
+            f"the model {name} was trained with seed {trained_with}: pass --retrain to train it "
+            f"anew, or train another, by `patchcl-qp train --seed {seed} --model NAME`"
+        )
+
+
 def _open(
     common: Common, *, reading: Reading | None = None, writing: Writing | None = None
 ) -> tuple[Project, list[ImageEntry]]:
@@ -538,7 +556,7 @@ def _load_or_train(
 
     missing_default = name == DEFAULT_MODEL and not project.layout.model(name).exists()
     if retrain or missing_default:
-        return _train(project, entries, settings, name=name, progress=progress)
+        return pipeline.train_as(name, project, entries, settings, progress)
     path = _existing_model(project, name)
     model = Model.load(path)
     pipeline.check_resolution(model, settings, name)  # before workers are started for it
@@ -562,26 +580,6 @@ def _existing_model(project: Project, name: str) -> Path:
         f"no model {name} in {project.path}: {hint} Only the model {DEFAULT_MODEL} is trained by "
         f"itself: to have another, `patchcl-qp train {project.path} --model {name}`"
     )
-
-
-def _train(
-    project: Project,
-    entries: Sequence[ImageEntry],
-    settings: Config,
-    *,
-    name: str,
-    progress: ShowProgress,
-) -> Model:
-    """Train a model, and save it in the project under that name."""
-    from patchcl_qupath import pipeline
-    from patchcl_qupath.storage.files import check_writable
-
-    path = project.layout.model(name)
-    check_writable(path.parent)
-    model = pipeline.train(entries, settings, progress)
-    model.save(path.parent, name)
-    logger.info("model %s trained and saved: %s", name, path)
-    return model
 
 
 def _write_report(project: Project) -> Path | None:

@@ -84,7 +84,7 @@ def train(
     ``images`` are names or ids; all where there are none. ``settings`` are those of the guide, as a
     ``Config`` or as nested dictionaries. ``show`` is called with each
     ``Progress``. Takes three to seven minutes on two cores with the default settings. Raises
-    TrainingError.
+    TrainingError; ConfigError for the name of a refined model.
 
     >>> steps = {"first_steps": 40, "steps": 120}
     >>> quick = {"patchcl": {"max_steps": 60, "crops": 16}, "selftrain": steps}
@@ -92,12 +92,11 @@ def train(
     >>> model.mpp
     0.5
     """
-    folder = project.layout.model(name).parent
-    check_writable(folder)
+    check_writable(project.layout.model(name).parent)
     with exclusive_lock(project.layout.root):
-        model = pipeline.train(_entries(project, images), _config(settings), show or hide_progress)
-        model.save(folder, name)
-    return model
+        return pipeline.train_as(
+            name, project, _entries(project, images), _config(settings), show or hide_progress
+        )
 
 
 def load_model(project: Project, name: str = "patchcl") -> Model:

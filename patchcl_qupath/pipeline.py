@@ -59,14 +59,17 @@ from patchcl_qupath.segmentation.tiling import largest_first, plan
 from patchcl_qupath.segmentation.unlikely import surest_nuclei
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.storage.files import check_writable
 from patchcl_qupath.storage.parquet import write_uncertainty_grid
 from patchcl_qupath.storage.records import (
     ImageOutcome,
     Imported,
+    ModelRecord,
     Provenance,
     RegionRecord,
     ResultRecord,
     SlideProvenance,
+    read_record,
 )
 from patchcl_qupath.timing import Seconds, add_seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
@@ -88,6 +91,32 @@ def train(entries: Sequence[ImageEntry], config: Config, progress: ShowProgress)
         return model
     model = selftrain.train(crops, model, progress)
     return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
+
+
+def train_as(
+    name: str,
+    project: Project,
+    entries: Sequence[ImageEntry],
+    config: Config,
+    progress: ShowProgress,
+) -> Model:
+    """Train a model, and save it in the project under a name.
+
+    Raises ConfigError for the name of a refined model: it would be gone, and another one, which has
+    seen no correction, in its place.
+    """
+    path = project.layout.model(name)
+    record = read_record(path.with_suffix(".json"), ModelRecord)
+    if record is not None and "refined_from" in record.training and path.exists():
+        raise ConfigError(
+            f"the model {name} was made by `patchcl-qp refine`: to refine anew, do that again; to "
+            "train without corrections, give the model another name"
+        )
+    check_writable(path.parent)
+    model = train(entries, config, progress)
+    model.save(path.parent, name)
+    logger.info("model %s trained and saved: %s", name, path)
+    return model
 
 
 def refine(

@@ -11,22 +11,24 @@ import pytest
 import shapely
 import torch
 from click.testing import CliRunner
+from msgspec import structs
 from slides import scene, write_tiff
 from test_network import selftraining_log
 from test_selftrain import nuclei_images
 
 from patchcl_qupath import cli, pipeline
-from patchcl_qupath.config import CORRECTED, CDCLConfig, Config
+from patchcl_qupath.config import CORRECTED, CDCLConfig, Config, from_dict
 from patchcl_qupath.correction import labels
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
 from patchcl_qupath.evaluation.metrics import aji
 from patchcl_qupath.models.model import Model, confidence
-from patchcl_qupath.models.network import ConfidenceNetwork
+from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
 from patchcl_qupath.project import open_project
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.prepare import TrainingCrops, prepare
 from patchcl_qupath.slides.stains import StainNormaliser
+from patchcl_qupath.storage.records import CDCLLog
 from patchcl_qupath.training import cdcl, selftrain
 from patchcl_qupath.training.pseudo_labels import PseudoLabels
 from patchcl_qupath.training.selftrain import LabelledCrop
@@ -35,6 +37,7 @@ from patchcl_qupath.training.supervision import TrainingSample, targets
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
 CONFIG = CDCLConfig()
+WIDTHS = Config().selftrain.widths
 
 
 # ---------------------------------------------------------------- losses
@@ -359,6 +362,47 @@ def test_a_project_without_rois_is_refused(folder, model):
     project = open_project(folder, "files")
     with pytest.raises(TrainingError, match="no image has an annotation of class Done"):
         pipeline.refine(project, project.images(), model, "Done", lambda *_: None)
+
+
+@pytest.mark.parametrize("command", [("run", "--retrain"), ("train",)])
+def test_a_refined_model_is_not_replaced_by_one_without_corrections(folder, command):
+    losses = {"cdcl": [{"labelled": 1.0}], "refined_from": "x"}
+    log = CDCLLog(**structs.asdict(selftraining_log()), **losses)
+    refined = Model(network=NucleusNetwork(WIDTHS).eval(), config=Config(), training=log)
+    path = refined.save(folder / "patchcl" / "models", "refined")
+    before = path.read_bytes()
+    result = CliRunner().invoke(cli.main, [*command, str(folder), "--model", "refined"])
+    assert result.exit_code == 2
+    assert "the model refined was made by `patchcl-qp refine`" in result.output
+    assert path.read_bytes() == before
+
+
+def test_a_seed_of_a_model_that_is_there_is_refused(folder):
+    model = Model(network=NucleusNetwork(WIDTHS).eval(), config=Config())
+    model.save(folder / "patchcl" / "models", "patchcl")
+    result = CliRunner().invoke(cli.main, ["run", str(folder), "--seed", "3"])
+    assert result.exit_code == 2
+    assert "the model patchcl was trained with seed 0: pass --retrain" in result.output
+
+
+def test_a_model_is_refined_by_the_engine_that_is_asked_for(folder, tmp_path, monkeypatch):
+    config = from_dict({"engine": "openvino", "cdcl": {"steps": 9}})
+    network = NucleusNetwork(WIDTHS).eval()
+    model = Model(network=network, config=config, training=selftraining_log())
+    model.save(folder / "patchcl" / "models", "patchcl")
+    settings = tmp_path / "settings.toml"
+    settings.write_text('engine = "torch"\n[cdcl]\nsteps = 7\n')
+    given = []
+
+    def refine(project, entries, start, *_):
+        given.append((start.config.engine, start.config.cdcl.steps))
+        return start
+
+    monkeypatch.setattr(pipeline, "refine", refine)
+    for options in ((), ("--config", str(settings))):
+        result = CliRunner().invoke(cli.main, ["refine", str(folder), *options])
+        assert result.exit_code == 0, result.output
+    assert given == [("auto", CONFIG.steps), ("torch", 7)]
 
 
 def test_a_model_of_patchcl_alone_is_refused(folder, model):
