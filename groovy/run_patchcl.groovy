@@ -135,6 +135,7 @@ class Task {
 class TaskOutcome {
 
     String status   // 'done', 'failed' or 'cancelled'
+    boolean complete   // no image failed
     Instant began
     List<String> lastLines = []   // of its output
 }
@@ -194,7 +195,8 @@ static TaskOutcome outcomeOfBatch(Task task) {
             JsonParser.parseString(Files.readString(task.receipt)).getAsJsonObject() : null
     if (ran?.get('qupath_pid')?.getAsLong() != ProcessHandle.current().pid())
         throw new IllegalStateException('patchcl-qp did not start: see the error of the first image.')
-    return new TaskOutcome(status: 'done', began: Instant.parse(ran.get('began').getAsString()))
+    return new TaskOutcome(status: 'done', complete: ran.get('status')?.getAsString() == 'done',
+            began: Instant.parse(ran.get('began').getAsString()))
 }
 
 static List<String> commandLine(Task task, String command, Map options) {
@@ -238,6 +240,7 @@ static TaskOutcome runTask(Task task, List<String> arguments, Instant began) {
     }
     TaskOutcome outcome = new TaskOutcome(began: began, lastLines: progress.lastLines)
     outcome.status = progress.cancelled ? 'cancelled' : exitStatus == 0 ? 'done' : 'failed'
+    outcome.complete = outcome.status == 'done'
     writeReceipt(task.receipt, [
         status     : outcome.status,
         exit_status: exitStatus,
@@ -252,9 +255,11 @@ static TaskOutcome runTask(Task task, List<String> arguments, Instant began) {
 
 /** Imports the result into the image, and reports the outcome, which the script knows that asked for it. */
 void showResult(Task task, TaskOutcome outcome, boolean watched, boolean asked) {
-    // Also after a failure: one image fails, the others are done. Some disks round times to 2 s.
+    // Also after a failure: one image fails, the others are done. Some disks round times to 2 s. A run that finds an
+    // image as it would leave it writes nothing: its nuclei may still not be in the image that is open.
     boolean found = task.what != 'refine' && Files.exists(task.result) &&
-            !Files.getLastModifiedTime(task.result).toInstant().isBefore(outcome.began.minusSeconds(2))
+            (task.subcommand == 'run' && outcome.complete ||
+            !Files.getLastModifiedTime(task.result).toInstant().isBefore(outcome.began.minusSeconds(2)))
     boolean shown = true
     if (found && watched)
         shown = importInWindow(task)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,12 @@ from patchcl_qupath.project.imported import imported_nuclei
 from patchcl_qupath.report.found import find_image
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.status import image_status
-from patchcl_qupath.storage.records import Imported, ReceiptRecord, write_record
+from patchcl_qupath.storage.records import (
+    Imported,
+    ReceiptRecord,
+    data_signature,
+    write_record,
+)
 
 ROOT = Path(__file__).parent.parent
 SLIDE = ROOT / "sample_project" / "CMU-1-Small-Region.svs"
@@ -329,6 +335,52 @@ def test_an_import_that_nobody_saved_is_none(tmp_path: Path, saved: bool) -> Non
     later = project.layout.receipt(entry.id).stat().st_mtime + 5
     os.utime(project.layout.result(entry.id), (later, later))
     assert image_status(project, entry).imported is None
+
+
+def imported(folder: Path, **more: Any) -> tuple[Any, Any, ReceiptRecord]:
+    """A project with nuclei on disk, its image, and a receipt of their import."""
+    project = open_project(qupath.make_project(folder / "project", SLIDE, ["a.svs"]), "files")
+    (entry,) = project.images()
+    write(project, entry, 1, "both")
+    data = project.data(entry)
+    data.parent.mkdir(parents=True)
+    data.write_bytes(b"with nuclei")
+    none = {"left_out": 0, "removed": 0, "kept": 0, "rois": 0, "rois_kept": 0}
+    numbers = {"added": 210, **none, "data": data_signature(data), **more}
+    receipt = ReceiptRecord(image="a.svs", run="run 1", imported="2026-11-26T01:08", **numbers)
+    write_record(project.layout.receipt(entry.id), receipt)
+    return project, entry, receipt
+
+
+def test_nuclei_are_in_the_image_that_was_saved_with_them_or_a_later_one(tmp_path: Path) -> None:
+    project, entry, receipt = imported(tmp_path)
+    data, file = project.data(entry), project.layout.receipt(entry.id)
+    assert imported_nuclei(project, entry) == receipt.nuclei
+    at = file.stat().st_mtime
+    earlier = tmp_path / "earlier"
+    earlier.write_bytes(b"of before")
+    os.utime(earlier, (at - 3600, at - 3600))
+    shutil.copy2(earlier, data)  # a backup, with its time
+    assert imported_nuclei(project, entry) is None
+    os.utime(data, (at + 3600, at + 3600))  # a person saved it
+    assert imported_nuclei(project, entry) == receipt.nuclei
+    data.unlink()
+    assert imported_nuclei(project, entry) is None
+
+
+@pytest.mark.parametrize(("objects", "there"), [(212, True), (150, True), (1, False)])
+def test_an_import_is_not_in_an_image_that_was_saved_without_it(
+    tmp_path: Path, objects: int, there: bool
+) -> None:
+    """Imported in the window and closed; the next day a person draws something, and saves."""
+    project, entry, receipt = imported(tmp_path, saved=False, data=None)
+    data = project.data(entry)
+    later = project.layout.receipt(entry.id).stat().st_mtime + 86400
+    os.utime(data, (later, later))
+    summary = {"hierarchy": {"nObjects": objects}}
+    data.with_name("summary.json").write_text(json.dumps(summary), "utf-8")
+    again = open_project(project.path, "files")
+    assert imported_nuclei(again, entry) == (receipt.nuclei if there else None)
 
 
 def test_numbers_in_words() -> None:

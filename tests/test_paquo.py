@@ -477,6 +477,35 @@ def test_failed_save_restores_the_data(path: Path, monkeypatch: pytest.MonkeyPat
     assert [file.name for file in data.parent.iterdir()] == ["data.qpdata"]
 
 
+@pytest.mark.parametrize("error", [ImageError("a.svs: QuPath's process died"), KeyboardInterrupt()])
+def test_what_a_person_saved_meanwhile_is_kept(
+    path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """QuPath's process ends before it saved, and the image is given back as it was before."""
+    monkeypatch.setattr(backend, "find_qupath", lambda _: "no version")
+    data = path.parent / "data" / "1" / "data.qpdata"
+    data.parent.mkdir(parents=True)
+    yesterday, morning = (
+        b"\xac\xed\x00\x05 %s t\x00\x03EOF" % text for text in (b"yesterday", b"a morning's work")
+    )
+    data.write_bytes(yesterday)
+    project, entry = opened(path, Process(None, path.with_name("qupath.log")))
+
+    def fail(*_: object) -> None:
+        new = data.with_name("new")
+        new.write_bytes(morning)
+        new.replace(data)
+        raise error
+
+    monkeypatch.setattr(project.process, "start", lambda: None)
+    monkeypatch.setattr(project.process, "ask", fail)
+    with pytest.raises(type(error)):
+        write(project, entry, FEW)
+    kept = {file.read_bytes() for file in project.layout.backups(entry.id).iterdir()}
+    assert kept == {yesterday, morning}
+    assert data.read_bytes() in kept
+
+
 def test_folder_of_images_that_cannot_be_written_to(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

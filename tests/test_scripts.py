@@ -139,6 +139,15 @@ def test_qupath_runs_patchcl_once_and_shows_all_images(
         assert imported["added"] == result["nuclei"] > 100
         assert (project.parent / "data" / number / "data.qpdata").stat().st_size > 10_000
 
+    # A run that finds nothing to do still has nuclei for images that are without them.
+    for folder in ("data", "patchcl/imported"):
+        shutil.rmtree(project.parent / folder)
+    times = [path.stat().st_mtime_ns for path in output.glob("results/*/result.json")]
+    log = qupath.run_script(project, project.parent / "scripts" / "run_patchcl.groovy")
+    assert "ERROR" not in log, log
+    assert [path.stat().st_mtime_ns for path in output.glob("results/*/result.json")] == times
+    assert len([*output.glob("imported/*.json")]) == 2
+
 
 # What a person does in the ROIs of the image named WHERE.
 CORRECT = """

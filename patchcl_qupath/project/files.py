@@ -48,6 +48,7 @@ from patchcl_qupath.storage.records import (
     RegionSummary,
     ResultRecord,
     RoisRecord,
+    data_signature,
     read_record,
     write_record,
 )
@@ -217,9 +218,23 @@ class FilesProject:
             to_correct=_count(counts.get(TO_CORRECT)),
             corrected=_count(counts.get(CORRECTED)),
             is_current=imported >= made > 0,
-            is_saved=receipt is None or receipt.saved or saved >= imported,
+            is_saved=receipt is None or self._has_import(entry, receipt, objects.get("nObjects")),
             saved_later=saved > imported + saving,
         )
+
+    def _has_import(self, entry: ImageEntry, receipt: ReceiptRecord, objects: object) -> bool:
+        """Whether what an import did is saved in the image, of which QuPath counted ``objects``.
+
+        An image that is older than its import is another one: a copy of earlier, say. One that was
+        imported into, but not saved then, may have been saved later without it.
+        """
+        data = self.data(entry)
+        saved, imported = _modified(data), _modified(self.layout.receipt(entry.id))
+        if receipt.saved:
+            as_known = receipt.data is None or receipt.data == data_signature(data)
+            return saved > 0 and (as_known or saved > imported)
+        has_room = not isinstance(objects, int) or 2 * objects >= receipt.added
+        return saved >= imported and has_room
 
     def summarise(self, entry: ImageEntry) -> tuple[RegionSummary, ...]:
         """Only QuPath can read an image's objects. Raises ImageError."""

@@ -34,7 +34,7 @@ from patchcl_qupath.project.compiled_scripts import compiled_script
 from patchcl_qupath.project.names import in_qupath
 from patchcl_qupath.storage.files import copy_once
 from patchcl_qupath.storage.parquet import read_nuclei
-from patchcl_qupath.storage.records import FileSignature, RegionSummary, file_signature
+from patchcl_qupath.storage.records import FileSignature, RegionSummary, data_signature
 
 logger = logging.getLogger(__name__)
 
@@ -536,14 +536,6 @@ class _QuPath:
 def _data_file(image: Image) -> Path:
     """QuPath's file of an image's objects."""
     return image.project.parent / "data" / image.entry_id / "data.qpdata"
-
-
-def data_signature(path: Path) -> FileSignature | None:
-    """The signature of a file; None if it is missing."""
-    try:
-        return file_signature(path)
-    except OSError:
-        return None
 
 
 def _number(value: Any) -> float | None:

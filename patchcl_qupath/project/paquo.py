@@ -38,7 +38,6 @@ from patchcl_qupath.project.jvm import (
     Summarise,
     Write,
     damaged,
-    data_signature,
 )
 from patchcl_qupath.project.protocol import Backend, BackendKind
 from patchcl_qupath.storage.files import copy_once, remove_folder, replace_file, writing
@@ -49,6 +48,7 @@ from patchcl_qupath.storage.records import (
     ReceiptRecord,
     RegionSummary,
     ResultRecord,
+    data_signature,
     read_record,
     write_record,
 )
@@ -243,7 +243,8 @@ class PaquoProject:
         counts = self._change(entry, question).counts
         now = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"image": entry.name, "run": run, "imported": now}
-        receipt = msgspec.convert(about | counts, ReceiptRecord)
+        saved = data_signature(self.files.data(entry))
+        receipt = msgspec.convert(about | counts | {"data": saved}, ReceiptRecord)
         write_record(self.layout.receipt(entry.id), receipt)
         return receipt
 
@@ -254,13 +255,16 @@ class PaquoProject:
     def summarise(self, entry: ImageEntry) -> tuple[RegionSummary, ...]:
         """Count the nuclei in the `PatchCL` annotations of the image anew, and save it."""
         receipt = self.layout.receipt(entry.id)
-        was_ours = not self.qupath_summary(entry).saved_later
+        before, record = self.qupath_summary(entry), read_record(receipt, ReceiptRecord)
         image, results = self._image(entry), self.layout.results(entry.id)
         regions = self._change(entry, Summarise(image=image, results=results)).regions
         if not regions:
             raise ImageError(f"{entry.name} has no PatchCL annotation: do `patchcl-qp run` first")
-        if was_ours and receipt.exists():
-            os.utime(receipt)  # a save of ours is not one of a person
+        if record is not None and not before.saved_later:  # nor is it now, by a person
+            if before.is_saved:
+                saved = data_signature(self.files.data(entry))
+                record = msgspec.structs.replace(record, saved=True, data=saved)
+            write_record(receipt, record)
         return regions
 
     def remove(self, entry: ImageEntry) -> str:
@@ -324,7 +328,8 @@ class PaquoProject:
     def _restored_on_error(self, entry: ImageEntry, data: Path) -> Iterator[None]:
         """Restore an image's data on an error; back them up before our first write."""
         before = data.with_name(data.name + ".patchcl-before")
-        existed = data.exists()
+        signature = data_signature(data)
+        existed = signature is not None
         with writing(before):  # and QuPath can write there, too
             before.parent.mkdir(parents=True, exist_ok=True)
         if existed:
@@ -336,6 +341,7 @@ class PaquoProject:
         except NotWrittenError:
             raise  # what is there now may be somebody else's
         except BaseException:
+            self._keep_other_save(entry, data, signature)
             if existed:
                 replace_file(before, data)
             else:
@@ -344,6 +350,15 @@ class PaquoProject:
             raise
         finally:
             before.unlink(missing_ok=True)  # it remains if both are names of one file
+
+    def _keep_other_save(self, entry: ImageEntry, data: Path, before: FileSignature | None) -> None:
+        """Copy an image's data that somebody saved meanwhile to where our copies are."""
+        now = data_signature(data)
+        if now is None or now == before or not _is_whole(data):
+            return
+        kept = self.layout.backups(entry.id) / f"{data.name}.{now.modified_ns}"
+        copy_once(data, kept)
+        logger.warning("%s: what was saved meanwhile is in %s", entry.name, kept)
 
 
 def _last_version(data: Path) -> Path:

@@ -579,6 +579,7 @@ class ReceiptRecord(
     (see ``Imported``); of other objects ``kept``; of ROIs to correct that were marked, and kept; of
     detections in them that became annotations, which a person can reshape (``reshapable``). Not
     ``saved``: the image is saved by QuPath, or by a person, later than this file, or not at all.
+    ``data`` is QuPath's file of the image as it was saved with them, where that is known.
     groovy/import_nuclei.groovy writes it, too.
     """
 
@@ -586,6 +587,7 @@ class ReceiptRecord(
     run: str
     imported: str
     saved: bool = True
+    data: FileSignature | None = None
     added: int
     left_out: int
     left_out_kept: int = 0
@@ -662,6 +664,14 @@ def file_signature(path: Path) -> FileSignature:
     """Size and time of a file, or of the metadata of an OME-Zarr. Raises OSError."""
     stat = content_file(path).stat()
     return FileSignature(bytes=stat.st_size, modified_ns=stat.st_mtime_ns)
+
+
+def data_signature(path: Path) -> FileSignature | None:
+    """The signature of a file; None if it is missing."""
+    try:
+        return file_signature(path)
+    except OSError:
+        return None
 
 
 def to_plain(record: Any) -> Any:
