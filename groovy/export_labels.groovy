@@ -145,7 +145,7 @@ static Map<String, Integer> exportLabels(PathObjectHierarchy hierarchy, Imported
         other_programs: others*.getID()*.toString(),
     ]))
     Files.createDirectories(file.getParent())
-    Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')
+    Path temporary = file.resolveSibling("${file.getFileName()}.${UUID.randomUUID()}.partial")
     Files.writeString(temporary, GsonTools.getInstance().toJson(content))
     Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
     int contours = objects.count { PathObjectTools.getROI(it, true).isArea() }

@@ -91,7 +91,7 @@ static void exportStains(ImageData<?> imageData, Path file) {
 /** Writes a file atomically. */
 static void write(Path file, Closure<?> content) {
     Files.createDirectories(file.getParent())
-    Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')
+    Path temporary = file.resolveSibling("${file.getFileName()}.${UUID.randomUUID()}.partial")
     Files.newOutputStream(temporary).withCloseable(content)
     Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
 }

@@ -1774,7 +1774,7 @@ static void writeGiven(ImageData<?> imageData, Given given) {
 @CompileStatic
 static void writeObjects(Path file, Collection<PathObject> objects) {
     Files.createDirectories(file.getParent())
-    Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')
+    Path temporary = file.resolveSibling("${file.getFileName()}.${UUID.randomUUID()}.partial")
     Files.newOutputStream(temporary).withCloseable { OutputStream stream ->
         PathIO.exportObjectsAsGeoJSON(stream, objects, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
     }
@@ -1783,7 +1783,7 @@ static void writeObjects(Path file, Collection<PathObject> objects) {
 
 static void writeReceipt(Path file, Map receipt) {
     Files.createDirectories(file.getParent())
-    Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')
+    Path temporary = file.resolveSibling("${file.getFileName()}.${UUID.randomUUID()}.partial")
     Files.writeString(temporary, GsonTools.getInstance(true).toJson(receipt))
     Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
 }

@@ -576,7 +576,7 @@ class Review {
 
     void writeState() {
         Files.createDirectories(folder)
-        Path temporary = Files.createTempFile(folder, 'review.json', '.partial')
+        Path temporary = folder.resolve("review.json.${UUID.randomUUID()}.partial")
         Files.writeString(temporary, GsonTools.getInstance(true).toJson([
             roi: current.id, nucleus: nucleus?.getID()?.toString(), accepted: accepted.findAll { id, nuclei -> nuclei },
         ]))

@@ -454,7 +454,7 @@ static void stop(Process process) {
 }
 
 static void writeReceipt(Path file, Map receipt) {
-    Path temporary = Files.createTempFile(file.getParent(), file.getFileName().toString(), '.partial')
+    Path temporary = file.resolveSibling("${file.getFileName()}.${UUID.randomUUID()}.partial")
     Files.writeString(temporary, GsonTools.getInstance(true).toJson(receipt))
     Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
 }

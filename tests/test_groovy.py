@@ -155,7 +155,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     logs.append(qupath.run_script(project, IMPORT))
     given.append(receipts())
     seen.append(looked(LOOK))
-    return SimpleNamespace(written=written, logs=logs, seen=seen, receipts=given)
+    return SimpleNamespace(written=written, logs=logs, seen=seen, receipts=given, folder=patchcl)
 
 
 @pytest.mark.parametrize("image", [DETECTIONS, EDITED, DISCARDED])
@@ -258,6 +258,11 @@ def test_each_image_has_a_receipt(story: SimpleNamespace) -> None:
         shown = {image for image in receipts if image != DAMAGED}
         assert {receipts[image]["run"] for image in shown} == {f"run {run}"}
         assert receipts[NONE]["added"] == 0
+    # Others of a shared project may read them, as they may what Python writes.
+    folder = story.folder
+    modes = {file.stat().st_mode for file in folder.glob("imported/*.json")}
+    assert modes == {(folder / "results" / "1" / "result.json").stat().st_mode}
+    assert not [*folder.rglob("*.partial*")]
 
 
 def test_images_are_saved_once(story: SimpleNamespace) -> None:

@@ -477,6 +477,15 @@ def test_failed_save_restores_the_data(path: Path, monkeypatch: pytest.MonkeyPat
     assert [file.name for file in data.parent.iterdir()] == ["data.qpdata"]
 
 
+def test_an_image_that_never_had_nuclei_is_not_opened_to_remove_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "find_qupath", lambda _: "no version")
+    project, entry = opened(path, Process(None, path.with_name("qupath.log")))
+    assert project.remove(entry) == "no nuclei"
+    assert not (path.parent / "data" / "1").exists()
+
+
 @pytest.mark.parametrize("error", [ImageError("a.svs: QuPath's process died"), KeyboardInterrupt()])
 def test_what_a_person_saved_meanwhile_is_kept(
     path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException

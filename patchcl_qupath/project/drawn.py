@@ -81,7 +81,7 @@ def read_drawn(path: Path, image: str) -> list[DrawnRegion]:
             f"{image}: its annotations were not exported ({path} is missing): {_EXPORT}"
         ) from None
     except Exception as error:  # not JSON, of any other form
-        raise ImageError(f"{image}: {path} is damaged: {_EXPORT}") from error
+        raise ImageError(f"{image}: {path} {_flaw(error)}: {_EXPORT}") from error
     found = objects.take(~shapely.is_missing(objects.areas) & ~objects.missing)
     columns = (found.areas, found.ids, found.names, found.classes, found.kinds, found.case_ids)
     return [
@@ -133,7 +133,7 @@ def read_stains(path: Path, image: str) -> StainVectors | None:
         return None
     except Exception as error:  # not JSON, of any other form
         raise ImageError(
-            f"{image}: {path} is damaged: run groovy/export_regions.groovy on it in QuPath, or "
+            f"{image}: {path} {_flaw(error)}: run groovy/export_regions.groovy on it in QuPath, or "
             "delete the file, then run again"
         ) from error
     if problem:
@@ -216,6 +216,11 @@ def read_corrected_rois(path: Path, image: str) -> tuple[shapely.Geometry, ...]:
     return tuple(rois)
 
 
+def _flaw(error: Exception) -> str:
+    """Why a file cannot be read, in words."""
+    return "may not be read" if isinstance(error, PermissionError) else "is damaged"
+
+
 def _exported(path: Path, image: str) -> Objects | None:
     """The objects that groovy/export_labels.groovy exported; None without a file."""
     if not path.exists():
@@ -224,7 +229,7 @@ def _exported(path: Path, image: str) -> Objects | None:
         return read_objects(path)
     except Exception as error:  # not JSON, of any other form
         raise ImageError(
-            f"{image}: {path} is damaged: run groovy/export_labels.groovy on it in QuPath again"
+            f"{image}: {path} {_flaw(error)}: run groovy/export_labels.groovy on it in QuPath again"
         ) from error
 
 

@@ -269,6 +269,10 @@ class PaquoProject:
 
     def remove(self, entry: ImageEntry) -> str:
         """Remove our nuclei from the image, except those that a person changed."""
+        ours = (self.layout.results(entry.id), self.layout.receipt(entry.id))
+        if not any(path.exists() for path in (self.files.data(entry), *ours)):
+            self.layout.rois(entry.id).unlink(missing_ok=True)
+            return "no nuclei"
         counts = self._change(entry, Remove(self._image(entry))).counts
         self.layout.rois(entry.id).unlink(missing_ok=True)
         remove_folder(self.layout.results(entry.id))
