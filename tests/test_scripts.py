@@ -139,14 +139,20 @@ def test_qupath_runs_patchcl_once_and_shows_all_images(
         assert imported["added"] == result["nuclei"] > 100
         assert (project.parent / "data" / number / "data.qpdata").stat().st_size > 10_000
 
-    # A run that finds nothing to do still has nuclei for images that are without them.
-    for folder in ("data", "patchcl/imported"):
-        shutil.rmtree(project.parent / folder)
-    times = [path.stat().st_mtime_ns for path in output.glob("results/*/result.json")]
-    log = qupath.run_script(project, project.parent / "scripts" / "run_patchcl.groovy")
-    assert "ERROR" not in log, log
-    assert [path.stat().st_mtime_ns for path in output.glob("results/*/result.json")] == times
-    assert len([*output.glob("imported/*.json")]) == 2
+    script = project.parent / "scripts" / "run_patchcl.groovy"
+    for fails in (False, True):  # a run with nothing to do; and one that says nothing of the images
+        for folder in ("data", "patchcl/imported"):
+            shutil.rmtree(project.parent / folder, ignore_errors=True)
+        for result_file in output.glob("results/*/result.json"):
+            os.utime(result_file, (1e9, 1e9))  # of an earlier day
+        if fails:
+            command = project.with_name("failing")
+            write_failing(command)
+            settings(script, command=f"'{command}'")
+        log = qupath.run_script(project, script)
+        assert ("Nothing to do for 2 images" in log, "ERROR" in log) == (not fails, fails), log
+        imported_now = [path.name for path in output.glob("imported/*.json")]
+        assert sorted(imported_now) == ([] if fails else ["1.json", "2.json"])
 
 
 # What a person does in the ROIs of the image named WHERE.
@@ -213,6 +219,13 @@ print(json.dumps({{"stage": "künstlich", "done": 2, "total": 2}}), file=sys.std
 sys.exit("zu spät")
 """
 
+
+def write_failing(command: Path) -> None:
+    """Write ``COMMAND`` as a program."""
+    command.write_text(COMMAND, "utf-8")
+    command.chmod(0o755)
+
+
 DRAW = """
 import qupath.lib.objects.PathObjects
 import qupath.lib.objects.classes.PathClass
@@ -236,8 +249,7 @@ def test_a_failed_run_is_reported(
         command = project.parents[1] / "two words" / "patchcl-qp"
         command.parent.mkdir()
         monkeypatch.setenv("PATH", f'"{command.parent}"{os.pathsep}{os.environ["PATH"]}')
-    command.write_text(COMMAND, "utf-8")
-    command.chmod(0o755)
+    write_failing(command)
     script = project.parent / "scripts" / "run_patchcl.groovy"
     script.write_text(DRAW + script.read_text("utf-8"), "utf-8")
     refined = project.parent / "patchcl" / "models" / "refined.pt"
