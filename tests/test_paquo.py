@@ -564,6 +564,7 @@ def test_lost_slide_is_refused_before_java_starts(tmp_path: Path) -> None:
     project = open_project(path, "paquo")
     (entry,) = project.images()
     assert entry.problem is not None
+    project.layout.results(entry.id).mkdir(parents=True)
     with pytest.raises(ImageError, match="put the file beside the project"):
         project.remove(entry)
     assert not (project.layout.root / "qupath.log").exists()
