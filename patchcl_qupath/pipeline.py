@@ -25,6 +25,7 @@ from patchcl_qupath.correction.labels import (
     pseudo_labelled_samples,
     read_corrected,
     training_samples,
+    with_copies,
 )
 from patchcl_qupath.datatypes import Corrections, ImageEntry, Tile
 from patchcl_qupath.errors import ConfigError
@@ -152,7 +153,8 @@ def refine(
     labelled = [sample for each in corrected for sample in training_samples(*each)]
     crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-    label = partial(pseudo_labelled_samples, crops=crops, images=corrected, report=choosing)
+    drawn = with_copies(corrected, entries)
+    label = partial(pseudo_labelled_samples, crops=crops, images=drawn, report=choosing)
     refining = counter(progress, Stage.REFINING)
     model = cdcl.refine(start, labelled, label, refining, seed)
     return calibrated(model, crops, counter(progress, Stage.CALIBRATING))

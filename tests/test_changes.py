@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import shapely
 from click.testing import CliRunner
+from msgspec import structs
 from PIL import Image
 
 from patchcl_qupath import cli, pipeline
-from patchcl_qupath.correction.changes import compare
+from patchcl_qupath.correction.changes import compare, finish
 from patchcl_qupath.datatypes import Box, Polygons
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.parquet import read_nuclei
-from patchcl_qupath.storage.records import ChangeCounts, ChangesRecord, read_record
+from patchcl_qupath.storage.records import (
+    ChangeCounts,
+    ChangesRecord,
+    RoiChangesRecord,
+    read_record,
+    write_record,
+)
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 ROI = shapely.box(0, 0, 200, 100)
@@ -72,6 +82,36 @@ def test_a_nucleus_counts_where_its_centroid_is() -> None:
     border, outside = discs((2, 50), (-2, 80)), discs((2.005, 50), (-2, 80))
     assert compare(ROI, border, outside, outside) == counts(kept=1, kept_now=1)
     assert compare(ROI, discs(), discs(), discs()) == counts()
+
+
+def test_a_contour_that_rounding_folded_is_compared(tmp_path: Path) -> None:
+    area = shapely.box(0, 0, 40, 40)
+    folded = shapely.Polygon([(10, 10), (30, 10), (30, 30), (20, 9.99), (10, 30)])
+    assert not folded.is_valid
+    drawn = shapely.get_coordinates(shapely.Point(20, 16).buffer(8))[:-1].ravel().tolist()
+    roi = RoiChangesRecord(
+        **structs.asdict(counts(added=1)),
+        x=0,
+        y=0,
+        width=40,
+        height=40,
+        geometry=json.loads(shapely.to_geojson(area)),
+        before=[],
+        corrected=[drawn],
+    )
+    layout = Layout(tmp_path)
+    record = ChangesRecord(model="a", model_name="refined", made="today", rois=(roi,))
+    write_record(layout.changes("1") / "changes.json", record)
+    segmented: Any = SimpleNamespace(
+        image=SimpleNamespace(
+            id="1", region=None, slide=SimpleNamespace(downsample=(1.0, 1.0), shape=(40, 40))
+        ),
+        contours_in=lambda box: np.array([folded]),
+        pixels=lambda box: np.zeros((*box.shape, 3), np.uint8),
+    )
+    found = finish(layout, segmented, "a", "run 1")
+    assert found is not None
+    assert found.added == 1
 
 
 def test_a_sentence_and_a_sum() -> None:

@@ -229,6 +229,26 @@ def test_in_corrected_rois_the_labels_of_crops_are_those_of_the_person():
     assert crop.labels.nuclei[100, 100] == 1  # as it was
 
 
+def test_crops_of_a_duplicate_have_what_was_drawn_on_either():
+    """QuPath duplicates an image for another person; the slide beside it is another one."""
+    one, copy, last = (ImageEntry(id_, id_, SLIDE) for id_ in "123")
+    beside = replace(one, id="4", series=1)
+    far, near = shapely.box(1500, 600, 1800, 900), shapely.box(600, 700, 1000, 1100)
+    drawn = [
+        (prepared(), Corrections((ROI,), (INSIDE, ACROSS))),
+        (
+            replace(prepared(), id="2"),
+            Corrections((near, far), (ACROSS, shapely.Point(1600, 700).buffer(9))),
+        ),
+    ]
+    found = labels.with_copies(drawn, [one, copy, last, beside])
+    assert [image.id for image, _ in found] == ["1", "2", "3"]
+    (_, first), (_, second), (_, third) = found
+    assert (first.rois, first.nuclei) == ((ROI, far), (INSIDE, ACROSS, drawn[1][1].nuclei[1]))
+    assert second == drawn[1][1]  # a ROI of the other meets one of this
+    assert third == first
+
+
 @pytest.mark.parametrize("roi", [shapely.box(400, 500, 420, 900), shapely.box(-90, 0, -10, 90)])
 def test_a_roi_that_is_too_small_or_outside_is_refused(roi):
     with pytest.raises(ImageError, match="less than 16 µm wide, or outside the image"):

@@ -96,7 +96,12 @@ def finish(layout: Layout, segmented: SegmentedImage, model: str, run: str) -> C
     ):
         return None
     rois = [
-        _after(roi, _at_level0(segmented.contours_in(box), box, image.slide), f"roi-{number}.jpg")
+        _after(
+            roi,
+            # Rounded as those before, they may be folded, too.
+            made_valid(_at_level0(segmented.contours_in(box), box, image.slide)),
+            f"roi-{number}.jpg",
+        )
         for number, (roi, box) in enumerate(zip(record.rois, boxes, strict=True))
     ]
     with atomic_write(folder) as new:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -227,6 +229,45 @@ def training_samples(image: PreparedImage, labels: Corrections) -> list[Training
         target[~inside] = 0
         samples.append(TrainingSample(image.normaliser.apply(slide.read(box)), target))
     return samples
+
+
+def with_copies(
+    images: Sequence[LabelledImage], entries: Sequence[ImageEntry]
+) -> list[LabelledImage]:
+    """Images with all that was drawn on the same pixels, for crops of them.
+
+    QuPath duplicates an image, for another person to correct. Crops of either have the corrected
+    ROIs of both, or a nucleus that was deleted in one would be taught by the other.
+    """
+
+    def pixels(entry: ImageEntry) -> tuple[object, ...]:
+        which = entry.path.resolve(), entry.series, entry.series_name
+        return *which, entry.size, entry.mpp, entry.use_bounds
+
+    by_id = {image.id: (image, labels) for image, labels in images}
+    drawn: dict[tuple[object, ...], list[LabelledImage]] = {}
+    for entry in entries:
+        if entry.id in by_id:
+            drawn.setdefault(pixels(entry), []).append(by_id[entry.id])
+    found = []
+    for entry in entries:
+        own_first = sorted(drawn.get(pixels(entry), ()), key=lambda each: each[0].id != entry.id)
+        if own_first:
+            labels = functools.reduce(_joined, (labels for _, labels in own_first))
+            found.append((replace(own_first[0][0], id=entry.id), labels))
+    return found
+
+
+def _joined(one: Corrections, other: Corrections) -> Corrections:
+    """What two people drew; where ROIs of both meet, what the first did."""
+    known = shapely.union_all(one.rois)
+    rois = [roi for roi in other.rois if not roi.intersects(known)]
+    new = shapely.union_all(rois)
+    return Corrections(
+        rois=(*one.rois, *rois),
+        nuclei=(*one.nuclei, *(each for each in other.nuclei if each.intersects(new))),
+        ignored=(*one.ignored, *(each for each in other.ignored if each.intersects(new))),
+    )
 
 
 def corrected_crops(

@@ -40,7 +40,7 @@ from patchcl_qupath.project.qpproj import (
     read_project,
 )
 from patchcl_qupath.slides.stain_vectors import H_DAB
-from patchcl_qupath.storage.files import read_json, readable
+from patchcl_qupath.storage.files import read_json, readable, remove_file
 from patchcl_qupath.storage.geojson import class_name
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import (
@@ -248,7 +248,7 @@ class FilesProject:
         from patchcl_qupath.project.results import write_removed
 
         results = self.layout.results(entry.id)
-        self.layout.rois(entry.id).unlink(missing_ok=True)
+        remove_file(self.layout.rois(entry.id))
         if not results.exists() and not self.layout.receipt(entry.id).exists():
             return "no nuclei"
         write_removed(results)

@@ -40,7 +40,13 @@ from patchcl_qupath.project.jvm import (
     damaged,
 )
 from patchcl_qupath.project.protocol import Backend, BackendKind
-from patchcl_qupath.storage.files import copy_once, remove_folder, replace_file, writing
+from patchcl_qupath.storage.files import (
+    copy_once,
+    remove_file,
+    remove_folder,
+    replace_file,
+    writing,
+)
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import (
     FileSignature,
@@ -271,12 +277,12 @@ class PaquoProject:
         """Remove our nuclei from the image, except those that a person changed."""
         ours = (self.layout.results(entry.id), self.layout.receipt(entry.id))
         if not any(path.exists() for path in (self.files.data(entry), *ours)):
-            self.layout.rois(entry.id).unlink(missing_ok=True)
+            remove_file(self.layout.rois(entry.id))
             return "no nuclei"
         counts = self._change(entry, Remove(self._image(entry))).counts
-        self.layout.rois(entry.id).unlink(missing_ok=True)
+        remove_file(self.layout.rois(entry.id))
         remove_folder(self.layout.results(entry.id))
-        self.layout.receipt(entry.id).unlink(missing_ok=True)
+        remove_file(self.layout.receipt(entry.id))
         return f"{counts['removed']:,} nuclei removed, {counts['kept']:,} other objects kept"
 
     def close(self) -> None:

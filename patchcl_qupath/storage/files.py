@@ -187,6 +187,12 @@ def remove_folder(folder: Path) -> None:
             shutil.rmtree(folder)
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there. Raises StorageError."""
+    with writing(path):
+        path.unlink(missing_ok=True)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
