@@ -397,12 +397,23 @@ def test_a_refined_model_is_not_replaced_by_one_without_corrections(folder, comm
     assert path.read_bytes() == before
 
 
-def test_a_seed_of_a_model_that_is_there_is_refused(folder):
+def test_a_seed_of_a_model_that_is_there_is_refused(folder, monkeypatch):
     model = Model(network=NucleusNetwork(WIDTHS).eval(), config=Config())
     model.save(folder / "patchcl" / "models", "patchcl")
     result = CliRunner().invoke(cli.main, ["run", str(folder), "--seed", "3"])
     assert result.exit_code == 2
     assert "the model patchcl was trained with seed 0: pass --retrain" in result.output
+    (folder / "patchcl" / "models" / "patchcl.pt").unlink()
+    seeds = []
+
+    def train_as(name, project, entries, config, progress):
+        seeds.append(config.patchcl.seed)
+        raise TrainingError("enough")
+
+    monkeypatch.setattr(pipeline, "train_as", train_as)
+    result = CliRunner().invoke(cli.main, ["run", str(folder), "--seed", "3"])
+    assert result.exit_code == 1
+    assert seeds == [3]
 
 
 def test_a_model_is_refined_by_the_engine_that_is_asked_for(folder, tmp_path, monkeypatch):
