@@ -374,8 +374,7 @@ def test_what_was_read_is_shown(folder: Path) -> None:
     found, (image,) = samples(folder)
     assert len(found) == 2
     assert image.in_words == (
-        "2 ROIs with 9 nuclei; no nuclei, left out: 3 objects of a class that QuPath ignores, "
-        "1 region or vessel, 2 points"
+        "2 ROIs with 9 nuclei; no nuclei, left out: 3 ignored objects, 1 region or vessel, 2 points"
     )
     assert (image.rois, image.nuclei) == (2, 9)
     assert image.left_out == {**NONE, "ignored": 3, "regions": 1, "points": 2}

@@ -36,10 +36,7 @@ LabelledImage = tuple[PreparedImage, Corrections]
 
 MAX_ROI_MM2 = 10.0  # the box around a larger ROI does not fit into the memory of a small machine
 _LEFT_OUT = {  # what each kind of object is called, one of it and several
-    "ignored": (
-        "object of a class that QuPath ignores, or in an area of such",
-        "objects of a class that QuPath ignores, or in areas of such",
-    ),
+    "ignored": ("ignored object", "ignored objects"),
     "regions": ("region or vessel", "regions or vessels"),
     "points": ("point", "points"),
     "lines": ("line", "lines"),
