@@ -473,12 +473,11 @@ def _check_engine(settings: Config) -> None:
 
 def _check_seed(project: Project, name: str, seed: int) -> None:
     """Raise ConfigError where the model that there is was trained with another seed."""
-    from patchcl_qupath.storage.records import ModelRecord, read_record
+    from patchcl_qupath.storage.records import read_model_record
 
-    path = project.layout.model(name)
-    record = read_record(path.with_suffix(".json"), ModelRecord)
+    record = read_model_record(project.layout.model(name))
     trained_with = record.config.get("patchcl", {}).get("seed") if record else None
-    if path.exists() and trained_with not in (None, seed):
+    if trained_with not in (None, seed):
         raise ConfigError(
             f"the model {name} was trained with seed {trained_with}: pass --retrain to train it "
             f"anew, or train another, by `patchcl-qp train --seed {seed} --model NAME`"

@@ -147,6 +147,11 @@ class ImageEntry:
     drawn: tuple[DrawnRegion, ...] = ()
     stains: StainVectors | None = None
 
+    @property
+    def source(self) -> tuple[Path, int | None, str | None]:
+        """The file, and which of its images this is: equal for entries of one slide."""
+        return self.path.resolve(), self.series, self.series_name
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnRegion:

@@ -29,10 +29,10 @@ from patchcl_qupath.storage.records import (
     ChangesRecord,
     FiguresRecord,
     ImageOutcome,
-    ModelRecord,
     Provenance,
     ResultRecord,
     file_signature,
+    read_model_record,
     read_record,
     to_plain,
 )
@@ -129,7 +129,7 @@ def finished_outcome(
 
 def _model_digest(path: Path) -> str | None:
     """The digest of a model by its record, which is written just before its weights."""
-    record = read_record(path.with_suffix(".json"), ModelRecord)
+    record = read_model_record(path)
     try:
         is_whole = path.stat().st_mtime_ns >= path.with_suffix(".json").stat().st_mtime_ns
     except OSError:

@@ -65,12 +65,11 @@ from patchcl_qupath.storage.parquet import write_uncertainty_grid
 from patchcl_qupath.storage.records import (
     ImageOutcome,
     Imported,
-    ModelRecord,
     Provenance,
     RegionRecord,
     ResultRecord,
     SlideProvenance,
-    read_record,
+    read_model_record,
 )
 from patchcl_qupath.timing import Seconds, add_seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
@@ -107,8 +106,8 @@ def train_as(
     seen no correction, in its place.
     """
     path = project.layout.model(name)
-    record = read_record(path.with_suffix(".json"), ModelRecord)
-    if record is not None and "refined_from" in record.training and path.exists():
+    record = read_model_record(path)
+    if record is not None and "refined_from" in record.training:
         raise ConfigError(
             f"the model {name} was made by `patchcl-qp refine`: to refine anew, do that again; to "
             "train without corrections, give the model another name"

@@ -238,8 +238,7 @@ def with_copies(
     """
 
     def pixels(entry: ImageEntry) -> tuple[object, ...]:
-        which = entry.path.resolve(), entry.series, entry.series_name
-        return *which, entry.size, entry.mpp, entry.use_bounds
+        return *entry.source, entry.size, entry.mpp, entry.use_bounds
 
     by_id = {image.id: (image, labels) for image, labels in images}
     drawn: dict[tuple[object, ...], list[LabelledImage]] = {}

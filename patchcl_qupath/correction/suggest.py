@@ -227,13 +227,13 @@ class _Found:
     def read(cls, project: Project, entries: Sequence[ImageEntry]) -> _Found:
         """From a project's images. Raises ProjectError if none can be used."""
         found = cls(entries=[], candidates=[], corrected=[], problems=[], without=[])
-        sources = [(entry.path, entry.series, entry.series_name) for entry in entries]
-        slides = {source: k for k, source in enumerate(dict.fromkeys(sources))}
-        for entry, source in zip(entries, sources, strict=True):
+        sources = dict.fromkeys(entry.source for entry in entries)
+        slides = {source: k for k, source in enumerate(sources)}
+        for entry in entries:
             if not isinstance(read_result(project.layout.result(entry.id)), ResultRecord):
                 found.without.append(entry.name)
                 continue
-            slide = slides[source]
+            slide = slides[entry.source]
             try:
                 candidates = _candidates(project, entry, slide)
                 corrected = project.corrected_rois(entry)

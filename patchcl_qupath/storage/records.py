@@ -660,6 +660,11 @@ class RoisRecord(Record, frozen=True, kw_only=True, rename={"rois": "fields"}):
     rois: tuple[CorrectionRoi, ...]
 
 
+def read_model_record(weights: Path) -> ModelRecord | None:
+    """The record of a model, beside its ``weights``; None where either is missing."""
+    return read_record(weights.with_suffix(".json"), ModelRecord) if weights.exists() else None
+
+
 def file_signature(path: Path) -> FileSignature:
     """Size and time of a file, or of the metadata of an OME-Zarr. Raises OSError."""
     stat = content_file(path).stat()
