@@ -318,6 +318,11 @@ class UncertaintyGrid:
     nuclei: NDArray[np.int64]
 
 
+def place_text(x: float, y: float) -> str:
+    """A place at level 0 in words, as QuPath shows it below the pointer."""
+    return f"at x {x:.0f}, y {y:.0f} px"
+
+
 def tile_to_grid(polygons: Polygons, tile: Tile) -> Polygons:
     """Polygons from tile-local coordinates to the working grid."""
     origin = np.array([tile.read.col0, tile.read.row0], dtype=np.float64)

@@ -104,7 +104,7 @@ def write(
         regions = Regions.of(drawn)
         extents = [
             Extent(
-                area_mm2=g.area * MPP[0] * MPP[1] / 1e6,
+                area_mm2=g.area * MPP[0] * MPP[1] / 2e6,  # half of it was segmented
                 tissue_mm2=0.002,
                 x=g.centroid.x,
                 y=g.centroid.y,

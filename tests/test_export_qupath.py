@@ -90,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, session: qupath.Session) ->
         regions = Regions.of(entry.drawn)
         extents = [
             Extent(
-                area_mm2=g.area * MPP[0] * MPP[1] / 1e6,
+                area_mm2=g.area * MPP[0] * MPP[1] / 2e6,  # half of it was segmented
                 tissue_mm2=0.5,
                 x=g.centroid.x,
                 y=g.centroid.y,

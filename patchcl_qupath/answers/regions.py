@@ -14,7 +14,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import DrawnRegion, Polygons
+from patchcl_qupath.datatypes import DrawnRegion, Polygons, place_text
 
 Centroids = NDArray[np.float64]  # (N, 2): x and y, level 0
 _NEAR_PX = 16.0  # a contour's centroid and that of the pixels it was traced around are nearer
@@ -61,9 +61,8 @@ class Regions:
 
     def label(self, i: int) -> str:
         """What people call a region: its name, else its class and place."""
-        x, y = self.geometries[i].centroid.coords[0]
         kind = "core" if self.is_core[i] else self.classes[i] or "annotation"
-        return self.names[i] or f"{kind} at x {x:.0f}, y {y:.0f} px"
+        return self.names[i] or f"{kind} {place_text(*self.geometries[i].centroid.coords[0])}"
 
     def pairs(self, centroids: Centroids) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """The pairs (P,), (P,) of a region and a centroid that lies in it."""

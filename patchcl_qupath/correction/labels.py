@@ -14,7 +14,14 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, Config
-from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Polygons, level0_to_grid
+from patchcl_qupath.datatypes import (
+    Box,
+    Corrections,
+    ImageEntry,
+    Polygons,
+    level0_to_grid,
+    place_text,
+)
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import ShowCount
@@ -155,7 +162,7 @@ def check_agreement(images: Sequence[LabelledImage]) -> None:
             x, y = place.centroid.coords[0] - np.array(one.slide.origin)
             raise ImageError(
                 f"{one.slide.name} (id {one.id}) and {other.slide.name} (id {other.id}) show the "
-                f"same slide, and ROIs of both have different nuclei at x {x:.0f}, y {y:.0f} px "
+                f"same slide, and ROIs of both have different nuclei {place_text(x, y)} "
                 "of the first: correct them, delete the ROI in one of the two, or leave one "
                 "out by naming the others with --image ID"
             )

@@ -157,8 +157,12 @@ def _scores(image: ExportedImage, summary: Summary) -> Cells:
         yield f"{before}Allred score", summary.allred.score
 
 
-def _size(_: ExportedImage, summary: Summary) -> Cells:
-    if summary.area_mm2 is not None:
+def _size(image: ExportedImage, summary: Summary) -> Cells:
+    """The area of a region or a core, as in QuPath; of an image, that which was segmented."""
+    if summary.area_px is not None:
+        x, y = image.mpp
+        yield "Area µm^2", round(summary.area_px * x * y, _DECIMALS)
+    elif summary.area_mm2 is not None:
         yield "Area µm^2", round(summary.area_mm2 * 1e6, _DECIMALS)
     yield "PatchCL: Tissue mm^2", summary.tissue_mm2
 

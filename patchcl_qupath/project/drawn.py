@@ -11,7 +11,14 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import CORRECTED, TMA_CORES, TO_CORRECT
-from patchcl_qupath.datatypes import Corrections, DrawnRegion, Polygons, StainKind, StainVectors
+from patchcl_qupath.datatypes import (
+    Corrections,
+    DrawnRegion,
+    Polygons,
+    StainKind,
+    StainVectors,
+    place_text,
+)
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.outlines import (
     UNKNOWN_PIXEL_UM2,
@@ -317,5 +324,4 @@ def _count(value: object) -> int:
 
 
 def _place(geometry: shapely.Geometry) -> str:
-    x, y = geometry.centroid.coords[0]
-    return f"at x {x:.0f}, y {y:.0f} px"
+    return place_text(*geometry.centroid.coords[0])

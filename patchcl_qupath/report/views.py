@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from patchcl_qupath.config import GRADES
+from patchcl_qupath.datatypes import place_text
 from patchcl_qupath.project import Project
 from patchcl_qupath.report.charts import Chart, Mark, Stack, histogram, stacked
 from patchcl_qupath.report.figures import CONTOUR_UNITS
@@ -229,7 +230,7 @@ def _place(summary: Summary) -> str:
     """What an annotation without a name is called."""
     if summary.x is None or summary.y is None:
         return "annotation"
-    return f"at x {summary.x:,.0f}, y {summary.y:,.0f} px"
+    return place_text(summary.x, summary.y)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,10 +436,8 @@ def _field_of_view(
     record: FieldOfViewRecord, image: FoundImage, positivity: PositivityFigures | None
 ) -> FovView:
     number = int(record.picture.removeprefix("field-").removesuffix(".jpg"))  # no other path
-    alt = (
-        f"{record.kind} field of view of {image.name}: {record.nuclei} nuclei, at x {record.x:,}, "
-        f"y {record.y:,} px"
-    )
+    place = place_text(record.x, record.y)
+    alt = f"{record.kind} field of view of {image.name}: {record.nuclei} nuclei, {place}"
     size = (record.width, record.height)
     return FovView(
         record=record,
@@ -473,10 +472,7 @@ def _rois(image: FoundImage) -> tuple[RoiView, ...]:
 
 def _roi(record: RoiChangesRecord, image: FoundImage) -> RoiView:
     number = int(record.picture.removeprefix("roi-").removesuffix(".jpg"))  # no other path
-    alt = (
-        f"corrected ROI of {image.name}, at x {record.x:,.0f}, y {record.y:,.0f} px: "
-        f"{record.in_words}"
-    )
+    alt = f"corrected ROI of {image.name}, {place_text(record.x, record.y)}: {record.in_words}"
     view = (round(record.width * CONTOUR_UNITS), round(record.height * CONTOUR_UNITS))
     return RoiView(
         record=record,

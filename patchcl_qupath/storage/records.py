@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from patchcl_qupath.datatypes import CorrectionRoi, FailedTile, StainVectors
+from patchcl_qupath.datatypes import CorrectionRoi, FailedTile, StainVectors, place_text
 from patchcl_qupath.storage.files import content_file, read_json, write_json
 from patchcl_qupath.timing import Seconds
 
@@ -124,7 +124,7 @@ class Summary(Record, frozen=True, kw_only=True, omit_defaults=True):
         """What people call it: its name, else its class and place."""
         if self.name or self.x is None or self.y is None:
             return self.name or self.class_name
-        return f"{self.class_name or 'annotation'} at x {self.x:.0f}, y {self.y:.0f} px"
+        return f"{self.class_name or 'annotation'} {place_text(self.x, self.y)}"
 
 
 class PositivityRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
