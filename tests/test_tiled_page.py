@@ -1,4 +1,4 @@
-"""Tiles of a TIFF that are decoded in the reading thread: the same samples as tifffile's own."""
+"""Tiles and strips of a TIFF that are decoded in the reading thread: the same samples as tifffile's own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from slides import scene, write_tiff
+from slides import scene
 
+from patchcl_qupath.slides.level import Selection
+from patchcl_qupath.slides.tiff import open_tiff
 from patchcl_qupath.slides.tiled_page import TiffBytes, TiledPage, tiled_pages
 
 SHAPE = (413, 517)  # not of whole tiles
@@ -26,11 +28,17 @@ KINDS = {
     "JPEG 2000": {"compression": "jpeg2000", "photometric": "rgb"},
     "nothing": {"photometric": "rgb"},
 }
+TILES: dict[str, object] = {"tile": (64, 96)}
+STRIPS: dict[str, object] = {"rowsperstrip": 48}  # of the last one, not all rows are in the image
+LAYOUTS = [
+    *((f"{kind} in tiles", {**options, **TILES}) for kind, options in KINDS.items()),
+    *((f"{kind} in strips", {**KINDS[kind], **STRIPS}) for kind in KINDS if kind != "nothing"),
+]
 
 
 def write(path: Path, **options: object) -> Path:
     pixels = scene(SHAPE[1], SHAPE[0], (0.25, 0.25))
-    tifffile.imwrite(path, pixels, tile=(64, 96), metadata=None, **options)
+    tifffile.imwrite(path, pixels, metadata=None, **options)
     return path
 
 
@@ -40,7 +48,9 @@ def opened(tiff: tifffile.TiffFile) -> TiledPage:
     return pages[0]
 
 
-@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize(
+    "options", [options for _, options in LAYOUTS], ids=[name for name, _ in LAYOUTS]
+)
 def test_samples_are_those_of_tifffile(tmp_path: Path, options: dict[str, object]) -> None:
     path = write(tmp_path / "a.tif", **options)
     expected = tifffile.imread(path)
@@ -62,7 +72,7 @@ def test_threads_read_at_once(
 ) -> None:
     if without_pread:
         monkeypatch.delattr(os, "pread", raising=False)
-    path = write(tmp_path / "a.tif", **KINDS["JPEG"])
+    path = write(tmp_path / "a.tif", **KINDS["JPEG"], **TILES)
     expected = tifffile.imread(path)
     with tifffile.TiffFile(path) as tiff, ThreadPoolExecutor(8) as threads:
         page = opened(tiff)
@@ -70,10 +80,27 @@ def test_threads_read_at_once(
             np.testing.assert_array_equal(part[1], expected[part[0] : part[0] + 70])
 
 
-def test_what_has_no_tiles_is_left_to_tifffile(tmp_path: Path) -> None:
-    path = write_tiff(tmp_path / "a.tif", scene(200, 100, (0.25, 0.25)), tile_px=None)
+def test_strips_that_are_not_compressed_are_left_to_tifffile(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", **KINDS["nothing"], **STRIPS)
     with tifffile.TiffFile(path) as tiff:
         assert tiled_pages(tiff.series[0]) is None
+
+
+@pytest.mark.parametrize("layout", [TILES, STRIPS], ids=["tiles", "strips"])
+def test_jpeg_that_the_end_of_the_file_cuts_off_raises(
+    tmp_path: Path, layout: dict[str, object]
+) -> None:
+    """Decoders would draw what is cut off in grey."""
+    path = write(tmp_path / "a.tif", **KINDS["JPEG"], **layout)
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages.first
+        end = page.dataoffsets[-1] + page.databytecounts[-1] // 2
+    expected = tifffile.imread(path)
+    path.write_bytes(path.read_bytes()[:end])
+    pixels = open_tiff(path, Selection()).levels[0].pixels
+    np.testing.assert_array_equal(pixels[:384], expected[:384])
+    with pytest.raises(ValueError, match=r"the file ends [\d,]+ bytes before"):
+        pixels[384:]
 
 
 def test_a_file_that_ends_too_early_and_one_that_is_closed(tmp_path: Path) -> None:

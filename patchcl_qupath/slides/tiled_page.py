@@ -1,4 +1,4 @@
-"""The pages of a tiled TIFF, decoded tile by tile in the thread that reads them.
+"""The pages of a TIFF, decoded tile by tile in the thread that reads them; strips are tiles, too.
 
 tifffile's view for zarr does the same by way of an event loop and threads of its own: a third of
 the time, and threads that compete with the workers for cores.
@@ -198,7 +198,11 @@ def _parts(start: int, stop: int, side: int) -> Iterator[tuple[int, slice, slice
 
 
 def tiled_pages(series: TiffPageSeries) -> list[TiledPage] | None:
-    """The levels of an image; None where one is not a single page of tiles of 8-bit samples."""
+    """The levels of an image; None where one is not a single page of tiles of 8-bit samples.
+
+    Strips are tiles of the image's width. None, too, where nothing is compressed: no decoder is
+    needed there.
+    """
     store: TiffBytes | None = None
     pages = []
     for level in series.levels:
@@ -207,22 +211,22 @@ def tiled_pages(series: TiffPageSeries) -> list[TiledPage] | None:
             page is None
             or level.dataoffset is not None
             or page is not level.keyframe
-            or not page.is_tiled
             or page.axes != "YXS"
             or page.dtype != np.uint8
             or int(page.planarconfig) != 1
-            or page.tiledepth != 1
+            or (page.is_tiled and page.tiledepth != 1)
             or (int(page.bitspersample), page.parent) != (8, series.levels[0].keyframe.parent)
         ):
             return None
         store = store or TiffBytes(Path(page.parent.filehandle.path))
-        samples = int(page.samplesperpixel)
+        rows, cols, samples = map(int, page.shape)
+        height, width, _ = map(int, page.chunks)
         pages.append(
             TiledPage(
                 page=page,
                 store=store,
-                shape=(int(page.imagelength), int(page.imagewidth), samples),
-                chunks=(int(page.tilelength), int(page.tilewidth), samples),
+                shape=(rows, cols, samples),
+                chunks=(height, width, samples),
             )
         )
     return pages
