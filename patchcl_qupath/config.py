@@ -263,10 +263,10 @@ class PatchCLConfig(Settings):
         setting(
             "Training has converged when two successive spans of so many steps are alike", ge=1
         ),
-    ] = 50
+    ] = 30
     cooldown_steps: Annotated[
         int, setting("Steps after convergence, at a falling learning rate", ge=0)
-    ] = 120
+    ] = 60
     slides: Annotated[int, setting("Largest number of slides that crops are read from", ge=1)] = 32
     crops: Annotated[int, setting("Crops that are read, from all slides together", ge=1)] = 96
     source_px: Annotated[int, setting("Side of a crop that is read from a slide", "px", ge=1)] = 384
@@ -333,8 +333,19 @@ class SelfTrainConfig(Settings):
             ge=0,
         ),
     ] = 0.5
-    first_batch: Annotated[int, setting("Crops per step of the first network", ge=1)] = 4
-    batch: Annotated[int, setting("Crops per step of the network that is kept", ge=1)] = 8
+    first_batch: Annotated[
+        int,
+        setting(
+            "Crops per step of the first network, and of the next one in its first steps", ge=1
+        ),
+    ] = 4
+    batch: Annotated[
+        int, setting("Crops per step of the network that is kept, in its last steps", ge=1)
+    ] = 8
+    small_batches: Annotated[
+        float,
+        setting("Fraction of the steps of that network that have `first_batch` crops", ge=0, le=1),
+    ] = 0.6
     crop_px: Annotated[
         int, setting("Side of a training crop, a multiple of 4", "px", ge=4, multiple_of=4)
     ] = 128

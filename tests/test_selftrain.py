@@ -462,6 +462,35 @@ def test_the_learning_rate_warms_up_and_falls_to_0():
     assert rates[100] == pytest.approx(0)
 
 
+def test_batches_are_small_in_the_first_steps_and_large_in_the_last(monkeypatch):
+    """Those of the first network are all small."""
+    images, _ = nuclei_images(2)
+    quick = replace(CONFIG, first_steps=3, steps=5, widths=(2, 2, 2), crop_px=32, batch=6)
+    quick = replace(quick, first_batch=2, small_batches=0.6)
+    config = replace(BY_TORCH, selftrain=quick)
+    teacher = Model(network=Prediction(), config=config, training=patchcl_log())
+    sizes = []
+
+    def note(stains):
+        sizes.append(len(stains))
+        return to_batch(stains)
+
+    to_batch = selftrain.to_batch
+    monkeypatch.setattr(selftrain, "to_batch", note)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # batches are made in their order
+    selftrain.train(crops_of(images), teacher, hide_progress)
+    of_stains_and_targets = np.array(sizes).reshape(-1, 2)
+    assert (of_stains_and_targets[:, 0] == of_stains_and_targets[:, 1]).all()
+    assert of_stains_and_targets[:, 0].tolist() == [2, 2, 2, 2, 2, 2, 6, 6]
+
+
+@pytest.mark.parametrize(("fraction", "small"), [(0.0, 0), (0.25, 25), (1.0, 100)])
+def test_the_fraction_of_small_batches_is_that_of_all_steps(fraction, small):
+    settings = SelfTrainConfig(steps=100, first_batch=3, batch=7, small_batches=fraction)
+    sizes = [selftrain.batch_size(step, settings) for step in range(100)]
+    assert sizes == [3] * small + [7] * (100 - small)
+
+
 def test_crops_are_of_one_slide_by_its_id_and_not_by_its_stains():
     """Two slides may have equal normalisers; samples stay in the order of the crops."""
     ground_truth = discs((120, 160), [(30, 30, 8), (60, 100, 10), (95, 50, 6), (25, 120, 9)])

@@ -1,4 +1,4 @@
-"""Tiles and strips of a TIFF that are decoded in the reading thread: the same samples as tifffile's own."""
+"""Tiles and strips of a TIFF, decoded in the reading thread: the same samples as by tifffile."""
 
 from __future__ import annotations
 

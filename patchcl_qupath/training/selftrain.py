@@ -84,7 +84,7 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     total, done = settings.first_steps + settings.steps, 0
     rounds: list[Trained] = []
     labelled: list[LabelledCrop] = []
-    first = replace(settings, steps=settings.first_steps, batch=settings.first_batch)
+    first = replace(settings, steps=settings.first_steps, small_batches=1.0)
     for of_round in (first, settings):
         found = pseudo_labelled(crops, teacher, choosing)
         if labelled:
@@ -273,13 +273,23 @@ def learning_rate(step: int, settings: SelfTrainConfig) -> float:
     return settings.learning_rate * warmup * (1 + math.cos(math.pi * step / settings.steps)) / 2
 
 
+def batch_size(step: int, settings: SelfTrainConfig) -> int:
+    """The number of crops of a step: large batches, whose gradients have less noise, come last.
+
+    As S. L. Smith, P.-J. Kindermans, C. Ying, Q. V. Le, Don't Decay the Learning Rate, Increase the
+    Batch Size, ICLR 2018, beside a learning rate that falls.
+    """
+    is_early = step < settings.small_batches * settings.steps
+    return settings.first_batch if is_early else settings.batch
+
+
 def _batch(
     samples: Sequence[TrainingSample], settings: SelfTrainConfig, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
     """Augmented stains and targets (B, 3, S, S) of random crops, the same for each step."""
     rng = np.random.default_rng((seed, step))
     stains, target = [], []
-    for k in rng.integers(len(samples), size=settings.batch):
+    for k in rng.integers(len(samples), size=batch_size(step, settings)):
         crop = random_crop(samples[k], settings.crop_px, settings.scale_jitter, rng)
         stains.append(augment_stains(crop.stains, rng))
         target.append(crop.target)
