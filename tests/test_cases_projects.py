@@ -685,7 +685,7 @@ def test_files_whose_name_is_latin_1_are_done(tmp_path: Path) -> None:
     sample = ImageEntry("1", "a.svs", ROOT / "sample_project" / "CMU-1-Small-Region.svs")
     Image.fromarray(Slide.open(sample).read(Box(1500, 900, 1900, 1300))).save(slide)
     settings = tmp_path / "quick.toml"
-    settings.write_text('recipe = "patchcl"\n[patchcl]\nmax_steps = 60\ncrops = 8\n')
+    settings.write_text('recipe = "patchcl"\n[patchcl]\nmax_steps = 40\nbatch = 2\ncrops = 8\n')
     project = folder / "project"
 
     def call(*arguments: Any, charset: str = "utf-8") -> subprocess.CompletedProcess[bytes]:

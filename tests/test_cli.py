@@ -69,7 +69,7 @@ def crop(tmp_path):
 def quick(tmp_path):
     """Settings for a training of seconds."""
     path = tmp_path / "quick.toml"
-    path.write_text('recipe = "patchcl"\n[patchcl]\nmax_steps = 60\ncrops = 8\n')
+    path.write_text('recipe = "patchcl"\n[patchcl]\nmax_steps = 40\nbatch = 2\ncrops = 8\n')
     return path
 
 

@@ -46,9 +46,11 @@ mpp = 1.0
 max_steps = 60
 cooldown_steps = 30
 crops = 16
+batch = 2
 [selftrain]
 first_steps = 40
 steps = 120
+batch = 4
 [cdcl]
 steps = 10
 """

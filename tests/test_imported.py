@@ -262,7 +262,7 @@ def test_a_run_after_a_detection_of_qupath(tmp_path: Path, session: qupath.Sessi
     slide = write_tiff(tmp_path / "a.tif", pixels, (0.5, 0.5))
     path = init_project(tmp_path / "project", [NewImage(slide, [(400, 400)], None)])
     settings = tmp_path / "settings.toml"
-    settings.write_text('recipe = "patchcl"\n[patchcl]\nmax_steps = 60\ncrops = 8\n')
+    settings.write_text('recipe = "patchcl"\n[patchcl]\nmax_steps = 40\nbatch = 2\ncrops = 8\n')
 
     def call(command: str, *options: str) -> str:
         done = CliRunner().invoke(main, [command, str(path), *options], catch_exceptions=False)

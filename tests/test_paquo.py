@@ -581,7 +581,7 @@ def test_run_that_is_stopped_while_qupath_writes_is_resumed(
     slide = write_tiff(tmp_path / "a.tif", pixels, (0.5, 0.5))
     path = init_project(tmp_path / "project", [NewImage(slide, [(400, 400)], None)])
     settings = tmp_path / "settings.toml"
-    settings.write_text('recipe = "patchcl"\n[patchcl]\nmax_steps = 60\ncrops = 8\n')
+    settings.write_text('recipe = "patchcl"\n[patchcl]\nmax_steps = 40\nbatch = 2\ncrops = 8\n')
     command = [sys.executable, "-m", "patchcl_qupath.cli", "run", path, "--config", settings]
     command += ["--backend", "paquo"]
     subprocess.run(command, check=True, capture_output=True)

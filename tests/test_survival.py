@@ -30,7 +30,9 @@ from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.slides.slide import Slide
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
-SETTINGS = 'recipe = "patchcl"\n[patchcl]\nmax_steps = 60\ncrops = 8\n[slide]\ntile_px = 150\n'
+SETTINGS = (
+    'recipe = "patchcl"\n[patchcl]\nmax_steps = 40\nbatch = 2\ncrops = 8\n[slide]\ntile_px = 150\n'
+)
 RUN = [sys.executable, "-m", "patchcl_qupath.cli", "run", "--progress", "json", "--workers", "2"]
 
 
