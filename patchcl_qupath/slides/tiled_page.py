@@ -200,8 +200,8 @@ def _parts(start: int, stop: int, side: int) -> Iterator[tuple[int, slice, slice
 def tiled_pages(series: TiffPageSeries) -> list[TiledPage] | None:
     """The levels of an image; None where one is not a single page of tiles of 8-bit samples.
 
-    Strips are tiles of the image's width. None, too, where nothing is compressed: no decoder is
-    needed there.
+    Strips are tiles of the image's width. None, too, where the samples of a level are one piece of
+    the file, which needs no decoder.
     """
     store: TiffBytes | None = None
     pages = []
