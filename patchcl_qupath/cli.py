@@ -693,6 +693,7 @@ def _leave() -> NoReturn:
 
     remove_unfinished()
     os.write(2, b"\nStopped. The same command resumes from here.\n")
+    remove_unfinished()  # what another thread has begun since
     os._exit(130)
 
 

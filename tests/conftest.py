@@ -25,7 +25,7 @@ from patchcl_qupath.project.jvm import Process
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = replace(
     Config(),
-    patchcl=replace(Config().patchcl, max_steps=160, batch=3, crops=32),
+    patchcl=replace(Config().patchcl, max_steps=160, cooldown_steps=60, crops=32),
     selftrain=replace(Config().selftrain, first_steps=60, steps=200),
     # After so few steps few nuclei are probable.
     segment=replace(Config().segment, min_probability=0.0, min_probability_of_pale=0.0),

@@ -317,6 +317,24 @@ def test_scheduler_without_workers_is_waited_for_and_named(
     assert caplog.text.count("no worker is left at") == 1
 
 
+def test_scheduler_whose_first_answer_has_news_of_a_worker_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dask asserts that it has none, although workers may come and go just then."""
+    connect, failed = distributed.Client._ensure_connected, []
+
+    async def once_with_news(client: distributed.Client, timeout: float | None = None) -> None:
+        if not failed:
+            failed.append(client)
+            raise AssertionError
+        await connect(client, timeout)
+
+    monkeypatch.setattr(distributed.Client, "_ensure_connected", once_with_news)
+    with processes() as cluster, open_workers(scheduler=cluster.scheduler_address) as workers:
+        assert workers.call(abs, -3) == 3
+    assert len(failed) == 1
+
+
 def test_workers_and_failed_tiles_are_logged(
     client: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

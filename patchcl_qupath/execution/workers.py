@@ -244,11 +244,10 @@ def open_workers(
 
 @contextmanager
 def _at_scheduler(address: str) -> Iterator[Workers]:
-    from distributed import Client
     from distributed.utils import silence_logging_cmgr
 
     try:
-        client = Client(address, timeout=_ANSWER)
+        client = _client_of(address)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no Dask scheduler answers at {address}: start one with 'dask scheduler', "
@@ -264,6 +263,18 @@ def _at_scheduler(address: str) -> Iterator[Workers]:
         except TimeoutError as error:
             raise ConfigError(no_worker(address)) from error
         yield Workers(client=client, are_elsewhere=True, scheduler=address)
+
+
+def _client_of(address: str) -> Any:
+    """A client of a scheduler. Raises OSError or ValueError where none answers."""
+    from distributed import Client
+
+    try:
+        return Client(address, timeout=_ANSWER)
+    except (
+        AssertionError
+    ):  # with its first answer came news of a worker, which Dask does not expect
+        return Client(address, timeout=_ANSWER)
 
 
 @contextmanager
