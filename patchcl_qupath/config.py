@@ -336,7 +336,8 @@ class SelfTrainConfig(Settings):
     first_batch: Annotated[
         int,
         setting(
-            "Crops per step of the first network, and of the next one in its first steps", ge=1
+            "Crops per step of the first network, and of the one that is kept in its first steps",
+            ge=1,
         ),
     ] = 4
     batch: Annotated[
@@ -344,7 +345,11 @@ class SelfTrainConfig(Settings):
     ] = 8
     small_batches: Annotated[
         float,
-        setting("Fraction of the steps of that network that have `first_batch` crops", ge=0, le=1),
+        setting(
+            "First steps of the network that is kept, with `first_batch` crops, as a fraction",
+            ge=0,
+            le=1,
+        ),
     ] = 0.6
     crop_px: Annotated[
         int, setting("Side of a training crop, a multiple of 4", "px", ge=4, multiple_of=4)

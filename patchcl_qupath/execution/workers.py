@@ -247,7 +247,7 @@ def _at_scheduler(address: str) -> Iterator[Workers]:
     from distributed.utils import silence_logging_cmgr
 
     try:
-        client = _client_of(address)
+        client = _connected(address, timeout=_ANSWER)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no Dask scheduler answers at {address}: start one with 'dask scheduler', "
@@ -265,23 +265,19 @@ def _at_scheduler(address: str) -> Iterator[Workers]:
         yield Workers(client=client, are_elsewhere=True, scheduler=address)
 
 
-def _client_of(address: str) -> Any:
-    """A client of a scheduler. Raises OSError or ValueError where none answers."""
+def _connected(scheduler: Any, **options: Any) -> Any:
+    """A client of a cluster, or of a scheduler's address; it raises what Dask's own does."""
     from distributed import Client
 
     try:
-        return Client(address, timeout=_ANSWER)
-    except (
-        AssertionError
-    ):  # with its first answer came news of a worker, which Dask does not expect
-        return Client(address, timeout=_ANSWER)
+        return Client(scheduler, **options)
+    except AssertionError:  # Dask does not expect news of a worker with the first answer
+        return Client(scheduler, **options)
 
 
 @contextmanager
 def _in_queue(kind: str, count: int, notify: Callable[[str], None]) -> Iterator[Workers]:
-    from distributed import Client
-
-    with job_cluster(kind) as cluster, Client(cluster) as client:
+    with job_cluster(kind) as cluster, _connected(cluster) as client:
         logger.info("%d jobs of %s for the scheduler at %s", count, kind, client.scheduler.address)
         jobs = Jobs(kind=kind, cluster=cluster, count=count, notify=notify)
         try:  # jobs that a killed run could not cancel end by themselves
@@ -293,9 +289,7 @@ def _in_queue(kind: str, count: int, notify: Callable[[str], None]) -> Iterator[
 
 @contextmanager
 def _on_this_machine(count: int) -> Iterator[Workers]:
-    from distributed import Client
-
-    with _local_cluster(count) as cluster, Client(cluster) as client:
+    with _local_cluster(count) as cluster, _connected(cluster) as client:
         try:
             yield Workers(client=client, are_processes=len(client.nthreads()) > 1)
         except KeyboardInterrupt:
