@@ -115,10 +115,10 @@ def _fitted(cells: Rings, nuclei: Rings, bounds: Floats, order: Integers) -> tup
     ``bounds`` (N, 4) are those of nuclei, in ``order`` from the top. Cells that are unclear stay.
     """
     count = len(cells.first) - 1
-    highest, top = 0.0, np.empty(len(order))
+    ranked, highest = np.empty((len(order), 4)), 0.0  # bounds that are read one after another
     for n in range(len(order)):
-        top[n] = bounds[order[n], 1]
-        highest = max(highest, bounds[order[n], 3] - top[n])
+        ranked[n] = bounds[order[n]]
+        highest = max(highest, ranked[n, 3] - ranked[n, 1])
     first, is_clear = np.zeros(count + 1, np.int64), np.ones(count, np.bool_)
     xy, crossings = np.empty((2 * len(cells.xy) + 64, 2)), np.empty((_CROSSINGS, 5))
     for k in range(count):
@@ -127,11 +127,13 @@ def _fitted(cells: Rings, nuclei: Rings, bounds: Floats, order: Integers) -> tup
         whole = whole if len(whole) else own
         cell, is_cut = whole, 0
         left, upper, right, lower = _bounds(whole)
-        for n in range(np.searchsorted(top, upper - highest), len(order)):
-            j = order[n]
-            if top[n] > lower:
+        for n in range(np.searchsorted(ranked[:, 1], upper - highest), len(order)):
+            if ranked[n, 1] > lower:
                 break
-            if j == k or bounds[j, 3] < upper or bounds[j, 2] < left or bounds[j, 0] > right:
+            if ranked[n, 0] > right or ranked[n, 2] < left or ranked[n, 3] < upper:
+                continue
+            j = order[n]
+            if j == k:
                 continue
             other = nuclei.xy[nuclei.first[j] : nuclei.first[j + 1]]
             is_cut += 1
