@@ -377,16 +377,22 @@ def test_samples_of_another_layout_are_refused(
         Slide.open(entry(tmp_path / "a.tif", fallback_mpp=0.5))
 
 
-def test_ycbcr_without_a_codec_is_converted(tmp_path: Path) -> None:
-    colours = np.array([[255, 255, 255], [200, 60, 120], [60, 40, 120], [0, 0, 0]])
+COLOURS = np.array([[255, 255, 255], [200, 60, 120], [60, 40, 120], [0, 0, 0]])
+
+
+def colour_stripes(as_ycbcr: bool) -> NDArray[np.uint8]:
+    """Samples (128, 128, 3) of COLOURS, 32 columns each, of RGB or YCbCr."""
     matrix = np.array(
         [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
     )
-    ycbcr = np.rint(colours @ matrix.T + [0, 128, 128]).clip(0, 255).astype(np.uint8)
-    pixels = np.repeat(np.repeat(ycbcr[None], 128, axis=0), 32, axis=1)
+    row = np.rint(COLOURS @ matrix.T + [0, 128, 128]).clip(0, 255) if as_ycbcr else COLOURS
+    return np.repeat(np.repeat(row.astype(np.uint8)[None], 128, axis=0), 32, axis=1)
+
+
+def test_ycbcr_without_a_codec_is_converted(tmp_path: Path) -> None:
     tifffile.imwrite(
         tmp_path / "a.tif",
-        pixels,
+        colour_stripes(as_ycbcr=True),
         photometric="rgb",
         tile=(TILE, TILE),
         metadata=None,
@@ -395,7 +401,48 @@ def test_ycbcr_without_a_codec_is_converted(tmp_path: Path) -> None:
     with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tiff:
         tiff.pages[0].tags["PhotometricInterpretation"].overwrite(6)
     slide = Slide.open(entry(tmp_path / "a.tif", fallback_mpp=0.5))
-    assert np.abs(slide.read(whole(slide))[5, ::32].astype(int) - colours).max() <= 2
+    assert np.abs(slide.read(whole(slide))[5, ::32].astype(int) - COLOURS).max() <= 2
+
+
+def write_jpeg2000(path: Path, as_ycbcr: bool, description: str) -> Path:
+    """Colour stripes with the compression 33003, whose samples depend on who wrote the file."""
+    tifffile.imwrite(
+        path,
+        colour_stripes(as_ycbcr),
+        photometric="rgb",
+        tile=(TILE, TILE),
+        compression="jpeg2000",
+        compressionargs={"reversible": True, "level": 0},
+        description=description,
+        metadata=None,
+    )
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[0].tags["Compression"].overwrite(33003)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("description", "as_ycbcr"),
+    [
+        ("Aperio Image Library v10.0.51\r\nmade for a test|MPP = 0.5", True),
+        ('<OME xmlns="x"/>', False),  # as Bio-Formats does, and so QuPath's export
+        ("", False),
+    ],
+)
+def test_jpeg_2000_is_ycbcr_in_files_of_aperio_alone(
+    tmp_path: Path, description: str, as_ycbcr: bool
+) -> None:
+    path = write_jpeg2000(tmp_path / "a.tif", as_ycbcr, description)
+    slide = Slide.open(entry(path, fallback_mpp=0.5))
+    assert np.abs(slide.read(whole(slide))[5, ::32].astype(int) - COLOURS).max() <= 2
+
+
+def test_jpeg_2000_of_others_that_is_called_ycbcr_is_refused(tmp_path: Path) -> None:
+    path = write_jpeg2000(tmp_path / "a.tif", as_ycbcr=True, description="")
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[0].tags["PhotometricInterpretation"].overwrite(6)
+    with pytest.raises(SlideError, match=r"not 8-bit RGB: YCbCr"):
+        Slide.open(entry(path, fallback_mpp=0.5))
 
 
 def test_cmyk_of_the_real_case() -> None:

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tifffile import COMPRESSION, TiffPage
 
+from patchcl_qupath.slides.pixel_size import description
+
 ToRGB = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 _RGB, _YCBCR = 2, 6  # TIFF's photometric interpretations
@@ -25,7 +27,9 @@ _NAMES = {
 }
 _JPEG = {6, 7, 33007, 34892}  # compressions; their codec converts YCbCr
 _LOSSLESS = {1, 5, 8, 32773, 32946, 34925, 50000}  # samples are those that were written
-_APERIO_YCBCR = 33003  # JPEG 2000, whatever the photometric interpretation is (OpenSlide)
+# JPEG 2000: in Aperio's files of YCbCr, whatever the photometric interpretation is (OpenSlide); in
+# those of Bio-Formats, and so in exports of QuPath, of RGB.
+_APERIO_YCBCR = 33003
 _ASSOCIATED, _UNASSOCIATED = 1, 2  # kinds of alpha: colours are multiplied by it, or not
 _COEFFICIENTS = 0.299, 0.587, 0.114  # ITU-R BT.601, which are TIFF's default
 
@@ -38,7 +42,7 @@ def to_rgb(page: TiffPage, has_alpha: bool = True) -> ToRGB:
     subsampling or as JPEG.
     """
     samples, photometric = page.samplesperpixel, int(page.photometric)
-    is_ycbcr = photometric == _YCBCR or int(page.compression) == _APERIO_YCBCR
+    is_ycbcr = photometric == _YCBCR or _is_aperio_ycbcr(page)
     if (
         page.axes != "YXS"
         or page.dtype != np.uint8
@@ -85,9 +89,15 @@ def _ycbcr(page: TiffPage) -> ToRGB:
     """The conversion of YCbCr that no codec converts."""
     is_lossless = int(page.compression) in _LOSSLESS and not page.is_subsampled
     given = page.tags.valueof(529), page.tags.valueof(532)
-    if not (is_lossless or int(page.compression) == _APERIO_YCBCR) or given != (None, None):
+    if not (is_lossless or _is_aperio_ycbcr(page)) or given != (None, None):
         raise _not_rgb(page)
     return _rgb_of_ycbcr
+
+
+def _is_aperio_ycbcr(page: TiffPage) -> bool:
+    """Whether a page is JPEG 2000 of YCbCr, as Aperio writes it."""
+    is_aperio = description(page.parent.pages.first).startswith("Aperio")
+    return is_aperio and int(page.compression) == _APERIO_YCBCR
 
 
 def _rgb_of_ycbcr(ycbcr: NDArray[np.uint8]) -> NDArray[np.uint8]:
