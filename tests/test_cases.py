@@ -453,9 +453,12 @@ def test_cmyk_of_the_real_case() -> None:
 # The pixel size
 
 
-def write_ome(path: Path, attributes: str, resolution: float | None = None) -> Path:
+def write_ome(
+    path: Path, attributes: str, resolution: float | None = None, encoding: str = "UTF-8"
+) -> Path:
     xml = (
-        '<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/'
+        f'<?xml version="1.0" encoding="{encoding}"?>'
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/'
         'OME/2016-06"><Image ID="Image:0" Name="slide"><Pixels ID="Pixels:0" Type="uint8" '
         'DimensionOrder="XYCZT" SizeX="128" SizeY="128" SizeC="3" SizeZ="1" SizeT="1" '
         f'{attributes}><Channel ID="Channel:0:0" SamplesPerPixel="3"/>'
@@ -498,6 +501,14 @@ def test_pixel_size_of_ome_xml(tmp_path: Path, size: str, unit: str | None) -> N
         slide = Slide.open(entry(path, fallback_mpp=fallback))
         assert slide.mpp_level0 == pytest.approx((0.5, 0.5))
         assert (slide.mpp_source, slide.calibrated) == ("OME-XML", True)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "ISO-8859-1", "windows-1252", "x-other"])
+def test_ome_xml_that_names_another_encoding_than_its_own(tmp_path: Path, encoding: str) -> None:
+    text = 'PhysicalSizeX="0.5" PhysicalSizeXUnit="µm"'  # written as UTF-8
+    path = write_ome(tmp_path / "a.ome.tif", text, resolution=0.25, encoding=encoding)
+    slide = Slide.open(entry(path, fallback_mpp=0.25))
+    assert (slide.mpp_level0, slide.mpp_source) == ((0.5, 0.5), "OME-XML")
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,9 @@ def _of_ome(text: str, size: tuple[int, int], series: int) -> Pair | None:
     if "<OME" not in text and ":OME" not in text:
         return None
     try:
-        pixels = [
+        pixels = [  # of text, not bytes: it is decoded, whatever encoding its first line names
             element.attrib
-            for element in ElementTree.fromstring(text.encode()).iter()
+            for element in ElementTree.fromstring(text).iter()
             if element.tag.rpartition("}")[2] == "Pixels"
         ]
     except (ElementTree.ParseError, ValueError, LookupError):
