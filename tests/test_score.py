@@ -345,6 +345,23 @@ def test_ground_truth_that_cannot_be_used_is_refused(
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("true", "score"), [(NUCLEI, 0.0), ([], 1.0)])
+def test_an_image_without_tissue_is_scored(
+    project: Path, ground_truth: Path, true: Any, score: float
+) -> None:
+    """It has no tile, and the file of its nuclei no measurements."""
+    opened = open_project(project, backend="files")
+    entry = opened.images()[0]
+    opened.write(entry, [], Config().result, result_of(0))
+    write_geojson(ground_truth / "a.geojson", true)
+    done = call("score", project, "--ground-truth", ground_truth, "--json")
+    assert done.exit_code == 0, done.output
+    (image,) = json.loads(done.stdout)["images"]
+    assert (image["nuclei"], image["true_nuclei"]) == (0, len(true))
+    assert image["scores"] == dict.fromkeys(("dice", "aji", "pq", "f1"), score)
+    assert image["kinds"]["missed"] == len(true)
+
+
 def test_ground_truth_that_does_not_exist_is_refused(project: Path, tmp_path: Path) -> None:
     assert "--ground-truth" in call("score", project).output
     missing = call("score", project, "--ground-truth", tmp_path / "none")

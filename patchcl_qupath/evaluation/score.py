@@ -22,6 +22,7 @@ from patchcl_qupath.evaluation.ground_truth import (
 from patchcl_qupath.evaluation.metrics import MIN_IOU, Kind, Overlaps
 from patchcl_qupath.evaluation.pictures import draw_errors, picture_name
 from patchcl_qupath.project import Project
+from patchcl_qupath.segmentation.measurements import PROBABILITY
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.geojson import made_valid
 from patchcl_qupath.storage.parquet import read_nuclei
@@ -242,7 +243,9 @@ def _segmented(
         regions = [shapely.from_geojson(json.dumps(region.geometry)) for region in result.regions]
         # Contours are rounded to 0.01 px, which may have folded one.
         nuclei = read_nuclei(project.layout.nuclei(entry.id))
-        probability = nuclei.measurements["Detection probability"]
+        # Of an image without tissue there is no tile, so that its file has no measurements.
+        empty = np.empty(0, np.float32)
+        probability = nuclei.measurements[PROBABILITY] if len(nuclei) else empty
         polygons = made_valid(nuclei.polygons)
     except Exception as error:  # readers of damaged files raise anything
         raise ImageError(
