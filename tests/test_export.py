@@ -231,6 +231,20 @@ def test_images_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert [row["Image"] for row in rows] == expected
 
 
+def test_a_name_with_an_id_is_not_that_of_another_image(tmp_path: Path) -> None:
+    """A table each, also where an image is called as another one with its id."""
+    names = ["s.svs", "s.ndpi", "s-1.svs", "t.svs", "t.svs", "t.svs (4)"]
+    project = make_project(tmp_path / "made", names)
+    assert [entry.id for entry in project.images()] == ["1", "2", "3", "4", "5", "6"]
+    for number, name in enumerate(names):
+        write(project, number, nuclei(f"{name} {number}", 1 + number % 5))
+    paths = exported(project, "--to", "csv", "--output", tmp_path / "tables")
+    assert [path.name for path in paths[:3]] == ["s-1.csv", "s-2.csv", "s-1-3.csv"]
+    assert [len(rows_of(path)) for path in paths] == [1, 2, 3, 4, 5, 1]
+    rows = rows_of(exported(project, "--to", "csv", "--per", "image")[0])
+    assert [row["Image"] for row in rows[3:]] == ["t.svs (4)", "t.svs (5)", "t.svs (4) (6)"]
+
+
 def test_tiles_that_failed_are_a_note(tmp_path: Path) -> None:
     project = make_project(tmp_path / "made", ["a.svs", "b.svs"])
     failed = FailedTile(x=0, y=0, width=9, height=9, reason="damaged")

@@ -75,6 +75,17 @@ def test_shapes_of_spatialdata_are_in_px_and_um(project: Project) -> None:
     assert areas["Area µm^2"].to_dict() == {id_of("b", 0): 10, id_of("b", 1): 20}
 
 
+def test_each_image_has_shapes_of_its_own_name(tmp_path: Path) -> None:
+    """Also where its name is that of another image with its id."""
+    spatialdata = pytest.importorskip("spatialdata")
+    project = make_project(tmp_path / "made", ["ä.svs", "ö.svs", "image-1.svs"])
+    for number in range(3):
+        write(project, number, nuclei("abc"[number], 1 + number))
+    (path,) = exported(project, "--to", "spatialdata")
+    shapes = spatialdata.read_zarr(path).shapes
+    assert sorted(map(len, shapes.values())) == [1, 2, 3]
+
+
 def test_cells_are_shapes_of_their_own(project: Project) -> None:
     spatialdata = pytest.importorskip("spatialdata")
     grow(project, 1, um=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -168,13 +168,28 @@ def _same(region: DrawnRegion, summary: Summary) -> bool:
 def told_apart(images: Iterable[ExportedImage]) -> list[ExportedImage]:
     """The images, with names in tables that no two of them have."""
     images = list(images)
-    count = Counter(image.name for image in images)
-    return [
-        replace(image, name_in_tables=f"{image.name} ({image.id})")
-        if count[image.name] > 1
-        else image
-        for image in images
-    ]
+    endings = [f" ({image.id})" for image in images]
+    names = distinct([image.name for image in images], endings, key=str)
+    return [replace(image, name_in_tables=name) for image, name in zip(images, names, strict=True)]
+
+
+def distinct(
+    names: Sequence[str], endings: Sequence[str], key: Callable[[str], str] = str.casefold
+) -> list[str]:
+    """Names (N,) that have no ``key`` in common: as files, no two that differ by case alone.
+
+    One that another name has, too, gets its ending (N,), of which no two are equal.
+    """
+    found, shared = list(names), set[int]()
+    while True:
+        count = Counter(map(key, found))
+        more = {i for i, name in enumerate(found) if count[key(name)] > 1} - shared
+        if not more:
+            return found
+        # With its ending, a name may be that of yet another image: slide-1 of slide, number 1.
+        shared |= more
+        for i in more:
+            found[i] = names[i] + endings[i]
 
 
 def damaged(image: str, nuclei: Path, error: Exception) -> ImageError:
@@ -188,11 +203,7 @@ def file_names(images: Sequence[ExportedImage]) -> list[str]:
     Without suffix; with the image's id where two would be the same.
     """
     names = [_file_name(image.name) for image in images]
-    lower = [name.casefold() for name in names]
-    return [
-        name if lower.count(name.casefold()) == 1 else f"{name}-{image.id}"
-        for name, image in zip(names, images, strict=True)
-    ]
+    return distinct(names, [f"-{image.id}" for image in images])
 
 
 def _file_name(text: str) -> str:

@@ -20,7 +20,7 @@ from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale
 
 from patchcl_qupath import __version__
-from patchcl_qupath.exports.images import ExportedImage, file_names
+from patchcl_qupath.exports.images import ExportedImage, distinct, file_names
 from patchcl_qupath.exports.nuclei import (
     CENTROIDS,
     NucleiTable,
@@ -76,11 +76,7 @@ def element_names(images: Sequence[ExportedImage]) -> list[str]:
         or "image"
         for name in file_names(images)
     ]
-    lower = [name.casefold() for name in names]
-    return [
-        name if lower.count(name.casefold()) == 1 else f"{name}-{image.id}"
-        for name, image in zip(names, images, strict=True)
-    ]
+    return distinct(names, [f"-{image.id}" for image in images])
 
 
 def _anndata(images: Sequence[ExportedImage]) -> anndata.AnnData:
