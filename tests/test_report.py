@@ -23,7 +23,7 @@ from patchcl_qupath.datatypes import Box
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.report import page as report_page
 from patchcl_qupath.report.charts import Mark, curves
-from patchcl_qupath.report.figures import CONTOUR_UNITS
+from patchcl_qupath.report.figures import CONTOUR_UNITS, _RunningHistogram
 from patchcl_qupath.report.found import find_image, find_runs
 from patchcl_qupath.report.views import RunView
 from patchcl_qupath.slides.slide import Slide
@@ -105,6 +105,17 @@ def test_figures_are_those_of_the_nuclei(project):
         expected = [image["tissue_mm2"], len(nuclei), density, figures["area"]["median"]]
         assert "imported" not in image  # the nuclei wait to be imported: neither added nor left out
         assert values == pytest.approx([*expected, certain, image["seconds"]], rel=1e-5)
+
+
+@pytest.mark.parametrize("middle", [40, 290, 350])
+def test_a_median_is_that_of_the_nuclei_also_beyond_the_bars(middle):
+    values = np.random.default_rng(0).normal(middle, 20, 5000).astype(np.float32)
+    histogram = _RunningHistogram(highest=300, bars=30, fine=400)
+    for part in np.array_split(values, 7):
+        histogram.add(part)
+    found = histogram.record()
+    assert found.median == pytest.approx(np.median(values), abs=0.025)
+    assert found.counts == np.histogram(np.clip(values, 0, 300), 30, (0, 300))[0].tolist()
 
 
 def test_fields_of_view_show_the_nuclei_in_them(project):

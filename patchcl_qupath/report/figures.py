@@ -51,6 +51,7 @@ _FULL = 0.5  # tissue fraction of the fields of view that are shown, if any has 
 _KINDS = ("densest", "most uncertain", "typical", "typical")  # why fields of view are shown
 _SIMPLIFY_PX = 0.4  # how far a contour that is shown may lie from the nucleus's own
 _JPEG_QUALITY = 62
+_BEYOND = 4  # times the end of a histogram, up to where medians are found
 _TISSUE_COLOUR = (0, 90, 200)
 _REGION_COLOUR = (0, 0, 0)
 
@@ -125,24 +126,26 @@ def _fullest(segmented: SegmentedImage) -> Box:
 
 
 class _RunningHistogram:
-    """Counts of values from 0 to ``highest``, taken a part at a time; larger ones count as that.
+    """Counts of values from 0 to ``highest``, taken a part at a time; the last bar has larger ones.
 
-    A record has ``bars`` counts. The median is that of ``fine`` times as many.
+    A record has ``bars`` counts. The median is that of ``fine`` times as many, up to four times as
+    high: nuclei of some slides are larger than the bars show.
     """
 
     def __init__(self, *, highest: float, bars: int, fine: int) -> None:
-        self._highest, self._bars = highest, bars
-        self._counts = np.zeros(bars * fine, dtype=np.int64)
+        self._highest, self._bars, self._fine = highest, bars, fine
+        self._counts = np.zeros(_BEYOND * bars * fine, dtype=np.int64)
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Count values (N,)."""
-        clipped = np.clip(values, 0, self._highest)
-        self._counts += np.histogram(clipped, len(self._counts), (0, self._highest))[0]
+        ends = 0, _BEYOND * self._highest
+        self._counts += np.histogram(np.clip(values, *ends), len(self._counts), ends)[0]
 
     def record(self) -> Histogram:
         """The histogram and the median of all values that were counted."""
-        bars = self._counts.reshape(self._bars, -1).sum(axis=1)
-        return Histogram(median=self._median(), highest=self._highest, counts=bars.tolist())
+        bars = self._counts.reshape(-1, self._fine).sum(axis=1)
+        shown = np.append(bars[: self._bars - 1], bars[self._bars - 1 :].sum())
+        return Histogram(median=self._median(), highest=self._highest, counts=shown.tolist())
 
     def _median(self) -> float | None:
         """Interpolated in its fine bin; None without values."""
@@ -152,7 +155,7 @@ class _RunningHistogram:
         up_to = np.cumsum(self._counts)
         i = int(np.searchsorted(up_to, half))
         part = (half - (up_to[i] - self._counts[i])) / self._counts[i]
-        return float((i + part) * self._highest / len(self._counts))
+        return float((i + part) * self._highest / (self._bars * self._fine))
 
 
 def _measured(segmented: SegmentedImage, run: str) -> FiguresRecord:
