@@ -257,6 +257,15 @@ def test_regions_of_many_corners_and_holes() -> None:
     assert np.array_equal(regions.parent(xy), expected)
 
 
+def test_cores_that_overlap_are_told_of() -> None:
+    """As after dearraying with too large a diameter: a nucleus would count for two patients."""
+    cores = [region(shapely.Point(x, 100).buffer(60), "", is_core=True) for x in (100, 210, 400)]
+    regions = Regions.of([*cores, region(shapely.box(0, 0, 250, 100))])
+    both = np.array([[155.0, 100.5]])
+    assert [i for i in range(4) if regions.members(i, both)] == [0, 1]
+    assert regions.partly_overlapping() == [(0, 1)]
+
+
 def test_a_nucleus_on_the_border_of_a_core_belongs_to_the_nearest() -> None:
     """Of a core alone: an annotation was drawn, and its border is meant."""
     cores = [shapely.Point(100, 100).buffer(50), shapely.Point(300, 100).buffer(50)]

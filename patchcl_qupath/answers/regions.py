@@ -125,12 +125,15 @@ class Regions:
         return np.where(shares > 1 - _PARTLY, 1.0, shares)
 
     def partly_overlapping(self) -> list[tuple[int, int]]:
-        """The pairs of regions of which each has a part of its own and a part in common."""
+        """The pairs of regions of which each has a part of its own and a part in common.
+
+        Two annotations, or two cores; an annotation may well reach from core to core.
+        """
         one, other = shapely.STRtree(self.geometries).query(self.geometries, "intersects")
         first = one < other
         one, other = one[first], other[first]
         shared = shapely.area(shapely.intersection(self.geometries[one], self.geometries[other]))
         smaller = np.minimum(self._areas[one], self._areas[other])
         partly = (shared > _PARTLY * smaller) & (shared < (1 - _PARTLY) * smaller)
-        partly &= ~(self.is_core[one] | self.is_core[other])
+        partly &= self.is_core[one] == self.is_core[other]
         return list(zip(one[partly].tolist(), other[partly].tolist(), strict=True))
