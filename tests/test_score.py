@@ -248,6 +248,9 @@ def test_a_large_image_is_shown_where_its_true_nuclei_are(monkeypatch: pytest.Mo
     assert shown([small, far], [small, far, far]) == [Box(0, 700, 100, 800), Box(900, 0, 1000, 100)]
     assert shown([far], []) == [Box(884, 0, 926, 31)]
     assert shown([], []) == [Box(450, 350, 550, 450)]
+    outside = shapely.box(5000, 10, 5010, 20)
+    assert shown([far], [outside]) == [Box(884, 0, 926, 31)]
+    assert shown([], [outside, small]) == [Box(0, 684, 36, 726)]
     monkeypatch.setattr(pictures, "_FIELDS", 1)
     assert shown([small, far], [small, far, far]) == [Box(900, 0, 1000, 100)]
 
@@ -495,6 +498,20 @@ def test_a_large_nucleus_in_ground_truth_is_one(ground_truth: Path) -> None:
         truth = read_ground_truth([path], replace(ENTRY, mpp=mpp))
         assert [*shapely.area(truth.polygons)] == [side**2]
         assert truth.note is None
+
+
+def test_contours_outside_of_the_image_are_told_of(project: Path, ground_truth: Path) -> None:
+    """They are of another image, or not in px at full resolution: scores near 0 say nothing."""
+    moved = [shapely.affinity.translate(nucleus, WIDTH, 0) for nucleus in NUCLEI]
+    write_geojson(ground_truth / "a.geojson", [*NUCLEI, *moved[:2]])
+    result = call("score", project, "--ground-truth", ground_truth, "--json")
+    (image,) = json.loads(result.stdout)["images"]
+    assert image["note"] == "true contours outside of the image, which count as missed: 2"
+    assert (image["true_nuclei"], image["kinds"]["missed"]) == (len(NUCLEI) + 2, 2)
+    write_geojson(ground_truth / "a.geojson", moved[:2])
+    result = call("score", project, "--ground-truth", ground_truth)
+    assert result.exit_code == 1
+    assert f"a.svs is {WIDTH} x {HEIGHT} px, and all contours of its ground truth" in result.stderr
 
 
 def test_a_run_limited_to_regions_is_scored_inside_them(project: Path, ground_truth: Path) -> None:

@@ -70,10 +70,14 @@ def draw_errors(
 
 
 def _shown(slide: Slide, nuclei: Polygons, true: Polygons) -> list[Box]:
-    """The boxes of the working grid to show: the whole image, all true nuclei, or some fields."""
+    """The boxes of the working grid to show: the whole image, all true nuclei, or some fields.
+
+    True nuclei outside of the image cannot be shown.
+    """
     rows, cols = slide.shape
     if max(rows, cols) <= _WHOLE_PX:
         return [Box(0, 0, rows, cols)]
+    true = true[shapely.intersects(true, shapely.box(0, 0, cols, rows))]
     wanted = true if len(true) else nuclei
     if not len(wanted):
         return [_box_around(cols / 2, rows / 2, _FIELD_PX, slide.shape)]

@@ -13,7 +13,7 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import ImageEntry, Polygons
-from patchcl_qupath.errors import ImageError, PatchCLError
+from patchcl_qupath.errors import GroundTruthError, ImageError, PatchCLError
 from patchcl_qupath.evaluation.ground_truth import (
     check_not_shared,
     ground_truth_files,
@@ -200,6 +200,8 @@ def _compare(project: Project, entry: ImageEntry, files: Sequence[Path]) -> _Com
     nuclei, probability, regions, result = _segmented(project, entry)
     ground_truth = read_ground_truth(files, replace(entry, mpp=result.slide.mpp))
     true, notes = ground_truth.polygons, [ground_truth.note] if ground_truth.note else []
+    if outside := _count_outside(true, entry):
+        notes.append(f"true contours outside of the image, which count as missed: {outside}")
     if regions:
         # A nucleus is inside if its centroid is, as in the run.
         centroids = shapely.STRtree(shapely.centroid(true))
@@ -215,6 +217,22 @@ def _compare(project: Project, entry: ImageEntry, files: Sequence[Path]) -> _Com
         mpp=result.slide.mpp,
         notes=notes,
     )
+
+
+def _count_outside(true: Polygons, entry: ImageEntry) -> int:
+    """How many true nuclei lie outside of the image, where its size is known.
+
+    Raises GroundTruthError where all do: they were drawn on another image, or are not in its px.
+    """
+    if entry.size is None or not len(true):
+        return 0
+    count = int(np.count_nonzero(~shapely.intersects(true, shapely.box(0, 0, *entry.size))))
+    if count == len(true):
+        raise GroundTruthError(
+            f"{entry.name} is {entry.size[0]} x {entry.size[1]} px, and all contours of its ground "
+            "truth lie outside of it: export those of this very image, in px at full resolution"
+        )
+    return count
 
 
 def _draw(entry: ImageEntry, compared: _Compared, folder: Path) -> Path:
