@@ -514,6 +514,26 @@ def test_contours_outside_of_the_image_are_told_of(project: Path, ground_truth: 
     assert f"a.svs is {WIDTH} x {HEIGHT} px, and all contours of its ground truth" in result.stderr
 
 
+def test_nuclei_in_an_ignored_area_are_not_scored(project: Path, ground_truth: Path) -> None:
+    """Whoever marks an area so does not say which nuclei are in it."""
+    beside, within, half = (shapely.box(x, 60, x + 10, 70) for x in (10, 44, 35))
+    write_nuclei(project, 0, np.array([*NUCLEI, within, half, beside]))
+    path = ground_truth / "a.geojson"
+    write_geojson(path, [*NUCLEI, shapely.box(46, 72, 50, 76)])  # one in the area, not found
+    content = json.loads(path.read_text("utf-8"))
+    area = feature(shapely.box(40, 50, 60, 80))
+    area["properties"]["classification"] = {"name": "Ignore*"}
+    content["features"].append(area)
+    path.write_text(json.dumps(content), "utf-8")
+    done = call("score", project, "--ground-truth", ground_truth, "--json")
+    assert done.exit_code == 0, done.output
+    (image,) = json.loads(done.stdout)["images"]
+    assert (image["nuclei"], image["true_nuclei"]) == (5, 3)
+    assert (image["kinds"]["right"], image["kinds"]["spurious"]) == (3, 2)
+    assert sum(each["nuclei"] for each in image["reliability"]) == 5
+    assert "found or true, that lie in ignored objects: 2" in image["note"]
+
+
 def test_a_run_limited_to_regions_is_scored_inside_them(project: Path, ground_truth: Path) -> None:
     left = json.loads(shapely.to_geojson(shapely.box(0, 0, 30, 40)))
     write_nuclei(project, 0, NUCLEI[:2], regions=(RegionRecord(geometry=left, tissue_mm2=0.1),))

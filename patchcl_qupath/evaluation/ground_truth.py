@@ -10,7 +10,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -43,10 +43,12 @@ _KINDS = f"a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 class GroundTruth:
     """The true nuclei of an image: (T,) valid polygons and multipolygons, level 0.
 
-    ``note`` is a message for people, or None.
+    ``ignored`` (I,) are areas in which nobody says what is a nucleus. ``note`` is a message for
+    people, or None.
     """
 
     polygons: Polygons
+    ignored: Polygons = field(default_factory=lambda: np.empty(0, object))
     note: str | None = None
 
 
@@ -177,7 +179,9 @@ def _nuclei(path: Path, entry: ImageEntry) -> GroundTruth:
         )
         if count
     ]
-    return GroundTruth(polygons[~is_region & ~is_large], "; ".join(notes) or None)
+    return GroundTruth(
+        polygons[~is_region & ~is_large], objects.areas[ignored], "; ".join(notes) or None
+    )
 
 
 def _labels(path: Path, entry: ImageEntry) -> Labels:

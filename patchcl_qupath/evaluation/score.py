@@ -22,6 +22,7 @@ from patchcl_qupath.evaluation.ground_truth import (
 from patchcl_qupath.evaluation.metrics import MIN_IOU, Kind, Overlaps
 from patchcl_qupath.evaluation.pictures import draw_errors, picture_name
 from patchcl_qupath.project import Project
+from patchcl_qupath.project.outlines import mostly_in
 from patchcl_qupath.segmentation.measurements import PROBABILITY
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.geojson import made_valid
@@ -207,6 +208,11 @@ def _compare(project: Project, entry: ImageEntry, files: Sequence[Path]) -> _Com
         centroids = shapely.STRtree(shapely.centroid(true))
         true = true[np.unique(centroids.query(regions, predicate="covers")[1])]
         notes.append("only inside the analysis regions of the run")
+    if len(ground_truth.ignored):
+        found, known = (~mostly_in(each, ground_truth.ignored) for each in (nuclei, true))
+        if count := np.count_nonzero(~found) + np.count_nonzero(~known):
+            notes.append(f"nuclei left out, found or true, that lie in ignored objects: {count}")
+        nuclei, probability, true = nuclei[found], probability[found], true[known]
     if failed := len(result.failed_tiles):
         notes.append(f"tiles that failed, where true nuclei count as missed: {failed}")
     return _Compared(

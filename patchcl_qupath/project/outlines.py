@@ -77,8 +77,7 @@ def sort_outlines(objects: Objects, within: shapely.Geometry, pixel_um2: float) 
     pieces, classes = pieces[near & ~small], classes[near & ~small]
     is_region = _are_regions(pieces, classes, pixel_um2)
     ignored = objects.areas[kinds == Kind.IGNORED]
-    shared = shapely.area(shapely.intersection(pieces, shapely.union_all(ignored)))
-    is_ignored = ~is_region & (shared > shapely.area(pieces) / 2)
+    is_ignored = ~is_region & mostly_in(pieces, ignored)
     points = shapely.intersection(objects.shapes[kinds == Kind.POINTS], within)
     counts = {kind: int(np.count_nonzero(kinds == kind)) for kind in Kind} | {
         Kind.IGNORED: len(ignored) + int(np.count_nonzero(is_ignored)),
@@ -96,6 +95,13 @@ def sort_outlines(objects: Objects, within: shapely.Geometry, pixel_um2: float) 
             for shape in objects.shapes[kinds == kind]
         ),
     )
+
+
+def mostly_in(polygons: Polygons, areas: Polygons) -> _Bools:
+    """(N,) of which polygons (N,) more than half lies in some areas (M,)."""
+    inside = shapely.area(shapely.intersection(polygons, shapely.union_all(areas)))
+    mostly: _Bools = inside > shapely.area(polygons) / 2
+    return mostly
 
 
 def _kinds(objects: Objects) -> NDArray[np.str_]:
