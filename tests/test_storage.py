@@ -23,7 +23,7 @@ from patchcl_qupath.storage.files import (
     write_bytes,
     writing,
 )
-from patchcl_qupath.storage.layout import Layout
+from patchcl_qupath.storage.layout import Layout, file_name
 from patchcl_qupath.storage.parquet import (
     read_nuclei,
     read_uncertainty_grid,
@@ -247,6 +247,30 @@ def test_a_model_has_a_name_that_every_system_can_write(tmp_path, name):
 @pytest.mark.parametrize("name", ["patchcl", "v1.2", "prüfung 3", "console", "a-b_c"])
 def test_names_of_models(tmp_path, name):
     assert Layout(tmp_path).model(name) == tmp_path / "models" / f"{name}.pt"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("slide 1 é", "slide 1 é"),
+        (r'<a:b"c/d\e|f?g*h>', "_a_b_c_d_e_f_g_h_"),
+        ("a\nb\x00", "a b"),
+        (".hidden. ", "hidden"),
+        (" . ", ""),
+        ("", ""),
+        ("aux", "_aux"),
+        ("Com1.of a day", "_Com1.of a day"),
+        ("nul .x", "_nul .x"),
+        ("auxiliary", "auxiliary"),
+        ("切" * 200, "切" * 50),
+        ("a" + "切" * 200, "a" + "切" * 49),
+        ("x" * 149 + " y", "x" * 149),
+    ],
+)
+def test_any_text_is_the_name_of_a_file_on_every_system(tmp_path, text, expected):
+    assert file_name(text) == expected
+    if expected:
+        write_bytes(tmp_path / f"{expected}-{'7' * 20}.geojson.gz", b"")
 
 
 def test_names_are_compared_as_one_system_writes_them():

@@ -8,7 +8,6 @@ is shown where its true nuclei are.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
@@ -20,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from patchcl_qupath.datatypes import Box, ImageEntry, Polygons, grid_to_level0
 from patchcl_qupath.evaluation.metrics import MIN_IOU, Kind, Overlaps
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.storage.files import atomic_write, readable
+from patchcl_qupath.storage.files import atomic_write
+from patchcl_qupath.storage.layout import file_name
 
 # Of M. Okabe and K. Ito's palette for all kinds of colour vision, those that show on tissue.
 COLOURS = {
@@ -45,8 +45,7 @@ _PAPER, _INK = (150, 150, 150), (0, 0, 0)
 
 def picture_name(entry: ImageEntry) -> str:
     """The file name of an image's picture, which no other image of the project has."""
-    stem = re.sub(r'[\\/:*?"<>|]', "_", readable(PurePath(entry.name).stem))
-    return f"{stem}-{entry.id}.png"
+    return f"{file_name(PurePath(entry.name).stem)}-{entry.id}.png"
 
 
 def draw_errors(

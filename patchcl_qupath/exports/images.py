@@ -20,6 +20,7 @@ from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.drawn import OUR_REGION, read_drawn
 from patchcl_qupath.storage.files import readable
+from patchcl_qupath.storage.layout import file_name
 from patchcl_qupath.storage.parquet import CELL, parquet_source
 from patchcl_qupath.storage.records import RemovedRecord, ResultRecord, Summary, read_result
 
@@ -202,12 +203,5 @@ def file_names(images: Sequence[ExportedImage]) -> list[str]:
 
     Without suffix; with the image's id where two would be the same.
     """
-    names = [_file_name(image.name) for image in images]
+    names = [file_name(_SUFFIX.sub("", image.name)) or "image" for image in images]
     return distinct(names, [f"-{image.id}" for image in images])
-
-
-def _file_name(text: str) -> str:
-    """A text as a file name on any system."""
-    text = _SUFFIX.sub("", text)
-    safe = "".join("_" if c in '<>:"/\\|?*' or ord(c) < 32 else c for c in text)
-    return safe.strip(" .")[:100] or "image"

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patchcl_qupath.errors import ConfigError
+from patchcl_qupath.storage.files import readable
 
 RESULT, NUCLEI = "result.json", "nuclei.parquet"  # in an image's folder of results
 FIGURES = "figures.json"  # in its folder of figures
@@ -34,6 +35,7 @@ CHANGES = "changes.json"  # in its folder of changes
 
 _PORTS = [f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10)]
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *_PORTS}  # what Windows takes such a name for
+_NAME_BYTES = 150  # of a file name, of which systems take 255, with what is added to it
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,7 @@ class Layout:
 
     def model(self, name: str) -> Path:
         """A model's weights. Raises ConfigError for a name that no file can have on some system."""
-        reserved = name.partition(".")[0].upper() in _DEVICES
-        if reserved or not re.fullmatch(r'(?!\.)[^<>:"/\\|?*\x00-\x1f]+(?<![. ])', name):
+        if _is_device(name) or not re.fullmatch(r'(?!\.)[^<>:"/\\|?*\x00-\x1f]+(?<![. ])', name):
             raise ConfigError(
                 f"a model cannot be named {name!r}, as not every system can name a file so: use "
                 "letters, digits, - and _"
@@ -163,3 +164,15 @@ class Layout:
     def qupath_log(self) -> Path:
         """The log of our QuPath process."""
         return self.root / "qupath.log"
+
+
+def file_name(text: str) -> str:
+    """A text as the name of a file, as far as any system takes it; "" where nothing is left."""
+    safe = re.sub(r'[<>:"/\\|?*]', "_", readable(text))
+    short = safe.encode()[:_NAME_BYTES].decode(errors="ignore").strip(" .")
+    return f"_{short}" if _is_device(short) else short
+
+
+def _is_device(name: str) -> bool:
+    """Whether Windows takes a file's name for a device, whatever its suffix is."""
+    return name.partition(".")[0].rstrip().upper() in _DEVICES
