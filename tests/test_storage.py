@@ -236,6 +236,21 @@ def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch, code):
         write_bytes(tmp_path / "file", b"")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="flock is of Unix")
+@pytest.mark.parametrize("left", ["", "1\nanother-node\n"], ids=["elsewhere", "by another node"])
+def test_a_lock_file_that_was_left_locks_nothing(tmp_path, monkeypatch, recwarn, left):
+    """Where there is no flock; the file may have come with the project."""
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    (tmp_path / ".lock").write_text(left)
+    with exclusive_lock(tmp_path):
+        write_bytes(tmp_path / "file", b"")
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     "name", ["", ".", "..", ".hidden", "a/b", r"a\b", "C:x", "a?", "con", "Nul.1", "end.", "end "]
 )

@@ -48,6 +48,7 @@ _ADVICE = {
 _ON_WINDOWS = {
     errno.EACCES: f"another program has it open: close it there; or no permission: {_COPY}",
 }
+# Of a file system without locks, as Lustre may be mounted: it is used without.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 _locked: set[Path] = set()  # folders of which this process holds the lock
@@ -128,7 +129,8 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     The operating system releases the lock when the process ends, also if it is killed. Partial
     files of earlier processes are removed.
     """
-    lock = FileLock(folder / ".lock", timeout=0)
+    # A lock file that a dead process leaves, as filelock makes it elsewhere, would lock for ever.
+    lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -137,8 +139,6 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
             raise StorageError(
                 f"another patchcl-qp is at work in {folder}: wait until it is done, or stop it"
             ) from None
-        except NotImplementedError:
-            pass  # a file system without locks
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
