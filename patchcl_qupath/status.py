@@ -12,12 +12,11 @@ from patchcl_qupath.project import Project
 from patchcl_qupath.project.imported import imported_nuclei
 from patchcl_qupath.storage.records import (
     Imported,
-    ModelRecord,
     Record,
     RemovedRecord,
     ResultRecord,
     file_signature,
-    read_record,
+    read_model_record,
     read_result,
 )
 
@@ -110,9 +109,10 @@ def _changed(entry: ImageEntry, result: ResultRecord, models: Mapping[str, str])
 
 
 def _models(project: Project) -> dict[str, str]:
-    """The project's present models: name -> digest."""
-    records = {path.stem: read_record(path, ModelRecord) for path in project.layout.model_records()}
-    return {name: record.digest for name, record in records.items() if record is not None}
+    """The project's present models: name -> digest, "" where it is not known."""
+    weights = [path.with_suffix(".pt") for path in project.layout.model_records()]
+    records = {path.stem: read_model_record(path) for path in weights if path.exists()}
+    return {name: record.digest if record else "" for name, record in records.items()}
 
 
 def _model_name(result: ResultRecord, models: Mapping[str, str]) -> str:

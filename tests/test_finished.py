@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import QUICK, copy_sample
 from survivor import left_by_run
 
@@ -140,6 +141,16 @@ def touch(path: Path) -> None:
     os.utime(path, ns=(1, 1))
 
 
+def copy_other_weights(folder: Path) -> None:
+    """Copy those of another model, without its record."""
+    path = folder / "patchcl" / "models" / "patchcl.pt"
+    model = pipeline.Model.load(path)
+    with torch.no_grad():
+        next(model.network.parameters()).mul_(2)
+    other = replace(model)  # with a digest of its own
+    path.write_bytes(other.save(folder / "elsewhere", "patchcl").read_bytes())
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -151,6 +162,7 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
     "a model that was not written whole": lambda folder: touch(
         folder / "patchcl/models/patchcl.pt"
     ),
+    "weights of another model": copy_other_weights,
     "no tiles": lambda folder: shutil.rmtree(folder / "patchcl/runs"),
     "no nuclei": lambda folder: shutil.rmtree(folder / "patchcl/results"),
     "a table of nuclei that is damaged": lambda folder: cut(

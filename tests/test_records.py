@@ -11,6 +11,8 @@ import pytest
 
 from patchcl_qupath.config import RENAMED, TABLES, Config, from_dict, to_dict
 from patchcl_qupath.datatypes import CorrectionRoi, FailedTile
+from patchcl_qupath.models.model import Model
+from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.storage.records import (
     FiguresRecord,
     ImageOutcome,
@@ -21,6 +23,7 @@ from patchcl_qupath.storage.records import (
     ResultRecord,
     RoisRecord,
     RunRecord,
+    read_model_record,
     read_record,
     read_result,
     to_plain,
@@ -269,3 +272,17 @@ def test_renamed_settings_exist_under_their_new_names_only() -> None:
         known = {field.name for field in msgspec.inspect.type_info(TABLES[table]).fields}
         assert known >= set(names.values())
         assert not known & names.keys()
+
+
+def test_weights_that_were_copied_alone_have_no_record(tmp_path: Path) -> None:
+    """That beside them is of the model that was there before."""
+    one, other = (Model(network=NucleusNetwork((2, 2, 2)), config=Config()) for _ in range(2))
+    assert one.digest != other.digest
+    weights = one.save(tmp_path, "patchcl")
+    record = read_model_record(weights)
+    assert record is not None
+    assert record.digest == one.digest
+    weights.write_bytes(other.save(tmp_path / "elsewhere", "patchcl").read_bytes())
+    assert read_model_record(weights) is None
+    weights.unlink()
+    assert read_model_record(weights) is None

@@ -661,8 +661,14 @@ class RoisRecord(Record, frozen=True, kw_only=True, rename={"rois": "fields"}):
 
 
 def read_model_record(weights: Path) -> ModelRecord | None:
-    """The record of a model, beside its ``weights``; None where either is missing."""
-    return read_record(weights.with_suffix(".json"), ModelRecord) if weights.exists() else None
+    """The record of a model, beside its ``weights``; None where either is missing, or where they
+    are of two models: weights may have been copied here alone."""
+    record = read_record(weights.with_suffix(".json"), ModelRecord)
+    try:
+        is_theirs = record is not None and record.digest.encode() in weights.read_bytes()
+    except OSError:
+        return None
+    return record if is_theirs else None
 
 
 def file_signature(path: Path) -> FileSignature:
