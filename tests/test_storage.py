@@ -206,6 +206,20 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["1"]
 
 
+def test_tiles_are_kept_where_their_plan_cannot_be_read_for_the_moment(tmp_path, monkeypatch):
+    store = stored(tmp_path / "store", some_nuclei(1))
+
+    def deny(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    for name in ("read_text", "read_bytes"):
+        monkeypatch.setattr(Path, name, deny)
+    with pytest.raises(StorageError, match=r"plan\.json cannot be read"):
+        TileStore.open(store.folder, {})
+    monkeypatch.undo()
+    assert TileStore.open(store.folder, {}).missing([TILE]) == []
+
+
 def test_tiles_of_another_plan_that_cannot_be_removed_are_no_finished_ones(tmp_path, monkeypatch):
     store = stored(tmp_path / "store", some_nuclei(1))
     unlink = os.unlink

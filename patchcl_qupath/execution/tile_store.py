@@ -29,7 +29,6 @@ from patchcl_qupath.errors import StorageError
 from patchcl_qupath.storage.files import (
     digest,
     is_whole_parquet,
-    read_json,
     readable,
     remove_folder,
     write_bytes,
@@ -64,7 +63,7 @@ class TileStore:
     def open(cls, folder: Path, plan: dict[str, Any]) -> TileStore:
         """Open for ``plan``, all that the content of a tile depends on; drop tiles of another."""
         plan_file = folder / "plan.json"
-        if digest(read_json(plan_file)) != digest(plan):
+        if not _is_same_plan(plan_file, plan):
             remove_folder(folder)  # all of it: a tile that stays would count as finished
             with writing(folder):
                 (folder / "tiles").mkdir(parents=True, exist_ok=True)
@@ -175,6 +174,26 @@ class TileStore:
 
     def _source(self, tile: Tile) -> Path | io.BytesIO:
         return parquet_source(self.path(tile))
+
+
+def _is_same_plan(path: Path, plan: dict[str, Any]) -> bool:
+    """Whether the plan in a file is this one. Raises StorageError for a file that cannot be read.
+
+    Another program may have it open, or a network folder be gone for a moment: that is no reason
+    to begin again.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            return False
+        raise StorageError(
+            f"{path} cannot be read ({readable(str(error))}): run again when it can be; "
+            "finished tiles are kept"
+        ) from error
+    except ValueError:  # damaged
+        return False
+    return digest(found) == digest(plan)
 
 
 def _grid_of(header: dict[bytes, bytes]) -> UncertaintyGrid:
