@@ -63,6 +63,47 @@ def test_a_tile_that_a_power_failure_cut_is_segmented_again(tmp_path, left):
     assert store.missing([TILE]) == [TILE]
 
 
+def all_of(store):
+    """What the store reads of its tile, by each of its ways."""
+    (nuclei,), (contours,) = store.nuclei([TILE]), store.contours([TILE])
+    (measured,) = store.measurements([TILE], ["Area µm^2"])
+    (grid,) = store.uncertainty_grids([TILE])
+    content = TileStore.decode(store.content(TILE))[0]
+    return [
+        *(store.count([TILE]), nuclei.uuids.tolist(), measured["Area µm^2"].tolist()),
+        *(shapely.to_wkb(each).tolist() for each in (contours, nuclei.polygons, content.polygons)),
+        *(store.points(TILE)[0].tolist(), grid.entropy.tolist()),
+    ]
+
+
+def test_a_damaged_tile_is_never_read_and_is_segmented_again(tmp_path):
+    """Wherever a block of the disk was lost: in contours, measurements, or what describes them."""
+    store = stored(tmp_path, some_nuclei(300))
+    content, expected = store.path(TILE).read_bytes(), all_of(store)
+    for place in range(0, len(content) - 100, 509):
+        lost = content[place : place + 512]
+        damaged = content[:place] + bytes(len(lost)) + content[place + 512 :]
+        store.path(TILE).write_bytes(damaged[:-4] + content[-4:])
+        try:
+            found = all_of(store)
+        except StorageError:
+            assert store.missing([TILE]) == [TILE]
+        else:
+            assert found == expected, place
+
+
+def test_a_tile_is_kept_where_the_disk_fails(tmp_path, monkeypatch):
+    store = stored(tmp_path, some_nuclei(3))
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(pq, "read_table", fail)
+    with pytest.raises(StorageError, match="run again"):
+        [*store.nuclei([TILE])]
+    assert store.missing([TILE]) == []
+
+
 @pytest.mark.parametrize("n", [0, 7])
 def test_nuclei_survive_the_tile_store(tmp_path, n):
     nuclei = some_nuclei(n)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,13 +91,15 @@ class TileStore:
     @staticmethod
     def decode_table(content: bytes) -> tuple[Table, UncertaintyGrid]:
         """As ``decode``, with nuclei as a table."""
-        table = pq.read_table(pa.BufferReader(content))
+        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
         return table, _grid_of(table.schema.metadata)
 
     def content(self, tile: Tile) -> bytes:
         """A finished tile, encoded. Raises StorageError."""
-        with self._reading():
-            return self.path(tile).read_bytes()
+        with self._reading(tile):
+            content = self.path(tile).read_bytes()
+            self.decode_table(content)  # a worker could only say that the tile fails
+            return content
 
     def path(self, tile: Tile) -> Path:
         """The file of a finished tile."""
@@ -116,7 +118,7 @@ class TileStore:
 
     def count(self, tiles: Sequence[Tile]) -> int:
         """How many nuclei finished tiles hold together, without reading them."""
-        return sum(int(pq.read_metadata(self._source(tile)).num_rows) for tile in tiles)
+        return sum(map(self._count, tiles))
 
     def nuclei(self, tiles: Sequence[Tile]) -> Iterator[Nuclei]:
         """The nuclei of finished tiles, one tile after the other, in the tiles' order."""
@@ -124,15 +126,14 @@ class TileStore:
 
     def tables(self, tiles: Sequence[Tile]) -> Iterator[Table]:
         """The same as tables."""
-        return (pq.read_table(self._source(tile)) for tile in tiles)
+        return map(self._table, tiles)
 
     def points(self, tile: Tile) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """The points of a tile's nuclei, in flat arrays as of ``outer_points_of``.
 
         Raises StorageError.
         """
-        with self._reading():
-            return outer_points_of(pq.read_table(self._source(tile), columns=[NUCLEUS])[NUCLEUS])
+        return outer_points_of(self._table(tile, [NUCLEUS])[NUCLEUS])
 
     def contours(self, tiles: Sequence[Tile], of_cells: bool = False) -> Iterator[Polygons]:
         """Their contours alone, several times as fast; with ``of_cells`` those of their cells.
@@ -141,32 +142,52 @@ class TileStore:
         """
         column = CELL if of_cells else NUCLEUS
         for tile in tiles:
-            source = self._source(tile)
-            if of_cells and column not in pq.read_schema(source).names:
+            if of_cells and column not in self._schema(tile).names:
                 yield np.empty(0, dtype=object)
             else:
-                yield polygons_of(pq.read_table(source, columns=[column]), column)
+                yield polygons_of(self._table(tile, [column]), column)
 
     def measurements(self, tiles: Sequence[Tile], names: Sequence[str]) -> Iterator[Measurements]:
         """Some of their measurements alone, those of nuclei also where these have cells."""
         for tile in tiles:
-            source = self._source(tile)
-            there = pq.read_schema(source).names
+            there = self._schema(tile).names
             columns = {name: name_of_nucleus(name, there) for name in names}
-            table = pq.read_table(source, columns=[*columns.values()])
+            table = self._table(tile, [*columns.values()])
             yield {name: table[column].to_numpy() for name, column in columns.items()}
 
     def uncertainty_grids(self, tiles: Sequence[Tile]) -> Iterator[UncertaintyGrid]:
         """Their uncertainty grids, without reading the nuclei."""
         for tile in tiles:
-            yield _grid_of(pq.read_schema(self._source(tile)).metadata)
+            yield _grid_of(self._schema(tile).metadata)
+
+    def _count(self, tile: Tile) -> int:
+        with self._reading(tile):
+            return int(pq.read_metadata(self._source(tile)).num_rows)
+
+    def _schema(self, tile: Tile) -> pa.Schema:
+        with self._reading(tile):
+            return pq.read_schema(self._source(tile))
+
+    def _table(self, tile: Tile, columns: list[str] | None = None) -> Table:
+        with self._reading(tile):
+            return pq.read_table(
+                self._source(tile), columns=columns, page_checksum_verification=True
+            )
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Raise StorageError where a finished tile cannot be read."""
+    def _reading(self, tile: Tile) -> Iterator[None]:
+        """Raise StorageError where a finished tile cannot be read.
+
+        One that is damaged is removed: it would be so in each run.
+        """
         try:
             yield
         except (OSError, pa.ArrowException) as error:
+            if (
+                getattr(error, "errno", None) is None
+            ):  # not the disk's or the network's, but Arrow's
+                with suppress(OSError):
+                    self.path(tile).unlink()
             reason = readable(str(error))
             raise StorageError(
                 f"finished tiles in {self.folder} cannot be read ({reason}): run again"

@@ -128,6 +128,7 @@ def encoding(names: Collection[str]) -> dict[str, Any]:
     return {
         "compression": {name: "zstd" if name in packed else "none" for name in names},
         "use_dictionary": [CLASSIFICATION],
+        "write_page_checksum": True,
     }
 
 
