@@ -291,6 +291,23 @@ def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch, code):
         write_bytes(tmp_path / "file", b"")
 
 
+def test_a_partial_file_that_cannot_be_removed_stops_nothing(tmp_path, monkeypatch):
+    """Another person's, or on Windows one that is open: neither a run nor the end of one."""
+    partial = tmp_path / ".1.parquet.0.partial"
+    partial.touch()
+
+    def deny(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "unlink", deny)
+    monkeypatch.setattr(Path, "unlink", deny)
+    with exclusive_lock(tmp_path):
+        files.remove_unfinished()
+    monkeypatch.undo()
+    with exclusive_lock(tmp_path):
+        assert not partial.exists()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="flock is of Unix")
 @pytest.mark.parametrize("left", ["", "1\nanother-node\n"], ids=["elsewhere", "by another node"])
 def test_a_lock_file_that_was_left_locks_nothing(tmp_path, monkeypatch, recwarn, left):

@@ -14,7 +14,7 @@ import time
 import unicodedata
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,10 +194,15 @@ def remove_file(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
+    """Remove a file or folder if that is possible: what is left is removed by a later run.
+
+    Another thread may have it open, on Windows; another person's may not be removed.
+    """
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def write_json(path: Path, content: Any, compact: bool = False) -> None:
