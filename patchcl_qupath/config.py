@@ -271,7 +271,12 @@ class PatchCLConfig(Settings):
     crops: Annotated[int, setting("Crops that are read, from all slides together", ge=1)] = 96
     source_px: Annotated[int, setting("Side of a crop that is read from a slide", "px", ge=1)] = 384
     seed: Annotated[
-        int, setting("Seed of all random numbers of the training, self-training included", ge=0)
+        int,
+        setting(
+            "Seed of all random numbers of the training, self-training included",
+            ge=0,
+            le=10**18,  # torch takes 64 bits
+        ),
     ] = 0
 
     def __post_init__(self) -> None:

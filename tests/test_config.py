@@ -79,6 +79,7 @@ def test_recipe_of_the_paper_has_its_settings() -> None:
         ({"selftrain": {"min_area_um2": 220}}, r"selftrain\.min_area_um2 must be less than"),
         ({"segment": {"min_area_um2": 500}}, r"min_area_um2 must be less than segment\.max_area"),
         ({"slide": {"tile_px": 0}}, r"slide\.tile_px = 0: expected int >= \d+"),
+        ({"patchcl": {"seed": 10**20}}, r"patchcl\.seed = 10{20}: expected int <= \d+"),
         ({"slide": {"mpp": 0}}, r"slide\.mpp = 0: expected float >= 0\.05"),
         ({"segment": {"min_solidity": 7}}, r"segment\.min_solidity = 7: expected float <= 1"),
         ({"slide": {"stain": "h&e"}}, "stain = 'h&e': it must be one of auto, h-e, h-dab"),

@@ -360,6 +360,12 @@ def test_any_text_is_the_name_of_a_file_on_every_system(tmp_path, text, expected
         write_bytes(tmp_path / f"{expected}-{'7' * 20}.geojson.gz", b"")
 
 
+def test_an_argument_that_is_not_utf8_has_a_digest():
+    """Such as a class that was typed in a terminal of another encoding."""
+    assert files.digest(["Tumor"]) == "3f43c742de6e"
+    assert files.digest(["T\udcfcmor"]) not in {files.digest(["T?mor"]), files.digest(["T\xfcmor"])}
+
+
 def test_names_are_compared_as_one_system_writes_them():
     assert files.readable("pru\u0308fung\n1") == "pr\u00fcfung 1"
 

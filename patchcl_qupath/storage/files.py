@@ -236,7 +236,8 @@ def readable(text: str) -> str:
 def digest(content: Any) -> str:
     """The first 12 hexadecimal digits of the SHA-256 of a JSON-like value."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    # Names may hold unpaired surrogates, of an argument that is not UTF-8.
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def content_file(path: Path) -> Path:
