@@ -341,7 +341,8 @@ class SelfTrainConfig(Settings):
     first_batch: Annotated[
         int,
         setting(
-            "Crops per step of the first network, and of the one that is kept in its first steps",
+            "Crops per step of the first network, and of the one that is kept in its first steps; "
+            "at most `batch`",
             ge=1,
         ),
     ] = 4

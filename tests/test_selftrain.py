@@ -491,6 +491,12 @@ def test_the_fraction_of_small_batches_is_that_of_all_steps(fraction, small):
     assert sizes == [3] * small + [7] * (100 - small)
 
 
+def test_first_batches_are_never_larger_than_the_last():
+    """Also where only these were made smaller, or a model is from before there were others."""
+    settings = SelfTrainConfig(steps=10, batch=2)
+    assert {selftrain.batch_size(step, settings) for step in range(10)} == {2}
+
+
 def test_crops_are_of_one_slide_by_its_id_and_not_by_its_stains():
     """Two slides may have equal normalisers; samples stay in the order of the crops."""
     ground_truth = discs((120, 160), [(30, 30, 8), (60, 100, 10), (95, 50, 6), (25, 120, 9)])

@@ -280,7 +280,7 @@ def batch_size(step: int, settings: SelfTrainConfig) -> int:
     Batch Size, ICLR 2018, beside a learning rate that falls.
     """
     is_early = step < settings.small_batches * settings.steps
-    return settings.first_batch if is_early else settings.batch
+    return min(settings.first_batch, settings.batch) if is_early else settings.batch
 
 
 def _batch(
