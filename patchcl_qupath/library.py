@@ -237,19 +237,21 @@ def refine(
     """Refine a model by CDCL with the ROIs of a class that a person corrected; save it as ``name``.
 
     Raises TrainingError where there is no such ROI, ImageError for labels that cannot be trained
-    on.
+    on, ConfigError for a name that no file can have.
 
     >>> pq.refine(project, model)
     Traceback (most recent call last):
     ...
     patchcl_qupath.errors.TrainingError: no image has an annotation of class PatchCL: corrected: ...
     """
+    folder = project.layout.model(name).parent
+    check_writable(folder)
     with exclusive_lock(project.layout.root):
         progress = show or hide_progress
         found: dict[str, Corrections] = {}
         images = project.images()
         refined = pipeline.refine(project, images, model, labels_from, progress, found=found)
-        refined.save(project.layout.model(name).parent, name)
+        refined.save(folder, name)
         changes.begin(project.layout, found, refined.digest, name)
     return refined
 

@@ -54,6 +54,12 @@ def test_a_model_runs_at_its_own_resolution(folder, fine_model, monkeypatch) -> 
     assert len(configs) == 3
 
 
+def test_the_name_of_a_refined_model_is_checked_before_it_is_trained(folder, fine_model) -> None:
+    project = library.open_project(folder)
+    with pytest.raises(ConfigError, match="a model cannot be named"):
+        library.refine(project, fine_model, "a/b")
+
+
 def test_a_command_refuses_a_model_of_another_resolution(folder, fine_model) -> None:
     project = library.open_project(folder)
     fine_model.save(project.layout.model("fine").parent, "fine")
