@@ -183,9 +183,8 @@ class TileStore:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            if (
-                getattr(error, "errno", None) is None
-            ):  # not the disk's or the network's, but Arrow's
+            # Those of the disk or the network have a number; Arrow's mean damage.
+            if getattr(error, "errno", None) is None:
                 with suppress(OSError):
                     self.path(tile).unlink()
             reason = readable(str(error))
