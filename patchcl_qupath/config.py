@@ -176,6 +176,8 @@ class Settings:
             except msgspec.ValidationError as error:
                 name = f"{self.table}.{entry.name}".lstrip(".")
                 raise ConfigError(f"{name} = {value!r}: {_expected(kind, error)}") from None
+            if isinstance(checked, float) and not math.isfinite(checked):  # TOML has inf and nan
+                raise ConfigError(f"{self.table}.{entry.name} = {value!r}: it must be finite")
             object.__setattr__(self, entry.name, checked)
 
 

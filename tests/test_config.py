@@ -1,6 +1,7 @@
 """Settings: what is read is what was written; what makes no sense is refused."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,8 @@ def test_recipe_of_the_paper_has_its_settings() -> None:
         ({"segment": {"min_area_um2": 500}}, r"min_area_um2 must be less than segment\.max_area"),
         ({"slide": {"tile_px": 0}}, r"slide\.tile_px = 0: expected int >= \d+"),
         ({"patchcl": {"seed": 10**20}}, r"patchcl\.seed = 10{20}: expected int <= \d+"),
+        ({"segment": {"open_radius_um": math.inf}}, r"open_radius_um = inf: it must be finite"),
+        ({"segment": {"join_prominence_um": math.nan}}, r"prominence_um = nan: it must be finite"),
         ({"slide": {"mpp": 0}}, r"slide\.mpp = 0: expected float >= 0\.05"),
         ({"segment": {"min_solidity": 7}}, r"segment\.min_solidity = 7: expected float <= 1"),
         ({"slide": {"stain": "h&e"}}, "stain = 'h&e': it must be one of auto, h-e, h-dab"),
