@@ -32,7 +32,7 @@ from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.status import ImageStatus, image_statuses
 from patchcl_qupath.storage.files import check_writable, exclusive_lock, readable
 from patchcl_qupath.storage.parquet import Table, read_geoarrow
-from patchcl_qupath.storage.records import ImageOutcome
+from patchcl_qupath.storage.records import ImageOutcome, read_model_record
 
 Choice = TypeVar("Choice", ExportFormat, ExportRows)
 Settings = Config | Mapping[str, Any] | None  # None: the defaults
@@ -136,7 +136,7 @@ def segment(
             config=_config_of_run(settings, model),
             workers=found,
             progress=show or hide_progress,
-            region_classes=tuple(regions),
+            region_classes=_several(regions),
         )
         return list(run.images(_entries(project, images)))
 
@@ -237,21 +237,24 @@ def refine(
     """Refine a model by CDCL with the ROIs of a class that a person corrected; save it as ``name``.
 
     Raises TrainingError where there is no such ROI, ImageError for labels that cannot be trained
-    on, ConfigError for a name that no file can have.
+    on, ConfigError for a name that no file can have, and for that of the model it begins with.
 
     >>> pq.refine(project, model)
     Traceback (most recent call last):
     ...
     patchcl_qupath.errors.TrainingError: no image has an annotation of class PatchCL: corrected: ...
     """
-    folder = project.layout.model(name).parent
-    check_writable(folder)
+    path = project.layout.model(name)
+    record = read_model_record(path)
+    if record is not None and record.digest == model.digest:
+        raise ConfigError(f"give the refined model another name than {name}")
+    check_writable(path.parent)
     with exclusive_lock(project.layout.root):
         progress = show or hide_progress
         found: dict[str, Corrections] = {}
         images = project.images()
         refined = pipeline.refine(project, images, model, labels_from, progress, found=found)
-        refined.save(folder, name)
+        refined.save(path.parent, name)
         changes.begin(project.layout, found, refined.digest, name)
     return refined
 
@@ -276,11 +279,16 @@ def write_report(project: Project) -> Path:
 
 def _entries(project: Project, images: Sequence[str]) -> list[ImageEntry]:
     """The images of these names or ids; all where there are none."""
-    entries, wanted = project.images(), {readable(name) for name in images}
+    entries, wanted = project.images(), {readable(name) for name in _several(images)}
     known = {key for entry in entries for key in (entry.id, entry.name)}
     if unknown := sorted(wanted - known):
         raise ProjectError(f"no image {', '.join(unknown)} in {project.path}")
     return [e for e in entries if not wanted or {e.id, e.name} & wanted]
+
+
+def _several(names: Sequence[str]) -> tuple[str, ...]:
+    """Some names; a text is one name, not that of each of its letters."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _one_of(kind: type[Choice], name: str) -> Choice:

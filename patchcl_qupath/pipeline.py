@@ -8,10 +8,11 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -28,7 +29,7 @@ from patchcl_qupath.correction.labels import (
     with_copies,
 )
 from patchcl_qupath.datatypes import Corrections, ImageEntry, Tile
-from patchcl_qupath.errors import ConfigError
+from patchcl_qupath.errors import ConfigError, ModelError
 from patchcl_qupath.execution.map_tiles import map_tiles
 from patchcl_qupath.execution.outcome import (
     TileProgress,
@@ -63,13 +64,13 @@ from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import check_writable
 from patchcl_qupath.storage.parquet import write_uncertainty_grid
 from patchcl_qupath.storage.records import (
+    CDCLLog,
     ImageOutcome,
     Imported,
     Provenance,
     RegionRecord,
     ResultRecord,
     SlideProvenance,
-    read_model_record,
 )
 from patchcl_qupath.timing import Seconds, add_seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
@@ -106,8 +107,7 @@ def train_as(
     seen no correction, in its place.
     """
     path = project.layout.model(name)
-    record = read_model_record(path)
-    if record is not None and "refined_from" in record.training:
+    if _is_refined(path):
         raise ConfigError(
             f"the model {name} was made by `patchcl-qp refine`: to refine anew, do that again; to "
             "train without corrections, give the model another name"
@@ -117,6 +117,13 @@ def train_as(
     model.save(path.parent, name)
     logger.info("model %s trained and saved: %s", name, path)
     return model
+
+
+def _is_refined(path: Path) -> bool:
+    """Whether a file of weights is there, and of a refined model: whatever lies beside it."""
+    with suppress(ModelError):
+        return isinstance(Model.load(path).training, CDCLLog)
+    return False
 
 
 def refine(

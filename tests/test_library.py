@@ -2,6 +2,7 @@
 
 import doctest
 import json
+from typing import Any
 
 import pytest
 import shapely
@@ -58,6 +59,26 @@ def test_the_name_of_a_refined_model_is_checked_before_it_is_trained(folder, fin
     project = library.open_project(folder)
     with pytest.raises(ConfigError, match="a model cannot be named"):
         library.refine(project, fine_model, "a/b")
+    path = fine_model.save(project.layout.model("fine").parent, "fine")
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="give the refined model another name than fine"):
+        library.refine(project, fine_model, "fine")
+    assert path.read_bytes() == before
+
+
+def test_a_text_is_one_class_and_one_image(folder, fine_model, monkeypatch) -> None:
+    seen: list[tuple[tuple[str, ...], list[str]]] = []
+
+    def images(run: Run, entries: Any) -> Any:
+        seen.append((run.region_classes, [entry.name for entry in entries]))
+        return iter(())
+
+    monkeypatch.setattr(Run, "images", images)
+    project = library.open_project(folder)
+    name = project.images()[0].name
+    library.segment(project, fine_model, name, "Tumor", workers=1)
+    library.segment(project, fine_model, [name], ["Tumor"], workers=1)
+    assert seen == [(("Tumor",), [name])] * 2
 
 
 def test_a_command_refuses_a_model_of_another_resolution(folder, fine_model) -> None:

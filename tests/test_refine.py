@@ -388,11 +388,14 @@ def test_a_project_without_rois_is_refused(folder, model):
 
 
 @pytest.mark.parametrize("command", [("run", "--retrain"), ("train",)])
-def test_a_refined_model_is_not_replaced_by_one_without_corrections(folder, command):
+@pytest.mark.parametrize("has_record", [True, False])
+def test_a_refined_model_is_not_replaced_by_one_without_corrections(folder, command, has_record):
     losses = {"cdcl": [{"labelled": 1.0}], "refined_from": "x"}
     log = CDCLLog(**structs.asdict(selftraining_log()), **losses)
     refined = Model(network=NucleusNetwork(WIDTHS).eval(), config=Config(), training=log)
     path = refined.save(folder / "patchcl" / "models", "refined")
+    if not has_record:  # of a model that was copied here alone
+        path.with_suffix(".json").unlink()
     before = path.read_bytes()
     result = CliRunner().invoke(cli.main, [*command, str(folder), "--model", "refined"])
     assert result.exit_code == 2
