@@ -456,7 +456,7 @@ class Replacement {
     ExistingObjects existing
     NewObjects added
     Given given
-    Map<UUID, String> marks   // after the import
+    Map<UUID, String> marks   // after the import; those of new ROIs once it is done
     final Map<PathObject, PathObject> successors = [:]   // of annotated nuclei
     final List<PathObject> stayed = []   // annotated nuclei without a successor: they are kept,
     final List<PathObject> lost = []   // or removed
@@ -554,6 +554,7 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, Replacement pl
         carried.classes = carried.classes + (additions.hasClass ? 1 : 0)
         carried.notes = carried.notes + (additions.isMore() ? 1 : 0)
     }
+    markRois(plan)   // with what successors took over
     exchange(imageData, plan)
     writeMarks(imageData, plan.marks)
     writeGiven(imageData, plan.given)
@@ -1057,14 +1058,6 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
     for (PathObject roi : existing.keptRois + suggestions)
         if (decided.rois.containsKey(roi.getID()))
             after.put(roi.getID(), decided.rois.get(roi.getID()))
-    if (!added.rois.isEmpty()) {
-        Set<PathObject> replaced = new HashSet<>(added.replaced)
-        List<PathObject> present = existing.kept + added.nuclei + existing.outside.keySet()
-        present.addAll(existing.foreign.findAll { PathObject other -> !replaced.contains(other) })
-        present.replaceAll { PathObject other -> added.reshapable[other] ?: other }
-        for (PathObject roi : added.rois)
-            after[roi.getID()] = digestAndCentroid(roi) + ' field ' + contentDigest(roi, present)
-    }
     boolean removing = plan.result.has('removed')   // what stays is a person's from then on
     for (PathObject region : existing.kept + existing.outsideRegions) {
         String mark = marks.regions.get(region.getID())
@@ -1074,6 +1067,21 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
     for (PathObject region : added.regions)
         after[region.getID()] = digestAndCentroid(region) + ' region'
     return after
+}
+
+/** Adds the marks of new ROIs: of what is in them when the import is done. */
+@CompileStatic
+static void markRois(Replacement plan) {
+    ExistingObjects existing = plan.existing
+    NewObjects added = plan.added
+    if (added.rois.isEmpty())
+        return
+    Set<PathObject> replaced = new HashSet<>(added.replaced)
+    List<PathObject> present = existing.kept + added.nuclei + existing.outside.keySet()
+    present.addAll(existing.foreign.findAll { PathObject other -> !replaced.contains(other) })
+    present.replaceAll { PathObject other -> added.reshapable[other] ?: other }
+    for (PathObject roi : added.rois)
+        plan.marks[roi.getID()] = digestAndCentroid(roi) + ' field ' + contentDigest(roi, present)
 }
 
 /** Removes the replaced objects from the image, and adds the new ones. */

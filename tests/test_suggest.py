@@ -17,12 +17,13 @@ import qupath
 import shapely
 from click.testing import CliRunner
 from conftest import QUICK
+from results import result_of
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, ObjectType
 from patchcl_qupath.correction.suggest import Candidates, choose, suggest
-from patchcl_qupath.datatypes import ImageEntry, Nuclei
+from patchcl_qupath.datatypes import CorrectionRoi, ImageEntry, Nuclei
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.project.jvm import Process
 from patchcl_qupath.project.paquo import PaquoProject
@@ -571,3 +572,44 @@ def test_remove_deletes_rois_that_nobody_touched(story: Story) -> None:
     assert left == kept
     for roi in (first, second):
         assert story.within(roi, 5) == story.within(roi, 2)
+
+
+CLASSIFY = """
+def nucleus = hierarchy.getAllObjects(false).find { it.getMeasurements()['index'] == 12 }
+nucleus.setPathClass(qupath.lib.objects.classes.PathClass.fromString('Tumor'))
+entry.saveImageData(imageData)
+'1'
+"""
+
+
+@pytest.mark.qupath
+def test_a_class_of_before_does_not_make_a_roi_touched(
+    tmp_path: Path, process: Process, session: qupath.Session
+) -> None:
+    """A person classified a nucleus, and then ROIs were suggested; nobody did anything since."""
+    path = qupath.make_project(tmp_path / "project", SLIDE, ["a.svs"])
+    found = qupath.nuclei(10, 21, "a")
+
+    def opened() -> tuple[Project, ImageEntry]:
+        project = open_project(path, "paquo")
+        assert isinstance(project, PaquoProject)
+        return replace(project, process=process), project.images()[0]
+
+    def mark(name: str, x: float) -> str:
+        id_ = str(uuid.uuid4())
+        roi = CorrectionRoi(
+            id=id_, name=name, description="", x=x, y=20.0, width=150.0, height=150.0
+        )
+        project, entry = opened()
+        return project.mark_rois(entry, [roi])
+
+    project, entry = opened()
+    project.write(entry, [found], QUICK.result, result_of(len(found)))
+    session.run(path, CLASSIFY)
+    assert mark("first", 20.0) == "1 of 1 new ROIs marked, 0 earlier ones kept"
+    assert mark("second", 250.0) == "1 of 1 new ROIs marked, 0 earlier ones kept"
+    shown = session.run(path, LOOK)["a.svs"]
+    assert [o["name"] for o in shown if o.get("class_name") == TO_CORRECT] == ["second"]
+    classes = [o["class_name"] for o in shown if o.get("name") is None]
+    assert sorted(set(classes)) == ["Nucleus", "Tumor"]
+    assert classes.count("Tumor") == 1
