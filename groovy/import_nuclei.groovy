@@ -529,6 +529,8 @@ static Replacement planReplacement(ImageData<?> imageData, ProjectImageEntry<?> 
     findSuccessors(plan, maxOverlap, removing || keep || keepsWork(result))
     for (PathObject nucleus : removing ? [] as List<PathObject> : plan.stayed)
         decided.nuclei[nucleus.getID()] = marks.nuclei[nucleus.getID()]
+    if (removing)
+        decided.nuclei.putAll(marksOfDetections(existing, marks))
     convertToAnnotations(plan)
     makeReshapable(plan, marks)
     if (overlapping(result) == 'replace')
@@ -748,9 +750,15 @@ static boolean isConverted(PathObject pathObject, STRtree gone) {
     ROI roi = contourOf(pathObject)
     if (roi == null || !roi.isArea())
         return false
-    double x = roi.getCentroidX()
-    double y = roi.getCentroidY()
-    return !gone.query(new Envelope(x - 0.05d, x + 0.05d, y - 0.05d, y + 0.05d)).isEmpty()
+    return !gone.query(around(new Coordinate(roi.getCentroidX(), roi.getCentroidY()))).isEmpty()
+}
+
+/** What is so near to a centroid as that of what was made of a nucleus: files round coordinates. */
+@CompileStatic
+static Envelope around(Coordinate place) {
+    Envelope near = new Envelope(place)
+    near.expandBy(0.05d)
+    return near
 }
 
 /** Sorts the ROIs to correct: one is unchanged if nobody touched it or the nuclei in it. */
@@ -790,6 +798,26 @@ static Marks decidedByPerson(ExistingObjects existing, Marks marks, Areas scope,
     if (removing || allDeleted && existing.keptRois.isEmpty() && existing.outside.isEmpty())
         decided.rois.clear()
     return decided
+}
+
+/**
+ * Marks of the detections that stay when nuclei are removed, and of the nuclei that some were made of: without them,
+ * the next import would take these detections for those of another program, and add nuclei upon them.
+ */
+@CompileStatic
+static Map<UUID, String> marksOfDetections(ExistingObjects existing, Marks marks) {
+    List<PathObject> detections = existing.kept.findAll { PathObject other -> other.isDetection() }
+    Set<UUID> ids = detections.collect { PathObject detection -> detection.getID() }.toSet()
+    STRtree places = new STRtree()
+    for (PathObject detection : detections) {
+        ROI roi = contourOf(detection)
+        if (roi?.isArea())
+            places.insert(new Envelope(new Coordinate(roi.getCentroidX(), roi.getCentroidY())), roi)
+    }
+    return marks.nuclei.findAll { UUID id, String mark ->
+        ids.contains(id) || !existing.intactIds.contains(id) && !existing.keptIds.contains(id) &&
+                !places.isEmpty() && !places.query(around(centroid(mark))).isEmpty()
+    }
 }
 
 /** The suggested ROIs to add: one that has a mark is in the image, or a person deleted it. */

@@ -19,7 +19,7 @@ import shapely
 from qupath import by_index, nuclei
 from results import result_of
 
-from patchcl_qupath.config import ResultConfig
+from patchcl_qupath.config import ObjectType, ResultConfig
 from patchcl_qupath.project import open_project
 from patchcl_qupath.storage.records import RegionRecord
 
@@ -286,3 +286,56 @@ def region_of(seen: dict[str, Any]) -> dict[str, Any]:
     (region,) = (o for o in seen["objects"] if o.get("name") == "PatchCL")
     found: dict[str, Any] = region
     return found
+
+
+STAY = """
+import qupath.lib.objects.PathObjects
+import qupath.lib.objects.classes.PathClass
+
+def nucleus = hierarchy.getDetectionObjects()
+    .collectEntries { [it.getMeasurements()['index'] as int, it] }
+nucleus[3].setLocked(true)
+nucleus[4].setPathClass(PathClass.fromString('Tumor'))
+nucleus[5].setName('mitosis')
+def cell = PathObjects.createCellObject(nucleus[6].getROI(), nucleus[6].getROI(), null)
+hierarchy.removeObject(nucleus[6], true)
+hierarchy.addObject(cell)
+def other = PathObjects.createDetectionObject(nucleus[7].getROI())   // of another program
+hierarchy.addObject(other)
+entry.saveImageData(imageData)
+'1'
+"""
+
+
+@pytest.mark.parametrize("backend", ["paquo", "files"])
+def test_detections_that_stay_are_a_persons_in_the_next_run(tmp_path: Path, backend: str) -> None:
+    """Locked, classified, named, made a cell: ours are removed, and another model's run follows."""
+    session = qupath.Session()
+    path = qupath.make_project(tmp_path / "project", SLIDE, ["a.svs"])
+    config = ResultConfig(object_type=ObjectType.DETECTION)
+    shown, written = [], []
+    for step in ("run", "remove", "run"):
+        if step == "remove":
+            session.run(path, STAY)
+        with closing(open_project(path, backend)) as project:
+            (entry,) = project.images()
+            if step == "remove":
+                project.remove(entry)
+            else:
+                found = nuclei(10, 21, "a", run=len(written) + 1)
+                project.write(entry, [found], config, result_of(len(found), config))
+                written.append(found.uuids.tolist())
+        if backend == "files":
+            log = qupath.run_script(path, ROOT / "groovy" / "import_nuclei.groovy")
+            assert "ERROR" not in log, log
+        shown.append(session.run(path, LOOK)["a.svs"]["objects"])
+    session.close()
+    old, new = written
+    stayed = {o["id"] for o in shown[1]}
+    assert stayed & set(old) == {old[3], old[4], old[5]}
+    assert len(stayed) == 5  # and the cell, and what is of another program
+    last = {o["id"]: o for o in shown[2]}
+    assert set(last) & set(new) == set(new) - {new[3], new[6]}
+    assert last[old[3]]["locked"]
+    assert (last[new[4]]["class_name"], last[new[5]]["name"]) == ("Tumor", "mitosis")
+    assert set(last) & stayed == stayed - {old[4], old[5]}

@@ -87,7 +87,10 @@ class Write:
 
 @dataclass(frozen=True)
 class Remove:
-    """Remove the nuclei that nobody touched from the image, and all marks of earlier imports."""
+    """Remove the nuclei that nobody touched from the image, and the marks of earlier imports.
+
+    Those of detections that stay are left: these would pass for another program's.
+    """
 
     image: Image
 
