@@ -358,6 +358,27 @@ def test_corrected_rois_that_were_not_exported_are_missed(folder):
         project.corrections(entry, CORRECTED)
 
 
+@pytest.mark.parametrize("roi_class", [CORRECTED, "Done"])
+def test_rois_that_were_corrected_after_the_export_are_missed(folder, roi_class):
+    """The script exports all images, also those in which nothing is corrected yet."""
+    project = open_project(folder, "files")
+    (entry,) = project.images()
+    export(folder, roi_class=roi_class)
+    data = folder / "data" / entry.id / "data.qpdata"
+    data.parent.mkdir(parents=True)
+    data.touch()
+    os.utime(data, ns=(1, 1))
+    assert project.corrections(entry, roi_class) == Corrections()
+    os.utime(data, ns=(2**62, 2**62))
+    for count in (0, 3):
+        counts = {"hierarchy": {"annotationClassificationCounts": {roi_class: count, "Tumor": 1}}}
+        data.with_name("summary.json").write_text(json.dumps(counts), "utf-8")
+        if not count:
+            assert project.corrections(entry, roi_class) == Corrections()
+    with pytest.raises(ImageError, match=f"3 ROIs of class {roi_class} were not exported: run"):
+        project.corrections(entry, roi_class)
+
+
 @pytest.mark.parametrize(
     ("features", "message"),
     [

@@ -140,8 +140,8 @@ class FilesProject:
     def corrections(self, entry: ImageEntry, roi_class: str) -> Corrections:
         """The ROIs and nuclei that groovy/export_labels.groovy exported.
 
-        Raises ImageError, too, if it exported those of another class, or none of an image that has
-        corrected ones in QuPath.
+        Raises ImageError, too, if it exported those of another class, or none of an image in which
+        some were saved later.
         """
         file = self.layout.labels(entry.id)
         again = "run groovy/export_labels.groovy in QuPath, and refine again"
@@ -150,14 +150,15 @@ class FilesProject:
                 f"{entry.name}: {file} was not exported for ROIs of class {roi_class}: set "
                 f"roiClass to that in the script, {again}"
             )
-        saved = self.qupath_summary(entry).corrected
-        if saved and class_name(roi_class) == CORRECTED and not file.exists():
+        found = read_labels(file, entry.name, roi_class, entry.mpp, entry.fallback_mpp)
+        is_current = self.is_current(file, entry)
+        saved = self.counted(entry, roi_class) or 0
+        if saved and not found.rois and not is_current:
             raise ImageError(
-                f"{entry.name}: {saved:,} ROIs of class {CORRECTED} were not exported: {again}; or "
+                f"{entry.name}: {saved:,} ROIs of class {roi_class} were not exported: {again}; or "
                 "leave the image out with --image"
             )
-        found = read_labels(file, entry.name, roi_class, entry.mpp, entry.fallback_mpp)
-        if found.rois and not self.is_current(file, entry):
+        if found.rois and not is_current:
             note = (
                 "its ROIs were exported before it was last saved in QuPath: if they changed since, "
                 + again
@@ -221,6 +222,14 @@ class FilesProject:
             is_saved=receipt is None or self._has_import(entry, receipt, objects.get("nObjects")),
             saved_later=saved > imported + saving,
         )
+
+    def counted(self, entry: ImageEntry, name: str) -> int | None:
+        """How many annotations of a class QuPath counted in a saved image; None if unknown."""
+        objects = as_object(self._summary(entry.id).get("hierarchy"))
+        counts = objects.get("annotationClassificationCounts")
+        if not isinstance(counts, dict):
+            return None
+        return sum(_count(counts[each]) for each in counts if class_name(each) == class_name(name))
 
     def _has_import(self, entry: ImageEntry, receipt: ReceiptRecord, objects: object) -> bool:
         """Whether what an import did is saved in the image, of which QuPath counted ``objects``.
