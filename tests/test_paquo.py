@@ -34,8 +34,10 @@ from patchcl_qupath.errors import ConfigError, ImageError, ProjectError, Storage
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.project import paquo as backend
 from patchcl_qupath.project.compiled_scripts import cache_folder
+from patchcl_qupath.project.files import FilesProject
 from patchcl_qupath.project.jvm import Process, contour_vertices, java_options, uuid_halves
 from patchcl_qupath.project.paquo import PaquoProject, find_qupath
+from patchcl_qupath.project.protocol import Backend, BackendKind
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.status import image_status
 from patchcl_qupath.storage.layout import Layout
@@ -568,6 +570,51 @@ def test_lost_slide_is_refused_before_java_starts(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="put the file beside the project"):
         project.remove(entry)
     assert not (project.layout.root / "qupath.log").exists()
+
+
+def read_by(process: Any, path: Path) -> tuple[PaquoProject, ImageEntry]:
+    """A project with one image, which another process reads than QuPath's."""
+    files = FilesProject.open(path)
+    return PaquoProject(files, process, Backend(kind=BackendKind.PAQUO)), files.images()[0]
+
+
+class SavedMeanwhile:
+    """In place of QuPath's process: exports the ROIs of an image, and a person saves another one
+    after the image was read for the first time, and before the file is written."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        self.save(rois=1)
+
+    def save(self, rois: int) -> None:
+        self.data.write_bytes(b"\xac\xed\x00\x05" + bytes(rois) + b"t\x00\x03EOF")
+        os.utime(self.data, (rois, rois))
+
+    def ask(self, question: Any) -> None:
+        rois = self.data.stat().st_size - 10
+        self.save(rois=2)
+        coordinates = [[[0, 0], [0, 99], [99, 99], [99, 0], [0, 0]]]
+        feature = {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": coordinates},
+            "properties": {"objectType": "annotation", "classification": {"name": CORRECTED}},
+        }
+        question.file.parent.mkdir(parents=True, exist_ok=True)
+        question.file.write_text(json.dumps([feature] * rois), "utf-8")
+
+
+@pytest.mark.parametrize("what", ["regions", "ROIs"])
+def test_what_a_person_saves_while_an_image_is_read_is_read(path: Path, what: str) -> None:
+    data = path.parent / "data" / "1" / "data.qpdata"
+    data.parent.mkdir(parents=True)
+    summary = {"hierarchy": {"annotationClassificationCounts": {CORRECTED: 1}}}
+    data.with_name("summary.json").write_text(json.dumps(summary), "utf-8")
+    project, entry = read_by(SavedMeanwhile(data), path)
+    if what == "regions":
+        found = project.with_regions(entry, [CORRECTED]).regions
+    else:
+        found = project.corrected_rois(entry)
+    assert len(found) == 2
 
 
 @pytest.mark.qupath

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -166,15 +166,13 @@ class PaquoProject:
         if TMA_CORES in classes and is_current:  # earlier versions exported none
             is_current = any(region.is_core for region in read_drawn(file, entry.name))
         if not is_current and SELECTED not in classes:  # a selection is not saved
-            self._check(entry)
-            self.process.ask(Export(self._image(entry), file))
+            self._read(entry, partial(Export, file=file))
 
     def with_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with the stains that are saved, or were exported since then."""
         file = self.layout.stains(entry.id)
         if self.files.data(entry).exists() and not self.files.is_current(file, entry):
-            self._check(entry)
-            self.process.ask(ExportStains(self._image(entry), file))
+            self._read(entry, partial(ExportStains, file=file))
         return self.files.with_stains(entry)
 
     def corrections(self, entry: ImageEntry, roi_class: str) -> Corrections:
@@ -185,8 +183,7 @@ class PaquoProject:
             if found.rois:  # else an earlier version may have exported another class
                 return found
         if self.files.data(entry).exists():
-            self._check(entry)
-            self.process.ask(Export(self._image(entry), file, roi_class))
+            self._read(entry, partial(Export, file=file, roi_class=roi_class))
         return self.files.corrections(entry, roi_class)
 
     def write(
@@ -210,8 +207,7 @@ class PaquoProject:
         file = self.layout.labels(entry.id)
         is_marked = self.files.qupath_summary(entry).corrected > 0
         if is_marked and not self._has_labels_of(file, entry, CORRECTED):
-            self._check(entry)
-            self.process.ask(Export(self._image(entry), file, CORRECTED))
+            self._read(entry, partial(Export, file=file, roi_class=CORRECTED))
         return self.files.corrected_rois(entry)
 
     def _has_labels_of(self, file: Path, entry: ImageEntry, roi_class: str) -> bool:
@@ -320,6 +316,17 @@ class PaquoProject:
             done = self.process.ask(question, partial(logger.warning, "%s: %s", entry.name))
         self.stamps[entry.id] = self._stamps(entry)
         return done
+
+    def _read(self, entry: ImageEntry, export: Callable[[Image], Export | ExportStains]) -> None:
+        """Have QuPath's process write to a file what is saved in an image.
+
+        Again if somebody saved it meanwhile: the file would be newer, but without that.
+        """
+        read = None
+        while read != self._image(entry):
+            self._check(entry)
+            read = self._image(entry)
+            self.process.ask(export(read))
 
     def _check(self, entry: ImageEntry) -> None:
         """Raise ImageError for an image that QuPath cannot open, or should not."""
