@@ -578,6 +578,23 @@ def read_by(process: Any, path: Path) -> tuple[PaquoProject, ImageEntry]:
     return PaquoProject(files, process, Backend(kind=BackendKind.PAQUO)), files.images()[0]
 
 
+def test_a_lost_slide_without_rois_does_not_stop_refining(tmp_path: Path) -> None:
+    """By what QuPath counted when it saved the image; with a ROI, its problem is told."""
+    path = qupath.make_project(tmp_path / "project", tmp_path / "lost.svs", ["lost.svs"])
+    project, entry = read_by(None, path)
+    data = path.parent / "data" / "1" / "data.qpdata"
+    data.parent.mkdir(parents=True)
+    data.touch()
+    for counts, problem in [({CORRECTED: 1}, True), ({"Tumor": 2}, False), (None, True)]:
+        summary = {"hierarchy": {"annotationClassificationCounts": counts}}
+        data.with_name("summary.json").write_text(json.dumps(summary), "utf-8")
+        if problem:
+            with pytest.raises(ImageError, match="put the file beside the project"):
+                project.corrections(entry, CORRECTED)
+        else:
+            assert project.corrections(entry, CORRECTED) == Corrections()
+
+
 class SavedMeanwhile:
     """In place of QuPath's process: exports the ROIs of an image, and a person saves another one
     after the image was read for the first time, and before the file is written."""

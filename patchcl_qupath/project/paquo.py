@@ -182,6 +182,8 @@ class PaquoProject:
             found = self.files.corrections(entry, roi_class)
             if found.rois:  # else an earlier version may have exported another class
                 return found
+        if entry.problem and self.files.counted(entry, roi_class) == 0:
+            return Corrections()  # it must not keep the others from being trained on
         if self.files.data(entry).exists():
             self._read(entry, partial(Export, file=file, roi_class=roi_class))
         return self.files.corrections(entry, roi_class)
