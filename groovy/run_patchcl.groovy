@@ -221,8 +221,36 @@ static List<String> commandLine(Task task, String command, Map options) {
 void exportDrawings(Task task) {
     if (task.oneImage)
         runBeside('export_regions.groovy')
+    else if (task.subcommand == 'run')
+        exportStains(task)
     if (task.subcommand != 'run')
         runBeside('export_labels.groovy')
+}
+
+/** Exports the stains of all images: of the open one as they are now, of the others as they were saved. */
+void exportStains(Task task) {
+    String name = 'export_regions.groovy'
+    def exporting = new GroovyClassLoader(getClass().getClassLoader()).parseClass(Files.readString(beside(name)), name)
+    for (other in task.project.getImageList()) {
+        Path file = task.folder.resolve('stains').resolve(other.getID() + '.json')
+        if (other.getID() == task.entry.getID())
+            exporting.exportStains(task.imageData, file)
+        else if (isNewer(other.getEntryPath().resolve('data.qpdata'), file))   // reading all of an image takes longer
+            try {
+                def saved = other.readImageData()
+                exporting.exportStains(saved, file)
+                saved.getServer().close()
+            } catch (Exception e) {   // patchcl-qp says what is wrong with an image, and goes on with the others
+                LoggerFactory.getLogger('run_patchcl').warn("${other.getImageName()}: its stains cannot be read: " +
+                        e.getMessage())
+            }
+    }
+}
+
+/** Whether a file is there, and not older than another, if that is there. */
+static boolean isNewer(Path path, Path other) {
+    return Files.exists(path) && (!Files.exists(other) ||
+            Files.getLastModifiedTime(path) >= Files.getLastModifiedTime(other))
 }
 
 /** Runs patchcl-qp with its progress in a window, where there is one, and writes a receipt. */
@@ -404,6 +432,11 @@ static String findCommand(String command, Path folder) {
 
 /** Runs another of these scripts for the same image. */
 void runBeside(String name) {
+    new GroovyShell(getClass().getClassLoader(), getBinding()).evaluate(Files.readString(beside(name)), name)
+}
+
+/** Another of these scripts, which lies beside this one or in the project. */
+Path beside(String name) {
     String own = getBinding().getVariables()[ScriptAttributes.FILE_PATH]
     List<Path> places = [Paths.get(QP.buildPathInProject('scripts', name))]
     if (own != null)
@@ -411,7 +444,7 @@ void runBeside(String name) {
     Path script = places.find { Files.isRegularFile(it) }
     if (script == null)
         throw new FileNotFoundException("${name} must lie beside this script: `patchcl-qp scripts PROJECT` copies it.")
-    new GroovyShell(getClass().getClassLoader(), getBinding()).evaluate(Files.readString(script), name)
+    return script
 }
 
 /** Runs a command to its end, or until it is cancelled or QuPath is closed; returns its exit status. */

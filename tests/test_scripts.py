@@ -17,7 +17,7 @@ from conftest import copy_sample
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.cli import main
-from patchcl_qupath.project import scripts
+from patchcl_qupath.project import open_project, scripts
 from patchcl_qupath.project.scripts import NAMES, copy_scripts, read_script
 
 ROOT = Path(__file__).parent.parent
@@ -280,3 +280,46 @@ def test_a_failed_run_is_reported(
     assert regions == ["1.geojson", "2.geojson"]
     stains = sorted(path.name for path in (project.parent / "patchcl" / "stains").iterdir())
     assert stains == ["1.json", "2.json"]
+
+
+STAIN = """
+import qupath.lib.color.ColorDeconvolutionStains
+import qupath.lib.images.ImageData
+
+imageData.setImageType(ImageData.ImageType.BRIGHTFIELD_H_E)
+imageData.setColorDeconvolutionStains(ColorDeconvolutionStains.parseColorDeconvolutionStainsArg(
+    '{"Name": "of a person", "Stain 1": "Hematoxylin", "Values 1": "0.6 0.7 0.3873", ' +
+    '"Stain 2": "Eosin", "Values 2": "0.2 0.9 0.3873", "Background": "240 241 242"}'))
+entry.saveImageData(imageData)
+'1'
+"""
+
+
+@pytest.mark.qupath
+def test_a_run_of_all_images_has_their_stains(project: Path, session: qupath.Session) -> None:
+    """Those that are saved, as a run of one image has; a lost slide does not stop the others."""
+    session.run(project, STAIN)
+    content = json.loads(project.read_text("utf-8"))
+    lost = json.loads(json.dumps(content["images"][1]))
+    lost["entryID"], lost["imageName"] = 3, "lost.svs"
+    lost["serverBuilder"]["uri"] = (project.parent / "lost.svs").as_uri()
+    content["images"].insert(1, lost)
+    project.write_text(json.dumps(content), "utf-8")
+    data = project.parent / "data"
+    shutil.copytree(data / "2", data / "3")
+    command = project.parent / "failing"
+    write_failing(command)
+    script = project.parent / "scripts" / "run_patchcl.groovy"
+    settings(script, command=f"'{command}'")
+    with pytest.raises(AssertionError, match="patchcl-qp failed") as failed:  # as it was told to
+        qupath.run_script(project, script, "-i", "one.svs")
+    assert receipt(project)["command"][1] == "run"
+    found = open_project(project, "files")
+    for entry in found.images():
+        if entry.name != "lost.svs":
+            stained = found.with_stains(entry)
+            assert stained.note is None
+            assert stained.stains is not None
+            assert stained.stains.background == (240, 241, 242)
+            assert stained.stains.vectors[0] == pytest.approx((0.6, 0.7, 0.3873), abs=1e-3)
+    assert "lost.svs: its stains cannot be read: " in str(failed.value)
