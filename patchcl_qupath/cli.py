@@ -117,6 +117,8 @@ def run(
     with _reporting_errors(common.as_json):
         if pool.scheduler and pool.cluster:
             raise ConfigError("pass --scheduler or --cluster, not both")
+        if pool.scheduler and pool.workers:
+            raise ConfigError("a scheduler has workers of its own: leave out --workers")
         if within and tma:
             raise ConfigError("pass --within or --tma, not both")
         regions = (TMA_CORES,) if tma else within

@@ -172,12 +172,6 @@ class Pool:
     scheduler: str | None
     cluster: str | None
 
-    def __post_init__(self) -> None:
-        if self.scheduler and (self.workers or self.cluster):
-            raise click.UsageError(
-                "--scheduler takes the workers that it has: leave out --workers and --cluster"
-            )
-
     @contextmanager
     def open(self, progress: ShowProgress) -> Iterator[Workers]:
         """The workers; shows what they are waited for."""
