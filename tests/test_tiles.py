@@ -180,6 +180,17 @@ def test_write_boxes_hold_all_tissue_once_and_little_else() -> None:
     assert held.sum() < 1.3 * on_grid.sum()
 
 
+def test_a_region_with_corners_on_the_borders_of_tiles_is_whole() -> None:
+    # GEOS's clip_by_rect leaves 60,000 of the 100,000 px that the first tile has.
+    region = shapely.Polygon([(400, 0), (600, 700), (0, 800), (0, 0), (100, 300)])
+    tissue = np.ones((100, 100), dtype=bool)
+    tiles = plan((800, 800), tissue, 8, tile_px=400, halo_px=0, region=region)
+    write = [tile.write for tile in tiles]
+    assert write[0] == Box(0, 0, 400, 400)
+    covered = shapely.union_all([shapely.box(b.col0, b.row0, b.col1, b.row1) for b in write])
+    assert covered.covers(region)
+
+
 def test_read_boxes_are_aligned() -> None:
     tissue = np.zeros((64, 96), dtype=bool)  # of 16 px
     tissue[3:60, 7:95] = True

@@ -68,7 +68,8 @@ def _cropped(box: Box, tissue: NDArray[np.bool_], tissue_px: int) -> Box | None:
 
 def bounds(region: shapely.Geometry, box: Box) -> Box | None:
     """The smallest part of a box with all its part of a region; None where there is none."""
-    part = shapely.clip_by_rect(region, box.col0, box.row0, box.col1, box.row1)
+    # GEOS's clip_by_rect loses parts of polygons that have corners on the rectangle.
+    part = shapely.intersection(region, shapely.box(box.col0, box.row0, box.col1, box.row1))
     if not part.area:
         return None
     x0, y0, x1, y1 = part.bounds
