@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import shapely
 from PIL import Image
+from slides import tissue as tissue_scene
 
+from patchcl_qupath.config import Config, PatchCLConfig
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.segmentation.tiling import largest_first, plan
+from patchcl_qupath.slides.prepare import training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import check_brightfield, inside, sample_boxes, tissue_mask
 
@@ -155,6 +158,22 @@ def test_sample_boxes_of_a_small_image_and_of_glass() -> None:
         Box(0, 0, 30, 45)
     }
     assert sample_boxes(np.zeros((2, 3), bool), 16, (30, 45), 256, 5, rng) == []
+
+
+def test_usable_images_yield_the_crops_of_the_others(tmp_path: Path) -> None:
+    Image.fromarray(tissue_scene(200, 300)).save(tmp_path / "tissue.png")
+    Image.fromarray(glass()).save(tmp_path / "glass.png")
+    files = ["tissue.png", "glass.png", "missing.png", *["dark.png"] * 3]
+    Image.new("RGB", (300, 300), (12, 11, 14)).save(tmp_path / "dark.png")
+    entries = [
+        ImageEntry(str(i), name, tmp_path / name, mpp=(0.5, 0.5)) for i, name in enumerate(files)
+    ]
+    config = Config(patchcl=PatchCLConfig(crops=12, source_px=64))
+    shown: list[tuple[int, int]] = []
+    crops = training_crops(entries, config, lambda done, of: shown.append((done, of)))
+    assert crops.slides == ("0",) * 12
+    assert len({(box.row0, box.col0) for box in crops.boxes}) > 6
+    assert shown[-1] == (1, 1)
 
 
 def test_inside_finds_pixels_in_the_mask() -> None:

@@ -232,8 +232,8 @@ def training_crops(
 ) -> TrainingCrops:
     """Random tissue crops of up to ``config.patchcl.slides`` images, some read at once.
 
-    Images that cannot be used are left out. Raises TrainingError, with the reasons, if none is
-    left.
+    Images that cannot be used are left out, and more crops of the others are read. Raises
+    TrainingError, with the reasons, if none is left.
     """
     settings = config.patchcl
     wanted = min(len(entries), settings.slides)
@@ -243,27 +243,30 @@ def training_crops(
     slides: list[str] = []
     boxes: list[Box] = []
     problems: list[str] = []
-    used = 0
+    usable: list[ImageEntry] = []
     order = np.random.default_rng(settings.seed).permutation(len(entries))
     shuffled = [entries[i] for i in order]
     at_once = max(1, min(wanted, os.cpu_count() or 1, _READ_AT_ONCE))
     read = partial(_crops_of, config=config, count=crops_each)
-    show_count(used, wanted)
-    for result in overlapped(read, shuffled, at_once, Stop()):
+    show_count(0, wanted)
+    results = overlapped(read, shuffled, at_once, Stop())
+    for entry, result in zip(shuffled, results, strict=True):
         try:
             image, normaliser, new = result.result()
         except ImageError as error:
             problems.append(str(error))
             continue
-        used += 1
+        usable.append(entry)
         boxes += [box for box, _ in new]
         images += [crop for _, crop in new]
         normalisers += [normaliser] * len(new)
         slides += [image] * len(new)
-        show_count(used, wanted)
-        if used == wanted:
+        show_count(len(usable), wanted)
+        if len(usable) == wanted:
             break
-    show_count(used, used)
-    if not images:
+    if 0 < len(usable) < wanted:  # which must yield the crops of all
+        return training_crops(usable, config, show_count)
+    show_count(len(usable), len(usable))
+    if not usable:
         raise TrainingError("no image to train on: " + "; ".join(problems[:5]))
     return TrainingCrops(tuple(images), tuple(normalisers), tuple(slides), tuple(boxes))
