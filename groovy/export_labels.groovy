@@ -31,6 +31,7 @@ import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjectTools
 import qupath.lib.objects.classes.PathClass
 import qupath.lib.objects.hierarchy.PathObjectHierarchy
+import qupath.lib.projects.ProjectImageEntry
 import qupath.lib.roi.interfaces.ROI
 import qupath.lib.scripting.QP
 import qupath.lib.scripting.ScriptAttributes
@@ -48,20 +49,31 @@ if (imageData == null || entry == null) {
     return
 }
 int batchIndex = (getBinding().getVariables()[ScriptAttributes.BATCH_INDEX] ?: 0) as int
-for (other in batchIndex > 0 ? [entry] : QP.getProject().getImageList()) {   // the first of a batch does all
-    Path file = Paths.get(QP.buildPathInProject(folderName, 'labels', other.getID() + '.geojson'))
-    boolean isOpen = other.getID() == entry.getID()
-    def hierarchy = isOpen ? imageData.getHierarchy() : other.readHierarchy()
-    // Reading all of an image takes longer, and needs its slide.
-    boolean corrected = hierarchy.getAnnotationObjects().any { isOfClass(it, roiClass) }
-    def data = isOpen ? imageData : corrected ? other.readImageData() : null
-    Map<String, Integer> counts = exportLabels(hierarchy, imported(data), roiClass, file)
-    if (!isOpen)
-        data?.getServer()?.close()
-    logger.info("${other.getImageName()}: ${counts.rois} ROIs with ${counts.nuclei} contours " +
-            "exported to ${file}.")
-}
+for (other in batchIndex > 0 ? [entry] : QP.getProject().getImageList())   // the first of a batch does all
+    try {
+        Path file = Paths.get(QP.buildPathInProject(folderName, 'labels', other.getID() + '.geojson'))
+        Map<String, Integer> counts = exportImage(other, other.getID() == entry.getID() ? imageData : null, roiClass,
+                file)
+        logger.info("${other.getImageName()}: ${counts.rois} ROIs with ${counts.nuclei} contours exported to ${file}.")
+    } catch (Exception e) {   // of a lost slide, say: the other images are exported
+        logger.error("${other.getImageName()}: its ROIs were not exported: ${e.getMessage()}")
+    }
 
+
+/** Exports an image of the project: as it is 'open', or as it was saved. */
+static Map<String, Integer> exportImage(ProjectImageEntry<?> entry, ImageData<?> open, String roiClass, Path file) {
+    if (open != null)
+        return exportLabels(open.getHierarchy(), imported(open), roiClass, file)
+    PathObjectHierarchy hierarchy = entry.readHierarchy()
+    if (!hierarchy.getAnnotationObjects().any { isOfClass(it, roiClass) })
+        return exportLabels(hierarchy, imported(null), roiClass, file)
+    ImageData<?> saved = entry.readImageData()   // which takes longer, and needs the slide
+    try {
+        return exportLabels(hierarchy, imported(saved), roiClass, file)
+    } finally {
+        saved.getServer().close()
+    }
+}
 
 /** What import_nuclei.groovy added to an image, and the size of its pixels in µm, null without one. */
 class ImportedNuclei {

@@ -323,3 +323,35 @@ def test_a_run_of_all_images_has_their_stains(project: Path, session: qupath.Ses
             assert stained.stains.background == (240, 241, 242)
             assert stained.stains.vectors[0] == pytest.approx((0.6, 0.7, 0.3873), abs=1e-3)
     assert "lost.svs: its stains cannot be read: " in str(failed.value)
+
+
+ROI = (
+    qupath.DRAW_RECTANGLES
+    + """
+draw('done', 'PatchCL: corrected', 20, 20, 200, 200)
+draw('nucleus', 'Nucleus', 50, 50, 15, 15)
+entry.saveImageData(imageData)
+'1'
+"""
+)
+
+
+@pytest.mark.qupath
+def test_rois_are_exported_of_all_images_but_those_whose_slide_is_lost(
+    project: Path, session: qupath.Session
+) -> None:
+    content = json.loads(project.read_text("utf-8"))
+    last = json.loads(json.dumps(content["images"][1]))
+    last["entryID"], last["imageName"] = 3, "last.svs"
+    content["images"].append(last)
+    project.write_text(json.dumps(content), "utf-8")
+    session.run(project, ROI)
+    content["images"][1]["serverBuilder"]["uri"] = (project.parent / "lost.svs").as_uri()
+    project.write_text(json.dumps(content), "utf-8")
+    log = qupath.run_script(
+        project, project.parent / "scripts" / "export_labels.groovy", "-i", "one.svs"
+    )
+    labels = project.parent / "patchcl" / "labels"
+    assert sorted(path.name for path in labels.iterdir()) == ["1.geojson", "3.geojson"]
+    assert log.count("1 ROIs with 1 contours exported to") == 2
+    assert "zwei ö.svs: its ROIs were not exported: " in log
