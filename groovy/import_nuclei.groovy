@@ -185,7 +185,10 @@ class Marks {
 @CompileStatic
 class Given {
 
-    final Set<String> classes = new LinkedHashSet<>()
+    // In marks, the class of a nucleus to which a person gave the very class that the run gave it.
+    static final String BY_PERSON = '(given by a person)'
+
+    final Set<String> classes = new LinkedHashSet<>([BY_PERSON])
     final Set<String> measurements = new LinkedHashSet<>()
     private List<String> lastNames
     private List<String> lastForeign
@@ -1081,6 +1084,10 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
     PathObject[] nuclei = added.nuclei.toArray(new PathObject[0])
     String[] digests = new String[nuclei.length]   // as a run made them, without what they take over
     IntStream.range(0, nuclei.length).parallel().forEach { int k -> digests[k] = digestAndCentroid(nuclei[k]) }
+    Set<PathObject> agreed = nucleiOfClassesByPerson(plan)
+    for (int k = 0; k < nuclei.length; k++)
+        if (agreed.contains(nuclei[k]))
+            digests[k] = pristineDigest(nuclei[k], Given.BY_PERSON) + digests[k].substring(digests[k].indexOf(' '))
     for (int k = 0; k < nuclei.length; k++)
         after.put(nuclei[k].getID(), digests[k])
     for (PathObject roi : existing.keptRois + suggestions)
@@ -1095,6 +1102,17 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
     for (PathObject region : added.regions)
         after[region.getID()] = digestAndCentroid(region) + ' region'
     return after
+}
+
+/** The new nuclei that a run gave the very class that a person had given the nucleus before. */
+@CompileStatic
+static Set<PathObject> nucleiOfClassesByPerson(Replacement plan) {
+    Set<PathObject> agreed = ExistingObjects.identitySet()
+    plan.successors.each { PathObject old, PathObject successor ->
+        if (plan.existing.annotated[old].hasClass && old.getPathClass() == successor.getPathClass())
+            agreed.add(successor)
+    }
+    return agreed
 }
 
 /** Adds the marks of new ROIs: of what is in them when the import is done. */

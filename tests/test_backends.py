@@ -339,3 +339,33 @@ def test_detections_that_stay_are_a_persons_in_the_next_run(tmp_path: Path, back
     assert last[old[3]]["locked"]
     assert (last[new[4]]["class_name"], last[new[5]]["name"]) == ("Tumor", "mitosis")
     assert set(last) & stayed == stayed - {old[4], old[5]}
+
+
+CLASSIFY = """
+def classified = hierarchy.getAllObjects(false).find { it.getMeasurements()['index'] == 4 }
+classified.setPathClass(qupath.lib.objects.classes.PathClass.fromString('Tumor'))
+entry.saveImageData(imageData)
+'1'
+"""
+
+
+def test_a_class_of_a_person_stays_after_a_run_that_agrees(tmp_path: Path) -> None:
+    """It is the person's in the runs after that, too; all other nuclei have the runs' classes."""
+    session = qupath.Session()
+    path = qupath.make_project(tmp_path / "project", SLIDE, ["a.svs"])
+    for run, name in enumerate(["Nucleus", "Tumor", "Nucleus", "Stroma"], start=1):
+        config = ResultConfig(class_name=name)
+        with closing(open_project(path, "paquo")) as project:
+            (entry,) = project.images()
+            found = nuclei(10, 21, "a", run=run)
+            told = project.write(entry, [found], config, result_of(len(found), config))
+        if run == 1:
+            session.run(path, CLASSIFY)
+            continue
+        assert told is not None
+        assert told.classes == 1
+        shown = by_index(session.run(path, LOOK)["a.svs"]["objects"])
+        others = [k for k in shown if k != 4]
+        assert (shown[4]["class_name"], len(others)) == ("Tumor", 209)
+        assert {shown[k]["class_name"] for k in others} == {name}
+    session.close()
