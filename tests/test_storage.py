@@ -291,6 +291,23 @@ def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch, code):
         write_bytes(tmp_path / "file", b"")
 
 
+def test_files_of_a_killed_script_are_removed_once_old(tmp_path):
+    """Of QuPath's, which takes no lock: a new one may be being written."""
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    name = "1.geojson.0a1b2c3d-0000-4000-8000-0123456789ab.partial"
+    old, new = labels / name, labels / name.replace("1.", "2.", 1)
+    kept = labels / "a-person's.partial"
+    for path in (old, new, kept):
+        path.touch()
+    for path in (old, kept):
+        os.utime(path, (1e9, 1e9))
+    with exclusive_lock(tmp_path):
+        assert not old.exists()
+        assert new.exists()
+        assert kept.exists()
+
+
 def test_a_partial_file_that_cannot_be_removed_stops_nothing(tmp_path, monkeypatch):
     """Another person's, or on Windows one that is open: neither a run nor the end of one."""
     partial = tmp_path / ".1.parquet.0.partial"

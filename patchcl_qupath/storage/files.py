@@ -51,6 +51,9 @@ _ON_WINDOWS = {
 # Of a file system without locks, as Lustre may be mounted: it is used without.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
+_OF_SCRIPTS = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.partial$")  # a UUID of Java
+_OLD_S = 86400.0
+
 _locked: set[Path] = set()  # folders of which this process holds the lock
 
 
@@ -110,9 +113,21 @@ def copy_once(path: Path, other: Path) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove the temporary files of killed writers from a folder and its subfolders."""
-    for leftover in [*folder.rglob(".*.partial*")]:
-        _remove(leftover)
+    """Remove the temporary files of killed writers from a folder and its subfolders.
+
+    A Groovy script in QuPath takes no lock and may be writing: its files are removed once old.
+    """
+    for leftover in [*folder.rglob("*.partial*")]:
+        if leftover.name.startswith(".") or _is_old_of_script(leftover):
+            _remove(leftover)
+
+
+def _is_old_of_script(partial: Path) -> bool:
+    try:
+        age_s = time.time() - partial.stat().st_mtime
+    except OSError:  # it was just renamed
+        return False
+    return age_s > _OLD_S and _OF_SCRIPTS.search(partial.name) is not None
 
 
 def check_writable(folder: Path) -> None:
