@@ -563,6 +563,7 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, Replacement pl
     exchange(imageData, plan)
     writeMarks(imageData, plan.marks)
     writeGiven(imageData, plan.given)
+    imageData.setProperty('patchcl.run', text(plan.result, 'run'))   // patchcl-qp looks whether it was saved
     measureRegions(imageData, plan)
     countNuclei(imageData, toMarks(plan.marks), plan.result)
     return [found   : plan.nuclei.size(), added: added.nuclei.size(), left_out: added.whyLeftOut.size(),
@@ -1761,6 +1762,7 @@ static void setOrForget(PathObject region, String name, double value) {
         measured.put(name, value)
 }
 
+@CompileStatic
 static String text(JsonObject result, String key) {
     return result.has(key) ? result.get(key).getAsString() : '?'
 }

@@ -277,6 +277,30 @@ def test_image_that_qupath_changed_is_not_written_to(
 
 
 @pytest.mark.qupath
+def test_an_import_that_an_open_image_was_saved_over_is_none(
+    path: Path, process: Process, session: qupath.Session
+) -> None:
+    """A person had it open in QuPath while a run wrote into it, and saved it then."""
+    data = path.parent / "data" / "1" / "data.qpdata"
+    config = ResultConfig()
+    open_meanwhile = []
+    for run in ("", "run 1", "run 2"):
+        if run:
+            project, entry = opened(path, process)
+            project.write(entry, [FEW], config, result_of(len(FEW), config, run=run))
+        else:
+            session.run(path, DRAW)
+        open_meanwhile.append(data.read_bytes())
+    later = project.layout.receipt(entry.id).stat().st_mtime + 60
+    for content, there in zip(open_meanwhile, [False, False, True], strict=True):
+        data.write_bytes(content)
+        os.utime(data, (later, later))
+        status = image_status(project, entry)
+        assert (status.imported is not None) == there
+        assert ("imported into QuPath, but not saved there" in status.changed) == (not there)
+
+
+@pytest.mark.qupath
 def test_image_that_qupath_saves_meanwhile_is_not_written_over(
     path: Path, process: Process, session: qupath.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,9 @@ from patchcl_qupath.storage.records import (
 if TYPE_CHECKING:  # it loads pyarrow
     from patchcl_qupath.storage.parquet import Table
 
+JAVA_OBJECTS = b"\xac\xed\x00\x05"  # the beginning of a file of Java's serialization
+_IMPORTED_PROPERTY = b"patchcl.imported"  # of groovy/import_nuclei.groovy
+_RUN_PROPERTY = b"patchcl.run"
 SAVING_S = 10.0  # QuPath may save an import so long after the script that made it but did not save
 
 
@@ -235,15 +239,15 @@ class FilesProject:
         """Whether what an import did is saved in the image, of which QuPath counted ``objects``.
 
         An image that is older than its import is another one: a copy of earlier, say. One that was
-        imported into, but not saved then, may have been saved later without it.
+        saved later may have been saved without it: by a QuPath in which it was open meanwhile, or
+        after an import that nobody saved.
         """
         data = self.data(entry)
         saved, imported = _modified(data), _modified(self.layout.receipt(entry.id))
-        if receipt.saved:
-            as_known = receipt.data is None or receipt.data == data_signature(data)
-            return saved > 0 and (as_known or saved > imported)
-        has_room = not isinstance(objects, int) or 2 * objects >= receipt.added
-        return saved >= imported and has_room
+        if receipt.saved and saved <= imported:
+            return saved > 0 and receipt.data in (None, data_signature(data))
+        has_room = receipt.saved or not isinstance(objects, int) or 2 * objects >= receipt.added
+        return saved >= imported and has_room and _may_show(data, receipt.run)
 
     def summarise(self, entry: ImageEntry) -> tuple[RegionSummary, ...]:
         """Only QuPath can read an image's objects. Raises ImageError."""
@@ -311,6 +315,25 @@ def _modified(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def _may_show(data: Path, run: str) -> bool:
+    """Whether QuPath's file of an image may have the nuclei of a run: unless it says otherwise.
+
+    Imports leave the run in a property of the image, near the end of the file; those of earlier
+    versions did not.
+    """
+    try:
+        with data.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            if content[: len(JAVA_OBJECTS)] != JAVA_OBJECTS:
+                return True
+            at = content.rfind(_RUN_PROPERTY)
+            if at < 0:
+                return content.rfind(_IMPORTED_PROPERTY) >= 0
+            found = content[at + len(_RUN_PROPERTY) :][: 3 + len(run)]
+    except (OSError, ValueError):  # of an empty file
+        return True
+    return found == b"t" + len(run).to_bytes(2) + run.encode()  # a string, as Java writes it
 
 
 def _lost(image: StoredImage, found: Location, folder: Path) -> str:

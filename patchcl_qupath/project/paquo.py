@@ -26,7 +26,7 @@ from patchcl_qupath.config import CORRECTED, TMA_CORES, ResultConfig, from_dict
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.errors import ImageError, ProjectError
 from patchcl_qupath.project.drawn import SELECTED, read_drawn
-from patchcl_qupath.project.files import FilesProject
+from patchcl_qupath.project.files import JAVA_OBJECTS, FilesProject
 from patchcl_qupath.project.jvm import (
     Done,
     Export,
@@ -397,6 +397,6 @@ def _link(path: Path, other: Path) -> None:
 def _is_whole(data: Path) -> bool:
     """Whether a data.qpdata is complete, by both its ends; QuPath reads a part without error."""
     with data.open("rb") as file:
-        begins = file.read(4) == b"\xac\xed\x00\x05"  # Java's serialization
+        begins = file.read(4) == JAVA_OBJECTS
         file.seek(max(0, file.seek(0, os.SEEK_END) - 6))
         return begins and file.read() == b"t\x00\x03EOF"  # the string "EOF"
