@@ -550,6 +550,7 @@ static Replacement planReplacement(ImageData<?> imageData, ProjectImageEntry<?> 
 static Map<String, Integer> replaceNuclei(ImageData<?> imageData, Replacement plan) {
     ExistingObjects existing = plan.existing
     NewObjects added = plan.added
+    String marksBefore = plan.result.has('removed') ? '' : marksOfPresent(imageData)
     if (!plan.lost.isEmpty())
         writeObjects(plan.lostFile, plan.lost)
     Map<String, Integer> carried = [classes: 0, notes: 0]
@@ -562,6 +563,8 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, Replacement pl
     markRois(plan)   // with what successors took over
     exchange(imageData, plan)
     writeMarks(imageData, plan.marks)
+    boolean canUndo = marksBefore.readLines().size() <= 10000   // QuPath keeps no more objects, unless told to
+    imageData.setProperty('patchcl.imported.before', canUndo ? marksBefore : '')
     writeGiven(imageData, plan.given)
     imageData.setProperty('patchcl.run', text(plan.result, 'run'))   // patchcl-qp looks whether it was saved
     measureRegions(imageData, plan)
@@ -1770,11 +1773,29 @@ static String text(JsonObject result, String key) {
 /** Reads the marks from a property of the image, which QuPath saves, discards and duplicates with the objects. */
 @CompileStatic
 static Marks readMarks(ImageData<?> imageData) {
-    String lines = imageData.getProperty('patchcl.imported') ?: ''
     Marks marks = new Marks()
-    for (String line : lines.readLines())
+    for (String line : marksOfPresent(imageData).readLines())
         marks.add(UUID.fromString(line.substring(0, 36)), line.substring(37))
     return marks
+}
+
+/**
+ * The lines of the marks of the objects that are there. QuPath's 'Undo' of an import restores the objects, but not the
+ * property: the marks then are those of before, of which only imported objects are there.
+ */
+@CompileStatic
+static String marksOfPresent(ImageData<?> imageData) {
+    String lines = imageData.getProperty('patchcl.imported') ?: ''
+    String before = imageData.getProperty('patchcl.imported.before') ?: ''
+    if (before.isEmpty())
+        return lines
+    Set<String> present = imageData.getHierarchy().getAllObjects(false)
+            .collect { PathObject pathObject -> pathObject.getID().toString() }.toSet()
+    Set<String> ids = lines.readLines().collect { String line -> line.substring(0, 36) }.toSet()
+    Set<String> idsBefore = before.readLines().collect { String line -> line.substring(0, 36) }.toSet()
+    boolean undone = idsBefore.any { String id -> present.contains(id) && !ids.contains(id) } &&
+            !ids.any { String id -> present.contains(id) && !idsBefore.contains(id) }
+    return undone ? before : lines
 }
 
 @CompileStatic

@@ -369,3 +369,44 @@ def test_a_class_of_a_person_stays_after_a_run_that_agrees(tmp_path: Path) -> No
         assert (shown[4]["class_name"], len(others)) == ("Tumor", 209)
         assert {shown[k]["class_name"] for k in others} == {name}
     session.close()
+
+
+# QuPath's 'Undo' restores the objects, as they were serialized, and nothing else of an image.
+UNDO = """
+def hierarchyBefore = new File('BEFORE').withInputStream { qupath.lib.io.PathIO.readHierarchy(it) }
+hierarchy.setHierarchy(hierarchyBefore)
+def nucleus = hierarchy.getAllObjects(false).findAll { it.getMeasurements().containsKey('index') }
+    .collectEntries { [it.getMeasurements()['index'] as int, it] }
+hierarchy.removeObject(nucleus[5], true)
+nucleus[6].setPathClass(qupath.lib.objects.classes.PathClass.fromString('Tumor'))
+entry.saveImageData(imageData)
+'1'
+"""
+
+
+@pytest.mark.parametrize("kind", [ObjectType.ANNOTATION, ObjectType.DETECTION])
+def test_nuclei_of_an_import_that_was_undone_are_replaced(tmp_path: Path, kind: ObjectType) -> None:
+    """What a person did with the nuclei of before, which are there again, holds for the next."""
+    session = qupath.Session()
+    path = qupath.make_project(tmp_path / "project", SLIDE, ["a.svs"])
+    data, before = path.parent / "data" / "1" / "data.qpdata", tmp_path / "before"
+    config = ResultConfig(object_type=kind)
+    for run in (1, 2, 3):
+        with closing(open_project(path, "paquo")) as project:
+            (entry,) = project.images()
+            found = nuclei(10, 21, "a", run=run)
+            told = project.write(entry, [found], config, result_of(len(found), config))
+        if run == 1:
+            shutil.copy(data, before)
+        elif run == 2:
+            session.run(path, UNDO.replace("BEFORE", before.as_posix()))
+    shown = session.run(path, LOOK)["a.svs"]["objects"]
+    session.close()
+    assert told is not None
+    assert (told.added, told.left_out, told.deleted, told.classes) == (209, 1, 1, 1)
+    one = by_index(shown)
+    assert {k: o["id"] for k, o in one.items()} == {
+        k: id_ for k, id_ in enumerate(found.uuids.tolist()) if k != 5
+    }
+    assert len(shown) == 209 + 1  # the region
+    assert one[6]["class_name"] == "Tumor"
