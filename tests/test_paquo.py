@@ -625,6 +625,7 @@ class SavedMeanwhile:
 
     def __init__(self, data: Path) -> None:
         self.data = data
+        self.later = 2
         self.save(rois=1)
 
     def save(self, rois: int) -> None:
@@ -633,7 +634,7 @@ class SavedMeanwhile:
 
     def ask(self, question: Any) -> None:
         rois = self.data.stat().st_size - 10
-        self.save(rois=2)
+        self.save(rois=self.later)
         coordinates = [[[0, 0], [0, 99], [99, 99], [99, 0], [0, 0]]]
         feature = {
             "type": "Feature",
@@ -656,6 +657,33 @@ def test_what_a_person_saves_while_an_image_is_read_is_read(path: Path, what: st
     else:
         found = project.corrected_rois(entry)
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("what", ["regions", "ROIs"])
+@pytest.mark.parametrize("how", ["restored", "copied"])
+def test_what_was_exported_of_other_data_is_exported_anew(path: Path, what: str, how: str) -> None:
+    """An earlier file with its own time; or the project copied without times, in any order."""
+    data = path.parent / "data" / "1" / "data.qpdata"
+    data.parent.mkdir(parents=True)
+    summary = {"hierarchy": {"annotationClassificationCounts": {CORRECTED: 1}}}
+    data.with_name("summary.json").write_text(json.dumps(summary), "utf-8")
+    process = SavedMeanwhile(data)
+
+    def read() -> int:
+        project, entry = read_by(process, path)
+        if what == "regions":
+            return len(project.with_regions(entry, [CORRECTED]).regions)
+        return len(project.corrected_rois(entry))
+
+    assert read() == 2
+    process.later = 3
+    process.save(rois=1)  # at an earlier time than that of the export
+    if how == "copied":
+        for file in (path.parent / "patchcl").rglob("*.*"):
+            os.utime(file, (9, 9))
+        os.utime(data, (8, 8))
+    assert read() == 3
+    assert read() == 3
 
 
 @pytest.mark.qupath

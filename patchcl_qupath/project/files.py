@@ -45,6 +45,7 @@ from patchcl_qupath.storage.files import read_json, readable, remove_file
 from patchcl_qupath.storage.geojson import class_name
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import (
+    FileSignature,
     ReceiptRecord,
     RegionSummary,
     ResultRecord,
@@ -135,8 +136,16 @@ class FilesProject:
         return replace(entry, stains=stains, note="; ".join(filter(None, [entry.note, note])))
 
     def is_current(self, file: Path, entry: ImageEntry) -> bool:
-        """Whether an exported file exists, and is newer than the last save of its image."""
-        data = self.data(entry)
+        """Whether an exported file exists, and is newer than the last save of its image.
+
+        Where it is known of which data it was exported, these must be there: an older copy has its
+        own time.
+        """
+        data, source = self.data(entry), self.layout.source(file)
+        if _modified(source) >= _modified(file) > 0:  # no script exported it since
+            known = read_record(source, FileSignature)
+            if known is not None and known != data_signature(data):
+                return False
         return file.exists() and (
             not data.exists() or file.stat().st_mtime_ns > data.stat().st_mtime_ns
         )

@@ -324,11 +324,14 @@ class PaquoProject:
 
         Again if somebody saved it meanwhile: the file would be newer, but without that.
         """
-        read = None
-        while read != self._image(entry):
+        while True:
             self._check(entry)
-            read = self._image(entry)
-            self.process.ask(export(read))
+            question = export(self._image(entry))
+            self.process.ask(question)
+            if question.image == self._image(entry):
+                break
+        if question.image.data is not None:
+            write_record(self.layout.source(question.file), question.image.data)
 
     def _check(self, entry: ImageEntry) -> None:
         """Raise ImageError for an image that QuPath cannot open, or should not."""

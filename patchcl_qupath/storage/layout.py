@@ -131,6 +131,10 @@ class Layout:
         """An image's annotations, as groovy/export_regions.groovy exports them."""
         return self.root / "regions" / f"{image}.geojson"
 
+    def source(self, export: Path) -> Path:
+        """The signature of the file of objects that QuPath's process exported a file from."""
+        return export.with_name(f"{export.name}.source.json")
+
     def stains(self, image: str) -> Path:
         """An image's stains, as groovy/export_regions.groovy exports them."""
         return self.root / "stains" / f"{image}.json"
