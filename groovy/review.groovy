@@ -24,6 +24,7 @@ import java.nio.file.Files
 import java.nio.file.Path
 import java.nio.file.Paths
 import java.nio.file.StandardCopyOption
+import java.nio.file.attribute.FileTime
 import javafx.application.Platform
 import javafx.event.EventHandler
 import javafx.geometry.Insets
@@ -145,6 +146,7 @@ class Review {
     private final List<PathObject> visited = []
     private boolean askedIfEmpty = false
     private List<PathObject> protectedObjects = []   // locked for as long as the ROI is the present one
+    private FileTime savedUnlocked   // when the image was last saved before
     private final List<Closure<?>> undoing = []
 
     // ------------------------------------------------ the ROIs of the project
@@ -288,6 +290,12 @@ class Review {
             !it.isLocked() && it.getROI()?.isArea() && !nuclei.contains(it) && boxesMeet(it.getROI(), roi.getROI())
         }
         protectedObjects*.setLocked(true)
+        savedUnlocked = lastSaved
+    }
+
+    private FileTime getLastSaved() {
+        Path data = project.getEntry(imageData).getEntryPath().resolve('data.qpdata')
+        return Files.exists(data) ? Files.getLastModifiedTime(data) : null
     }
 
     /** Unlocks what was locked. */
@@ -556,9 +564,12 @@ class Review {
         save()
     }
 
-    /** Saves the image, if anything in it changed; what was locked for the ROI is saved as it was before. */
+    /**
+     * Saves the image, if anything in it changed; what was locked for the ROI is saved as it was before, also where a
+     * person saved it locked by QuPath's own command.
+     */
     void save() {
-        if (imageData == null || !imageData.isChanged())
+        if (imageData == null || !imageData.isChanged() && (protectedObjects.isEmpty() || lastSaved == savedUnlocked))
             return
         release()
         try {

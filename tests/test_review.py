@@ -207,6 +207,33 @@ def test_it_goes_through_all_images_and_remembers_where_it_was(
         assert "PatchCL: correct here" not in saved
 
 
+def test_what_is_locked_for_a_roi_is_not_locked_once_a_person_saved(
+    session: qupath.Session, project: Path
+) -> None:
+    """By Ctrl+S, which saves the image as it is; the window then closes, with nothing changed."""
+    actions = """
+    open(0)
+    def annotations = review.imageData.getHierarchy().getAnnotationObjects()
+    def vessel = annotations.find { it.getName() == 'vessel' }
+    lines << vessel.isLocked()
+    review.entryOf(review.rois[0]).saveImageData(review.imageData)
+    review.save()
+    review.release()
+    lines << vessel.isLocked()
+    def data = review.entryOf(review.rois[0]).getEntryPath().resolve('data.qpdata').toFile()
+    data.setLastModified(1000000000000L)
+    review.protect()
+    review.save()
+    lines << data.lastModified()
+    """
+    assert review(session, project, actions) == [True, False, 1_000_000_000_000]  # saved no more
+    locked = """
+    def vessel = hierarchy.getAnnotationObjects().find { it.getName() == 'vessel' }
+    groovy.json.JsonOutput.toJson(vessel.isLocked())
+    """
+    assert session.run(project, locked)["one.svs"] is False
+
+
 def test_a_roi_that_cannot_be_used_is_not_marked(session: qupath.Session, project: Path) -> None:
     """The same that `refine` refuses, so that nobody finds out later."""
     actions = """
