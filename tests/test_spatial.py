@@ -6,7 +6,9 @@ The libraries are in the extra ``spatial``; without them, the tests are skipped.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,10 @@ from click.testing import CliRunner
 from exported import DRAWN, MPP, PLACES, grow, id_of, make_project, nuclei, write
 from scipy import sparse
 
+from patchcl_qupath import exports
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.exports.images import ExportedImage
 from patchcl_qupath.project import Project
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other programs
@@ -119,6 +123,30 @@ def test_squidpy_finds_neighbours_in_anndata(project: Project) -> None:
     squidpy.gr.nhood_enrichment(
         cells, cluster_key="classification", n_perms=5, show_progress_bar=False
     )
+
+
+@pytest.mark.parametrize(("to", "suffix"), [("anndata", ".h5ad"), ("spatialdata", ".zarr")])
+def test_a_folder_has_a_file_for_each_image(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, suffix: str
+) -> None:
+    """As of tables; the libraries are not needed to know which images go into which file."""
+    written: dict[Path, list[str]] = {}
+
+    def record(path: Path, images: Sequence[ExportedImage]) -> int:
+        written[path] = [image.name for image in images]
+        return 7
+
+    writers = SimpleNamespace(write_anndata=record, write_spatialdata=record)
+    monkeypatch.setattr(exports, "spatial", writers, raising=False)
+    folder = tmp_path / "for-python"
+    paths = exported(project, "--to", to, "--output", folder)
+    names = {"a, 1": "a, 1.svs", "b": "b.svs", "empty": "empty.svs"}
+    assert paths == [folder / f"{stem}{suffix}" for stem in names]
+    assert written == {folder / f"{stem}{suffix}": [name] for stem, name in names.items()}
+
+    paths = exported(project, "--to", to, "--output", folder / f"all{suffix}")
+    assert paths == [folder / f"all{suffix}"]
+    assert written[paths[0]] == [*names.values()]
 
 
 def bins_of_two_um() -> Any:

@@ -158,17 +158,20 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
 
 def _tables(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
     """One table of all images, or one for each."""
-    name = _NAMES[request.per]
+    targets = _targets(project, images, request, _NAMES[request.per])
+    return [(path, write_table(path, of_file, request)) for path, of_file in targets]
+
+
+def _targets(
+    project: Project, images: Sequence[ExportedImage], request: Request, name: str
+) -> list[tuple[Path, Sequence[ExportedImage]]]:
+    """The files, and the images in each: one file of all, or one for each image in a folder."""
     if request.output is None:
-        path = project.layout.exports / f"{name}{request.suffix}"
-        return [(path, write_table(path, images, request))]
+        return [(project.layout.exports / f"{name}{request.suffix}", images)]
     if request.one_file:
-        return [(request.output, write_table(request.output, images, request))]
-    written = []
-    for stem, image in zip(file_names(images), images, strict=True):
-        path = request.output / f"{stem}{request.suffix}"
-        written.append((path, write_table(path, [image], request)))
-    return written
+        return [(request.output, images)]
+    paths = [request.output / f"{stem}{request.suffix}" for stem in file_names(images)]
+    return [(path, [image]) for path, image in zip(paths, images, strict=True)]
 
 
 def write_table(path: Path, images: Sequence[ExportedImage], request: Request) -> int:
@@ -217,19 +220,17 @@ def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Reque
 
 
 def _for_python(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
-    """One file for SpatialData or AnnData."""
+    """A file for SpatialData or AnnData of all images, or one for each."""
+    targets = _targets(project, images, request, _NAMES[ExportRows.NUCLEUS])
     try:
         from patchcl_qupath.exports import spatial
     except ImportError as error:
         raise ConfigError(
             f"--to {request.to} needs {error.name}: pip install 'patchcl-qupath[spatial]'"
         ) from error
-    path = request.output or project.layout.exports
-    if not request.one_file:
-        path = path / f"nuclei{request.suffix}"
-    if request.to is ExportFormat.ANNDATA:
-        return [(path, spatial.write_anndata(path, images))]
-    return [(path, spatial.write_spatialdata(path, images))]
+    is_anndata = request.to is ExportFormat.ANNDATA
+    write = spatial.write_anndata if is_anndata else spatial.write_spatialdata
+    return [(path, write(path, of_file)) for path, of_file in targets]
 
 
 _WRITERS: dict[ExportFormat, Callable[[Project, Sequence[ExportedImage], Request], Written]] = {
