@@ -149,6 +149,36 @@ def test_a_folder_has_a_file_for_each_image(
     assert written[paths[0]] == [*names.values()]
 
 
+@pytest.mark.parametrize("item", ["images/he", "shapes/tumour", "tables/genes", "0/0", "notes.txt"])
+def test_a_zarr_that_is_no_export_is_not_replaced(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, item: str
+) -> None:
+    """A slide, or what a person added to an export, was gone without a word."""
+    written: list[Path] = []
+
+    def record(path: Path, _: object) -> int:
+        written.append(path)
+        return 7
+
+    writers = SimpleNamespace(write_anndata=record, write_spatialdata=record)
+    monkeypatch.setattr(exports, "spatial", writers, raising=False)
+    store = tmp_path / "slide.ome.zarr"
+    earlier = ["zarr.json", "shapes/zarr.json", "shapes/b_nuclei/x", "tables/nuclei/x", "images/.x"]
+    for name in earlier:
+        (store / name).parent.mkdir(parents=True, exist_ok=True)
+        (store / name).touch()
+    asked = ["export", str(project.path), "--to", "spatialdata", "--output", str(store)]
+    assert CliRunner().invoke(main, asked).exit_code == 0
+    assert written == [store]
+
+    (store / item).parent.mkdir(exist_ok=True)
+    (store / item).touch()
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 2
+    assert f"export of nuclei ({item.removesuffix('/0')}), and would be replaced" in done.stderr
+    assert written == [store]
+
+
 def bins_of_two_um() -> Any:
     """An image of 2 µm bins, as Visium HD has them: centroids in px of the microscope image."""
     anndata = pytest.importorskip("anndata")

@@ -40,6 +40,8 @@ _NAMES = {  # of files, by what a row is
     ExportRows.CORE: "cores",
 }
 
+_GROUPS = ("images", "labels", "points", "shapes", "tables")  # of a Zarr of SpatialData
+_ELEMENTS = ("shapes/*_nuclei", "shapes/*_cells", "tables/nuclei")  # that an export has in them
 _EXCEL_ROWS = 1_048_576  # with the header
 _NOT_COUNTED = {
     ExportRows.REGION: "no regions were counted: patchcl-qp run --summarise CLASS",
@@ -222,6 +224,8 @@ def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Reque
 def _for_python(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
     """A file for SpatialData or AnnData of all images, or one for each."""
     targets = _targets(project, images, request, _NAMES[ExportRows.NUCLEUS])
+    for path, _ in targets:
+        _check_replaceable(path)
     try:
         from patchcl_qupath.exports import spatial
     except ImportError as error:
@@ -231,6 +235,21 @@ def _for_python(project: Project, images: Sequence[ExportedImage], request: Requ
     is_anndata = request.to is ExportFormat.ANNDATA
     write = spatial.write_anndata if is_anndata else spatial.write_spatialdata
     return [(path, write(path, of_file)) for path, of_file in targets]
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise ConfigError for a folder that has more in it than an export, as all of it is replaced.
+
+    It may be a slide, an OME-Zarr, or a SpatialData to which a person added images or points.
+    """
+    inside = [item.relative_to(path) for depth in ("*", "*/*") for item in sorted(path.glob(depth))]
+    for item in inside:
+        is_metadata = item.name.startswith(".") or item.name == "zarr.json"
+        if not is_metadata and str(item) not in _GROUPS and not any(map(item.match, _ELEMENTS)):
+            raise ConfigError(
+                f"{path} has more in it than an export of nuclei ({item.as_posix()}), and would be "
+                "replaced: give --output another name"
+            )
 
 
 _WRITERS: dict[ExportFormat, Callable[[Project, Sequence[ExportedImage], Request], Written]] = {
