@@ -452,12 +452,17 @@ def test_an_export_that_fails_leaves_the_old_file(
         (["--to", "geojson", "--per", "region"], "--per region makes a table: use --to csv"),
         (["--to", "parquet", "--excel"], "--excel is for tables in CSV"),
         (["--to", "visium-hd", "--output", "x.geojson"], "name a folder for those of Visium HD"),
+        (["--output", "x.parquet"], "a file of parquet, and csv is exported: use --to parquet"),
+        (["--to", "parquet", "--output", "x.CSV"], "a file of csv, and parquet is exported: use"),
+        (["--to", "geojson", "--output", "x.h5ad"], "a file of anndata, and geojson is exported"),
     ],
 )
 def test_what_cannot_be_asked_for(project: Project, options: list[str], message: str) -> None:
+    """A folder was made of the name of a file in another format, with tables in CSV in it."""
     done = call(project.path, *options)
     assert done.exit_code == 2
     assert message in done.stderr
+    assert not any(map(Path.exists, map(Path, options)))
 
 
 def test_tables_without_rows_say_how_to_get_some(tmp_path: Path) -> None:

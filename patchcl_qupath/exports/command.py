@@ -92,6 +92,13 @@ class Request:
             )
         if self.excel and self.to is not ExportFormat.CSV:
             raise ConfigError("--excel is for tables in CSV: use --to csv with it")
+        if self.output is not None and not self.one_file and not self.output.is_dir():
+            suffix = self.output.suffix.lower()
+            if meant := [to for to, of_format in _SUFFIXES.items() if of_format == suffix]:
+                raise ConfigError(
+                    f"{self.output} is named as a file of {meant[0]}, and {self.to} is exported: "
+                    f"use --to {meant[0]}, or name it otherwise"
+                )
 
     @property
     def suffix(self) -> str:
