@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("patchcl_qupath.cli")  # which may be run as __main__
 DEFAULT_MODEL = "patchcl"  # the one model that `run` trains by itself
+_REFINED_MODEL = "refined"  # how `refine` names its model
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -224,7 +225,7 @@ def suggest(*, common: Common, writing: Writing, count: int) -> None:
     help=f"Class of the ROIs in which every nucleus was corrected; default: {CORRECTED}.",
 )
 @click.option("--model", "name", default=DEFAULT_MODEL, help="Name of the model to refine.")
-@click.option("--as", "new_name", default="refined", help="Name of the refined model.")
+@click.option("--as", "new_name", default=_REFINED_MODEL, help="Name of the refined model.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the training.")
 @options.progress
 def refine(
@@ -578,9 +579,12 @@ def _existing_model(project: Project, name: str) -> Path:
         hint = f"do you mean {by_lower[near[0]]}?"
     else:
         hint = f"it has {', '.join(names[:10]) or 'none'}."
+    advice = f"to have another, `patchcl-qp train {project.path} --model {name}`"
+    if name == _REFINED_MODEL:  # a training without labels under its name would be mistaken for it
+        advice = f"`patchcl-qp refine {project.path}` makes this one of corrected ROIs"
     raise ConfigError(
         f"no model {name} in {project.path}: {hint} Only the model {DEFAULT_MODEL} is trained by "
-        f"itself: to have another, `patchcl-qp train {project.path} --model {name}`"
+        f"itself: {advice}"
     )
 
 

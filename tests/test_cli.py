@@ -409,6 +409,9 @@ def test_without_models_only_the_default_is_trained(tmp_path):
     result = call("run", folder, "--model", "refined")
     assert result.exit_code == 2
     assert "it has none. Only the model patchcl is trained by itself" in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
+    made = f"`patchcl-qp refine {folder / 'project.qpproj'}` makes this one of corrected ROIs"
+    assert line.endswith(made), "a training without labels is no refined model"
     assert not [*(folder / "patchcl").rglob("*.pt")]
 
 
