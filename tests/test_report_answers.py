@@ -222,7 +222,9 @@ def test_many_nuclei_are_no_table_beside_the_report(
     assert call("report", project.path).exit_code == 0
     assert not table.exists()
     assert "tables/nuclei.csv" not in page_of(project)
-    assert "tables/images.csv" in page_of(project)
+    page = page_of(project)
+    assert "tables/images.csv" in page
+    assert "folder <code>tables</code> beside this page" in page, "who gets the page alone has none"
 
 
 def test_a_damaged_file_of_nuclei_costs_no_page(tmp_path: Path) -> None:
