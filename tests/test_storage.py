@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shapely
@@ -92,11 +93,14 @@ def test_a_damaged_tile_is_never_read_and_is_segmented_again(tmp_path):
             assert found == expected, place
 
 
-def test_a_tile_is_kept_where_the_disk_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, os.strerror(errno.EIO)), pa.ArrowMemoryError("malloc failed")]
+)
+def test_a_tile_is_kept_where_the_disk_or_memory_fails(tmp_path, monkeypatch, error):
     store = stored(tmp_path, some_nuclei(3))
 
     def fail(*_, **__):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        raise error
 
     monkeypatch.setattr(pq, "read_table", fail)
     with pytest.raises(StorageError, match="run again"):

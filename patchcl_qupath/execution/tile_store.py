@@ -183,8 +183,9 @@ class TileStore:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            # Those of the disk or the network have a number; Arrow's mean damage.
-            if getattr(error, "errno", None) is None:
+            # Those of the disk or the network have a number; Arrow's others mean damage.
+            no_damage = isinstance(error, (MemoryError, pa.ArrowCancelled))
+            if getattr(error, "errno", None) is None and not no_damage:
                 with suppress(OSError):
                     self.path(tile).unlink()
             reason = readable(str(error))
@@ -204,15 +205,13 @@ def _is_same_plan(path: Path, plan: dict[str, Any]) -> bool:
     """
     try:
         found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):  # missing, or damaged
+        return False
     except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            return False
         raise StorageError(
             f"{path} cannot be read ({readable(str(error))}): run again when it can be; "
             "finished tiles are kept"
         ) from error
-    except ValueError:  # damaged
-        return False
     return digest(found) == digest(plan)
 
 
