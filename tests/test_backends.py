@@ -20,6 +20,7 @@ from qupath import by_index, nuclei
 from results import result_of
 
 from patchcl_qupath.config import ObjectType, ResultConfig
+from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.project import open_project
 from patchcl_qupath.storage.records import RegionRecord
 
@@ -341,6 +342,14 @@ def test_detections_that_stay_are_a_persons_in_the_next_run(tmp_path: Path, back
     assert set(last) & stayed == stayed - {old[4], old[5]}
 
 
+def written(path: Path, run: int, config: ResultConfig) -> tuple[Nuclei, Any]:
+    """Write the nuclei of a run into the one image of a project; these, and what is told of it."""
+    with closing(open_project(path, "paquo")) as project:
+        (entry,) = project.images()
+        found = nuclei(10, 21, "a", run=run)
+        return found, project.write(entry, [found], config, result_of(len(found), config))
+
+
 CLASSIFY = """
 def classified = hierarchy.getAllObjects(false).find { it.getMeasurements()['index'] == 4 }
 classified.setPathClass(qupath.lib.objects.classes.PathClass.fromString('Tumor'))
@@ -355,10 +364,7 @@ def test_a_class_of_a_person_stays_after_a_run_that_agrees(tmp_path: Path) -> No
     path = qupath.make_project(tmp_path / "project", SLIDE, ["a.svs"])
     for run, name in enumerate(["Nucleus", "Tumor", "Nucleus", "Stroma"], start=1):
         config = ResultConfig(class_name=name)
-        with closing(open_project(path, "paquo")) as project:
-            (entry,) = project.images()
-            found = nuclei(10, 21, "a", run=run)
-            told = project.write(entry, [found], config, result_of(len(found), config))
+        _, told = written(path, run, config)
         if run == 1:
             session.run(path, CLASSIFY)
             continue
@@ -392,10 +398,7 @@ def test_nuclei_of_an_import_that_was_undone_are_replaced(tmp_path: Path, kind: 
     data, before = path.parent / "data" / "1" / "data.qpdata", tmp_path / "before"
     config = ResultConfig(object_type=kind)
     for run in (1, 2, 3):
-        with closing(open_project(path, "paquo")) as project:
-            (entry,) = project.images()
-            found = nuclei(10, 21, "a", run=run)
-            told = project.write(entry, [found], config, result_of(len(found), config))
+        found, told = written(path, run, config)
         if run == 1:
             shutil.copy(data, before)
         elif run == 2:
