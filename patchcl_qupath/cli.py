@@ -45,7 +45,7 @@ from patchcl_qupath.options import (
 from patchcl_qupath.progress import ShowProgress
 
 if TYPE_CHECKING:
-    from patchcl_qupath.datatypes import Corrections, ImageEntry
+    from patchcl_qupath.datatypes import ImageEntry
     from patchcl_qupath.models.model import Model
     from patchcl_qupath.project import NewImage, Project
     from patchcl_qupath.storage.records import ImageOutcome, ImageSummary
@@ -246,23 +246,18 @@ def refine(
         settings = load_config(reading.config)
         project, entries = _open(common, reading=reading, writing=writing)
         from patchcl_qupath import pipeline
-        from patchcl_qupath.correction import changes
         from patchcl_qupath.correction.labels import corrected_images
         from patchcl_qupath.models.model import Model
-        from patchcl_qupath.storage.files import check_writable
 
         with _at_work(project), showing() as progress:
             start = Model.load(_existing_model(project, name))
-            path = project.layout.model(new_name)
-            check_writable(path.parent)
             config = replace(start.config, engine=settings.engine, cdcl=settings.cdcl)
             start = replace(start, config=config)
-            found: dict[str, Corrections] = {}
-            model = pipeline.refine(project, entries, start, labels_from, progress, seed, found)
-            model.save(path.parent, new_name)
-            changes.begin(project.layout, found, model.digest, new_name)
-            logger.info("model %s refined and saved: %s", new_name, path)
-        corrected = corrected_images(entries, found)
+            model, corrections = pipeline.refine_as(
+                new_name, project, entries, start, labels_from, progress, seed
+            )
+        path = project.layout.model(new_name)
+        corrected = corrected_images(entries, corrections)
         if common.as_json:
             console.print_json({"model": str(path), "digest": model.digest, "corrected": corrected})
         else:

@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config, ExportFormat, ExportRows, from_dict
-from patchcl_qupath.correction import changes
 from patchcl_qupath.correction import suggest as suggestions
 from patchcl_qupath.correction.suggest import Suggestion
-from patchcl_qupath.datatypes import Corrections, ImageEntry
+from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
 from patchcl_qupath.evaluation.score import ImageScore
 from patchcl_qupath.evaluation.score import score as score_images
@@ -30,7 +29,7 @@ from patchcl_qupath.report.page import write_report as write_page
 from patchcl_qupath.slides.openslide import one_of_each_slide
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.status import ImageStatus, image_statuses
-from patchcl_qupath.storage.files import check_writable, exclusive_lock, readable
+from patchcl_qupath.storage.files import exclusive_lock, readable
 from patchcl_qupath.storage.parquet import Table, read_geoarrow
 from patchcl_qupath.storage.records import ImageOutcome, read_model_record
 
@@ -92,7 +91,6 @@ def train(
     >>> model.mpp
     0.5
     """
-    check_writable(project.layout.model(name).parent)
     with exclusive_lock(project.layout.root):
         return pipeline.train_as(
             name, project, _entries(project, images), _config(settings), show or hide_progress
@@ -244,18 +242,13 @@ def refine(
     ...
     patchcl_qupath.errors.TrainingError: no image has an annotation of class PatchCL: corrected: ...
     """
-    path = project.layout.model(name)
-    record = read_model_record(path)
+    record = read_model_record(project.layout.model(name))
     if record is not None and record.digest == model.digest:
         raise ConfigError(f"give the refined model another name than {name}")
-    check_writable(path.parent)
     with exclusive_lock(project.layout.root):
-        progress = show or hide_progress
-        found: dict[str, Corrections] = {}
-        images = project.images()
-        refined = pipeline.refine(project, images, model, labels_from, progress, found=found)
-        refined.save(path.parent, name)
-        changes.begin(project.layout, found, refined.digest, name)
+        refined, _ = pipeline.refine_as(
+            name, project, project.images(), model, labels_from, show or hide_progress
+        )
     return refined
 
 

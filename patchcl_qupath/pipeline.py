@@ -133,14 +133,13 @@ def refine(
     labels_from: str,
     progress: ShowProgress,
     seed: int = 0,
-    found: dict[str, Corrections] | None = None,
-) -> Model:
+) -> tuple[Model, dict[str, Corrections]]:
     """Refine a model by CDCL with ROIs in which a person corrected all nuclei.
 
-    ROIs are annotations of class ``labels_from``; ``found`` takes them, by image. The images' other
-    tissue is used, too, with what the model itself finds there as pseudo-labels. Raises ImageError
-    for labels that cannot be trained on, TrainingError where there are none, ConfigError for a
-    model of PatchCL alone.
+    ROIs are annotations of class ``labels_from``. The images' other tissue is used, too, with what
+    the model itself finds there as pseudo-labels. Returns the refined model, and the corrections by
+    the ids of their images. Raises ImageError for labels that cannot be trained on, TrainingError
+    where there are none, ConfigError for a model of PatchCL alone.
     """
     if not start.network.can_be_refined:
         raise ConfigError(
@@ -154,7 +153,6 @@ def refine(
         start.config,
         labels_from=labels_from,
         show_count=counter(progress, Stage.READING_ROIS),
-        found=found,
     )
     labelled = [sample for each in corrected for sample in training_samples(*each)]
     crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
@@ -163,7 +161,30 @@ def refine(
     label = partial(pseudo_labelled_samples, crops=crops, images=drawn, report=choosing)
     refining = counter(progress, Stage.REFINING)
     model = cdcl.refine(start, labelled, label, refining, seed)
-    return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
+    model = calibrated(model, crops, counter(progress, Stage.CALIBRATING))
+    return model, {image.id: corrections for image, corrections in corrected}
+
+
+def refine_as(
+    name: str,
+    project: Project,
+    entries: Sequence[ImageEntry],
+    start: Model,
+    labels_from: str,
+    progress: ShowProgress,
+    seed: int = 0,
+) -> tuple[Model, dict[str, Corrections]]:
+    """``refine`` a model, and save the refined one in the project under a name.
+
+    The corrections are saved, too: the next run of the model says how many of them it makes.
+    """
+    path = project.layout.model(name)
+    check_writable(path.parent)
+    model, corrections = refine(project, entries, start, labels_from, progress, seed)
+    model.save(path.parent, name)
+    changes.begin(project.layout, corrections, model.digest, name)
+    logger.info("model %s refined and saved: %s", name, path)
+    return model, corrections
 
 
 def check_resolution(model: Model, config: Config, name: str | None) -> None:

@@ -345,16 +345,15 @@ def test_a_roi_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.Monk
 
 def samples(folder: Path, **options: Any) -> Any:
     project = open_project(folder, "files")
-    read: dict[str, Corrections] = {}
     images = labels.read_corrected(
         project,
         project.images(),
         Config(),
         labels_from=options.get("labels_from", CORRECTED),
         show_count=lambda *_: None,
-        found=read,
     )
     found = [sample for each in images for sample in labels.training_samples(*each)]
+    read = {image.id: corrections for image, corrections in images}
     return found, labels.corrected_images(project.images(), read)
 
 

@@ -454,7 +454,7 @@ def test_a_model_is_refined_by_the_engine_that_is_asked_for(folder, tmp_path, mo
 
     def refine(project, entries, start, *_):
         given.append((start.config.engine, start.config.cdcl.steps))
-        return start
+        return start, {}
 
     monkeypatch.setattr(pipeline, "refine", refine)
     for options in ((), ("--config", str(settings))):

@@ -87,13 +87,12 @@ def read_corrected(
     config: Config,
     labels_from: str,
     show_count: ShowCount,
-    found: dict[str, Corrections] | None = None,
 ) -> list[LabelledImage]:
     """The images with annotations of class ``labels_from`` in a project, and the nuclei in these.
 
-    ``found`` takes what was read, by the id of the image. Raises ImageError for labels that cannot
-    be trained on, with the problems of all images; TrainingError if there are none; ConfigError for
-    the class of ROIs that are still to be corrected, whose nuclei are predictions.
+    Raises ImageError for labels that cannot be trained on, with the problems of all images;
+    TrainingError if there are none; ConfigError for the class of ROIs that are still to be
+    corrected, whose nuclei are predictions.
     """
     if class_name(labels_from) == TO_CORRECT:
         raise ConfigError(
@@ -111,8 +110,6 @@ def read_corrected(
             continue
         if corrections.rois:
             labelled.append((prepare(entry, config), corrections))
-            if found is not None:
-                found[entry.id] = corrections
     show_count(len(entries), len(entries))
     if problems:
         raise ImageError("\n".join(problems))
