@@ -47,7 +47,7 @@ from patchcl_qupath.progress import ShowProgress
 if TYPE_CHECKING:
     from patchcl_qupath.datatypes import ImageEntry
     from patchcl_qupath.models.model import Model
-    from patchcl_qupath.project import NewImage, Project
+    from patchcl_qupath.project import Project
     from patchcl_qupath.storage.records import ImageOutcome, ImageSummary
 
 logger = logging.getLogger("patchcl_qupath.cli")  # which may be run as __main__
@@ -279,13 +279,13 @@ def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
     that cannot be used is left out.
     """
     with _reporting_errors(as_json=False):
-        from patchcl_qupath.project import init_project
+        from patchcl_qupath.project import NewImage, init_project
         from patchcl_qupath.slides.openslide import one_of_each_slide
 
         new, failed = [], 0
         for path in one_of_each_slide(images):
             try:
-                new.append(_new_image(path, mpp))
+                new.append(NewImage.of_file(path, mpp))
             except ImageError as error:  # the other images go on
                 click.echo(f"Failed: {error}", err=True)
                 failed += 1
@@ -595,16 +595,6 @@ def _write_report(project: Project) -> Path | None:
         logger.info("no report", exc_info=True)
         click.echo(f"No report: {reason}", err=True)
         return None
-
-
-def _new_image(path: Path, mpp: float | None) -> NewImage:
-    """An image file for a new project; ``mpp`` is its pixel size if the file has none."""
-    from patchcl_qupath.datatypes import ImageEntry
-    from patchcl_qupath.project import NewImage
-    from patchcl_qupath.slides.slide import Slide
-
-    slide = Slide.open(ImageEntry("", path.name, path.resolve(), fallback_mpp=mpp))
-    return NewImage(slide.path, slide.levels, None if slide.calibrated else slide.mpp_level0)
 
 
 def _summarised(project: Project, entry: ImageEntry) -> ImageSummary:

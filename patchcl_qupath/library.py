@@ -27,7 +27,6 @@ from patchcl_qupath.project import NewImage, Project, init_project
 from patchcl_qupath.project import open_project as open_backend
 from patchcl_qupath.report.page import write_report as write_page
 from patchcl_qupath.slides.openslide import one_of_each_slide
-from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.status import ImageStatus, image_statuses
 from patchcl_qupath.storage.files import exclusive_lock, readable
 from patchcl_qupath.storage.parquet import Table, read_geoarrow
@@ -63,11 +62,7 @@ def create_project(
     >>> project.path.name
     'project.qpproj'
     """
-    new = []
-    for image in one_of_each_slide(map(Path, images)):
-        slide = Slide.open(ImageEntry("", image.name, image.resolve(), fallback_mpp=mpp))
-        known = None if slide.calibrated else slide.mpp_level0
-        new.append(NewImage(slide.path, slide.levels, known))
+    new = [NewImage.of_file(image, mpp) for image in one_of_each_slide(map(Path, images))]
     return open_project(init_project(Path(folder), new))
 
 

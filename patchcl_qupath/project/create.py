@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ProjectError
 from patchcl_qupath.project.qpproj import project_files
 from patchcl_qupath.storage.files import write_json
@@ -31,6 +32,14 @@ class NewImage:
     path: Path
     levels: Sequence[tuple[int, int]]
     mpp: tuple[float, float] | None = None
+
+    @classmethod
+    def of_file(cls, path: Path, mpp: float | None) -> NewImage:
+        """An image file; ``mpp`` is its pixel size, in µm, if it has none. Raises SlideError."""
+        from patchcl_qupath.slides.slide import Slide  # loads the readers of all formats
+
+        slide = Slide.open(ImageEntry("", path.name, path.resolve(), fallback_mpp=mpp))
+        return cls(slide.path, slide.levels, None if slide.calibrated else slide.mpp_level0)
 
 
 def init_project(folder: Path, images: Sequence[NewImage]) -> Path:
