@@ -585,15 +585,14 @@ def _existing_model(project: Project, name: str) -> Path:
 
 def _write_report(project: Project) -> Path | None:
     """The report of a run that is over; None if it failed, which takes nothing else down."""
-    from patchcl_qupath.execution.outcome import internal_error
+    from patchcl_qupath.execution.outcome import reason_of
     from patchcl_qupath.report.page import write_report
 
     try:
         return write_report(project)
     except Exception as error:  # whatever it is, the nuclei are there
-        reason = str(error) if isinstance(error, PatchCLError) else internal_error(error)
         logger.info("no report", exc_info=True)
-        click.echo(f"No report: {reason}", err=True)
+        click.echo(f"No report: {reason_of(error)}", err=True)
         return None
 
 

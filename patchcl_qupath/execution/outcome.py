@@ -108,17 +108,18 @@ def note(
     return "; ".join(notes) or None
 
 
-def internal_error(error: Exception) -> str:
-    """An error of this program, in words."""
+def reason_of(error: Exception) -> str:
+    """What to tell a person of an error; one that is not ours is an error of this program."""
+    if isinstance(error, PatchCLError):
+        return str(error)
     return f"{type(error).__name__}: {error} (an internal error)"
 
 
 def failed_image(entry: ImageEntry, error: Exception) -> ImageOutcome:
     """The outcome of an image that could not be segmented."""
-    problem = str(error)
     if not isinstance(error, PatchCLError):
         logger.error("%s: internal error", entry.name, exc_info=error)
-        problem = internal_error(error)
+    problem = reason_of(error)
     if entry.name not in problem:
         problem = f"{entry.name}: {problem}"
     return ImageOutcome(id=entry.id, image=entry.name, problem=problem)
@@ -158,5 +159,5 @@ def _failed_tile(tile: Tile, slide: Slide, error: Exception) -> FailedTile:
         y=round(y * box.row0),
         width=round(x * width),
         height=round(y * height),
-        reason=str(error) if isinstance(error, PatchCLError) else internal_error(error),
+        reason=reason_of(error),
     )
