@@ -19,6 +19,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from patchcl_qupath.answers.regions import centroids_of
 from patchcl_qupath.config import CORRECTED
 from patchcl_qupath.datatypes import CorrectionRoi, ImageEntry, Nuclei, Polygons, UncertaintyGrid
 from patchcl_qupath.errors import ImageError, PatchCLError, ProjectError
@@ -314,8 +315,7 @@ def _nuclei_inside(fovs: FieldsOfView, nuclei: Nuclei) -> list[NDArray[np.intp]]
     """For each field of view, the rows of the nuclei that have their centroid in it."""
     width, height = fovs.size
     cols, rows = np.rint(fovs.x / width).astype(int), np.rint(fovs.y / height).astype(int)
-    xy = shapely.get_coordinates(shapely.centroid(nuclei.polygons))
-    places = np.floor(xy / fovs.size).astype(int)
+    places = np.floor(centroids_of(nuclei.polygons) / fovs.size).astype(int)
     across = max(cols.max(), places[:, 0].max()) + 1
     fov_of = places[:, 1] * across + places[:, 0]
     order = np.argsort(fov_of, kind="stable")

@@ -14,10 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import Polygons
+from patchcl_qupath.answers.regions import centroids_of
 from patchcl_qupath.exports.images import ExportedImage, damaged
 from patchcl_qupath.storage.parquet import (
     CELL,
@@ -136,9 +135,9 @@ def _rows(image: ExportedImage, batch: pa.Table, schema: pa.Schema) -> pa.Table:
     nuclei = polygons_of(batch)
     drawn = CELL if image.has_cells else NUCLEUS  # the ROI of the object in QuPath
     shown = nuclei if drawn == NUCLEUS else polygons_of(batch, drawn)
-    px = centroids(shown)
+    px = centroids_of(shown)
     values = dict(zip(CENTROIDS, np.round(_in_um_and_px(px, image.mpp), _DECIMALS), strict=True))
-    places = image.places(px if drawn == NUCLEUS else centroids(nuclei))
+    places = image.places(px if drawn == NUCLEUS else centroids_of(nuclei))
     columns: dict[str, pa.Array | NDArray[np.float64]] = {
         "Image": _constant(image.name_in_tables, count),
         "Object ID": batch["id"],
@@ -160,11 +159,6 @@ def _measured(batch: pa.Table, field: pa.Field) -> pa.Array:
         values = batch[field.name].combine_chunks()
         return pc.if_else(pc.is_finite(values), values, pa.scalar(None, values.type))
     return pa.nulls(len(batch), field.type)
-
-
-def centroids(polygons: Polygons) -> NDArray[np.float64]:
-    """The centroids (N, 2) of polygons (N,)."""
-    return np.asarray(shapely.get_coordinates(shapely.centroid(polygons)))
 
 
 def _in_um_and_px(px: NDArray[np.float64], mpp: Sequence[float]) -> NDArray[np.float64]:
