@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import shapely
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
 from patchcl_qupath.answers.positivity import Positivity
 from patchcl_qupath.answers.regions import centroids_of
-from patchcl_qupath.datatypes import Box, UncertaintyGrid, grid_to_level0
+from patchcl_qupath.datatypes import Box, UncertaintyGrid
 from patchcl_qupath.report.density_map import bin_picture
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.storage.records import ClassHistograms, PositivityFigures
@@ -25,7 +24,6 @@ POSITIVITY_COLOURS = (
     (253, 174, 97),
     (215, 48, 39),
 )
-_REACH_UM = 50.0  # no point of a contour is farther from the nucleus's centroid
 _BARS = 30
 _HIGHEST_AREA = 300  # µm², as in the histogram of all nuclei
 _PERCENTILE = 99.5  # of values: higher ones are in the last bar
@@ -116,15 +114,10 @@ class ClassifiedNuclei:
 
 def codes_in(segmented: SegmentedImage, box: Box, positivity: Positivity) -> list[int]:
     """The number of the class of each nucleus whose contour ``contours_in`` has of a box."""
-    slide = segmented.image.slide
-    x, y = slide.downsample
-    reach = box.grow(math.ceil(_REACH_UM / slide.mpp), slide.shape)
-    frame = shapely.box(box.col0, box.row0, box.col1, box.row1)
     found: list[int] = []
-    for nuclei in segmented.store.nuclei([t for t in segmented.tiles if t.write.meets(reach)]):
+    for nuclei in segmented.nuclei_in(box):
         if len(nuclei):
-            inside = shapely.intersects(grid_to_level0(nuclei.polygons, (1 / x, 1 / y)), frame)
-            values = nuclei.measurements[positivity.record.measurement][inside]
+            values = nuclei.measurements[positivity.record.measurement]
             found += class_codes(positivity, values).tolist()
     return found
 

@@ -76,17 +76,28 @@ class SegmentedImage:
         With ``of_cells``, those of cells; there are none where none were grown.
         The origin is the box's top left corner; contours are not clipped to the box.
         """
-        slide = self.image.slide
-        x, y = slide.downsample
-        reach = box.grow(math.ceil(MAX_RADIUS_UM / slide.mpp), slide.shape)
+        x, y = self.image.slide.downsample
         frame = shapely.box(box.col0, box.row0, box.col1, box.row1)
         found = [np.empty(0, dtype=object)]
-        near = [t for t in self.tiles if t.write.meets(reach)]
-        for contours in self.store.contours(near, of_cells):
+        for contours in self.store.contours(self._tiles_near(box), of_cells):
             on_grid = grid_to_level0(contours, (1 / x, 1 / y))
             found.append(on_grid[shapely.intersects(on_grid, frame)])
         moved = shapely.transform(np.concatenate(found), lambda xy: xy - (box.col0, box.row0))
         return np.asarray(moved)
+
+    def nuclei_in(self, box: Box) -> Iterator[Nuclei]:
+        """The nuclei, at level 0, whose contours ``contours_in`` has of a box, in their order."""
+        x, y = self.image.slide.downsample
+        frame = shapely.box(box.col0, box.row0, box.col1, box.row1)
+        for nuclei in self.store.nuclei(self._tiles_near(box)):
+            on_grid = grid_to_level0(nuclei.polygons, (1 / x, 1 / y))
+            yield nuclei[shapely.intersects(on_grid, frame)]
+
+    def _tiles_near(self, box: Box) -> list[Tile]:
+        """The tiles that may own a nucleus with a part in a box of the working grid."""
+        slide = self.image.slide
+        reach = box.grow(math.ceil(MAX_RADIUS_UM / slide.mpp), slide.shape)
+        return [tile for tile in self.tiles if tile.write.meets(reach)]
 
     def pixels(self, box: Box) -> NDArray[np.uint8]:
         """The pixels (H, W, 3) of a box of the working grid; grey where they cannot be read."""
