@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from patchcl_qupath.exports.images import ExportedImage
 from patchcl_qupath.exports.nuclei import read_batches
-from patchcl_qupath.project.results import geojson_polygons
+from patchcl_qupath.project.results import geojson_polygons, joined
 from patchcl_qupath.storage.files import atomic_write
 from patchcl_qupath.storage.parquet import CELL, NUCLEUS, polygons_of
 
@@ -67,23 +67,19 @@ def _write_polygons(path: Path, image: ExportedImage, column: str) -> int:
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(_BEGIN)
         for batch in read_batches(image):
-            drawn = polygons_of(batch, column)
             numbers = pa.array(range(count + 1, count + len(batch) + 1)).cast(pa.string())
             features = pc.binary_join_element_wise(
                 '{"type": "Feature", "id": "',
                 batch["id"].combine_chunks(),
                 '", "geometry": ',
-                geojson_polygons(drawn),
+                geojson_polygons(polygons_of(batch, column)),
                 ', "properties": {"cell_id": ',
                 numbers,
                 "}}",
                 "",
             )
             if len(batch):
-                lines = pa.ListArray.from_arrays([0, len(batch)], features)
-                (whole,) = pc.binary_join(lines, ",\n")
-                file.write(b",\n" if count else b"")
-                file.write(whole.as_buffer())
+                file.write((b",\n" if count else b"") + joined(features, ",\n"))
                 count += len(batch)
         file.write(_END)
     return count

@@ -192,7 +192,7 @@ class _Chunks:
                 self._file = self._next_file()
             chunk = features[: NUCLEI_PER_FILE - self._written]
             features = features[len(chunk) :]
-            self._compress((b",\n" if self._written else b"\n") + _joined(chunk, ",\n"))
+            self._compress((b",\n" if self._written else b"\n") + joined(chunk, ",\n"))
             self._written += len(chunk)
 
     def _properties(self, nuclei: Table) -> str | pa.StringArray:
@@ -307,7 +307,7 @@ def geojson_polygons(polygons: Polygons) -> pa.StringArray:
     return pc.binary_join_element_wise(*_geometries(polygons), "")
 
 
-def _joined(texts: pa.StringArray, separator: str) -> bytes:
+def joined(texts: pa.StringArray, separator: str) -> bytes:
     """Texts (N,) joined by a separator, in UTF-8."""
     (whole,) = pc.binary_join(pa.ListArray.from_arrays([0, len(texts)], texts), separator)
     return bytes(whole.as_buffer())
