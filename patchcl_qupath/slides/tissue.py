@@ -85,13 +85,11 @@ def _is_pink(brightest: NDArray[np.float64]) -> bool:
 
 def _between_specks(tissue: NDArray[np.bool_], mpp: float) -> NDArray[np.bool_]:
     """The area (h, w) between specks that are near each other, where they are many."""
-    _, specks = ndimage.label(tissue)
-    if specks < MIN_SPECKS:
+    specks, speck_count = ndimage.label(tissue)
+    if speck_count < MIN_SPECKS:
         return tissue
-    near = _dilated(tissue, SPECKS_UM / mpp)
-    labels, count = ndimage.label(near)
-    each, _ = ndimage.label(tissue)
-    pairs = np.unique(np.stack([labels[tissue], each[tissue]]), axis=1)
+    labels, count = ndimage.label(_dilated(tissue, SPECKS_UM / mpp))
+    pairs = np.unique(np.stack([labels[tissue], specks[tissue]]), axis=1)
     many = np.bincount(pairs[0], minlength=count + 1) >= MIN_SPECKS
     return np.asarray(~_dilated(~(many[labels] & (labels > 0)), SPECKS_UM / mpp))
 
