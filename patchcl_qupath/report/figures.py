@@ -21,6 +21,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 from PIL import ImageDraw
+from scipy import ndimage
 
 from patchcl_qupath.answers.positivity import Positivity
 from patchcl_qupath.datatypes import Box, UncertaintyGrid
@@ -204,11 +205,7 @@ def _tissue_outline(image: PreparedImage, shape: tuple[int, int], px: int) -> ND
     """(h, w) the rim of the tissue, two pixels wide, on a thumbnail of ``px`` working px each."""
     rows, cols = (np.arange(n) * px // image.tissue_px for n in shape)
     tissue = image.tissue[np.ix_(rows, cols)]  # (h, w)
-    inner = tissue.copy()
-    for _ in range(2):
-        wide = np.pad(inner, 1)
-        inner &= wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
-    return np.asarray(tissue & ~inner)
+    return np.asarray(tissue & ~ndimage.binary_erosion(tissue, iterations=2))
 
 
 def _rings(region: shapely.Geometry | None) -> Iterator[NDArray[np.float64]]:
