@@ -5,14 +5,12 @@ What does the work is not imported here: `patchcl-qp run` on a finished project 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import shapely
 
 from patchcl_qupath import __version__
 from patchcl_qupath.config import TMA_CORES, Config, EngineChoice, from_dict, to_dict
@@ -23,6 +21,7 @@ from patchcl_qupath.slides.level import Selection
 from patchcl_qupath.slides.pixel_size import PixelSizeSource
 from patchcl_qupath.slides.stain_vectors import stains_to_measure
 from patchcl_qupath.storage.files import digest, is_whole_parquet, read_json
+from patchcl_qupath.storage.geojson import to_object
 from patchcl_qupath.storage.layout import CHANGES, FIGURES, Layout
 from patchcl_qupath.storage.records import (
     TILE_FORMAT,
@@ -212,9 +211,8 @@ def _is_same_in_qupath(
     if result.within:
         entry = project.with_regions(entry, result.within)
     entry = project.with_stains(entry)
-    regions = [json.loads(shapely.to_geojson(region)) for region in entry.regions]
     return (
-        regions == [region.geometry for region in result.regions]
+        [*map(to_object, entry.regions)] == [region.geometry for region in result.regions]
         and stains_to_measure(entry.stains, settings.slide.stain) == result.stains
         and (entry.note or "") in (note or "")
     )

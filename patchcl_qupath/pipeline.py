@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import threading
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import shapely
 
 from patchcl_qupath import memory
 from patchcl_qupath.answers.answer import Answer, answer, check
@@ -62,6 +60,7 @@ from patchcl_qupath.segmentation.unlikely import surest_nuclei
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import check_writable
+from patchcl_qupath.storage.geojson import to_object
 from patchcl_qupath.storage.parquet import write_uncertainty_grid
 from patchcl_qupath.storage.records import (
     CDCLLog,
@@ -526,7 +525,7 @@ class Run:
         image = segmented.image
         regions = [
             RegionRecord(
-                geometry=json.loads(shapely.to_geojson(region)),
+                geometry=to_object(region),
                 tissue_mm2=image.tissue_mm2(region),
             )
             for region in entry.regions

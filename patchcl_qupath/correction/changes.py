@@ -7,7 +7,6 @@ numbers show what it learnt, not how good it is elsewhere. Nothing here is read 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import atomic_write, to_jpeg
-from patchcl_qupath.storage.geojson import made_valid
+from patchcl_qupath.storage.geojson import from_object, made_valid, to_object
 from patchcl_qupath.storage.layout import CHANGES, Layout
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import (
@@ -62,7 +61,7 @@ def begin(
             continue
         # Contours are rounded to 0.01 px, which may have folded one.
         nuclei = made_valid(read_nuclei(layout.nuclei(image)).polygons)
-        regions = [shapely.from_geojson(json.dumps(region.geometry)) for region in result.regions]
+        regions = [from_object(region.geometry) for region in result.regions]
         rois = [roi for roi in labels.rois if not regions or _covers(regions, roi)]
         if rois:
             drawn, ignored = (
@@ -189,7 +188,7 @@ def _before(
         y=y,
         width=x1 - x,
         height=y1 - y,
-        geometry=json.loads(shapely.to_geojson(area)),
+        geometry=to_object(area),
         before=_numbers(here),
         corrected=_numbers(theirs),
         deleted=counts.deleted,
@@ -201,7 +200,7 @@ def _before(
 
 def _after(roi: RoiChangesRecord, nuclei: Polygons, picture: str) -> RoiChangesRecord:
     """The record of a ROI with the nuclei that the refined model found in its bounding box."""
-    area = shapely.from_geojson(json.dumps(roi.geometry))
+    area = from_object(roi.geometry)
     nuclei = nuclei[shapely.intersects(nuclei, area)]
     before, corrected = _contours(roi.before), _contours(roi.corrected)
     counts = compare(area, before, corrected, nuclei)

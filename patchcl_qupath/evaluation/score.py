@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -25,7 +24,7 @@ from patchcl_qupath.project import Project
 from patchcl_qupath.project.outlines import mostly_in
 from patchcl_qupath.segmentation.measurements import PROBABILITY
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.storage.geojson import made_valid
+from patchcl_qupath.storage.geojson import from_object, made_valid
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import Record, RemovedRecord, ResultRecord, read_result
 
@@ -264,7 +263,7 @@ def _segmented(
     try:
         if result is None:
             raise ValueError("result.json is damaged")
-        regions = [shapely.from_geojson(json.dumps(region.geometry)) for region in result.regions]
+        regions = [from_object(region.geometry) for region in result.regions]
         # Contours are rounded to 0.01 px, which may have folded one.
         nuclei = read_nuclei(project.layout.nuclei(entry.id))
         # Of an image without tissue there is no tile, so that its file has no measurements.

@@ -164,6 +164,17 @@ def _is_polygonal(geometries: Polygons) -> NDArray[np.bool_]:
     return np.isin(shapely.get_type_id(geometries), (3, 6))
 
 
+def to_object(geometry: shapely.Geometry) -> dict[str, Any]:
+    """A geometry as an object of GeoJSON, as records have it."""
+    plain: dict[str, Any] = json.loads(shapely.to_geojson(geometry))
+    return plain
+
+
+def from_object(plain: dict[str, Any]) -> shapely.Geometry:
+    """The inverse of ``to_object``."""
+    return shapely.from_geojson(json.dumps(plain))
+
+
 def made_valid(polygons: Polygons) -> Polygons:
     """Polygons or multipolygons (N,) as valid ones; one without area becomes empty."""
     valid = shapely.make_valid(polygons, method="structure", keep_collapsed=False)
