@@ -348,11 +348,10 @@ class Run:
             ),
         )
         image.check_unchanged()
-        left_out = set(store.missing(tiles))
         segmented = SegmentedImage(
             image=image,
             store=store,
-            tiles=tuple(tile for tile in tiles if tile not in left_out),
+            tiles=store.finished(tiles),
             failed_tiles=tile_progress.in_order(),
             resumed=len(tiles) - len(missing),
             network_px=sum(math.prod(tile.read.shape) for tile in missing),
@@ -408,11 +407,10 @@ class Run:
         )
         pixels.remove()
         image.check_unchanged()
-        left_out = set(store.missing(tiles))
         grown = replace(
             segmented,
             store=store,
-            tiles=tuple(tile for tile in tiles if tile not in left_out),
+            tiles=store.finished(tiles),
             failed_tiles=in_order([*segmented.failed_tiles, *tile_progress.failed]),
         )
         return grown, seconds

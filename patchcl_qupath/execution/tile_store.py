@@ -110,11 +110,16 @@ class TileStore:
         # Waiting for the disk, tile by tile, took half of the time of 16 cores.
         write_bytes(self.path(tile), content, durable=False)
 
-    def missing(self, tiles: Sequence[Tile]) -> list[Tile]:
-        """The tiles that are not finished."""
+    def finished(self, tiles: Sequence[Tile]) -> tuple[Tile, ...]:
+        """The tiles that are finished, in their order."""
         files = (self.folder / "tiles").glob("*.parquet")
-        finished = {path.name for path in files if is_whole_parquet(path)}
-        return [tile for tile in tiles if self.path(tile).name not in finished]
+        names = {path.name for path in files if is_whole_parquet(path)}
+        return tuple(tile for tile in tiles if self.path(tile).name in names)
+
+    def missing(self, tiles: Sequence[Tile]) -> list[Tile]:
+        """The tiles that are not."""
+        finished = set(self.finished(tiles))
+        return [tile for tile in tiles if tile not in finished]
 
     def count(self, tiles: Sequence[Tile]) -> int:
         """How many nuclei finished tiles hold together, without reading them."""
