@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import shapely
 
-from patchcl_qupath.evaluation.metrics import Kind, Overlaps, aji, dice, f1, pq
+from patchcl_qupath.evaluation.metrics import Kind, Overlaps
 from patchcl_qupath.segmentation.contours import pixel_polygons
 
 NOTHING = np.zeros((4, 6), dtype=np.int32)
@@ -83,12 +83,11 @@ def test_scores_are_zero_where_one_side_is_empty(compared, score):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_polygons_and_labels_have_the_same_scores(seed):
-    labels = blobs(seed)
-    polygons = Overlaps.of_polygons(*map(pixel_polygons, labels))
-    assert polygons.dice == pytest.approx(dice(*labels))
-    assert polygons.aji == pytest.approx(aji(*labels))
-    assert polygons.f1 == pytest.approx(f1(*labels))
-    assert polygons.pq == pytest.approx(pq(*labels))
+    sides = blobs(seed)
+    labels = Overlaps.of_labels(*sides)
+    polygons = Overlaps.of_polygons(*map(pixel_polygons, sides))
+    for score in ("dice", "aji", "f1", "pq"):
+        assert getattr(polygons, score) == pytest.approx(getattr(labels, score))
     assert 0 < polygons.pq < 1
 
 
@@ -97,8 +96,9 @@ def test_f1_and_pq_are_as_published(seed):
     published = pytest.importorskip("cellseg_metrics")
     prediction, ground_truth = blobs(seed)
     quality = published.panoptic_quality(ground_truth, prediction)
-    assert f1(prediction, ground_truth) == pytest.approx(quality["dq"])
-    assert pq(prediction, ground_truth) == pytest.approx(quality["pq"])
+    overlaps = Overlaps.of_labels(prediction, ground_truth)
+    assert overlaps.f1 == pytest.approx(quality["dq"])
+    assert overlaps.pq == pytest.approx(quality["pq"])
 
 
 def test_dice_counts_overlaps_within_one_side_once():
@@ -123,7 +123,7 @@ def test_nuclei_that_touch_do_not_overlap():
 
 def test_images_of_different_shapes_are_refused():
     with pytest.raises(ValueError, match="shapes"):
-        aji(GROUND_TRUTH, GROUND_TRUTH[:2])
+        Overlaps.of_labels(GROUND_TRUTH, GROUND_TRUTH[:2])
 
 
 def errors(seed):

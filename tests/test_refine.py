@@ -21,7 +21,7 @@ from patchcl_qupath.config import CORRECTED, CDCLConfig, Config, from_dict
 from patchcl_qupath.correction import labels
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
-from patchcl_qupath.evaluation.metrics import aji
+from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
 from patchcl_qupath.project import open_project
@@ -139,7 +139,7 @@ def test_corrections_improve_a_model_beyond_its_pseudo_labels():
     def score(model):
         found = confidence(model, images[5], normaliser)
         predicted = instances(found.nucleus, 0.5, config.segment, 0.5, found.core)
-        return aji(predicted, large[5])
+        return Overlaps.of_labels(predicted, large[5]).aji
 
     first, second = teachers
     assert first is start

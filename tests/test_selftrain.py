@@ -11,7 +11,7 @@ from test_network import patchcl_log
 
 from patchcl_qupath.config import Config, SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
-from patchcl_qupath.evaluation.metrics import f1
+from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
 from patchcl_qupath.progress import Progress, Stage, hide_progress
@@ -68,7 +68,7 @@ def find(stains, prediction, config=CONFIG, glass=None):
 def test_clear_nuclei_are_labelled_and_the_rest_is_background():
     ground_truth = discs((120, 160), [(30, 30, 8), (60, 100, 10), (95, 50, 6), (25, 120, 9)])
     labels, background = find(*tissue(ground_truth))
-    assert f1(labels, ground_truth) == 1
+    assert Overlaps.of_labels(labels, ground_truth).f1 == 1
     assert not (background & (ground_truth > 0)).any()
     assert background[ground_truth == 0].mean() > 0.9
 
@@ -260,7 +260,7 @@ def test_a_network_is_trained_on_the_pseudo_labels_of_patchcl():
     assert log.loss[-1] < log.loss[0]
     found = confidence(model, images[4], normaliser)  # never seen
     labels = instances(found.nucleus, MPP, Config().segment, 0.5, found.core)
-    assert f1(labels, ground_truths[4]) > 0.7
+    assert Overlaps.of_labels(labels, ground_truths[4]).f1 > 0.7
 
 
 def test_equal_trainings_give_equal_weights():
@@ -336,7 +336,7 @@ def test_the_nuclei_of_a_network_and_all_else_as_background_are_its_pseudo_label
     ((stains, labels),) = selftrain.pseudo_labelled(crops, model, lambda *_: None)
     np.testing.assert_array_equal(stains, crops.normalisers[0].apply(rgb))
     # The mean over four turns is 0.7 everywhere; at one turn, half of the nuclei would be missing.
-    assert f1(labels.nuclei, ground_truth) == 1
+    assert Overlaps.of_labels(labels.nuclei, ground_truth).f1 == 1
     np.testing.assert_array_equal(labels.background, labels.nuclei == 0)
 
 

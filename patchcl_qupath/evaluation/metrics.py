@@ -224,26 +224,6 @@ class Overlaps:
         return order[first]
 
 
-def dice(prediction: Labels, ground_truth: Labels) -> float:
-    """``Overlaps.dice`` of label images."""
-    return Overlaps.of_labels(prediction, ground_truth).dice
-
-
-def aji(prediction: Labels, ground_truth: Labels) -> float:
-    """``Overlaps.aji`` of label images."""
-    return Overlaps.of_labels(prediction, ground_truth).aji
-
-
-def f1(prediction: Labels, ground_truth: Labels) -> float:
-    """``Overlaps.f1`` of label images."""
-    return Overlaps.of_labels(prediction, ground_truth).f1
-
-
-def pq(prediction: Labels, ground_truth: Labels) -> float:
-    """``Overlaps.pq`` of label images."""
-    return Overlaps.of_labels(prediction, ground_truth).pq
-
-
 def _counted(values: Labels) -> tuple[Labels, NDArray[np.float64]]:
     """The unique values, ascending, and the number of each."""
     unique, count = np.unique(values, return_counts=True)
