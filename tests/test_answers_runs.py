@@ -20,7 +20,7 @@ from patchcl_qupath.cli import main
 from patchcl_qupath.config import TMA_CORES, Config
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project import open_project
-from patchcl_qupath.storage.geojson import read_areas
+from patchcl_qupath.storage.geojson import read_objects
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import ImageOutcome, ResultRecord, read_record
 
@@ -85,7 +85,7 @@ def test_thresholds_change_without_another_segmentation(
             assert image.h_score == pytest.approx(100 * grade.mean())
         assert outcome.summaries == result.summaries
         geojson = folder / "patchcl" / "results" / "1" / "nuclei-000.geojson.gz"
-        assert read_areas(geojson)[0].tolist() == found.classes.tolist()
+        assert read_objects(geojson).classes.tolist() == found.classes.tolist()
     run(folder, model, client)
     assert files(folder) == plain
 

@@ -31,7 +31,7 @@ from patchcl_qupath.project.arguments import parse_arguments
 from patchcl_qupath.project.drawn import read_stains
 from patchcl_qupath.project.qpproj import path_of_uri
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.storage.geojson import read_areas
+from patchcl_qupath.storage.geojson import read_objects
 
 ROOT = Path(__file__).parent.parent
 CASES = ROOT.parent / "shared" / "cases"
@@ -556,8 +556,8 @@ def test_classes_are_read_as_qupath_reads_them(
 ) -> None:
     file = tmp_path / "regions.geojson"
     file.write_text(json.dumps(feature(ONE, classification=classification)))
-    names, areas = read_areas(file)
-    assert (names.tolist(), len(areas)) == ([name], 1)
+    found = read_objects(file)
+    assert (found.classes.tolist(), len(found.areas)) == ([name], 1)
 
 
 # ---------------------------------------------------------------- label images

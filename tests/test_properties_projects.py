@@ -23,7 +23,7 @@ from patchcl_qupath.project.drawn import read_regions
 from patchcl_qupath.project.locate import Locator
 from patchcl_qupath.project.qpproj import path_of_uri
 from patchcl_qupath.storage.files import readable
-from patchcl_qupath.storage.geojson import read_areas
+from patchcl_qupath.storage.geojson import read_objects
 
 scalars = st.one_of(
     st.none(),
@@ -200,7 +200,7 @@ def test_areas_are_found_wherever_they_are(data: st.DataObject, areas: list[Any]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "a.geojson"
         file.write_text(json.dumps(document))
-        _, found = read_areas(file)
+        found = read_objects(file).areas
     assert len(found) == len(areas)
     assert all(one.equals(other) for one, other in zip(found, areas, strict=True))
 

@@ -54,23 +54,16 @@ class Objects:
         )
 
 
-def read_areas(path: Path) -> tuple[NDArray[np.str_], Polygons]:
-    """The QuPath classes (N,) of a file's objects, "" without a class; and their areas (N,).
+def read_objects(path: Path) -> Objects:
+    """All objects of a file, which may be gzipped.
 
-    Areas are valid polygons and multipolygons, for a cell those of its nucleus; None for objects
-    without area, such as points and lines. The file, which may be gzipped, holds features,
-    collections of features, geometries, or lists of them; or QuPath's hierarchy, ``{"root": ...}``.
-    Objects that are nested in others are objects, too. Of a collection of geometries, the areas of
-    one feature are one object, as in QuPath; the members of a bare one are an object each.
+    It holds features, collections of features, geometries, or lists of them; or QuPath's hierarchy,
+    ``{"root": ...}``. Objects that are nested in others are objects, too. Of a collection of
+    geometries, the areas of one feature are one object, as in QuPath; the members of a bare one are
+    an object each.
 
     Raises OSError, and any Exception for a file of another form.
     """
-    objects = read_objects(path)
-    return objects.classes, objects.areas
-
-
-def read_objects(path: Path) -> Objects:
-    """All objects of a file such as ``read_areas`` reads. Raises what that does."""
     data = path.read_bytes()
     text = gzip.decompress(data) if path.suffix.lower() == ".gz" else data
     content = json.loads(text.decode("utf-8-sig"))
