@@ -35,7 +35,7 @@ from patchcl_qupath.segmentation.measurements import PROBABILITY, measure_cells,
 from patchcl_qupath.segmentation.rings import polygons_of, rings_of, scaled
 from patchcl_qupath.slides.stains import H_E, densities
 from patchcl_qupath.storage.geojson import read_objects
-from patchcl_qupath.storage.parquet import read_geoarrow, read_nuclei
+from patchcl_qupath.storage.parquet import from_table, read_geoarrow, read_nuclei
 
 SIDE = 120
 SHAPES = [*shape_measurements(np.empty(0, object))]
@@ -343,8 +343,8 @@ def test_a_tile_is_given_its_neighbours_nuclei(tmp_path: Path) -> None:
     found = find(tiles[0])
     around = polygons_of(found.around)
     assert {c.wkt for c in around} == {near.wkt, below.wkt}  # up to 16 px from the contours
-    nuclei, _ = TileStore.decode(found.content)
-    assert shapely.equals(nuclei.polygons, contours[tiles[0]]).all()
+    table, _ = TileStore.decode(found.content)
+    assert shapely.equals(from_table(table).polygons, contours[tiles[0]]).all()
 
 
 def test_a_tile_that_cannot_be_read_is_named_and_not_the_scheduler(tmp_path: Path) -> None:

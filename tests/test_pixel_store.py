@@ -93,7 +93,7 @@ def test_cells_are_measured_by_kept_pixels_as_by_the_slide(tmp_path: Path) -> No
     ]
     assert content[0] == content[1]
     grown, _ = TileStore.decode(content[0])
-    assert grown.measurements["Cell: Hematoxylin: Mean"].std() > 0.001
+    assert grown["Cell: Hematoxylin: Mean"].to_numpy().std() > 0.001
 
     # The slide is not read where its pixels are there.
     broken = replace(image, slide=replace(image.slide, path=tmp_path / "gone.svs"))

@@ -26,6 +26,7 @@ from patchcl_qupath.storage.files import (
 )
 from patchcl_qupath.storage.layout import Layout, file_name
 from patchcl_qupath.storage.parquet import (
+    from_table,
     read_nuclei,
     read_uncertainty_grid,
     write_uncertainty_grid,
@@ -69,7 +70,7 @@ def all_of(store):
     (nuclei,), (contours,) = store.nuclei([TILE]), store.contours([TILE])
     (measured,) = store.measurements([TILE], ["Area µm^2"])
     (grid,) = store.uncertainty_grids([TILE])
-    content = TileStore.decode(store.content(TILE))[0]
+    content = from_table(TileStore.decode(store.content(TILE))[0])
     return [
         *(store.count([TILE]), nuclei.uuids.tolist(), measured["Area µm^2"].tolist()),
         *(shapely.to_wkb(each).tolist() for each in (contours, nuclei.polygons, content.polygons)),

@@ -83,14 +83,8 @@ class TileStore:
         return bytes(sink.getvalue())
 
     @staticmethod
-    def decode(content: bytes) -> tuple[Nuclei, UncertaintyGrid]:
-        """The inverse of ``encode``."""
-        table, uncertainty = TileStore.decode_table(content)
-        return from_table(table), uncertainty
-
-    @staticmethod
-    def decode_table(content: bytes) -> tuple[Table, UncertaintyGrid]:
-        """As ``decode``, with nuclei as a table."""
+    def decode(content: bytes) -> tuple[Table, UncertaintyGrid]:
+        """The inverse of ``encode``, of tables."""
         table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
         return table, _grid_of(table.schema.metadata)
 
@@ -98,7 +92,7 @@ class TileStore:
         """A finished tile, encoded. Raises StorageError."""
         with self._reading(tile):
             content = self.path(tile).read_bytes()
-            self.decode_table(content)  # a worker could only say that the tile fails
+            self.decode(content)  # a worker could only say that the tile fails
             return content
 
     def path(self, tile: Tile) -> Path:

@@ -112,7 +112,7 @@ def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Table, Uncertain
     seconds: Seconds = {}
     slide = context.image.slide
     with timed(seconds, "grow"):
-        table, uncertainty = TileStore.decode_table(found.content)
+        table, uncertainty = TileStore.decode(found.content)
         own = Rings(*outer_points_of(table[NUCLEUS]))
         nuclei = joined([own, found.around])
         cells = cells_of(nuclei, len(table), slide, context.config)
