@@ -81,13 +81,6 @@ class Regions:
         region, point = self.pairs(centroids)
         return self.smallest(region, point, len(centroids))
 
-    def members(self, i: int, centroids: Centroids) -> NDArray[np.bool_]:
-        """Whether centroids (N, 2) lie in a region: (N,) bool."""
-        region, point = self.pairs(centroids)
-        inside = np.zeros(len(centroids), dtype=bool)
-        inside[point[region == i]] = True
-        return inside
-
     def smallest(
         self, region: NDArray[np.intp], point: NDArray[np.intp], count: int
     ) -> NDArray[np.intp]:
