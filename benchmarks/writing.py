@@ -27,7 +27,7 @@ from patchcl_qupath.config import Config, ResultConfig, to_dict
 from patchcl_qupath.datatypes import ImageEntry, Nuclei
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.paquo import PaquoProject
-from patchcl_qupath.slides.stains import H_E
+from patchcl_qupath.slides.stain_vectors import H_E
 from patchcl_qupath.storage.records import ResultRecord, SlideProvenance, file_signature
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"

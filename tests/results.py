@@ -8,7 +8,7 @@ import msgspec
 
 from patchcl_qupath import __version__
 from patchcl_qupath.config import Config, ResultConfig, to_dict
-from patchcl_qupath.slides.stains import H_E
+from patchcl_qupath.slides.stain_vectors import H_E
 from patchcl_qupath.storage.records import FileSignature, ResultRecord, SlideProvenance
 
 RESULT = ResultRecord(

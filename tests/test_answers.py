@@ -25,7 +25,7 @@ from patchcl_qupath.config import ResultConfig, from_dict, parse_positive
 from patchcl_qupath.datatypes import DrawnRegion, Nuclei, StainKind, StainVectors
 from patchcl_qupath.errors import ConfigError, ImageError
 from patchcl_qupath.segmentation.measurements import measurement_names
-from patchcl_qupath.slides.stains import H_DAB, H_E
+from patchcl_qupath.slides.stain_vectors import H_DAB, H_E
 from patchcl_qupath.storage.parquet import from_table, to_table
 from patchcl_qupath.storage.records import AllredScore, PositivityRecord
 

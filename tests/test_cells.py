@@ -33,7 +33,8 @@ from patchcl_qupath.segmentation.fit_cells import fit_to_nuclei
 from patchcl_qupath.segmentation.grow_tile import NucleiOfTiles
 from patchcl_qupath.segmentation.measurements import PROBABILITY, measure_cells, shape_measurements
 from patchcl_qupath.segmentation.rings import polygons_of, rings_of, scaled
-from patchcl_qupath.slides.stains import H_E, densities
+from patchcl_qupath.slides.stain_vectors import H_E
+from patchcl_qupath.slides.stains import densities
 from patchcl_qupath.storage.geojson import read_objects
 from patchcl_qupath.storage.parquet import from_table, read_geoarrow, read_nuclei
 

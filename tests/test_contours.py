@@ -27,7 +27,8 @@ from patchcl_qupath.segmentation.measurements import (
     shape_measurements,
     steepness,
 )
-from patchcl_qupath.slides.stains import H_DAB, H_E, densities
+from patchcl_qupath.slides.stain_vectors import H_DAB, H_E
+from patchcl_qupath.slides.stains import densities
 
 
 def disc_labels(shape, centres, radius):

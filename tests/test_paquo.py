@@ -28,7 +28,7 @@ from results import result_of
 from slides import write_tiff
 
 from patchcl_qupath.cli import main
-from patchcl_qupath.config import CORRECTED, ResultConfig
+from patchcl_qupath.config import CORRECTED, BackendKind, ResultConfig
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Nuclei
 from patchcl_qupath.errors import ConfigError, ImageError, ProjectError, StorageError
 from patchcl_qupath.project import NewImage, init_project, open_project
@@ -37,7 +37,7 @@ from patchcl_qupath.project.compiled_scripts import cache_folder
 from patchcl_qupath.project.files import FilesProject
 from patchcl_qupath.project.jvm import Process, contour_vertices, java_options, uuid_halves
 from patchcl_qupath.project.paquo import PaquoProject, find_qupath
-from patchcl_qupath.project.protocol import Backend, BackendKind
+from patchcl_qupath.project.protocol import Backend
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.status import image_status
 from patchcl_qupath.storage.layout import Layout

@@ -15,7 +15,7 @@ from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.slides.stains import H_E
+from patchcl_qupath.slides.stain_vectors import H_E
 from patchcl_qupath.storage.records import file_signature
 
 WIDTH, HEIGHT, MPP = 600, 401, 0.25  # at level 0; the working grid is half as fine

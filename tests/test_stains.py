@@ -20,7 +20,8 @@ from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.jvm import Process
 from patchcl_qupath.project.paquo import PaquoProject
-from patchcl_qupath.slides.stains import H_DAB, H_E, densities, stains_to_measure
+from patchcl_qupath.slides.stain_vectors import H_DAB, H_E, stains_to_measure
+from patchcl_qupath.slides.stains import densities
 from patchcl_qupath.storage.parquet import read_nuclei
 
 ROOT = Path(__file__).parent.parent

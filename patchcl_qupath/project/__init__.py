@@ -10,7 +10,7 @@ from patchcl_qupath.errors import ConfigError, ProjectError
 from patchcl_qupath.project.create import NewImage, init_project
 from patchcl_qupath.project.protocol import Backend, Project
 
-__all__ = ["Backend", "BackendKind", "NewImage", "Project", "init_project", "open_project"]
+__all__ = ["NewImage", "Project", "init_project", "open_project"]
 
 
 def open_project(path: Path, backend: str = "auto", qupath: Path | None = None) -> Project:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import shapely
 
-from patchcl_qupath.config import CORRECTED, TO_CORRECT, ResultConfig
+from patchcl_qupath.config import CORRECTED, TO_CORRECT, BackendKind, ResultConfig
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.drawn import (
@@ -31,7 +31,7 @@ from patchcl_qupath.project.drawn import (
     read_stains,
 )
 from patchcl_qupath.project.locate import Location, Locator
-from patchcl_qupath.project.protocol import Backend, BackendKind
+from patchcl_qupath.project.protocol import Backend
 from patchcl_qupath.project.qpproj import (
     StoredImage,
     StoredProject,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import shapely
 
-from patchcl_qupath.config import CORRECTED, TMA_CORES, ResultConfig, from_dict
+from patchcl_qupath.config import CORRECTED, TMA_CORES, BackendKind, ResultConfig, from_dict
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.errors import ImageError, ProjectError
 from patchcl_qupath.project.drawn import SELECTED, read_drawn
@@ -39,7 +39,7 @@ from patchcl_qupath.project.jvm import (
     Write,
     damaged,
 )
-from patchcl_qupath.project.protocol import Backend, BackendKind
+from patchcl_qupath.project.protocol import Backend
 from patchcl_qupath.storage.files import (
     copy_once,
     remove_file,

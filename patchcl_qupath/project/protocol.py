@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import shapely
 
-from patchcl_qupath.config import BackendKind as BackendKind
-from patchcl_qupath.config import ResultConfig
+from patchcl_qupath.config import BackendKind, ResultConfig
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import Imported, RegionSummary, ResultRecord

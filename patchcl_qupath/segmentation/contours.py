@@ -23,7 +23,7 @@ from patchcl_qupath.datatypes import (
     tile_to_grid,
 )
 from patchcl_qupath.segmentation.measurements import measure
-from patchcl_qupath.slides.stains import H_E
+from patchcl_qupath.slides.stain_vectors import H_E
 
 # A contour is traced clockwise, as seen on the screen: the label is on its right. The four
 # directions along a pixel's edge are: east along its top, south along its right, west along its

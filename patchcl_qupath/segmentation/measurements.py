@@ -11,9 +11,9 @@ from patchcl_qupath.compiled import compiled
 from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.datatypes import Box, Polygons, StainVectors
 from patchcl_qupath.segmentation.rings import Rings, areas_of, hulls_of, lengths_of, rings_of
+from patchcl_qupath.slides.stain_vectors import H_E
 from patchcl_qupath.slides.stains import (
     COLOUR_DENSITIES,
-    H_E,
     density_tables,
     hematoxylin_density,
     is_cyan_ink,

@@ -19,12 +19,8 @@ from patchcl_qupath.errors import DamagedError, ImageError, SlideError, Training
 from patchcl_qupath.overlap import Stop, overlapped
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.slides.stains import (
-    StainNormaliser,
-    colour_densities,
-    is_green_ink,
-    stains_to_measure,
-)
+from patchcl_qupath.slides.stain_vectors import stains_to_measure
+from patchcl_qupath.slides.stains import StainNormaliser, colour_densities, is_green_ink
 from patchcl_qupath.slides.tissue import (
     check_brightfield,
     sample_boxes,

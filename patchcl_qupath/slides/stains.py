@@ -19,9 +19,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.compiled import compiled
 from patchcl_qupath.config import NetworkInput
 from patchcl_qupath.datatypes import StainVectors
-from patchcl_qupath.slides.stain_vectors import H_DAB as H_DAB
-from patchcl_qupath.slides.stain_vectors import H_E as H_E
-from patchcl_qupath.slides.stain_vectors import stains_to_measure as stains_to_measure
+from patchcl_qupath.slides.stain_vectors import H_E
 
 # Hematoxylin, eosin and DAB of Ruifrok & Johnston, for the input of networks. Rows are stains.
 RUIFROK_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
