@@ -11,7 +11,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Generic, NamedTuple, ParamSpec, TypeVar
 
 from patchcl_qupath.config import GRADES
 from patchcl_qupath.datatypes import place_text
@@ -33,6 +33,7 @@ _LISTED = 10  # images at most whose names a run lists
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Of = TypeVar("Of")  # what a row of a table is of
 
 
 def title(project: Project) -> str:
@@ -61,47 +62,45 @@ class Totals:
         )
 
 
-class _Measure(NamedTuple):
-    """A column of numbers: its name, an attribute, of FoundImage say, and its format.
+@dataclass(frozen=True)
+class _Measure(Generic[Of]):
+    """A column of numbers: its name, the number of a row, None where it has none, and its format.
 
-    One that is ``optional`` is left out where no row has a number in it.
+    One that is ``optional`` is left out where no row has a number in it. With ``bars``, the length
+    of a bar shows each number.
     """
 
     name: str
-    attribute: str
+    value: Callable[[Of], float | None]
     format: str
     optional: bool = False
-
-    def value(self, row: object) -> float | None:
-        """The number of a row; None where it has none."""
-        found: Any = row
-        for name in self.attribute.split("."):
-            found = None if found is None else getattr(found, name)
-        return None if found is None else float(found)
+    bars: bool = False
 
 
 _MEASURES = (
-    _Measure("tissue mm²", "tissue_mm2", ".2f"),
-    _Measure("found", "nuclei", ",.0f"),
-    _Measure("added in QuPath", "added", ",.0f"),
-    _Measure("left out", "left_out", ",.0f"),
-    _Measure("found per mm²", "density", ",.0f"),
-    _Measure("positive %", "positive_percent", ".1f", optional=True),
-    _Measure("H-score", "h_score", ".0f", optional=True),
-    _Measure("median area µm²", "median_area", ".1f"),
-    _Measure("mean probability", "probability", ".2f"),
-    _Measure("seconds", "seconds", ".1f"),
+    _Measure[FoundImage]("tissue mm²", lambda image: image.tissue_mm2, ".2f"),
+    _Measure[FoundImage]("found", lambda image: image.nuclei, ",.0f"),
+    _Measure[FoundImage]("added in QuPath", lambda image: image.added, ",.0f"),
+    _Measure[FoundImage]("left out", lambda image: image.left_out, ",.0f"),
+    _Measure[FoundImage]("found per mm²", lambda image: image.density, ",.0f", bars=True),
+    _Measure[FoundImage]("positive %", lambda image: image.positive_percent, ".1f", optional=True),
+    _Measure[FoundImage]("H-score", lambda image: image.h_score, ".0f", optional=True),
+    _Measure[FoundImage]("median area µm²", lambda image: image.median_area, ".1f"),
+    _Measure[FoundImage]("mean probability", lambda image: image.probability, ".2f"),
+    _Measure[FoundImage]("seconds", lambda image: image.seconds, ".1f"),
 )
-
-
-_WITH_BARS = ("density", "per_mm2")
 _REGION_MEASURES = (
-    _Measure("tissue mm²", "tissue_mm2", ".3f"),
-    _Measure("nuclei", "nuclei", ",.0f"),
-    _Measure("nuclei per mm²", "per_mm2", ",.0f"),
-    _Measure("positive %", "positive_percent", ".1f", optional=True),
-    _Measure("H-score", "h_score", ".0f", optional=True),
-    _Measure("Allred", "allred.score", ".0f", optional=True),
+    _Measure[Summary]("tissue mm²", lambda region: region.tissue_mm2, ".3f"),
+    _Measure[Summary]("nuclei", lambda region: region.nuclei, ",.0f"),
+    _Measure[Summary]("nuclei per mm²", lambda region: region.per_mm2, ",.0f", bars=True),
+    _Measure[Summary]("positive %", lambda region: region.positive_percent, ".1f", optional=True),
+    _Measure[Summary]("H-score", lambda region: region.h_score, ".0f", optional=True),
+    _Measure[Summary](
+        "Allred",
+        lambda region: None if region.allred is None else region.allred.score,
+        ".0f",
+        optional=True,
+    ),
 )
 
 
@@ -157,7 +156,7 @@ class Table:
         )
 
 
-def _known(measures: Sequence[_Measure], rows: Sequence[object]) -> list[_Measure]:
+def _known(measures: Sequence[_Measure[Of]], rows: Sequence[Of]) -> list[_Measure[Of]]:
     """The columns of a table, without optional ones that are empty."""
     return [
         measure
@@ -166,11 +165,11 @@ def _known(measures: Sequence[_Measure], rows: Sequence[object]) -> list[_Measur
     ]
 
 
-def _cell(row: object, measure: _Measure, highest_density: float) -> Cell:
+def _cell(row: Of, measure: _Measure[Of], highest_density: float) -> Cell:
     value = measure.value(row)
     if value is None:
         return Cell("", "\N{EN DASH}")
-    bar = 100 * value / highest_density if measure.attribute in _WITH_BARS else None
+    bar = 100 * value / highest_density if measure.bars else None
     return Cell(f"{value:.9g}", format(value, measure.format), bar)
 
 
