@@ -28,6 +28,7 @@ from patchcl_qupath.project.outlines import (
     rois_of,
     sort_outlines,
 )
+from patchcl_qupath.project.qpproj import as_count
 from patchcl_qupath.slides.stain_vectors import flaw, without_rounding
 from patchcl_qupath.storage.geojson import Objects, class_name, read_objects
 
@@ -279,13 +280,13 @@ def _without_nuclei(
     has nuclei elsewhere; not if what is there may be how a person marked nuclei.
     """
     tree = shapely.STRtree(np.array(found.nuclei, dtype=object))
-    worked = bool(found.nuclei) or _count(objects.more.get("imported")) > 0
+    worked = bool(found.nuclei) or as_count(objects.more.get("imported")) > 0
     deleted = objects.more.get("deleted")
     messages = []
     for roi, id_ in zip(rois, ids, strict=True):
         if len(tree.query(roi, predicate="intersects")):
             continue
-        gone = _count(deleted.get(id_)) if isinstance(deleted, dict) else 0
+        gone = as_count(deleted.get(id_)) if isinstance(deleted, dict) else 0
         place = _place(roi)
         if unclear := _unclear(roi, found, gone > 0):
             text = (
@@ -316,11 +317,6 @@ def _unclear(roi: shapely.Geometry, found: Outlines, all_deleted: bool) -> str:
         if count and not (all_deleted and kind is Kind.OTHERS):
             words.append(f"{count:,} {name}")
     return " and ".join(words)
-
-
-def _count(value: object) -> int:
-    """A number of the export; 0 for anything else."""
-    return value if isinstance(value, int) else 0
 
 
 def _place(geometry: shapely.Geometry) -> str:

@@ -35,6 +35,7 @@ from patchcl_qupath.project.protocol import Backend
 from patchcl_qupath.project.qpproj import (
     StoredImage,
     StoredProject,
+    as_count,
     as_object,
     not_brightfield,
     project_file,
@@ -229,8 +230,8 @@ class FilesProject:
         saved = _modified(self.data(entry))
         saving = 0.0 if receipt is None or receipt.saved else SAVING_S
         return QuPathSummary(
-            to_correct=_count(counts.get(TO_CORRECT)),
-            corrected=_count(counts.get(CORRECTED)),
+            to_correct=as_count(counts.get(TO_CORRECT)),
+            corrected=as_count(counts.get(CORRECTED)),
             is_current=imported >= made > 0,
             is_saved=receipt is None or self._has_import(entry, receipt, objects.get("nObjects")),
             saved_later=saved > imported + saving,
@@ -242,7 +243,8 @@ class FilesProject:
         counts = objects.get("annotationClassificationCounts")
         if not isinstance(counts, dict):
             return None
-        return sum(_count(counts[each]) for each in counts if class_name(each) == class_name(name))
+        wanted = class_name(name)
+        return sum(as_count(counts[each]) for each in counts if class_name(each) == wanted)
 
     def _has_import(self, entry: ImageEntry, receipt: ReceiptRecord, objects: object) -> bool:
         """Whether what an import did is saved in the image, of which QuPath counted ``objects``.
@@ -311,11 +313,6 @@ class FilesProject:
     def _summary(self, id_: str) -> dict[str, Any]:
         """The summary that QuPath writes beside an image's objects; empty if never saved."""
         return read_json(self.path.parent / "data" / id_ / "summary.json") or {}
-
-
-def _count(value: object) -> int:
-    """A number of QuPath's summary; 0 for anything else."""
-    return value if isinstance(value, int) else 0
 
 
 def _modified(path: Path) -> float:

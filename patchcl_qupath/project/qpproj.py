@@ -253,6 +253,11 @@ def as_object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def as_count(value: Any) -> int:
+    """A whole number of JSON, or 0 in place of another value."""
+    return value if isinstance(value, int) else 0
+
+
 def _text(value: Any) -> str:
     """A JSON string, or an empty one in place of another value."""
     return value if isinstance(value, str) else ""
