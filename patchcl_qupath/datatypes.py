@@ -1,4 +1,4 @@
-"""The data types of the package, and the only functions that convert coordinates.
+"""The data types of the package, and the functions that convert coordinates from frame to frame.
 
 Arrays are ``(row, col[, channel])``; geometry is ``(x, y)``. Pixel ``i`` covers ``[i, i + 1)``
 in both. There are three frames:
@@ -7,7 +7,8 @@ tile-local     pixels of one tile's ``read`` box; the origin is its top left cor
 working grid   pixels of the whole image at the working resolution (``Slide.mpp``)
 level 0        pixels of the image as QuPath shows it (its bounds already subtracted)
 
-Only ``tile_to_grid``, ``grid_to_level0`` and ``level0_to_grid`` convert geometry.
+``tile_to_grid``, ``grid_to_level0`` and ``level0_to_grid`` convert geometry; contours as flat
+arrays are converted by ``segmentation.rings.scaled``.
 """
 
 from __future__ import annotations
@@ -199,10 +200,11 @@ class CorrectionRoi:
 
 @dataclass(frozen=True)
 class QuPathSummary:
-    """What QuPath has of an image, as it was last saved: the numbers of its fields by class.
+    """What QuPath has of an image, as it was last saved.
 
-    ``is_current``: the nuclei and fields on disk were imported; ``is_saved``: and the image was
-    saved with them; ``saved_later``: it was saved again, some time after.
+    ``to_correct`` and ``corrected`` are the numbers of its ROIs of these classes. ``is_current``:
+    the nuclei and ROIs on disk were imported; ``is_saved``: and the image was saved with them;
+    ``saved_later``: it was saved again, some time after.
     """
 
     to_correct: int
@@ -302,7 +304,7 @@ def _joined(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
 
 @dataclass(frozen=True)
 class UncertaintyGrid:
-    """What was seen of an image in square cells, which begin at its top left corner.
+    """What was seen of an image in square bins, which begin at its top left corner.
 
     ``bin_size`` is (width, height) of a bin at level 0. One row for each bin with tissue, (N,)
     int64: ``rows`` and ``cols`` say which it is; ``points`` of tissue in it were looked at;

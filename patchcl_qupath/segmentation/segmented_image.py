@@ -73,8 +73,8 @@ class SegmentedImage:
     def contours_in(self, box: Box, of_cells: bool = False) -> Polygons:
         """Contours (N,) of the nuclei that intersect a box of the working grid, in its pixels.
 
-        With ``of_cells``, those of cells; there are none where none were grown.
-        The origin is the box's top left corner; contours are not clipped to the box.
+        The origin is the box's top left corner; contours are not clipped to the box. With
+        ``of_cells``, those of cells; there are none where none were grown.
         """
         x, y = self.image.slide.downsample
         frame = shapely.box(box.col0, box.row0, box.col1, box.row1)

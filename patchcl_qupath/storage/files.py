@@ -1,4 +1,4 @@
-"""Atomic writes, exclusive locks, and JSON files."""
+"""Files: atomic writes and locks; JSON, JPEG and digests; names and paths that any system takes."""
 
 from __future__ import annotations
 
