@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchcl_qupath.answers.mixture import USUAL_THRESHOLD, threshold_between
-from patchcl_qupath.config import GRADES, NEGATIVE, POSITIVE, parse_positive
+from patchcl_qupath.config import GRADES, INTENSITY_COLOURS, NEGATIVE, POSITIVE, parse_positive
 from patchcl_qupath.datatypes import Nuclei, StainKind, StainVectors
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.storage.parquet import Table, with_classes
@@ -24,7 +24,6 @@ from patchcl_qupath.storage.records import AllredScore, PositivityRecord
 
 _OF_CELLS = {"cell", "cytoplasm"}
 _IMPLIED = {"nucleus", "od"}  # left out of the names of measurements, or spelt out, without change
-_INTENSITY = (NEGATIVE, POSITIVE, *GRADES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +149,7 @@ def intensity_counts(counts: Mapping[str, int]) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, count in counts.items():
         last = name.rpartition(":")[2].strip()
-        if last in _INTENSITY:
+        if last in INTENSITY_COLOURS:
             found[last] = found.get(last, 0) + count
     return found
 

@@ -24,6 +24,7 @@ from patchcl_qupath.config import CORRECTED
 from patchcl_qupath.datatypes import CorrectionRoi, ImageEntry, Nuclei, Polygons, UncertaintyGrid
 from patchcl_qupath.errors import ImageError, PatchCLError, ProjectError
 from patchcl_qupath.project import Project
+from patchcl_qupath.segmentation.measurements import PROBABILITY
 from patchcl_qupath.segmentation.uncertainty import FieldsOfView, fields_of_view
 from patchcl_qupath.storage.parquet import read_nuclei, read_uncertainty_grid
 from patchcl_qupath.storage.records import Record, ResultRecord, read_result
@@ -33,8 +34,7 @@ MIN_TISSUE = 0.5  # tissue fraction of ROIs on slides that have none with FULL_T
 MIN_NUCLEI = 10  # with fewer, corrections may leave a ROI without nuclei, which cannot be used
 MIN_GAP_PX = 1.0  # at level 0; ROIs that are nearer touch
 MAX_FEATURE = 3.0  # standard deviations at which features are clipped
-# Measurements of nuclei
-PROBABILITY, HEMATOXYLIN, AREA = "Detection probability", "Hematoxylin: Mean", "Area µm^2"
+HEMATOXYLIN, AREA = "Hematoxylin: Mean", "Area µm^2"  # measurements of nuclei
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from patchcl_qupath.answers.summary import Extent, is_main, summarise
-from patchcl_qupath.config import GRADES, NEGATIVE, POSITIVE, ExportRows
+from patchcl_qupath.config import INTENSITY_COLOURS, ExportRows
 from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.exports.images import ExportedImage
 from patchcl_qupath.exports.nuclei import measurement_names, read_batches
@@ -131,7 +131,7 @@ def base_classes(names: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         base, _, last = name.rpartition(": ")
-        if last in (NEGATIVE, POSITIVE, *GRADES):
+        if last in INTENSITY_COLOURS:
             found.setdefault(base, []).append(name)
     return found
 

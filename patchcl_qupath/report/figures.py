@@ -28,6 +28,7 @@ from patchcl_qupath.datatypes import Box, UncertaintyGrid
 from patchcl_qupath.report.density_map import DensityMap
 from patchcl_qupath.report.positivity_map import ClassifiedNuclei, codes_in
 from patchcl_qupath.report.thumbnails import beside, draw_contours, draw_failed_tiles
+from patchcl_qupath.segmentation.measurements import PROBABILITY
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.segmentation.uncertainty import FieldsOfView, bin_px, fields_of_view
 from patchcl_qupath.slides.prepare import PreparedImage
@@ -163,7 +164,7 @@ def _measured(segmented: SegmentedImage, run: str) -> FiguresRecord:
     """Size of the image; histograms of area and of the first stain, mean probability of nuclei."""
     slide = segmented.image.slide
     stain_name = segmented.image.stains.names[0]  # hematoxylin, in H&E and with DAB
-    names = ("Area µm^2", f"{stain_name}: Mean", "Detection probability")
+    names = ("Area µm^2", f"{stain_name}: Mean", PROBABILITY)
     area = _RunningHistogram(highest=300, bars=30, fine=400)
     stain = _RunningHistogram(highest=1.5, bars=30, fine=50)
     count, probability = 0, 0.0

@@ -23,11 +23,11 @@ from patchcl_qupath.datatypes import (
 from patchcl_qupath.errors import SlideError
 from patchcl_qupath.execution.tile_store import Measurements, TileStore
 from patchcl_qupath.segmentation.uncertainty import merge_grids
+from patchcl_qupath.slides.level_grid import GREY
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.storage.parquet import Table
 
 MAX_RADIUS_UM = 50.0  # no point of a contour is farther from the nucleus's centroid
-_GREY = 128  # of pixels that cannot be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class SegmentedImage:
         try:
             return self.image.slide.read(box)
         except SlideError:
-            return np.full((*box.shape, 3), _GREY, np.uint8)
+            return np.full((*box.shape, 3), GREY, np.uint8)
 
     def thumbnail(self, px: int) -> NDArray[np.uint8]:
         """The whole image (h, w, 3), ``px`` working px per pixel; grey if it cannot be read.
@@ -115,4 +115,4 @@ class SegmentedImage:
         try:
             return slide.thumbnail(px * slide.mpp)
         except SlideError:
-            return np.full((*(-(-n // px) for n in slide.shape), 3), _GREY, np.uint8)
+            return np.full((*(-(-n // px) for n in slide.shape), 3), GREY, np.uint8)

@@ -13,8 +13,8 @@ from patchcl_qupath.datatypes import Box
 from patchcl_qupath.slides.colour import ToRGB
 from patchcl_qupath.slides.level import Level
 from patchcl_qupath.slides.level_grid import LevelGrid
+from patchcl_qupath.slides.void import GLASS
 
-GLASS = 255  # what is not in the file shows glass
 _PIECE_PX = 512  # side of what is drawn at once from a finer level
 
 

@@ -18,7 +18,7 @@ from patchcl_qupath.compiled import compiled
 from patchcl_qupath.slides.resample import Span
 
 MAX_VOID = 10  # intensity in all channels where the scanner wrote nothing
-GLASS = 255  # what a void is read as
+GLASS = 255  # what is read where there is no picture
 MIN_VOID_UM2 = 20_000.0  # area of a void that does not touch the border of the image
 MAX_NOISE = 24  # intensity that compression gives a void pixel near the picture
 MARGIN_PX = 8  # how near: black pixels so far around a box decide which of its own are void
