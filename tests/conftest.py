@@ -114,6 +114,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[qupath.Session]:
+    """One QuPath for all tests of a module."""
     session = qupath.Session()
     yield session
     session.close()

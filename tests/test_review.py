@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +85,6 @@ def look = { message = null ->
 END = """
 groovy.json.JsonOutput.toJson(lines)
 """
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[qupath.Session]:
-    """One QuPath for all tests of this module."""
-    session = qupath.Session()
-    yield session
-    session.close()
 
 
 @pytest.fixture
