@@ -31,10 +31,7 @@ needs_shared_slides = pytest.mark.skipif(
 
 
 def call(*arguments):
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return CliRunner().invoke(main, [*map(str, arguments)], catch_exceptions=False)
 
 
 def write_project(folder, images):

@@ -36,10 +36,7 @@ PAGE_BYTES, IMAGE_BYTES = 170_000, 150_000  # at most, of a page, and for each i
 
 
 def call(*arguments):
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return CliRunner().invoke(main, [*map(str, arguments)], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
