@@ -33,7 +33,7 @@ _SUFFIXES = {
     ExportFormat.ANNDATA: ".h5ad",
 }
 _TABLES = (ExportFormat.CSV, ExportFormat.PARQUET)
-_NAMES = {  # of files, by what a row is
+TABLE_NAMES = {  # of files, by what a row is
     ExportRows.NUCLEUS: "nuclei",
     ExportRows.IMAGE: "images",
     ExportRows.REGION: "regions",
@@ -167,7 +167,7 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
 
 def _tables(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
     """One table of all images, or one for each."""
-    targets = _targets(project, images, request, _NAMES[request.per])
+    targets = _targets(project, images, request, TABLE_NAMES[request.per])
     return [(path, write_table(path, of_file, request)) for path, of_file in targets]
 
 
@@ -230,7 +230,7 @@ def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Reque
 
 def _for_python(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
     """A file for SpatialData or AnnData of all images, or one for each."""
-    targets = _targets(project, images, request, _NAMES[ExportRows.NUCLEUS])
+    targets = _targets(project, images, request, TABLE_NAMES[ExportRows.NUCLEUS])
     for path, _ in targets:
         _check_replaceable(path)
     try:

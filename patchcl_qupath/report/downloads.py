@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from patchcl_qupath.config import ExportRows
 from patchcl_qupath.errors import ImageError, StorageError
+from patchcl_qupath.exports.command import TABLE_NAMES
 from patchcl_qupath.exports.images import ExportedImage, exported_image, told_apart
 from patchcl_qupath.exports.nuclei import NucleiTable
 from patchcl_qupath.exports.summaries import summary_table
@@ -24,17 +25,11 @@ logger = logging.getLogger(__name__)
 
 MAX_NUCLEI = 100_000  # in a table beside the report: more are exported where they are asked for
 _FOLDER = "tables"
-_WORDS = {
+_WORDS = {  # what is in each table, in the order of the links
     ExportRows.IMAGE: "one row for each image",
     ExportRows.REGION: "one row for each region",
     ExportRows.CORE: "one row for each TMA core",
     ExportRows.NUCLEUS: "one row for each nucleus",
-}
-_NAMES = {
-    ExportRows.IMAGE: "images.csv",
-    ExportRows.REGION: "regions.csv",
-    ExportRows.CORE: "cores.csv",
-    ExportRows.NUCLEUS: "nuclei.csv",
 }
 
 
@@ -54,14 +49,15 @@ def write_downloads(project: Project) -> list[Download]:
     images = told_apart(_images(project))
     folder = project.layout.report / _FOLDER
     written = []
-    for per, name in _NAMES.items():
+    for per, words in _WORDS.items():
+        name = f"{TABLE_NAMES[per]}.csv"
         try:
             rows = _write(folder / name, images, per)
         except StorageError:
             logger.info("no table beside the report", exc_info=True)
             rows = 0
         if rows:
-            written.append(Download(f"{_FOLDER}/{name}", name, _WORDS[per]))
+            written.append(Download(f"{_FOLDER}/{name}", name, words))
         else:
             with suppress(OSError):
                 (folder / name).unlink()
