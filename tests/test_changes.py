@@ -18,6 +18,7 @@ from patchcl_qupath import cli, pipeline
 from patchcl_qupath.correction.changes import compare, finish
 from patchcl_qupath.datatypes import Box, Polygons
 from patchcl_qupath.project import NewImage, init_project, open_project
+from patchcl_qupath.report.views import _rois
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.parquet import read_nuclei
@@ -112,6 +113,14 @@ def test_a_contour_that_rounding_folded_is_compared(tmp_path: Path) -> None:
     found = finish(layout, segmented, "a", "run 1")
     assert found is not None
     assert found.added == 1
+    written = read_record(layout.changes("1") / "changes.json", ChangesRecord)
+    assert written is not None
+    (contour,) = written.rois[0].after  # the larger part of it is drawn
+    part = shapely.Polygon(np.reshape(contour, (-1, 2)))
+    assert part.area == pytest.approx(folded.buffer(0).area / 2, rel=0.01)
+    view: Any = SimpleNamespace(name="a.svs", changes=written, changes_folder=layout.changes("1"))
+    (shown,) = _rois(view)
+    assert shown.after.count("M") == 1
 
 
 def test_a_sentence_and_a_sum() -> None:

@@ -210,16 +210,20 @@ def _after(roi: RoiChangesRecord, nuclei: Polygons, picture: str) -> RoiChangesR
 
 
 def _numbers(contours: Polygons) -> list[list[float]]:
-    """The corners of contours, [x, y, x, y, ...] each, in hundredths of a pixel."""
-    corners = [shapely.get_coordinates(shapely.get_exterior_ring(c))[:-1] for c in contours]
+    """The corners of contours, [x, y, x, y, ...] each, in hundredths of a pixel.
+
+    One that was folded is of several parts: the largest is the nucleus.
+    """
+    whole = [max(shapely.get_parts(contour), key=shapely.area) for contour in contours]
+    corners = [shapely.get_coordinates(shapely.get_exterior_ring(part))[:-1] for part in whole]
     return [np.round(xy, 2).ravel().tolist() for xy in corners]
 
 
 def _contours(numbers: Sequence[Sequence[float]]) -> Polygons:
     """The inverse of ``_numbers``."""
     contours = np.empty(len(numbers), dtype=object)
-    contours[:] = [shapely.Polygon(np.reshape(xy, (-1, 2))).buffer(0) for xy in numbers]
-    return contours
+    contours[:] = [shapely.Polygon(np.reshape(xy, (-1, 2))) for xy in numbers]
+    return made_valid(contours)
 
 
 def _box(roi: RoiChangesRecord, slide: Slide) -> Box:
