@@ -907,7 +907,11 @@ def load_config(path: Path | None) -> Config:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         config = from_dict(values)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no file {path}: name one of settings, as TOML") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

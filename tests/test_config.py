@@ -47,8 +47,10 @@ def test_bad_settings_are_refused(tmp_path, text, message):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"there is no file .*none\.toml: name one"):
         load_config(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match=r"cannot be read: "):  # a folder
+        load_config(tmp_path)
 
 
 def test_recipe_of_the_paper_has_its_settings() -> None:
