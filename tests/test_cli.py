@@ -210,6 +210,14 @@ def test_init_leaves_out_what_is_no_image(tmp_path, crop):
     assert not (tmp_path / "none").exists()
 
 
+def test_init_takes_a_file_once_however_it_is_named(tmp_path, crop):
+    other = crop.parent / ".." / crop.parent.name / crop.name
+    made = call("init", tmp_path / "project", crop, other, crop, "--mpp", "0.5")
+    assert made.exit_code == 0, made.output
+    assert "project.qpproj (1 images)" in made.stdout
+    assert [i.path for i in open_project(tmp_path / "project").images()] == [crop]
+
+
 def test_init_run_status_on_a_crop(tmp_path, crop, quick):
     project = tmp_path / "project"
     made = call("init", project, crop, "--mpp", "0.5")

@@ -270,6 +270,9 @@ def test_init_makes_a_project_that_reads_the_same(tmp_path: Path) -> None:
 
     with pytest.raises(ProjectError, match="is there already"):
         init_project(tmp_path / "made", new)
+    with pytest.raises(ProjectError, match="a project needs an image"):
+        init_project(tmp_path / "none", [])
+    assert not (tmp_path / "none").exists()
     touch(tmp_path / "file")
     with pytest.raises(StorageError, match="cannot write"):
         init_project(tmp_path / "file", new)

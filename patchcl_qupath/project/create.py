@@ -45,9 +45,11 @@ class NewImage:
 def init_project(folder: Path, images: Sequence[NewImage]) -> Path:
     """Make a QuPath project of ``images`` in ``folder``; the images are not moved or copied.
 
-    Returns the path of project.qpproj. Raises ProjectError if the folder has a project, and
-    StorageError if it cannot be written to.
+    Returns the path of project.qpproj. Raises ProjectError without images, or if the folder has a
+    project, and StorageError if it cannot be written to.
     """
+    if not images:
+        raise ProjectError("a project needs an image: name the files of some")
     if existing := project_files(folder):
         raise ProjectError(
             f"{existing[0]} is there already: add images to it in QuPath, or name another folder"

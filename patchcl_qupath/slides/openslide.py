@@ -79,14 +79,15 @@ def open_instead(path: Path, selection: Selection, error: Exception) -> Pyramid:
 
 
 def one_of_each_slide(paths: Iterable[Path]) -> Iterator[Path]:
-    """Image files, without further ones of a DICOM slide: each of its files stands for all."""
-    seen: set[str] = set()
+    """Image files, without those named before, and without further ones of a DICOM slide: each of
+    its files stands for all."""
+    seen: set[str | Path] = set()
     for path in paths:
         series = _dicom_series(path) if path.suffix.lower() == ".dcm" else None
-        if series is None or series not in seen:
+        slide = series or path.resolve()
+        if slide not in seen:
             yield path
-        if series is not None:
-            seen.add(series)
+        seen.add(slide)
 
 
 def _dicom_series(path: Path) -> str | None:
