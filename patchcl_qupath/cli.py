@@ -122,7 +122,7 @@ def run(
             raise ConfigError("a scheduler has workers of its own: leave out --workers")
         if within and tma:
             raise ConfigError("pass --within or --tma, not both")
-        regions = (TMA_CORES,) if tma else within
+        regions = (TMA_CORES,) if tma else tuple(sorted({*within}))  # in any order, one run
         settings = overrides.of(load_config(reading.config))
         project, entries = _open(common, reading=reading, writing=writing)
         _check_engine(settings)

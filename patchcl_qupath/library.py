@@ -129,7 +129,7 @@ def segment(
             config=_config_of_run(settings, model),
             workers=found,
             progress=show or hide_progress,
-            region_classes=_several(regions),
+            region_classes=tuple(sorted({*_several(regions)})),  # in any order, one run
         )
         return list(run.images(_entries(project, images)))
 

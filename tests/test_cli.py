@@ -19,6 +19,7 @@ from survivor import left_by_run
 
 from patchcl_qupath import console, logs
 from patchcl_qupath.cli import main
+from patchcl_qupath.errors import ConfigError
 from patchcl_qupath.progress import Progress, Stage
 from patchcl_qupath.project import open_project
 
@@ -208,6 +209,21 @@ def test_init_leaves_out_what_is_no_image(tmp_path, crop):
     assert "Failed: broken.png cannot be read" in alone.stderr
     assert "no project was made: none of the files" in alone.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_classes_of_regions_are_one_run_in_any_order(tmp_path, crop, monkeypatch):
+    asked = []
+
+    def stop(*_, within, **__):
+        asked.append(within)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("patchcl_qupath.finished.all_finished", stop)
+    assert call("init", tmp_path / "project", crop, "--mpp", "0.5").exit_code == 0
+    for classes in (("A", "B"), ("B", "A"), ("B", "A", "B")):
+        words = [word for name in classes for word in ("--within", name)]
+        assert "enough" in call("run", tmp_path / "project", *words).stderr
+    assert asked == [("A", "B")] * 3
 
 
 def test_init_takes_a_file_once_however_it_is_named(tmp_path, crop):

@@ -78,7 +78,8 @@ def test_a_text_is_one_class_and_one_image(folder, fine_model, monkeypatch) -> N
     name = project.images()[0].name
     library.segment(project, fine_model, name, "Tumor", workers=1)
     library.segment(project, fine_model, [name], ["Tumor"], workers=1)
-    assert seen == [(("Tumor",), [name])] * 2
+    library.segment(project, fine_model, [name], ["Tumor", "Stroma", "Tumor"], workers=1)
+    assert seen == [(("Tumor",), [name])] * 2 + [(("Stroma", "Tumor"), [name])]
 
 
 def test_a_command_refuses_a_model_of_another_resolution(folder, fine_model) -> None:
