@@ -452,6 +452,9 @@ def test_an_export_that_fails_leaves_the_old_file(
         (["--output", "x.parquet"], "a file of parquet, and csv is exported: use --to parquet"),
         (["--to", "parquet", "--output", "x.CSV"], "a file of csv, and parquet is exported: use"),
         (["--to", "geojson", "--output", "x.h5ad"], "a file of anndata, and geojson is exported"),
+        (["--output", "x.csv.gz"], "x.csv.gz is named as a file, and not as one of csv: name it x"),
+        (["--excel", "--output", "t.XLSX"], "not as one of csv: name it t.csv, or name a folder"),
+        (["--to", "geojson", "--output", "x.geojson.gz"], "name it x.geojson, or name a folder"),
     ],
 )
 def test_what_cannot_be_asked_for(project: Project, options: list[str], message: str) -> None:

@@ -32,6 +32,7 @@ _SUFFIXES = {
     ExportFormat.SPATIALDATA: ".zarr",
     ExportFormat.ANNDATA: ".h5ad",
 }
+_OTHER_SUFFIXES = (".gz", ".json", ".tsv", ".txt", ".xls", ".xlsx", ".zip")  # no folder has one
 _TABLES = (ExportFormat.CSV, ExportFormat.PARQUET)
 TABLE_NAMES = {  # of files, by what a row is
     ExportRows.NUCLEUS: "nuclei",
@@ -98,6 +99,11 @@ class Request:
                 raise ConfigError(
                     f"{self.output} is named as a file of {meant[0]}, and {self.to} is exported: "
                     f"use --to {meant[0]}, or name it otherwise"
+                )
+            if suffix in _OTHER_SUFFIXES:
+                raise ConfigError(
+                    f"{self.output} is named as a file, and not as one of {self.to}: name it "
+                    f"{self.output.with_suffix('').stem}{self.suffix}, or name a folder"
                 )
 
     @property
