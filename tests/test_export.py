@@ -287,6 +287,26 @@ def test_geojson_of_many_files_is_one(project: Project, monkeypatch: pytest.Monk
     assert read_objects(paths[0]).ids.tolist() == [id_of("a", k) for k in range(5)]
 
 
+def test_outlines_of_a_person_are_not_replaced(project: Project, tmp_path: Path) -> None:
+    """A folder of ground truth has files named as the images."""
+    folder = tmp_path / "ground truth"
+    paths = exported(project, "--to", "geojson", "--output", folder)
+    first = paths[0].read_bytes()
+    assert exported(project, "--to", "geojson", "--output", folder) == paths
+    drawn = json.dumps({"type": "FeatureCollection", "features": []})
+    for text in (drawn, json.dumps(json.loads(drawn), indent=2), drawn.replace(" ", ""), ""):
+        paths[0].unlink()
+        paths[1].write_text(text, "utf-8")
+        for output in (folder, paths[1]):
+            done = call(project.path, "--to", "geojson", "--output", output, "--image", "b.svs")
+            assert done.exit_code == 2
+            assert "b.geojson is no export of nuclei" in done.stderr
+        assert call(project.path, "--to", "geojson", "--output", folder).exit_code == 2
+        assert paths[1].read_text("utf-8") == text
+        assert not paths[0].exists()
+        paths[0].write_bytes(first)
+
+
 def test_visium_hd_gets_plain_numbered_polygons(project: Project) -> None:
     """What Space Ranger 4 refuses: other keys at the top, points, and open rings."""
     first, second = exported(project, "--to", "visium-hd")

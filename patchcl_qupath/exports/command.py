@@ -15,7 +15,7 @@ import pyarrow as pa
 from patchcl_qupath.config import ExportFormat, ExportRows
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
-from patchcl_qupath.exports.geojson import write_qupath, write_visium_hd
+from patchcl_qupath.exports.geojson import is_export, write_qupath, write_visium_hd
 from patchcl_qupath.exports.images import ExportedImage, exported_image, file_names, told_apart
 from patchcl_qupath.exports.nuclei import NucleiTable
 from patchcl_qupath.exports.summaries import KINDS, summary_table
@@ -217,8 +217,15 @@ def _geojson(project: Project, images: Sequence[ExportedImage], request: Request
                 f"{folder} is one file, and {len(images)} images are exported: name a folder, as "
                 "GeoJSON has the objects of one image"
             )
-        return [(folder, write_qupath(folder, images[0]))]
-    paths = [folder / f"{stem}{request.suffix}" for stem in file_names(images)]
+        paths = [folder]
+    else:
+        paths = [folder / f"{stem}{request.suffix}" for stem in file_names(images)]
+    for path in filter(Path.is_file, paths):
+        if not is_export(path):
+            raise ConfigError(
+                f"{path} is no export of nuclei, but may be outlines of a person's, and would be "
+                "replaced: give --output another name"
+            )
     return [(path, write_qupath(path, image)) for path, image in zip(paths, images, strict=True)]
 
 

@@ -18,6 +18,12 @@ from patchcl_qupath.storage.parquet import CELL, NUCLEUS, polygons_of
 _BEGIN, _END = b'{"type": "FeatureCollection", "features": [\n', b"\n]}\n"
 
 
+def is_export(path: Path) -> bool:
+    """Whether a file begins as those that are written here do; QuPath's begin otherwise."""
+    with path.open("rb") as file:
+        return file.read(len(_BEGIN)) == _BEGIN
+
+
 def write_qupath(path: Path, image: ExportedImage) -> int:
     """Write the nuclei of an image as QuPath imports them; returns their number.
 
