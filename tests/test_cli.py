@@ -1,5 +1,6 @@
 """The command line: bad input gets one clear line that says what to do; other images go on."""
 
+import errno
 import json
 import logging
 import os
@@ -434,6 +435,21 @@ def test_without_models_only_the_default_is_trained(tmp_path):
     made = f"`patchcl-qp refine {folder / 'project.qpproj'}` makes this one of corrected ROIs"
     assert line.endswith(made), "a training without labels is no refined model"
     assert not [*(folder / "patchcl").rglob("*.pt")]
+
+
+def test_a_model_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    """It may be another person's: to train a new one in its place is the wrong advice."""
+    folder = copy_sample(tmp_path / "project")
+    (folder / "patchcl" / "models").mkdir(parents=True)
+    (folder / "patchcl" / "models" / "patchcl.pt").write_bytes(b"a sound model")
+
+    def deny(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("torch.load", deny)
+    result = call("run", folder)
+    assert result.exit_code == 1
+    assert "patchcl.pt may not be read from here: ask for the permission" in result.stderr
 
 
 def test_a_damaged_model_is_not_used(tmp_path):

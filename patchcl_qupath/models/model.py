@@ -171,7 +171,8 @@ class Model:
     def load(cls, path: Path) -> Model:
         """Read NAME.pt back. Nothing in the file is executed.
 
-        Raises ModelError for a file that is missing, damaged, of another kind or unsafe.
+        Raises ModelError for a file that is missing, damaged, of another kind, unsafe, or that may
+        not be read.
         """
         advice = "train a new one with `patchcl-qp train PROJECT.qpproj`"
         if not path.is_file():
@@ -195,6 +196,8 @@ class Model:
             )
             if model.digest != stored["digest"]:
                 raise ValueError("it was changed after it was written")
+        except PermissionError as error:
+            raise ModelError(f"{path} may not be read from here: ask for the permission") from error
         except Exception as error:  # a damaged or hostile file can raise anything
             reason = "it is damaged, no model at all, or of another version"
             raise ModelError(f"{path} cannot be used: {reason}; {advice}") from error
