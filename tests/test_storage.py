@@ -313,6 +313,23 @@ def test_files_of_a_killed_script_are_removed_once_old(tmp_path):
         assert kept.exists()
 
 
+def test_an_export_that_is_under_way_is_left_alone(tmp_path):
+    """It reads results, and takes no lock: a run may begin meanwhile."""
+    with atomic_write(tmp_path / "exports" / "nuclei.csv") as writing_to:
+        writing_to.write_text("half")
+        old = writing_to.with_name(".cells.csv.00000000.partial")
+        other = tmp_path / "results" / ".nuclei.parquet.00000000.partial"
+        other.parent.mkdir()
+        for path in (old, other):
+            path.touch()
+        os.utime(old, (1e9, 1e9))
+        with exclusive_lock(tmp_path):
+            assert not old.exists()
+            assert not other.exists()
+            files.remove_unfinished()
+    assert (tmp_path / "exports" / "nuclei.csv").read_text() == "half"
+
+
 def test_a_partial_file_that_cannot_be_removed_stops_nothing(tmp_path, monkeypatch):
     """Another person's, or on Windows one that is open: neither a run nor the end of one."""
     partial = tmp_path / ".1.parquet.0.partial"

@@ -52,6 +52,7 @@ _ON_WINDOWS = {
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 _OF_SCRIPTS = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.partial$")  # a UUID of Java
+_WITHOUT_LOCK = {"exports", "errors"}  # folders that commands write to beside a run
 _OLD_S = 86400.0
 
 _locked: set[Path] = set()  # folders of which this process holds the lock
@@ -115,19 +116,23 @@ def copy_once(path: Path, other: Path) -> None:
 def remove_partial_files(folder: Path) -> None:
     """Remove the temporary files of killed writers from a folder and its subfolders.
 
-    A Groovy script in QuPath takes no lock and may be writing: its files are removed once old.
+    A Groovy script in QuPath takes no lock and may be writing, as what only reads results: their
+    files are removed once old.
     """
     for leftover in [*folder.rglob("*.partial*")]:
-        if leftover.name.startswith(".") or _is_old_of_script(leftover):
+        under_lock = _WITHOUT_LOCK.isdisjoint(leftover.relative_to(folder).parts)
+        is_ours = leftover.name.startswith(".")
+        if not is_ours and not _OF_SCRIPTS.search(leftover.name):
+            continue
+        if (is_ours and under_lock) or _is_old(leftover):
             _remove(leftover)
 
 
-def _is_old_of_script(partial: Path) -> bool:
+def _is_old(partial: Path) -> bool:
     try:
-        age_s = time.time() - partial.stat().st_mtime
+        return time.time() - partial.stat().st_mtime > _OLD_S
     except OSError:  # it was just renamed
         return False
-    return age_s > _OLD_S and _OF_SCRIPTS.search(partial.name) is not None
 
 
 def check_writable(folder: Path) -> None:
