@@ -90,6 +90,20 @@ def test_each_image_has_shapes_of_its_own_name(tmp_path: Path) -> None:
     assert sorted(map(len, shapes.values())) == [1, 2, 3]
 
 
+def test_no_image_has_the_frame_of_another_in_um(tmp_path: Path) -> None:
+    """a_um is the coordinate system of image a in µm, and was that of image a_um in px, too."""
+    spatialdata = pytest.importorskip("spatialdata")
+    project = make_project(tmp_path / "made", ["a.svs", "a_um.svs", "a_UM_um.svs", "b_um.svs"])
+    for number in range(4):
+        write(project, number, nuclei("abcd"[number], 1 + number))
+    (path,) = exported(project, "--to", "spatialdata")
+    data = spatialdata.read_zarr(path)
+    assert len(data.coordinate_systems) == 8
+    for system in data.coordinate_systems:
+        assert len(data.filter_by_coordinate_system(system).shapes) == 1
+    assert {"b_um", "b_um_um"} < set(data.coordinate_systems)
+
+
 def test_cells_are_shapes_of_their_own(project: Project) -> None:
     spatialdata = pytest.importorskip("spatialdata")
     grow(project, 1, um=2)

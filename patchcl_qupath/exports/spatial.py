@@ -5,6 +5,7 @@ Of all images together, in memory: one row each for a nucleus, with its measurem
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +77,9 @@ def element_names(images: Sequence[ExportedImage]) -> list[str]:
         or "image"
         for name in file_names(images)
     ]
-    return distinct(names, [f"-{image.id}" for image in images])
+    endings = [f"-{image.id}" for image in images]
+    # A name that ends with _um may be that of another image's coordinate system in µm.
+    return distinct(names, endings, key=lambda name: re.sub("(_um)+$", "", name.casefold()))
 
 
 def _anndata(images: Sequence[ExportedImage]) -> anndata.AnnData:
