@@ -296,6 +296,16 @@ def test_another_machine_may_have_another_file_there(tmp_path: Path) -> None:
         slide.check_same(size)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no name has a colon there")
+def test_a_path_that_tiffslide_takes_for_two_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "stain::HE"
+    folder.mkdir()
+    path = write_tiff(folder / "a.tif", scene(300, 300, (0.5, 0.5)), (0.5, 0.5))
+    with pytest.raises(SlideError, match=r"rename the folder or file that has :: in its name"):
+        Slide.open(entry(path))
+    assert Slide.open(entry(path.rename(tmp_path / "a:HE.tif"))).size == (300, 300)
+
+
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may read all")
 def test_another_user_may_not_read_a_slide(tmp_path: Path) -> None:
     path = write_tiff(tmp_path / "a.tif", scene(300, 300, (0.5, 0.5)), (0.5, 0.5))

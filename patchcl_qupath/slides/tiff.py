@@ -79,7 +79,9 @@ def open_tiff(path: Path, selection: Selection) -> Pyramid:
 
 
 def _open(path: Path) -> tuple[TiffSlide, Sequence[TiffPageSeries]]:
-    """An open file and its images."""
+    """An open file and its images. Raises ValueError for a path that tiffslide takes for two."""
+    if "::" in str(path):
+        raise ValueError("rename the folder or file that has :: in its name")
     slide = TiffSlide(path)
     try:
         return slide, slide.ts_tifffile.series
