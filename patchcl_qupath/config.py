@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 CLUSTERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "sge": "qsub"}  # what takes jobs
 TMA_CORES = "(TMA core)"  # instead of a class of annotations: the cores of an image's TMA grid
 MAX_EXPAND_UM = 25.0  # of a nucleus into a cell: QuPath's own limit
+_MAX_LENGTH_UM = 100.0  # in a setting: larger ones fill the memory, or overflow
 CELL = "cell"  # QuPath's type of objects with a nucleus within
 # QuPath classes of correction ROIs; groovy/import_nuclei.groovy has them, too.
 TO_CORRECT = "PatchCL: correct here"  # suggested
@@ -141,6 +142,8 @@ class Overlapping(StrEnum):
 
 def setting(description: str, unit: str = "", **limits: Any) -> msgspec.Meta:
     """What a setting is: its description, for the guide; its unit; the limits of its value."""
+    if unit == "µm":
+        limits = {"le": _MAX_LENGTH_UM} | limits
     return msgspec.Meta(description=description, extra={"unit": unit}, **limits)
 
 
@@ -170,14 +173,14 @@ class Settings:
             value = getattr(self, entry.name)
             if isinstance(value, Settings):
                 continue
+            if isinstance(value, float) and not math.isfinite(value):  # TOML has inf and nan
+                raise ConfigError(f"{self.table}.{entry.name} = {value!r}: it must be finite")
             kind = setting_types(type(self))[entry.name]
             try:
                 checked = msgspec.convert(value, kind)
             except msgspec.ValidationError as error:
                 name = f"{self.table}.{entry.name}".lstrip(".")
                 raise ConfigError(f"{name} = {value!r}: {_expected(kind, error)}") from None
-            if isinstance(checked, float) and not math.isfinite(checked):  # TOML has inf and nan
-                raise ConfigError(f"{self.table}.{entry.name} = {value!r}: it must be finite")
             object.__setattr__(self, entry.name, checked)
 
 
@@ -604,7 +607,8 @@ class SegmentConfig(Settings):
         ),
     ] = 40.0
     open_radius_um: Annotated[
-        float, setting("Radius of the morphological opening of the mask; 0 is none", "µm", ge=0)
+        float,
+        setting("Radius of the morphological opening of the mask; 0 is none", "µm", ge=0, le=10),
     ] = 0.0
     smooth_um: Annotated[
         float, setting("Gaussian sigma of the elevation map of the watershed", "µm", ge=0)

@@ -87,6 +87,10 @@ def test_recipe_of_the_paper_has_its_settings() -> None:
         ({"segment": {"join_prominence_um": math.nan}}, r"prominence_um = nan: it must be finite"),
         ({"slide": {"mpp": 0}}, r"slide\.mpp = 0: expected float >= 0\.05"),
         ({"segment": {"min_solidity": 7}}, r"segment\.min_solidity = 7: expected float <= 1"),
+        ({"segment": {"open_radius_um": 1e9}}, r"radius_um = 1000000000\.0: expected float <= 10"),
+        ({"segment": {"max_diameter_um": 101}}, r"max_diameter_um = 101: expected float <= 100"),
+        ({"selftrain": {"blur_um": 1e300}}, r"selftrain\.blur_um = 1e\+300: expected float <= 100"),
+        ({"cells": {"expand_um": 30}}, r"cells\.expand_um = 30: expected float <= 25"),
         ({"slide": {"stain": "h&e"}}, "stain = 'h&e': it must be one of auto, h-e, h-dab"),
     ],
 )
