@@ -247,6 +247,25 @@ def test_paths_that_are_not_projects_are_refused(tmp_path: Path, sample_project:
         open_project(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "left", ["data/2/data.qpdata", "patchcl/regions/2.geojson", "patchcl/results/2/result.json"]
+)
+def test_init_takes_nothing_of_an_earlier_project(tmp_path: Path, left: str) -> None:
+    """Images are numbered anew: what was drawn in the second one lies in another slide."""
+    images = [NewImage(touch(tmp_path / name), [(9, 9)], (0.5, 0.5)) for name in ("a.png", "b.png")]
+    file = tmp_path / "made" / left
+    file.parent.mkdir(parents=True)
+    touch(file)
+    with pytest.raises(ProjectError, match="is of an image of an earlier project"):
+        init_project(tmp_path / "made", images)
+    assert not (tmp_path / "made" / "project.qpproj").exists()
+    model = tmp_path / "made" / "patchcl" / "models" / "patchcl.pt"
+    model.parent.mkdir(parents=True, exist_ok=True)
+    touch(model)
+    init_project(tmp_path / "made", images[:1])  # there is no second one, and models are kept
+    assert model.exists()
+
+
 def test_init_makes_a_project_that_reads_the_same(tmp_path: Path) -> None:
     slide, crop = touch(tmp_path / "ä #1.svs"), touch(tmp_path / "50%.png")
     twin = touch(tmp_path / "sub" / "50%.png")

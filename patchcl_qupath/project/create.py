@@ -13,6 +13,7 @@ from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ProjectError
 from patchcl_qupath.project.qpproj import project_files
 from patchcl_qupath.storage.files import write_json
+from patchcl_qupath.storage.layout import Layout
 
 QUPATH_VERSION = "0.5.1"  # whose format is written; 0.4 and later read it
 OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
@@ -46,13 +47,19 @@ def init_project(folder: Path, images: Sequence[NewImage]) -> Path:
     """Make a QuPath project of ``images`` in ``folder``; the images are not moved or copied.
 
     Returns the path of project.qpproj. Raises ProjectError without images, or if the folder has a
-    project, and StorageError if it cannot be written to.
+    project, or files of images of one that is gone; StorageError if it cannot be written to.
     """
     if not images:
         raise ProjectError("a project needs an image: name the files of some")
     if existing := project_files(folder):
         raise ProjectError(
             f"{existing[0]} is there already: add images to it in QuPath, or name another folder"
+        )
+    if left := _left_by_another(folder, len(images)):
+        raise ProjectError(
+            f"{left} is of an image of an earlier project, and would be taken for one of the new "
+            "image of that number: move the folders data and patchcl away (patchcl/models may "
+            "stay), or name another folder"
         )
     path = folder.resolve() / "project.qpproj"
     now = int(time.time() * 1000)
@@ -69,6 +76,28 @@ def init_project(folder: Path, images: Sequence[NewImage]) -> Path:
         },
     )
     return path
+
+
+def _left_by_another(folder: Path, count: int) -> Path | None:
+    """What an earlier project knew of an image whose number one of ``count`` new images will have.
+
+    Files of images are found by number: QuPath and runs would use it for the new one.
+    """
+    layout = Layout(folder / "patchcl")
+    of_image = (
+        layout.result,
+        layout.regions,
+        layout.stains,
+        layout.labels,
+        layout.rois,
+        layout.receipt,
+        layout.changes,
+    )
+    for number in map(str, range(1, count + 1)):
+        files = [folder / "data" / number / "data.qpdata", *(of(number) for of in of_image)]
+        if left := next(filter(Path.exists, files), None):
+            return left
+    return None
 
 
 def to_uri(path: Path) -> str:
