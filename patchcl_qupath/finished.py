@@ -162,10 +162,11 @@ def _is_written(layout: Layout, image: str, result: ResultRecord) -> bool:
             return False
     tables = [layout.nuclei(image)]
     tables += [layout.uncertainty(image)] if layout.uncertainty(image).exists() else []
-    written = (layout.figures(image) / FIGURES).stat().st_mtime_ns
-    return all(map(is_whole_parquet, tables)) and layout.outcome(image).stat().st_mtime_ns >= (
-        written
-    )
+    # A run that was stopped in between leaves an outcome of before, which may have the same id: the
+    # tiles do not depend on what nuclei are classified by, nor on regions and stains of today.
+    written = [layout.result(image), layout.figures(image) / FIGURES]
+    last = max(path.stat().st_mtime_ns for path in written)
+    return all(map(is_whole_parquet, tables)) and layout.outcome(image).stat().st_mtime_ns >= last
 
 
 def _is_same_slide(plan: dict[str, Any], entry: ImageEntry) -> bool:

@@ -19,6 +19,7 @@ from survivor import left_by_run
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import EngineChoice
+from patchcl_qupath.errors import StorageError
 from patchcl_qupath.finished import _fits, all_finished
 from patchcl_qupath.project import open_project
 from patchcl_qupath.storage.records import ImageOutcome
@@ -59,7 +60,7 @@ def run(folder: Path, model: Any, client: Any, config: Any = QUICK) -> ImageOutc
         project=project, model=model, config=config, workers=client, progress=lambda _: None
     )
     (outcome,) = this_run.images(project.images())
-    assert outcome.problem is None
+    assert outcome.problem is None, outcome.problem
     return outcome
 
 
@@ -207,6 +208,28 @@ def test_other_settings_are_another_run(folder: Path) -> None:
     summary.parent.mkdir(parents=True)
     summary.write_text(json.dumps({"imageType": stains["type"]}))
     assert finished(folder) is None  # its measurements are of other stains
+
+
+def test_a_run_that_a_full_disk_stopped_goes_on(
+    folder: Path, model: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its nuclei are on disk, classified; pictures and outcome are those of the run before."""
+    config = replace(QUICK, result=replace(QUICK.result, positive="nucleus-hematoxylin-mean=0.0"))
+
+    def full(*_: Any) -> None:
+        raise StorageError("no space left")
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(pipeline.Run, "_draw_here", full)
+        stopped.setattr(pipeline, "write_outcomes", lambda *_: None)
+        with pytest.raises(AssertionError, match="no space left"):
+            run(folder, model, client, config)
+    assert finished(folder, config) is None
+    outcome = run(folder, model, client, config)
+    assert outcome.unchanged is not True
+    assert [summary.positive_percent for summary in outcome.summaries] == [100]
+    (again,) = finished(folder, config)
+    assert again.summaries == outcome.summaries
 
 
 def test_failed_tiles_are_tried_again(folder: Path) -> None:
