@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,14 @@ def test_contributing_names_files_that_exist():
     assert len(names) > 20
     places = (ROOT, ROOT / "patchcl_qupath", ROOT / "tests", ROOT / "benchmarks")
     assert [name for name in names if not any((place / name).exists() for place in places)] == []
+
+
+def test_pinned_versions_are_resolved_for_every_extra():
+    # uv refuses an extra that does not exist, and "spatial" is not pinned.
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    script = (ROOT / ".ci" / "resolve").read_text(encoding="utf-8")
+    named = set(re.findall(r"--extra (\w+)", script))
+    assert named == project["optional-dependencies"].keys() - {"spatial"}
 
 
 def test_help_imports_nothing_heavy():
