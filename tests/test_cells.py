@@ -613,7 +613,7 @@ def test_an_expansion_that_is_no_number_is_refused(given_: str, folder: Path) ->
     [
         ({"expand_um": -1}, "cells.expand_um = -1: expected `float` >= 0"),
         ({"expand_um": 40}, "cells.expand_um = 40: expected `float` <= 25"),
-        ({"expand_um": float("nan")}, "cells.expand_um = nan: expected `float` >= 0"),
+        ({"expand_um": float("nan")}, "cells.expand_um = nan: it must be finite"),
         ({"constrain_scale": -1}, "cells.constrain_scale = -1"),
         ({"expand": 4}, "unknown setting cells.expand: do you mean expand_um?"),
     ],
