@@ -624,15 +624,15 @@ class Review {
 
     // ------------------------------------------------ what the refined model changed
 
-    /** What the refined model does in the corrected ROIs of an image, as patchcl-qp saved it; null without a run. */
-    JsonObject changes(String image) {
-        JsonObject found = readJson(folder.resolve('changes').resolve(image).resolve('changes.json'))
-        return found?.has('run') ? found : null
+    /** What a refined model does in the corrected ROIs of an image, as patchcl-qp saved it. */
+    private JsonObject changes(String image) {
+        return readJson(folder.resolve('changes').resolve(image).resolve('changes.json'))
     }
 
-    /** The same of the present ROI, by its place. */
+    /** The same of the present ROI, by its place; null without a run. */
     JsonObject changesHere() {
-        return changes(current.image)?.getAsJsonArray('rois')?.collect { it.getAsJsonObject() }?.find { roi ->
+        JsonObject here = changes(current.image)
+        return !here?.has('run') ? null : here.getAsJsonArray('rois')?.collect { it.getAsJsonObject() }?.find { roi ->
             def (x, y, width, height) = ['x', 'y', 'width', 'height'].collect { key -> roi.get(key).getAsDouble() }
             Math.abs(x - current.x) + Math.abs(y - current.y) + Math.abs(width - current.width) +
                     Math.abs(height - current.height) < 4
@@ -641,7 +641,10 @@ class Review {
 
     /** What the refined model does by itself of the corrections in all ROIs; null without a run of it. */
     String changesInWords() {
-        List<JsonObject> all = rois.collect { it.image }.unique().collect { changes(it) }.findAll().collectMany {
+        List<JsonObject> images = rois.collect { it.image }.unique().collect { changes(it) }.findAll()
+        // Images that the last refining left out have those of the model before it.
+        String newest = text(images.max { text(it, 'made') }, 'model')
+        List<JsonObject> all = images.findAll { it.has('run') && text(it, 'model') == newest }.collectMany {
             it.getAsJsonArray('rois').collect { roi -> roi.getAsJsonObject() }
         }
         return all.isEmpty() ? null : inWords(all)

@@ -181,7 +181,8 @@ def refine_as(
     check_writable(path.parent)
     model, corrections = refine(project, entries, start, labels_from, progress, seed)
     model.save(path.parent, name)
-    changes.begin(project.layout, corrections, model.digest, name)
+    images = [entry.id for entry in entries]
+    changes.begin(project.layout, images, corrections, model.digest, name)
     logger.info("model %s refined and saved: %s", name, path)
     return model, corrections
 

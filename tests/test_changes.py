@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import shapely
 from click.testing import CliRunner
+from exported import make_project, nuclei, write
 from msgspec import structs
 from PIL import Image
 
 from patchcl_qupath import cli, pipeline
-from patchcl_qupath.correction.changes import compare, finish
-from patchcl_qupath.datatypes import Box, Polygons
+from patchcl_qupath.correction.changes import begin, compare, finish
+from patchcl_qupath.datatypes import Box, Corrections, Polygons
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.report.views import _rois
 from patchcl_qupath.slides.slide import Slide
@@ -123,6 +124,35 @@ def test_a_contour_that_rounding_folded_is_compared(tmp_path: Path) -> None:
     assert shown.after.count("M") == 1
 
 
+def test_refining_with_one_image_keeps_what_another_was_given(tmp_path: Path) -> None:
+    """Of a ROI that was corrected, the nuclei before are those that the person was given."""
+    project = make_project(tmp_path / "made", ["a.svs", "b.svs"])
+    layout, roi = project.layout, shapely.box(80, 80, 200, 200)
+    for number, name in enumerate("ab"):
+        write(project, number, nuclei(name, 2))  # both lie in the ROI
+    drawn = nuclei("a", 1).polygons  # a person deleted one
+    corrections = {name: Corrections(rois=(roi,), nuclei=(*drawn,)) for name in ("1", "2")}
+
+    def refine(*images: str, model: str) -> dict[str, ChangesRecord | None]:
+        corrected = {image: corrections[image] for image in images if image in corrections}
+        begin(layout, images, corrected, model, "refined")
+        found = {image: layout.changes(image) / "changes.json" for image in ("1", "2")}
+        return {image: read_record(path, ChangesRecord) for image, path in found.items()}
+
+    first = refine("1", "2", model="first")
+    for number, name in enumerate("ab"):  # the refined model deletes it by itself
+        write(project, number, nuclei(name, 1))
+    second = refine("1", model="second")
+    assert second["2"] == first["2"]
+    third = refine("1", "2", model="third")
+    for record in third.values():
+        assert record is not None
+        assert record.model == "third"
+        assert [(each.deleted, each.kept) for each in record.rois] == [(1, 1)]
+    del corrections["2"]
+    assert refine("1", "2", model="fourth")["2"] is None  # its ROI was deleted
+
+
 def test_a_sentence_and_a_sum() -> None:
     one = ChangeCounts(deleted=6, added=4, reshaped=2, kept=1000, deleted_now=5, kept_now=990)
     assert ChangeCounts.total([one, one]).made == 24
@@ -167,9 +197,9 @@ def story(model: pipeline.Model, tmp_path_factory: pytest.TempPathFactory) -> tu
         return result.stdout
 
     call("run", folder, "--backend", "files")
-    nuclei = read_nuclei(folder / "patchcl" / "results" / "1" / "nuclei.parquet").polygons
+    found = read_nuclei(folder / "patchcl" / "results" / "1" / "nuclei.parquet").polygons
     roi = shapely.box(150, 200, 450, 400)
-    here = nuclei[shapely.intersects(nuclei, roi)]
+    here = found[shapely.intersects(found, roi)]
     inside = np.flatnonzero(shapely.within(here, roi))
     alone = [here[k] for k in inside if shapely.distance(here[k], np.delete(here, k)).min() > 3]
     assert len(alone) > 5

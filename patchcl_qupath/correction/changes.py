@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -43,39 +43,30 @@ Bools = NDArray[np.bool_]
 
 
 def begin(
-    layout: Layout, corrections: Mapping[str, Corrections], model: str, model_name: str
+    layout: Layout,
+    images: Iterable[str],
+    corrections: Mapping[str, Corrections],
+    model: str,
+    model_name: str,
 ) -> None:
-    """Save the corrected ROIs of images, by id, for the refined model of digest ``model``.
+    """Save the corrected ROIs of ``images``, by id, for the refined model of digest ``model``.
 
     ROIs where the model before segmented nothing, as outside of the regions of its run, are left
-    out. What was saved for another refined model is removed. Raises StorageError.
+    out. What was saved of these images for another refined model is removed; that of others is
+    kept, as a later model may be refined with their ROIs again. Raises StorageError.
     """
-    earlier = {
-        image: read_record(layout.changes(image) / CHANGES, ChangesRecord) for image in corrections
-    }
-    shutil.rmtree(layout.all_changes, ignore_errors=True)
     made = datetime.now(UTC).isoformat(timespec="seconds")
-    for image, labels in corrections.items():
-        result = read_result(layout.result(image))
-        if not isinstance(result, ResultRecord):
+    for image in images:
+        folder = layout.changes(image)
+        earlier = read_record(folder / CHANGES, ChangesRecord)
+        rois = _rois(layout, image, corrections[image], earlier) if image in corrections else []
+        if not rois:
+            shutil.rmtree(folder, ignore_errors=True)
             continue
-        # Contours are rounded to 0.01 px, which may have folded one.
-        nuclei = made_valid(read_nuclei(layout.nuclei(image)).polygons)
-        regions = [from_object(region.geometry) for region in result.regions]
-        rois = [roi for roi in labels.rois if not regions or _covers(regions, roi)]
-        if rois:
-            drawn, ignored = (
-                np.array(labels.nuclei, dtype=object),
-                shapely.union_all(labels.ignored),
-            )
-            records = [
-                _before(roi, roi - ignored, _known(roi, earlier[image], nuclei), drawn)
-                for roi in rois
-            ]
-            record = ChangesRecord(
-                model=model, model_name=model_name, made=made, rois=tuple(records)
-            )
-            write_record(layout.changes(image) / CHANGES, record, compact=True)
+        with atomic_write(folder) as new:
+            new.mkdir()
+            record = ChangesRecord(model=model, model_name=model_name, made=made, rois=tuple(rois))
+            write_record(new / CHANGES, record, compact=True)
 
 
 def finish(layout: Layout, segmented: SegmentedImage, model: str, run: str) -> ChangeCounts | None:
@@ -162,6 +153,21 @@ def _touched(contours: Polygons, others: Polygons) -> Bools:
 def _inside(contours: Polygons, roi: shapely.Geometry) -> Bools:
     """(N,) whose centroid lies in a ROI."""
     return np.asarray(shapely.covers(roi, shapely.centroid(contours)), dtype=bool)
+
+
+def _rois(
+    layout: Layout, image: str, labels: Corrections, earlier: ChangesRecord | None
+) -> list[RoiChangesRecord]:
+    """The records of the corrected ROIs of an image in which the model before segmented nuclei."""
+    result = read_result(layout.result(image))
+    if not isinstance(result, ResultRecord):
+        return []
+    # Contours are rounded to 0.01 px, which may have folded one.
+    nuclei = made_valid(read_nuclei(layout.nuclei(image)).polygons)
+    regions = [from_object(region.geometry) for region in result.regions]
+    rois = [roi for roi in labels.rois if not regions or _covers(regions, roi)]
+    drawn, ignored = np.array(labels.nuclei, dtype=object), shapely.union_all(labels.ignored)
+    return [_before(roi, roi - ignored, _known(roi, earlier, nuclei), drawn) for roi in rois]
 
 
 def _known(roi: shapely.Geometry, earlier: ChangesRecord | None, nuclei: Polygons) -> Polygons:

@@ -147,14 +147,9 @@ class Layout:
         """The correction ROIs of an image that were suggested last."""
         return self.root / "fields" / f"{image}.json"
 
-    @property
-    def all_changes(self) -> Path:
-        """The folder of what a refined model changed."""
-        return self.root / "changes"
-
     def changes(self, image: str) -> Path:
         """The folder of an image's corrected ROIs, and of what a refined model changed there."""
-        return self.all_changes / image
+        return self.root / "changes" / image
 
     def receipt(self, image: str) -> Path:
         """The receipt of an import into QuPath."""
