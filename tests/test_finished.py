@@ -22,6 +22,7 @@ from patchcl_qupath.config import EngineChoice
 from patchcl_qupath.errors import StorageError
 from patchcl_qupath.finished import _fits, all_finished
 from patchcl_qupath.project import open_project
+from patchcl_qupath.report.found import find_image
 from patchcl_qupath.storage.records import ImageOutcome
 
 HEAVY = {
@@ -225,6 +226,10 @@ def test_a_run_that_a_full_disk_stopped_goes_on(
         with pytest.raises(AssertionError, match="no space left"):
             run(folder, model, client, config)
     assert finished(folder, config) is None
+    found = find_image(project := open_project(folder), project.images()[0])
+    assert found.positive_percent == 100
+    assert found.figures is None  # those of before are on disk
+    assert "its pictures were not made: run again" in found.warnings
     outcome = run(folder, model, client, config)
     assert outcome.unchanged is not True
     assert [summary.positive_percent for summary in outcome.summaries] == [100]

@@ -17,6 +17,7 @@ from patchcl_qupath.storage.records import (
     FiguresRecord,
     ImageOutcome,
     ModelRecord,
+    PositivityRecord,
     ReceiptRecord,
     Record,
     RemovedRecord,
@@ -252,6 +253,25 @@ def test_result_json_holds_nuclei_or_their_removal(file: Path) -> None:
     write_record(file, RemovedRecord(removed="2026-11-26T01:08:00+00:00"))
     assert json.loads(file.read_text("utf-8")) == REMOVED
     assert isinstance(read_result(file), RemovedRecord)
+
+
+def test_figures_are_drawn_from_all_that_a_run_id_does_not_say(file: Path) -> None:
+    result = msgspec.convert(RESULT, ResultRecord)
+    write_record(file, result)
+    read = read_record(file, ResultRecord)
+    assert read is not None
+    assert read.drawn_from == result.drawn_from
+    same = msgspec.structs.replace(read, made="later", image="renamed", files=())
+    assert same.drawn_from == result.drawn_from
+    (region,) = read.regions
+    changes: list[dict[str, Any]] = [
+        {"config": {**CONFIG, "result": {"positive": "auto"}}},
+        {"positivity": PositivityRecord(measurement="DAB: Mean", thresholds=(0.2,))},
+        {"regions": (region, region)},
+        {"slide": msgspec.structs.replace(read.slide, mpp=(0.25, 0.25))},
+    ]
+    others = {msgspec.structs.replace(read, **change).drawn_from for change in changes}
+    assert len(others - {result.drawn_from}) == len(changes)
 
 
 def test_settings_of_version_0_1_are_read() -> None:

@@ -88,7 +88,7 @@ def write_figures(folder: Path, segmented: SegmentedImage, result: ResultRecord)
         new.mkdir()
         picture = _overview(overview, px, segmented)
         (new / "overview.jpg").write_bytes(to_jpeg(picture, _JPEG_QUALITY))
-        figures = _measured(segmented, result.run)
+        figures = _measured(segmented, result)
         if uncertainty is not None and uncertainty.points.any():
             density = DensityMap.of(uncertainty, slide.mpp_level0)
             density_picture = density.picture(overview.shape[:2], px, slide.downsample)
@@ -160,7 +160,7 @@ class _RunningHistogram:
         return float((i + part) * self._highest / (self._bars * self._fine))
 
 
-def _measured(segmented: SegmentedImage, run: str) -> FiguresRecord:
+def _measured(segmented: SegmentedImage, result: ResultRecord) -> FiguresRecord:
     """Size of the image; histograms of area and of the first stain, mean probability of nuclei."""
     slide = segmented.image.slide
     stain_name = segmented.image.stains.names[0]  # hematoxylin, in H&E and with DAB
@@ -176,8 +176,9 @@ def _measured(segmented: SegmentedImage, run: str) -> FiguresRecord:
         probability += float(of_probability.sum(dtype=np.float64))
     (width, height), (x, y) = slide.size, slide.mpp_level0
     return FiguresRecord(
-        run=run,
+        run=result.run,
         nuclei=segmented.count,
+        drawn_from=result.drawn_from,
         mm=(width * x / 1000, height * y / 1000),
         area=area.record(),
         stain=StainHistogram(name=stain_name, **msgspec.structs.asdict(stain.record())),

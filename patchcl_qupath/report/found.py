@@ -140,7 +140,7 @@ def find_image(project: Project, entry: ImageEntry) -> FoundImage:
     if changes is not None and changes.run != found.run:
         changes = None
     damaged = figures is None and (pictures / FIGURES).exists()
-    if figures is not None and (figures.run, figures.nuclei) != (found.run, found.nuclei):
+    if figures is not None and not _are_of(figures, found):
         figures = None
     imported = imported_nuclei(project, entry)
     if imported and (imported.left_out or imported.stayed or imported.lost):
@@ -159,6 +159,13 @@ def find_image(project: Project, entry: ImageEntry) -> FoundImage:
         damaged=damaged,
         seconds=outcome.seconds if outcome and not outcome.problem else None,
         warnings=tuple(warnings),
+    )
+
+
+def _are_of(figures: FiguresRecord, result: ResultRecord) -> bool:
+    """Whether figures are those of the nuclei, and not of a run before one that was stopped."""
+    return (figures.run, figures.nuclei) == (result.run, result.nuclei) and (
+        figures.drawn_from in ("", result.drawn_from)
     )
 
 

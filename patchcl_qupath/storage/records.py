@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from patchcl_qupath.datatypes import CorrectionRoi, FailedTile, StainVectors, place_text
-from patchcl_qupath.storage.files import content_file, read_json, write_json
+from patchcl_qupath.storage.files import content_file, digest, read_json, write_json
 from patchcl_qupath.timing import Seconds
 
 TILE_FORMAT = 7  # version of the content of a finished tile
@@ -183,6 +183,13 @@ class ResultRecord(
     positivity: PositivityRecord | None = None
     summaries: tuple[Summary, ...] = ()
     files: tuple[str, ...]
+
+    @property
+    def drawn_from(self) -> str:
+        """A digest of what pictures and figures of the nuclei depend on, beside ``run``, whose
+        tiles do not: what classifies them, regions, stains, and the pixel size."""
+        made_by = [self.config, self.slide.mpp, self.stains, self.regions, self.positivity]
+        return digest(to_plain(made_by))
 
 
 class RemovedRecord(Record, frozen=True, kw_only=True):
@@ -551,11 +558,13 @@ class FiguresRecord(
 
     ``mm`` is (width, height); ``probability`` the mean over nuclei; ``highest_density``, in nuclei
     per mm², is that of the last colour of the density map, None if there is no such map.
-    ``positivity`` is there where nuclei have classes.
+    ``positivity`` is there where nuclei have classes. ``drawn_from`` is that of the result; earlier
+    versions did not write it.
     """
 
     run: str
     nuclei: int
+    drawn_from: str = ""
     mm: tuple[float, float]
     area: Histogram
     stain: StainHistogram
