@@ -122,7 +122,6 @@ def run(
             raise ConfigError("a scheduler has workers of its own: leave out --workers")
         if within and tma:
             raise ConfigError("pass --within or --tma, not both")
-        regions = (TMA_CORES,) if tma else tuple(sorted({*within}))  # in any order, one run
         settings = overrides.of(load_config(reading.config))
         project, entries = _open(common, reading=reading, writing=writing)
         _check_engine(settings)
@@ -130,7 +129,9 @@ def run(
             _check_seed(project, name, overrides.seed)
         click.echo(f"Nuclei are written by {project.backend}", err=True)
         from patchcl_qupath.finished import all_finished
+        from patchcl_qupath.storage.geojson import run_classes
 
+        regions = (TMA_CORES,) if tma else run_classes(within)
         with _at_work(project):
             outcomes = (
                 None

@@ -29,6 +29,7 @@ from patchcl_qupath.report.page import write_report as write_page
 from patchcl_qupath.slides.openslide import one_of_each_slide
 from patchcl_qupath.status import ImageStatus, image_statuses
 from patchcl_qupath.storage.files import exclusive_lock, readable
+from patchcl_qupath.storage.geojson import run_classes
 from patchcl_qupath.storage.parquet import Table, read_geoarrow
 from patchcl_qupath.storage.records import ImageOutcome, read_model_record
 
@@ -129,7 +130,7 @@ def segment(
             config=_config_of_run(settings, model),
             workers=found,
             progress=show or hide_progress,
-            region_classes=tuple(sorted({*_several(regions)})),  # in any order, one run
+            region_classes=run_classes(_several(regions)),
         )
         return list(run.images(_entries(project, images)))
 

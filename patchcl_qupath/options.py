@@ -141,7 +141,10 @@ class Overrides:
         if self.positive is not None:
             result = replace(result, positive=self.positive)
         if self.summarise:
-            result = replace(result, summarise=tuple(dict.fromkeys(self.summarise)))
+            from patchcl_qupath.storage.geojson import class_name  # loads numpy
+
+            classes = dict.fromkeys(map(class_name, self.summarise))
+            result = replace(result, summarise=tuple(classes))
         if self.stain is not None:
             slide = replace(slide, stain=StainChoice(self.stain))
         if self.expand is not None:

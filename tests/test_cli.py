@@ -227,6 +227,21 @@ def test_classes_of_regions_are_one_run_in_any_order(tmp_path, crop, monkeypatch
     assert asked == [("A", "B")] * 3
 
 
+def test_a_class_is_one_however_its_colon_is_written(tmp_path, crop, monkeypatch):
+    asked = []
+
+    def stop(*_, within, config, **__):
+        asked.append((within, config.result.summarise))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("patchcl_qupath.finished.all_finished", stop)
+    assert call("init", tmp_path / "project", crop, "--mpp", "0.5").exit_code == 0
+    for classes in (["T: Positive"], ["T:Positive"], ["T :Positive ", "T: Positive"]):
+        words = [word for name in classes for word in ("--within", name, "--summarise", name)]
+        assert "enough" in call("run", tmp_path / "project", *words).stderr
+    assert asked == [(("T: Positive",), ("T: Positive",))] * 3
+
+
 def test_init_takes_a_file_once_however_it_is_named(tmp_path, crop):
     other = crop.parent / ".." / crop.parent.name / crop.name
     made = call("init", tmp_path / "project", crop, other, crop, "--mpp", "0.5")

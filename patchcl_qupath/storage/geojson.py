@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +183,11 @@ def holds_several(polygons: Polygons) -> NDArray[np.bool_]:
 def class_name(text: str) -> str:
     """A class as QuPath writes its name, ``Tumor: Positive``, however a person wrote it."""
     return ": ".join(_class_names(readable(text)))
+
+
+def run_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """Classes of the regions of a run: in any order, and however they are written, one run."""
+    return tuple(sorted({*map(class_name, names)}))
 
 
 def _class(feature: dict[str, Any]) -> str:
