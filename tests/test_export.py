@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -420,6 +421,39 @@ def test_nuclei_are_read_some_at_a_time(project: Project, monkeypatch: pytest.Mo
     )
     assert exported(project, "--to", "csv")[0].read_bytes() == whole
     assert seen == [2, 2, 1, 2]
+
+
+def test_a_region_in_place_of_which_another_was_copied_is_named(project: Project) -> None:
+    """As many as before have the place and name of one that was counted: one of these is gone."""
+    (entry, _) = project.images()
+    copied = replace(DRAWN[1], id=str(uuid.uuid4()))
+    export_drawn(project.layout.regions(entry.id), (DRAWN[1], copied, DRAWN[2]))
+    done = call(project.path, "--to", "csv")
+    assert "a, b.svs: 1 of its 3 regions were changed since the run" in done.stderr
+
+
+def test_regions_that_were_drawn_since_are_a_note(project: Project) -> None:
+    (entry, _) = project.images()
+    path = project.layout.regions(entry.id)
+    for geometry in (shapely.box(500, 0, 600, 100), DRAWN[0].geometry):
+        new = replace(DRAWN[0], id=str(uuid.uuid4()), name="new", geometry=geometry)
+        export_drawn(path, (*DRAWN, new))
+        done = call(project.path, "--to", "csv", "--per", "region")
+        assert "a, b.svs: 1 of its regions were drawn since the run" in done.stderr
+        assert "were changed" not in done.stderr
+    other = replace(DRAWN[0], class_name="Necrosis")  # of a class that was not counted
+    export_drawn(path, (*DRAWN, other))
+    assert "since the run" not in call(project.path, "--to", "csv").stderr
+    export_drawn(path, (replace(DRAWN[0], name="new"), *DRAWN[1:]))  # one renamed is one change
+    assert "were drawn" not in call(project.path, "--to", "csv").stderr
+
+
+def test_images_without_cores_are_named(project: Project) -> None:
+    """Of one the cores were counted; of the other, which has a grid, perhaps, they were not."""
+    for per, what in (("core", "no TMA cores"), ("region", "no regions")):
+        done = call(project.path, "--to", "csv", "--per", per)
+        assert f"Note: b.svs: {what} were counted: patchcl-qp run --" in done.stderr
+    assert "counted" not in call(project.path, "--to", "csv", "--per", "image").stderr
 
 
 def test_a_project_that_was_never_run_is_refused(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ _NOT_COUNTED = {
     ExportRows.CORE: "no TMA cores were counted: patchcl-qp run --tma",
 }
 
+_NAMED = 5  # images that a note names
+
 Written = list[tuple[Path, int]]  # files, and the number of rows or objects in each
 
 
@@ -152,9 +154,7 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
             f"{project.path} has no nuclei to export{reason}: patchcl-qp run {project.path}"
         )
     if request.per in (ExportRows.REGION, ExportRows.CORE):
-        kinds = {summary.kind for image in images for summary in image.result.summaries}
-        if KINDS[request.per] not in kinds:
-            notes.append(_NOT_COUNTED[request.per])
+        notes += _not_counted(images, request.per)
     written = _WRITERS[request.to](project, told_apart(images), request)
     if request.excel:
         notes += [
@@ -169,6 +169,19 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
         problems=tuple(problems),
         notes=tuple(notes),
     )
+
+
+def _not_counted(images: Sequence[ExportedImage], per: ExportRows) -> list[str]:
+    """A note where some images, or all, have no row in a table of regions or cores."""
+    kinds = [{summary.kind for summary in image.result.summaries} for image in images]
+    without = [
+        image.name for image, found in zip(images, kinds, strict=True) if KINDS[per] not in found
+    ]
+    if not without:
+        return []
+    more = f" and {len(without) - _NAMED:,} more" if len(without) > _NAMED else ""
+    named = f"{', '.join(without[:_NAMED])}{more}: " if len(without) < len(images) else ""
+    return [named + _NOT_COUNTED[per]]
 
 
 def _tables(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:

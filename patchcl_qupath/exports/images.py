@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -135,7 +136,7 @@ def exported_image(project: Project, entry: ImageEntry) -> ExportedImage | str:
 
 
 def _regions(path: Path, image: str, result: ResultRecord) -> tuple[Regions, tuple[str, ...]]:
-    """The regions and cores that a run counted nuclei in, and a note where some were changed.
+    """The regions and cores that a run counted nuclei in, and notes where others are there now.
 
     ``path`` has the annotations as they were last exported from QuPath.
     """
@@ -146,24 +147,37 @@ def _regions(path: Path, image: str, result: ResultRecord) -> tuple[Regions, tup
         drawn = read_drawn(path, image)
     except ImageError:
         drawn = []
-    found = [region for region in drawn if any(_same(region, summary) for summary in counted)]
+    same = [[_same(region, summary) for summary in counted] for region in drawn]
+    is_same = np.array(same, dtype=bool).reshape(len(drawn), len(counted))
+    is_known = np.asarray(is_same.any(axis=1))
+    kinds = {_kind(summary.kind == "core", summary.class_name) for summary in counted}
+    to_count = np.array([_kind(one.is_core, one.class_name) in kinds for one in drawn], dtype=bool)
+    changed = len(counted) - np.count_nonzero(is_same.any(axis=0))
     notes = []
-    if len(found) < len(counted):
+    if changed:
         notes.append(
-            f"{image}: {len(counted) - len(found)} of its {len(counted)} regions were changed "
-            "since the run, and are not in the column Parent: run again"
+            f"{image}: {changed} of its {len(counted)} regions were changed since the run, and are "
+            "not in the column Parent: run again"
         )
-    return Regions.of(found), tuple(notes)
+    if (new := np.count_nonzero(to_count & ~is_known) - changed) > 0:
+        notes.append(f"{image}: {new} of its regions were drawn since the run: run again")
+    return Regions.of([*itertools.compress(drawn, is_known)]), tuple(notes)
+
+
+def _kind(is_core: bool, class_name: str) -> str:
+    """What regions are counted by: their class; cores may have any."""
+    return config.TMA_CORES if is_core else class_name
 
 
 def _same(region: DrawnRegion, summary: Summary) -> bool:
     """Whether a region is the one that was summarised, in the same place and as large."""
+    if (region.class_name, region.name) != (summary.class_name, summary.name):
+        return False
     x, y = region.geometry.centroid.coords[0]
-    same = (region.class_name, region.name) == (summary.class_name, summary.name)
     near = summary.x is not None and abs(summary.x - x) < 1 and abs((summary.y or 0) - y) < 1
     area, before = region.geometry.area, summary.area_px
     as_large = before is None or abs(area - before) <= _SAME_AREA * before
-    return same and near and as_large and region.is_core == (summary.kind == "core")
+    return near and as_large and region.is_core == (summary.kind == "core")
 
 
 def told_apart(images: Iterable[ExportedImage]) -> list[ExportedImage]:
