@@ -28,7 +28,8 @@ import patchcl_qupath.exports.nuclei as nuclei_module
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import FailedTile, Nuclei
 from patchcl_qupath.errors import ImageError
-from patchcl_qupath.project import Project
+from patchcl_qupath.project import Project, open_project
+from patchcl_qupath.report.page import write_report
 from patchcl_qupath.storage.geojson import read_objects
 
 GRADES = (0.2, 0.4, 0.6)
@@ -446,6 +447,21 @@ def test_regions_that_were_drawn_since_are_a_note(project: Project) -> None:
     assert "since the run" not in call(project.path, "--to", "csv").stderr
     export_drawn(path, (replace(DRAWN[0], name="new"), *DRAWN[1:]))  # one renamed is one change
     assert "were drawn" not in call(project.path, "--to", "csv").stderr
+
+
+def test_a_pixel_size_that_was_corrected_since_is_a_note(project: Project) -> None:
+    """What is exported is in µm of before; that QuPath reads it in other digits is no change."""
+    content = json.loads(project.path.read_text("utf-8"))
+    metadata = content["images"][0]["serverBuilder"]["metadata"]
+    for width, changed in ((0.5000001, False), (0.25, True)):
+        metadata["pixelCalibration"]["pixelWidth"]["value"] = width
+        project.path.write_text(json.dumps(content), "utf-8")
+        done = call(project.path, "--to", "csv")
+        (row, *_) = rows_of(project.layout.exports / "nuclei.csv")
+        assert row["Centroid X µm"] == "50"
+        assert ("a, b.svs: its pixel size was changed since the run" in done.stderr) is changed
+        page = write_report(open_project(project.path, "files")).read_text("utf-8")
+        assert ("its pixel size was changed since the run" in page) is changed
 
 
 def test_images_without_cores_are_named(project: Project) -> None:

@@ -140,6 +140,11 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
             continue
         images.append(found)
         notes += found.notes
+        if not found.result.slide.has_size(entry.mpp):
+            notes.append(
+                f"{entry.name}: its pixel size was changed since the run, and lengths, areas and "
+                "densities are those of before: run again"
+            )
         if failed := len(found.result.failed_tiles):
             notes.append(
                 f"{entry.name}: {failed} of its tiles could not be segmented: their nuclei are "

@@ -187,6 +187,8 @@ def _warnings(
     if isinstance(found, ResultRecord):
         if outcome and outcome.problem:
             warnings.append("the result of an earlier run is shown")
+        if not found.slide.has_size(entry.mpp):
+            warnings.append("its pixel size was changed since the run: run again")
         if found.failed_tiles:
             total = f" of {outcome.tiles}" if outcome and outcome.tiles else ""
             reason = found.failed_tiles[0].reason

@@ -7,6 +7,7 @@ Unknown keys, which a later version may write, are ignored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from patchcl_qupath.datatypes import CorrectionRoi, FailedTile, StainVectors, pl
 from patchcl_qupath.storage.files import content_file, digest, read_json, write_json
 from patchcl_qupath.timing import Seconds
 
+_SAME_SIZE = 1e-3  # of pixels, relative: QuPath and we may read a file's in other digits
 TILE_FORMAT = 7  # version of the content of a finished tile
 
 
@@ -43,6 +45,11 @@ class SlideProvenance(Record, frozen=True, kw_only=True, omit_defaults=True):
     file: FileSignature
     mpp: tuple[float, float]
     mpp_source: str | None = None
+
+    def has_size(self, mpp: tuple[float, float] | None) -> bool:
+        """Whether lengths in µm are as with a pixel size (x, y), or that is not known."""
+        pairs = zip(self.mpp, mpp or self.mpp, strict=True)
+        return all(math.isclose(one, other, rel_tol=_SAME_SIZE) for one, other in pairs)
 
 
 class RegionRecord(Record, frozen=True, kw_only=True):
