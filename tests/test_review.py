@@ -275,6 +275,28 @@ def test_detections_become_annotations_with_all_they_had(
     assert lines[-1] is True
 
 
+def test_what_a_model_changed_is_that_of_the_newest(session: qupath.Session, project: Path) -> None:
+    """Of images that were not refined with, the record is one of a model before."""
+    roi = RoiChangesRecord(
+        x=100, y=100, width=300, height=300, geometry={}, before=[], corrected=[], deleted=2
+    )
+
+    def save(number: str, model: str, run: str) -> list[Any]:
+        record = ChangesRecord(model=model, model_name="refined", made=model, run=run, rois=(roi,))
+        folder = project.parent / "patchcl" / "changes" / number
+        write_record(folder / "changes.json", record)
+        return review(session, project, "lines << review.changesInWords()")
+
+    assert review(session, project, "lines << review.changesInWords()") == [None]
+    (line,) = save("1", "first", "r")
+    assert "makes 0 of your 2 corrections" in line
+    (line,) = save("2", "first", "r")
+    assert "makes 0 of your 4 corrections" in line
+    assert save("1", "second", "") == [None]  # no run of it yet
+    (line,) = save("1", "second", "r")
+    assert "makes 0 of your 2 corrections" in line
+
+
 def test_without_a_window_it_logs_what_is_left(project: Path) -> None:
     copy_scripts(project)
     log = qupath.run_script(project, project.parent / "scripts" / "review.groovy")
