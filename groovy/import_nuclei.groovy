@@ -1599,6 +1599,8 @@ static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObj
     List<PathObject> regions = shownRegions(imageData, marks)
     List<PathObject> cores = countedCores(imageData, result)
     List<PathObject> annotations = countedAnnotations(imageData, marks, result)
+    if (result != null)
+        forgetCounts(imageData, regions + cores + annotations)
     if (regions.isEmpty() && cores.isEmpty() && annotations.isEmpty())
         return regions
     Map<PathObject, Tally> tallies = [:]
@@ -1628,6 +1630,23 @@ static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObj
     tallies.each { PathObject region, Tally tally -> measure(region, tally, graded, imageData) }
     imageData.getHierarchy().fireObjectMeasurementsChangedEvent(imageData, tallies.keySet().toList())
     return tallies.keySet().toList()
+}
+
+/** Takes the numbers of earlier runs from annotations and cores that are 'counted' no more: their nuclei are others. */
+@CompileStatic
+static void forgetCounts(ImageData<?> imageData, List<PathObject> counted) {
+    List<PathObject> others = new ArrayList<PathObject>(imageData.getHierarchy().getAnnotationObjects())
+    others.addAll(imageData.getHierarchy().getTMAGrid()?.getTMACoreList() ?: [])
+    others.removeAll(counted.toSet())
+    List<PathObject> measured = others.findAll { PathObject other ->
+        !Double.isNaN(other.getMeasurementList().get('PatchCL: Nuclei'))
+    }
+    for (PathObject other : measured)
+        for (String name : new ArrayList<String>(other.getMeasurementList().getMeasurementNames()))
+            if (name.startsWith('PatchCL: '))
+                setOrForget(other, name, Double.NaN)
+    if (!measured.isEmpty())
+        imageData.getHierarchy().fireObjectMeasurementsChangedEvent(imageData, measured)
 }
 
 /** Whether the last run sorted nuclei into 1+, 2+ and 3+. */

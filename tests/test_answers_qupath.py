@@ -77,6 +77,15 @@ nucleus.setPathClass(PathClass.fromString('Nucleus: Positive'))
 entry.saveImageData(imageData)
 '1'
 """
+RENAME = """
+import qupath.lib.objects.classes.PathClass
+
+def left = hierarchy.getAllObjects(false).find { it.getName() == 'left' }
+left.setPathClass(PathClass.fromString('Necrosis'))
+hierarchy.getTMAGrid().getTMACore('B-1').setMissing(true)
+entry.saveImageData(imageData)
+'1'
+"""
 
 
 def stained(run: int = 1) -> Nuclei:
@@ -256,6 +265,30 @@ def test_annotations_are_measured(import_: Importer, path: Path, session: qupath
     assert regions["left"]["positive_percent"] == 60
     assert "positive_percent" not in regions["right"]
     assert regions["left"]["h_score"] == pytest.approx(100 * (41 + 2 * 21) / 105)
+
+
+@pytest.mark.qupath
+def test_what_is_counted_no_more_has_no_numbers(
+    import_: Importer, path: Path, session: qupath.Session
+) -> None:
+    """Of another class now, missing now, not asked for again: those of before were wrong."""
+    session.run(path, DRAW)
+    session.run(path, GRID)
+
+    def counted() -> set[str]:
+        return {
+            one["name"]
+            for one in objects(session, path)
+            if any(name.startswith("PatchCL: ") for name in one["measurements"])
+        }
+
+    import_(0.5, classes=("Tumor", "Stroma"), tma=True)
+    assert counted() == {"PatchCL", "left", "right", "inner", "A-1", "B-1", "B-2"}
+    session.run(path, RENAME)
+    import_(0.5, run=2, classes=("Tumor",), tma=True)
+    assert counted() == {"PatchCL", "right", "A-1", "B-2"}
+    import_(0.5, run=3)
+    assert counted() == {"PatchCL"}
 
 
 @pytest.mark.qupath
