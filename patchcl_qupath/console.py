@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _BARS = 8  # progress bars on the screen at once
 _ROWS = 40  # of a table of images, before most are only counted
+_NARROWEST = 8  # characters of a text in a table
 _ROWS_OF_MANY = 15  # of those with nuclei then: all is on one screen
 
 
@@ -460,14 +461,25 @@ def report_export(project: Project, exported: Exported, *, as_json: bool) -> Non
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on standard output; None is an empty cell."""
+    """A table on standard output; None is an empty cell.
+
+    A file or a pipe has 80 columns. Where a table has more, texts go on in the next line, and
+    figures stay whole: names of slides of one case differ at their end, and a cut count is another.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*titles)
-    for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
-    Console(markup=False, emoji=False).print(table)  # names may hold [brackets] and :colons:
+    table = Table()
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    for title, *column in zip(titles, *cells, strict=True):
+        longest = max(map(len, column), default=0)
+        is_text = any(letter.isalpha() for letter in "".join(column))
+        narrowest = min(longest, _NARROWEST) if is_text else longest
+        table.add_column(title, overflow="fold", min_width=narrowest)
+    for row in cells:
+        table.add_row(*row)
+    console = Console(markup=False, emoji=False)  # names may hold [brackets] and :colons:
+    console.print(table, crop=False)
 
 
 def print_json(content: Any) -> None:

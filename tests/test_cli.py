@@ -160,6 +160,26 @@ def test_names_that_a_terminal_cannot_encode_are_shown_with_marks(tmp_path, char
     assert json.loads(as_json.stdout)["images"][0]["image"] == name
 
 
+@pytest.mark.parametrize("columns", [20, 40, 80])
+def test_tables_in_a_narrow_place_cut_no_name_and_no_figure(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    names = [f"TCGA-A2-A0CM-01Z-00-DX1.AD8FC5E2-9D1A-4B6E-B2E7-{end}.svs" for end in ("1F", "2F")]
+    titles = ["image", "region", "tissue mm²", "nuclei", "per mm²", "positive %", "H-score"]
+    figures = ["12.345", "12,345,678", "1,234", "12.5"]
+    rows = [[name, "tumour_centre", *figures, None] for name in names]
+    console.print_table(titles, rows)
+    cells = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("│")
+    ]
+    firsts = [k for k, row in enumerate(cells) if row[3]]  # the lines that a row begins with
+    assert [cells[k][2:] for k in firsts] == [[*figures, ""]] * 2
+    both = [cells[slice(*ends)] for ends in zip(firsts, [*firsts[1:], None], strict=True)]
+    shown = [tuple("".join(parts) for parts in zip(*lines, strict=True))[:2] for lines in both]
+    assert shown == [(name, "tumour_centre") for name in names]
+
+
 def test_the_status_of_hundreds_of_images_is_on_one_screen(tmp_path):
     """What is wrong with 300 images is said once, with their number."""
     absent = [tmp_path / "elsewhere" / f"{i}.svs" for i in range(300)]
