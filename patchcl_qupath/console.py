@@ -486,7 +486,7 @@ def print_json(content: Any) -> None:
     """JSON on standard output; characters that it cannot encode are escaped."""
     text = json.dumps(_plain(content), indent=2, ensure_ascii=False)
     try:
-        text.encode(sys.stdout.encoding)
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")  # None where it is closed
     except UnicodeEncodeError:
         text = json.dumps(_plain(content), indent=2)
     click.echo(text)

@@ -180,6 +180,11 @@ def test_tables_in_a_narrow_place_cut_no_name_and_no_figure(columns, monkeypatch
     assert shown == [(name, "tumour_centre") for name in names]
 
 
+def test_json_on_a_closed_standard_output_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it there, and pythonw on Windows
+    console.print_json({"image": "Größe.svs"})
+
+
 def test_the_status_of_hundreds_of_images_is_on_one_screen(tmp_path):
     """What is wrong with 300 images is said once, with their number."""
     absent = [tmp_path / "elsewhere" / f"{i}.svs" for i in range(300)]
