@@ -16,6 +16,7 @@ import torch
 from patchcl_qupath import __version__
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.execution.workers import usable_cores
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.network import NucleusNetwork, device
 from patchcl_qupath.project.paquo import find_qupath
@@ -37,9 +38,9 @@ def findings(qupath: Path | None = None) -> Iterator[Finding]:
     yield Finding("program", f"patchcl-qupath {__version__}, Python {platform.python_version()}")
     memory = psutil.virtual_memory().total / 1e9
     note = "" if memory > 4 else "a run takes 1 to 2 GB, more with many cores: use --workers"
-    yield Finding(
-        "machine", f"{platform.platform()}, {os.cpu_count()} cores, {memory:.0f} GB", note
-    )
+    usable, all_cores = usable_cores(), os.cpu_count()
+    cores = f"{usable} cores" if usable == all_cores else f"{usable} of {all_cores} cores"
+    yield Finding("machine", f"{platform.platform()}, {cores}, {memory:.0f} GB", note)
     yield _qupath(qupath)
     yield _engine()
     yield _gpu()

@@ -236,6 +236,23 @@ def test_processes_are_set_up_before_the_context_is_unpacked(
     assert not any("None" in stage for stage in seconds)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are not given to jobs here")
+def test_a_job_has_as_many_threads_as_it_has_cores() -> None:
+    code = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from patchcl_qupath import doctor
+from patchcl_qupath.execution.workers import open_workers
+with open_workers() as workers:
+    print(workers.present())
+print([finding.found for finding in doctor.findings() if finding.part == "machine"])
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    threads, machine = printed.stdout.splitlines()
+    assert threads.endswith(": 1}")
+    assert " 1 cores, " in machine or f" 1 of {os.cpu_count()} cores, " in machine
+
+
 def test_processes_keep_the_memory_of_large_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dask's own setting would let glibc give it back each time."""
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)  # of processes of other tests

@@ -212,6 +212,16 @@ def set_environment() -> None:
     gc.set_threshold(_NEW_OBJECTS)
 
 
+def usable_cores() -> int:
+    """How many cores this process may use: a job or a container has some of the machine's.
+
+    Threads that share them would each need memory, of which a job has a share, too.
+    """
+    from dask.system import cpu_count
+
+    return cpu_count() or 1
+
+
 @contextmanager
 def open_workers(
     count: int | None = None,
@@ -222,7 +232,7 @@ def open_workers(
     """Those of the Dask cluster at ``scheduler``; or ``count`` jobs in the queue of a ``cluster``,
     one of CLUSTERS; else ``count`` threads, of this process or, where they are many, of others.
 
-    ``count`` defaults to the number of cores, or to one job. Returns when there is a worker;
+    ``count`` defaults to the number of usable cores, or to one job. Returns when there is a worker;
     ``notify`` is called with what jobs wait for. Raises ConfigError if the scheduler does not
     answer or has no worker for minutes, or where no jobs can be had.
     """
@@ -238,7 +248,7 @@ def open_workers(
             with _in_queue(cluster, count or 1, notify) as workers:
                 yield workers
         else:
-            with _on_this_machine(count or os.cpu_count() or 1) as workers:
+            with _on_this_machine(count or usable_cores()) as workers:
                 yield workers
 
 
