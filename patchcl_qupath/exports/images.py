@@ -19,7 +19,7 @@ from patchcl_qupath.answers.regions import Regions
 from patchcl_qupath.datatypes import DrawnRegion, ImageEntry
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project import Project
-from patchcl_qupath.project.drawn import OUR_REGION, read_drawn
+from patchcl_qupath.project.drawn import OUR_REGION, counted_class, read_drawn
 from patchcl_qupath.storage.files import readable
 from patchcl_qupath.storage.layout import file_name
 from patchcl_qupath.storage.parquet import CELL, parquet_source
@@ -150,8 +150,9 @@ def _regions(path: Path, image: str, result: ResultRecord) -> tuple[Regions, tup
     same = [[_same(region, summary) for summary in counted] for region in drawn]
     is_same = np.array(same, dtype=bool).reshape(len(drawn), len(counted))
     is_known = np.asarray(is_same.any(axis=1))
-    kinds = {_kind(summary.kind == "core", summary.class_name) for summary in counted}
-    to_count = np.array([_kind(one.is_core, one.class_name) in kinds for one in drawn], dtype=bool)
+    classes = {counted_class(one.class_name, is_core=one.kind == "core") for one in counted}
+    now = [counted_class(one.class_name, is_core=one.is_core) for one in drawn]
+    to_count = np.array([name in classes for name in now], dtype=bool)
     changed = len(counted) - np.count_nonzero(is_same.any(axis=0))
     notes = []
     if changed:
@@ -162,11 +163,6 @@ def _regions(path: Path, image: str, result: ResultRecord) -> tuple[Regions, tup
     if (new := np.count_nonzero(to_count & ~is_known) - changed) > 0:
         notes.append(f"{image}: {new} of its regions were drawn since the run: run again")
     return Regions.of([*itertools.compress(drawn, is_known)]), tuple(notes)
-
-
-def _kind(is_core: bool, class_name: str) -> str:
-    """What regions are counted by: their class; cores may have any."""
-    return config.TMA_CORES if is_core else class_name
 
 
 def _same(region: DrawnRegion, summary: Summary) -> bool:

@@ -116,9 +116,13 @@ def of_classes(
     return {name: regions for name, regions in found.items() if regions}
 
 
+def counted_class(own: str, *, is_core: bool) -> str:
+    """The class by which an annotation is chosen; a core, which may have any, by TMA_CORES."""
+    return TMA_CORES if is_core else own
+
+
 def _class_of(region: DrawnRegion) -> str:
-    """The class of an annotation; of a core, which may have any, that of all cores."""
-    return TMA_CORES if region.is_core else region.class_name
+    return counted_class(region.class_name, is_core=region.is_core)
 
 
 def read_stains(path: Path, image: str) -> StainVectors | None:
