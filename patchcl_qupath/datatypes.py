@@ -325,6 +325,12 @@ def place_text(x: float, y: float) -> str:
     return f"at x {x:.0f}, y {y:.0f} px"
 
 
+def names_text(names: Sequence[str], most: int) -> str:
+    """The first names of a list, ``most`` of them, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def tile_to_grid(polygons: Polygons, tile: Tile) -> Polygons:
     """Polygons from tile-local coordinates to the working grid."""
     origin = np.array([tile.read.col0, tile.read.row0], dtype=np.float64)

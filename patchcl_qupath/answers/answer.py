@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -15,14 +16,14 @@ from patchcl_qupath.answers.positivity import Positivity, check_positive, find_p
 from patchcl_qupath.answers.regions import Regions
 from patchcl_qupath.answers.summary import Extent, summarise
 from patchcl_qupath.config import Config, ResultConfig
-from patchcl_qupath.datatypes import ImageEntry, Nuclei
+from patchcl_qupath.datatypes import ImageEntry, Nuclei, names_text
 from patchcl_qupath.segmentation.measurements import measurement_names
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.storage.parquet import Table
 from patchcl_qupath.storage.records import ImageOutcome, PositivityRecord, Summary
 
-_NAMED = 3  # regions that a note names
+_named = partial(names_text, most=3)  # of the regions that a note is about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +149,3 @@ def _notes(regions: Regions, image: PreparedImage, entry: ImageEntry) -> Iterato
 
 def _labels(regions: Regions, which: NDArray[np.bool_]) -> list[str]:
     return [regions.label(i) for i in np.flatnonzero(which).tolist()]
-
-
-def _named(labels: Sequence[str]) -> str:
-    """The first labels of a list, and how many more there are."""
-    more = len(labels) - _NAMED
-    return ", ".join(labels[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
