@@ -309,6 +309,21 @@ def test_outlines_of_a_person_are_not_replaced(project: Project, tmp_path: Path)
         paths[0].write_bytes(first)
 
 
+def test_outlines_of_a_person_are_not_replaced_by_those_for_visium_hd(
+    project: Project, tmp_path: Path
+) -> None:
+    options = ("--to", "visium-hd", "--output", tmp_path)
+    first, second = exported(project, *options)
+    assert exported(project, *options) == [first, second]
+    first.unlink()
+    second.write_text("[]", "utf-8")
+    done = call(project.path, *options)
+    assert done.exit_code == 2
+    assert f"{second.name} is no export of nuclei" in done.stderr
+    assert second.read_text("utf-8") == "[]"
+    assert not first.exists()
+
+
 def test_visium_hd_gets_plain_numbered_polygons(project: Project) -> None:
     """What Space Ranger 4 refuses: other keys at the top, points, and open rings."""
     first, second = exported(project, "--to", "visium-hd")

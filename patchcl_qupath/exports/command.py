@@ -13,9 +13,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from patchcl_qupath.config import ExportFormat, ExportRows
-from patchcl_qupath.datatypes import ImageEntry
+from patchcl_qupath.datatypes import ImageEntry, names_text
 from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
-from patchcl_qupath.exports.geojson import is_export, write_qupath, write_visium_hd
+from patchcl_qupath.exports.geojson import (
+    is_export,
+    visium_hd_files,
+    write_qupath,
+    write_visium_hd,
+)
 from patchcl_qupath.exports.images import ExportedImage, exported_image, file_names, told_apart
 from patchcl_qupath.exports.nuclei import NucleiTable
 from patchcl_qupath.exports.summaries import KINDS, summary_table
@@ -184,8 +189,7 @@ def _not_counted(images: Sequence[ExportedImage], per: ExportRows) -> list[str]:
     ]
     if not without:
         return []
-    more = f" and {len(without) - _NAMED:,} more" if len(without) > _NAMED else ""
-    named = f"{', '.join(without[:_NAMED])}{more}: " if len(without) < len(images) else ""
+    named = f"{names_text(without, _NAMED)}: " if len(without) < len(images) else ""
     return [named + _NOT_COUNTED[per]]
 
 
@@ -238,13 +242,18 @@ def _geojson(project: Project, images: Sequence[ExportedImage], request: Request
         paths = [folder]
     else:
         paths = [folder / f"{stem}{request.suffix}" for stem in file_names(images)]
+    _check_no_outlines(paths)
+    return [(path, write_qupath(path, image)) for path, image in zip(paths, images, strict=True)]
+
+
+def _check_no_outlines(paths: Iterable[Path]) -> None:
+    """Raise ConfigError for GeoJSON that would be replaced, and may be a person's."""
     for path in filter(Path.is_file, paths):
         if not is_export(path):
             raise ConfigError(
                 f"{path} is no export of nuclei, but may be outlines of a person's, and would be "
                 "replaced: give --output another name"
             )
-    return [(path, write_qupath(path, image)) for path, image in zip(paths, images, strict=True)]
 
 
 def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
@@ -252,11 +261,13 @@ def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Reque
     if request.one_file:
         raise ConfigError(f"{request.output} is one file: name a folder for those of Visium HD")
     folder = request.output or project.layout.exports / "visium-hd"
-    return [
-        written
+    kinds = [
+        (path, image, column)
         for stem, image in zip(file_names(images), images, strict=True)
-        for written in write_visium_hd(folder, stem, image)
+        for path, column in visium_hd_files(folder, stem, image).items()
     ]
+    _check_no_outlines(path for path, _, _ in kinds)
+    return [(path, write_visium_hd(path, image, column)) for path, image, column in kinds]
 
 
 def _for_python(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:

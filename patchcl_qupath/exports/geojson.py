@@ -19,9 +19,15 @@ _BEGIN, _END = b'{"type": "FeatureCollection", "features": [\n', b"\n]}\n"
 
 
 def is_export(path: Path) -> bool:
-    """Whether a file begins as those that are written here do; QuPath's begin otherwise."""
-    with path.open("rb") as file:
-        return file.read(len(_BEGIN)) == _BEGIN
+    """Whether a file begins as those that are written here do; QuPath's begin otherwise.
+
+    One that cannot be read may be anybody's.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_BEGIN)) == _BEGIN
+    except OSError:
+        return False
 
 
 def write_qupath(path: Path, image: ExportedImage) -> int:
@@ -50,25 +56,20 @@ def _features(path: Path) -> Iterator[bytes]:
                 yield line.rstrip(b",\n")
 
 
-def write_visium_hd(folder: Path, name: str, image: ExportedImage) -> list[tuple[Path, int]]:
-    """Write the contours of an image's nuclei and, if it has some, of its cells.
-
-    Returns the files, each with its number of contours. They are plain polygons in px of the
-    microscope image, numbered from 1 (``cell_id``), as Space Ranger takes them by
-    ``--custom-segmentation-file``. Raises StorageError.
-    """
-    kinds = {"nuclei": NUCLEUS}
+def visium_hd_files(folder: Path, name: str, image: ExportedImage) -> dict[Path, str]:
+    """The files of an image's nuclei and, if it has some, of its cells: the column of contours."""
+    files = {folder / f"{name}.nuclei.geojson": NUCLEUS}
     if CELL in image.columns:
-        kinds["cells"] = CELL
-    written = []
-    for kind, column in kinds.items():
-        path = folder / f"{name}.{kind}.geojson"
-        written.append((path, _write_polygons(path, image, column)))
-    return written
+        files[folder / f"{name}.cells.geojson"] = CELL
+    return files
 
 
-def _write_polygons(path: Path, image: ExportedImage, column: str) -> int:
-    """Write one kind of contours; returns their number."""
+def write_visium_hd(path: Path, image: ExportedImage, column: str) -> int:
+    """Write the contours of an image in one column; returns their number.
+
+    They are plain polygons in px of the microscope image, numbered from 1 (``cell_id``), as Space
+    Ranger takes them by ``--custom-segmentation-file``. Raises StorageError.
+    """
     count = 0
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(_BEGIN)
