@@ -115,9 +115,9 @@ def segment(
 
     ``regions`` are classes of annotations to keep to; ``settings`` those of the model where there
     are none, and dictionaries without ``slide.mpp`` take that of the model; ``workers`` the number
-    of threads, all cores where it is None. One image that fails does not stop the others: its
-    outcome has a ``problem``. Resumes what was stopped. Raises ConfigError for settings of another
-    ``slide.mpp`` than the model's.
+    of threads, all usable cores where it is None. One image that fails does not stop the others:
+    its outcome has a ``problem``. Resumes what was stopped. Raises ConfigError for settings of
+    another ``slide.mpp`` than the model's.
 
     >>> outcome, = pq.segment(project, model)
     >>> outcome.problem is None, outcome.nuclei > 100

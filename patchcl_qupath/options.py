@@ -373,7 +373,7 @@ pool = _bundle(
         click.option(
             "--workers",
             type=click.IntRange(min=1),
-            help="Threads, default: all cores; with --cluster: jobs, default: 1.",
+            help="Threads, default: all usable cores; with --cluster: jobs, default: 1.",
         ),
         click.option("--scheduler", help="Address of a running Dask scheduler: tcp://host:8786."),
         click.option(
