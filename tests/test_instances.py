@@ -10,10 +10,10 @@ from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.segmentation.instances import (
     _distance,
     _highest_near,
-    _large_pieces,
     _offsets,
     _smooth,
     instances,
+    large_pieces,
     postprocessing_margin_um,
 )
 
@@ -223,7 +223,7 @@ def test_a_mask_without_background_has_no_small_distance():
 @pytest.mark.parametrize("shape", [(70, 90), (1, 40), (40, 1), (5, 2)])
 @pytest.mark.parametrize("least_um2", [0.0, 0.5, 3.0, 1e9])
 @pytest.mark.parametrize("longest_px", [4, 12, np.inf])
-def test_large_pieces_are_those_of_scipy(shape, least_um2, longest_px):
+def testlarge_pieces_are_those_of_scipy(shape, least_um2, longest_px):
     """Of noise, whose pieces wind about and meet below; and of masks of one value."""
     noise = np.random.default_rng(5).random(shape) < 0.58
     for mask in (noise, ~noise, np.ones(shape, bool), np.zeros(shape, bool)):
@@ -232,7 +232,7 @@ def test_large_pieces_are_those_of_scipy(shape, least_um2, longest_px):
         length = np.array([0] + [max(s.stop - s.start for s in box) for box in boxes])
         large = np.bincount(labels.ravel())[labels] * 0.25 >= least_um2
         large = mask & (large | (length[labels] > longest_px))
-        found = _large_pieces(mask, 0.25, least_um2, longest_px)
+        found = large_pieces(mask, 0.25, least_um2, longest_px)
         np.testing.assert_array_equal(found > 0, large)
         pairs = np.unique(np.stack([found[large], labels[large]]), axis=1)
         assert len(np.unique(pairs[0])) == len(np.unique(pairs[1])) == pairs.shape[1]

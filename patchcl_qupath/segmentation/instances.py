@@ -83,16 +83,16 @@ def _pieces(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDAr
     radius = config.open_radius_um / mpp
     mask = np.asarray(ndimage.binary_opening(above, _disc(radius))) if radius >= 1 else above
     longest = _MAX_HOLE * config.max_diameter_um / mpp
-    background = _large_pieces(~mask, mpp**2, config.max_hole_um2, longest) > 0
-    return _large_pieces(~background, mpp**2, config.min_area_um2, np.inf)
+    background = large_pieces(~mask, mpp**2, config.max_hole_um2, longest) > 0
+    return large_pieces(~background, mpp**2, config.min_area_um2)
 
 
 @compiled
-def _large_pieces(
-    mask: NDArray[np.bool_], px_um2: float, least_um2: float, longest_px: float
+def large_pieces(
+    mask: NDArray[np.bool_], px_um2: float, least_um2: float, longest_px: float = np.inf
 ) -> NDArray[np.int32]:
-    """The connected pieces (H, W) of a mask, as labels; 0 for those of less than ``least_um2`` that
-    are not higher or wider than ``longest_px``.
+    """The connected pieces (H, W) of a mask, as labels 1..N from the top, of pixels of ``px_um2``;
+    0 for those of less than ``least_um2`` that are not higher or wider than ``longest_px``.
 
     Pixels connect by edges, not by corners. Pieces are sets of runs, pixels of a row side by side:
     runs that touch runs of the row above belong to the same piece (union-find).
@@ -133,13 +133,17 @@ def _large_pieces(
                 box[0], box[2], box[3] = row, start[run], end[run]
             box[1] = row
             box[2], box[3] = min(box[2], start[run]), max(box[3], end[run])
-    pieces = np.zeros((rows, cols), np.int32)
+    pieces, number = np.zeros((rows, cols), np.int32), np.zeros(count, np.int32)
+    found = 0
     for row in range(rows):
         for run in range(first[row + 1], first[row + 2]):
-            box = bounds[parent[run]]
-            is_long = max(box[1] + 1 - box[0], box[3] - box[2]) > longest_px
-            if is_long or size[parent[run]] * px_um2 >= least_um2:
-                pieces[row, start[run] : end[run]] = parent[run] + 1
+            if parent[run] == run:
+                box = bounds[run]
+                is_long = max(box[1] + 1 - box[0], box[3] - box[2]) > longest_px
+                if is_long or size[run] * px_um2 >= least_um2:
+                    found += 1
+                    number[run] = found
+            pieces[row, start[run] : end[run]] = number[parent[run]]
     return pieces
 
 

@@ -21,11 +21,11 @@ import shapely
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from patchcl_qupath.compiled import take
+from patchcl_qupath.compiled import compiled, take
 from patchcl_qupath.config import SegmentConfig, SelfTrainConfig
 from patchcl_qupath.overlap import mapped
 from patchcl_qupath.segmentation.contours import trace_contours
-from patchcl_qupath.segmentation.instances import instances
+from patchcl_qupath.segmentation.instances import instances, large_pieces
 from patchcl_qupath.segmentation.measurements import means
 from patchcl_qupath.training.star_contours import with_star_contours
 
@@ -111,7 +111,8 @@ def _of_crop(
         mask = ndimage.binary_closing(ndimage.binary_opening(mask, _CROSS), _CROSS)
     background = ~mask & ((d < threshold) | (d < mean))
     tree = [_components(mask & (d > level), mpp, config) for level in slide.levels]
-    scores = [component_scores(labels, slope / steep, mpp, config) for labels in tree]
+    edges = slope / steep
+    scores = [component_scores(labels, edges, mpp, config) for labels in tree]
     labels = separated(best_disjoint_components(tree, scores), mpp)
     artefacts = artefact_mask(tree[0], labels, clear, mpp, config)
     labels = np.where(artefacts, 0, labels)
@@ -270,11 +271,8 @@ def _rim(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
 
 def _components(mask: NDArray[np.bool_], mpp: float, config: SelfTrainConfig) -> NDArray[np.int32]:
     """Labels (H, W) of the connected components, holes filled. They nest from level to level."""
-    holes, _ = ndimage.label(~mask)
-    small = np.bincount(holes.ravel()) * mpp**2 < config.max_area_um2
-    small[0] = False
-    labels, _ = ndimage.label(mask | small[holes])
-    return np.asarray(labels, np.int32)
+    background = large_pieces(~mask, mpp**2, config.max_area_um2) > 0
+    return large_pieces(~background, mpp**2, 0)
 
 
 def component_scores(
@@ -284,11 +282,9 @@ def component_scores(
 
     ``slope`` (H, W) is that of the map, relative to the slide's steepest.
     """
-    area = np.bincount(labels.ravel()) * mpp**2
-    rim = np.flatnonzero(_rim(labels))
-    of_rim = labels.ravel()[rim]
-    length = np.bincount(of_rim, minlength=len(area))
-    edge = np.bincount(of_rim, slope.ravel()[rim], len(area)) / np.maximum(length, 1)
+    area_px, length, total = _rims(labels, slope, int(labels.max(initial=0)))
+    area = area_px * mpp**2
+    edge = total / np.maximum(length, 1)
     possible = (area >= config.min_area_um2) & (area <= config.max_area_um2)
     possible &= edge >= config.min_edge
     possible[0] = False
@@ -298,6 +294,42 @@ def component_scores(
     scores = np.zeros(len(area))
     scores[possible] = area[possible] * convex * edge[possible] ** 3
     return scores
+
+
+@compiled
+def _rims(
+    labels: NDArray[np.int32], slope: NDArray[np.float32], count: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Of components 0..count (H, W), (count + 1,) each: their pixels; those of their rim; and the
+    sum of ``slope`` (H, W) there. A rim touches the background; that of 0 is not counted."""
+    rows, cols = labels.shape
+    area, length = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
+    total = np.zeros(count + 1)
+    for row in range(rows):
+        for col in range(cols):
+            label = labels[row, col]
+            area[label] += 1
+            if label == 0:
+                continue
+            is_rim = row > 0 and labels[row - 1, col] == 0
+            is_rim |= row + 1 < rows and labels[row + 1, col] == 0
+            is_rim |= col > 0 and labels[row, col - 1] == 0
+            is_rim |= col + 1 < cols and labels[row, col + 1] == 0
+            if is_rim:
+                length[label] += 1
+                total[label] += slope[row, col]
+    return area, length, total
+
+
+@compiled
+def _parents(lower: NDArray[np.int32], upper: NDArray[np.int32], count: int) -> NDArray[np.int64]:
+    """The component of ``lower`` (H, W) that holds each of ``upper`` 0..count: (count + 1,)."""
+    parents = np.zeros(count + 1, np.int64)
+    for row in range(upper.shape[0]):
+        for col in range(upper.shape[1]):
+            if upper[row, col]:
+                parents[upper[row, col]] = lower[row, col]
+    return parents
 
 
 def best_disjoint_components(
@@ -310,11 +342,8 @@ def best_disjoint_components(
     """
     # The parent of each component, one level below: all its pixels lie in the same one.
     parents = []
-    for lower, upper in pairwise(tree):
-        parent = np.zeros(upper.max() + 1, dtype=np.int64)
-        parent[upper.ravel()] = lower.ravel()
-        parent[0] = 0
-        parents.append(parent)
+    for (lower, upper), score in zip(pairwise(tree), scores[1:], strict=True):
+        parents.append(_parents(lower, upper, len(score) - 1))
 
     # From the leaves to the roots: does a component score more than its children together?
     best = scores[-1]
@@ -333,7 +362,7 @@ def best_disjoint_components(
             covered = covered[parents[level - 1]]
         kept = win & ~covered
         number = np.where(kept, count + np.cumsum(kept), 0).astype(np.int32)
-        labels += number[components]
+        labels += take(number, components)
         count += int(np.count_nonzero(kept))
         covered = covered | kept
     return labels

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -218,11 +219,11 @@ def training_samples(
 ) -> list[TrainingSample]:
     """A sample of each crop; into every other one nuclei are pasted that touch others."""
     rng = np.random.default_rng(seed)
-    samples = []
-    for i, crop in enumerate(crops):
-        pasted = LabelledCrop(*with_touching_nuclei(*crop, touching, rng)) if i % 2 else crop
-        samples.append(pasted.sample)
-    return samples
+    pasted = [
+        LabelledCrop(*with_touching_nuclei(*crop, touching, rng)) if i % 2 else crop
+        for i, crop in enumerate(crops)
+    ]
+    return [*mapped(attrgetter("sample"), pasted)]
 
 
 def _of_patchcl(

@@ -60,6 +60,10 @@ class StarContours(NamedTuple):
     radii: NDArray[np.float64]
     fall: NDArray[np.float64]
 
+    def take(self, wanted: NDArray[np.bool_]) -> StarContours:
+        """Those that are ``wanted`` (N,)."""
+        return StarContours(*(values[wanted] for values in self))
+
     @property
     def area_px(self) -> NDArray[np.float64]:
         """Areas (N,) in px²."""
@@ -111,11 +115,14 @@ def with_star_contours(
     edges = np.asarray(density * (4 / steep), np.float32)
     contours = star_contours(edges, _centres(density, steep, mpp), mpp)
     area = contours.area_px * mpp**2
-    possible = (area >= areas_um2[0]) & (area <= areas_um2[1])
-    possible &= contours.inside(density) >= min_density
+    sized = (area >= areas_um2[0]) & (area <= areas_um2[1])
+    contours = contours.take(sized)
+    contour_scores = _scores(area[sized], contours.solidity, contours.fall)
+    good = contour_scores >= _MIN_SCORE
+    contours, contour_scores = contours.take(good), contour_scores[good]
+    possible = contours.inside(density) >= min_density
     possible &= contours.inside(excluded.astype(np.float32)) < 1 - _FREE
-    contour_scores = _scores(area, contours.solidity, contours.fall)
-    contour_scores = np.where(possible & (contour_scores >= _MIN_SCORE), contour_scores, 0)
+    contour_scores = np.where(possible, contour_scores, 0)
     component_scores = _COMPONENT * _component_scores(labels, edges, mpp)
     return _best(labels, component_scores, contours, contour_scores)
 
