@@ -16,9 +16,9 @@ import torch
 from patchcl_qupath import __version__
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.errors import ProjectError
-from patchcl_qupath.execution.workers import usable_cores
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.network import NucleusNetwork, device
+from patchcl_qupath.overlap import usable_cores
 from patchcl_qupath.project.paquo import find_qupath
 from patchcl_qupath.slides.level import MissingReaderError
 from patchcl_qupath.slides.openslide import FORMATS, openslide_version

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _PATIENCE_S = 0.2  # between looks: on Windows, Ctrl-C waits for as long
+
+
+def usable_cores() -> int:
+    """How many cores this process may use: a job or a container has some of the machine's.
+
+    Threads that share them would each need memory, of which a job has a share, too.
+    """
+    from dask.system import cpu_count
+
+    return cpu_count() or 1
 
 
 class StoppedError(Exception):
@@ -108,12 +117,12 @@ def meanwhile(call: Callable[..., object], *arguments: Any) -> Iterator[None]:
 
 
 def mapped(call: Callable[..., Result], *items: Sequence[Any]) -> Iterator[Result]:
-    """``map``, in order, with as many calls under way as the machine has cores.
+    """``map``, in order, with as many calls under way as there are usable cores.
 
     That pays for calls that spend their time in compiled code, which releases Python's lock.
     """
     calls = [*zip(*items, strict=True)]
-    at_once = max(1, min(len(calls), os.cpu_count() or 1))
+    at_once = max(1, min(len(calls), usable_cores()))
     for done in overlapped(lambda each: call(*each), calls, at_once, Stop()):
         yield done.result()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from patchcl_qupath import memory
 from patchcl_qupath.answers.answer import Answer, answer, check
@@ -43,7 +44,7 @@ from patchcl_qupath.finished import finished_outcome, provenance_of, run_id
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model
-from patchcl_qupath.overlap import Stop, Turn, meanwhile, overlapped, turns
+from patchcl_qupath.overlap import Stop, Turn, meanwhile, overlapped, turns, usable_cores
 from patchcl_qupath.progress import Progress, ShowProgress, Stage, counter
 from patchcl_qupath.project import Project
 from patchcl_qupath.report.figures import write_figures, write_preview
@@ -83,7 +84,7 @@ def train(entries: Sequence[ImageEntry], config: Config, progress: ShowProgress)
 
     Raises TrainingError where nothing can be learnt from the images.
     """
-    memory.keep_freed()
+    _get_ready_to_train()
     crops = training_crops(entries, config, counter(progress, Stage.READING_CROPS))
     count = counter(progress, Stage.TRAINING_PATCHCL)
     model = patchcl.train(crops, config, count)
@@ -91,6 +92,13 @@ def train(entries: Sequence[ImageEntry], config: Config, progress: ShowProgress)
         return model
     model = selftrain.train(crops, model, progress)
     return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
+
+
+def _get_ready_to_train() -> None:
+    """Let this process keep the memory that it frees, and use no more cores than it may."""
+    memory.keep_freed()
+    # Torch heeds which cores a process is bound to, but not how much of them a container has.
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
 
 
 def train_as(
@@ -145,7 +153,7 @@ def refine(
             "a model of PatchCL alone cannot be refined: train one with "
             'recipe = "selftrain", the default'
         )
-    memory.keep_freed()
+    _get_ready_to_train()
     corrected = read_corrected(
         project,
         entries,

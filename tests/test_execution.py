@@ -21,19 +21,21 @@ import distributed
 import numpy as np
 import pytest
 import shapely
+import torch
 from click.testing import CliRunner
 from distributed import LocalCluster, get_worker
 
-from patchcl_qupath import cli, logs
-from patchcl_qupath.config import CLUSTERS
+from patchcl_qupath import cli, logs, pipeline
+from patchcl_qupath.config import CLUSTERS, Config
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
-from patchcl_qupath.errors import ConfigError, ImageError, StorageError
+from patchcl_qupath.errors import ConfigError, ImageError, StorageError, TrainingError
 from patchcl_qupath.execution import admission
 from patchcl_qupath.execution import workers as execution_workers
 from patchcl_qupath.execution.jobs import _output_of
 from patchcl_qupath.execution.map_tiles import map_tiles
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import ATTEMPTS, job_cluster, open_workers
+from patchcl_qupath.progress import hide_progress
 from patchcl_qupath.timing import Seconds
 
 TILES = [
@@ -251,6 +253,21 @@ print([finding.found for finding in doctor.findings() if finding.part == "machin
     threads, machine = printed.stdout.splitlines()
     assert threads.endswith(": 1}")
     assert " 1 cores, " in machine or f" 1 of {os.cpu_count()} cores, " in machine
+
+
+def test_a_training_has_as_many_threads_as_a_container_has_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Torch sees all cores of the machine, however little of their time there is."""
+    monkeypatch.setattr("dask.system.cpu_count", lambda: 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(TrainingError):
+            pipeline.train([], Config(), hide_progress)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_processes_keep_the_memory_of_large_arrays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,9 @@ def test_an_end_after_the_last_stops_nothing() -> None:
 
 @pytest.mark.parametrize("cores", [1, 3])
 def test_calls_on_all_cores_are_a_map(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("dask.system.cpu_count", lambda: cores)
+    meet = threading.Barrier(cores, timeout=10)  # as many calls at once
+    assert len({*mapped(lambda _: meet.wait(), range(cores))}) == cores
     assert [*mapped(pow, [2, 3, 4], [3, 2, 1])] == [8, 9, 4]
     assert [*mapped(pow, [], [])] == []
     with pytest.raises(ZeroDivisionError):

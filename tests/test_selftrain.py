@@ -319,7 +319,7 @@ def test_batches_made_ahead_are_those_of_one_core(monkeypatch):
     quick = replace(CONFIG, steps=6, crop_px=32, widths=(2, 2, 2))
     found = []
     for cores in (1, 8):
-        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr("dask.system.cpu_count", lambda cores=cores: cores)
         found.append(selftrain.train_on(samples, quick, 3, lambda *_: None))
     assert found[0].loss == found[1].loss
     assert len(set(found[0].loss)) == 6
@@ -477,7 +477,7 @@ def test_batches_are_small_in_the_first_steps_and_large_in_the_last(monkeypatch)
 
     to_batch = selftrain.to_batch
     monkeypatch.setattr(selftrain, "to_batch", note)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)  # batches are made in their order
+    monkeypatch.setattr("dask.system.cpu_count", lambda: 1)  # batches are made in their order
     selftrain.train(crops_of(images), teacher, hide_progress)
     of_stains_and_targets = np.array(sizes).reshape(-1, 2)
     assert (of_stains_and_targets[:, 0] == of_stains_and_targets[:, 1]).all()

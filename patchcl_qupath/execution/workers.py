@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.errors import ConfigError, ImageError
 from patchcl_qupath.execution.jobs import Jobs
+from patchcl_qupath.overlap import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -210,16 +211,6 @@ def set_environment() -> None:
     # Looking for unused cycles among the 400,000 objects of libraries, each time that some ten
     # thousand are new, took a twentieth of a run.
     gc.set_threshold(_NEW_OBJECTS)
-
-
-def usable_cores() -> int:
-    """How many cores this process may use: a job or a container has some of the machine's.
-
-    Threads that share them would each need memory, of which a job has a share, too.
-    """
-    from dask.system import cpu_count
-
-    return cpu_count() or 1
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box, ImageEntry, StainVectors, level0_to_grid
 from patchcl_qupath.errors import DamagedError, ImageError, SlideError, TrainingError
-from patchcl_qupath.overlap import Stop, overlapped
+from patchcl_qupath.overlap import Stop, overlapped, usable_cores
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.stain_vectors import stains_to_measure
@@ -242,7 +241,7 @@ def training_crops(
     usable: list[ImageEntry] = []
     order = np.random.default_rng(settings.seed).permutation(len(entries))
     shuffled = [entries[i] for i in order]
-    at_once = max(1, min(wanted, os.cpu_count() or 1, _READ_AT_ONCE))
+    at_once = max(1, min(wanted, usable_cores(), _READ_AT_ONCE))
     read = partial(_crops_of, config=config, count=crops_each)
     show_count(0, wanted)
     results = overlapped(read, shuffled, at_once, Stop())

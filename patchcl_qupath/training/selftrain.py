@@ -13,7 +13,6 @@ Networks, ICML 2013 workshop.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +32,7 @@ from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import NucleusNetwork, device, to_channels_last
-from patchcl_qupath.overlap import Stop, mapped, overlapped
+from patchcl_qupath.overlap import Stop, mapped, overlapped, usable_cores
 from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter, part_of
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.measurements import means
@@ -136,7 +135,7 @@ def train_on(
     scheduler = LambdaLR(optimizer, partial(learning_rate, settings=settings))
     losses: list[Tensor] = []
     make = partial(_batch, samples, settings, seed)
-    at_once = max(1, min(_BATCHES_AT_ONCE, os.cpu_count() or 1))
+    at_once = min(_BATCHES_AT_ONCE, usable_cores())
     batches = overlapped(make, range(settings.steps), at_once, Stop())
     began, waited = time.perf_counter(), 0.0
     for step in range(settings.steps):
