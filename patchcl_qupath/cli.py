@@ -34,7 +34,7 @@ from patchcl_qupath.config import (
     ExportRows,
     load_config,
 )
-from patchcl_qupath.errors import ConfigError, ImageError, PatchCLError, ProjectError
+from patchcl_qupath.errors import ConfigError, ImageError, PatchCLError, ProjectError, reason_of
 from patchcl_qupath.options import (
     Common,
     Exporting,
@@ -591,7 +591,6 @@ def _existing_model(project: Project, name: str) -> Path:
 
 def _write_report(project: Project) -> Path | None:
     """The report of a run that is over; None if it failed, which takes nothing else down."""
-    from patchcl_qupath.execution.outcome import reason_of
     from patchcl_qupath.report.page import write_report
 
     try:
@@ -644,11 +643,11 @@ def _reporting_errors(as_json: bool) -> Iterator[None]:
     before = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
-    except PatchCLError as error:
+    except (PatchCLError, MemoryError) as error:
         logger.debug("the command ends", exc_info=True)
         if as_json:
-            console.print_json({"error": str(error)})
-        click.echo(f"Error: {error}", err=True)
+            console.print_json({"error": reason_of(error)})
+        click.echo(f"Error: {reason_of(error)}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         _leave()

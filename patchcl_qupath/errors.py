@@ -61,3 +61,18 @@ class GroundTruthError(PatchCLError):
 
 class StorageError(PatchCLError):
     """Results cannot be written here."""
+
+
+def reason_of(error: Exception) -> str:
+    """What to tell a person of an error; one that is not ours is an error of this program."""
+    if isinstance(error, PatchCLError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return too_little_memory("go on", error)
+    return f"{type(error).__name__}: {error} (an internal error)"
+
+
+def too_little_memory(task: str, error: MemoryError) -> str:
+    """What to tell a person of a ``task`` for which there was no memory."""
+    reason = f" ({error})" if str(error) else ""
+    return f"too little memory to {task}{reason}: close other programs, or use fewer --workers"

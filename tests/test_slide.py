@@ -22,7 +22,7 @@ from tifffile import TiffFile
 from tiffslide import TiffSlide
 
 from patchcl_qupath.datatypes import Box, ImageEntry
-from patchcl_qupath.errors import ImageError, SlideError
+from patchcl_qupath.errors import DamagedError, ImageError, SlideError
 from patchcl_qupath.slides.pyramid import open_pyramid
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tiled_page import TiledPage
@@ -304,6 +304,24 @@ def test_a_path_that_tiffslide_takes_for_two_is_named(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match=r"rename the folder or file that has :: in its name"):
         Slide.open(entry(path))
     assert Slide.open(entry(path.rename(tmp_path / "a:HE.tif"))).size == (300, 300)
+
+
+def test_pixels_for_which_there_is_no_memory_are_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damaged ones are left out of the overview, of training and of the nuclei."""
+    path = write_tiff(tmp_path / "a.tif", scene(300, 300, (0.5, 0.5)), (0.5, 0.5))
+    slide = Slide.open(entry(path))
+
+    def full(*_: object) -> None:
+        raise MemoryError("Unable to allocate 5 MiB")
+
+    monkeypatch.setattr(TiledPage, "decoded", full)
+    expected = r"too little memory to read a.tif \(Unable .* 5 MiB\): close other programs, or"
+    for read in (lambda: slide.overview(8.0), lambda: slide.read(Box(0, 0, 99, 99))):
+        with pytest.raises(SlideError, match=expected) as found:
+            read()
+        assert not isinstance(found.value, DamagedError)
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may read all")

@@ -12,7 +12,7 @@ from typing import Any
 
 from patchcl_qupath.config import Config, ObjectType
 from patchcl_qupath.datatypes import FailedTile, ImageEntry, Tile
-from patchcl_qupath.errors import ImageError, PatchCLError, SlideError, StorageError
+from patchcl_qupath.errors import ImageError, PatchCLError, SlideError, StorageError, reason_of
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.layout import Layout
@@ -68,7 +68,7 @@ class TileProgress:
                 f"{gone}. It could be read when the run began: once it can be again, run again; "
                 "finished tiles are kept"
             ) from gone
-        if not self.failed and not isinstance(error, PatchCLError):
+        if not self.failed and not isinstance(error, (PatchCLError, MemoryError)):
             logger.error("%s: internal error in tile %s", name, tile.name, exc_info=error)
         self.failed.append(_failed_tile(tile, self.image.slide, error))
         if not self.done and len(self.failed) == min(GIVE_UP, self.total):
@@ -108,16 +108,9 @@ def note(
     return "; ".join(notes) or None
 
 
-def reason_of(error: Exception) -> str:
-    """What to tell a person of an error; one that is not ours is an error of this program."""
-    if isinstance(error, PatchCLError):
-        return str(error)
-    return f"{type(error).__name__}: {error} (an internal error)"
-
-
 def failed_image(entry: ImageEntry, error: Exception) -> ImageOutcome:
     """The outcome of an image that could not be segmented."""
-    if not isinstance(error, PatchCLError):
+    if not isinstance(error, (PatchCLError, MemoryError)):
         logger.error("%s: internal error", entry.name, exc_info=error)
     problem = reason_of(error)
     if entry.name not in problem:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchcl_qupath.datatypes import ImageEntry
-from patchcl_qupath.errors import DamagedError, SlideError
+from patchcl_qupath.errors import DamagedError, SlideError, too_little_memory
 from patchcl_qupath.slides.pixel_size import PixelSize
 
 MAX_IN_MEMORY_PX = 178_000_000  # of a level that cannot be read in parts: 0.5 GB, Pillow's limit
@@ -118,6 +118,8 @@ def check_memory(px: int) -> None:
 
 def unreadable(name: str, error: Exception) -> SlideError:
     """The error, with advice, for a file that cannot be opened or decoded."""
+    if isinstance(error, MemoryError):
+        return SlideError(too_little_memory(f"read {name}", error))
     known = error.reason if isinstance(error, DamagedError) else str(error)
     reason = " ".join(known.split()) or type(error).__name__
     if isinstance(error, MissingReaderError):
