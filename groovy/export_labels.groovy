@@ -108,7 +108,7 @@ static ImportedNuclei imported(ImageData<?> imageData) {
     def pixels = imageData?.getServer()?.getPixelCalibration()
     if (pixels?.hasPixelSizeMicrons())
         found.pixelSize = [pixels.getPixelWidthMicrons(), pixels.getPixelHeightMicrons()]
-    String lines = imageData?.getProperty('patchcl.imported') ?: ''
+    String lines = imageData == null ? '' : marksOfPresent(imageData)
     for (line in lines.readLines()) {
         def (id, _, x, y) = line.tokenize(' ')
         if (line.endsWith(' region'))
@@ -119,6 +119,24 @@ static ImportedNuclei imported(ImageData<?> imageData) {
         }
     }
     return found
+}
+
+/**
+ * The lines of the marks of the objects that are there, as in import_nuclei.groovy: QuPath's 'Undo' of an import
+ * restores the objects, but not the property.
+ */
+static String marksOfPresent(ImageData<?> imageData) {
+    String lines = imageData.getProperty('patchcl.imported') ?: ''
+    String before = imageData.getProperty('patchcl.imported.before') ?: ''
+    if (before.isEmpty())
+        return lines
+    Set<String> present = imageData.getHierarchy().getAllObjects(false)
+            .collect { PathObject pathObject -> pathObject.getID().toString() }.toSet()
+    Set<String> ids = lines.readLines().collect { String line -> line.substring(0, 36) }.toSet()
+    Set<String> idsBefore = before.readLines().collect { String line -> line.substring(0, 36) }.toSet()
+    boolean undone = idsBefore.any { String id -> present.contains(id) && !ids.contains(id) } &&
+            !ids.any { String id -> present.contains(id) && !idsBefore.contains(id) }
+    return undone ? before : lines
 }
 
 /** Whether an annotation is of a class, however a person wrote its name. */

@@ -56,9 +56,8 @@ logger.info("${entry.getImageName()}: annotations exported to ${file} (" +
  * annotations of each class, and of cores. patchcl-qp calls this, too, when it reads by itself.
  */
 static Map<String, Integer> exportRegions(ImageData<?> imageData, List<PathObject> more, Path file) {
-    // import_nuclei.groovy lists the objects that it added in this property: a line for each, its id first.
-    String imported = imageData.getProperty('patchcl.imported') ?: ''
-    Set<String> ours = imported.readLines().collect { it.tokenize(' ').first() } as Set
+    // A line for each object that import_nuclei.groovy added, its id first.
+    Set<String> ours = marksOfPresent(imageData).readLines().collect { it.tokenize(' ').first() } as Set
     List<PathObject> regions = imageData.getHierarchy().getAnnotationObjects().toList().findAll {
         it.getROI()?.isArea() && !ours.contains(it.getID().toString())
     }
@@ -68,6 +67,24 @@ static Map<String, Integer> exportRegions(ImageData<?> imageData, List<PathObjec
         PathIO.exportObjectsAsGeoJSON(stream, all, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
     }
     return all.countBy { it.isTMACore() ? 'TMA cores' : it.getPathClass()?.toString() ?: 'no class' }
+}
+
+/**
+ * The lines of the marks of the objects that are there, as in import_nuclei.groovy: QuPath's 'Undo' of an import
+ * restores the objects, but not the property.
+ */
+static String marksOfPresent(ImageData<?> imageData) {
+    String lines = imageData.getProperty('patchcl.imported') ?: ''
+    String before = imageData.getProperty('patchcl.imported.before') ?: ''
+    if (before.isEmpty())
+        return lines
+    Set<String> present = imageData.getHierarchy().getAllObjects(false)
+            .collect { PathObject pathObject -> pathObject.getID().toString() }.toSet()
+    Set<String> ids = lines.readLines().collect { String line -> line.substring(0, 36) }.toSet()
+    Set<String> idsBefore = before.readLines().collect { String line -> line.substring(0, 36) }.toSet()
+    boolean undone = idsBefore.any { String id -> present.contains(id) && !ids.contains(id) } &&
+            !ids.any { String id -> present.contains(id) && !idsBefore.contains(id) }
+    return undone ? before : lines
 }
 
 /**

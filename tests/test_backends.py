@@ -385,9 +385,35 @@ def nucleus = hierarchy.getAllObjects(false).findAll { it.getMeasurements().cont
     .collectEntries { [it.getMeasurements()['index'] as int, it] }
 hierarchy.removeObject(nucleus[5], true)
 nucleus[6].setPathClass(qupath.lib.objects.classes.PathClass.fromString('Tumor'))
+def whole = qupath.lib.roi.ROIs.createRectangleROI(0, 0, imageData.getServer().getWidth(),
+    imageData.getServer().getHeight(), qupath.lib.regions.ImagePlane.getDefaultPlane())
+def corrected = qupath.lib.objects.classes.PathClass.fromString('PatchCL: corrected')
+hierarchy.addObject(qupath.lib.objects.PathObjects.createAnnotationObject(whole, corrected))
 entry.saveImageData(imageData)
 '1'
 """
+
+
+# A run would leave the nuclei in it as they are.
+WITHOUT_ROI = """
+def rois = hierarchy.getAnnotationObjects().findAll { "${it.getPathClass()}".contains('corrected') }
+hierarchy.removeObjects(rois, true)
+entry.saveImageData(imageData)
+'1'
+"""
+
+
+def check_exports_of_what_was_before(path: Path) -> None:
+    """The nuclei that are there again are no other program's, and the region is no person's."""
+    qupath.run_script(path, ROOT / "groovy" / "export_labels.groovy")
+    labels = json.loads((path.parent / "patchcl" / "labels" / "1.geojson").read_text("utf-8"))
+    assert labels["patchcl"]["imported"] == 210
+    assert labels["patchcl"]["other_programs"] == []
+    assert [*labels["patchcl"]["deleted"].values()] == [1]
+    qupath.run_script(path, ROOT / "groovy" / "export_regions.groovy")
+    regions = json.loads((path.parent / "patchcl" / "regions" / "1.geojson").read_text("utf-8"))
+    (roi,) = regions["features"]
+    assert roi["properties"]["classification"]["names"] == ["PatchCL", "corrected"]
 
 
 @pytest.mark.parametrize("kind", [ObjectType.ANNOTATION, ObjectType.DETECTION])
@@ -403,6 +429,8 @@ def test_nuclei_of_an_import_that_was_undone_are_replaced(tmp_path: Path, kind: 
             shutil.copy(data, before)
         elif run == 2:
             session.run(path, UNDO.replace("BEFORE", before.as_posix()))
+            check_exports_of_what_was_before(path)
+            session.run(path, WITHOUT_ROI)
     shown = session.run(path, LOOK)["a.svs"]["objects"]
     session.close()
     assert told is not None
