@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from patchcl_qupath.exports.images import ExportedImage
 from patchcl_qupath.exports.nuclei import read_batches
-from patchcl_qupath.project.results import geojson_polygons, joined
+from patchcl_qupath.project.results import concatenated, geojson_polygons
 from patchcl_qupath.storage.files import atomic_write
 from patchcl_qupath.storage.parquet import CELL, NUCLEUS, polygons_of
 
@@ -76,7 +76,7 @@ def write_visium_hd(path: Path, image: ExportedImage, column: str) -> int:
         for batch in read_batches(image):
             numbers = pa.array(range(count + 1, count + len(batch) + 1)).cast(pa.string())
             features = pc.binary_join_element_wise(
-                '{"type": "Feature", "id": "',
+                ',\n{"type": "Feature", "id": "',
                 batch["id"].combine_chunks(),
                 '", "geometry": ',
                 geojson_polygons(polygons_of(batch, column)),
@@ -86,7 +86,7 @@ def write_visium_hd(path: Path, image: ExportedImage, column: str) -> int:
                 "",
             )
             if len(batch):
-                file.write((b",\n" if count else b"") + joined(features, ",\n"))
+                file.write(concatenated(features)[0 if count else len(",\n") :])
                 count += len(batch)
         file.write(_END)
     return count
