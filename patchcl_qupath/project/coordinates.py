@@ -9,6 +9,8 @@ from patchcl_qupath.compiled import compiled
 
 _MOST = 24  # bytes of a number with its separator
 _LARGEST = 1e12  # of numbers that are written
+# Unsigned: divisions of signed numbers round down in Python, which takes longer.
+_ZERO, _TEN, _HUNDRED = np.uint64(ord("0")), np.uint64(10), np.uint64(100)
 
 
 @compiled
@@ -21,7 +23,7 @@ def points_text(
     decimals as tell them apart; false if one has more than two, or is too large.
     """
     text = np.empty(2 * _MOST * len(xy) + 16, np.uint8)
-    offsets, digits, size = np.zeros(len(first), np.int32), np.empty(_MOST, np.uint8), 0
+    offsets, size = np.zeros(len(first), np.int32), 0
     for k in range(len(first) - 1):
         for point in range(first[k], first[k + 1]):
             for axis in range(2):
@@ -29,29 +31,10 @@ def points_text(
                 hundredths = np.rint(value * 100)
                 if not (abs(hundredths) < _LARGEST) or hundredths / 100 != value:
                     return text[:0], offsets, False
-                rest = np.int64(abs(hundredths))
                 if np.signbit(value):
                     text[size] = 45  # -
                     size += 1
-                count, decimals = 0, 2
-                while decimals and rest % 10 == 0:
-                    rest //= 10
-                    decimals -= 1
-                while rest or count <= decimals:
-                    if count == decimals and decimals:
-                        digits[count] = 46  # .
-                        count += 1
-                        decimals = 0
-                        if not rest:
-                            digits[count] = 48
-                            count += 1
-                        continue
-                    digits[count] = 48 + rest % 10
-                    rest //= 10
-                    count += 1
-                for n in range(count):
-                    text[size + n] = digits[count - 1 - n]
-                size += count
+                size = _write(np.uint64(abs(hundredths)), text, size)
                 if axis == 0:
                     text[size] = 44  # ,
                     size += 1
@@ -60,3 +43,25 @@ def points_text(
                 size += 3
         offsets[k + 1] = size
     return text[:size], offsets, True
+
+
+@compiled
+def _write(hundredths: np.uint64, text: NDArray[np.uint8], begin: int) -> int:
+    """Write a number of hundredths from ``begin`` on, without zeros at its end; returns the end."""
+    whole = hundredths // _HUNDRED
+    part = hundredths - whole * _HUNDRED
+    end, bound = begin + 1, _TEN
+    while whole >= bound:
+        bound *= _TEN
+        end += 1
+    for place in range(end - 1, begin - 1, -1):
+        tens = whole // _TEN
+        text[place] = _ZERO + (whole - tens * _TEN)
+        whole = tens
+    if part:
+        tenths = part // _TEN
+        rest = part - tenths * _TEN
+        text[end] = 46  # .
+        text[end + 1], text[end + 2] = _ZERO + tenths, _ZERO + rest
+        end += 3 if rest else 2
+    return end
