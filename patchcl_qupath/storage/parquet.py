@@ -118,7 +118,7 @@ def _wkb_of(xy: NDArray[np.float64], first: NDArray[np.int64]) -> pa.Array:
     return pa.Array.from_buffers(pa.binary(), len(first) - 1, buffers)
 
 
-def encoding(names: Collection[str]) -> dict[str, Any]:
+def encoding(names: Collection[str], codec: str = "zstd") -> dict[str, Any]:
     """How to write nuclei as parquet, a table with these columns: options of pyarrow.
 
     Dictionaries of values nearly all of which differ, and compressing measurements, take half of
@@ -126,7 +126,7 @@ def encoding(names: Collection[str]) -> dict[str, Any]:
     """
     packed = {"id", NUCLEUS, CELL, CLASSIFICATION}
     return {
-        "compression": {name: "zstd" if name in packed else "none" for name in names},
+        "compression": {name: codec if name in packed else "none" for name in names},
         "use_dictionary": [CLASSIFICATION],
         "write_page_checksum": True,
     }
