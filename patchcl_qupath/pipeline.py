@@ -403,6 +403,11 @@ class Run:
         tile_progress = self._tile_progress(entry, image, tiles, missing, Stage.GROWING_CELLS)
         tile_progress.begin()
         pixels = PixelStore.of(segmented.store.folder, image.fingerprint())
+
+        def one_failed(tile: Tile, error: Exception) -> None:
+            segmented.store.check(tile)  # a worker can only say that it fails
+            tile_progress.one_failed(tile, error)
+
         seconds = map_tiles(
             workers=self.workers.until(self._stop.check),
             task=grow_tile,
@@ -410,7 +415,7 @@ class Run:
             tiles=missing,
             store=store,
             on_done=tile_progress.one_more,
-            on_failed=tile_progress.one_failed,
+            on_failed=one_failed,
             check=partial(replace(image.slide, void=None).check_same, image.file.bytes),
             prepared=NucleiOfTiles(segmented.store, tiles, image.slide, cells),
         )

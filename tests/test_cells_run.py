@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import shapely
 from conftest import QUICK, copy_sample
@@ -193,6 +194,26 @@ def test_other_expansions_share_the_tiles_of_nuclei(
 
     run(folder, model, client, expand_um=0)
     assert (folder / "patchcl/results/1" / NUCLEI).read_bytes() == plain
+
+
+def test_a_tile_of_nuclei_that_was_damaged_is_made_again(
+    model: Any, client: Any, tmp_path: Path
+) -> None:
+    folder = copy_sample(tmp_path / "project")
+    found = run(folder, model, client, expand_um=0)
+    tile = next(folder.glob("patchcl/runs/*/1/tiles/*.parquet"))
+    group = pq.read_metadata(tile).row_group(0)
+    last = group.column(group.num_columns - 1)  # a measurement, which only workers read
+    content = bytearray(tile.read_bytes())
+    content[last.data_page_offset + last.total_compressed_size - 1] ^= 1
+    tile.write_bytes(content)
+    problem = run(folder, model, client).problem
+    assert problem is not None
+    assert problem.endswith(": run again")
+    assert not tile.exists()
+    outcome = run(folder, model, client)
+    assert outcome.problem is None
+    assert outcome.tiles_resumed == found.tiles - 1
 
 
 FAILING: set[str] = set()

@@ -70,6 +70,7 @@ def all_of(store):
     (nuclei,), (contours,) = store.nuclei([TILE]), store.contours([TILE])
     (measured,) = store.measurements([TILE], ["Area µm^2"])
     (grid,) = store.uncertainty_grids([TILE])
+    store.check(TILE)
     content = from_table(TileStore.decode(store.content(TILE))[0])
     return [
         *(store.count([TILE]), nuclei.uuids.tolist(), measured["Area µm^2"].tolist()),
