@@ -27,7 +27,7 @@ from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.project.coordinates import points_text
 from patchcl_qupath.project.names import in_qupath
 from patchcl_qupath.project.results import write_results
-from patchcl_qupath.segmentation import cells, fit_cells, grow_tile
+from patchcl_qupath.segmentation import cell_borders, cells, fit_cells, grow_tile
 from patchcl_qupath.segmentation.cells import grow
 from patchcl_qupath.segmentation.fit_cells import fit_to_nuclei
 from patchcl_qupath.segmentation.grow_tile import NucleiOfTiles
@@ -191,6 +191,15 @@ def test_cells_meet_half_way_and_a_neighbour_without_a_cell_keeps_its_place() ->
         assert cells[0].intersection(row).bounds[2] == pytest.approx(49.25, abs=0.5)
     alone = cells_of(nuclei[:1], 12)
     assert alone[0].bounds[2] == pytest.approx(58, abs=0.1)
+
+
+def test_contours_get_the_room_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    nuclei = np.array([disc(40, 60, 6), disc(60.5, 60, 8), disc(90, 30, 3)], dtype=object)
+    cells = cells_of(nuclei, 12, 1.5)
+    monkeypatch.setattr(cell_borders, "_CELL_POINTS", 1)
+    for edges in (2, 70):  # for no ring, and for some
+        monkeypatch.setattr(cell_borders, "_RING_EDGES", edges)
+        assert shapely.equals_exact(cells_of(nuclei, 12, 1.5), cells, tolerance=0).all()
 
 
 @given(fields(), PIXELS, st.sampled_from([0.0, 1.5]), st.sampled_from([0.3, 5.0]))

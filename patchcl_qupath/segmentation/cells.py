@@ -13,19 +13,15 @@ nuclei nearby are given, and it holds what is near of these.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
-from numpy.typing import NDArray
 
 from patchcl_qupath.compiled import compiled
 from patchcl_qupath.config import CellConfig
 from patchcl_qupath.datatypes import Box
-from patchcl_qupath.segmentation.cell_borders import Borders, largest, outlines, trace
+from patchcl_qupath.segmentation.cell_borders import Distances, Frame, Labels, Limits, contours
 from patchcl_qupath.segmentation.fit_cells import from_the_top
 from patchcl_qupath.segmentation.rings import (
     NOTHING,
-    Bools,
     Floats,
     Integers,
     Rings,
@@ -40,47 +36,6 @@ _SQUARE = 2**19  # of the largest distance that matters, in whole numbers
 _OFFSET_BITS = 10  # for the column of a nucleus, beside the square of the distance to it
 _NONE = 1 << 30  # more than any square with such a column
 _BAND = 64  # rows at once, so that what is known of their columns stays in the cache
-# Of 1024 from a pixel's centre to where a cell ends: a pixel that two nuclei are equally near to is
-# clearly in one of their cells, for whoever measures it.
-_LEAST_STEPS = 128.0
-_EAST = np.array([1, 0, -1, 0])  # along the edges of a pixel, as they are traced
-_SOUTH = np.array([0, 1, 0, -1])
-
-Labels = NDArray[np.int32]
-Distances = NDArray[np.uint16]
-
-
-class _Frame(NamedTuple):
-    """A box of the working grid, with a border of one px, and how distances are counted in it.
-
-    ``reach`` is the largest distance in a cell, and ``step`` that between neighbours (x, y). All
-    are in parts of the largest distance that matters for where a cell ends, which is ``_BEYOND``.
-    Squares are sums of whole numbers: ``weight`` is that of 1 px (x, y), ``wide`` the largest
-    number of px.
-    """
-
-    row0: int
-    col0: int
-    rows: int
-    cols: int
-    reach: float
-    step: tuple[float, float]
-    weight: tuple[int, int]
-    wide: tuple[int, int]
-
-
-class _Limits(NamedTuple):
-    """Where the scaled hulls of nuclei (N,) begin and end: along rows, and along columns.
-
-    Hull k holds the centres of row ``begin[0, k] + n`` from ``least[first[0, k] + n]`` px to
-    ``most[first[0, k] + n]`` px, for each n up to ``first[0, k + 1] - first[0, k]``, and none of
-    other rows; likewise of columns by ``begin[1]`` and ``first[1]``. All are empty without limits.
-    """
-
-    first: Integers
-    begin: Integers
-    least: Floats
-    most: Floats
 
 
 def grow(
@@ -94,26 +49,22 @@ def grow(
     nuclei. A nucleus that holds the centre of no pixel has a cell without points.
     """
     order = from_the_top(bounds_of(nuclei_px))
-    rank = np.argsort(order)[:count]
     nuclei = taken(nuclei_px, order)
     frame = _frame(box, mpp, config.expand_um)
     limits = _limits(nuclei, config.constrain_scale)
     labels = _filled(nuclei, frame)
     distances = _grow_to_nearest(labels, frame)
     _limit(labels, distances, limits, frame)
-    wanted = np.zeros(len(order) + 1, np.bool_)
-    wanted[rank + 1] = True
-    borders = trace(labels, wanted)
-    points, ends = _crossings(borders, labels, distances, limits, frame)
-    return taken(largest(outlines(points, borders, ends), borders.owner, len(order)), rank)
+    place = np.append(-1, np.where(order < count, order, -1))
+    return contours(labels, distances, place, limits, frame)
 
 
-def _frame(box: Box, mpp: tuple[float, float], expand_um: float) -> _Frame:
+def _frame(box: Box, mpp: tuple[float, float], expand_um: float) -> Frame:
     """The frame of a box; a nucleus ends half a px from the centres of its last pixels."""
     reach = expand_um + sum(mpp) / 4
     wide = reach + max(mpp)
     x, y = mpp
-    return _Frame(
+    return Frame(
         row0=box.row0 - 1,
         col0=box.col0 - 1,
         rows=box.shape[0] + 2,
@@ -125,7 +76,7 @@ def _frame(box: Box, mpp: tuple[float, float], expand_um: float) -> _Frame:
     )
 
 
-def _limits(nuclei: Rings, constrain_scale: float) -> _Limits:
+def _limits(nuclei: Rings, constrain_scale: float) -> Limits:
     """The limits of the cells of nuclei."""
     hulls = hulls_of(nuclei if constrain_scale > _NO_LIMIT else NOTHING)
     return _extents(_scaled_about_centroids(hulls, constrain_scale), hulls.first)
@@ -152,7 +103,7 @@ def _scaled_about_centroids(hulls: Rings, scale: float) -> Floats:
 
 
 @compiled
-def _extents(xy: Floats, points: Integers) -> _Limits:
+def _extents(xy: Floats, points: Integers) -> Limits:
     """Where the convex rings ``xy[points[k] : points[k + 1]]`` begin and end."""
     count = len(points) - 1
     first, begin = np.zeros((2, count + 1), np.int64), np.zeros((2, count), np.int64)
@@ -165,7 +116,8 @@ def _extents(xy: Floats, points: Integers) -> _Limits:
                 begin[axis, k] = int(np.ceil(along.min() - 0.5))
                 end += max(int(np.ceil(along.max() - 0.5)) - begin[axis, k], 0)
             first[axis, k + 1] = end
-    least, most = np.full(end, np.inf), np.full(end, -np.inf)
+    ends = np.empty((2, end))
+    ends[0], ends[1] = np.inf, -np.inf
     for axis in range(2):
         for k in range(count):
             start = first[axis, k] - begin[axis, k]
@@ -176,13 +128,13 @@ def _extents(xy: Floats, points: Integers) -> _Limits:
                     u0, v0, u1, v1 = u1, v1, u0, v0
                 for line in range(int(np.ceil(v0 - 0.5)), int(np.ceil(v1 - 0.5))):
                     u = u0 + (line + 0.5 - v0) / (v1 - v0) * (u1 - u0)
-                    least[start + line] = min(least[start + line], u)
-                    most[start + line] = max(most[start + line], u)
-    return _Limits(first, begin, least, most)
+                    ends[0, start + line] = min(ends[0, start + line], u)
+                    ends[1, start + line] = max(ends[1, start + line], u)
+    return Limits(first, begin, ends)
 
 
 @compiled
-def _filled(nuclei: Rings, frame: _Frame) -> Labels:
+def _filled(nuclei: Rings, frame: Frame) -> Labels:
     """The nucleus (H, W) that holds the centre of each pixel, k + 1; of several the first.
 
     None is in the border of the frame.
@@ -227,7 +179,7 @@ def _filled(nuclei: Rings, frame: _Frame) -> Labels:
 
 
 @compiled
-def _grow_to_nearest(labels: Labels, frame: _Frame) -> Distances:
+def _grow_to_nearest(labels: Labels, frame: Frame) -> Distances:
     """The distance (H, W) of each pixel to the nearest one of a nucleus; grow ``labels`` so far.
 
     Nucleus k is k + 1 in ``labels`` (H, W); a pixel to which it is the nearest becomes -k - 1.
@@ -319,7 +271,7 @@ def _take_nearest(keys: Labels, which: Labels, labels: Labels, distances: Distan
 
 
 @compiled
-def _limit(labels: Labels, distances: Distances, limits: _Limits, frame: _Frame) -> None:
+def _limit(labels: Labels, distances: Distances, limits: Limits, frame: Frame) -> None:
     """Make pixels of cells of those (H, W) that are nearest to a nucleus, up to the limits."""
     reach = np.uint16(frame.reach)
     if limits.first.shape[1] == 1:
@@ -333,78 +285,8 @@ def _limit(labels: Labels, distances: Distances, limits: _Limits, frame: _Frame)
             row = limits.begin[0, k] + n - limits.first[0, k] - frame.row0
             if not 0 < row < frame.rows - 1:
                 continue
-            left = int(np.floor(limits.least[n] - 0.5)) + 1 - frame.col0
-            right = int(np.ceil(limits.most[n] - 0.5)) - frame.col0
+            left = int(np.floor(limits.ends[0, n] - 0.5)) + 1 - frame.col0
+            right = int(np.ceil(limits.ends[1, n] - 0.5)) - frame.col0
             for col in range(max(left, 1), min(right, frame.cols - 1)):
                 if labels[row, col] == -k - 1 and distances[row, col] < reach:
                     labels[row, col] = k + 1
-
-
-@compiled
-def _rounded(share: float) -> float:
-    """A fraction of the line between the centres of two pixels, in steps of 1/1024.
-
-    Such numbers of pixels add up without rounding, so that two cells have the same points.
-    """
-    steps: float = np.rint(1024 * share)
-    steps = steps if steps > _LEAST_STEPS else _LEAST_STEPS
-    steps = steps if steps < 1024 - _LEAST_STEPS else 1024 - _LEAST_STEPS
-    return steps / 1024
-
-
-@compiled
-def _crossings(
-    borders: Borders, labels: Labels, distances: Distances, limits: _Limits, frame: _Frame
-) -> tuple[Floats, Bools]:
-    """Where cells end between their pixels and those beyond: points (E, 2) on the working grid.
-
-    And whether the border there is not one line of two cells, since one of them ends before it.
-    """
-    edges = len(borders.pixel)
-    points, is_end = np.empty((edges, 2)), np.zeros(edges, np.bool_)
-    cells, apart, width = labels.ravel(), distances.ravel(), np.int32(frame.cols)
-    first, begin, least, most = limits.first, limits.begin, limits.least, limits.most
-    beyond = np.array([-width, 1, width, -1], np.int32)
-    are_limited = begin.shape[1] > 0
-    for edge in range(edges):
-        pixel, way = borders.pixel[edge], borders.way[edge]
-        row, q = pixel // width, pixel + beyond[way]
-        col = pixel - row * width
-        x, y = _SOUTH[way], -_EAST[way]  # outwards
-        own, other = cells[pixel], abs(cells[q])
-        step = frame.step[0] if y == 0 else frame.step[1]
-        here, there = float(apart[pixel]), float(apart[q])
-        limit, border = (frame.reach - here) / step, 1.0
-        if not (0 < row + y < frame.rows - 1 and 0 < col + x < frame.cols - 1):
-            border = 0.5  # the image ends
-        elif own == other:
-            limit = (frame.reach - here) / (there - here) if there > frame.reach else 1.0
-        elif own < other:  # one line, made from the lesser side
-            border = _rounded(0.5 + (there - here) / (2 * step))
-        else:
-            border = 1 - _rounded(0.5 - (there - here) / (2 * step))
-        is_border = cells[q] > 0
-        beside = (frame.reach - there) / step
-        if are_limited:
-            axis = 0 if y == 0 else 1
-            line, at = row + frame.row0, col + frame.col0 + 0.5
-            if axis:
-                line, at = col + frame.col0, row + frame.row0 + 0.5
-            k = own - 1
-            n = first[axis, k] + line - begin[axis, k]
-            if first[axis, k] <= n < first[axis, k + 1]:
-                room = most[n] - at if x + y > 0 else at - least[n]
-                limit = room if room < limit else limit
-            if is_border:
-                k, at = other - 1, at + x + y
-                n = first[axis, k] + line - begin[axis, k]
-                if first[axis, k] <= n < first[axis, k + 1]:
-                    room = at - least[n] if x + y > 0 else most[n] - at
-                    beside = room if room < beside else beside
-        limit = _rounded(limit)
-        share = limit if limit < border else border
-        share = share if share < 1 - _LEAST_STEPS / 1024 else 1 - _LEAST_STEPS / 1024
-        is_end[edge] = is_border and (limit < border or _rounded(beside) < 1 - border)
-        points[edge, 0] = frame.col0 + col + 0.5 + share * x
-        points[edge, 1] = frame.row0 + row + 0.5 + share * y
-    return points, is_end
