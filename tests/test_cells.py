@@ -202,6 +202,18 @@ def test_contours_get_the_room_that_they_need(monkeypatch: pytest.MonkeyPatch) -
         assert shapely.equals_exact(cells_of(nuclei, 12, 1.5), cells, tolerance=0).all()
 
 
+@given(fields())
+@settings(max_examples=20)
+def test_cells_are_the_same_by_numbers_of_any_size(nuclei: Polygons) -> None:
+    rings, frame = rings_of(nuclei), cells._frame(BOX, (0.5, 0.5), 5)
+    short = cells._filled(rings, frame)
+    long = short.astype(np.int32)
+    distances = cells._nearest(short, frame, np.int16, 5)
+    assert (distances == cells._nearest(long, frame, np.int32, 10)).all()
+    assert short.dtype == np.int16
+    assert (short == long).all()
+
+
 @given(fields(), PIXELS, st.sampled_from([0.0, 1.5]), st.sampled_from([0.3, 5.0]))
 @settings(max_examples=40)
 def test_a_pixel_belongs_to_the_nucleus_of_the_nearest_pixel(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ _LEAST_STEPS = 128.0
 # What there is room for, to begin with: edges of the longest ring, and points of a cell on average.
 _RING_EDGES, _CELL_POINTS = 4096, 64
 
-Labels = NDArray[np.int32]
+Labels = NDArray[np.signedinteger[Any]]
 Distances = NDArray[np.uint16]
 
 
@@ -26,7 +26,7 @@ class Frame(NamedTuple):
 
     ``reach`` is the largest distance in a cell, and ``step`` that between neighbours (x, y). All
     are in parts of the largest distance that matters for where a cell ends, which is ``_BEYOND``.
-    Squares are sums of whole numbers: ``weight`` is that of 1 px (x, y), ``wide`` the largest
+    Squares are whole numbers of a ``unit``: ``weight`` is that of 1 px (x, y), ``wide`` the largest
     number of px.
     """
 
@@ -36,6 +36,7 @@ class Frame(NamedTuple):
     cols: int
     reach: float
     step: tuple[float, float]
+    unit: int
     weight: tuple[int, int]
     wide: tuple[int, int]
 
