@@ -188,12 +188,12 @@ def _fill(labels: Labels, nuclei: Rings, frame: Frame) -> None:
                 crossed[row - top, min(max(col, left), right) - left] ^= True
         for row in range(top, bottom):
             inside = False
-            for col in range(left, right):
-                inside ^= crossed[row - top, col - left]
-                crossed[row - top, col - left] = False
-                if inside and labels[row, col] == 0:
-                    labels[row, col] = k + 1
-            crossed[row - top, right - left] = False
+            here, line = labels[row, left:right], crossed[row - top]
+            for col in range(len(here)):
+                inside ^= line[col]
+                line[col] = False
+                here[col] = k + 1 if inside & (here[col] == 0) else here[col]
+            line[right - left] = False
 
 
 def _grow_to_nearest(labels: Labels, frame: Frame) -> Distances:
@@ -332,6 +332,8 @@ def _limit(labels: Labels, distances: Distances, limits: Limits, frame: Frame) -
                 continue
             left = int(np.floor(limits.ends[0, n] - 0.5)) + 1 - frame.col0
             right = int(np.ceil(limits.ends[1, n] - 0.5)) - frame.col0
+            here, apart = labels[row], distances[row]
             for col in range(max(left, 1), min(right, frame.cols - 1)):
-                if labels[row, col] == -k - 1 and distances[row, col] < reach:
-                    labels[row, col] = k + 1
+                at = np.uintp(col)  # not counted from the end: several pixels at once
+                is_cell = (here[at] == -k - 1) & (apart[at] < reach)
+                here[at] = k + 1 if is_cell else here[at]
