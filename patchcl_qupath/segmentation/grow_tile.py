@@ -140,7 +140,7 @@ def cells_of(nuclei: Rings, count: int, slide: Slide, config: CellConfig) -> Rin
 
     The others are those around: all that ``NucleiOfTiles`` gives.
     """
-    own = taken(nuclei, np.arange(count))
+    own = Rings(nuclei.xy[: nuclei.first[count]], nuclei.first[: count + 1])
     box = _box(own, slide, _near_um(slide, config))  # others have their pixels in it
     grown = grow(_on_grid(nuclei, slide), count, box, slide.grid_mpp, config)
     at_level0 = scaled(grown, slide.downsample)
@@ -167,8 +167,8 @@ def _box(nuclei: Rings, slide: Slide, around_um: float) -> Box:
     if not len(nuclei.xy):
         return Box(0, 0, 1, 1)
     (x, y), (rows, cols) = slide.downsample, slide.shape
-    bounds = bounds_of(nuclei)
-    (x0, y0), (x1, y1) = np.nanmin(bounds[:, :2], axis=0), np.nanmax(bounds[:, 2:], axis=0)
+    xs, ys = nuclei.xy[:, 0], nuclei.xy[:, 1]
     margin = math.ceil(around_um / min(slide.grid_mpp)) + _BESIDE_PX
-    inner = Box(math.floor(y0 / y), math.floor(x0 / x), math.ceil(y1 / y), math.ceil(x1 / x))
+    top, left = math.floor(ys.min() / y), math.floor(xs.min() / x)
+    inner = Box(top, left, math.ceil(ys.max() / y), math.ceil(xs.max() / x))
     return inner.grow(margin, (rows, cols))

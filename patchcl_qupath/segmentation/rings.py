@@ -41,9 +41,14 @@ def polygons_of(rings: Rings) -> Polygons:
     return polygons
 
 
+@compiled
 def scaled(rings: Rings, factor: tuple[float, float]) -> Rings:
     """Rings whose coordinates (x, y) are multiplied by a factor, from frame to frame."""
-    return Rings(rings.xy * np.array(factor), rings.first)
+    xy = np.empty_like(rings.xy)
+    for point in range(len(xy)):
+        xy[point, 0] = factor[0] * rings.xy[point, 0]
+        xy[point, 1] = factor[1] * rings.xy[point, 1]
+    return Rings(xy, rings.first)
 
 
 def joined(parts: list[Rings]) -> Rings:
