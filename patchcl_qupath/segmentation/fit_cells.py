@@ -40,6 +40,8 @@ def fit_to_nuclei(cells: Rings, nuclei: Rings) -> Rings:
     order = from_the_top(bounds)
     fitted, is_clear = _fitted(cells, nuclei, bounds, order)
     unclear = np.flatnonzero(~is_clear | _crosses_itself(fitted))
+    if not len(unclear):
+        return fitted
     by_geos = [_by_geos(cells, nuclei, bounds, order, k) for k in unclear.tolist()]
     source = np.arange(len(is_clear))
     source[unclear] = len(source) + np.arange(len(unclear))
@@ -48,25 +50,39 @@ def fit_to_nuclei(cells: Rings, nuclei: Rings) -> Rings:
 
 def rounded_rings(rings: Rings) -> Rings:
     """Rings to 0.01 px, as nuclei are; one that would cross itself stays as it is."""
-    rounded = Rings(np.round(rings.xy, 2), rings.first)
-    moved = np.cumsum(np.append(0, (rounded.xy != rings.xy).any(axis=1)))[rings.first]
-    moving = np.flatnonzero(np.diff(moved))
-    for k in moving[_crosses_itself(taken(rounded, moving))]:
+    xy, is_moved = _rounded(rings)
+    moved = np.flatnonzero(is_moved)
+    for k in moved[_crosses_itself(taken(Rings(xy, rings.first), moved))]:
         points = slice(rings.first[k], rings.first[k + 1])
-        rounded.xy[points] = rings.xy[points]
-    return rounded
+        xy[points] = rings.xy[points]
+    return Rings(xy, rings.first)
+
+
+@compiled
+def _rounded(rings: Rings) -> tuple[Floats, Bools]:
+    """The points (P, 2) of rings to 0.01 px, as by ``np.round``; and which rings (N,) differ."""
+    xy, is_moved = np.empty_like(rings.xy), np.zeros(len(rings.first) - 1, np.bool_)
+    for k in range(len(is_moved)):
+        for point in range(rings.first[k], rings.first[k + 1]):
+            x, y = np.rint(100 * rings.xy[point, 0]) / 100, np.rint(100 * rings.xy[point, 1]) / 100
+            is_moved[k] |= (x != rings.xy[point, 0]) | (y != rings.xy[point, 1])
+            xy[point, 0], xy[point, 1] = x, y
+    return xy, is_moved
 
 
 def from_the_top(bounds: Floats) -> Integers:
     """The order of polygons by their bounds (N, 4): the same whatever others are there."""
     x0, y0, x1, y1 = bounds.T
-    return np.lexsort((x1, y1, x0, y0))
+    order = np.lexsort((x0, y0))  # nuclei of a tile are nearly in this order, not in that by others
+    tied = (np.diff(y0[order]) == 0) & (np.diff(x0[order]) == 0)
+    return np.lexsort((x1, y1, x0, y0)) if tied.any() else order
 
 
 def _crosses_itself(rings: Rings) -> Bools:
     """Which rings (N,) are no valid polygons."""
     crosses = _may_cross_itself(rings)
-    crosses[crosses] = ~shapely.is_valid(polygons_of(taken(rings, np.flatnonzero(crosses))))
+    if crosses.any():
+        crosses[crosses] = ~shapely.is_valid(polygons_of(taken(rings, np.flatnonzero(crosses))))
     return crosses
 
 
@@ -93,18 +109,19 @@ def _by_geos(
 @compiled
 def _turns_once(ring: Floats) -> bool:
     """Whether a closed ring turns once around the mean of its points, and never back."""
-    points = len(ring) - 1
     x, y = 0.0, 0.0
-    for point in range(points):
-        x, y = x + ring[point, 0] / points, y + ring[point, 1] / points
+    for point in range(1, len(ring)):
+        x, y = x + ring[point, 0], y + ring[point, 1]
+    x, y = x / (len(ring) - 1), y / (len(ring) - 1)
     turns, left, right = 0, False, False
-    for point in range(points):
-        u0, v0 = ring[point, 0] - x, ring[point, 1] - y
-        u1, v1 = ring[point + 1, 0] - x, ring[point + 1, 1] - y
+    u1, v1 = ring[0, 0] - x, ring[0, 1] - y
+    for point in range(1, len(ring)):
+        u0, v0 = u1, v1
+        u1, v1 = ring[point, 0] - x, ring[point, 1] - y
         turned = u0 * v1 - u1 * v0
         left |= turned < _NEAR
         right |= turned > -_NEAR
-        turns += v0 < 0 <= v1
+        turns += (v0 < 0) & (v1 >= 0)
     return turns == 1 and not (left and right)
 
 
@@ -115,10 +132,10 @@ def _fitted(cells: Rings, nuclei: Rings, bounds: Floats, order: Integers) -> tup
     ``bounds`` (N, 4) are those of nuclei, in ``order`` from the top. Cells that are unclear stay.
     """
     count = len(cells.first) - 1
-    ranked, highest = np.empty((len(order), 4)), 0.0  # bounds that are read one after another
+    ranked, near = np.ascontiguousarray(bounds[order].T), np.empty(len(order) + 1, np.int64)
+    highest = 0.0
     for n in range(len(order)):
-        ranked[n] = bounds[order[n]]
-        highest = max(highest, ranked[n, 3] - ranked[n, 1])
+        highest = max(highest, ranked[3, n] - ranked[1, n])
     first, is_clear = np.zeros(count + 1, np.int64), np.ones(count, np.bool_)
     xy, crossings = np.empty((2 * len(cells.xy) + 64, 2)), np.empty((_CROSSINGS, 5))
     for k in range(count):
@@ -126,12 +143,7 @@ def _fitted(cells: Rings, nuclei: Rings, bounds: Floats, order: Integers) -> tup
         whole = cells.xy[cells.first[k] : cells.first[k + 1]]
         whole = whole if len(whole) else own
         cell, is_cut = whole, 0
-        left, upper, right, lower = _bounds(whole)
-        for n in range(np.searchsorted(ranked[:, 1], upper - highest), len(order)):
-            if ranked[n, 1] > lower:
-                break
-            if ranked[n, 0] > right or ranked[n, 2] < left or ranked[n, 3] < upper:
-                continue
+        for n in near[: _take_near(ranked, highest, _bounds(whole), near)]:
             j = order[n]
             if j == k:
                 continue
@@ -148,6 +160,26 @@ def _fitted(cells: Rings, nuclei: Rings, bounds: Floats, order: Integers) -> tup
         xy[first[k] : end] = cell
         first[k + 1] = end
     return Rings(xy[: first[count]].copy(), first), is_clear
+
+
+@compiled
+def _take_near(
+    ranked: Floats, highest: float, bounds: tuple[float, float, float, float], near: Integers
+) -> int:
+    """Write to ``near`` (N + 1,) which bounds of polygons meet some other ``bounds``.
+
+    Returns how many do. Those of polygons, ``ranked`` (4, N), are from the top; none is higher than
+    ``highest``.
+    """
+    left, upper, right, lower = bounds
+    x0, y0, x1, y1 = ranked[0], ranked[1], ranked[2], ranked[3]
+    count = 0
+    for n in range(np.searchsorted(y0, upper - highest), len(y0)):
+        if y0[n] > lower:
+            break
+        near[count] = n  # without a branch, which would be guessed wrong
+        count += (x0[n] <= right) & (x1[n] >= left) & (y1[n] >= upper)
+    return count
 
 
 @compiled
@@ -198,24 +230,39 @@ def _may_cross_itself(rings: Rings) -> Bools:
     """Which rings (N,) may touch or cross themselves; in doubt they may."""
     found = np.zeros(len(rings.first) - 1, np.bool_)
     for k in range(len(found)):
-        xy = rings.xy[rings.first[k] : rings.first[k + 1]]
-        sides = len(xy) - 1
-        if _turns_once(xy):
-            continue
-        found[k] = sides < 3
-        for a in range(sides):
-            x0, y0, x1, y1 = xy[a, 0], xy[a, 1], xy[a + 1, 0], xy[a + 1, 1]
-            # The next side may turn back along this one.
-            after = xy[(a + 2) % sides if a + 2 >= sides else a + 2]
-            across = (x1 - x0) * (after[1] - y1) - (y1 - y0) * (after[0] - x1)
-            along = (x1 - x0) * (after[0] - x1) + (y1 - y0) * (after[1] - y1)
-            found[k] |= along <= 0 and abs(across) <= _NEAR
-            for b in range(a + 2, sides - (a == 0)):
-                u0, v0, u1, v1 = xy[b, 0], xy[b, 1], xy[b + 1, 0], xy[b + 1, 1]
-                found[k] |= _may_touch(x0, y0, x1, y1, u0, v0, u1, v1)
-            if found[k]:
-                break
+        ring = rings.xy[rings.first[k] : rings.first[k + 1]]
+        found[k] = len(ring) < 4 or (not _turns_once(ring) and _sides_may_touch(ring))
     return found
+
+
+@compiled
+def _sides_may_touch(ring: Floats) -> bool:
+    """Whether sides of a closed ring may touch or cross each other; in doubt they may."""
+    sides = len(ring) - 1
+    x0, y0, x1, y1 = np.empty((4, sides))
+    for a in range(sides):
+        x, y, u, v = ring[a, 0], ring[a, 1], ring[a + 1, 0], ring[a + 1, 1]
+        x0[a], x1[a] = (x if x < u else u) - _NEAR, x if x > u else u
+        y0[a], y1[a] = (y if y < v else v) - _NEAR, y if y > v else v
+    for a in range(sides):
+        x, y, u, v = ring[a, 0], ring[a, 1], ring[a + 1, 0], ring[a + 1, 1]
+        # The next side may turn back along this one.
+        after = ring[a + 2 if a + 2 <= sides else 1]
+        across = (u - x) * (after[1] - v) - (v - y) * (after[0] - u)
+        along = (u - x) * (after[0] - u) + (v - y) * (after[1] - v)
+        if along <= 0 and abs(across) <= _NEAR:
+            return True
+        left, top, right, bottom = x0[a], y0[a], x1[a], y1[a]
+        meeting = 0  # in a loop without branches, which takes several sides at once
+        for b in range(sides):
+            beside = (x0[b] <= right) & (x1[b] >= left)
+            meeting += beside & (y0[b] <= bottom) & (y1[b] >= top)
+        if meeting <= 3:  # itself, and those before and after it
+            continue
+        for b in range(a + 2, sides - (a == 0)):
+            if _may_touch(x, y, u, v, ring[b, 0], ring[b, 1], ring[b + 1, 0], ring[b + 1, 1]):
+                return True
+    return False
 
 
 @compiled
@@ -238,18 +285,21 @@ def _combined(
         if joins:
             return cell, _holds(cell, nucleus[0, 0] + shift_x, nucleus[0, 1] + shift_y)
         return cell, not _holds(nucleus, cell[0, 0] - shift_x, cell[0, 1] - shift_y)
-    found = crossings[np.argsort(crossings[:count, 0])]
+    found = crossings[:count]
     is_turned = _twice_area(nucleus) > 0
     turn = 1.0 if _twice_area(cell) > 0 else -1.0
     forwards = ((turn > 0) == is_turned) == joins
-    leaves = (found[:, 4] > 0) == is_turned
-    along_other = np.argsort(found[:, 1])
-    place = np.argsort(along_other)
-    leaving = 0 if leaves[0] else 1  # and every other crossing
+    leaving = 0 if (found[0, 4] > 0) == is_turned else 1  # and every other crossing
+    along_other = _order(found[:, 1])
+    place = np.empty_like(along_other)
     for n in range(count):
-        if leaves[n] == leaves[n - 1]:
+        here, before = along_other[n], along_other[n - 1]
+        place[here] = n
+        if found[n, 0] == found[n - 1, 0] or found[here, 1] == found[before, 1]:
+            return cell, False  # parts of a ring between crossings would not be clear
+        if (found[n, 4] > 0) == (found[n - 1, 4] > 0):
             return cell, False
-    points, used = np.empty((len(cell) + len(nucleus) + count, 2)), np.zeros(count, np.bool_)
+    points, used = np.empty((len(cell) + len(nucleus) + 2 * count, 2)), np.zeros(count, np.bool_)
     best, most, total = points[:0], 0.0, 0.0
     for begin in range(leaving, count, 2):
         size, here = 0, begin
@@ -261,7 +311,10 @@ def _combined(
             if (here - leaving) % 2:
                 return cell, False
             size = _follow(nucleus, found[entry], found[here], 1, forwards, points, size)
-        piece = _closed(points[:size])
+        if size == 0:
+            continue
+        piece = _closed(points[: size + 1])
+        points = points[len(piece) :]
         area = turn * _twice_area(piece)
         total += max(area, 0.0)
         if area > most:
@@ -277,9 +330,9 @@ def _cross(
 ) -> int:
     """The number of crossings of two closed rings, which are written to ``found`` (K, 5).
 
-    The number of the side and how much of it lies before the crossing, of both; (x, y); and whether
-    the first ring crosses from the left of the other to its right. The other one, with ``bounds``
-    (4,), is moved ``aside``.
+    In the order along the first ring: the number of the side and how much of it lies before the
+    crossing, of both; (x, y); and whether the first ring crosses from the left of the other to its
+    right. The other one, with ``bounds`` (4,), is moved ``aside``.
     """
     count = 0
     left, top = bounds[0] + aside[0], bounds[1] + aside[1]
@@ -307,11 +360,28 @@ def _cross(
             if count == len(found):
                 return count
             along = before / (before - after)
-            found[count, 0], found[count, 1] = a + along, b + begun / (begun - begins)
-            found[count, 2], found[count, 3] = ring[a, 0] + along * dx, ring[a, 1] + along * dy
-            found[count, 4] = before > 0
+            place = count
+            while place and found[place - 1, 0] > a + along:
+                found[place] = found[place - 1]
+                place -= 1
+            found[place, 0], found[place, 1] = a + along, b + begun / (begun - begins)
+            found[place, 2], found[place, 3] = ring[a, 0] + along * dx, ring[a, 1] + along * dy
+            found[place, 4] = before > 0
             count += 1
     return count
+
+
+@compiled
+def _order(values: Floats) -> Integers:
+    """The order of a few values (K,), for which ``np.argsort`` takes several times as long."""
+    order = np.arange(len(values))
+    for n in range(1, len(values)):
+        place = n
+        while place and values[order[place - 1]] > values[n]:
+            order[place] = order[place - 1]
+            place -= 1
+        order[place] = n
+    return order
 
 
 @compiled
@@ -334,25 +404,33 @@ def _follow(
     steps = (last - side if forwards else side - last) % sides
     if steps == 0 and (end[which] < begin[which]) == forwards:
         steps = sides
-    for step in range(steps):
-        corner = (side + 1 + step if forwards else side - step) % sides
+    corner = (side + 1 if forwards else side) % sides  # a crossing may be at the end of the last
+    for _ in range(steps):
         points[size, 0], points[size, 1] = ring[corner, 0], ring[corner, 1]
         size += 1
+        if forwards:
+            corner = corner + 1 if corner + 1 < sides else 0
+        else:
+            corner = corner - 1 if corner > 0 else sides - 1
     return size
 
 
 @compiled
 def _closed(points: Floats) -> Floats:
-    """The closed ring of some points, of which equal ones that follow each other become one."""
-    ring, size = np.empty((len(points) + 1, 2)), 0
-    for point in range(len(points)):
-        dx = points[point, 0] - points[point - 1, 0]
-        dy = points[point, 1] - points[point - 1, 1]
-        if max(abs(dx), abs(dy)) > _NEAR:
-            ring[size] = points[point]
+    """The closed ring of all points but the last one, in their place.
+
+    Equal ones that follow each other become one; the last one is room for the first.
+    """
+    size = 0
+    x0, y0 = points[len(points) - 2]
+    for point in range(len(points) - 1):
+        x, y = points[point, 0], points[point, 1]
+        if max(abs(x - x0), abs(y - y0)) > _NEAR:
+            points[size, 0], points[size, 1] = x, y
             size += 1
-    ring[size] = ring[0]
-    return ring[: size + 1]
+        x0, y0 = x, y
+    points[size] = points[0]
+    return points[: size + 1]
 
 
 @compiled
