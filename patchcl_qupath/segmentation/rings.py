@@ -98,38 +98,70 @@ def hulls_of(rings: Rings) -> Rings:
     Corners are found in the order of A. Andrew, Another efficient algorithm for convex hulls in two
     dimensions, 1979.
     """
-    xy, first = np.empty((len(rings.xy) + len(rings.first), 2)), np.zeros_like(rings.first)
-    end = 0
+    xy, first = np.empty((len(rings.xy) + 2 * len(rings.first), 2)), np.zeros_like(rings.first)
     for k in range(len(first) - 1):
-        size = max(rings.first[k + 1] - rings.first[k] - 1, 0)
-        points = rings.xy[rings.first[k] : rings.first[k] + size]
-        order = np.arange(size)  # by y, then x: contours go up and down, which takes few steps
-        for n in range(1, size):
-            m, (x, y) = n, points[n]
-            while m and (
-                y < points[order[m - 1], 1]
-                or (y == points[order[m - 1], 1] and x < points[order[m - 1], 0])
-            ):
-                order[m] = order[m - 1]
-                m -= 1
-            order[m] = n
-        for chain in range(2 * (size > 0)):
-            begin = end
-            for n in range(size):
-                x, y = points[order[n] if chain == 0 else order[size - 1 - n]]
-                while end >= begin + 2:
-                    x0, y0 = xy[end - 2]
-                    if (xy[end - 1, 0] - x0) * (y - y0) - (xy[end - 1, 1] - y0) * (x - x0) < 0:
-                        break
-                    end -= 1
-                xy[end, 0], xy[end, 1] = x, y
-                end += 1
-            end -= 1  # the last is the first of the other chain
-        if size:
-            xy[end] = xy[first[k]]
-            end += 1
+        points = rings.xy[rings.first[k] : max(rings.first[k + 1] - 1, rings.first[k])]
+        end = first[k]
+        if len(points):
+            least, most = _extremes(points)
+            end = _append_chain(points, least, most, 1.0, xy, end)
+            end = _append_chain(points, most, least, -1.0, xy, end) + 1
         first[k + 1] = end
-    return Rings(xy[:end].copy(), first)
+    return Rings(xy[: first[-1]].copy(), first)
+
+
+@compiled
+def _extremes(points: Floats) -> tuple[int, int]:
+    """The first and the last of points (S, 2) by y, then x."""
+    least = most = 0
+    for n in range(1, len(points)):
+        x, y = points[n, 0], points[n, 1]
+        if y < points[least, 1] or (y == points[least, 1] and x < points[least, 0]):
+            least = n
+        if y > points[most, 1] or (y == points[most, 1] and x > points[most, 0]):
+            most = n
+    return least, most
+
+
+@compiled
+def _append_chain(
+    points: Floats, start: int, stop: int, sign: float, xy: Floats, begin: int
+) -> int:
+    """Write the corners of a hull from one of its points to another to ``xy``, from ``begin`` on.
+
+    Returns the place of the last one. The points (S, 2) of a ring are passed in the order of their
+    y, then x, times ``sign``. Only those beyond the line from ``start`` to ``stop`` can be corners:
+    contours that go around clockwise, as seen on the screen, have these nearly in order.
+    """
+    x0, y0, x1, y1 = points[start, 0], points[start, 1], points[stop, 0], points[stop, 1]
+    xy[begin, 0], xy[begin, 1] = x0, y0
+    end, at = begin + 1, start
+    for _ in range(1, len(points)):
+        at = (at if at else len(points)) - 1
+        x, y = points[at, 0], points[at, 1]
+        xy[end, 0], xy[end, 1] = x, y
+        end += (x - x0) * (y1 - y0) - (y - y0) * (x1 - x0) < 0
+    for n in range(begin + 2, end):
+        x, y, place = xy[n, 0], xy[n, 1], n
+        while place > begin + 1:
+            u, v = xy[place - 1, 0], xy[place - 1, 1]
+            if sign * y > sign * v or (y == v and sign * x >= sign * u):
+                break
+            xy[place, 0], xy[place, 1] = u, v
+            place -= 1
+        xy[place, 0], xy[place, 1] = x, y
+    xy[end, 0], xy[end, 1] = x1, y1
+    top = begin
+    for n in range(begin + 1, end + 1):
+        x, y = xy[n, 0], xy[n, 1]
+        while top > begin:
+            u, v = xy[top - 1, 0], xy[top - 1, 1]
+            if (xy[top, 0] - u) * (y - v) - (xy[top, 1] - v) * (x - u) < 0:
+                break
+            top -= 1
+        top += 1
+        xy[top, 0], xy[top, 1] = x, y
+    return top
 
 
 @compiled
