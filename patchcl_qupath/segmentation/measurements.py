@@ -521,14 +521,22 @@ def _min_widths(xy: NDArray[np.float64], first: NDArray[np.int64]) -> NDArray[np
     """Minimum width (N,) of the closed convex rings ``xy[first[i] : first[i + 1]]``.
 
     The minimum over the edges of the distance to the farthest point: as JTS's ``MinimumDiameter``,
-    which QuPath calls the minimum diameter.
+    which QuPath calls the minimum diameter. The farthest point goes around with the edge (M.
+    Shamos, Computational geometry, 1978).
     """
     width = np.full(len(first) - 1, np.inf)
     for hull in range(len(width)):
-        for k in range(first[hull], first[hull + 1] - 1):
-            x, y = xy[k + 1] - xy[k]
-            farthest = 0.0
-            for j in range(first[hull], first[hull + 1] - 1):
-                farthest = max(farthest, abs(x * (xy[j, 1] - xy[k, 1]) - y * (xy[j, 0] - xy[k, 0])))
+        begin, size = first[hull], first[hull + 1] - first[hull] - 1
+        far = 0
+        for k in range(begin, begin + size):
+            x0, y0 = xy[k, 0], xy[k, 1]
+            x, y = xy[k + 1, 0] - x0, xy[k + 1, 1] - y0
+            farthest = abs(x * (xy[begin + far, 1] - y0) - y * (xy[begin + far, 0] - x0))
+            for _ in range(size):
+                beyond = far + 1 if far + 1 < size else 0
+                distance = abs(x * (xy[begin + beyond, 1] - y0) - y * (xy[begin + beyond, 0] - x0))
+                if distance < farthest:
+                    break
+                far, farthest = beyond, distance
             width[hull] = min(width[hull], farthest / np.sqrt(x * x + y * y))
     return width
