@@ -24,6 +24,7 @@ from patchcl_qupath.segmentation.measurements import (
     NuclearStain,
     glass_around,
     measure,
+    runs_of,
     shape_measurements,
     steepness,
 )
@@ -375,7 +376,7 @@ def test_steepness_is_the_gradient_of_the_density_of_red_light(mpp):
     labels = np.zeros((20, 20), np.int32)
     labels[2:8, 3:9] = 1
     labels[19, 19] = 3  # nothing beyond it: flat; of 2, there are no pixels
-    found = steepness(labels, rgb, mpp)
+    found = steepness(runs_of(labels), int(labels.max()), rgb, mpp)
     np.testing.assert_allclose(found, [0.05 / mpp, 0, 0], rtol=0.02)
 
 
@@ -399,7 +400,7 @@ def test_glass_around_nuclei_is_that_of_squares_mirrored_at_the_border():
     glass = rgb.sum(axis=-1) > 3 * 225
     around = ndimage.uniform_filter(glass.astype(float), 17, mode="reflect")
     expected = ndimage.mean(around, labels, [1, 2, 3])
-    found = glass_around(labels, wanted, rgb, mpp=0.5)
+    found = glass_around(runs_of(labels), wanted, rgb, mpp=0.5)
     np.testing.assert_allclose(found, [*expected, 0], rtol=1e-12)
     assert 0 < found[0] != found[1]
 

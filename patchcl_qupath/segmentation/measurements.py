@@ -31,6 +31,9 @@ NO_LIGHT = 1e-3  # optical density, so that ratios of densities are finite
 _LEAST_STEEPNESS = 0.055
 _IN_CELL, _IN_NUCLEUS = 1, 2  # marks of a contour that pixels are in
 
+# Pixels of one label, above 0, that follow each other in a row: the label, the row, and the first
+# column and that after the last, (R, 4), row by row. A loop over them need not look at others.
+Runs = NDArray[np.int32]
 _Sums = tuple[float, float, float, float]  # of values, of their squares; the least, the most
 
 
@@ -50,7 +53,7 @@ def measure(
     """
     named = shape_measurements(polygons_um)
     n = len(polygons_um)
-    statistics = _statistics(labels, n, rgb, density_tables(stains))
+    statistics = _statistics(runs_of(labels), n, rgb, density_tables(stains))
     for stain, of_stain in zip(stains.names, statistics, strict=True):
         for name, per_nucleus in zip(_STATISTICS, of_stain, strict=True):
             named[f"{stain}: {name}"] = per_nucleus
@@ -244,8 +247,8 @@ class NuclearStain(NamedTuple):
         cls, labels: NDArray[np.int32], rgb: NDArray[np.uint8], mpp: float, config: SegmentConfig
     ) -> NuclearStain:
         """That of labels 1..N (H, W) in pixels (H, W, 3) of ``mpp`` µm."""
-        count = int(labels.max(initial=0))
-        red, green, blue = _mean_densities(labels, count, rgb, COLOUR_DENSITIES)
+        count, runs = int(labels.max(initial=0)), runs_of(labels)
+        red, green, blue = _mean_densities(runs, count, rgb, COLOUR_DENSITIES)
         hematoxylin = hematoxylin_density(red, green, blue)
         low, high = sorted((config.min_hematoxylin, config.min_hematoxylin_on_glass))
         matters = (hematoxylin >= low) & (hematoxylin < high)
@@ -255,8 +258,8 @@ class NuclearStain(NamedTuple):
             share_of_red=red / np.maximum(red + green + blue, NO_LIGHT),
             hematoxylin=hematoxylin,
             is_ink=np.any([is_ink(red, green, blue) for is_ink in inks], axis=0),
-            is_blurred=steepness(labels, rgb, mpp) < _LEAST_STEEPNESS * red,
-            on_glass=glass_around(labels, matters, rgb, mpp) > config.max_glass,
+            is_blurred=steepness(runs, count, rgb, mpp) < _LEAST_STEEPNESS * red,
+            on_glass=glass_around(runs, matters, rgb, mpp) > config.max_glass,
         )
 
     def is_enough(self, config: SegmentConfig, has_brown: bool) -> NDArray[np.bool_]:
@@ -269,48 +272,70 @@ class NuclearStain(NamedTuple):
         return np.asarray(~self.is_ink & ~self.is_blurred & enough)
 
 
-def steepness(labels: NDArray[np.int32], rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.float64]:
-    """The mean gradient (N,) of the optical density of red light in labels 1..N, per µm.
+@compiled
+def runs_of(labels: NDArray[np.int32]) -> Runs:
+    """The runs of pixels of one label in the rows of labels (H, W), row by row."""
+    rows, cols = labels.shape
+    size = rows
+    for row in range(rows):
+        for col in range(1, cols):
+            size += labels[row, col] != labels[row, col - 1]
+    runs, ends, found = np.empty((size, 4), np.int32), np.empty(cols + 1, np.int32), 0
+    for row in range(rows):
+        count = 0
+        for col in range(1, cols):
+            ends[count] = col  # without a branch, which would be guessed wrong
+            count += labels[row, col] != labels[row, col - 1]
+        ends[count] = cols
+        begin = 0
+        for end in ends[: count + 1]:
+            label = labels[row, begin]
+            runs[found, 0], runs[found, 1], runs[found, 2], runs[found, 3] = label, row, begin, end
+            found += label > 0
+            begin = end
+    return runs[:found]
 
-    ``labels`` (H, W) and ``rgb`` (H, W, 3) have pixels of ``mpp`` µm. It is taken towards the next
-    row and column, at the edge of a label from what is around it. Labels without pixels have 0.
+
+def steepness(runs: Runs, n: int, rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.float64]:
+    """The mean gradient (n,) of the optical density of red light in labels 1..n, per µm.
+
+    ``rgb`` (H, W, 3) has pixels of ``mpp`` µm. It is taken towards the next row and column, at the
+    edge of a label from what is around it. Labels without pixels have 0.
     """
-    count = int(labels.max(initial=0))
-    return _mean_gradients(labels, count, rgb[..., 0], COLOUR_DENSITIES) / mpp
+    return _mean_gradients(runs, n, rgb[..., 0], COLOUR_DENSITIES) / mpp
 
 
 @compiled
 def _mean_gradients(
-    labels: NDArray[np.int32], n: int, levels: NDArray[np.uint8], density: NDArray[np.float32]
+    runs: Runs, n: int, levels: NDArray[np.uint8], density: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """The mean gradient (n,) in labels 1..n (H, W) of the ``density`` (256,) of ``levels`` (H, W),
-    per pixel."""
-    rows, cols = labels.shape
+    """The mean gradient (n,) in labels 1..n of the ``density`` (256,) of ``levels`` (H, W), per
+    pixel."""
+    rows, cols = levels.shape
     count, total = np.zeros(n + 1), np.zeros(n + 1)
-    for row in range(rows):
-        below = min(row + 1, rows - 1)
-        for col in range(cols):
-            label = labels[row, col]
-            if label:
-                here = density[levels[row, col]]
-                down = density[levels[below, col]] - here
-                right = density[levels[row, min(col + 1, cols - 1)]] - here
-                count[label] += 1
-                total[label] += np.sqrt(down * down + right * right)
+    for label, row, begin, end in runs:
+        below, of_label = min(row + 1, rows - 1), total[label]
+        for col in range(begin, end):
+            here = density[levels[row, col]]
+            down = density[levels[below, col]] - here
+            right = density[levels[row, min(col + 1, cols - 1)]] - here
+            of_label += np.sqrt(down * down + right * right)
+        total[label] = of_label
+        count[label] += end - begin
     return total[1:] / np.maximum(count[1:], 1)
 
 
 def glass_around(
-    labels: NDArray[np.int32], wanted: NDArray[np.bool_], rgb: NDArray[np.uint8], mpp: float
+    runs: Runs, wanted: NDArray[np.bool_], rgb: NDArray[np.uint8], mpp: float
 ) -> NDArray[np.float64]:
     """The mean fraction (N,) of glass in the squares of 8 µm around the pixels of labels 1..N.
 
-    ``labels`` (H, W) and ``rgb`` (H, W, 3) are mirrored at the border. Labels that are not
-    ``wanted`` (N,) have 0, as those without pixels.
+    ``rgb`` (H, W, 3) is mirrored at the border. Labels that are not ``wanted`` (N,) have 0, as
+    those without pixels.
     """
     half = round(_AROUND_UM / 2 / mpp)
     padded = np.pad(_is_glass(rgb), half, mode="symmetric")
-    return _mean_squares(labels, np.append(False, wanted), padded)
+    return _mean_squares(runs, np.append(False, wanted), padded, 2 * half + 1)
 
 
 @compiled
@@ -326,123 +351,116 @@ def _is_glass(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 @compiled
 def _mean_squares(
-    labels: NDArray[np.int32], wanted: NDArray[np.bool_], padded: NDArray[np.bool_]
+    runs: Runs, wanted: NDArray[np.bool_], padded: NDArray[np.bool_], side: int
 ) -> NDArray[np.float64]:
-    """The mean (N,) of a mask in the squares around the pixels of labels 1..N (H, W).
+    """The mean (N,) of a mask in the squares around the pixels of labels 1..N.
 
-    Of those ``wanted`` (N + 1,); 0 of others. The mask is ``padded`` by half a square on each side.
-    Sums are whole numbers, which do not depend on where a tile begins.
+    Of those ``wanted`` (N + 1,); 0 of others. The mask is ``padded`` by half a square, less half a
+    pixel, on each side.
     """
-    rows, cols = labels.shape
-    side = len(padded) - rows + 1
     count, total = np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.int64)
-    column = np.zeros(padded.shape[1], np.int32)  # of the mask in the rows of the squares
-    for row in range(side - 1):
-        column += padded[row]
-    for row in range(rows):
-        column += padded[row + side - 1]
-        for col in range(cols):
-            label = labels[row, col]
-            if wanted[label]:
-                count[label] += 1
-                for k in range(col, col + side):
-                    total[label] += column[k]
-        column -= padded[row]
+    columns = np.zeros(padded.shape[1], np.int32)  # sums of those of the squares of a run
+    for label, row, begin, end in runs:
+        if not wanted[label]:
+            continue
+        pixels, wide = end - begin, end - begin + side - 1
+        for across in range(row, row + side):
+            for k in range(wide):
+                columns[k] += padded[across, begin + k]
+        for k in range(wide):
+            total[label] += columns[k] * min(k + 1, wide - k, side, pixels)  # in so many squares
+            columns[k] = 0
+        count[label] += pixels
     mean: NDArray[np.float64] = total[1:] / np.maximum(count[1:] * side**2, 1)
     return mean
 
 
 @compiled
 def _mean_densities(
-    labels: NDArray[np.int32], n: int, rgb: NDArray[np.uint8], density: NDArray[np.float32]
+    runs: Runs, n: int, rgb: NDArray[np.uint8], density: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """Mean optical density of red, green and blue (3, n) in labels 1..n (H, W); 0 without pixels.
+    """Mean optical density of red, green and blue (3, n) in labels 1..n; 0 without pixels.
 
     ``rgb`` (H, W, 3) are the pixels, ``density`` (256,) that of each level.
     """
     count, total = np.zeros(n + 1), np.zeros((3, n + 1))
-    for row in range(labels.shape[0]):
-        for col in range(labels.shape[1]):
-            label = labels[row, col]
-            if label:
-                count[label] += 1
-                for colour in range(3):
-                    total[colour, label] += density[rgb[row, col, colour]]
+    for label, row, begin, end in runs:
+        red, green, blue = total[0, label], total[1, label], total[2, label]
+        for col in range(begin, end):
+            red += density[rgb[row, col, 0]]
+            green += density[rgb[row, col, 1]]
+            blue += density[rgb[row, col, 2]]
+        total[0, label], total[1, label], total[2, label] = red, green, blue
+        count[label] += end - begin
     return total[:, 1:] / np.maximum(count[1:], 1)
 
 
 @compiled
-def counts(labels: NDArray[np.int32], n: int) -> NDArray[np.int64]:
-    """The number of pixels (n,) of labels 1..n (H, W)."""
+def counts(runs: Runs, n: int) -> NDArray[np.int64]:
+    """The number of pixels (n,) of labels 1..n."""
     count = np.zeros(n + 1, np.int64)
-    for row in range(labels.shape[0]):
-        for col in range(labels.shape[1]):
-            count[labels[row, col]] += 1
+    for label, _, begin, end in runs:
+        count[label] += end - begin
     return count[1:]
 
 
 @compiled
-def means(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Mean (n,) of the values (H, W) in labels 1..n (H, W); 0 for a label without pixels."""
-    count, total = np.zeros(n + 1), np.zeros(n + 1)
-    for row in range(labels.shape[0]):
-        for col in range(labels.shape[1]):
-            label = labels[row, col]
-            if label:
-                count[label] += 1
-                total[label] += values[row, col]
-    return total[1:] / np.maximum(count[1:], 1)
+def means(runs: Runs, n: int, values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Mean (n,) of the values (H, W) in labels 1..n; 0 for a label without pixels."""
+    total = np.zeros(n + 1)
+    for label, row, begin, end in runs:
+        of_label = total[label]
+        for col in range(begin, end):
+            of_label += values[row, col]
+        total[label] = of_label
+    return total[1:] / np.maximum(counts(runs, n), 1)
 
 
 @compiled
-def maxima(labels: NDArray[np.int32], n: int, values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Largest (n,) of the values (H, W) in labels 1..n (H, W); 0 for a label without pixels."""
+def maxima(runs: Runs, n: int, values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Largest (n,) of the values (H, W) in labels 1..n; 0 for a label without pixels."""
     largest = np.zeros(n + 1)
-    for row in range(labels.shape[0]):
-        for col in range(labels.shape[1]):
-            label = labels[row, col]
-            if label:
-                largest[label] = max(largest[label], values[row, col])
+    for label, row, begin, end in runs:
+        of_label = largest[label]
+        for col in range(begin, end):
+            of_label = values[row, col] if values[row, col] > of_label else of_label
+        largest[label] = of_label
     return largest[1:]
 
 
 @compiled
 def _statistics(
-    labels: NDArray[np.int32], n: int, rgb: NDArray[np.uint8], tables: NDArray[np.float32]
+    runs: Runs, n: int, rgb: NDArray[np.uint8], tables: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     """Mean, standard deviation, minimum and maximum of S stains in labels 1..n: (S, 4, n).
 
-    ``labels`` (H, W) and ``rgb`` (H, W, 3) are pixels; ``tables`` (3, 256, S) those of
-    ``density_tables``.
+    ``rgb`` (H, W, 3) are pixels; ``tables`` (3, 256, S) those of ``density_tables``.
     """
-    stains = tables.shape[2]
-    count, found = np.zeros(n), np.zeros((n, stains, 4))
+    count, found = counts(runs, n), np.zeros((tables.shape[2], n, 4))
     found[:, :, 2], found[:, :, 3] = np.inf, -np.inf
-    for deviating in (False, True):
-        for row in range(labels.shape[0]):
-            for col in range(labels.shape[1]):
-                label = labels[row, col] - 1
-                if label < 0:
-                    continue
-                red, green, blue = rgb[row, col]
-                count[label] += not deviating
-                for stain in range(stains):
-                    value = tables[0, red, stain] + tables[1, green, stain] + tables[2, blue, stain]
-                    of_stain = found[label, stain]
+    for stain in range(len(found)):
+        of_stain = np.ascontiguousarray(tables[:, :, stain])
+        for deviating in (False, True):
+            for label, row, begin, end in runs:
+                mean, squares, least, most = found[stain, label - 1]
+                for col in range(begin, end):
+                    red, green, blue = rgb[row, col]
+                    value = of_stain[0, red] + of_stain[1, green] + of_stain[2, blue]
                     if deviating:
-                        of_stain[1] += (value - of_stain[0]) ** 2
+                        squares += (value - mean) ** 2
                     else:
-                        of_stain[0] += value
-                        of_stain[2] = min(of_stain[2], value)
-                        of_stain[3] = max(of_stain[3], value)
-        for label in range(n):
-            for stain in range(stains):
+                        mean += value
+                        least = value if value < least else least
+                        most = value if value > most else most
+                of_label = found[stain, label - 1]
+                of_label[0], of_label[1], of_label[2], of_label[3] = mean, squares, least, most
+            for label in range(n):
                 if deviating:  # of a sample, as in QuPath
-                    spread = found[label, stain, 1] / max(count[label] - 1, 1)
-                    found[label, stain, 1] = np.sqrt(spread)
+                    spread = found[stain, label, 1] / max(count[label] - 1, 1)
+                    found[stain, label, 1] = np.sqrt(spread)
                 else:
-                    found[label, stain, 0] /= max(count[label], 1)
-    return found.transpose(1, 2, 0)
+                    found[stain, label, 0] /= max(count[label], 1)
+    return found.transpose(0, 2, 1)
 
 
 def shape_measurements(polygons_um: Polygons) -> dict[str, NDArray[np.float64]]:

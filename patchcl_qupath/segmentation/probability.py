@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.models.model import Confidence, Model, features_of
-from patchcl_qupath.segmentation.measurements import counts, maxima, means
+from patchcl_qupath.segmentation.measurements import counts, maxima, means, runs_of
 
 
 def nucleus_probability(
@@ -19,7 +19,7 @@ def nucleus_probability(
     calibration, the mean probability of its pixels.
     """
     if model.calibration is None:
-        return means(labels, int(labels.max(initial=0)), found.nucleus)
+        return means(runs_of(labels), int(labels.max(initial=0)), found.nucleus)
     return model.calibration(nucleus_features(labels, found, mpp))
 
 
@@ -40,9 +40,9 @@ def nucleus_features(
 ) -> NDArray[np.float64]:
     """What a calibration sees of labels 1..N (H, W), (N, 3)."""
     assert found.core is not None, "a network without cores is not calibrated"
-    count = int(labels.max(initial=0))
+    count, runs = int(labels.max(initial=0)), runs_of(labels)
     return features_of(
-        mean_probability=means(labels, count, found.nucleus),
-        area_um2=np.asarray(counts(labels, count) * mpp**2, np.float64),
-        largest_core=maxima(labels, count, found.core),
+        mean_probability=means(runs, count, found.nucleus),
+        area_um2=np.asarray(counts(runs, count) * mpp**2, np.float64),
+        largest_core=maxima(runs, count, found.core),
     )

@@ -26,7 +26,7 @@ from patchcl_qupath.config import SegmentConfig, SelfTrainConfig
 from patchcl_qupath.overlap import mapped
 from patchcl_qupath.segmentation.contours import trace_contours
 from patchcl_qupath.segmentation.instances import instances, large_pieces
-from patchcl_qupath.segmentation.measurements import means
+from patchcl_qupath.segmentation.measurements import means, runs_of
 from patchcl_qupath.training.star_contours import with_star_contours
 
 Stains = NDArray[np.float32]
@@ -126,7 +126,7 @@ def _of_crop(
         mpp=mpp,
     )
     background |= artefacts
-    mean_confidence = means(labels, int(labels.max(initial=0)), confidence)
+    mean_confidence = means(runs_of(labels), int(labels.max(initial=0)), confidence)
     confident = np.append(False, mean_confidence >= config.min_confidence)
     return PseudoLabels(
         nuclei=keep_labels(labels, confident),

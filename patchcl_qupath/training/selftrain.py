@@ -35,7 +35,7 @@ from patchcl_qupath.models.network import NucleusNetwork, device, to_channels_la
 from patchcl_qupath.overlap import Stop, mapped, overlapped, usable_cores
 from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter, part_of
 from patchcl_qupath.segmentation.instances import instances
-from patchcl_qupath.segmentation.measurements import means
+from patchcl_qupath.segmentation.measurements import means, runs_of
 from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.records import PatchCLLog, SelfTrainingLog
@@ -207,7 +207,8 @@ def without_artefacts(crop: LabelledCrop, before: LabelledCrop) -> LabelledCrop:
         return crop
     nuclei = crop.labels.nuclei
     count = int(nuclei.max(initial=0))
-    kept = np.append(False, means(nuclei, count, artefacts.astype(np.float32)) < _MAX_ARTEFACT)
+    share = means(runs_of(nuclei), count, artefacts.astype(np.float32))
+    kept = np.append(False, share < _MAX_ARTEFACT)
     nuclei = keep_labels(nuclei, kept)
     background = (crop.labels.background | artefacts) & (nuclei == 0)
     return crop._replace(labels=PseudoLabels(nuclei, background, artefacts))
