@@ -22,12 +22,14 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from patchcl_qupath import pipeline
+from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box
 from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.model import confidence
 from patchcl_qupath.progress import Stage
 from patchcl_qupath.project import NewImage, init_project, open_project
+from patchcl_qupath.segmentation.measurements import PROBABILITY
 from patchcl_qupath.segmentation.uncertainty import fields_of_view, predictive_entropy, step_px
 from patchcl_qupath.slides.prepare import prepare
 from patchcl_qupath.slides.slide import Slide
@@ -126,10 +128,13 @@ def test_engines_find_the_same_nuclei(model, client, project_folder, untiled):
     pytest.importorskip("openvino")
     _, exact = segment(project_folder, model, client, engine="torch")
     _, rounded = segment(project_folder, model, client, engine="openvino")
-    # In 8 bits, where the CPU does these, a few more: the model was trained for moments.
+    # In 8 bits, where the CPU does these, a few more: the model was trained for moments. What is
+    # so improbable that others leave it out may be found by one engine alone.
     for nuclei, least in ((rounded, 0.995), (untiled, 0.99)):
-        assert matched(exact.polygons, nuclei.polygons, iou=0.5) >= least * len(exact)
-        assert matched(nuclei.polygons, exact.polygons, iou=0.5) >= least * len(nuclei)
+        for these, those in ((exact, nuclei), (nuclei, exact)):
+            probability = these.measurements[PROBABILITY]
+            probable = these.polygons[probability >= Config().segment.min_probability]
+            assert matched(probable, those.polygons, iou=0.5) >= least * len(probable) > 1000
 
     (entry,) = open_project(SAMPLE).images()
     image = prepare(entry, QUICK)
