@@ -154,3 +154,15 @@ def test_the_story_of_an_image_is_short() -> None:
     """What a reader follows from a project's image to polygons."""
     text = (ROOT / "patchcl_qupath" / "pipeline.py").read_text("utf-8")
     assert dict(python_functions(text))["image"] < 25
+
+
+def test_functions_that_scripts_have_in_common_are_alike() -> None:
+    """Each script is one file, which people copy: what several need stands in each."""
+    scripts = sorted((ROOT / "groovy").glob("*.groovy"))
+    found = [
+        re.findall(r"(?ms)^static String marksOfPresent\(.*?^}$", path.read_text("utf-8"))
+        for path in scripts
+    ]
+    copies = [text for of_script in found for text in of_script]
+    assert len(copies) == 3
+    assert len(set(copies)) == 1
