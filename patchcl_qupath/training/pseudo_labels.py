@@ -206,11 +206,10 @@ def artefact_mask(
     and little of them is in components that look like a nucleus. They become background.
     """
     count = int(clumps.max()) + 1
-    area = np.bincount(clumps.ravel(), minlength=count)
+    area, rim, _ = _rims(clumps, glass.astype(np.float32), count - 1)
     covered = np.bincount(clumps.ravel(), labels.ravel() > 0, count) / np.maximum(area, 1)
     large = (area * mpp**2 > config.min_clump_um2) & (covered < config.min_covered)
 
-    rim = np.bincount(clumps[_rim(clumps)], minlength=count)
     strand = 4 * np.pi * area < config.max_circularity * rim**2
     distance, nearest = ndimage.distance_transform_edt(clumps == 0, return_indices=True)
     ring = (distance * mpp > _RING_UM[0]) & (distance * mpp <= _RING_UM[1])
@@ -258,17 +257,6 @@ def _without_fragments(found: list[PseudoLabels], min_fragment: float) -> list[P
     ]
 
 
-def _rim(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """The outermost pixels (H, W) of components: those that touch the background."""
-    inside = labels > 0
-    within = inside.copy()
-    within[1:] &= inside[:-1]
-    within[:-1] &= inside[1:]
-    within[:, 1:] &= inside[:, :-1]
-    within[:, :-1] &= inside[:, 1:]
-    return inside & ~within
-
-
 def _components(mask: NDArray[np.bool_], mpp: float, config: SelfTrainConfig) -> NDArray[np.int32]:
     """Labels (H, W) of the connected components, holes filled. They nest from level to level."""
     background = large_pieces(~mask, mpp**2, config.max_area_um2) > 0
@@ -298,10 +286,10 @@ def component_scores(
 
 @compiled
 def _rims(
-    labels: NDArray[np.int32], slope: NDArray[np.float32], count: int
+    labels: NDArray[np.int32], values: NDArray[np.float32], count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Of components 0..count (H, W), (count + 1,) each: their pixels; those of their rim; and the
-    sum of ``slope`` (H, W) there. A rim touches the background; that of 0 is not counted."""
+    sum of ``values`` (H, W) there. A rim touches the background; that of 0 is not counted."""
     rows, cols = labels.shape
     area, length = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
     total = np.zeros(count + 1)
@@ -317,7 +305,7 @@ def _rims(
             is_rim |= col + 1 < cols and labels[row, col + 1] == 0
             if is_rim:
                 length[label] += 1
-                total[label] += slope[row, col]
+                total[label] += values[row, col]
     return area, length, total
 
 
