@@ -59,10 +59,10 @@ unit: `um` is µm, and `px` are pixels at the [working resolution](glossary.md#s
 `slide.mpp`. All settings of a run are stored in `patchcl/runs/<run>/run.json`, those of a model
 beside its weights in `patchcl/models`.
 
-A model keeps the settings of `patchcl` and `selftrain` with which it was trained. To change these,
-pass `--retrain`, or another name with `--model`. Settings of `slide` and `segment` apply to the
-run. `refine` takes `engine` and those of `cdcl`; all others are those of the model that it begins
-with.
+A model keeps `recipe` and the settings of `patchcl` and `selftrain` with which it was trained: a
+file with others is refused. To change these, pass `--retrain`, or another name with `--model`.
+Settings of `slide` and `segment` apply to the run. `refine` takes `engine` and those of `cdcl`; all
+others are those of the model that it begins with.
 """
 
 

@@ -33,6 +33,8 @@ from patchcl_qupath.config import (
     ExportFormat,
     ExportRows,
     load_config,
+    read_settings,
+    unlike_training,
 )
 from patchcl_qupath.errors import ConfigError, ImageError, PatchCLError, ProjectError, reason_of
 from patchcl_qupath.options import (
@@ -130,8 +132,9 @@ def run(
         settings = overrides.of(load_config(reading.config))
         project, entries = _open(common, reading=reading, writing=writing)
         _check_engine(settings)
-        if overrides.seed is not None and not retrain:
-            _check_seed(project, name, overrides.seed)
+        if not retrain:
+            advice = "pass --retrain to train it anew"
+            _check_training(project, name, reading.config, seed=overrides.seed, advice=advice)
         click.echo(f"Nuclei are written by {project.backend}", err=True)
         from patchcl_qupath.finished import all_finished
         from patchcl_qupath.storage.geojson import run_classes
@@ -255,6 +258,7 @@ def refine(
         from patchcl_qupath.correction.labels import corrected_images
         from patchcl_qupath.models.model import Model
 
+        _check_training(project, name, reading.config, advice="leave that out of the settings")
         with _at_work(project), showing() as progress:
             start = Model.load(_existing_model(project, name))
             config = replace(start.config, engine=settings.engine, cdcl=settings.cdcl)
@@ -475,16 +479,27 @@ def _check_engine(settings: Config) -> None:
         raise ConfigError("OpenVINO runs on CPUs: leave out --device cuda, or use --engine torch")
 
 
-def _check_seed(project: Project, name: str, seed: int) -> None:
-    """Raise ConfigError where the model that there is was trained with another seed."""
+def _check_training(
+    project: Project, name: str, file: Path | None, *, seed: int | None = None, advice: str
+) -> None:
+    """Raise ConfigError where the model that there is was trained otherwise than is asked for."""
     from patchcl_qupath.storage.records import read_model_record
 
+    asked, options = read_settings(file), ""
+    if file is not None:
+        options += f" --config {file}"
+    if seed is not None:
+        asked["patchcl"] = {**asked.get("patchcl", {}), "seed": seed}
+        options += f" --seed {seed}"
     record = read_model_record(project.layout.model(name))
-    trained_with = record.config.get("patchcl", {}).get("seed") if record else None
-    if trained_with not in (None, seed):
+    try:
+        unlike = unlike_training(asked, record.config) if record else ""
+    except ConfigError:  # of a record that is damaged, or of another version: so is its model
+        return
+    if unlike:
         raise ConfigError(
-            f"the model {name} was trained with seed {trained_with}: pass --retrain to train it "
-            f"anew, or train another, by `patchcl-qp train --seed {seed} --model NAME`"
+            f"the model {name} was trained with {unlike}: {advice}, or train another, by "
+            f"`patchcl-qp train{options} --model NAME`"
         )
 
 

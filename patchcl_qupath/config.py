@@ -904,19 +904,47 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     return dataclasses.replace(start, **tables)
 
 
-def load_config(path: Path | None) -> Config:
-    """The settings of a TOML file, or the defaults where there is none."""
+def unlike_training(asked: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
+    """What is asked for of a training that a model's was not made with, in words; "" where nothing.
+
+    Both are as for ``from_dict``, and raise as it does: what they leave out is not compared.
+    """
+    wanted, used = _of_training(asked), _of_training(trained)
+    unlike = [name for name, value in wanted.items() if used.get(name, value) != value]
+    return ", ".join(f"{name} {used[name]}, not {wanted[name]}" for name in unlike)
+
+
+def _of_training(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among ``values`` by which a model is trained without labels, by name."""
+    config = from_dict(values)
+    found: dict[str, Any] = {"recipe": config.recipe} if "recipe" in values else {}
+    for table in (config.patchcl, config.selftrain):
+        renamed = RENAMED[table.table]
+        for name in values.get(table.table, {}):
+            name = renamed.get(name, name)
+            found[f"{table.table}.{name}"] = getattr(table, name)
+    return found
+
+
+def read_settings(path: Path | None) -> dict[str, Any]:
+    """The tables of a TOML file, as for ``from_dict``; none without a file. Raises ConfigError."""
     if path is None:
-        return Config()
+        return {}
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        config = from_dict(values)
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file {path}: name one of settings, as TOML") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+
+
+def load_config(path: Path | None) -> Config:
+    """The settings of a TOML file, or the defaults where there is none."""
+    values = read_settings(path)
+    try:
+        config = from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     for table, names in RENAMED.items():

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from patchcl_qupath import pipeline
-from patchcl_qupath.config import Config, ExportFormat, ExportRows, from_dict
+from patchcl_qupath.config import (
+    Config,
+    ExportFormat,
+    ExportRows,
+    from_dict,
+    to_dict,
+    unlike_training,
+)
 from patchcl_qupath.correction import suggest as suggestions
 from patchcl_qupath.correction.suggest import Suggestion
 from patchcl_qupath.datatypes import ImageEntry
@@ -117,7 +124,7 @@ def segment(
     are none, and dictionaries without ``slide.mpp`` take that of the model; ``workers`` the number
     of threads, all usable cores where it is None. One image that fails does not stop the others:
     its outcome has a ``problem``. Resumes what was stopped. Raises ConfigError for settings of
-    another ``slide.mpp`` than the model's.
+    another ``slide.mpp`` than the model's, and of another training.
 
     >>> outcome, = pq.segment(project, model)
     >>> outcome.problem is None, outcome.nuclei > 100
@@ -297,7 +304,11 @@ def _config_of_run(settings: Settings, model: Model) -> Config:
     """The settings of a run: those of the model where there are none."""
     if settings is None:
         return model.config
-    config = _config(settings)
-    if isinstance(settings, Config) or "mpp" in settings.get("slide", {}):
+    if isinstance(settings, Config):
+        return settings
+    if unlike := unlike_training(settings, to_dict(model.config)):
+        raise ConfigError(f"the model was trained with {unlike}: leave that out, or train another")
+    config = from_dict(settings)
+    if "mpp" in settings.get("slide", {}):
         return config
     return replace(config, slide=replace(config.slide, mpp=model.mpp))

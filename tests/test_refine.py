@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from slides import scene, write_tiff
 from test_network import selftraining_log
 from test_selftrain import nuclei_images
 
-from patchcl_qupath import cli, pipeline
+from patchcl_qupath import cli, library, pipeline
 from patchcl_qupath.config import CORRECTED, CDCLConfig, Config, from_dict
 from patchcl_qupath.correction import labels
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry
@@ -429,7 +430,10 @@ def test_a_seed_of_a_model_that_is_there_is_refused(folder, monkeypatch):
     model.save(folder / "patchcl" / "models", "patchcl")
     result = CliRunner().invoke(cli.main, ["run", str(folder), "--seed", "3"])
     assert result.exit_code == 2
-    assert "the model patchcl was trained with seed 0: pass --retrain" in result.output
+    assert "the model patchcl was trained with patchcl.seed 0, not 3: pass --retrain" in (
+        result.output
+    )
+    assert "`patchcl-qp train --seed 3 --model NAME`" in result.output
     (folder / "patchcl" / "models" / "patchcl.pt").unlink()
     seeds = []
 
@@ -441,6 +445,62 @@ def test_a_seed_of_a_model_that_is_there_is_refused(folder, monkeypatch):
     result = CliRunner().invoke(cli.main, ["run", str(folder), "--seed", "3"])
     assert result.exit_code == 1
     assert seeds == [3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "unlike"),
+    [
+        ('recipe = "patchcl"', "recipe selftrain, not patchcl"),
+        ("[selftrain]\nsteps = 2", "selftrain.steps 1000, not 2"),
+        ("[patchcl]\nexcess_weight = 3", "patchcl.local_contrast_weight 12.0, not 3.0"),  # of 0.1
+    ],
+)
+def test_settings_of_another_training_are_refused(folder, settings, unlike, monkeypatch):
+    """They were ignored without a word where a model is there."""
+    model = Model(network=NucleusNetwork(WIDTHS).eval(), config=Config())
+    model.save(folder / "patchcl" / "models", "patchcl")
+    file = folder / "settings.toml"
+    file.write_text(settings, "utf-8")
+
+    def stop(*_, **__):
+        raise TrainingError("it went on")
+
+    monkeypatch.setattr(cli, "_segmented", stop)
+    monkeypatch.setattr(pipeline, "refine_as", stop)
+    for command, advice in (
+        ("run", "pass --retrain to train it anew"),
+        ("refine", "leave that out of the settings"),
+    ):
+        command = [command, str(folder), "--config", str(file)]
+        result = CliRunner().invoke(cli.main, command)
+        assert result.exit_code == 2, result.output
+        assert f"the model patchcl was trained with {unlike}: {advice}, or" in result.output
+    retrained = CliRunner().invoke(
+        cli.main, ["run", str(folder), "--config", str(file), "--retrain"]
+    )
+    assert "Error: it went on" in retrained.output
+    with pytest.raises(ConfigError, match=f"the model was trained with {unlike}: leave that out"):
+        library.segment(library.open_project(folder), model, settings=tomllib.loads(settings))
+
+
+def test_settings_of_the_same_training_are_taken(folder, monkeypatch):
+    """One file may be for the training and for the runs of its model."""
+    given = {"recipe": "patchcl", "patchcl": {"dilations": [1, 2]}, "segment": {"min_area_um2": 9}}
+    model = Model(network=NucleusNetwork(WIDTHS).eval(), config=from_dict(given))
+    model.save(folder / "patchcl" / "models", "patchcl")
+    file = folder / "settings.toml"
+    text = 'recipe = "patchcl"\n[patchcl]\ndilations = [1, 2]\n[segment]\nmin_area_um2 = 5\n'
+    file.write_text(text, "utf-8")
+    areas = []
+
+    def segmented(project, entries, settings, **_):
+        areas.append(settings.segment.min_area_um2)
+        raise TrainingError("enough")
+
+    monkeypatch.setattr(cli, "_segmented", segmented)
+    for options in (["--config", str(file)], []):
+        CliRunner().invoke(cli.main, ["run", str(folder), *options])
+    assert areas == [5, Config().segment.min_area_um2]
 
 
 def test_a_model_is_refined_by_the_engine_that_is_asked_for(folder, tmp_path, monkeypatch):
@@ -477,7 +537,7 @@ def test_refine_run_and_status_from_the_command_line(folder, model):
     nuclei = (feature(INSIDE, "Nucleus"), feature(ACROSS, "Nucleus"))
     export(folder, feature(ROI, "Done"), *nuclei, line)
     settings = folder / "settings.toml"
-    settings.write_text("[cdcl]\nsteps = 6\n[patchcl]\ncrops = 4\n", "utf-8")
+    settings.write_text("[cdcl]\nsteps = 6\n", "utf-8")
 
     def call(*arguments):
         result = CliRunner().invoke(cli.main, [*map(str, arguments)])
