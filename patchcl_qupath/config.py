@@ -748,7 +748,11 @@ class ResultConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.class_name.strip() or not self.class_name.isprintable():
+        # Two spellings are one class, and would be counted twice.
+        classes = dict.fromkeys(": ".join(class_parts(name)) for name in self.summarise)
+        object.__setattr__(self, "summarise", tuple(classes))
+        object.__setattr__(self, "class_name", ": ".join(class_parts(self.class_name)))
+        if not self.class_name or not self.class_name.isprintable():
             raise ConfigError("result.class_name must be a name such as Nucleus")
         if not self.positive:
             return
@@ -775,6 +779,11 @@ class ResultConfig(Settings):
 def class_colour(name: str, other: tuple[int, ...]) -> tuple[int, ...]:
     """The colour of a class of nuclei: QuPath's own if it is one of an intensity, else another."""
     return INTENSITY_COLOURS.get(name.rpartition(":")[2].strip(), other)
+
+
+def class_parts(name: str) -> list[str]:
+    """The names that make a class of QuPath, the outermost first, however a person wrote it."""
+    return [part.strip() for part in name.split(":") if part.strip()]
 
 
 def parse_positive(text: str) -> tuple[str, tuple[float, ...]] | None:

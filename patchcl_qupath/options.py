@@ -141,10 +141,9 @@ class Overrides:
         if self.positive is not None:
             result = replace(result, positive=self.positive)
         if self.summarise:
-            from patchcl_qupath.storage.geojson import class_name  # loads numpy
+            from patchcl_qupath.storage.files import readable
 
-            classes = dict.fromkeys(map(class_name, self.summarise))
-            result = replace(result, summarise=tuple(classes))
+            result = replace(result, summarise=tuple(map(readable, self.summarise)))
         if self.stain is not None:
             slide = replace(slide, stain=StainChoice(self.stain))
         if self.expand is not None:

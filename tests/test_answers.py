@@ -21,7 +21,7 @@ from patchcl_qupath.answers.positivity import (
 )
 from patchcl_qupath.answers.regions import Regions, centroids_of
 from patchcl_qupath.answers.summary import Extent, summarise
-from patchcl_qupath.config import ResultConfig, from_dict, parse_positive
+from patchcl_qupath.config import Config, ResultConfig, from_dict, parse_positive, to_dict
 from patchcl_qupath.datatypes import DrawnRegion, Nuclei, StainKind, StainVectors
 from patchcl_qupath.errors import ConfigError, ImageError
 from patchcl_qupath.segmentation.measurements import measurement_names
@@ -102,6 +102,17 @@ def test_settings_of_classes() -> None:
     with pytest.raises(ConfigError, match="cannot be the class of nuclei with --positive"):
         ResultConfig(positive="auto", class_name="Tumor: Negative")
     ResultConfig(class_name="Positive")  # without classes of its own, any name
+
+
+def test_two_spellings_of_a_class_are_one() -> None:
+    """Each region was counted once for each of them, and tables had another name than QuPath."""
+    classes = ["Tumor:Positive", "Stroma ", "Tumor: Positive", "Stroma"]
+    settings = from_dict({"result": {"summarise": classes, "class_name": "Tumor:Nucleus "}}).result
+    assert settings.summarise == ("Tumor: Positive", "Stroma")
+    assert settings.class_name == "Tumor: Nucleus"
+    assert from_dict(to_dict(Config(result=settings))).result == settings
+    with pytest.raises(ConfigError, match="must be a name such as Nucleus"):
+        ResultConfig(class_name=" : ")
 
 
 def find(positive: str, names: Sequence[str], values: Any = (), stains: Any = H_DAB) -> Positivity:

@@ -13,6 +13,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from patchcl_qupath.config import class_parts
 from patchcl_qupath.datatypes import Polygons
 from patchcl_qupath.storage.files import readable
 
@@ -210,5 +211,4 @@ def _class_names(classification: Any) -> list[str]:
     else:
         names = [classification.get("name")] if classification.get("name") else []
         names = names or classification.get("names") or []
-    parts = [part.strip() for name in names for part in readable(str(name)).split(":")]
-    return [part for part in parts if part]
+    return [part for name in names for part in class_parts(readable(str(name)))]
