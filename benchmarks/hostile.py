@@ -37,12 +37,7 @@ from patchcl_qupath.errors import PatchCLError
 from patchcl_qupath.evaluation.ground_truth import read_ground_truth
 from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.project import open_project
-from patchcl_qupath.project.drawn import (
-    read_corrected_rois,
-    read_labels,
-    read_regions,
-    read_stains,
-)
+from patchcl_qupath.project.drawn import ExportedLabels, read_regions, read_stains
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.status import image_status
 
@@ -319,9 +314,10 @@ def read_labels_case(folder: Path, rng: random.Random) -> str:
     """Read a person's corrections."""
     file = folder / "1.geojson"
     file.write_bytes(mutated_json(objects_content(), rng))
-    labels = read_labels(file, "a.svs", CORRECTED)
-    assert len(read_corrected_rois(file, "a.svs")) == len(labels.rois)
-    return "result" if labels.rois else "none"
+    labels = ExportedLabels.read(file, "a.svs")
+    rois = labels.corrections(CORRECTED).rois
+    assert len(labels.corrected_rois) == len(rois)
+    return "result" if rois else "none"
 
 
 def read_truth_case(folder: Path, rng: random.Random) -> str:

@@ -23,7 +23,7 @@ from patchcl_qupath.evaluation.ground_truth import read_ground_truth
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.project import open_project
-from patchcl_qupath.project.drawn import read_corrected_rois, read_labels, read_regions
+from patchcl_qupath.project.drawn import ExportedLabels, read_regions
 from patchcl_qupath.slides.prepare import prepare
 
 SLIDE = Path(__file__).parent.parent / "sample_project" / "CMU-1-Small-Region.svs"
@@ -78,7 +78,7 @@ def read(
         "patchcl": {"pixel_size_um": [0.5, 0.5], **more},
     }
     file.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
-    return read_labels(file, "a.svs", roi_class)
+    return ExportedLabels.read(file, "a.svs").corrections(roi_class)
 
 
 def places(nuclei: Any) -> set[tuple[int, int]]:
@@ -169,9 +169,10 @@ def test_a_roi_of_two_pieces_is_two(tmp_path: Path) -> None:
     file = tmp_path / "1.geojson"
     objects = [feature(both, CORRECTED), feature(disc(60, 60)), feature(disc(9060, 60))]
     file.write_text(json.dumps({"type": "FeatureCollection", "features": objects}))
-    found = read_labels(file, "a.svs", CORRECTED)
+    labels = ExportedLabels.read(file, "a.svs")
+    found = labels.corrections(CORRECTED)
     assert [roi.bounds for roi in found.rois] == [(0, 0, 200, 200), (9000, 0, 9200, 200)]
-    assert len(read_corrected_rois(file, "a.svs")) == 2
+    assert len(labels.corrected_rois) == 2
     assert len(found.nuclei) == 2
 
 
@@ -182,8 +183,9 @@ def test_a_small_piece_of_a_roi_is_one_if_it_holds_a_nucleus(tmp_path: Path) -> 
     objects = [feature(both, CORRECTED), feature(disc(60, 60)), feature(disc(960, 60))]
     content = {"features": objects, "patchcl": {"pixel_size_um": [0.5, 0.5]}}
     file.write_text(json.dumps(content))
-    found = read_labels(file, "a.svs", CORRECTED)
-    for rois in (found.rois, read_corrected_rois(file, "a.svs")):
+    labels = ExportedLabels.read(file, "a.svs")
+    found = labels.corrections(CORRECTED)
+    for rois in (found.rois, labels.corrected_rois):
         assert {roi.bounds for roi in rois} == {(0, 0, 500, 500), small.bounds}
     assert places(found.nuclei) == {(60, 60), (960, 60)}
 
@@ -268,7 +270,9 @@ def test_classes_are_found_however_they_are_written(tmp_path: Path, given: str) 
     """With a colon, and in Japanese: QuPath writes a space after the colon."""
     read(tmp_path, feature(disc(60, 60)), roi_class="腫瘍: 陽性")
     file = tmp_path / "1.geojson"
-    assert len(read_labels(file, "a.svs", given).nuclei) == 1
+    labels = ExportedLabels.read(file, "a.svs")
+    assert labels.may_be_of(given)
+    assert len(labels.corrections(given).nuclei) == 1
     assert [*read_regions(file, "a.svs", [given])] == [given]
 
 
@@ -281,7 +285,8 @@ def test_a_pixel_size_that_is_given_is_used_where_nobody_has_another(tmp_path: P
         found = []
         for given in (0.5, 0.1, None):
             try:
-                found.append(len(read_labels(file, "a.svs", CORRECTED, fallback_mpp=given).nuclei))
+                labels = ExportedLabels.read(file, "a.svs")
+                found.append(len(labels.corrections(CORRECTED, fallback_mpp=given).nuclei))
             except ImageError:  # a ROI without nuclei
                 found.append(0)
         assert tuple(found) == counts

@@ -25,10 +25,11 @@ from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
 from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.models.model import Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
-from patchcl_qupath.project import open_project
+from patchcl_qupath.project import drawn, open_project
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.prepare import TrainingCrops, prepare
 from patchcl_qupath.slides.stains import StainNormaliser
+from patchcl_qupath.storage.geojson import read_objects
 from patchcl_qupath.storage.records import CDCLLog
 from patchcl_qupath.training import cdcl, selftrain
 from patchcl_qupath.training.pseudo_labels import PseudoLabels
@@ -320,6 +321,17 @@ def test_labels_are_read(folder):
     found = project.corrections(entry, "Done")
     assert [roi.area for roi in found.rois] == [ROI.area]
     assert [round(nucleus.area) for nucleus in found.nuclei] == [round(INSIDE.area), 400]
+
+
+def test_a_file_of_labels_is_read_once(folder, monkeypatch):
+    """It has all nuclei of all ROIs."""
+    project = open_project(folder, "files")
+    (entry,) = project.images()
+    export(folder, feature(ROI, "Done"), feature(INSIDE, "Nucleus"), roi_class="Done")
+    read = []
+    monkeypatch.setattr(drawn, "read_objects", lambda path: read.append(path) or read_objects(path))
+    assert len(project.corrections(entry, "Done").nuclei) == 1
+    assert read == [project.layout.labels(entry.id)]
 
 
 def test_labels_of_another_class_are_not_those_asked_for(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -162,52 +163,79 @@ def _triple(numbers: Sequence[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def read_labels(
-    path: Path,
-    image: str,
-    roi_class: str,
-    mpp: tuple[float, float] | None = None,
-    fallback_mpp: float | None = None,
-) -> Corrections:
-    """The ROIs of an image, and the nuclei in them, that groovy/export_labels.groovy exported.
+@dataclass(frozen=True, kw_only=True)
+class ExportedLabels:
+    """The objects of an image that groovy/export_labels.groovy exported; none without its file."""
 
-    None for an image that was never exported. ``mpp`` is the pixel size (x, y) at level 0; None if
-    only QuPath has it, or nobody: then it is ``fallback_mpp``. Raises ImageError for a file that is
-    damaged, and for all that cannot be meant so: ROIs in which nothing was outlined, and nuclei
-    that overlap.
-    """
-    objects = _exported(path, image)
-    if objects is None:
-        return Corrections()
-    is_roi = objects.classes == class_name(roi_class)
-    marked = objects.take(is_roi & ~shapely.is_missing(objects.areas))
-    pixel_um2 = _pixel_um2(objects, mpp, fallback_mpp)
-    rois, owner = rois_of(marked.areas, pixel_um2)
-    if not len(rois):
-        return Corrections()
-    others = objects.take(~is_roi & ~are_ours(objects))
-    found = sort_outlines(others, shapely.union_all(rois), pixel_um2)
-    without = _without_nuclei(rois, marked.ids[owner], found, objects)
-    problems = _overlaps(rois, found) + [text for text, is_problem in without if is_problem]
-    if problems:
-        raise ImageError("\n".join(f"{image}: {problem}" for problem in problems))
-    return Corrections(
-        rois=tuple(rois),
-        nuclei=found.nuclei,
-        ignored=found.ignored,
-        left_out=found.left_out,
-        notes=tuple(text for text, _ in without),
-    )
+    image: str
+    objects: Objects | None
 
+    @classmethod
+    def read(cls, path: Path, image: str) -> ExportedLabels:
+        """From a file, which may be missing. Raises ImageError if it is damaged."""
+        try:
+            objects = read_objects(path) if path.exists() else None
+        except Exception as error:  # not JSON, of any other form
+            raise ImageError(
+                f"{image}: {path} {_flaw(error)}: run groovy/export_labels.groovy on it in QuPath "
+                "again"
+            ) from error
+        return cls(image=image, objects=objects)
 
-def exported_roi_class(path: Path, image: str) -> str | None:
-    """The class of ROIs that such a file was exported for; None for one that does not say it.
+    def may_be_of(self, roi_class: str) -> bool:
+        """Whether they were exported for ROIs of a class, as far as they say it.
 
-    Of other classes it has what meets these ROIs, and no more. Raises ImageError if it is damaged.
-    """
-    objects = _exported(path, image)
-    found = objects.more.get("roi_class") if objects else None
-    return class_name(found) if isinstance(found, str) else None
+        Of other classes they have what meets these ROIs, and no more.
+        """
+        exported_for = self.objects.more.get("roi_class") if self.objects else None
+        return not isinstance(exported_for, str) or class_name(exported_for) == class_name(
+            roi_class
+        )
+
+    def corrections(
+        self,
+        roi_class: str,
+        mpp: tuple[float, float] | None = None,
+        fallback_mpp: float | None = None,
+    ) -> Corrections:
+        """The ROIs of a class, and the nuclei in them.
+
+        ``mpp`` is the pixel size (x, y) at level 0; None if only QuPath has it, or nobody: then it
+        is ``fallback_mpp``. Raises ImageError for all that cannot be meant so: ROIs in which
+        nothing was outlined, and nuclei that overlap.
+        """
+        objects = self.objects
+        if objects is None:
+            return Corrections()
+        is_roi = objects.classes == class_name(roi_class)
+        marked = objects.take(is_roi & ~shapely.is_missing(objects.areas))
+        pixel_um2 = _pixel_um2(objects, mpp, fallback_mpp)
+        rois, owner = rois_of(marked.areas, pixel_um2)
+        if not len(rois):
+            return Corrections()
+        others = objects.take(~is_roi & ~are_ours(objects))
+        found = sort_outlines(others, shapely.union_all(rois), pixel_um2)
+        without = _without_nuclei(rois, marked.ids[owner], found, objects)
+        problems = _overlaps(rois, found) + [text for text, is_problem in without if is_problem]
+        if problems:
+            raise ImageError("\n".join(f"{self.image}: {problem}" for problem in problems))
+        return Corrections(
+            rois=tuple(rois),
+            nuclei=found.nuclei,
+            ignored=found.ignored,
+            left_out=found.left_out,
+            notes=tuple(text for text, _ in without),
+        )
+
+    @property
+    def corrected_rois(self) -> tuple[shapely.Geometry, ...]:
+        """The ROIs that are marked as corrected."""
+        if self.objects is None:
+            return ()
+        areas = self.objects.areas
+        marked = (self.objects.classes == CORRECTED) & ~shapely.is_missing(areas)
+        rois, _ = rois_of(areas[marked], _pixel_um2(self.objects))
+        return tuple(rois)
 
 
 def are_ours(objects: Objects) -> NDArray[np.bool_]:
@@ -218,31 +246,9 @@ def are_ours(objects: Objects) -> NDArray[np.bool_]:
     return ours
 
 
-def read_corrected_rois(path: Path, image: str) -> tuple[shapely.Geometry, ...]:
-    """The ROIs of such a file that are marked as corrected. Raises ImageError if it is damaged."""
-    objects = _exported(path, image)
-    if objects is None:
-        return ()
-    marked = (objects.classes == CORRECTED) & ~shapely.is_missing(objects.areas)
-    rois, _ = rois_of(objects.areas[marked], _pixel_um2(objects))
-    return tuple(rois)
-
-
 def _flaw(error: Exception) -> str:
     """Why a file cannot be read, in words."""
     return "may not be read" if isinstance(error, PermissionError) else "is damaged"
-
-
-def _exported(path: Path, image: str) -> Objects | None:
-    """The objects that groovy/export_labels.groovy exported; None without a file."""
-    if not path.exists():
-        return None
-    try:
-        return read_objects(path)
-    except Exception as error:  # not JSON, of any other form
-        raise ImageError(
-            f"{image}: {path} {_flaw(error)}: run groovy/export_labels.groovy on it in QuPath again"
-        ) from error
 
 
 def _pixel_um2(

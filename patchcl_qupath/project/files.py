@@ -22,11 +22,9 @@ from patchcl_qupath.config import CORRECTED, TO_CORRECT, BackendKind, ResultConf
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.drawn import (
-    exported_roi_class,
+    ExportedLabels,
     of_classes,
-    read_corrected_rois,
     read_drawn,
-    read_labels,
     read_regions,
     read_stains,
 )
@@ -157,14 +155,20 @@ class FilesProject:
         Raises ImageError, too, if it exported those of another class, or none of an image in which
         some were saved later.
         """
+        return self.corrections_in(self.labels(entry), entry, roi_class)
+
+    def corrections_in(
+        self, labels: ExportedLabels, entry: ImageEntry, roi_class: str
+    ) -> Corrections:
+        """The same, of a file that was read. Raises ImageError as ``corrections`` does."""
         file = self.layout.labels(entry.id)
         again = "run groovy/export_labels.groovy in QuPath, and refine again"
-        if not self.has_labels_of(file, entry, roi_class):
+        if not labels.may_be_of(roi_class):
             raise ImageError(
                 f"{entry.name}: {file} was not exported for ROIs of class {roi_class}: set "
                 f"roiClass to that in the script, {again}"
             )
-        found = read_labels(file, entry.name, roi_class, entry.mpp, entry.fallback_mpp)
+        found = labels.corrections(roi_class, entry.mpp, entry.fallback_mpp)
         is_current = self.is_current(file, entry)
         saved = self.counted(entry, roi_class) or 0
         if saved and not found.rois and not is_current:
@@ -180,13 +184,13 @@ class FilesProject:
             return replace(found, notes=(*found.notes, note))
         return found
 
-    def has_labels_of(self, file: Path, entry: ImageEntry, roi_class: str) -> bool:
-        """Whether an exported file, if there is one, may be of the ROIs of a class."""
-        return exported_roi_class(file, entry.name) in (None, class_name(roi_class))
+    def labels(self, entry: ImageEntry) -> ExportedLabels:
+        """What groovy/export_labels.groovy exported. Raises ImageError for a damaged file."""
+        return ExportedLabels.read(self.layout.labels(entry.id), entry.name)
 
     def corrected_rois(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
         """The ROIs marked as corrected that groovy/export_labels.groovy exported."""
-        return read_corrected_rois(self.layout.labels(entry.id), entry.name)
+        return self.labels(entry).corrected_rois
 
     def data(self, entry: ImageEntry) -> Path:
         """QuPath's file of an image's objects; there is none for an image that was never saved."""

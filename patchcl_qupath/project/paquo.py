@@ -178,10 +178,12 @@ class PaquoProject:
     def corrections(self, entry: ImageEntry, roi_class: str) -> Corrections:
         """The ROIs that are saved, and the nuclei in them; or those exported since then."""
         file = self.layout.labels(entry.id)
-        if self._has_labels_of(file, entry, roi_class):
-            found = self.files.corrections(entry, roi_class)
-            if found.rois:  # else an earlier version may have exported another class
-                return found
+        if self.files.is_current(file, entry):
+            labels = self.files.labels(entry)
+            if labels.may_be_of(roi_class):
+                found = self.files.corrections_in(labels, entry, roi_class)
+                if found.rois:  # else an earlier version may have exported another class
+                    return found
         if entry.problem and self.files.counted(entry, roi_class) == 0:
             return Corrections()  # it must not keep the others from being trained on
         if self.files.data(entry).exists():
@@ -208,14 +210,12 @@ class PaquoProject:
         """The ROIs marked as corrected that are saved, or were exported since then."""
         file = self.layout.labels(entry.id)
         is_marked = self.files.qupath_summary(entry).corrected > 0
-        if is_marked and not self._has_labels_of(file, entry, CORRECTED):
-            self._read(entry, partial(Export, file=file, roi_class=CORRECTED))
+        if not is_marked or self.files.is_current(file, entry):
+            labels = self.files.labels(entry)
+            if not is_marked or labels.may_be_of(CORRECTED):
+                return labels.corrected_rois
+        self._read(entry, partial(Export, file=file, roi_class=CORRECTED))
         return self.files.corrected_rois(entry)
-
-    def _has_labels_of(self, file: Path, entry: ImageEntry, roi_class: str) -> bool:
-        """Whether the ROIs of a class were exported after they were saved."""
-        current = self.files.is_current(file, entry)
-        return current and self.files.has_labels_of(file, entry, roi_class)
 
     def mark_rois(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:
         """Mark ROIs in the image; they replace earlier ones that nobody touched."""
