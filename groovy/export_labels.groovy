@@ -108,7 +108,7 @@ static ImportedNuclei imported(ImageData<?> imageData) {
     def pixels = imageData?.getServer()?.getPixelCalibration()
     if (pixels?.hasPixelSizeMicrons())
         found.pixelSize = [pixels.getPixelWidthMicrons(), pixels.getPixelHeightMicrons()]
-    String lines = imageData == null ? '' : marksOfPresent(imageData)
+    String lines = imageData == null ? '' : marksOfImports(imageData).first()
     for (line in lines.readLines()) {
         def (id, _, x, y) = line.tokenize(' ')
         if (line.endsWith(' region'))
@@ -122,21 +122,23 @@ static ImportedNuclei imported(ImageData<?> imageData) {
 }
 
 /**
- * The lines of the marks of the objects that are there, as in import_nuclei.groovy: QuPath's 'Undo' of an import
- * restores the objects, but not the property.
+ * The lines of the marks of each import, the last one first, from that whose objects are there, as in
+ * import_nuclei.groovy: QuPath's 'Undo' of imports restores the objects, but not the property.
  */
-static String marksOfPresent(ImageData<?> imageData) {
-    String lines = imageData.getProperty('patchcl.imported') ?: ''
+static List<String> marksOfImports(ImageData<?> imageData) {
+    List<String> imports = [(imageData.getProperty('patchcl.imported') ?: '').toString()]
     String before = imageData.getProperty('patchcl.imported.before') ?: ''
     if (before.isEmpty())
-        return lines
+        return imports
+    imports.addAll(before.split('\n\n').toList())
     Set<String> present = imageData.getHierarchy().getAllObjects(false)
             .collect { PathObject pathObject -> pathObject.getID().toString() }.toSet()
-    Set<String> ids = lines.readLines().collect { String line -> line.substring(0, 36) }.toSet()
-    Set<String> idsBefore = before.readLines().collect { String line -> line.substring(0, 36) }.toSet()
-    boolean undone = idsBefore.any { String id -> present.contains(id) && !ids.contains(id) } &&
-            !ids.any { String id -> present.contains(id) && !idsBefore.contains(id) }
-    return undone ? before : lines
+    List<Set<String>> found = imports.collect { String lines ->
+        lines.readLines().collect { String line -> line.substring(0, 36) }.findAll { present.contains(it) }.toSet()
+    }
+    Set<String> all = found.flatten().toSet() as Set<String>
+    int now = found.findIndexOf { Set<String> ids -> ids.containsAll(all) }
+    return imports.drop(Math.max(0, now))   // where there is none, a person brought some back
 }
 
 /** Whether an annotation is of a class, however a person wrote its name. */

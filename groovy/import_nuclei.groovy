@@ -550,7 +550,7 @@ static Replacement planReplacement(ImageData<?> imageData, ProjectImageEntry<?> 
 static Map<String, Integer> replaceNuclei(ImageData<?> imageData, Replacement plan) {
     ExistingObjects existing = plan.existing
     NewObjects added = plan.added
-    String marksBefore = plan.result.has('removed') ? '' : marksOfPresent(imageData)
+    List<String> marksBefore = plan.result.has('removed') ? [] : marksOfImports(imageData)
     if (!plan.lost.isEmpty())
         writeObjects(plan.lostFile, plan.lost)
     Map<String, Integer> carried = [classes: 0, notes: 0]
@@ -563,8 +563,10 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, Replacement pl
     markRois(plan)   // with what successors took over
     exchange(imageData, plan)
     writeMarks(imageData, plan.marks)
-    boolean canUndo = marksBefore.readLines().size() <= 10000   // QuPath keeps no more objects, unless told to
-    imageData.setProperty('patchcl.imported.before', canUndo ? marksBefore : '')
+    List<String> undoable = marksBefore.takeWhile { String lines ->
+        !lines.isEmpty() && lines.readLines().size() <= 10000   // QuPath keeps no more objects, unless told to
+    }
+    imageData.setProperty('patchcl.imported.before', undoable.take(3).join('\n\n'))
     writeGiven(imageData, plan.given)
     imageData.setProperty('patchcl.run', text(plan.result, 'run'))   // patchcl-qp looks whether it was saved
     measureRegions(imageData, plan)
@@ -1793,28 +1795,30 @@ static String text(JsonObject result, String key) {
 @CompileStatic
 static Marks readMarks(ImageData<?> imageData) {
     Marks marks = new Marks()
-    for (String line : marksOfPresent(imageData).readLines())
+    for (String line : marksOfImports(imageData).first().readLines())
         marks.add(UUID.fromString(line.substring(0, 36)), line.substring(37))
     return marks
 }
 
 /**
- * The lines of the marks of the objects that are there. QuPath's 'Undo' of an import restores the objects, but not the
- * property: the marks then are those of before, of which only imported objects are there.
+ * The lines of the marks of each import, the last one first, from that whose objects are there. QuPath's 'Undo' of
+ * imports restores the objects, but not the property: only objects of one that was before are there.
  */
 @CompileStatic
-static String marksOfPresent(ImageData<?> imageData) {
-    String lines = imageData.getProperty('patchcl.imported') ?: ''
+static List<String> marksOfImports(ImageData<?> imageData) {
+    List<String> imports = [(imageData.getProperty('patchcl.imported') ?: '').toString()]
     String before = imageData.getProperty('patchcl.imported.before') ?: ''
     if (before.isEmpty())
-        return lines
+        return imports
+    imports.addAll(before.split('\n\n').toList())
     Set<String> present = imageData.getHierarchy().getAllObjects(false)
             .collect { PathObject pathObject -> pathObject.getID().toString() }.toSet()
-    Set<String> ids = lines.readLines().collect { String line -> line.substring(0, 36) }.toSet()
-    Set<String> idsBefore = before.readLines().collect { String line -> line.substring(0, 36) }.toSet()
-    boolean undone = idsBefore.any { String id -> present.contains(id) && !ids.contains(id) } &&
-            !ids.any { String id -> present.contains(id) && !idsBefore.contains(id) }
-    return undone ? before : lines
+    List<Set<String>> found = imports.collect { String lines ->
+        lines.readLines().collect { String line -> line.substring(0, 36) }.findAll { present.contains(it) }.toSet()
+    }
+    Set<String> all = found.flatten().toSet() as Set<String>
+    int now = found.findIndexOf { Set<String> ids -> ids.containsAll(all) }
+    return imports.drop(Math.max(0, now))   // where there is none, a person brought some back
 }
 
 @CompileStatic

@@ -160,7 +160,7 @@ def test_functions_that_scripts_have_in_common_are_alike() -> None:
     """Each script is one file, which people copy: what several need stands in each."""
     scripts = sorted((ROOT / "groovy").glob("*.groovy"))
     found = [
-        re.findall(r"(?ms)^static String marksOfPresent\(.*?^}$", path.read_text("utf-8"))
+        re.findall(r"(?ms)^static List<String> marksOfImports\(.*?^}$", path.read_text("utf-8"))
         for path in scripts
     ]
     copies = [text for of_script in found for text in of_script]

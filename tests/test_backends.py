@@ -416,18 +416,27 @@ def check_exports_of_what_was_before(path: Path) -> None:
     assert roi["properties"]["classification"]["names"] == ["PatchCL", "corrected"]
 
 
-@pytest.mark.parametrize("kind", [ObjectType.ANNOTATION, ObjectType.DETECTION])
-def test_nuclei_of_an_import_that_was_undone_are_replaced(tmp_path: Path, kind: ObjectType) -> None:
+@pytest.mark.parametrize(
+    ("kind", "undone"),
+    [
+        (ObjectType.ANNOTATION, 1),
+        (ObjectType.DETECTION, 1),
+        (ObjectType.DETECTION, 2),  # one after the other
+    ],
+)
+def test_nuclei_of_imports_that_were_undone_are_replaced(
+    tmp_path: Path, kind: ObjectType, undone: int
+) -> None:
     """What a person did with the nuclei of before, which are there again, holds for the next."""
     session = qupath.Session()
     path = qupath.make_project(tmp_path / "project", SLIDE, ["a.svs"])
     data, before = path.parent / "data" / "1" / "data.qpdata", tmp_path / "before"
     config = ResultConfig(object_type=kind)
-    for run in (1, 2, 3):
+    for run in range(1, undone + 3):
         found, told = written(path, run, config)
         if run == 1:
             shutil.copy(data, before)
-        elif run == 2:
+        elif run == undone + 1:
             session.run(path, UNDO.replace("BEFORE", before.as_posix()))
             check_exports_of_what_was_before(path)
             session.run(path, WITHOUT_ROI)
