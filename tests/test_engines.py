@@ -243,6 +243,18 @@ def test_openvino_that_cannot_be_loaded_is_as_if_it_were_not_installed(monkeypat
         engines.check_installed(FLOAT32)
 
 
+def test_a_machine_that_does_not_multiply_bfloat16_is_refused(monkeypatch):
+    """A worker whose CPU is older than that of the machine that began the run."""
+    pytest.importorskip("openvino")
+    message = "does not compute in bfloat16, as others do: use --engine torch"
+    monkeypatch.setattr(engines, "multiplies_bfloat16", lambda: True)
+    engines.check_installed(BFLOAT16)
+    monkeypatch.setattr(engines, "multiplies_bfloat16", lambda: False)
+    engines.check_installed(FLOAT32)
+    with pytest.raises(ConfigError, match=message):
+        engines.start(BFLOAT16, random_network())
+
+
 def test_kinds_of_engine_are_named_as_in_version_0_1():
     """A run that was stopped resumes only if its engine has the name that it had then."""
     names = ["torch", "openvino float32", "openvino bfloat16"]

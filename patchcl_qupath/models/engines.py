@@ -106,7 +106,8 @@ def start(kind: EngineKind, network: SegmentationNetwork) -> Engine:
 
 def check_installed(kind: EngineKind) -> None:
     """Raise ConfigError on a machine that has not what another machine chose: OpenVINO, or a CPU
-    that multiplies in 8 bits without overflow."""
+    that multiplies in 8 bits without overflow, or bfloat16: where a CPU does not, OpenVINO
+    computes otherwise, or slower, without a word."""
     if kind.is_openvino and not has_openvino():
         raise ConfigError(
             f"{platform.node()} has no OpenVINO: install it on all workers, or use --engine torch"
@@ -114,6 +115,10 @@ def check_installed(kind: EngineKind) -> None:
     if kind is EngineKind.OPENVINO_INT8 and not multiplies_int8():
         raise ConfigError(
             f"{platform.node()} does not compute in 8 bits, as others do: use --engine openvino"
+        )
+    if kind is EngineKind.OPENVINO_BFLOAT16 and not multiplies_bfloat16():
+        raise ConfigError(
+            f"{platform.node()} does not compute in bfloat16, as others do: use --engine torch"
         )
 
 
