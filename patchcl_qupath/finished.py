@@ -154,8 +154,8 @@ def _is_written(layout: Layout, image: str, result: ResultRecord) -> bool:
     if figures is None or figures.run != result.run:
         return False
     changes = read_record(layout.changes(image) / CHANGES, ChangesRecord)
-    if changes is not None and changes.model == result.model and changes.run != result.run:
-        return False  # it waits for this run
+    if changes is not None and changes.waits_for(result.model, result.run):
+        return False
     pictures = [layout.preview(image), layout.figures(image) / "overview.jpg"]
     for path in (*(layout.results(image) / name for name in result.files), *pictures):
         if not path.stat().st_size:

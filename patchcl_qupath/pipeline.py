@@ -190,7 +190,14 @@ def refine_as(
     model, corrections = refine(project, entries, start, labels_from, progress, seed)
     model.save(path.parent, name)
     images = [entry.id for entry in entries]
-    changes.begin(project.layout, images, corrections, model.digest, name)
+    changes.begin(
+        project.layout,
+        images,
+        corrections,
+        model=model.digest,
+        model_name=name,
+        roi_class=labels_from,
+    )
     logger.info("model %s refined and saved: %s", name, path)
     return model, corrections
 

@@ -135,7 +135,7 @@ def test_refining_with_one_image_keeps_what_another_was_given(tmp_path: Path) ->
 
     def refine(*images: str, model: str) -> dict[str, ChangesRecord | None]:
         corrected = {image: corrections[image] for image in images if image in corrections}
-        begin(layout, images, corrected, model, "refined")
+        begin(layout, images, corrected, model=model, model_name="refined", roi_class="Done")
         found = {image: layout.changes(image) / "changes.json" for image in ("1", "2")}
         return {image: read_record(path, ChangesRecord) for image, path in found.items()}
 
@@ -151,6 +151,38 @@ def test_refining_with_one_image_keeps_what_another_was_given(tmp_path: Path) ->
         assert [(each.deleted, each.kept) for each in record.rois] == [(1, 1)]
     del corrections["2"]
     assert refine("1", "2", model="fourth")["2"] is None  # its ROI was deleted
+
+
+def test_refining_with_another_class_keeps_what_was_given_for_the_first(tmp_path: Path) -> None:
+    """Two people, say, each with ROIs of a class of their own, in turn."""
+    project = make_project(tmp_path / "made", ["a.svs"])
+    layout, path = project.layout, project.layout.changes("1") / "changes.json"
+    write(project, 0, nuclei("a", 2))
+    one = shapely.box(80, 80, 200, 200)  # both nuclei lie in it
+    other = shapely.box(300, 300, 400, 400)
+    drawn = nuclei("a", 1).polygons  # a person deleted one
+    mine = {"1": Corrections(rois=(one,), nuclei=(*drawn,))}
+    yours = {"1": Corrections(rois=(other,), nuclei=())}
+
+    def refine(corrections: dict[str, Corrections], model: str, roi_class: str) -> ChangesRecord:
+        names = {"model": model, "model_name": "refined", "roi_class": roi_class}
+        begin(layout, ["1"], corrections, **names)
+        record = read_record(path, ChangesRecord)
+        assert record is not None
+        assert record.model == model
+        return record
+
+    refine(mine, "first", "Mine")
+    write(project, 0, nuclei("a", 1))  # the refined model deletes it by itself
+    second = refine(yours, "second", "Yours: done")
+    assert [roi.x for roi in second.rois] == [300]  # the model learnt nothing else
+    assert refine({}, "third", "Theirs").rois == ()  # this image has no such ROI
+    segmented: Any = SimpleNamespace(image=SimpleNamespace(id="1"))
+    assert finish(layout, segmented, "third", "run 1") is None
+    fourth = refine(mine, "fourth", "Mine")
+    assert [(each.deleted, each.kept) for each in fourth.rois] == [(1, 1)]
+    assert [roi.x for roi in refine(yours, "fifth", "Yours:done").rois] == [300]
+    assert {*refine({}, "sixth", "Yours: done").others} == {"Mine"}
 
 
 def test_a_sentence_and_a_sum() -> None:

@@ -22,7 +22,7 @@ from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import atomic_write, to_jpeg
-from patchcl_qupath.storage.geojson import from_object, made_valid, to_object
+from patchcl_qupath.storage.geojson import class_name, from_object, made_valid, to_object
 from patchcl_qupath.storage.layout import CHANGES, Layout
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import (
@@ -46,27 +46,51 @@ def begin(
     layout: Layout,
     images: Iterable[str],
     corrections: Mapping[str, Corrections],
+    *,
     model: str,
     model_name: str,
+    roi_class: str,
 ) -> None:
     """Save the corrected ROIs of ``images``, by id, for the refined model of digest ``model``.
 
     ROIs where the model before segmented nothing, as outside of the regions of its run, are left
-    out. What was saved of these images for another refined model is removed; that of others is
-    kept, as a later model may be refined with their ROIs again. Raises StorageError.
+    out. What was saved of these images for another refined model is removed; that of other images
+    and of ROIs of another class than ``roi_class`` is kept, as a later model may be refined with
+    these again. Raises StorageError.
     """
     made = datetime.now(UTC).isoformat(timespec="seconds")
+    roi_class = class_name(roi_class)
     for image in images:
         folder = layout.changes(image)
-        earlier = read_record(folder / CHANGES, ChangesRecord)
+        others = _by_class(read_record(folder / CHANGES, ChangesRecord), roi_class)
+        earlier = others.pop(roi_class, ())
         rois = _rois(layout, image, corrections[image], earlier) if image in corrections else []
-        if not rois:
+        if not rois and not others:
             shutil.rmtree(folder, ignore_errors=True)
             continue
+        record = ChangesRecord(
+            model=model,
+            model_name=model_name,
+            made=made,
+            roi_class=roi_class,
+            rois=tuple(rois),
+            others=others,
+        )
         with atomic_write(folder) as new:
             new.mkdir()
-            record = ChangesRecord(model=model, model_name=model_name, made=made, rois=tuple(rois))
             write_record(new / CHANGES, record, compact=True)
+
+
+def _by_class(
+    record: ChangesRecord | None, unnamed: str
+) -> dict[str, tuple[RoiChangesRecord, ...]]:
+    """The ROIs of a record by their class; ``unnamed`` is that of records without one."""
+    if record is None:
+        return {}
+    if not record.rois:
+        return dict(record.others)
+    without_after = [msgspec.structs.replace(roi, after=[], picture="") for roi in record.rois]
+    return {**record.others, record.roi_class or unnamed: tuple(without_after)}
 
 
 def finish(layout: Layout, segmented: SegmentedImage, model: str, run: str) -> ChangeCounts | None:
@@ -78,7 +102,7 @@ def finish(layout: Layout, segmented: SegmentedImage, model: str, run: str) -> C
     image = segmented.image
     folder = layout.changes(image.id)
     record = read_record(folder / CHANGES, ChangesRecord)
-    if record is None or record.model != model:
+    if record is None or record.model != model or not record.rois:
         return None
     boxes = [_box(roi, image.slide) for roi in record.rois]
     if image.region is not None and not all(
@@ -156,7 +180,7 @@ def _inside(contours: Polygons, roi: shapely.Geometry) -> Bools:
 
 
 def _rois(
-    layout: Layout, image: str, labels: Corrections, earlier: ChangesRecord | None
+    layout: Layout, image: str, labels: Corrections, earlier: Sequence[RoiChangesRecord]
 ) -> list[RoiChangesRecord]:
     """The records of the corrected ROIs of an image in which the model before segmented nuclei."""
     result = read_result(layout.result(image))
@@ -170,12 +194,14 @@ def _rois(
     return [_before(roi, roi - ignored, _known(roi, earlier, nuclei), drawn) for roi in rois]
 
 
-def _known(roi: shapely.Geometry, earlier: ChangesRecord | None, nuclei: Polygons) -> Polygons:
+def _known(
+    roi: shapely.Geometry, earlier: Sequence[RoiChangesRecord], nuclei: Polygons
+) -> Polygons:
     """The nuclei that a person was given to correct: of a ROI that was used before, those of then.
 
     The last run is that of another model: all of its contours differ a little from the person's.
     """
-    for known in earlier.rois if earlier else ():
+    for known in earlier:
         box = (known.x, known.y, known.x + known.width, known.y + known.height)
         if np.allclose(box, roi.bounds, atol=0.5, rtol=0):
             return _contours(known.before)

@@ -326,14 +326,22 @@ class ChangesRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
     """changes/<image>/changes.json: the corrected ROIs of an image, for a refined model.
 
     ``model`` is the digest of the refined model, ``made`` UTC in ISO 8601. ``run`` is that in which
-    the refined model segmented the image; empty before that.
+    the refined model segmented the image; empty before that. ``rois`` are of the class
+    ``roi_class``. Of other classes, with which the model was not refined, those of earlier models
+    are kept (``others``), for the nuclei that a person was given.
     """
 
     model: str
     model_name: str
     made: str
     run: str = ""
+    roi_class: str = ""
     rois: tuple[RoiChangesRecord, ...]
+    others: dict[str, tuple[RoiChangesRecord, ...]] = {}
+
+    def waits_for(self, model: str, run: str) -> bool:
+        """Whether there are ROIs for a model that a run of it has not yet added its nuclei to."""
+        return bool(self.rois) and self.model == model and self.run != run
 
 
 def _listed(*numbers: tuple[int, str]) -> str:
