@@ -71,6 +71,8 @@ def main() -> None:
     # a second less.
     atexit.register(gc.freeze)
     console.replace_unencodable()
+    if sys.getfilesystemencoding() == "ascii":  # the locale C, and PYTHONUTF8=0
+        click.echo("No file is found whose name is not ASCII: set PYTHONUTF8=1", err=True)
 
 
 # ------------------------------------------------------------------ commands

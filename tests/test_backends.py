@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -375,6 +376,23 @@ def test_a_class_of_a_person_stays_after_a_run_that_agrees(tmp_path: Path) -> No
         assert (shown[4]["class_name"], len(others)) == ("Tumor", 209)
         assert {shown[k]["class_name"] for k in others} == {name}
     session.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locale C")
+def test_names_that_are_not_ascii_are_found_in_any_locale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In C, that of many containers and cron jobs, Java found neither project nor image."""
+    folder = tmp_path / "Prüfung"
+    folder.mkdir()
+    slide = Path(shutil.copy(SLIDE, folder / "Schnitt ö.svs"))
+    path = qupath.make_project(folder / "project", slide, ["a.svs"])
+    for name in ("LANG", "LC_CTYPE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LC_ALL", "C")
+    _, told = written(path, 1, ResultConfig())
+    assert told is not None
+    assert told.added == 210
 
 
 # QuPath's 'Undo' restores the objects, as they were serialized, and nothing else of an image.

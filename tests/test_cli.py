@@ -160,6 +160,19 @@ def test_names_that_a_terminal_cannot_encode_are_shown_with_marks(tmp_path, char
     assert json.loads(as_json.stdout)["images"][0]["image"] == name
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are UTF-8")
+def test_names_of_files_that_python_takes_for_ascii_are_said(tmp_path):
+    """Python heeds PYTHONUTF8=0 in the locale C, and finds no other names."""
+    name = "Schnitt ö.png"
+    project = write_project(tmp_path / "project", [tmp_path / name])
+    command = [sys.executable, "-m", "patchcl_qupath.cli", "status", project]
+    for utf8 in (0, 1):
+        settings = {"LC_ALL": "C", "PYTHONUTF8": str(utf8), "PYTHONCOERCECLOCALE": "0"}
+        shown = subprocess.run(command, capture_output=True, env=os.environ | settings)
+        assert shown.returncode == 0, shown.stderr
+        assert (b"set PYTHONUTF8=1" in shown.stderr) == (not utf8)
+
+
 @pytest.mark.parametrize("columns", [20, 40, 80])
 def test_tables_in_a_narrow_place_cut_no_name_and_no_figure(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))

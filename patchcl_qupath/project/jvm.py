@@ -9,11 +9,13 @@ To add a question, write a dataclass, and a method of ``_QuPath`` that answers i
 
 from __future__ import annotations
 
+import locale
 import logging
 import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -241,6 +243,17 @@ def java_options(given: list[str]) -> list[str]:
     return [*given, f"-Xmx{min(half, MAX_MEMORY) >> 20}m"]
 
 
+def _name_files_as_python() -> None:
+    """Have Java take names of files for UTF-8 where Python does.
+
+    It goes by the locale: in C, that of many containers and cron jobs, it finds no name with an
+    umlaut.
+    """
+    is_utf8 = locale.getencoding().lower() == "utf-8"
+    if os.name == "posix" and sys.getfilesystemencoding() == "utf-8" and not is_utf8:
+        os.environ["LC_ALL"] = "C.UTF-8"
+
+
 def _serve(pipe: Connection, qupath: Path | None, log: Path) -> None:
     """The main loop of the process: answer questions until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C must not stop it while it saves
@@ -290,6 +303,7 @@ class _QuPath:
             kwargs["qupath_dir"] = str(qupath)
         given = kwargs["java_opts"]
         kwargs["java_opts"] = java_options(given.split() if isinstance(given, str) else [*given])
+        _name_files_as_python()
         start_jvm(finder_kwargs=kwargs)  # otherwise paquo does, when imported, and with its options
         self._lap("start Java")
         from jpype import JClass
