@@ -301,7 +301,8 @@ def test_a_path_that_tiffslide_takes_for_two_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "stain::HE"
     folder.mkdir()
     path = write_tiff(folder / "a.tif", scene(300, 300, (0.5, 0.5)), (0.5, 0.5))
-    with pytest.raises(SlideError, match=r"rename the folder or file that has :: in its name"):
+    advice = "rename the folder or file that has :: in its name"  # to copy it again does not help
+    with pytest.raises(SlideError, match=rf"a\.tif cannot be read: {advice}$"):
         Slide.open(entry(path))
     assert Slide.open(entry(path.rename(tmp_path / "a:HE.tif"))).size == (300, 300)
 

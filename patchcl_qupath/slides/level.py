@@ -98,6 +98,10 @@ class MissingReaderError(Exception):
     """A format that is read by OpenSlide, which is not installed."""
 
 
+class AmbiguousPathError(ValueError):
+    """A path that a reader takes for several: one with ``::``."""
+
+
 def level_scale(shape: tuple[int, int], finer: Sequence[Level]) -> tuple[float, float]:
     """(x, y) level-0 px per px of a level of ``shape``."""
     # A level of 62 px below one of 250 is a truncated quarter, not 1 / 4.03 of it: QuPath, too,
@@ -125,6 +129,10 @@ def unreadable(name: str, error: Exception) -> SlideError:
     if isinstance(error, MissingReaderError):
         return SlideError(
             f"{name} cannot be read ({reason}): pip install 'patchcl-qupath[openslide]'"
+        )
+    if isinstance(error, AmbiguousPathError):
+        return SlideError(
+            f"{name} cannot be read: rename the folder or file that has :: in its name"
         )
     message = (
         f"{name} cannot be read ({reason}): if QuPath shows it, export it as OME-TIFF (rendered "

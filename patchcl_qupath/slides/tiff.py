@@ -24,6 +24,7 @@ from tiffslide import TiffSlide
 from patchcl_qupath.slides.chunks import ChunkedPixels, drawn_from
 from patchcl_qupath.slides.colour import ToRGB, alpha_is_unused, to_rgb
 from patchcl_qupath.slides.level import (
+    AmbiguousPathError,
     Level,
     MissingReaderError,
     Pyramid,
@@ -79,9 +80,10 @@ def open_tiff(path: Path, selection: Selection) -> Pyramid:
 
 
 def _open(path: Path) -> tuple[TiffSlide, Sequence[TiffPageSeries]]:
-    """An open file and its images. Raises ValueError for a path that tiffslide takes for two."""
+    """An open file and its images. Raises AmbiguousPathError for a path that tiffslide takes for
+    two."""
     if "::" in str(path):
-        raise ValueError("rename the folder or file that has :: in its name")
+        raise AmbiguousPathError(path)
     slide = TiffSlide(path)
     try:
         return slide, slide.ts_tifffile.series
