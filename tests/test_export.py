@@ -539,6 +539,8 @@ def test_an_export_that_fails_leaves_the_old_file(
         (["--to", "geojson", "--output", "x.h5ad"], "a file of anndata, and geojson is exported"),
         (["--output", "x.csv.gz"], "x.csv.gz is named as a file, and not as one of csv: name it x"),
         (["--excel", "--output", "t.XLSX"], "not as one of csv: name it t.csv, or name a folder"),
+        (["--to", "parquet", "--output", "t.feather"], "one of parquet: name it t.parquet, or"),
+        (["--to", "geojson", "--output", "x.ndjson"], "name it x.geojson, or name a folder"),
         (["--to", "geojson", "--output", "x.geojson.gz"], "name it x.geojson, or name a folder"),
     ],
 )

@@ -291,7 +291,10 @@ def test_init_makes_a_project_that_reads_the_same(tmp_path: Path) -> None:
         init_project(tmp_path / "made", new)
     with pytest.raises(ProjectError, match="a project needs an image"):
         init_project(tmp_path / "none", [])
+    with pytest.raises(ProjectError, match=r"new\.qpproj is named as the file of a project: name"):
+        init_project(tmp_path / "new.qpproj", new)
     assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "new.qpproj").exists()
     touch(tmp_path / "file")
     with pytest.raises(StorageError, match="cannot write"):
         init_project(tmp_path / "file", new)

@@ -217,6 +217,11 @@ def test_pictures_go_where_one_says(drawn: Path, ground_truth: Path, tmp_path: P
     assert [path.name for path in folder.iterdir()] == ["all kinds-1.png"]
     assert f"Look at: {folder}" in result.output
     assert not (drawn / "patchcl" / "errors").exists()
+    file = tmp_path / "errors.PNG"
+    result = call("score", drawn, "--ground-truth", ground_truth, "--pictures", file)
+    assert result.exit_code == 2
+    assert "errors.PNG is named as a file: name a folder for the pictures" in result.output
+    assert not file.exists()
 
 
 def test_scores_need_no_pixels_but_pictures_do(

@@ -12,7 +12,7 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import ImageEntry, Polygons
-from patchcl_qupath.errors import GroundTruthError, ImageError, PatchCLError
+from patchcl_qupath.errors import ConfigError, GroundTruthError, ImageError, PatchCLError
 from patchcl_qupath.evaluation.ground_truth import (
     check_not_shared,
     ground_truth_files,
@@ -30,6 +30,7 @@ from patchcl_qupath.storage.records import Record, RemovedRecord, ResultRecord, 
 
 # Lower ends of the bins in which detection probabilities are held against how many are right.
 BINS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_FILES = (".jpeg", ".jpg", ".pdf", ".png", ".tif", ".tiff")  # of pictures; no folder has one
 SCORES = {"dice": "Dice", "aji": "AJI", "pq": "PQ", "f1": "F1 at IoU 0.5"}
 
 
@@ -92,8 +93,11 @@ def score(
 
     Draws a picture of the errors of each into the folder ``pictures``, if one is given. Returns
     their scores, and the names of the images without ground truth. An image that fails has a
-    ``problem`` and does not stop the others. Raises GroundTruthError if no image has any.
+    ``problem`` and does not stop the others. Raises GroundTruthError if no image has any,
+    ConfigError for ``pictures`` that are named as a file.
     """
+    if pictures is not None and pictures.suffix.lower() in _FILES and not pictures.is_dir():
+        raise ConfigError(f"{pictures} is named as a file: name a folder for the pictures")
     files = ground_truth_files(ground_truth, entries)
     scored, without = [], []
     for entry in entries:

@@ -37,7 +37,10 @@ _SUFFIXES = {
     ExportFormat.SPATIALDATA: ".zarr",
     ExportFormat.ANNDATA: ".h5ad",
 }
-_OTHER_SUFFIXES = (".gz", ".json", ".tsv", ".txt", ".xls", ".xlsx", ".zip")  # no folder has one
+_OTHER_SUFFIXES = (  # no folder has one
+    *(".arrow", ".feather", ".gz", ".h5", ".json", ".jsonl", ".ndjson", ".ods", ".pq", ".tsv"),
+    *(".txt", ".xls", ".xlsx", ".xml", ".zip"),
+)
 _TABLES = (ExportFormat.CSV, ExportFormat.PARQUET)
 TABLE_NAMES = {  # of files, by what a row is
     ExportRows.NUCLEUS: "nuclei",
