@@ -47,7 +47,7 @@ from patchcl_qupath.models.model import Model
 from patchcl_qupath.overlap import Stop, Turn, meanwhile, overlapped, turns, usable_cores
 from patchcl_qupath.progress import Progress, ShowProgress, Stage, counter
 from patchcl_qupath.project import Project
-from patchcl_qupath.report.figures import write_figures, write_preview
+from patchcl_qupath.report.figures import write_pictures
 from patchcl_qupath.segmentation.grow_tile import CellContext, NucleiOfTiles, grow_tile
 from patchcl_qupath.segmentation.segment_tile import (
     TileContext,
@@ -269,7 +269,8 @@ class Run:
         entry, turn = item
         began = time.perf_counter()
         try:
-            outcome = self._finished(entry) or self.image(entry, turn)
+            finished = finished_outcome(self.project, entry, self.provenance)
+            outcome = finished or self.image(entry, turn)
         finally:
             turn.pass_on()
         return msgspec.structs.replace(outcome, seconds=time.perf_counter() - began)
@@ -290,14 +291,9 @@ class Run:
             with meanwhile(self._draw, segmented, result, seconds):
                 imported = self._write(entry, segmented, answered, result)
             changed = changes.finish(self.project.layout, segmented, self.model.digest, result.run)
-        outcome = self._outcome(entry, segmented, result, seconds, worker_seconds)
-        known = {"imported": imported, "corrections": changed, **answered.known}
-        known = {name: value for name, value in known.items() if value is not None}
-        return msgspec.structs.replace(answered.noted(outcome), **known)
-
-    def _finished(self, entry: ImageEntry) -> ImageOutcome | None:
-        """The outcome of an image of which this run would change nothing; None for others."""
-        return finished_outcome(self.project, entry, self.provenance)
+        known = {"imported": imported, "corrections": changed}
+        times = {"main_seconds": seconds, "worker_seconds": worker_seconds}
+        return self._outcome(entry, segmented, answered, result, **known, **times)
 
     def _with_regions_and_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with what a person set in QuPath."""
@@ -463,40 +459,16 @@ class Run:
         """Show that the nuclei are written, and do it."""
         nuclei = f"{segmented.count:,} nuclei"
         self._show(Progress(stage=Stage.WRITING, image=entry.name, detail=nuclei))
-        if self.project.backend.writes_into_qupath:
-            with self._asking_qupath:
-                return self._write_here(entry, segmented, answered, result)
-        return self.workers.call(self._write_here, entry, segmented, answered, result)
-
-    def _write_here(
-        self,
-        entry: ImageEntry,
-        segmented: SegmentedImage,
-        answered: Answer,
-        result: ResultRecord,
-    ) -> Imported | None:
-        """Write the nuclei into the project, and where they are uncertain."""
-        batches = answered.classified_tables(segmented.tables())
-        imported = self.project.write(entry, batches, self.config.result, result)
-        if segmented.uncertainty is not None:
-            path = self.project.layout.uncertainty(entry.id)
-            write_uncertainty_grid(path, segmented.uncertainty)
-        return imported
+        write = partial(_write, self.project, entry, segmented, answered, self.config, result)
+        with self._in_qupath:
+            # QuPath's process is one of this process, and answers no other.
+            here = self.project.backend.writes_into_qupath
+            return write() if here else self.workers.call(write)
 
     def _draw(self, segmented: SegmentedImage, result: ResultRecord, seconds: Seconds) -> None:
         """Draw the preview, and the pictures and figures of the report."""
         with timed(seconds, "pictures"):
-            self.workers.call(self._draw_here, segmented, result)
-
-    def _draw_here(self, segmented: SegmentedImage, result: ResultRecord) -> None:
-        layout, id_ = self.project.layout, segmented.image.id
-        write_preview(layout.preview(id_), segmented)
-        write_figures(layout.figures(id_), segmented, result)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a worker needs of a run to write and draw: neither workers nor who watches it."""
-        left = {"workers", "model", "progress", "_stop", "_showing", "_asking_qupath"}
-        return {name: value for name, value in self.__dict__.items() if name not in left}
+            self.workers.call(write_pictures, self.project.layout, segmented, result)
 
     @property
     def _in_qupath(self) -> AbstractContextManager[object]:
@@ -575,16 +547,18 @@ class Run:
         self,
         entry: ImageEntry,
         segmented: SegmentedImage,
+        answered: Answer,
         result: ResultRecord,
-        main_seconds: Seconds,
-        worker_seconds: Seconds,
+        **known: Any,
     ) -> ImageOutcome:
-        """What to tell a person of the image."""
+        """What to tell a person of the image; of what is ``known`` beside it, what is not None."""
         tiles = len(segmented.tiles) + len(segmented.failed_tiles)
+        of_nuclei = note(entry, segmented.image, segmented.count, tiles > 0, self.config)
+        known |= {"positivity": result.positivity, "summaries": result.summaries or None}
         return ImageOutcome(
             id=entry.id,
             image=entry.name,
-            note=note(entry, segmented.image, segmented.count, tiles > 0, self.config),
+            note="; ".join(filter(None, [of_nuclei, *answered.notes])) or None,
             tissue_mm2=result.tissue_mm2,
             nuclei=segmented.count,
             tiles=tiles,
@@ -592,7 +566,22 @@ class Run:
             failed_tiles=segmented.failed_tiles,
             results=str(self.project.layout.results(entry.id)),
             preview=str(self.project.layout.preview(entry.id)),
-            main_seconds=main_seconds,
-            worker_seconds=worker_seconds,
             network_px=segmented.network_px,
+            **{name: value for name, value in known.items() if value is not None},
         )
+
+
+def _write(
+    project: Project,
+    entry: ImageEntry,
+    segmented: SegmentedImage,
+    answered: Answer,
+    config: Config,
+    result: ResultRecord,
+) -> Imported | None:
+    """Write the nuclei into the project, and where they are uncertain."""
+    batches = answered.classified_tables(segmented.tables())
+    imported = project.write(entry, batches, config.result, result)
+    if segmented.uncertainty is not None:
+        write_uncertainty_grid(project.layout.uncertainty(entry.id), segmented.uncertainty)
+    return imported

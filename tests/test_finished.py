@@ -221,7 +221,7 @@ def test_a_run_that_a_full_disk_stopped_goes_on(
         raise StorageError("no space left")
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(pipeline.Run, "_draw_here", full)
+        stopped.setattr(pipeline, "write_pictures", full)
         stopped.setattr(pipeline, "write_outcomes", lambda *_: None)
         with pytest.raises(AssertionError, match="no space left"):
             run(folder, model, client, config)

@@ -686,20 +686,36 @@ def test_what_was_exported_of_other_data_is_exported_anew(path: Path, what: str,
     assert read() == 3
 
 
+def quick_run(folder: Path, *names: str) -> tuple[Path, list[str | Path]]:
+    """A project of small images, and a command that segments them within seconds."""
+    (entry,) = open_project(SAMPLE, "files").images()
+    pixels = Slide.open(entry).read(Box(1500, 900, 1900, 1300))
+    slides = [write_tiff(folder / name, pixels, (0.5, 0.5)) for name in names]
+    path = init_project(
+        folder / "project", [NewImage(slide, [(400, 400)], None) for slide in slides]
+    )
+    settings = folder / "settings.toml"
+    settings.write_text('recipe = "patchcl"\n[patchcl]\nmax_steps = 40\nbatch = 2\ncrops = 8\n')
+    command = [sys.executable, "-m", "patchcl_qupath.cli", "run", path, "--config", settings]
+    return path, [*command, "--backend", "paquo"]
+
+
+@pytest.mark.qupath
+def test_other_processes_draw_an_image_while_qupath_runs(tmp_path: Path) -> None:
+    """Of the second image: QuPath's process, which runs by then, cannot be sent to them."""
+    path, command = quick_run(tmp_path, "a.tif", "b.tif")
+    done = subprocess.run([*command, "--workers", "5"], capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert all(Layout(path.parent / "patchcl").preview(number).exists() for number in "12")
+
+
 @pytest.mark.qupath
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process")
 def test_run_that_is_stopped_while_qupath_writes_is_resumed(
     tmp_path: Path, session: qupath.Session
 ) -> None:
     """By kill -9, which leaves QuPath's process to end by itself, and by Ctrl-C."""
-    (entry,) = open_project(SAMPLE, "files").images()
-    pixels = Slide.open(entry).read(Box(1500, 900, 1900, 1300))
-    slide = write_tiff(tmp_path / "a.tif", pixels, (0.5, 0.5))
-    path = init_project(tmp_path / "project", [NewImage(slide, [(400, 400)], None)])
-    settings = tmp_path / "settings.toml"
-    settings.write_text('recipe = "patchcl"\n[patchcl]\nmax_steps = 40\nbatch = 2\ncrops = 8\n')
-    command = [sys.executable, "-m", "patchcl_qupath.cli", "run", path, "--config", settings]
-    command += ["--backend", "paquo"]
+    path, command = quick_run(tmp_path, "a.tif")
     subprocess.run(command, check=True, capture_output=True)
     session.run(path, DRAW)
     before = session.run(path, IDS)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import msgspec
 import numpy as np
 import shapely
 from numpy.typing import NDArray
@@ -21,7 +19,7 @@ from patchcl_qupath.segmentation.measurements import measurement_names
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.storage.parquet import Table
-from patchcl_qupath.storage.records import ImageOutcome, PositivityRecord, Summary
+from patchcl_qupath.storage.records import PositivityRecord, Summary
 
 _named = partial(names_text, most=3)  # of the regions that a note is about
 
@@ -42,11 +40,6 @@ class Answer:
         """What makes nuclei positive, for the file of the result."""
         return None if self.positivity is None else self.positivity.record
 
-    @property
-    def known(self) -> dict[str, Any]:
-        """What belongs to the outcome of a run; None for what was not asked."""
-        return {"positivity": self.record, "summaries": self.summaries or None}
-
     def classified(self, batches: Iterable[Nuclei]) -> Iterable[Nuclei]:
         """Batches of nuclei, with classes where these were asked for."""
         return batches if self.positivity is None else self.positivity.apply(batches)
@@ -56,11 +49,6 @@ class Answer:
         if self.positivity is None:
             return tables
         return map(self.positivity.apply_to_table, tables)
-
-    def noted(self, outcome: ImageOutcome) -> ImageOutcome:
-        """The outcome of an image with the notes."""
-        notes = [note for note in (outcome.note, *self.notes) if note]
-        return msgspec.structs.replace(outcome, note="; ".join(notes) or None)
 
 
 def check(image: PreparedImage, entry: ImageEntry, config: Config) -> None:

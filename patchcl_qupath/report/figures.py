@@ -34,7 +34,7 @@ from patchcl_qupath.segmentation.uncertainty import FieldsOfView, bin_px, fields
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import atomic_write, to_jpeg
-from patchcl_qupath.storage.layout import FIGURES
+from patchcl_qupath.storage.layout import FIGURES, Layout
 from patchcl_qupath.storage.records import (
     FieldOfViewRecord,
     FiguresRecord,
@@ -56,6 +56,12 @@ _JPEG_QUALITY = 62
 _BEYOND = 4  # times the end of a histogram, up to where medians are found
 _TISSUE_COLOUR = (0, 90, 200)
 _REGION_COLOUR = (0, 0, 0)
+
+
+def write_pictures(layout: Layout, segmented: SegmentedImage, result: ResultRecord) -> None:
+    """Write the preview of an image, and what the report shows of it. Raises StorageError."""
+    write_preview(layout.preview(segmented.image.id), segmented)
+    write_figures(layout.figures(segmented.image.id), segmented, result)
 
 
 def write_preview(path: Path, segmented: SegmentedImage) -> None:
