@@ -28,6 +28,7 @@ from patchcl_qupath.segmentation.measurements import (
     shape_measurements,
     steepness,
 )
+from patchcl_qupath.segmentation.rings import Rings, areas_of, rings_of
 from patchcl_qupath.slides.stain_vectors import H_DAB, H_E
 from patchcl_qupath.slides.stains import densities
 
@@ -252,25 +253,25 @@ def test_contours_run_where_confidence_falls_to_the_threshold():
 
 
 def rings_of_noise():
-    """Points (E, 2) of the smoothed contours of noise, first points of these, and polygons."""
+    """The smoothed contours of noise, as rings and as polygons."""
     noise = ndimage.gaussian_filter(np.random.default_rng(2).standard_normal((200, 200)), 1.5)
     labels, _ = ndimage.label(noise > 0.01)
     corner, step, first, _ = contours._trace(labels.astype(np.int32))
     xy = contours._smooth(corner + step / 2, first)
     ring = np.repeat(np.arange(len(first) - 1), np.diff(first))
-    return xy, first, shapely.polygons(shapely.linearrings(xy, indices=ring))
+    return Rings(xy, first), shapely.polygons(shapely.linearrings(xy, indices=ring))
 
 
-def simplified(xy, first):
-    points, starts = contours._simplified(xy, first, np.arange(len(first) - 1))
+def simplified(rings):
+    points, starts = contours._simplified(rings, np.arange(len(rings.first) - 1))
     return [points[a:b] for a, b in pairwise(starts)]
 
 
 def test_simplified_contours_stay_within_a_fifth_of_a_px():
-    xy, first, polygons = rings_of_noise()
+    rings, polygons = rings_of_noise()
     assert len(polygons) > 100
-    found = simplified(xy, first)
-    assert sum(map(len, found)) < len(xy) / 2
+    found = simplified(rings)
+    assert sum(map(len, found)) < len(rings.xy) / 2
     for points, polygon in zip(found, polygons, strict=True):
         ring = shapely.LinearRing(points)
         assert len(points) >= 3
@@ -279,10 +280,10 @@ def test_simplified_contours_stay_within_a_fifth_of_a_px():
 
 @pytest.mark.skipif(shapely.geos_version < (3, 13, 0), reason="older GEOS keeps the first point")
 def test_contours_are_simplified_as_geos_does():
-    xy, first, polygons = rings_of_noise()
+    rings, polygons = rings_of_noise()
     by_geos = shapely.simplify(polygons, 0.2, preserve_topology=False)
     equal = 0
-    for points, one, whole in zip(simplified(xy, first), by_geos, polygons, strict=True):
+    for points, one, whole in zip(simplified(rings), by_geos, polygons, strict=True):
         if one.geom_type == "Polygon" and not one.is_empty and shapely.Polygon(points).is_valid:
             equal += 1
             assert shapely.equals_exact(shapely.Polygon(points), one)
@@ -292,8 +293,9 @@ def test_contours_are_simplified_as_geos_does():
 
 
 def test_areas_of_rings_are_those_of_their_polygons():
-    xy, first, polygons = rings_of_noise()
-    np.testing.assert_array_equal(contours._areas(xy, first), shapely.area(polygons))
+    rings, polygons = rings_of_noise()
+    for each in (rings, rings_of(polygons)):  # without their first point again, and with it
+        np.testing.assert_array_equal(areas_of(each), shapely.area(polygons))
 
 
 def test_contours_at_touching_nuclei_and_at_the_border_stay_between_pixels():

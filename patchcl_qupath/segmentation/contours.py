@@ -6,7 +6,7 @@ All nuclei of a tile are handled at once, in flat arrays; loops are compiled.
 from __future__ import annotations
 
 import hashlib
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import shapely
@@ -23,6 +23,7 @@ from patchcl_qupath.datatypes import (
     tile_to_grid,
 )
 from patchcl_qupath.segmentation.measurements import measure
+from patchcl_qupath.segmentation.rings import Rings, areas_of, polygons_of, taken
 from patchcl_qupath.slides.stain_vectors import H_E
 
 # A contour is traced clockwise, as seen on the screen: the label is on its right. The four
@@ -79,11 +80,11 @@ def trace_contours(
     xy = corner + step / 2
     if confidence is not None:
         _to_threshold(xy, step, confidence, np.float32(threshold))
-    xy = _smooth(xy, first)
-    outer = _largest(_areas(xy, first), owner, int(labels.max(initial=0)))
-    polygons = _polygons(*_simplified(xy, first, outer))
+    rings = Rings(_smooth(xy, first), first)
+    outer = _largest(areas_of(rings), owner, int(labels.max(initial=0)))
+    polygons = polygons_of(_simplified(rings, outer))
     invalid = ~shapely.is_valid(polygons)  # a handful in a thousand
-    polygons[invalid] = _tidy(_polygons(*_rings(xy, first, outer[invalid])))
+    polygons[invalid] = _tidy(polygons_of(taken(rings, outer[invalid])))
     return polygons
 
 
@@ -125,8 +126,8 @@ def pixel_polygons(labels: Labels) -> Polygons:
         for col in range(0, labels.shape[1], _BLOCK_PX):
             block = labels[row : row + _BLOCK_PX, col : col + _BLOCK_PX]
             corner, _, first, owner = _trace(block)
-            corner += np.array([col, row])
-            rings.append(_polygons(corner, first))
+            xy = corner.astype(np.float64) + np.array([col, row])
+            rings.append(polygons_of(Rings(xy, first)))
             owners.append(owner)
     owner = np.concatenate(owners)
     order = np.argsort(owner, kind="stable")
@@ -231,19 +232,6 @@ def _average(xy: NDArray[np.float64], first: int, last: int, averaged: NDArray[n
         before = k
 
 
-@compiled
-def _areas(xy: NDArray[np.float64], first: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The areas (R,) of the rings ``xy[first[i] : first[i + 1]]``."""
-    areas = np.empty(len(first) - 1)
-    for ring in range(len(areas)):
-        twice, before = 0.0, first[ring + 1] - 1
-        for k in range(first[ring], first[ring + 1]):
-            twice += xy[before, 0] * xy[k, 1] - xy[k, 0] * xy[before, 1]
-            before = k
-        areas[ring] = abs(twice) / 2
-    return areas
-
-
 def _largest(area: NDArray[np.float64], owner: Labels, n: int) -> NDArray[np.int64]:
     """Index of the largest ring of each label 1..n."""
     order = np.lexsort((area, owner))
@@ -254,32 +242,17 @@ def _largest(area: NDArray[np.float64], owner: Labels, n: int) -> NDArray[np.int
 
 
 @compiled
-def _rings(
-    xy: NDArray[np.float64], first: NDArray[np.int64], wanted: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Some of the rings ``xy[first[i] : first[i + 1]]``, in the same form."""
-    points, starts = np.empty_like(xy), np.zeros(len(wanted) + 1, np.int64)
-    for i in range(len(wanted)):
-        ring = xy[first[wanted[i]] : first[wanted[i] + 1]]
-        starts[i + 1] = starts[i] + len(ring)
-        points[starts[i] : starts[i + 1]] = ring
-    return points[: starts[-1]], starts
-
-
-@compiled
-def _simplified(
-    xy: NDArray[np.float64], first: NDArray[np.int64], wanted: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """As ``_rings``, without points that lie within 0.2 px of the line between others.
+def _simplified(rings: Rings, wanted: NDArray[np.int64]) -> Rings:
+    """Some of the rings, without points that lie within 0.2 px of the line between others.
 
     As shapely's ``simplify(polygons, 0.2, preserve_topology=False)`` of GEOS 3.14, in a fifth of
     the time; but a ring that would have fewer than three points stays as it is. (D. Douglas, T.
     Peucker, Algorithms for the reduction of the number of points required to represent a digitized
     line or its caricature, 1973.)
     """
-    points, starts = np.empty_like(xy), np.zeros(len(wanted) + 1, np.int64)
+    points, first = np.empty_like(rings.xy), np.zeros(len(wanted) + 1, np.int64)
     for i in range(len(wanted)):
-        ring = xy[first[wanted[i]] : first[wanted[i] + 1]]
+        ring = rings.xy[rings.first[wanted[i]] : rings.first[wanted[i] + 1]]
         kept = np.zeros(len(ring) + 1, np.bool_)
         kept[0] = kept[-1] = True  # the first point, which is also the last
         start = 0
@@ -297,9 +270,9 @@ def _simplified(
             across = np.concatenate((corners[-1:], corners[:2]))
             corners = corners if _farthest(across, 0, 2) else corners[1:]
         corners = corners if len(corners) > 2 else ring
-        starts[i + 1] = starts[i] + len(corners)
-        points[starts[i] : starts[i + 1]] = corners
-    return points[: starts[-1]], starts
+        first[i + 1] = first[i] + len(corners)
+        points[first[i] : first[i + 1]] = corners
+    return Rings(points[: first[-1]], first)
 
 
 @compiled
@@ -326,12 +299,6 @@ def _farthest(ring: NDArray[np.float64], start: int, end: int) -> int:
         if distance > most:
             farthest, most = k, distance
     return farthest
-
-
-def _polygons(xy: NDArray[Any], first: NDArray[np.int64]) -> Polygons:
-    """The polygons (R,) of the rings ``xy[first[i] : first[i + 1]]``."""
-    ring = np.repeat(np.arange(len(first) - 1), np.diff(first))
-    return np.asarray(shapely.polygons(shapely.linearrings(xy, indices=ring)), object)
 
 
 def _tidy(polygons: Polygons) -> Polygons:

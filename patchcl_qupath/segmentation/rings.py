@@ -17,7 +17,10 @@ Bools = NDArray[np.bool_]
 
 
 class Rings(NamedTuple):
-    """Closed rings (N,): points ``xy[first[k] : first[k + 1]]`` (P, 2), the first again as last."""
+    """Closed rings (N,): points ``xy[first[k] : first[k + 1]]`` (P, 2), the first again as last.
+
+    Those that are being traced (``contours``) leave that last one out.
+    """
 
     xy: Floats
     first: Integers
@@ -166,13 +169,14 @@ def _append_chain(
 
 @compiled
 def areas_of(rings: Rings) -> Floats:
-    """The areas (N,) of rings."""
+    """The areas (N,) of rings, whether their first point comes again or not."""
     areas = np.zeros(len(rings.first) - 1)
     for k in range(len(areas)):
         begin, end = rings.first[k], rings.first[k + 1]
         twice = 0.0
-        for point in range(begin + 1, end - 1):
-            up = rings.xy[point - 1, 1] - rings.xy[point + 1, 1]
+        for point in range(begin + 1, end):
+            after = point + 1 if point + 1 < end else begin
+            up = rings.xy[point - 1, 1] - rings.xy[after, 1]
             twice += (rings.xy[point, 0] - rings.xy[begin, 0]) * up
         areas[k] = abs(twice / 2)
     return areas
