@@ -101,7 +101,7 @@ def write(
         (found,) = positivity.apply([found])
         result = msgspec.structs.replace(result, positivity=record)
     if thresholds or drawn:
-        regions = Regions.of(drawn)
+        regions = Regions(drawn)
         extents = [
             Extent(
                 area_mm2=g.area * MPP[0] * MPP[1] / 2e6,  # half of it was segmented

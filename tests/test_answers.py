@@ -246,7 +246,7 @@ def members(regions: Regions, i: int, xy: Any) -> list[int]:
 
 
 def test_a_nucleus_belongs_to_the_smallest_region() -> None:
-    regions = Regions.of([region(SQUARE), region(WITHIN, "Stroma"), region(BESIDE)])
+    regions = Regions([region(SQUARE), region(WITHIN, "Stroma"), region(BESIDE)])
     xy = np.array([[10, 10], [30, 30], [90, 10], [150, 10], [60, 60], [300, 300]], float)
     assert regions.parent(xy).tolist() == [0, 1, 2, 2, 1, -1]  # a boundary belongs to its region
     assert members(regions, 0, xy) == [0, 1, 2, 4]
@@ -254,7 +254,7 @@ def test_a_nucleus_belongs_to_the_smallest_region() -> None:
     assert members(regions, 2, xy) == [2, 3]
     assert regions.partly_overlapping() == [(0, 2)]
     assert regions.label(1) == "Stroma at x 40, y 40 px"
-    none = Regions.of([])
+    none = Regions([])
     assert none.parent(xy).tolist() == [-1] * 6
     assert none.partly_overlapping() == []
     assert regions.parent(np.empty((0, 2))).tolist() == []
@@ -264,7 +264,7 @@ def test_regions_of_many_corners_and_holes() -> None:
     """As one by one, in numbers that a loop would be slow for."""
     ring = shapely.Point(500, 500).buffer(300, 500) - shapely.Point(500, 500).buffer(100, 500)
     drawn = [ring, shapely.box(0, 0, 400, 900), SQUARE | shapely.box(700, 0, 900, 300)]
-    regions = Regions.of([region(one) for one in drawn])
+    regions = Regions([region(one) for one in drawn])
     xy = np.random.default_rng(0).uniform(0, 1000, (20_000, 2))
     inside = np.stack([shapely.contains_xy(one, xy) for one in drawn])
     for i in range(3):
@@ -277,7 +277,7 @@ def test_regions_of_many_corners_and_holes() -> None:
 def test_cores_that_overlap_are_told_of() -> None:
     """As after dearraying with too large a diameter: a nucleus would count for two patients."""
     cores = [region(shapely.Point(x, 100).buffer(60), "", is_core=True) for x in (100, 210, 400)]
-    regions = Regions.of([*cores, region(shapely.box(0, 0, 250, 100))])
+    regions = Regions([*cores, region(shapely.box(0, 0, 250, 100))])
     both = np.array([[155.0, 100.5]])
     assert [i for i in range(4) if members(regions, i, both)] == [0, 1]
     assert regions.partly_overlapping() == [(0, 1)]
@@ -286,7 +286,7 @@ def test_cores_that_overlap_are_told_of() -> None:
 def test_a_nucleus_on_the_border_of_a_core_belongs_to_the_nearest() -> None:
     """Of a core alone: an annotation was drawn, and its border is meant."""
     cores = [shapely.Point(100, 100).buffer(50), shapely.Point(300, 100).buffer(50)]
-    regions = Regions.of([region(core, "", is_core=True) for core in cores] + [region(SQUARE)])
+    regions = Regions([region(core, "", is_core=True) for core in cores] + [region(SQUARE)])
     xy = np.array([[100, 155], [245, 100], [200, 100], [100, 100], [-3, 50]], float)
     assert regions.parent(xy).tolist() == [0, 1, -1, 0, -1]
 
@@ -324,7 +324,7 @@ def test_summaries_of_nested_regions() -> None:
         [found[:1], found[:0], found[1:]],
         image="a.svs",
         extents=extents,
-        regions=Regions.of(drawn),
+        regions=Regions(drawn),
         class_names=("Nucleus: Negative", "Nucleus: Positive"),
     )
     assert (image.kind, image.name) == ("image", "a.svs")

@@ -101,7 +101,7 @@ def rule(*thresholds: float) -> Positivity:
 
 
 def summaries_of(entry: ImageEntry, found: Nuclei, positivity: Positivity) -> tuple[Summary, ...]:
-    regions = Regions.of(entry.drawn)
+    regions = Regions(entry.drawn)
     extents = [
         Extent(
             area_mm2=1.0,

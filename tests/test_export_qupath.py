@@ -87,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, session: qupath.Session) ->
     with closing(open_project(path, "paquo")) as project:
         (entry,) = project.images()
         entry = project.with_drawn(entry, ["Tumor", "Stroma"])
-        regions = Regions.of(entry.drawn)
+        regions = Regions(entry.drawn)
         extents = [
             Extent(
                 area_mm2=g.area * MPP[0] * MPP[1] / 2e6,  # half of it was segmented

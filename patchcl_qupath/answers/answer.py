@@ -63,12 +63,12 @@ def answer(segmented: SegmentedImage, entry: ImageEntry, config: ResultConfig) -
     if not config.positive and not config.summarise and not entry.drawn:
         return Answer()
     positivity = _positivity(segmented, entry, config) if config.positive else None
-    regions = Regions.of(entry.drawn)
+    regions = Regions(entry.drawn)
     asked = Answer(positivity=positivity)
     summaries = summarise(
         asked.classified(segmented.nuclei()),
         image=entry.name,
-        extents=list(_extents(segmented.image, entry, regions)),
+        extents=list(_extents(segmented.image, entry)),
         regions=regions,
         class_names=positivity.class_names if positivity else (),
     )
@@ -92,12 +92,13 @@ def _positivity(segmented: SegmentedImage, entry: ImageEntry, config: ResultConf
     )
 
 
-def _extents(image: PreparedImage, entry: ImageEntry, regions: Regions) -> Iterator[Extent]:
+def _extents(image: PreparedImage, entry: ImageEntry) -> Iterator[Extent]:
     """How large the image is, and each region: what of it was segmented."""
     yield Extent(area_mm2=image.area_mm2(), tissue_mm2=image.tissue_mm2())
     within = shapely.union_all(entry.regions) if entry.regions else None
-    for geometry, is_core in zip(regions.geometries, regions.is_core, strict=True):
-        segmented = geometry if within is None or is_core else geometry & within
+    for region in entry.drawn:
+        geometry = region.geometry
+        segmented = geometry if within is None or region.is_core else geometry & within
         x, y = geometry.centroid.coords[0]
         yield Extent(
             area_mm2=image.area_mm2(segmented),

@@ -26,43 +26,32 @@ def centroids_of(contours: Polygons) -> Centroids:
     return np.asarray(shapely.get_coordinates(shapely.centroid(contours)), np.float64)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Regions:
-    """Regions as columns, one row each; geometry is (x, y) at level 0.
+    """The regions that were drawn in an image, in their order."""
 
-    ``ids`` are those of the objects in QuPath; ``names`` their names, of a core its label, "" where
-    there is none; ``classes`` QuPath's classes; ``is_core`` tells TMA cores from annotations;
-    ``case_ids`` are those of cores, "" elsewhere.
-    """
+    drawn: Sequence[DrawnRegion] = ()
 
-    ids: tuple[str, ...]
-    names: tuple[str, ...]
-    classes: tuple[str, ...]
-    case_ids: tuple[str, ...]
-    is_core: NDArray[np.bool_]
-    geometries: Polygons
+    @cached_property
+    def geometries(self) -> Polygons:
+        """(N,) at level 0."""
+        geometries = np.empty(len(self.drawn), dtype=object)
+        geometries[:] = [region.geometry for region in self.drawn]
+        return geometries
 
-    @classmethod
-    def of(cls, drawn: Sequence[DrawnRegion]) -> Regions:
-        """The regions that were drawn, in their order."""
-        geometries = np.empty(len(drawn), dtype=object)
-        geometries[:] = [region.geometry for region in drawn]
-        return cls(
-            ids=tuple(region.id for region in drawn),
-            names=tuple(region.name for region in drawn),
-            classes=tuple(region.class_name for region in drawn),
-            case_ids=tuple(region.case_id for region in drawn),
-            is_core=np.array([region.is_core for region in drawn], dtype=bool),
-            geometries=geometries,
-        )
+    @cached_property
+    def is_core(self) -> NDArray[np.bool_]:
+        """(N,) which are TMA cores; the others are annotations."""
+        return np.array([region.is_core for region in self.drawn], dtype=bool)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.drawn)
 
     def label(self, i: int) -> str:
         """What people call a region: its name, else its class and place."""
-        kind = "core" if self.is_core[i] else self.classes[i] or "annotation"
-        return self.names[i] or f"{kind} {place_text(*self.geometries[i].centroid.coords[0])}"
+        region = self.drawn[i]
+        kind = "core" if region.is_core else region.class_name or "annotation"
+        return region.name or f"{kind} {place_text(*region.geometry.centroid.coords[0])}"
 
     def pairs(self, centroids: Centroids) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """The pairs (P,), (P,) of a region and a centroid that lies in it."""

@@ -49,7 +49,7 @@ def summarise(
     are kept, in float32. ``extents`` are that of the image, then those of the regions.
     ``class_names`` are counted also where no nucleus has them.
     """
-    regions = regions or Regions.of([])
+    regions = regions or Regions()
     assert len(extents) == 1 + len(regions), "one extent for the image, and one for each region"
     counted = _Counted(regions=regions, class_names=[*class_names])
     for batch in batches:
@@ -59,13 +59,13 @@ def summarise(
         counted.summary(
             row,
             extents[row],
-            kind="core" if regions.is_core[row - 1] else "region",
-            name=regions.names[row - 1],
-            class_name=regions.classes[row - 1],
-            case_id=regions.case_ids[row - 1],
-            id=regions.ids[row - 1],
+            kind="core" if region.is_core else "region",
+            name=region.name,
+            class_name=region.class_name,
+            case_id=region.case_id,
+            id=region.id,
         )
-        for row in range(1, len(extents))
+        for row, region in enumerate(regions.drawn, start=1)
     )
 
 

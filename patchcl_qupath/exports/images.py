@@ -53,7 +53,7 @@ class ExportedImage:
     folder: Path
     nuclei: Path
     columns: tuple[str, ...]
-    regions: Regions = field(default_factory=lambda: Regions.of([]))
+    regions: Regions = field(default_factory=Regions)
     notes: tuple[str, ...] = ()
 
     @property
@@ -84,21 +84,20 @@ class ExportedImage:
 
     def places(self, centroids: NDArray[np.float64]) -> Places:
         """Where nuclei lie, by their centroids (N, 2) in px at level 0."""
-        names = [self._displayed(i) for i in range(len(self.regions))]
         region, point = self.regions.pairs(centroids)
         parent = self.regions.smallest(region, point, len(centroids))
         in_core = self.regions.is_core[region]
         core = self.regions.smallest(region[in_core], point[in_core], len(centroids))
         return Places(
-            parents=_taken([*names, OUR_REGION], parent),
-            cores=_taken([*self.regions.names, None], core),
+            parents=_taken([*map(_displayed, self.regions.drawn), OUR_REGION], parent),
+            cores=_taken([*(region.name for region in self.regions.drawn), None], core),
         )
 
-    def _displayed(self, i: int) -> str:
-        """How QuPath calls a region in the column Parent."""
-        kind = "TMA core" if self.regions.is_core[i] else "Annotation"
-        its_class = self.regions.classes[i]
-        return self.regions.names[i] or (f"{kind} ({its_class})" if its_class else kind)
+
+def _displayed(region: DrawnRegion) -> str:
+    """How QuPath calls a region in the column Parent."""
+    kind = "TMA core" if region.is_core else "Annotation"
+    return region.name or (f"{kind} ({region.class_name})" if region.class_name else kind)
 
 
 def _taken(names: Sequence[str | None], numbers: NDArray[np.intp]) -> pa.Array:
@@ -142,7 +141,7 @@ def _regions(path: Path, image: str, result: ResultRecord) -> tuple[Regions, tup
     """
     counted = [summary for summary in result.summaries if summary.kind != "image"]
     if not counted:
-        return Regions.of([]), ()
+        return Regions(), ()
     try:
         drawn = read_drawn(path, image)
     except ImageError:
@@ -162,7 +161,7 @@ def _regions(path: Path, image: str, result: ResultRecord) -> tuple[Regions, tup
         )
     if (new := np.count_nonzero(to_count & ~is_known) - changed) > 0:
         notes.append(f"{image}: {new} of its regions were drawn since the run: run again")
-    return Regions.of([*itertools.compress(drawn, is_known)]), tuple(notes)
+    return Regions([*itertools.compress(drawn, is_known)]), tuple(notes)
 
 
 def _same(region: DrawnRegion, summary: Summary) -> bool:
