@@ -509,23 +509,15 @@ def _open(
     common: Common, *, reading: Reading | None = None, writing: Writing | None = None
 ) -> tuple[Project, list[ImageEntry]]:
     """The project, and the images of it that were asked for."""
-    from patchcl_qupath.project import open_project
-    from patchcl_qupath.storage.files import readable
+    from patchcl_qupath.project import chosen_images, open_project
 
     path, reading, writing = common.project_path, reading or Reading(), writing or Writing()
-    names = [readable(name) for name in common.names]
     project = open_project(path, writing.backend, writing.qupath)
-    entries = [replace(entry, fallback_mpp=reading.mpp) for entry in project.images()]
+    entries = chosen_images(project, common.names)
     logger.info("%s: %d images, backend %s", project.path, len(entries), project.backend)
     if not entries:
         raise ProjectError(f"{path} has no images: add some in QuPath first")
-    if names:
-        unknown = set(names) - {key for entry in entries for key in (entry.id, entry.name)}
-        if unknown:
-            known = ", ".join(entry.name for entry in entries[:10])
-            raise ProjectError(f"no image {', '.join(sorted(unknown))} in {path}: it has {known}")
-        entries = [entry for entry in entries if entry.id in names or entry.name in names]
-    return project, entries
+    return project, [replace(entry, fallback_mpp=reading.mpp) for entry in entries]
 
 
 def _segmented(

@@ -21,7 +21,6 @@ from patchcl_qupath.config import (
 )
 from patchcl_qupath.correction import suggest as suggestions
 from patchcl_qupath.correction.suggest import Suggestion
-from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
 from patchcl_qupath.evaluation.score import ImageScore
 from patchcl_qupath.evaluation.score import score as score_images
@@ -30,12 +29,12 @@ from patchcl_qupath.exports.command import Request
 from patchcl_qupath.exports.command import export as export_images
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import ShowProgress, hide_progress
-from patchcl_qupath.project import NewImage, Project, init_project
+from patchcl_qupath.project import NewImage, Project, chosen_images, init_project
 from patchcl_qupath.project import open_project as open_backend
 from patchcl_qupath.report.page import write_report as write_page
 from patchcl_qupath.slides.openslide import one_of_each_slide
 from patchcl_qupath.status import ImageStatus, image_statuses
-from patchcl_qupath.storage.files import exclusive_lock, readable
+from patchcl_qupath.storage.files import exclusive_lock
 from patchcl_qupath.storage.geojson import run_classes
 from patchcl_qupath.storage.parquet import Table, read_geoarrow
 from patchcl_qupath.storage.records import ImageOutcome, read_model_record
@@ -95,9 +94,8 @@ def train(
     0.5
     """
     with exclusive_lock(project.layout.root):
-        return pipeline.train_as(
-            name, project, _entries(project, images), _config(settings), show or hide_progress
-        )
+        entries = chosen_images(project, _several(images))
+        return pipeline.train_as(name, project, entries, _config(settings), show or hide_progress)
 
 
 def load_model(project: Project, name: str = "patchcl") -> Model:
@@ -139,7 +137,7 @@ def segment(
             progress=show or hide_progress,
             region_classes=run_classes(_several(regions)),
         )
-        return list(run.images(_entries(project, images)))
+        return list(run.images(chosen_images(project, _several(images))))
 
 
 def read_nuclei(project: Project, image: str) -> Table:
@@ -155,7 +153,7 @@ def read_nuclei(project: Project, image: str) -> Table:
     >>> nuclei.column_names[:4]
     ['id', 'geometry', 'Area µm^2', 'Length µm']
     """
-    entry, *others = _entries(project, [image])
+    entry, *others = chosen_images(project, [image])
     if others:
         ids = ", ".join(each.id for each in (entry, *others))
         raise ProjectError(f"{1 + len(others)} images are named {image}: pass an id ({ids})")
@@ -191,7 +189,7 @@ def export(
         output=None if output is None else Path(output),
         excel=excel,
     )
-    exported = export_images(project, _entries(project, images), request)
+    exported = export_images(project, chosen_images(project, _several(images)), request)
     if exported.problems:
         raise ImageError(exported.problems[0])
     return [Path(file.path) for file in exported.files]
@@ -271,15 +269,6 @@ def write_report(project: Project) -> Path:
     'index.html'
     """
     return write_page(project)
-
-
-def _entries(project: Project, images: Sequence[str]) -> list[ImageEntry]:
-    """The images of these names or ids; all where there are none."""
-    entries, wanted = project.images(), {readable(name) for name in _several(images)}
-    known = {key for entry in entries for key in (entry.id, entry.name)}
-    if unknown := sorted(wanted - known):
-        raise ProjectError(f"no image {', '.join(unknown)} in {project.path}")
-    return [e for e in entries if not wanted or {e.id, e.name} & wanted]
 
 
 def _several(names: Sequence[str]) -> tuple[str, ...]:
