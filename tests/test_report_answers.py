@@ -25,7 +25,6 @@ from patchcl_qupath.report.charts import Mark, Stack, stacked
 from patchcl_qupath.report.positivity_map import (
     POSITIVITY_COLOURS,
     _round_up,
-    class_codes,
     positive_share,
 )
 from patchcl_qupath.report.views import kind_of_class
@@ -64,8 +63,8 @@ def test_classes_are_numbered_from_negative() -> None:
     record = PositivityRecord(measurement="DAB: Mean", thresholds=(0.2, 0.4, 0.6))
     positivity = Positivity(record=record, base_class="Tumor")
     values = np.array([0.7, 0.1, 0.2, np.nan, 0.5], np.float32)
-    assert class_codes(positivity, values).tolist() == [3, 0, 1, 0, 2]
-    assert len(class_codes(positivity, values[:0])) == 0
+    assert positivity.codes(values).tolist() == [3, 0, 1, 0, 2]
+    assert len(positivity.codes(values[:0])) == 0
     assert [kind_of_class(name) for name in positivity.class_names] == [
         *("negative", "grade-1", "grade-2", "grade-3")
     ]

@@ -39,15 +39,17 @@ class Positivity:
         names = (POSITIVE,) if len(self.record.thresholds) == 1 else GRADES
         return tuple(f"{self.base_class}: {name}" for name in (NEGATIVE, *names))
 
-    def classes(self, values: NDArray[np.float32]) -> NDArray[np.str_]:
-        """The class (N,) of nuclei with these values (N,) of the measurement.
+    def codes(self, values: NDArray[np.float32]) -> NDArray[np.intp]:
+        """The number (N,) in ``class_names`` of nuclei with these values (N,) of the measurement.
 
         As in QuPath, a nucleus at a threshold is above it, and one without a value is negative.
         """
-        thresholds = np.asarray(self.record.thresholds)
         known = np.nan_to_num(np.asarray(values, np.float64), nan=-np.inf)
-        names = np.array(self.class_names)
-        return names[np.searchsorted(thresholds, known, side="right")]
+        return np.searchsorted(np.asarray(self.record.thresholds), known, side="right")
+
+    def classes(self, values: NDArray[np.float32]) -> NDArray[np.str_]:
+        """The class (N,) of the same nuclei."""
+        return np.array(self.class_names)[self.codes(values)]
 
     def apply(self, batches: Iterable[Nuclei]) -> Iterator[Nuclei]:
         """Batches of nuclei with their classes."""

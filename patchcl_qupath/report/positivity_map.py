@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from patchcl_qupath.answers.positivity import Positivity
 from patchcl_qupath.answers.regions import centroids_of
-from patchcl_qupath.datatypes import Box, UncertaintyGrid
+from patchcl_qupath.datatypes import Box, UncertaintyGrid, name_of_nucleus
 from patchcl_qupath.report.density_map import bin_picture
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.storage.records import ClassHistograms, PositivityFigures
@@ -38,32 +38,27 @@ class ClassifiedNuclei:
     """
 
     positivity: Positivity
-    codes: NDArray[np.int8]
+    codes: NDArray[np.intp]
     values: NDArray[np.float32]
     areas: NDArray[np.float32]
     centroids: NDArray[np.float64]
 
     @classmethod
     def of(cls, segmented: SegmentedImage, positivity: Positivity) -> ClassifiedNuclei:
-        """The nuclei of an image."""
+        """The nuclei of an image, which has some."""
         found: list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]] = []
         for nuclei in segmented.nuclei():
             if len(nuclei):
-                areas = nuclei.measurements[area_name(list(nuclei.measurements))]
+                areas = nuclei.measurements[name_of_nucleus("Area µm^2", nuclei.measurements)]
                 values = nuclei.measurements[positivity.record.measurement]
                 found.append((values, areas, centroids_of(nuclei.polygons)))
-        values, areas, centroids = (
-            np.concatenate([np.empty((0, *shape), np.float32), *columns])
-            for columns, shape in zip(
-                zip(*found, strict=True) if found else ([], [], []), ((), (), (2,)), strict=True
-            )
-        )
+        values, areas, centroids = map(np.concatenate, zip(*found, strict=True))
         return cls(
             positivity=positivity,
-            codes=class_codes(positivity, values),
+            codes=positivity.codes(values),
             values=values,
             areas=areas,
-            centroids=centroids.astype(np.float64),
+            centroids=centroids,
         )
 
     def record(self) -> PositivityFigures:
@@ -118,23 +113,8 @@ def codes_in(segmented: SegmentedImage, box: Box, positivity: Positivity) -> lis
     for nuclei in segmented.nuclei_in(box):
         if len(nuclei):
             values = nuclei.measurements[positivity.record.measurement]
-            found += class_codes(positivity, values).tolist()
+            found += positivity.codes(values).tolist()
     return found
-
-
-def class_codes(positivity: Positivity, values: NDArray[np.float32]) -> NDArray[np.int8]:
-    """The number (N,) of each nucleus's class, from 0, negative, by its value (N,)."""
-    if not len(values):
-        return np.empty(0, np.int8)
-    names = list(positivity.class_names)
-    found, inverse = np.unique(positivity.classes(values), return_inverse=True)
-    return np.array([names.index(name) for name in found], np.int8)[inverse]
-
-
-def area_name(names: list[str]) -> str:
-    """The measurement of a nucleus's area, also where there is one of its cell."""
-    areas = [name for name in names if name.lower().endswith("area µm^2")]
-    return next((name for name in areas if not name.startswith("Cell")), areas[0])
 
 
 def positive_share(
