@@ -13,7 +13,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.config import CORRECTED, TO_CORRECT, Config
+from patchcl_qupath.config import CORRECTED, TO_CORRECT, Config, SegmentConfig
 from patchcl_qupath.datatypes import (
     Box,
     Corrections,
@@ -58,7 +58,7 @@ class CorrectedImage(Record, frozen=True, kw_only=True, rename={"rois": "fields"
     """What was read from the corrected ROIs of an image.
 
     ``left_out`` are the numbers of objects in them that are no nuclei, by kind. ``notes`` are
-    remarks for people on ROIs without a nucleus, which are taken as background.
+    remarks for people, as on ROIs without a nucleus, which are taken as background.
     """
 
     id: str
@@ -109,7 +109,8 @@ def read_corrected(
             problems.append(str(error))
             continue
         if corrections.rois:
-            labelled.append((prepare(entry, config), corrections))
+            image = prepare(entry, config)
+            labelled.append((image, _with_notes_on_size(corrections, image.slide, config.segment)))
     show_count(len(entries), len(entries))
     if problems:
         raise ImageError("\n".join(problems))
@@ -125,6 +126,22 @@ def read_corrected(
         )
     check_agreement(labelled)
     return labelled
+
+
+def _with_notes_on_size(labels: Corrections, slide: Slide, settings: SegmentConfig) -> Corrections:
+    """Labels with remarks on nuclei whose size is such that runs leave them out."""
+    um2 = shapely.area(np.array(labels.nuclei, dtype=object)) * math.prod(slide.mpp_level0)
+    unlike = {
+        f"less than min_area_um2, {settings.min_area_um2:g} µm²": um2 < settings.min_area_um2,
+        f"more than max_area_um2, {settings.max_area_um2:g} µm²": um2 > settings.max_area_um2,
+    }
+    notes = [
+        f"{np.count_nonzero(these):,} of {len(um2):,} nuclei have {words}: a run leaves out nuclei "
+        "of such a size, unless [segment] of its settings says otherwise"
+        for words, these in unlike.items()
+        if these.any()
+    ]
+    return replace(labels, notes=(*labels.notes, *notes))
 
 
 def corrected_images(
