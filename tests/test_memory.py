@@ -9,7 +9,8 @@ PAGES = """
 import resource
 import numpy as np
 from patchcl_qupath import memory
-memory.keep_freed()
+from patchcl_qupath.execution.workers import set_environment
+{keep}
 pages = []
 for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -27,12 +28,13 @@ def pages(code):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back so")
-def test_memory_that_is_freed_is_used_again():
+@pytest.mark.parametrize("keep", ["memory.keep_freed()", "set_environment()"])
+def test_memory_that_is_freed_is_used_again(keep):
     """numpy asks for huge pages, of 512 each, where the system has them."""
-    first, *others = pages(PAGES)
+    first, *others = pages(PAGES.format(keep=keep))
     assert first >= 32
     assert max(others) < 8
-    assert min(pages(PAGES.replace("memory.keep_freed()", ""))) >= 32
+    assert min(pages(PAGES.format(keep=""))) >= 32
 
 
 def test_nothing_happens_on_other_systems(monkeypatch):

@@ -16,6 +16,7 @@ from itertools import count as count_from
 from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
+from patchcl_qupath import memory
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.errors import ConfigError, ImageError
 from patchcl_qupath.execution.jobs import Jobs
@@ -197,8 +198,8 @@ def scheduler_gone() -> ImageError:
 
 
 def set_environment() -> None:
-    """Set up a process: variables that torch and Arrow read as they are imported, and Python's
-    collector.
+    """Set up a process: variables that torch and Arrow read as they are imported, Python's
+    collector, and memory that arrays of a tile leave to those of the next.
 
     Variables that are set already stay.
     The command calls it first of all, and each process that segments tiles before it unpacks any.
@@ -211,6 +212,7 @@ def set_environment() -> None:
     # Looking for unused cycles among the 400,000 objects of libraries, each time that some ten
     # thousand are new, took a twentieth of a run.
     gc.set_threshold(_NEW_OBJECTS)
+    memory.keep_freed()
 
 
 @contextmanager
