@@ -104,10 +104,19 @@ def test_a_tile_is_kept_where_the_disk_or_memory_fails(tmp_path, monkeypatch, er
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(pq, "read_table", fail)
+    monkeypatch.setattr(pq, "ParquetFile", fail)
     with pytest.raises(StorageError, match="run again"):
         [*store.nuclei([TILE])]
     assert store.missing([TILE]) == []
+
+
+def test_a_tile_without_a_column_is_damaged(tmp_path):
+    store = stored(tmp_path, some_nuclei(3))
+    content = store.path(TILE).read_bytes()
+    store.path(TILE).write_bytes(content.replace(b"geometry", b"geometrx"))
+    with pytest.raises(StorageError, match="run again"):
+        store.points(TILE)
+    assert store.missing([TILE]) == [TILE]
 
 
 @pytest.mark.parametrize("n", [0, 7])

@@ -46,6 +46,7 @@ from patchcl_qupath.storage.parquet import (
     outer_points_of,
     parquet_source,
     polygons_of,
+    read_table,
     to_table,
 )
 
@@ -86,7 +87,7 @@ class TileStore:
     @staticmethod
     def decode(content: bytes) -> tuple[Table, UncertaintyGrid]:
         """The inverse of ``encode``, of tables."""
-        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        table = read_table(pa.BufferReader(content))
         return table, _grid_of(table.schema.metadata)
 
     def content(self, tile: Tile) -> bytes:
@@ -172,9 +173,7 @@ class TileStore:
 
     def _table(self, tile: Tile, columns: list[str] | None = None) -> Table:
         with self._reading(tile):
-            return pq.read_table(
-                self._source(tile), columns=columns, page_checksum_verification=True
-            )
+            return read_table(self._source(tile), columns)
 
     @contextmanager
     def _reading(self, tile: Tile) -> Iterator[None]:
