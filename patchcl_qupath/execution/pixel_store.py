@@ -47,7 +47,7 @@ class PixelStore:
         """Keep the pixels (H, W, 3) of a tile's read box, if that is possible."""
         if self.folder.is_dir():
             with suppress(StorageError):
-                write_bytes(self._path(tile), rgb.tobytes(), durable=False)
+                write_bytes(self._path(tile), np.ascontiguousarray(rgb).data, durable=False)
 
     def read(self, tile: Tile, box: Box) -> NDArray[np.uint8] | None:
         """The pixels (H, W, 3) of a box, if those of the tile are here and hold it."""

@@ -286,7 +286,7 @@ def is_whole_parquet(path: Path) -> bool:
         return file.read() == _PARQUET_END
 
 
-def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
+def write_bytes(path: Path, content: bytes | memoryview, durable: bool = True) -> None:
     """Write a file; see ``atomic_write``. Raises StorageError."""
     with atomic_write(path, durable) as temporary:
         temporary.write_bytes(content)
