@@ -54,7 +54,7 @@ _SETTINGS = {
     "distributed.admin.low-level-log-length": 0,
     "distributed.scheduler.allowed-failures": ATTEMPTS - 1,  # workers that die over a tile
     # Looking at the stack of each thread 100 times a second, for Dask's dashboard, and 50 times at
-    # its own delay, took 3 % of a core.
+    # its own delay, took 4 % of a core.
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "500ms",
     # Dask's own, without MALLOC_TRIM_THRESHOLD_: with it, glibc gives each large array back, and
