@@ -5,7 +5,7 @@ Histopathology Image Segmentation, NLDL 2023 (arXiv 2208.10779), and its publish
 
 There, several networks are trained. The one to use, its epoch and its channel have the largest
 Dice of confidences above 0.5 on labelled images. Masks are then opened and closed with discs of 3
-and of 1 px. ``CHOICES`` lead from the choice without labels to that one.
+and of 1 px of level 0. ``CHOICES`` lead from the choice without labels to that one.
 """
 
 from __future__ import annotations
@@ -64,9 +64,12 @@ class _Image(NamedTuple):
     true: Mask
     px: tuple[NDArray[np.intp], ...]
 
-    def dice(self, mask: Mask) -> float:
-        """The Dice of a mask (H, W)."""
-        found = mask[self.px]
+    def level0(self, mask: Mask) -> Mask:
+        """A mask (H, W) at level 0, (H0, W0)."""
+        return mask[self.px]
+
+    def dice(self, found: Mask) -> float:
+        """The Dice of a mask at level 0, (H0, W0)."""
         total = int(found.sum() + self.true.sum())
         return 2 * int((found & self.true).sum()) / total if total else 1.0
 
@@ -124,7 +127,7 @@ def semantic_dice(bench: Bench, images: ImageSet, model: Model) -> float:
         dice = []
         for image in _read(images, model.config):
             found = confidence(model, image.rgb, image.normaliser).nucleus > model.threshold
-            dice.append(image.dice(opened_and_closed(found)))
+            dice.append(image.dice(opened_and_closed(image.level0(found))))
         return float(np.mean(dice))
 
     return float(bench.cache.value(key, measure))
@@ -164,7 +167,8 @@ def judge(snapshot: Snapshot, images: Sequence[_Image], config: Config) -> Judge
     plain = []
     for image in images:
         maps = _maps(snapshot.network, image, config)
-        plain.append([image.dice(channel > _PUBLISHED_THRESHOLD) for channel in maps])
+        masks = [image.level0(channel > _PUBLISHED_THRESHOLD) for channel in maps]
+        plain.append([image.dice(mask) for mask in masks])
     return Judged(
         snapshot=snapshot,
         published=np.mean(plain, axis=0),
@@ -192,13 +196,14 @@ def _dice(
     for image in images:
         values = _maps(network, image, config)[index]
         values = 1 - values if inverted else values
-        dice.append([image.dice(opened_and_closed(values > each)) for each in thresholds])
+        masks = [opened_and_closed(image.level0(values > each)) for each in thresholds]
+        dice.append([image.dice(mask) for mask in masks])
     mean: list[float] = np.mean(dice, axis=0).tolist()
     return mean
 
 
 def opened_and_closed(mask: Mask) -> Mask:
-    """A mask (H, W) after the post-processing of the authors."""
+    """A mask (H0, W0) after the post-processing of the authors, whose px are those of level 0."""
     for disc in _DISCS:
         mask = ndimage.binary_opening(mask, disc)
         mask = ndimage.binary_closing(mask, disc)
