@@ -103,7 +103,9 @@ def contrast_patches(
 
     ``confidence`` (B, C, H, W), ``stains`` (B, 3, H, W), ``index`` (B, C, n) of ``draw_patches``.
     It is positive with a probability of its mean confidence. None where a channel has no positive
-    or no negative patch: then there is nothing to contrast.
+    or no negative patch: then there is nothing to contrast. Two details of the published code are
+    left out, and hardly change the Dice: there, channels weigh as much as they have positives, and
+    pixels are in [0.05, 1].
     """
     channels, side, tau = confidence.shape[1], settings.patch_px, settings.temperature
     mean = _pick(_patch_means(confidence.detach(), settings)[:, :, None], index)[..., 0]
