@@ -85,9 +85,9 @@ In a script, put the calls below `if __name__ == "__main__":`, because five or m
 divided among processes, which import the script. All errors are subclasses of
 `patchcl_qupath.errors.PatchCLError`.
 
-On Linux, where other programs use the cores, too, start Python with `OMP_WAIT_POLICY=PASSIVE` in the
-environment, as the command does for itself: threads of torch that wait by spinning then take three
-times as long to train, or more. It is read when torch is imported.
+Where other programs use the cores, too, start Python on Linux with `OMP_WAIT_POLICY=PASSIVE` in the
+environment, as the command does for itself. Otherwise torch's threads wait by spinning, and
+training takes three times as long, or more. It is read when torch is imported.
 
 [A notebook](nuclei.ipynb) opens the sample's nuclei in geopandas, SpatialData and LazySlide.
 """
