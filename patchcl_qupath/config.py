@@ -548,7 +548,7 @@ class SegmentConfig(Settings):
 
     table: ClassVar[str] = "segment"
 
-    min_area_um2: Annotated[float, setting("Minimum area of a nucleus", "µm²", ge=0)] = 5.0
+    min_area_um2: Annotated[float, setting("Minimum area of a nucleus", "µm²", ge=0)] = 3.0
     max_area_um2: Annotated[float, setting("Maximum area of a nucleus", "µm²", gt=0)] = 400.0
     max_diameter_um: Annotated[
         float,

@@ -387,11 +387,11 @@ def test_what_was_read_is_shown(folder: Path) -> None:
 
 def test_nuclei_of_a_size_that_runs_leave_out_are_told(folder: Path) -> None:
     """A refined model would not find what the person drew, and nobody would know why."""
-    unlike = [disc(120, 440, 2.2), disc(160, 440, 2.2), disc(240, 440, 24)]  # 3.8 and 450 µm²
+    unlike = [disc(120, 440, 1.8), disc(160, 440, 1.8), disc(240, 440, 24)]  # 2.5 and 450 µm²
     export(folder, feature(ROI, CORRECTED), *map(feature, [*grid(), *unlike]))
     _, (image,) = samples(folder)
     small, large = image.notes
-    assert small.startswith("2 of 12 nuclei have less than min_area_um2, 5 µm²: a run leaves")
+    assert small.startswith("2 of 12 nuclei have less than min_area_um2, 3 µm²: a run leaves")
     assert large.startswith("1 of 12 nuclei have more than max_area_um2, 400 µm²: a run leaves")
 
 

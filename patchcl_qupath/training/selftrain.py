@@ -264,7 +264,8 @@ def _of_network(
         assert found.core is not None
         nucleus += np.rot90(found.nucleus, -turns) / _TURNS
         core += np.rot90(found.core, -turns) / _TURNS
-    nuclei = instances(nucleus, teacher.mpp, SegmentConfig(), teacher.threshold, core)
+    separation = SegmentConfig(min_area_um2=teacher.config.selftrain.min_area_um2)
+    nuclei = instances(nucleus, teacher.mpp, separation, teacher.threshold, core)
     return PseudoLabels(nuclei, (nucleus < teacher.threshold) & (nuclei == 0))
 
 
