@@ -166,7 +166,7 @@ def test_an_object_without_a_core_is_no_nucleus():
 
 @pytest.mark.parametrize(
     ("radius_px", "is_nucleus"),
-    [(2, False), (4, True), (20, True), (25, False)],  # 3, 13, 314 and 491 µm²
+    [(1.5, False), (2, True), (20, True), (25, False)],  # 1, 3, 314 and 491 µm²
 )
 def test_size_limits(radius_px, is_nucleus):
     labels = instances(discs((120, 120), [(60, 60, radius_px)]), MPP, CONFIG)
