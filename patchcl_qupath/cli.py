@@ -493,6 +493,8 @@ def _check_training(
     if seed is not None:
         asked["patchcl"] = {**asked.get("patchcl", {}), "seed": seed}
         options += f" --seed {seed}"
+    if not asked:
+        return
     record = read_model_record(project.layout.model(name))
     try:
         unlike = unlike_training(asked, record.config) if record else ""
