@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
-from patchcl_qupath.execution.map_tiles import map_tiles
+from patchcl_qupath.execution.map_tiles import TileWork, map_tiles
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import Workers, open_workers
 from patchcl_qupath.overlap import Stop, Turn, overlapped, turns
@@ -182,16 +182,15 @@ def slept(count: int, slides: int, times: Times) -> float:
             image, turn = item
             workers.call(time.sleep, times.prepare)
             turn.wait(stop)
-            map_tiles(
-                workers=workers,
+            sleep = TileWork(
                 task=sleep_tile,
                 context=times.tile,
                 tiles=tiles,
                 store=TileStore.open(Path(folder) / str(image), {}),
-                on_done=lambda: None,
+                on_done=lambda _: None,
                 on_failed=lambda *_: None,
-                on_few=turn.pass_on,
             )
+            map_tiles(sleep, workers=workers, on_few=turn.pass_on)
             workers.call(time.sleep, times.finish)
 
         workers.client.run(bool, 1)  # processes have started

@@ -29,7 +29,7 @@ from patchcl_qupath.correction.labels import (
 )
 from patchcl_qupath.datatypes import Corrections, ImageEntry, Tile
 from patchcl_qupath.errors import ConfigError, ModelError
-from patchcl_qupath.execution.map_tiles import map_tiles
+from patchcl_qupath.execution.map_tiles import TileWork, map_tiles
 from patchcl_qupath.execution.outcome import (
     TileProgress,
     failed_image,
@@ -72,7 +72,7 @@ from patchcl_qupath.storage.records import (
     ResultRecord,
     SlideProvenance,
 )
-from patchcl_qupath.timing import Seconds, add_seconds, timed
+from patchcl_qupath.timing import Seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
 from patchcl_qupath.training.calibration import calibrated
 
@@ -309,20 +309,54 @@ class Run:
     def _segment(
         self, entry: ImageEntry, image: PreparedImage, turn: Turn
     ) -> tuple[SegmentedImage, Seconds]:
-        """Find the nuclei, and grow them into cells if that is asked for."""
-        segmented, seconds = self._find_nuclei(entry, image, turn)
+        """Have workers find the nuclei of each tile that is missing, and grow them into cells if
+        that is asked for."""
+        image.check_unchanged()  # it may have waited for its turn
+        tiles = self._plan(image)
+        folder = self.project.layout.tiles(self.id_of_nuclei, image.id)
+        store = TileStore.open(folder, image.fingerprint())
+        missing = largest_first(store.missing(tiles))
+        resumed = len(tiles) - len(missing)
+        logger.info("%s: %d tiles, %d resumed from %s", entry.name, len(tiles), resumed, folder)
+        progress = [self._tile_progress(entry, image, len(tiles), resumed, Stage.SEGMENTING)]
+        pixels = self._pixels(image, missing, store)
+        find: TileWork[Any] = TileWork(
+            task=segment_tile,
+            context=self._context(image, pixels) if missing else None,
+            tiles=missing,
+            store=store,
+            on_done=progress[0].one_more,
+            on_failed=progress[0].one_failed,
+        )
+        works = [find]
         if self.config.cells.are_grown:
-            segmented, more = self._grow_cells(entry, segmented)
-            add_seconds(seconds, more)
+            works, progress = self._with_cells(entry, image, tiles, find, progress[0], pixels)
+        for each in progress:
+            each.tell()
+        check = partial(check_machine, engine=self.engine) if missing else Slide.check_same
+        seconds = map_tiles(
+            *works,
+            workers=self.workers.until(self._stop.check),
+            on_few=turn.pass_on,
+            check=partial(check, replace(image.slide, void=None), image.file.bytes),
+        )
+        pixels.remove()
+        image.check_unchanged()
+        segmented = SegmentedImage(
+            image=image,
+            store=works[-1].store,
+            tiles=works[-1].store.finished(tiles),
+            failed_tiles=in_order([tile for each in progress for tile in each.failed]),
+            resumed=resumed,
+            network_px=sum(math.prod(tile.read.shape) for tile in missing),
+        )
+        assert len(segmented.tiles) + len(segmented.failed_tiles) == len(tiles), "a tile was lost"
         return segmented, seconds
 
-    def _find_nuclei(
-        self, entry: ImageEntry, image: PreparedImage, turn: Turn
-    ) -> tuple[SegmentedImage, Seconds]:
-        """Plan the tiles, and have workers segment those that are missing."""
-        image.check_unchanged()  # it may have waited for its turn
+    def _plan(self, image: PreparedImage) -> list[Tile]:
+        """The tiles of an image."""
         margin_px = postprocessing_margin_px(self.config, image.slide)
-        tiles = plan(
+        return plan(
             shape=image.slide.shape,
             tissue=image.tissue,
             tissue_px=image.tissue_px,
@@ -331,122 +365,99 @@ class Run:
             region=image.region,
             divisor=self.model.divisor,
         )
-        folder = self.project.layout.tiles(self.id_of_nuclei, image.id)
-        store = TileStore.open(folder, image.fingerprint())
-        missing = largest_first(store.missing(tiles))
-        logger.info(
-            "%s: %d tiles, %d resumed from %s",
-            entry.name,
-            len(tiles),
-            len(tiles) - len(missing),
-            store.folder,
-        )
-        tile_progress = self._tile_progress(entry, image, tiles, missing, Stage.SEGMENTING)
-        tile_progress.begin()
-        seconds = map_tiles(
-            workers=self.workers.until(self._stop.check),
-            task=segment_tile,
-            context=self._context(image, missing, store),
-            tiles=missing,
-            store=store,
-            on_done=tile_progress.one_more,
-            on_failed=tile_progress.one_failed,
-            on_few=turn.pass_on,
-            check=partial(
-                check_machine,
-                replace(image.slide, void=None),
-                image.file.bytes,
-                self.engine,
-            ),
-        )
-        image.check_unchanged()
-        segmented = SegmentedImage(
-            image=image,
-            store=store,
-            tiles=store.finished(tiles),
-            failed_tiles=tile_progress.in_order(),
-            resumed=len(tiles) - len(missing),
-            network_px=sum(math.prod(tile.read.shape) for tile in missing),
-        )
-        assert len(segmented.tiles) + len(segmented.failed_tiles) == len(tiles), "a tile was lost"
-        return segmented, seconds
 
-    def _context(
+    def _pixels(
         self, image: PreparedImage, missing: Sequence[Tile], store: TileStore
-    ) -> TileContext:
-        """What workers need to segment the missing tiles, if there are some."""
-        surest, pixels = None, None
-        if missing:
-            settings = (self.config.segment, self.engine)
-            surest = self.workers.call(surest_nuclei, image, self.model, *settings)
-        kept = PixelStore.of(store.folder, image.fingerprint())
+    ) -> PixelStore:
+        """Where the pixels of missing tiles are kept, for cells alone."""
+        pixels = PixelStore.of(store.folder, image.fingerprint())
         if self.config.cells.are_grown:
-            pixels = kept
             pixels.make_room(missing)
         else:
-            kept.remove()  # of a run that was stopped before its cells had grown
+            pixels.remove()  # of a run that was stopped before its cells had grown
+        return pixels
+
+    def _context(self, image: PreparedImage, pixels: PixelStore) -> TileContext:
+        """What workers need to segment tiles."""
+        settings = (self.config.segment, self.engine)
         return TileContext(
             image=image,
             model=self.model,
             config=self.config,
             engine=self.engine,
-            surest=surest,
+            surest=self.workers.call(surest_nuclei, image, self.model, *settings),
             pixels=pixels,
         )
 
-    def _grow_cells(
-        self, entry: ImageEntry, segmented: SegmentedImage
-    ) -> tuple[SegmentedImage, Seconds]:
-        """Have workers grow the nuclei of all tiles, once these are known, into cells."""
-        image, tiles, cells = segmented.image, segmented.tiles, self.config.cells
-        # Beside a tile that failed and was made later, other cells grow.
+    def _with_cells(
+        self,
+        entry: ImageEntry,
+        image: PreparedImage,
+        tiles: Sequence[Tile],
+        find: TileWork[Any],
+        finding: TileProgress,
+        pixels: PixelStore,
+    ) -> tuple[list[TileWork[Any]], list[TileProgress]]:
+        """The work that finds nuclei, and that which grows them; and the progress of both.
+
+        The cells of a tile grow once all nuclei near it are known.
+        """
+        nuclei = NucleiOfTiles(find.store, tiles, image.slide, self.config.cells, find.tiles)
         made_from = {**image.fingerprint(), "nuclei": [tile.name for tile in tiles]}
         store = TileStore.open(self.project.layout.tiles(self.id, image.id), made_from)
-        missing = store.missing(tiles)
-        tile_progress = self._tile_progress(entry, image, tiles, missing, Stage.GROWING_CELLS)
-        tile_progress.begin()
-        pixels = PixelStore.of(segmented.store.folder, image.fingerprint())
+        store.remove(tile for tile in tiles if not nuclei.can_grow(tile))
+        missing = set(store.missing(tiles))
+        done = len(tiles) - len(missing)
+        growing = self._tile_progress(entry, image, len(tiles), done, Stage.GROWING_CELLS, finding)
 
-        def one_failed(tile: Tile, error: Exception) -> None:
-            segmented.store.check(tile)  # a worker can only say that it fails
-            tile_progress.one_failed(tile, error)
+        def not_found(tile: Tile, error: Exception) -> None:
+            finding.one_failed(tile, error)
+            growing.total -= 1
+            nuclei.failed(tile)
+            made_from["nuclei"].remove(tile.name)
+            store.replan(made_from)  # once that tile is there, other cells grow beside it
 
-        seconds = map_tiles(
-            workers=self.workers.until(self._stop.check),
+        def grown(tile: Tile) -> None:
+            pixels.forget(tile)
+            growing.one_more(tile)
+
+        def not_grown(tile: Tile, error: Exception) -> None:
+            find.store.check(tile)  # a worker can only say that it fails
+            growing.one_failed(tile, error)
+
+        find = replace(
+            find,
+            on_failed=not_found,
+            then=lambda tile: [each for each in nuclei.ended(tile) if each in missing],
+        )
+        grow = TileWork(
             task=grow_tile,
-            context=CellContext(image=image, config=cells, pixels=pixels),
-            tiles=missing,
+            context=CellContext(image=image, config=self.config.cells, pixels=pixels),
+            tiles=[tile for tile in tiles if tile in missing and nuclei.can_grow(tile)],
+            prepared=nuclei,
             store=store,
-            on_done=tile_progress.one_more,
-            on_failed=one_failed,
-            check=partial(replace(image.slide, void=None).check_same, image.file.bytes),
-            prepared=NucleiOfTiles(segmented.store, tiles, image.slide, cells),
+            on_done=grown,
+            on_failed=not_grown,
         )
-        pixels.remove()
-        image.check_unchanged()
-        grown = replace(
-            segmented,
-            store=store,
-            tiles=store.finished(tiles),
-            failed_tiles=in_order([*segmented.failed_tiles, *tile_progress.failed]),
-        )
-        return grown, seconds
+        return [find, grow], [finding, growing]
 
     def _tile_progress(
         self,
         entry: ImageEntry,
         image: PreparedImage,
-        tiles: Sequence[Tile],
-        missing: Sequence[Tile],
+        total: int,
+        done: int,
         stage: Stage,
+        after: TileProgress | None = None,
     ) -> TileProgress:
-        """What follows a stage from tile to tile."""
+        """What follows a stage from tile to tile; it is shown ``after`` another one is over."""
         return TileProgress(
             image=image,
-            total=len(tiles),
-            done=len(tiles) - len(missing),
+            total=total,
+            done=done,
             show=counter(self._show, stage, entry.name),
             reopen=partial(Slide.open, entry, self.config.slide.mpp),
+            after=after,
         )
 
     def _write(

@@ -128,18 +128,24 @@ def test_many_workers_equal_one(model: Any, tmp_path: Path) -> None:
     assert made[0] == made[1]
 
 
-def test_stopped_while_cells_grow_and_resumed_equals_uninterrupted(
-    model: Any, client: Any, tiled: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("stage", "share"),
+    [(Stage.SEGMENTING, 0.6), (Stage.SEGMENTING, 0.9), (Stage.GROWING_CELLS, 0.1)],
+)
+def test_stopped_and_resumed_equals_uninterrupted(
+    stage: Stage, share: float, model: Any, client: Any, tiled: Path, tmp_path: Path
 ) -> None:
     folder = copy_sample(tmp_path / "project")
 
     def stop(progress: Progress) -> None:
-        if progress.stage is Stage.GROWING_CELLS and progress.done == 5:
+        if progress.stage is stage and progress.done >= share * (progress.total or 0):
             raise ImageError("stopped")
 
     stopped = run(folder, model, client, tile_px=300, progress=stop)
     assert stopped.problem == "CMU-1-Small-Region.svs: stopped"
     assert not (folder / "patchcl/results").exists()
+    found, grown = files_of_tiles(folder)
+    assert len(grown) < len(found)
     counts: list[tuple[int, int | None]] = []
 
     def count(progress: Progress) -> None:
@@ -148,12 +154,43 @@ def test_stopped_while_cells_grow_and_resumed_equals_uninterrupted(
 
     resumed = run(folder, model, client, tile_px=300, progress=count)
     assert resumed.problem is None
-    assert resumed.tiles_resumed == resumed.tiles  # no nucleus was segmented again
-    assert counts[0][0] >= 5
+    assert (len(found) < resumed.tiles) is (stage is Stage.SEGMENTING)
+    assert resumed.tiles_resumed == len(found)  # no nucleus was segmented again
+    assert counts[0][0] >= len(grown)
     assert counts[-1] == (resumed.tiles, resumed.tiles)
     for name in (NUCLEI, "nuclei-000.geojson.gz"):
         made = [(each / "patchcl/results/1" / name).read_bytes() for each in (folder, tiled)]
         assert made[0] == made[1]
+
+
+def files_of_tiles(folder: Path) -> list[list[Path]]:
+    """The finished tiles of nuclei, and those of cells."""
+    tiles = [*folder.glob("patchcl/runs/*/1/tiles/*.parquet")]
+    have_cells = ["cell" in pq.read_schema(tile).names for tile in tiles]
+    return [
+        [tile for tile, has_cells in zip(tiles, have_cells, strict=True) if has_cells is wanted]
+        for wanted in (False, True)
+    ]
+
+
+def test_cells_grow_while_nuclei_are_looked_for(
+    model: Any, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles whose neighbours are known do not wait for all others, nor do their pixels stay."""
+    folder = copy_sample(tmp_path / "project")
+    kept: list[int] = []
+
+    def look(progress: Progress) -> None:
+        if progress.stage is Stage.SEGMENTING:
+            _, grown = files_of_tiles(folder)
+            pixels = {tile.stem for tile in folder.glob("patchcl/runs/*/1/pixels-*/*.rgb")}
+            assert not pixels & {tile.stem for tile in grown[:-1]}
+            kept.append(len(grown))
+
+    outcome = run(folder, model, client, tile_px=200, progress=look)
+    assert outcome.problem is None
+    assert outcome.tiles > 100
+    assert 0 < kept[-1] < outcome.tiles
 
 
 def test_other_expansions_share_the_tiles_of_nuclei(
@@ -226,15 +263,30 @@ def segment_some(context: Any, tile: Any) -> Any:
     return segment_tile(context, tile)
 
 
+@pytest.mark.parametrize("is_stopped", [False, True])
 def test_cells_beside_a_tile_that_failed_grow_again_once_it_is_there(
-    model: Any, client: Any, tiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_stopped: bool,
+    model: Any,
+    client: Any,
+    tiled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also where the run that left it out was stopped when most cells had grown."""
     folder = copy_sample(tmp_path / "project")
     monkeypatch.setattr(pipeline, "segment_tile", segment_some)
     FAILING.update({"00004-00003"})
-    outcome = run(folder, model, client, tile_px=300)
-    assert len(outcome.failed_tiles) == 1
-    assert len(cells(folder)) < len(cells(tiled))
+
+    def stop(progress: Progress) -> None:
+        if is_stopped and (progress.stage, progress.done) == (Stage.GROWING_CELLS, progress.total):
+            raise ImageError("stopped")
+
+    outcome = run(folder, model, client, tile_px=300, progress=stop)
+    if is_stopped:
+        assert outcome.problem is not None
+    else:
+        assert len(outcome.failed_tiles) == 1
+        assert len(cells(folder)) < len(cells(tiled))
     FAILING.clear()
     outcome = run(folder, model, client, tile_px=300)
     assert not outcome.failed_tiles

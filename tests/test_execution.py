@@ -32,7 +32,7 @@ from patchcl_qupath.errors import ConfigError, ImageError, StorageError, Trainin
 from patchcl_qupath.execution import admission
 from patchcl_qupath.execution import workers as execution_workers
 from patchcl_qupath.execution.jobs import _output_of
-from patchcl_qupath.execution.map_tiles import map_tiles
+from patchcl_qupath.execution.map_tiles import TileWork, map_tiles
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import ATTEMPTS, job_cluster, open_workers
 from patchcl_qupath.progress import hide_progress
@@ -142,7 +142,7 @@ def segment(
     task: Callable[..., Any],
     context: Any,
     folder: Path,
-    on_done: Callable[[], None] = lambda: None,
+    on_done: Callable[[Tile], None] = lambda tile: None,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[TileStore, dict[int, str], Seconds]:
     """-> the finished tiles, why the others failed, and the seconds."""
@@ -152,21 +152,15 @@ def segment(
     def note(tile: Tile, error: Exception) -> None:
         failed[tile.col] = str(error)
 
-    missing = store.missing(TILES)
-    return (
-        store,
-        failed,
-        map_tiles(
-            workers=client,
-            task=task,
-            context=context,
-            tiles=missing,
-            store=store,
-            on_done=on_done,
-            on_failed=note,
-            check=check,
-        ),
+    work = TileWork(
+        task=task,
+        context=context,
+        tiles=store.missing(TILES),
+        store=store,
+        on_done=on_done,
+        on_failed=note,
     )
+    return store, failed, map_tiles(work, workers=client, check=check)
 
 
 @contextmanager
@@ -195,13 +189,50 @@ def test_tile_is_tried_three_times_and_the_others_go_on(client: Any, tmp_path: P
 def test_what_ends_the_map_keeps_finished_tiles(client: Any, tmp_path: Path) -> None:
     (attempts := tmp_path / "attempts").mkdir()
 
-    def stop() -> None:
+    def stop(tile: Tile) -> None:
         raise StorageError("enough")
 
     with pytest.raises(StorageError, match="enough"):
         segment(client, third_time_lucky, attempts, tmp_path, on_done=stop)
     store = TileStore.open(tmp_path / "store", {})
     assert len(store.missing(TILES)) == len(TILES) - 1
+
+
+def test_a_work_goes_on_with_the_tiles_that_the_one_before_names(
+    client: Any, tmp_path: Path
+) -> None:
+    (attempts := tmp_path / "attempts").mkdir()
+    stores = [TileStore.open(tmp_path / name, {}) for name in "ab"]
+    order: list[tuple[str, int]] = []
+    first = TileWork(
+        task=third_time_lucky,
+        context=attempts,
+        tiles=TILES,
+        store=stores[0],
+        on_done=lambda tile: order.append(("a", tile.col)),
+        on_failed=lambda tile, error: order.append(("a failed", tile.col)),
+        then=lambda tile: [tile] if tile.col % 2 else [],
+    )
+    second = replace(
+        first,
+        task=slow,
+        context=None,
+        tiles=[TILES[0]],
+        store=stores[1],
+        on_done=lambda tile: order.append(("b", tile.col)),
+        prepared=lambda tile: replace(tile, col=tile.col + 100),
+        then=lambda tile: [],
+    )
+    seconds = map_tiles(first, second, workers=client)
+    assert seconds["think"] == len(TILES) - 1
+    assert stores[0].missing(TILES) == [TILES[5]]
+    done = [TILES[0], *TILES[1::2]]  # that which failed is named, too
+    assert set(stores[1].finished(TILES)) == set(done)
+    assert stores[1].missing(TILES) == [tile for tile in TILES if tile not in done]
+    assert [part.uuids[0] for part in stores[1].nuclei(TILES[1:2])] == [f"{101:036d}"]
+    for tile in done[1:]:
+        before = ("a failed" if tile.col == 5 else "a", tile.col)
+        assert order.index(before) < order.index(("b", tile.col))
 
 
 def test_tile_that_kills_its_workers_is_left_out(tmp_path: Path) -> None:
@@ -342,7 +373,7 @@ def test_scheduler_without_workers_is_waited_for_and_named(
         monkeypatch.setattr(execution_workers, "_NO_WORKER_S", 1.0)
         for folder in (tmp_path, tmp_path / "next image"):
             with pytest.raises(ImageError, match=r"there was no worker at .*finished tiles are"):
-                segment(workers, slow, None, folder, on_done=partial(cluster.scale, 0))
+                segment(workers, slow, None, folder, on_done=lambda _: cluster.scale(0))
         with (
             pytest.raises(ConfigError, match=r"there was no worker at .* start one with 'dask w"),
             open_workers(scheduler=cluster.scheduler_address),
@@ -400,7 +431,7 @@ def test_scheduler_that_dies_is_named(tmp_path: Path) -> None:
         ):
             for folder in (tmp_path, tmp_path / "next image"):
                 with pytest.raises(ImageError, match="the Dask scheduler went away: start it"):
-                    segment(client, slow, None, folder, on_done=started[0].kill)
+                    segment(client, slow, None, folder, on_done=lambda _: started[0].kill())
     finally:
         for process in started:
             process.kill()

@@ -245,7 +245,7 @@ def test_a_slide_that_changes_after_it_was_prepared_fails_in_one_line(
             os.utime(slide, ns=(1, 1))
 
     if when == "meanwhile":
-        monkeypatch.setattr(pipeline, "map_tiles", lambda **_: change() or {})
+        monkeypatch.setattr(pipeline, "map_tiles", lambda *_, **__: change() or {})
     else:
         monkeypatch.setattr(pipeline.Turn, "wait", change)
     project = open_project(project_folder, backend="files")

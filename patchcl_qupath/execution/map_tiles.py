@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from patchcl_qupath import logs
 from patchcl_qupath.datatypes import Nuclei, Tile, UncertaintyGrid
@@ -40,56 +40,69 @@ TileTask = Callable[[Context, Any], tuple[Nuclei | Table, UncertaintyGrid, Secon
 _AHEAD = 3  # tiles for each worker thread: enough to keep it busy, few to keep memory flat
 
 
+@dataclass(frozen=True, kw_only=True)
+class TileWork(Generic[Context]):
+    """A task for tiles of an image: ``task(context, prepared(tile))``, whose nuclei are stored.
+
+    ``tiles`` are those that can begin at once. What is ``prepared`` goes to the workers; it has the
+    ``name`` of the tile. ``on_done`` is called after each tile; ``on_failed`` in its place for one
+    that failed ``ATTEMPTS`` times, with the last error. What they raise ends the map; finished
+    tiles stay. After that, ``then`` names the tiles with which the next work can begin.
+    """
+
+    task: TileTask[Context]
+    context: Context
+    tiles: Sequence[Tile]
+    store: TileStore
+    on_done: Callable[[Tile], None]
+    on_failed: Callable[[Tile, Exception], None]
+    prepared: Callable[[Tile], Any] = lambda tile: tile
+    then: Callable[[Tile], Sequence[Tile]] = lambda tile: ()
+
+
 def map_tiles(
-    *,
+    *works: TileWork[Any],
     workers: Workers,
-    task: TileTask[Context],
-    context: Context,
-    tiles: Sequence[Tile],
-    store: TileStore,
-    on_done: Callable[[], None],
-    on_failed: Callable[[Tile, Exception], None],
     on_few: Callable[[], None] = lambda: None,
     check: Callable[[], None] = lambda: None,
-    prepared: Callable[[Tile], Any] = lambda tile: tile,
 ) -> Seconds:
-    """Run ``task(context, prepared(tile))`` for each tile, and store the nuclei that it returns.
+    """Do each work, the later ones for tiles that those before them name.
 
-    What is ``prepared`` goes to the workers; it has the ``name`` of the tile.
-    Returns the seconds of all workers, by stage. ``on_done`` is called after each tile;
-    ``on_failed`` in its place for one that failed ``ATTEMPTS`` times, with the last error. What
-    they raise ends the map; finished tiles stay. ``on_few`` is called, again and again, once there
+    Returns the seconds of all workers, by stage. ``on_few`` is called, again and again, once there
     is no more than one tile for each thread: tiles of another map can follow. ``check`` is called
-    on each worker of another machine, and raises PatchCLError where that one cannot segment the
+    on each worker of another machine, and raises PatchCLError where that one cannot work on the
     tiles.
 
-    Raises ImageError if the scheduler goes away, or where no worker is left that can segment them;
+    Raises ImageError if the scheduler goes away, or where no worker is left that can work on them;
     ConfigError where no jobs can be had any more.
     """
     from distributed.client import ClosedClientError
 
-    packed = zlib.compress(pickle.dumps((task, context)), level=1)
+    shared = [(work.task, work.context) for work in works]
+    packed = zlib.compress(pickle.dumps(shared), level=1)
     make = partial(_Shared, packed, logs.level_shown())
     total: Seconds = {}
     queue = _TileQueue(
         admission=Admission(workers=workers, check=check, make=make),
-        waiting=deque(tiles),
-        prepared=prepared,
+        works=works,
+        waiting=[deque(work.tiles) for work in works],
         priority=workers.next_turn(),
     )
     try:
         while not queue.is_empty:
             workers.poll()
-            for tile, result in queue.advance():
+            for n, tile, result in queue.advance():
                 match result:
                     case Exception() as error:
                         logger.info("tile %s failed %d times: %s", tile.name, ATTEMPTS, error)
-                        on_failed(tile, error)
+                        works[n].on_failed(tile, error)
                     case content, seconds:
                         with timed(seconds, "store"):
-                            store.write(tile, content)
+                            works[n].store.write(tile, content)
                         add_seconds(total, seconds)
-                        on_done()
+                        works[n].on_done(tile)
+                if following := works[n].then(tile):
+                    queue.waiting[n + 1].extend(following)
             if queue.are_few:
                 on_few()
     except (OSError, ClosedClientError) as error:  # of Dask: those of writing have become ours
@@ -101,24 +114,25 @@ def map_tiles(
 
 @dataclass(frozen=True, kw_only=True)
 class _Given:
-    """A tile that was given to a ``crew`` of workers, by address."""
+    """A tile that was given to a ``crew`` of workers, by address, for the n-th ``work``."""
 
+    work: int
     tile: Tile
     crew: frozenset[str]
 
 
 @dataclass(kw_only=True)
 class _TileQueue:
-    """The tiles that are not finished: those that are waiting, and those that workers have."""
+    """The tiles that are not finished: those ``waiting`` for each work, and those workers have."""
 
     admission: Admission
-    waiting: deque[Tile]
-    prepared: Callable[[Tile], Any]
+    works: Sequence[TileWork[Any]]
+    waiting: list[deque[Tile]]
     priority: int
     _given: dict[Any, _Given] = field(default_factory=dict)  # by future
     _running: Any = None  # as_completed of the futures
     _failed: list[tuple[_Given, Exception]] = field(default_factory=list)
-    _losses: Counter[str] = field(default_factory=Counter)  # by tile, of whole crews
+    _losses: Counter[tuple[int, str]] = field(default_factory=Counter)  # of whole crews
 
     def __post_init__(self) -> None:
         from distributed import as_completed
@@ -128,21 +142,25 @@ class _TileQueue:
     @property
     def is_empty(self) -> bool:
         """Whether all is done."""
-        return not (self.waiting or self._given or self._failed)
+        return not (any(self.waiting) or self._given or self._failed)
 
     @property
     def are_few(self) -> bool:
         """Whether a worker would have nothing to do once it has done its tile."""
-        return not self.waiting and len(self._given) <= sum(self.admission.admitted.values())
+        return not any(self.waiting) and len(self._given) <= self._threads
+
+    @property
+    def _threads(self) -> int:
+        return sum(self.admission.admitted.values())
 
     @property
     def _client(self) -> Any:
         return self.admission.workers.client
 
-    def advance(self) -> Iterator[tuple[Tile, Any]]:
+    def advance(self) -> Iterator[tuple[int, Tile, Any]]:
         """Give tiles to workers, wait for a moment, and yield tiles that are done or given up.
 
-        Each comes with what ``_do`` returned for it, or with an error.
+        Each comes with the number of its work, and with what ``_do`` returned, or an error.
         """
         self.admission.update()
         crew = frozenset(self.admission.admitted)
@@ -156,44 +174,57 @@ class _TileQueue:
         """Have workers forget what they were given."""
         self._client.cancel([*self._given])
 
-    def _recover(self, crew: frozenset[str]) -> Iterator[tuple[Tile, Any]]:
+    def _recover(self, crew: frozenset[str]) -> Iterator[tuple[int, Tile, Any]]:
         """Take back tiles none of whose workers is left. Yields those that were lost too often."""
         lost = [future for future, given in self._given.items() if not given.crew & crew]
         if lost and crew:
             self._client.cancel(lost)
             for future in lost:
-                yield from self._take_back(self._given.pop(future).tile)
+                yield from self._take_back(self._given.pop(future))
 
-    def _take_back(self, tile: Tile) -> Iterator[tuple[Tile, Any]]:
+    def _take_back(self, given: _Given) -> Iterator[tuple[int, Tile, Any]]:
         """Have a tile wait again. Yields it where that has happened too often."""
+        work, tile = given.work, given.tile
         logger.info("tile %s was lost, and is given to others", tile.name)
-        self._losses[tile.name] += 1
-        if self._losses[tile.name] == ATTEMPTS:
-            yield tile, ImageError(WORKER_DIED)
+        self._losses[work, tile.name] += 1
+        if self._losses[work, tile.name] == ATTEMPTS:
+            yield work, tile, ImageError(WORKER_DIED)
         else:
-            self.waiting.appendleft(tile)
+            self.waiting[work].appendleft(tile)
 
     def _give(self, crew: frozenset[str]) -> None:
         """Give workers as many of the waiting tiles as keep them busy."""
-        wanted = _AHEAD * sum(self.admission.admitted.values()) - len(self._given)
-        for _ in range(min(wanted, len(self.waiting))):
-            tile = self.waiting.popleft()
+        ahead = _AHEAD * self._threads
+        while len(self._given) < ahead and (work := self._next(ahead)) is not None:
+            tile = self.waiting[work].popleft()
             future = self._client.submit(
                 _do,
                 self.admission.name,
-                self.prepared(tile),
+                work,
+                self.works[work].prepared(tile),
                 pure=False,
                 priority=self.priority,
                 retries=ATTEMPTS - 1,
                 workers=[*crew],
             )
-            self._await(future, _Given(tile=tile, crew=crew))
+            self._await(future, _Given(work=work, tile=tile, crew=crew))
+
+    def _next(self, spare: int) -> int | None:
+        """Which work to go on with: the last, while more tiles wait for it than are ``spare``.
+
+        What one work leaves for the next is used while it is at hand. Spare tiles keep all workers
+        busy in the end, when a few have the last tiles of the first work, which may take long.
+        """
+        for work in reversed(range(1, len(self.works))):
+            if len(self.waiting[work]) > spare:
+                return work
+        return next((work for work, tiles in enumerate(self.waiting) if tiles), None)
 
     def _await(self, future: Any, given: _Given) -> None:
         self._given[future] = given
         self._running.add(future)
 
-    def _take(self) -> Iterator[tuple[Tile, Any]]:
+    def _take(self) -> Iterator[tuple[int, Tile, Any]]:
         """Take what workers have done."""
         for future in _ready(self._running, 0.01 if self.admission.is_pending else 0.1):
             if future not in self._given:  # it was taken back
@@ -205,22 +236,22 @@ class _TileQueue:
                     self._await(future, given)  # another worker makes it again
                 case NotHeldError() as error:
                     self.admission.dismiss(error.address)
-                    yield from self._take_back(given.tile)
+                    yield from self._take_back(given)
                 case Exception() as error:
                     self.admission.ask_again()
                     self._failed.append((given, error))
                 case result:
-                    yield given.tile, result
+                    yield given.work, given.tile, result
 
-    def _judge_failed(self) -> Iterator[tuple[Tile, Any]]:
+    def _judge_failed(self) -> Iterator[tuple[int, Tile, Any]]:
         """Give up tiles that failed, once it is known that this was not due to their workers."""
         if self._failed and not self.admission.is_pending:
             failed, self._failed = self._failed, []
             for given, error in failed:
                 if given.crew & self.admission.refused.keys():
-                    self.waiting.appendleft(given.tile)
+                    self.waiting[given.work].appendleft(given.tile)
                 else:
-                    yield given.tile, error
+                    yield given.work, given.tile, error
 
 
 def _ready(running: Any, patience_s: float) -> Any:
@@ -243,7 +274,7 @@ def _outcome(future: Any) -> tuple[bytes, Seconds] | Exception | None:
 
 
 class _Shared:
-    """The task and the context of all tiles, unpacked once in each process that works on some.
+    """The tasks and contexts of all tiles, unpacked once in each process that works on some.
 
     To unpack them imports torch. The process is set up before that, whoever started it.
     """
@@ -252,13 +283,13 @@ class _Shared:
         self._packed = packed
         self._log_level = log_level
         self._lock = threading.Lock()
-        self._unpacked: tuple[Any, Any] | None = None
+        self._unpacked: list[tuple[Any, Any]] | None = None
 
     def __reduce__(self) -> Any:
         return _Shared, (self._packed, self._log_level)
 
-    def unpack(self) -> tuple[Any, Any]:
-        """(task, context)."""
+    def unpack(self) -> list[tuple[Any, Any]]:
+        """(task, context) of each work."""
         with self._lock:
             if self._unpacked is None:
                 set_environment()
@@ -268,11 +299,11 @@ class _Shared:
             return self._unpacked
 
 
-def _do(name: str, tile: Any) -> tuple[bytes, Seconds]:
-    """Work on a tile, on a worker that an Admission of that ``name`` admitted."""
+def _do(name: str, work: int, tile: Any) -> tuple[bytes, Seconds]:
+    """Do the n-th work on a tile, on a worker that an Admission of that ``name`` admitted."""
     try:
         shared: _Shared = held(name)
-        task, context = shared.unpack()
+        task, context = shared.unpack()[work]
         nuclei, uncertainty, seconds = task(context, tile)
         with timed(seconds, "encode"):
             content = TileStore.encode(nuclei, uncertainty)

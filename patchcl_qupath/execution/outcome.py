@@ -38,8 +38,9 @@ _PACKAGES = (
 class TileProgress:
     """How many of an image's tiles are done, and which failed.
 
-    ``show`` is called with (done, total) after each; ``reopen`` raises SlideError for a slide that
-    was there when the run began, and is not any more.
+    ``show`` is called with (done, total) after each, once the progress ``after`` which this one
+    comes is over; ``reopen`` raises SlideError for a slide that was there when the run began, and
+    is not any more.
     """
 
     image: PreparedImage
@@ -47,16 +48,23 @@ class TileProgress:
     done: int
     show: Callable[[int, int], None]
     reopen: Callable[[], object]
+    after: TileProgress | None = None
     failed: list[FailedTile] = field(default_factory=list)
 
-    def begin(self) -> None:
-        """Show what was done before."""
-        self.show(self.done, self.total)
+    @property
+    def ended(self) -> int:
+        """How many tiles are done, or failed."""
+        return self.done + len(self.failed)
 
-    def one_more(self) -> None:
+    def tell(self) -> None:
+        """Show how far it is."""
+        if self.after is None or self.after.ended == self.after.total:
+            self.show(self.ended, self.total)
+
+    def one_more(self, tile: Tile) -> None:
         """A tile is done."""
         self.done += 1
-        self.show(self.done + len(self.failed), self.total)
+        self.tell()
 
     def one_failed(self, tile: Tile, error: Exception) -> None:
         """A tile was given up. Raises ImageError if there is no use in going on."""
@@ -73,11 +81,7 @@ class TileProgress:
         self.failed.append(_failed_tile(tile, self.image.slide, error))
         if not self.done and len(self.failed) == min(GIVE_UP, self.total):
             raise ImageError(f"{name}: no tile can be segmented: {self.failed[0].reason}")
-        self.show(self.done + len(self.failed), self.total)
-
-    def in_order(self) -> tuple[FailedTile, ...]:
-        """The failed tiles, from top to bottom."""
-        return in_order(self.failed)
+        self.tell()
 
 
 def in_order(failed: Sequence[FailedTile]) -> tuple[FailedTile, ...]:

@@ -63,6 +63,11 @@ class PixelStore:
             return None
         return np.ascontiguousarray(content.reshape(rows, cols, 3)[inner])
 
+    def forget(self, tile: Tile) -> None:
+        """Remove the pixels of a tile: those of others find their memory taken."""
+        with suppress(OSError):
+            self._path(tile).unlink()
+
     def remove(self) -> None:
         """Remove all pixels."""
         with suppress(StorageError):

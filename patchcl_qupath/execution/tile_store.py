@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,7 @@ from patchcl_qupath.storage.parquet import (
 
 Measurements = dict[str, NDArray[np.float32]]  # by name: (N,)
 _GRID = "survey"  # of a file's header
+_PLAN = "plan.json"
 _CODEC = "lz4"  # takes .7 of the time of zstd, .65 to read again; files have 1.3 of the size
 
 
@@ -64,13 +65,23 @@ class TileStore:
     @classmethod
     def open(cls, folder: Path, plan: dict[str, Any]) -> TileStore:
         """Open for ``plan``, all that the content of a tile depends on; drop tiles of another."""
-        plan_file = folder / "plan.json"
+        plan_file = folder / _PLAN
         if not _is_same_plan(plan_file, plan):
             remove_folder(folder)  # all of it: a tile that stays would count as finished
             with writing(folder):
                 (folder / "tiles").mkdir(parents=True, exist_ok=True)
             write_json(plan_file, plan)
         return cls(folder)
+
+    def replan(self, plan: dict[str, Any]) -> None:
+        """Make it one for another plan, of which its finished tiles are."""
+        write_json(self.folder / _PLAN, plan)
+
+    def remove(self, tiles: Iterable[Tile]) -> None:
+        """Remove tiles, as if they had never been finished. Raises StorageError."""
+        for tile in tiles:
+            with writing(self.folder):
+                self.path(tile).unlink(missing_ok=True)
 
     @staticmethod
     def encode(nuclei: Nuclei | Table, uncertainty: UncertaintyGrid) -> bytes:

@@ -1,13 +1,14 @@
 """What a worker does for cells: grow the nuclei that a tile owns, and measure the cells.
 
-Cells come after all nuclei of an image: one that another tile owns keeps a cell out of its place as
-one of the same tile does. The halo of tiles need not hold such neighbours, which would take long.
+A nucleus that another tile owns keeps a cell out of its place as one of the same tile does. Cells of
+a tile therefore come once the nuclei of all tiles near it are known; the halo need not hold these,
+which would take long.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -63,15 +64,26 @@ class TileNuclei:
 
 
 class NucleiOfTiles:
-    """Finds the nuclei of a tile, and those of its neighbours that are near them."""
+    """Finds the nuclei of a tile, and those of its neighbours that are near them.
+
+    Cells of a tile can grow when its ``tiles_near`` have ``ended``, itself among them: in the store
+    are the nuclei of each, or it failed.
+    """
 
     def __init__(
-        self, store: TileStore, tiles: Sequence[Tile], slide: Slide, config: CellConfig
+        self,
+        store: TileStore,
+        tiles: Sequence[Tile],
+        slide: Slide,
+        config: CellConfig,
+        missing: Iterable[Tile] = (),
     ) -> None:
         self._store, self._tiles, self._slide = store, tiles, slide
         boxes = [(t.write.row0, t.write.col0, t.write.row1, t.write.col1) for t in tiles]
         self._boxes = np.array(boxes, np.int64).reshape(-1, 4)
         self._near_um = _near_um(slide, config)
+        self._missing = {tile.name for tile in missing}
+        self._failed: set[str] = set()
         self._contours = lru_cache(_REMEMBERED)(self._read)
 
     def __call__(self, tile: Tile) -> TileNuclei:
@@ -79,25 +91,43 @@ class NucleiOfTiles:
         around = joined([NOTHING, *self._others(tile)])
         return TileNuclei(tile=tile, content=self._store.content(tile), around=around)
 
+    def can_grow(self, tile: Tile) -> bool:
+        """Whether all nuclei are known that have a part in where the cells of a tile end."""
+        near = {other.name for other in self._tiles_near(tile)}
+        return tile.name not in self._failed and not near & self._missing
+
+    def ended(self, tile: Tile) -> list[Tile]:
+        """The nuclei of a tile are in the store, or it failed: those that can grow since then."""
+        self._missing.discard(tile.name)
+        return [other for other in self._tiles_near(tile) if self.can_grow(other)]
+
+    def failed(self, tile: Tile) -> None:
+        """The nuclei of a tile will not be known."""
+        self._failed.add(tile.name)
+
     def _read(self, tile: Tile) -> tuple[Rings, Floats]:
         """The nuclei (N,) of a tile and their bounds (N, 4)."""
         contours = Rings(*self._store.points(tile))
         return contours, bounds_of(contours)
+
+    def _tiles_near(self, tile: Tile) -> list[Tile]:
+        """The tiles that may own a nucleus near those of a tile, and itself."""
+        reach_px = math.ceil((2 * MAX_RADIUS_UM + self._near_um) / min(self._slide.grid_mpp))
+        beside = tile.write.grow(reach_px, self._slide.shape)
+        first, last = np.split(self._boxes, 2, axis=1)
+        meets = (first < (beside.row1, beside.col1)) & (last > (beside.row0, beside.col0))
+        return [self._tiles[n] for n in np.flatnonzero(meets.all(axis=1)).tolist()]
 
     def _others(self, tile: Tile) -> Iterator[Rings]:
         """The nuclei of each other tile that are near those of a tile."""
         _, own = self._contours(tile)
         if not len(own):
             return
-        reach_px = math.ceil((2 * MAX_RADIUS_UM + self._near_um) / min(self._slide.grid_mpp))
-        beside = tile.write.grow(reach_px, self._slide.shape)
         x, y = (self._near_um / side for side in self._slide.mpp_level0)
         (x0, y0), (x1, y1) = own[:, :2].min(axis=0), own[:, 2:].max(axis=0)
-        first, last = np.split(self._boxes, 2, axis=1)
-        meets = (first < (beside.row1, beside.col1)) & (last > (beside.row0, beside.col0))
-        for n in np.flatnonzero(meets.all(axis=1)).tolist():
-            if self._tiles[n] != tile:
-                contours, bounds = self._contours(self._tiles[n])
+        for other in self._tiles_near(tile):
+            if other != tile and other.name not in self._failed:
+                contours, bounds = self._contours(other)
                 near = bounds[:, :2] <= (x1 + x, y1 + y)
                 near &= bounds[:, 2:] >= (x0 - x, y0 - y)
                 yield taken(contours, np.flatnonzero(near.all(axis=1)))
