@@ -36,7 +36,14 @@ from patchcl_qupath.config import (
     read_settings,
     unlike_training,
 )
-from patchcl_qupath.errors import ConfigError, ImageError, PatchCLError, ProjectError, reason_of
+from patchcl_qupath.errors import (
+    FORESEEN,
+    ConfigError,
+    ImageError,
+    PatchCLError,
+    ProjectError,
+    reason_of,
+)
 from patchcl_qupath.options import (
     Common,
     Exporting,
@@ -654,7 +661,7 @@ def _reporting_errors(as_json: bool) -> Iterator[None]:
     before = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
-    except (PatchCLError, MemoryError) as error:
+    except FORESEEN as error:
         logger.debug("the command ends", exc_info=True)
         if as_json:
             console.print_json({"error": reason_of(error)})

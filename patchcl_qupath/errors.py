@@ -63,6 +63,9 @@ class StorageError(PatchCLError):
     """Results cannot be written here."""
 
 
+FORESEEN = (PatchCLError, MemoryError)  # any other is an error of this program
+
+
 def reason_of(error: Exception) -> str:
     """What to tell a person of an error; one that is not ours is an error of this program."""
     if isinstance(error, PatchCLError):

@@ -440,6 +440,11 @@ def test_nothing_to_learn_from(tmp_path, crop):
         (["init", "new", "none.svs", "--mpp", "inf"], 2, "'--mpp': inf is not a pixel size"),
         (["run", SAMPLE, "--config", "none.toml"], 2, "none.toml"),
         (["init", SAMPLE, SAMPLE / "CMU-1-Small-Region.svs"], 1, "is there already"),
+        (
+            ["init", *[SAMPLE / "CMU-1-Small-Region.svs"] * 2],
+            1,
+            "name the folder for the project first",
+        ),
         (["init", "new", "none.svs"], 1, "none.svs"),
         (["status", ROOT / "tests"], 1, "no project"),
     ],

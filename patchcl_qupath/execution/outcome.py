@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from msgspec.structs import asdict
+
 from patchcl_qupath.config import Config, ObjectType
 from patchcl_qupath.datatypes import FailedTile, ImageEntry, Tile
-from patchcl_qupath.errors import ImageError, PatchCLError, SlideError, StorageError, reason_of
+from patchcl_qupath.errors import FORESEEN, ImageError, SlideError, StorageError, reason_of
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.layout import Layout
@@ -76,7 +78,7 @@ class TileProgress:
                 f"{gone}. It could be read when the run began: once it can be again, run again; "
                 "finished tiles are kept"
             ) from gone
-        if not self.failed and not isinstance(error, (PatchCLError, MemoryError)):
+        if not self.failed and not isinstance(error, FORESEEN):
             logger.error("%s: internal error in tile %s", name, tile.name, exc_info=error)
         self.failed.append(_failed_tile(tile, self.image.slide, error))
         if not self.done and len(self.failed) == min(GIVE_UP, self.total):
@@ -114,7 +116,7 @@ def note(
 
 def failed_image(entry: ImageEntry, error: Exception) -> ImageOutcome:
     """The outcome of an image that could not be segmented."""
-    if not isinstance(error, (PatchCLError, MemoryError)):
+    if not isinstance(error, FORESEEN):
         logger.error("%s: internal error", entry.name, exc_info=error)
     problem = reason_of(error)
     if entry.name not in problem:
@@ -132,11 +134,7 @@ def write_outcomes(
     """Record a run, with what became of its images so far; and that of the last image by itself."""
     versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     record = RunRecord(
-        version=provenance.version,
-        model=provenance.model,
-        engine=provenance.engine,
-        config=provenance.config,
-        within=provenance.within,
+        **asdict(provenance),
         versions=versions,
         training=training,
         images=list(outcomes),

@@ -53,6 +53,8 @@ def init_project(folder: Path, images: Sequence[NewImage]) -> Path:
         raise ProjectError("a project needs an image: name the files of some")
     if folder.suffix.lower() == ".qpproj" and not folder.is_dir():
         raise ProjectError(f"{folder} is named as the file of a project: name the folder for it")
+    if folder.is_file():
+        raise ProjectError(f"{folder} is a file: name the folder for the project first")
     if existing := project_files(folder):
         raise ProjectError(
             f"{existing[0]} is there already: add images to it in QuPath, or name another folder"

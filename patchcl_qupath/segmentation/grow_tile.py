@@ -1,8 +1,8 @@
 """What a worker does for cells: grow the nuclei that a tile owns, and measure the cells.
 
-A nucleus that another tile owns keeps a cell out of its place as one of the same tile does. Cells of
-a tile therefore come once the nuclei of all tiles near it are known; the halo need not hold these,
-which would take long.
+A nucleus that another tile owns keeps a cell out of its place as one of the same tile does. Cells
+of a tile therefore come once the nuclei of all tiles near it are known; the halo need not hold
+these, which would take long.
 """
 
 from __future__ import annotations

@@ -389,17 +389,12 @@ class ImageOutcome(
     unchanged: bool | msgspec.UnsetType = msgspec.UNSET
 
 
-class RunRecord(Record, frozen=True, kw_only=True):
+class RunRecord(Provenance, frozen=True, kw_only=True):
     """runs/<run>/run.json: the provenance of a run, and the outcome of each image so far.
 
     ``versions`` are those of libraries; ``training`` is the log of the model.
     """
 
-    version: str
-    model: str
-    engine: str
-    config: dict[str, Any]
-    within: list[str]
     versions: dict[str, str]
     training: dict[str, Any]
     images: list[ImageOutcome]
