@@ -1569,15 +1569,20 @@ static List<PathObject> shownRegions(ImageData<?> imageData, Marks marks) {
  */
 @CompileStatic
 static List<PathObject> countedAnnotations(ImageData<?> imageData, Marks marks, JsonObject result) {
+    JsonElement names = result == null ? null : setting(result, 'summarise')
+    return drawnOf(names, imageData).findAll { PathObject annotation -> !marks.contains(annotation.getID()) }
+}
+
+/** The annotations of some classes, by their names. */
+@CompileStatic
+static List<PathObject> drawnOf(JsonElement names, ImageData<?> imageData) {
     Set<String> classes = new HashSet<>()
-    for (JsonElement name : result == null ? new JsonArray() : setting(result, 'summarise')?.getAsJsonArray() ?:
-            new JsonArray())
+    for (JsonElement name : names == null ? new JsonArray() : names.getAsJsonArray())
         classes.add(String.valueOf(PathClass.fromString(name.getAsString())))
     if (classes.isEmpty())
         return []
     return imageData.getHierarchy().getAnnotationObjects().toList().findAll { PathObject annotation ->
-        classes.contains(String.valueOf(annotation.getPathClass())) && annotation.getROI()?.isArea() &&
-                !marks.contains(annotation.getID())
+        classes.contains(String.valueOf(annotation.getPathClass())) && annotation.getROI()?.isArea()
     }
 }
 
@@ -1609,7 +1614,9 @@ static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObj
     for (PathObject counted : regions + cores + annotations)
         tallies[counted] = new Tally()
     boolean withForeign = result != null && overlapping(result) == 'keep'
-    PresentNuclei present = nucleiPresent(imageData, marks, withForeign)
+    // Regions of the run, however small, are no nuclei.
+    Set<PathObject> asked = (annotations + drawnOf(result?.get('within'), imageData)).toSet()
+    PresentNuclei present = nucleiPresent(imageData, marks, asked, withForeign)
     boolean whole = new Areas(regions).isWhole(imageData.getServer().getWidth(), imageData.getServer().getHeight())
     if (whole)
         for (PathObject nucleus : present.onBorder + present.others)
@@ -1702,11 +1709,11 @@ static Coordinate centroidOf(PathObject nucleus) {
 
 /**
  * The nuclei of an image, whatever their parent: those that were imported, cells that were made of them, and those that
- * a person drew. Regions, ROIs and objects of a class that QuPath ignores ('Ignore*') are none. Detections of other
- * programs are nuclei only where ours were left out for them.
+ * a person drew. Regions, of which 'regions' are known, ROIs and objects of a class that QuPath ignores ('Ignore*') are
+ * none. Detections of other programs are nuclei only where ours were left out for them.
  */
 @CompileStatic
-static PresentNuclei nucleiPresent(ImageData<?> imageData, Marks marks, boolean withForeign) {
+static PresentNuclei nucleiPresent(ImageData<?> imageData, Marks marks, Set<PathObject> regions, boolean withForeign) {
     Collection<PathObject> all = imageData.getHierarchy().getAllObjects(false)
     Set<PathObject> foreign = foreignObjects(all, marks, [] as List<PathObject>)
     PresentNuclei present = new PresentNuclei()
@@ -1720,7 +1727,7 @@ static PresentNuclei nucleiPresent(ImageData<?> imageData, Marks marks, boolean 
             continue
         if (marks.nuclei.containsKey(id))
             present.onBorder.add(pathObject)
-        else if (marks.contains(id) || isCorrectionRoi(pathObject))
+        else if (marks.contains(id) || isCorrectionRoi(pathObject) || regions.contains(pathObject))
             continue
         else if (pathObject.isDetection() && !foreign.contains(pathObject))
             present.onBorder.add(pathObject)

@@ -69,6 +69,17 @@ hierarchy.setTMAGrid(DefaultTMAGrid.create(cores, 2))
 entry.saveImageData(imageData)
 '1'
 """
+DRAW_SMALL = (
+    qupath.DRAW_RECTANGLES
+    + """
+draw('around one', 'Stroma', 385, 25, 30, 30)   // a nucleus at x = 400, y = 40
+draw('without', 'Tumor', 1000, 1000, 30, 30)
+draw('outside', 'Tumor', 2300, 0, 30, 30)
+draw('drawn', 'Nucleus', 1200, 1200, 20, 20)   // a nucleus, by hand
+entry.saveImageData(imageData)
+'1'
+"""
+)
 RECLASSIFY = """
 import qupath.lib.objects.classes.PathClass
 
@@ -126,6 +137,7 @@ def write(
     *thresholds: float,
     run: int = 1,
     classes: tuple[str, ...] = (),
+    within: tuple[str, ...] = (),
     tma: bool = False,
 ) -> tuple[Any, ResultRecord]:
     """Write classified nuclei as a run does; -> what became of them, and the record."""
@@ -144,7 +156,7 @@ def write(
     result = msgspec.structs.replace(
         result_of(len(found), config),
         run=f"run {run} {thresholds}",
-        within=[TMA_CORES] * tma,
+        within=[*within, *[TMA_CORES] * tma],
         regions=regions,
         config=to_dict(Config(result=config)),
         positivity=positivity.record,
@@ -265,6 +277,25 @@ def test_annotations_are_measured(import_: Importer, path: Path, session: qupath
     assert regions["left"]["positive_percent"] == 60
     assert "positive_percent" not in regions["right"]
     assert regions["left"]["h_score"] == pytest.approx(100 * (41 + 2 * 21) / 105)
+
+
+@pytest.mark.qupath
+@pytest.mark.parametrize("option", ["classes", "within"])
+def test_small_regions_are_no_nuclei(
+    import_: Importer, path: Path, session: qupath.Session, option: str
+) -> None:
+    """However small they are, and without nuclei: what else a person drew is one."""
+    session.run(path, DRAW_SMALL)
+    import_(0.5, **{option: ("Tumor", "Stroma")})
+    counts = {
+        one["name"]: one["measurements"].get("PatchCL: Nuclei")
+        for one in objects(session, path)
+        if one["name"]
+    }
+    expected = {"PatchCL": 211, "drawn": None, "around one": None, "without": None, "outside": None}
+    if option == "classes":
+        expected |= {"around one": 1, "without": 0, "outside": 0}
+    assert counts == expected
 
 
 @pytest.mark.qupath
