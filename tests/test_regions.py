@@ -174,13 +174,22 @@ def test_area_of_tissue_in_a_region(scale: float) -> None:
     assert tissue_area_px(tissue, 16, shape, None) == 300 * 100 * 256
 
 
+@pytest.mark.parametrize("scale", [0.5, 20])
+def test_tissue_fills_a_region(scale: float) -> None:
+    """Its area is that of the region, to the last digit, as in QuPath."""
+    tissue = np.ones((300, 200), dtype=bool)
+    region = shapely.box(0, 0, 75.3 * scale, 101.7 * scale) - shapely.box(9, 9, 9 + scale, 30)
+    found = tissue_area_px(tissue, 16, (300 * 16, 200 * 16), region)
+    assert found == pytest.approx(region.area, rel=1e-12)
+
+
 def test_tissue_is_no_larger_than_the_image() -> None:
     """Of an image of 250 x 100 px, whose mask has px of 16, and the last ones reach beyond it."""
     tissue = np.ones((16, 7), dtype=bool)
     assert tissue_area_px(tissue, 16, (250, 100), None) == 250 * 100
     whole = shapely.box(0, 0, 100, 250)
     found = tissue_area_px(tissue, 16, (250, 100), whole)
-    assert found == pytest.approx(250 * 100, rel=0.01)
+    assert found == 250 * 100
     tissue[-1] = tissue[:, -1] = False
     assert tissue_area_px(tissue, 16, (250, 100), None) == 240 * 96
 

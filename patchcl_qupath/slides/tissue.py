@@ -167,6 +167,11 @@ def tissue_area_px(
     around = tissue[row : math.ceil(y1), col : math.ceil(x1)]
     # Sampled at points: many for each px of the mask where the region is small.
     n = int(np.clip(math.sqrt(AREA_SAMPLES / max(1, around.size)), 1, 64))
-    rows, cols = np.nonzero(np.kron(around, np.ones((n, n), dtype=bool)))
-    x, y = ((cols + 0.5) / n + col) * tissue_px, ((rows + 0.5) / n + row) * tissue_px
-    return float(shapely.contains_xy(region, x, y).sum()) * (tissue_px / n) ** 2
+    x = ((np.arange(around.shape[1] * n) + 0.5) / n + col) * tissue_px
+    inside_count = tissue_count = 0
+    for line in range(around.shape[0] * n):
+        found = shapely.contains_xy(region, x, ((line + 0.5) / n + row) * tissue_px)
+        inside_count += np.count_nonzero(found)
+        tissue_count += np.count_nonzero(found & np.repeat(around[line // n], n))
+    # As a share of the region: tissue is not larger than the region that it fills.
+    return float(region.area * tissue_count / max(1, inside_count))
