@@ -186,7 +186,14 @@ def test_a_core_is_no_annotation_of_its_class(folder: Path) -> None:
     project = open_project(folder, backend="files")
     with pytest.raises(ImageError, match="has no annotation of class Tumor"):
         project.with_regions(project.images()[0], ["Tumor"])
-    assert project.with_drawn(project.images()[0], ["Tumor"]).drawn == ()
+    found = project.with_drawn(project.images()[0], ["Tumor"])
+    assert found.drawn == ()
+    assert found.note == "no annotation of class Tumor (it has none with a class)"
+    export(folder, feature(SMALL, "tumor"), feature(HOLED, "Stroma"), feature(HOLED, None))
+    found = project.with_drawn(project.images()[0], ["Tumor", "Necrosis"])
+    assert found.note == (
+        "no annotation of class Tumor or Necrosis (it has annotations of class Stroma, tumor)"
+    )
 
 
 def test_positive_nuclei_of_h_and_e_are_refused(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,14 +67,17 @@ def read_regions(
             f"TMA dearrayer), save the image, {_EXPORT}; or leave the image out with --image"
         )
     if not wanted:
-        others = (
-            f"annotations of class {', '.join(sorted(found))}" if found else "none with a class"
-        )
         raise ImageError(
-            f"{image} has no annotation of class {' or '.join(classes)} (it has {others}): "
+            f"{image} has {none_of(classes, found)}: "
             f"draw one, save the image, {_EXPORT}; or leave the image out with --image"
         )
     return wanted
+
+
+def none_of(classes: Sequence[str], found: Collection[str]) -> str:
+    """What a person reads where an image has other classes of annotations than those named."""
+    others = f"annotations of class {', '.join(sorted(found))}" if found else "none with a class"
+    return f"no annotation of class {' or '.join(classes)} (it has {others})"
 
 
 def read_drawn(path: Path, image: str) -> list[DrawnRegion]:

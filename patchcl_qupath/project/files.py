@@ -23,6 +23,7 @@ from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuc
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.drawn import (
     ExportedLabels,
+    none_of,
     of_classes,
     read_drawn,
     read_regions,
@@ -99,17 +100,29 @@ class FilesProject:
 
     def with_drawn(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
         """The image with annotations to count in that groovy/export_regions.groovy exported."""
-        found = of_classes(read_drawn(self.layout.regions(entry.id), entry.name), classes)
+        all_drawn = read_drawn(self.layout.regions(entry.id), entry.name)
+        found = of_classes(all_drawn, classes)
+        others = {region.class_name for region in all_drawn if not region.is_core} - {""}
         drawn = itertools.chain.from_iterable(found.values())
-        both = f"{entry.note or ''}; {self._note_of_classes(entry, classes, found)}".split("; ")
+        note = self._note_of_classes(entry, classes, found, others)
+        both = f"{entry.note or ''}; {note}".split("; ")
         note = "; ".join(dict.fromkeys(filter(None, both)))  # regions of the run may have the same
         return replace(entry, drawn=tuple(drawn), note=note or None)
 
     def _note_of_classes(
-        self, entry: ImageEntry, classes: Sequence[str], found: Collection[str]
+        self,
+        entry: ImageEntry,
+        classes: Sequence[str],
+        found: Collection[str],
+        others: Collection[str] = (),
     ) -> str:
-        """What a person should know of the annotations of an image that were found."""
+        """What a person should know of the annotations of an image that were found.
+
+        Where none was, classes may be misspelt: ``others`` are those that are there.
+        """
         notes = [f"no annotation of class {name}" for name in classes if name not in found]
+        if not found:
+            notes = [none_of(classes, others)]
         if not self.is_current(self.layout.regions(entry.id), entry):
             notes.append(
                 "its annotations were exported before it was last saved in QuPath: if they changed "
