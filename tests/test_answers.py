@@ -147,9 +147,17 @@ def test_an_unknown_measurement_is_named() -> None:
     names = measurement_names(H_DAB)
     with pytest.raises(ImageError, match=r"^a: .*no measurement dab-men .*do you mean dab-mean\?"):
         check_positive("dab-men=0.2", "a", H_DAB, names, with_cells=False)
+    with pytest.raises(ImageError, match=r"no measurement dab .*do you mean dab-mean\?"):
+        check_positive("dab=0.2", "a", H_DAB, names, with_cells=False)
     with pytest.raises(ImageError, match="no measurement membrane-dab-mean"):
         check_positive("membrane-dab-mean=0.2", "a", H_DAB, names, with_cells=True)
     check_positive("hematoxylin-mean=0.2", "a", H_E, measurement_names(H_E), with_cells=False)
+
+
+def test_no_threshold_is_found_without_nuclei() -> None:
+    record = find("auto", []).record
+    assert (record.thresholds, record.found) == ((0.2,), False)
+    assert str(record.note).startswith("too few nuclei (0)")  # a threshold without note is given
 
 
 def test_cells_are_measured_where_there_are_cells() -> None:

@@ -87,7 +87,7 @@ def _positivity(segmented: SegmentedImage, entry: ImageEntry, config: ResultConf
         image=entry.name,
         base_class=config.class_name,
         stains=segmented.image.stains,
-        names=list(first.measurements),
+        names=list(first.measurements) or measurement_names(segmented.image.stains),
         values=values,
     )
 

@@ -112,8 +112,9 @@ def find_positivity(
     record = PositivityRecord(measurement=measurement or asked, thresholds=(USUAL_THRESHOLD,))
     if given:
         record = msgspec.structs.replace(record, thresholds=given[1])
-    elif measurement:
-        all_values = np.concatenate([np.empty(0, np.float32), *values(measurement)])
+    else:
+        of_nuclei = values(measurement) if measurement else ()
+        all_values = np.concatenate([np.empty(0, np.float32), *of_nuclei])
         threshold, note = threshold_between(all_values)
         record = msgspec.structs.replace(
             record, thresholds=(threshold,), found=note is None, note=note
@@ -141,7 +142,9 @@ def _words(name: str) -> set[str]:
 def _unknown(image: str, name: str, names: Sequence[str]) -> str:
     """The error of a measurement that nuclei have not."""
     spelt = [re.sub(r"[^\w.]+", "-", known.lower()).strip("-.") for known in names]
-    near = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.5)
+    holding = [one for one, known in zip(spelt, names, strict=True) if _words(name) < _words(known)]
+    near = sorted(holding, key=lambda one: not one.endswith("mean"))  # of dab: its mean
+    near = near or difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.5)
     hint = f"do you mean {near[0]}?" if near else f"there are {', '.join(spelt)}"
     return f"{image}: its nuclei have no measurement {name} for --positive: {hint}"
 
