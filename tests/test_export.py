@@ -14,6 +14,7 @@ import pytest
 import shapely
 from click.testing import CliRunner, Result
 from exported import (
+    DAB,
     DRAWN,
     export_drawn,
     grow,
@@ -361,6 +362,32 @@ def test_cells_are_exported_beside_their_nuclei(project: Project) -> None:
         objects = read_objects(path)
         assert shapely.area(objects.areas).tolist() == [area] * 5
         assert objects.ids.tolist() == [id_of("a", k) for k in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        ("0.5.1", "DAB: Nucleus: Mean"),
+        ("0.6.0", "Nucleus: DAB: Mean"),
+        (None, "Nucleus: DAB: Mean"),
+    ],
+)
+def test_measurements_have_their_names_in_the_projects_qupath(
+    tmp_path: Path, version: str | None, name: str
+) -> None:
+    """On disk they are those of QuPath 0.6."""
+    path = make_project(tmp_path, ["a.svs"]).path
+    content = json.loads(path.read_text("utf-8"))
+    content["version"] = version
+    path.write_text(json.dumps({key: each for key, each in content.items() if each}), "utf-8")
+    project = open_project(path, "files")
+    write(project, 0, nuclei("a", **{"Nucleus: DAB: Mean": DAB}))
+    (of_nuclei,) = exported(project, "--to", "csv")
+    assert [row[name] for row in rows_of(of_nuclei)] == ["0.1", "0.3", "0.5", "0.7", "0"]
+    (of_image,) = exported(project, "--to", "csv", "--per", "image")
+    assert rows_of(of_image)[0][f"{name}: Median"] == "0.3"
+    assert {"DAB: Nucleus: Mean", "Nucleus: DAB: Mean"} & {*rows_of(of_nuclei)[0]} == {name}
+    assert pq.read_schema(project.layout.nuclei("1")).names.count("Nucleus: DAB: Mean") == 1
 
 
 def test_one_file_or_one_for_each_image(tmp_path: Path) -> None:

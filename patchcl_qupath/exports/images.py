@@ -20,6 +20,7 @@ from patchcl_qupath.datatypes import DrawnRegion, ImageEntry
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.drawn import OUR_REGION, counted_class, read_drawn
+from patchcl_qupath.project.names import in_qupath
 from patchcl_qupath.storage.files import readable
 from patchcl_qupath.storage.layout import file_name
 from patchcl_qupath.storage.parquet import CELL, parquet_source
@@ -43,7 +44,8 @@ class ExportedImage:
 
     ``name_in_tables`` ends with the id where another image has the same name (``told_apart``).
     ``nuclei`` is their file, ``columns`` the names in it, ``folder`` the folder of that file;
-    ``regions`` are those that the run counted nuclei in. ``notes`` are for people.
+    ``regions`` are those that the run counted nuclei in. ``notes`` are for people. Tables have the
+    names of ``qupath_version``, that of the project.
     """
 
     id: str
@@ -55,6 +57,11 @@ class ExportedImage:
     columns: tuple[str, ...]
     regions: Regions = field(default_factory=Regions)
     notes: tuple[str, ...] = ()
+    qupath_version: str | None = None
+
+    def shown(self, measurement: str) -> str:
+        """The name of a measurement in tables."""
+        return in_qupath(measurement, self.qupath_version)
 
     @property
     def has_cells(self) -> bool:
@@ -131,6 +138,7 @@ def exported_image(project: Project, entry: ImageEntry) -> ExportedImage | str:
         columns=tuple(columns),
         regions=regions,
         notes=notes,
+        qupath_version=project.qupath_version,
     )
 
 

@@ -52,7 +52,9 @@ class NucleiTable:
     def of(cls, images: Iterable[ExportedImage], *, geometry: bool = False) -> NucleiTable:
         """The table of some images."""
         images = tuple(images)
-        names = dict.fromkeys(name for image in images for name in measurement_names(image))
+        names = dict.fromkeys(
+            image.shown(name) for image in images for name in measurement_names(image)
+        )
         return cls(
             images=images,
             measurements=tuple(names),
@@ -78,11 +80,12 @@ class NucleiTable:
         schema = self.schema
         for image in self.images:
             for batch in read_batches(image):
-                yield _rows(image, batch, schema)
+                named = batch.rename_columns([*map(image.shown, batch.column_names)])
+                yield _rows(image, named, schema)
 
 
 def measurement_names(image: ExportedImage) -> list[str]:
-    """The names of the measurements of an image's nuclei."""
+    """The names of the measurements of an image's nuclei, as on disk."""
     return [name for name in image.columns if name not in NOT_MEASURED]
 
 

@@ -174,7 +174,7 @@ def _densities(image: ExportedImage, summary: Summary) -> Cells:
         yield f"Num {name} per mm^2", found.per_mm2
 
 
-def _quartiles(_: ExportedImage, summary: Summary) -> Cells:
+def _quartiles(image: ExportedImage, summary: Summary) -> Cells:
     for name, found in summary.measurements.items():
         for key, words in _QUARTILES.items():
-            yield f"{name}: {words}", getattr(found, key)
+            yield f"{image.shown(name)}: {words}", getattr(found, key)

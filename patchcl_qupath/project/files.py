@@ -86,6 +86,11 @@ class FilesProject:
         """The paths of our own files, beside QuPath's."""
         return Layout(self.path.parent / "patchcl")
 
+    @property
+    def qupath_version(self) -> str | None:
+        """The QuPath that saved the project, if it is known."""
+        return self.stored.version
+
     def images(self) -> list[ImageEntry]:
         """The project's images, in its order."""
         return [self._entry(image) for image in self.stored.images]
@@ -225,7 +230,7 @@ class FilesProject:
             batches=batches,
             config=config,
             result=result,
-            qupath_version=self.stored.version,
+            qupath_version=self.qupath_version,
         )
 
     def mark_rois(self, entry: ImageEntry, rois: Sequence[CorrectionRoi]) -> str:

@@ -145,6 +145,11 @@ class PaquoProject:
         """The paths of our own files; the nuclei are in QuPath's own files, too."""
         return self.files.layout
 
+    @property
+    def qupath_version(self) -> str | None:
+        """The QuPath that saved the project before it was opened, if it is known."""
+        return self.files.qupath_version
+
     def images(self) -> list[ImageEntry]:
         """The project's images, in its order."""
         return self.files.images()

@@ -50,6 +50,10 @@ class Project(Protocol):
     @property
     def backend(self) -> Backend: ...
 
+    @property
+    def qupath_version(self) -> str | None:
+        """The QuPath that saved the project, if it is known: measurements have its names there."""
+
     def images(self) -> list[ImageEntry]:
         """The project's images, in its order; one that cannot be used has a ``problem``."""
 

@@ -171,7 +171,7 @@ def tissue_area_px(
     inside_count = tissue_count = 0
     for line in range(around.shape[0] * n):
         found = shapely.contains_xy(region, x, ((line + 0.5) / n + row) * tissue_px)
-        inside_count += np.count_nonzero(found)
-        tissue_count += np.count_nonzero(found & np.repeat(around[line // n], n))
+        inside_count += int(np.count_nonzero(found))
+        tissue_count += int(np.count_nonzero(found & np.repeat(around[line // n], n)))
     # As a share of the region: tissue is not larger than the region that it fills.
     return float(region.area * tissue_count / max(1, inside_count))
