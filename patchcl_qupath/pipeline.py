@@ -405,17 +405,18 @@ class Run:
         nuclei = NucleiOfTiles(find.store, tiles, image.slide, self.config.cells, find.tiles)
         made_from = {**image.fingerprint(), "nuclei": [tile.name for tile in tiles]}
         store = TileStore.open(self.project.layout.tiles(self.id, image.id), made_from)
-        store.remove(tile for tile in tiles if not nuclei.can_grow(tile))
+        changing = [*find.tiles, *store.left_out(tiles)]  # beside them, other cells grow
+        store.remove({near for tile in changing for near in nuclei.tiles_near(tile)})
+        store.leave_none_out()
         missing = set(store.missing(tiles))
         done = len(tiles) - len(missing)
         growing = self._tile_progress(entry, image, len(tiles), done, Stage.GROWING_CELLS, finding)
 
         def not_found(tile: Tile, error: Exception) -> None:
             finding.one_failed(tile, error)
-            growing.total -= 1
+            store.leave_out(tile)
             nuclei.failed(tile)
-            made_from["nuclei"].remove(tile.name)
-            store.replan(made_from)  # once that tile is there, other cells grow beside it
+            growing.total -= 1
 
         def grown(tile: Tile) -> None:
             pixels.forget(tile)

@@ -293,3 +293,30 @@ def test_cells_beside_a_tile_that_failed_grow_again_once_it_is_there(
     assert outcome.tiles_resumed == outcome.tiles - 1
     made = [(each / "patchcl/results/1" / NUCLEI).read_bytes() for each in (folder, tiled)]
     assert made[0] == made[1]
+
+
+def test_a_tile_that_failed_costs_the_cells_beside_it_alone(
+    model: Any, client: Any, tiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it fails again, and where a run without cells finds its nuclei."""
+    folder = copy_sample(tmp_path / "project")
+    monkeypatch.setattr(pipeline, "segment_tile", segment_some)
+    FAILING.update({"00004-00003"})
+    beside = {f"{row:05}-{col:05}" for row in (3, 4, 5) for col in (2, 3, 4)}
+
+    def grown() -> dict[str, int]:
+        return {tile.stem: tile.stat().st_mtime_ns for tile in files_of_tiles(folder)[1]}
+
+    run(folder, model, client, tile_px=300)
+    first = grown()
+    assert len(run(folder, model, client, tile_px=300).failed_tiles) == 1
+    again = grown()
+    assert {name for name in again if again[name] != first[name]} == beside - FAILING
+    FAILING.clear()
+    assert not run(folder, model, client, tile_px=300, expand_um=0).failed_tiles
+    assert grown() == again
+    assert not run(folder, model, client, tile_px=300).failed_tiles
+    last = grown()
+    assert {name for name in last if last[name] != again.get(name)} == beside
+    made = [(each / "patchcl/results/1" / NUCLEI).read_bytes() for each in (folder, tiled)]
+    assert made[0] == made[1]

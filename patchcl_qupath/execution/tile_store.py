@@ -53,12 +53,16 @@ from patchcl_qupath.storage.parquet import (
 Measurements = dict[str, NDArray[np.float32]]  # by name: (N,)
 _GRID = "survey"  # of a file's header
 _PLAN = "plan.json"
+_LEFT_OUT = "left-out"  # a folder, with an empty file for each tile
 _CODEC = "lz4"  # takes .7 of the time of zstd, .65 to read again; files have 1.3 of the size
 
 
 @dataclass(frozen=True)
 class TileStore:
-    """The finished tiles of one image in one run: a folder of parquet files and its plan."""
+    """The finished tiles of one image in one run: a folder of parquet files and its plan.
+
+    Cells of a tile depend on nuclei of the tiles near it: those that failed are ``left_out``.
+    """
 
     folder: Path
 
@@ -73,15 +77,24 @@ class TileStore:
             write_json(plan_file, plan)
         return cls(folder)
 
-    def replan(self, plan: dict[str, Any]) -> None:
-        """Make it one for another plan, of which its finished tiles are."""
-        write_json(self.folder / _PLAN, plan)
-
     def remove(self, tiles: Iterable[Tile]) -> None:
         """Remove tiles, as if they had never been finished. Raises StorageError."""
         for tile in tiles:
             with writing(self.folder):
                 self.path(tile).unlink(missing_ok=True)
+
+    def leave_out(self, tile: Tile) -> None:
+        """Note that tiles near this one are finished without it. Raises StorageError."""
+        write_bytes(self.folder / _LEFT_OUT / tile.name, b"")
+
+    def left_out(self, tiles: Sequence[Tile]) -> list[Tile]:
+        """The tiles that were left out, in their order."""
+        names = {path.name for path in (self.folder / _LEFT_OUT).glob("*")}
+        return [tile for tile in tiles if tile.name in names]
+
+    def leave_none_out(self) -> None:
+        """Note that no tile is finished without another. Raises StorageError."""
+        remove_folder(self.folder / _LEFT_OUT)
 
     @staticmethod
     def encode(nuclei: Nuclei | Table, uncertainty: UncertaintyGrid) -> bytes:

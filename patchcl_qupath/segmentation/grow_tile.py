@@ -66,7 +66,7 @@ class TileNuclei:
 class NucleiOfTiles:
     """Finds the nuclei of a tile, and those of its neighbours that are near them.
 
-    Cells of a tile can grow when its ``tiles_near`` have ``ended``, itself among them: in the store
+    Cells of a tile can grow when ``tiles_near`` it have ``ended``, itself among them: in the store
     are the nuclei of each, or it failed.
     """
 
@@ -93,30 +93,30 @@ class NucleiOfTiles:
 
     def can_grow(self, tile: Tile) -> bool:
         """Whether all nuclei are known that have a part in where the cells of a tile end."""
-        near = {other.name for other in self._tiles_near(tile)}
+        near = {other.name for other in self.tiles_near(tile)}
         return tile.name not in self._failed and not near & self._missing
 
     def ended(self, tile: Tile) -> list[Tile]:
         """The nuclei of a tile are in the store, or it failed: those that can grow since then."""
         self._missing.discard(tile.name)
-        return [other for other in self._tiles_near(tile) if self.can_grow(other)]
+        return [other for other in self.tiles_near(tile) if self.can_grow(other)]
 
     def failed(self, tile: Tile) -> None:
         """The nuclei of a tile will not be known."""
         self._failed.add(tile.name)
 
-    def _read(self, tile: Tile) -> tuple[Rings, Floats]:
-        """The nuclei (N,) of a tile and their bounds (N, 4)."""
-        contours = Rings(*self._store.points(tile))
-        return contours, bounds_of(contours)
-
-    def _tiles_near(self, tile: Tile) -> list[Tile]:
+    def tiles_near(self, tile: Tile) -> list[Tile]:
         """The tiles that may own a nucleus near those of a tile, and itself."""
         reach_px = math.ceil((2 * MAX_RADIUS_UM + self._near_um) / min(self._slide.grid_mpp))
         beside = tile.write.grow(reach_px, self._slide.shape)
         first, last = np.split(self._boxes, 2, axis=1)
         meets = (first < (beside.row1, beside.col1)) & (last > (beside.row0, beside.col0))
         return [self._tiles[n] for n in np.flatnonzero(meets.all(axis=1)).tolist()]
+
+    def _read(self, tile: Tile) -> tuple[Rings, Floats]:
+        """The nuclei (N,) of a tile and their bounds (N, 4)."""
+        contours = Rings(*self._store.points(tile))
+        return contours, bounds_of(contours)
 
     def _others(self, tile: Tile) -> Iterator[Rings]:
         """The nuclei of each other tile that are near those of a tile."""
@@ -125,7 +125,7 @@ class NucleiOfTiles:
             return
         x, y = (self._near_um / side for side in self._slide.mpp_level0)
         (x0, y0), (x1, y1) = own[:, :2].min(axis=0), own[:, 2:].max(axis=0)
-        for other in self._tiles_near(tile):
+        for other in self.tiles_near(tile):
             if other != tile and other.name not in self._failed:
                 contours, bounds = self._contours(other)
                 near = bounds[:, :2] <= (x1 + x, y1 + y)
