@@ -416,7 +416,7 @@ class Run:
             finding.one_failed(tile, error)
             store.leave_out(tile)
             nuclei.failed(tile)
-            growing.total -= 1
+            growing.one_less()
 
         def grown(tile: Tile) -> None:
             pixels.forget(tile)

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -33,6 +34,7 @@ from patchcl_qupath.execution import admission
 from patchcl_qupath.execution import workers as execution_workers
 from patchcl_qupath.execution.jobs import _output_of
 from patchcl_qupath.execution.map_tiles import TileWork, map_tiles
+from patchcl_qupath.execution.outcome import TileProgress
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import ATTEMPTS, job_cluster, open_workers
 from patchcl_qupath.progress import hide_progress
@@ -233,6 +235,45 @@ def test_a_work_goes_on_with_the_tiles_that_the_one_before_names(
     for tile in done[1:]:
         before = ("a failed" if tile.col == 5 else "a", tile.col)
         assert order.index(before) < order.index(("b", tile.col))
+
+
+def progress_of(
+    total: int, shown: list[tuple[int, int]], after: TileProgress | None = None
+) -> TileProgress:
+    """The progress of tiles of a slide that can still be opened."""
+    image: Any = SimpleNamespace(slide=SimpleNamespace(name="a.svs", downsample=(1.0, 1.0)))
+    return TileProgress(
+        image=image,
+        total=total,
+        done=0,
+        show=lambda done, of: shown.append((done, of)),
+        reopen=lambda: None,
+        after=after,
+    )
+
+
+def test_cells_are_shown_to_the_end_where_the_nuclei_of_the_last_tile_fail() -> None:
+    shown: list[tuple[int, int]] = []
+    finding = progress_of(2, [])
+    growing = progress_of(2, shown, finding)
+    finding.one_more(TILES[0])
+    growing.one_more(TILES[0])
+    assert not shown
+    finding.one_failed(TILES[1], ImageError("damaged"))
+    growing.one_less()
+    assert shown == [(1, 1)]
+
+
+def test_an_image_none_of_whose_cells_grow_fails_in_any_order() -> None:
+    """Its old results would be replaced by none."""
+    growing = progress_of(2, [])
+    growing.one_failed(TILES[0], ImageError("torn"))
+    with pytest.raises(ImageError, match=r"a\.svs: no tile can be segmented: torn"):
+        growing.one_less()
+    growing = progress_of(2, [])
+    growing.one_less()
+    with pytest.raises(ImageError, match="no tile can be segmented: torn"):
+        growing.one_failed(TILES[0], ImageError("torn"))
 
 
 def test_tile_that_kills_its_workers_is_left_out(tmp_path: Path) -> None:

@@ -81,9 +81,20 @@ class TileProgress:
         if not self.failed and not isinstance(error, FORESEEN):
             logger.error("%s: internal error in tile %s", name, tile.name, exc_info=error)
         self.failed.append(_failed_tile(tile, self.image.slide, error))
-        if not self.done and len(self.failed) == min(GIVE_UP, self.total):
-            raise ImageError(f"{name}: no tile can be segmented: {self.failed[0].reason}")
+        self._check_hope()
         self.tell()
+
+    def one_less(self) -> None:
+        """A tile is not to be done. Raises ImageError if there is no use in going on."""
+        self.total -= 1
+        self._check_hope()
+        self.tell()
+
+    def _check_hope(self) -> None:
+        """Raise ImageError if all tiles failed, or so many that all will."""
+        if self.failed and not self.done and len(self.failed) >= min(GIVE_UP, self.total):
+            name, reason = self.image.slide.name, self.failed[0].reason
+            raise ImageError(f"{name}: no tile can be segmented: {reason}")
 
 
 def in_order(failed: Sequence[FailedTile]) -> tuple[FailedTile, ...]:
