@@ -369,6 +369,36 @@ def test_a_tile_is_given_its_neighbours_nuclei(tmp_path: Path) -> None:
     assert shapely.equals(from_table(table).polygons, contours[tiles[0]]).all()
 
 
+def test_each_tile_can_grow_once_when_the_last_tile_near_it_has_ended(tmp_path: Path) -> None:
+    class Slide2000(Slide100):
+        shape = (2000, 2000)
+
+    rng, tiles = np.random.default_rng(0), []
+    for row in range(25):
+        for col in range(25):
+            top, left = rng.integers(0, 79, 2)  # as tissue and regions crop them
+            bottom, right = rng.integers((top + 1, left + 1), 81)
+            box = Box(80 * row + top, 80 * col + left, 80 * row + bottom, 80 * col + right)
+            tiles.append(Tile(row=row, col=col, read=box, write=box))
+    reach_px = 220  # of two nuclei 50 µm from their centroids, and what is between their contours
+    near = {}
+    for tile in tiles:
+        beside = tile.write.grow(reach_px, Slide2000.shape)
+        near[tile] = [other for other in tiles if other.write.meets(beside)]
+    missing = [tiles[k] for k in rng.permutation(len(tiles))[:300].tolist()]
+    find = NucleiOfTiles(TileStore(tmp_path), tiles, Slide2000(), CellConfig(expand_um=4), missing)  # type: ignore[arg-type]
+    assert {tile: find.tiles_near(tile) for tile in tiles} == near
+    named, wait = [tile for tile in tiles if find.can_grow(tile)], {*missing}
+    assert named == [tile for tile in tiles if wait.isdisjoint(near[tile])]
+    for tile in missing:
+        wait.remove(tile)
+        for other in find.ended(tile):
+            assert wait.isdisjoint(near[other])
+            named.append(other)
+    assert len(named) == len(tiles)
+    assert {*named} == {*tiles}
+
+
 def test_a_tile_that_cannot_be_read_is_named_and_not_the_scheduler(tmp_path: Path) -> None:
     box = Box(0, 0, 200, 200)
     tile = Tile(row=0, col=0, read=box, write=box)

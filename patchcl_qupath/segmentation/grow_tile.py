@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import shapely
 
 from patchcl_qupath.config import CellConfig
 from patchcl_qupath.datatypes import Box, Tile, UncertaintyGrid
@@ -80,7 +81,8 @@ class NucleiOfTiles:
     ) -> None:
         self._store, self._tiles, self._slide = store, tiles, slide
         boxes = [(t.write.row0, t.write.col0, t.write.row1, t.write.col1) for t in tiles]
-        self._boxes = np.array(boxes, np.int64).reshape(-1, 4)
+        sides = np.array(boxes, np.int64).reshape(-1, 4).T
+        self._places = shapely.STRtree(shapely.box(*sides))  # x and y are rows and columns
         self._near_um = _near_um(slide, config)
         self._missing = {tile.name for tile in missing}
         self._failed: set[str] = set()
@@ -109,9 +111,9 @@ class NucleiOfTiles:
         """The tiles that may own a nucleus near those of a tile, and itself."""
         reach_px = math.ceil((2 * MAX_RADIUS_UM + self._near_um) / min(self._slide.grid_mpp))
         beside = tile.write.grow(reach_px, self._slide.shape)
-        first, last = np.split(self._boxes, 2, axis=1)
-        meets = (first < (beside.row1, beside.col1)) & (last > (beside.row0, beside.col0))
-        return [self._tiles[n] for n in np.flatnonzero(meets.all(axis=1)).tolist()]
+        place = shapely.box(beside.row0, beside.col0, beside.row1, beside.col1)
+        near = [self._tiles[n] for n in np.sort(self._places.query(place)).tolist()]
+        return [other for other in near if other.write.meets(beside)]
 
     def _read(self, tile: Tile) -> tuple[Rings, Floats]:
         """The nuclei (N,) of a tile and their bounds (N, 4)."""
