@@ -371,10 +371,13 @@ class Run:
     ) -> PixelStore:
         """Where the pixels of missing tiles are kept, for cells alone."""
         pixels = PixelStore.of(store.folder, image.fingerprint())
-        if self.config.cells.are_grown:
+        grows = self.config.cells.are_grown
+        # A run that was stopped left them, and may have had other settings.
+        for left in PixelStore.all_in(self.project.layout.tiles_of_runs(image.id)):
+            if left != pixels or not grows:
+                left.remove()
+        if grows:
             pixels.make_room(missing)
-        else:
-            pixels.remove()  # of a run that was stopped before its cells had grown
         return pixels
 
     def _context(self, image: PreparedImage, pixels: PixelStore) -> TileContext:

@@ -163,6 +163,22 @@ def test_stopped_and_resumed_equals_uninterrupted(
         assert made[0] == made[1]
 
 
+@pytest.mark.parametrize("expand_um", [5, 0])
+def test_pixels_of_a_stopped_run_do_not_outlive_one_with_other_settings(
+    expand_um: float, model: Any, client: Any, tmp_path: Path
+) -> None:
+    folder = copy_sample(tmp_path / "project")
+
+    def stop(progress: Progress) -> None:
+        if progress.stage is Stage.SEGMENTING and progress.done == 5:
+            raise ImageError("stopped")
+
+    run(folder, model, client, tile_px=300, progress=stop)
+    assert [*folder.rglob("*.rgb")]
+    assert run(folder, model, client, tile_px=600, expand_um=expand_um).problem is None
+    assert not [*folder.rglob("pixels-*")]
+
+
 def files_of_tiles(folder: Path) -> list[list[Path]]:
     """The finished tiles of nuclei, and those of cells."""
     tiles = [*folder.glob("patchcl/runs/*/1/tiles/*.parquet")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,11 @@ class PixelStore:
     def of(cls, folder: Path, fingerprint: dict[str, Any]) -> PixelStore:
         """That in a folder of tiles, for the pixels of one slide and no other."""
         return cls(folder / f"pixels-{digest(fingerprint)[:12]}")
+
+    @classmethod
+    def all_in(cls, folders: Iterable[Path]) -> Iterator[PixelStore]:
+        """Those in folders of tiles, for the pixels of any slide."""
+        return (cls(found) for folder in folders for found in folder.glob("pixels-*"))
 
     def make_room(self, tiles: Sequence[Tile]) -> None:
         """Make the folder, if the disk has room for the pixels of tiles."""

@@ -90,6 +90,10 @@ class Layout:
         """An image's uncertainty grid."""
         return self.root / "surveys" / f"{image}.parquet"
 
+    def tiles_of_runs(self, image: str) -> list[Path]:
+        """The folders of an image's finished tiles, of each run that has some."""
+        return [run / image for run in (self.root / "runs").glob("*") if (run / image).is_dir()]
+
     @property
     def previews(self) -> Path:
         """The folder of previews."""
