@@ -544,7 +544,13 @@ def _segmented(
     from patchcl_qupath import pipeline
 
     model = _load_or_train(
-        project, entries, settings, name=name, retrain=retrain, progress=progress
+        project,
+        entries,
+        settings,
+        within=within,
+        name=name,
+        retrain=retrain,
+        progress=progress,
     )
     with pool.open(progress) as workers:
         this_run = pipeline.Run(
@@ -564,6 +570,7 @@ def _load_or_train(
     entries: Sequence[ImageEntry],
     settings: Config,
     *,
+    within: tuple[str, ...],
     name: str,
     retrain: bool,
     progress: ShowProgress,
@@ -578,12 +585,29 @@ def _load_or_train(
 
     missing_default = name == DEFAULT_MODEL and not project.layout.model(name).exists()
     if retrain or missing_default:
+        if within:
+            _check_regions(project, entries, within)
         return pipeline.train_as(name, project, entries, settings, progress)
     path = _existing_model(project, name)
     model = Model.load(path)
     pipeline.check_resolution(model, settings, name)  # before workers are started for it
     logger.info("model %s loaded: %s", name, path)
     return model
+
+
+def _check_regions(
+    project: Project, entries: Sequence[ImageEntry], classes: tuple[str, ...]
+) -> None:
+    """Raise ImageError where no image has a region of the run, before minutes of training."""
+    problems = []
+    for entry in entries:
+        try:
+            project.with_regions(entry, classes)
+        except ImageError as error:
+            problems.append(str(error))
+        else:
+            return
+    raise ImageError("no image has a region to segment in: " * (len(problems) > 1) + problems[0])
 
 
 def _existing_model(project: Project, name: str) -> Path:

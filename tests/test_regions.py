@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import qupath
 import shapely
+from click.testing import CliRunner
 from conftest import QUICK
 
 from patchcl_qupath import pipeline
+from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import Box, grid_to_level0, level0_to_grid
-from patchcl_qupath.errors import ImageError
+from patchcl_qupath.errors import ImageError, TrainingError
 from patchcl_qupath.project import open_project
 from patchcl_qupath.segmentation.tiling import plan
 from patchcl_qupath.slides.tissue import inside_region, tissue_area_px
@@ -132,6 +134,27 @@ def test_exports_that_cannot_be_used_raise_one_line(
     assert message in raised
     assert "export_regions.groovy" in raised
     assert "\n" not in raised
+
+
+def test_no_model_is_trained_where_no_image_has_a_region(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Minutes later, the run would fail in each image."""
+    trained = []
+
+    def train_as(*args: Any) -> None:
+        trained.append(args)
+        raise TrainingError("no use")
+
+    monkeypatch.setattr(pipeline, "train_as", train_as)
+    export(folder, feature(SMALL, "Tumour"))
+    run = ["run", str(folder), "--backend", "files", "--within"]
+    failed = CliRunner().invoke(main, [*run, "Tumor"])
+    assert failed.exit_code == 1
+    assert "Error: CMU-1-Small-Region.svs has no annotation of class Tumor (it has" in failed.output
+    assert not trained
+    assert "no use" in CliRunner().invoke(main, [*run, "Tumour"]).output
+    assert trained
 
 
 def test_level0_and_back() -> None:
