@@ -68,16 +68,16 @@ def read_regions(
         )
     if not wanted:
         raise ImageError(
-            f"{image} has {none_of(classes, found)}: "
-            f"draw one, save the image, {_EXPORT}; or leave the image out with --image"
+            f"{image} has no annotation of class {' or '.join(classes)} (it has "
+            f"{classes_text(found)}): draw one, save the image, {_EXPORT}; or leave the image out "
+            "with --image"
         )
     return wanted
 
 
-def none_of(classes: Sequence[str], found: Collection[str]) -> str:
-    """What a person reads where an image has other classes of annotations than those named."""
-    others = f"annotations of class {', '.join(sorted(found))}" if found else "none with a class"
-    return f"no annotation of class {' or '.join(classes)} (it has {others})"
+def classes_text(found: Collection[str]) -> str:
+    """What a person reads of the classes of annotations that an image has."""
+    return f"annotations of class {', '.join(sorted(found))}" if found else "none with a class"
 
 
 def read_drawn(path: Path, image: str) -> list[DrawnRegion]:

@@ -23,7 +23,7 @@ from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuc
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.drawn import (
     ExportedLabels,
-    none_of,
+    classes_text,
     of_classes,
     read_drawn,
     read_regions,
@@ -127,7 +127,8 @@ class FilesProject:
         """
         notes = [f"no annotation of class {name}" for name in classes if name not in found]
         if not found:
-            notes = [none_of(classes, others)]
+            names = " or ".join(classes)
+            notes = [f"no annotation of class {names} (it has {classes_text(others)})"]
         if not self.is_current(self.layout.regions(entry.id), entry):
             notes.append(
                 "its annotations were exported before it was last saved in QuPath: if they changed "
