@@ -493,7 +493,7 @@ class CDCLConfig(Settings):
     ] = 1.35
     learning_rate: Annotated[
         float, setting("Initial learning rate of AdamW, which falls to 0 as a cosine", gt=0)
-    ] = 1e-3
+    ] = 3e-3
     weight_decay: Annotated[float, setting("Weight decay of AdamW", ge=0)] = 1e-3
     pseudo_weight: Annotated[
         float, setting("Weight of the loss on pseudo-labels (paper: none)", ge=0)

@@ -114,7 +114,7 @@ def test_corrections_improve_a_model_beyond_its_pseudo_labels():
     config = replace(
         Config(),
         selftrain=replace(Config().selftrain, steps=120, widths=(8, 12, 16)),
-        cdcl=replace(CONFIG, steps=80, learning_rate=3e-3, pseudo_weight=0.0),
+        cdcl=replace(CONFIG, steps=80, pseudo_weight=0.0),
     )
     training_samples = [
         TrainingSample(normaliser.apply(i), targets(t, t == 0))
