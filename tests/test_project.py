@@ -296,5 +296,7 @@ def test_init_makes_a_project_that_reads_the_same(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
     assert not (tmp_path / "new.qpproj").exists()
     touch(tmp_path / "file")
-    with pytest.raises(StorageError, match="cannot write"):
+    with pytest.raises(ProjectError, match="file is a file: name the folder for the project first"):
         init_project(tmp_path / "file", new)
+    with pytest.raises(StorageError, match="cannot write"):
+        init_project(tmp_path / "file" / "below", new)
