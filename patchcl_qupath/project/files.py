@@ -125,8 +125,9 @@ class FilesProject:
 
         Where none was, classes may be misspelt: ``others`` are those that are there.
         """
-        notes = [f"no annotation of class {name}" for name in classes if name not in found]
-        if not found:
+        if found:
+            notes = [f"no annotation of class {name}" for name in classes if name not in found]
+        else:
             names = " or ".join(classes)
             notes = [f"no annotation of class {names} (it has {classes_text(others)})"]
         if not self.is_current(self.layout.regions(entry.id), entry):
