@@ -57,13 +57,14 @@ class Turn:
         self._is_over = threading.Event()
 
     def wait(self, stop: Stop) -> None:
-        """Wait for the turn before to be over. Raises StoppedError."""
-        while self._before is not None and not self._before._is_over.wait(_PATIENCE_S):
-            stop.check()
-        self._before = None
+        """Wait for all turns before to be over. Raises StoppedError."""
+        while self._before is not None:
+            while not self._before._is_over.wait(_PATIENCE_S):
+                stop.check()
+            self._before = self._before._before  # that one may be over without having waited
 
     def pass_on(self) -> None:
-        """It is over; the next one may begin."""
+        """It is over; the next one may begin once those before it are over, too."""
         self._is_over.set()
 
 

@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 
-from patchcl_qupath.overlap import Stop, StoppedError, mapped, meanwhile, overlapped
+from patchcl_qupath.overlap import Stop, StoppedError, mapped, meanwhile, overlapped, turns
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -129,3 +129,16 @@ def test_errors_of_a_call_meanwhile_come_after_those_of_the_block() -> None:
     assert done == ["block"]
     with pytest.raises(ValueError, match="block"), meanwhile(lambda: 1 / 0):
         raise ValueError("block")
+
+
+def test_a_turn_comes_after_all_those_before_it() -> None:
+    """Those between may be over at once: their image failed, or there is nothing to do."""
+    first, second, third, fourth = turns(4)
+    second.pass_on()
+    third.pass_on()
+    stop = Stop()
+    stop.set()
+    with pytest.raises(StoppedError):
+        fourth.wait(stop)
+    first.pass_on()
+    fourth.wait(stop)
