@@ -147,20 +147,19 @@ def print_cells(project: Path, run: dict[str, float]) -> None:
 
 def print_ratio(name: str, project: Path, expand_um: float) -> None:
     """Print the time of runs with cells as a multiple of that of runs without, in turn."""
-    took: dict[bool, list[float]] = {False: [], True: []}
+    took: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for with_cells in (False, True) * _TURNS:
         shutil.rmtree(project / "patchcl" / "runs", ignore_errors=True)
         cells = ("--expand", f"{expand_um:g}") if with_cells else ()
-        _, outcome, _ = timed("run", project, "--backend", "files", *cells)
-        took[with_cells].append(outcome["images"][0]["seconds"])
-    without, with_ = (float(np.median(took[with_cells])) for with_cells in (False, True))
+        seconds, outcome, _ = timed("run", project, "--backend", "files", *cells)
+        took[with_cells].append((seconds, outcome["images"][0]["seconds"]))
+    without, with_ = (np.median(took[with_cells], axis=0) for with_cells in (False, True))
     image = outcome["images"][0]
-    print(
-        f"{name}, {image['nuclei']:,} nuclei: {without:.1f} s, with --expand {expand_um:g} "
-        f"{with_:.1f} s: {with_ / without - 1:.0%} more"
-    )
-    print("  workers: " + shares(image["worker_seconds"], CORES * without))
-    print("  the run: " + shares(image["main_seconds"], without), flush=True)
+    print(f"{name}, {image['nuclei']:,} nuclei, without cells and with --expand {expand_um:g}:")
+    for what, one, other in zip(("the command", "the image alone"), without, with_, strict=True):
+        print(f"  {what}: {one:.1f} s, {other:.1f} s: {other / one - 1:.0%} more")
+    print("  workers: " + shares(image["worker_seconds"], CORES * without[1]))
+    print("  the run: " + shares(image["main_seconds"], without[1]), flush=True)
 
 
 def shares(seconds: dict[str, float], total: float) -> str:
