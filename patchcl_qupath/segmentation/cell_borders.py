@@ -115,37 +115,42 @@ def _contours(
     """
     width, flat, apart = frame.cols, labels.ravel(), distances.ravel()
     traced = np.zeros(labels.size, np.bool_)  # along the pixel's top; every ring has such an edge
-    tops = np.empty(width, np.bool_)
+    tops = np.zeros((width + 7) // 8 * 8, np.bool_)
+    eights = tops.view(np.uint64)  # columns: nearly all have no top
     begin, end = np.zeros(place.max() + 1, np.int64), np.zeros(place.max() + 1, np.int64)
     used = 0
     for row in range(1, frame.rows - 1):
-        _find_tops(labels[row - 1], labels[row], tops)
+        _find_tops(labels[row - 1], labels[row], traced[row * width : (row + 1) * width], tops)
         ahead = min(row + _AHEAD, frame.rows - 1)
         ring.stack[0] = _fetch(labels[ahead], distances[ahead])  # or it would be left out
-        for col in range(width):
-            if not tops[col]:
+        for eight in range(len(eights)):
+            if eights[eight] == 0:
                 continue
-            start, label = row * width + col, labels[row, col]
-            n = place[label]
-            if n < 0 or traced[start]:
-                continue
-            size = _trace(flat, width, start, traced, ring)
-            if size < 0 or used + size + 1 > len(xy):
-                return Rings(xy, begin), False
-            _cross(flat, apart, label, limits, frame, size, ring)
-            _simplify(size, _SIMPLIFY_PX, ring)
-            last = _add(ring, size, xy, used)
-            if end[n] == 0 or _area(xy[used:last]) >= _area(xy[begin[n] : end[n]]):
-                begin[n], end[n] = used, last
-            used = last
+            for col in range(8 * eight, 8 * eight + 8):
+                start = row * width + col
+                if not tops[col] or traced[start]:
+                    continue
+                label = labels[row, col]
+                n = place[label]
+                if n < 0:
+                    continue
+                size = _trace(flat, width, start, traced, ring)
+                if size < 0 or used + size + 1 > len(xy):
+                    return Rings(xy, begin), False
+                _cross(flat, apart, label, limits, frame, size, ring)
+                _simplify(size, _SIMPLIFY_PX, ring)
+                last = _add(ring, size, xy, used)
+                if end[n] == 0 or _area(xy[used:last]) >= _area(xy[begin[n] : end[n]]):
+                    begin[n], end[n] = used, last
+                used = last
     return _in_order(xy, begin, end), True
 
 
 @compiled
-def _find_tops(above: Labels, labels: Labels, tops: Bools) -> None:
-    """Where another label (W,) is above that of a cell."""
+def _find_tops(above: Labels, labels: Labels, traced: Bools, tops: Bools) -> None:
+    """Where another label (W,) is above that of a cell, and no ring was traced there before."""
     for col in range(len(labels)):
-        tops[col] = (labels[col] > 0) & (labels[col] != above[col])
+        tops[col] = (labels[col] > 0) & (labels[col] != above[col]) & ~traced[col]
 
 
 @compiled
