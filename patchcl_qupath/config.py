@@ -498,6 +498,13 @@ class CDCLConfig(Settings):
     pseudo_weight: Annotated[
         float, setting("Weight of the loss on pseudo-labels (paper: none)", ge=0)
     ] = 1.0
+    min_probability: Annotated[
+        float,
+        fraction(
+            "Minimum probability of a nucleus of the label-free model to be a pseudo-label of the "
+            "first round; others are unlabelled (paper: none)"
+        ),
+    ] = 0.5
     teacher_warmup: Annotated[
         float, fraction("Fraction of the steps before the teacher's predictions are used")
     ] = 0.2

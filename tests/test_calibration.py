@@ -25,6 +25,7 @@ from patchcl_qupath.segmentation.probability import (
 from patchcl_qupath.slides.stains import StainNormaliser, unmix_hed
 from patchcl_qupath.storage.records import to_plain, training_log
 from patchcl_qupath.training.calibration import calibrated, logistic_regression
+from patchcl_qupath.training.selftrain import pseudo_labelled
 
 SIDE = 240
 TORCH = Config(engine=EngineChoice.TORCH)
@@ -98,6 +99,22 @@ def test_nuclei_of_a_refined_model_are_more_probable_where_views_agree_as_much()
         assert calibration is not None
         probabilities.append(calibration(features))
     assert (probabilities[1] > probabilities[0] + 0.01).all()
+
+
+def test_nuclei_that_a_calibrated_model_is_not_sure_of_are_unlabelled() -> None:
+    image, normaliser, dark = slide()
+    crops = crops_of([image, image], normaliser)
+    model = Model(network=_Threshold().eval(), config=TORCH)
+    sure = calibrated(model, crops, lambda *count: None)
+    (every, _), (some, _) = (
+        [crop.labels for crop in pseudo_labelled(crops, teacher, lambda *count: None)]
+        for teacher in (model, sure)
+    )
+    assert len(np.unique(every.nuclei)) == 65
+    assert len(np.unique(some.nuclei)) == 33
+    np.testing.assert_array_equal(some.nuclei > 0, (every.nuclei > 0) & dark)
+    np.testing.assert_array_equal(some.background, every.background)
+    np.testing.assert_array_equal(every.background, every.nuclei == 0)
 
 
 def test_few_nuclei_are_no_ground_for_a_calibration() -> None:

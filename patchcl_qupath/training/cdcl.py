@@ -9,7 +9,8 @@ predictions become certain (entropy minimisation), and features of patches of nu
 unlike those of background, from whichever image (cross-patch dense contrast). Beyond the paper:
 student and teacher begin as the label-free model, and its pseudo-labels stay in the loss on
 unlabelled crops, or the student would forget whatever one labelled ROI does not show. There are two
-rounds: what the model of the first one finds are the pseudo-labels of the second.
+rounds: what the model of the first one finds are the pseudo-labels of the second. Those of the first
+leave out what the label-free model is not sure of, as that is often several nuclei in one.
 """
 
 from __future__ import annotations

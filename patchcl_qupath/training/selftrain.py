@@ -30,12 +30,13 @@ from patchcl_qupath.config import EngineChoice, SegmentConfig, SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
-from patchcl_qupath.models.model import Model, confidence
+from patchcl_qupath.models.model import Confidence, Model, confidence
 from patchcl_qupath.models.network import NucleusNetwork, device, to_channels_last
 from patchcl_qupath.overlap import Stop, mapped, overlapped, usable_cores
 from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter, part_of
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.measurements import means, runs_of
+from patchcl_qupath.segmentation.probability import nucleus_probability
 from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.records import PatchCLLog, SelfTrainingLog
@@ -256,6 +257,7 @@ def _of_network(
     """The nuclei that a network finds in a crop (H, W, 3), and the rest of it as background.
 
     Probabilities are means over four turns of the crop: where they differ, the network is not sure.
+    Of a calibrated model, nuclei that are not probable enough are unlabelled.
     """
     nucleus, core = np.zeros((2, *image.shape[:2]), np.float32)
     engine = _engine(teacher)
@@ -266,7 +268,12 @@ def _of_network(
         core += np.rot90(found.core, -turns) / _TURNS
     separation = SegmentConfig(min_area_um2=teacher.config.selftrain.min_area_um2)
     nuclei = instances(nucleus, teacher.mpp, separation, teacher.threshold, core)
-    return PseudoLabels(nuclei, (nucleus < teacher.threshold) & (nuclei == 0))
+    background = (nucleus < teacher.threshold) & (nuclei == 0)
+    if teacher.calibration is not None:
+        probability = nucleus_probability(teacher, nuclei, Confidence(nucleus, core), teacher.mpp)
+        is_sure = probability >= teacher.config.cdcl.min_probability
+        nuclei = keep_labels(nuclei, np.append(False, is_sure))
+    return PseudoLabels(nuclei, background)
 
 
 def learning_rate(step: int, settings: SelfTrainConfig) -> float:
