@@ -8,9 +8,9 @@ average of its weights, predicts with confidence on a less augmented view (consi
 predictions become certain (entropy minimisation), and features of patches of nuclei alike, and
 unlike those of background, from whichever image (cross-patch dense contrast). Beyond the paper:
 student and teacher begin as the label-free model, and its pseudo-labels stay in the loss on
-unlabelled crops, or the student would forget whatever one labelled ROI does not show. There are two
-rounds: what the model of the first one finds are the pseudo-labels of the second. Those of the first
-leave out what the label-free model is not sure of, as that is often several nuclei in one.
+unlabelled crops, or the student would forget whatever one labelled ROI does not show. There are
+two rounds: what the model of the first one finds are the pseudo-labels of the second. Those of the
+first leave out what the label-free model is not sure of, as that is often several nuclei in one.
 """
 
 from __future__ import annotations
