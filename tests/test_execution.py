@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -350,6 +351,43 @@ def test_processes_keep_the_memory_of_large_arrays(monkeypatch: pytest.MonkeyPat
         variables = workers.client.submit(lambda: dict(os.environ)).result()
     assert "MALLOC_TRIM_THRESHOLD_" not in variables
     assert variables["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nothing stops a process there")
+@pytest.mark.parametrize("count", [2, 6])
+def test_workers_are_there_after_the_computer_slept(count: int) -> None:
+    """Longer than Dask waits for a worker that is silent, in a thread or a process."""
+    code = f"""
+import sys, time
+from patchcl_qupath.execution.workers import open_workers
+
+if __name__ == "__main__":
+    with open_workers({count}) as workers:
+        print(sum(workers.present().values()), flush=True)
+        sys.stdin.readline()
+        time.sleep(3)  # Dask looks for silent ones once a second
+        print(sum(workers.present().values()), workers.client.submit(int).result(timeout=20))
+"""
+    patience = {"DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "1s"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | patience,
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            assert process.stdout.readline() == f"{count}\n"
+            os.killpg(process.pid, signal.SIGSTOP)
+            time.sleep(8)  # at least ten heartbeats are waited for
+            os.killpg(process.pid, signal.SIGCONT)
+            process.stdin.write("\n")
+            process.stdin.close()
+            assert process.stdout.readline() == f"{count} 0\n"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_call_that_returns_nothing_is_made_once_beside_this_process(tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ _NO_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 _DASK_LOGS = ("distributed", "distributed.client", "tornado.application")
 
+# Of workers that die, this process hears at once. Dask removes one that was silent for five minutes,
+# too: all of them, for good, where the computer slept for so long, or a person stopped the command.
+_ON_THIS_MACHINE = {"distributed.scheduler.worker-ttl": None}
+
 _SETTINGS = {
     "distributed.worker.memory.spill": False,
     "distributed.admin.low-level-log-length": 0,
@@ -245,7 +249,10 @@ def open_workers(
             with _in_queue(cluster, count or 1, notify) as workers:
                 yield workers
         else:
-            with _on_this_machine(count or usable_cores()) as workers:
+            with (
+                dask.config.set(_ON_THIS_MACHINE),
+                _on_this_machine(count or usable_cores()) as workers,
+            ):
                 yield workers
 
 
