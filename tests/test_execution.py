@@ -378,7 +378,8 @@ if __name__ == "__main__":
         start_new_session=True,
     ) as process:
         try:
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
             assert process.stdout.readline() == f"{count}\n"
             os.killpg(process.pid, signal.SIGSTOP)
             time.sleep(8)  # at least ten heartbeats are waited for

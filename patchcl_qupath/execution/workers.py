@@ -49,8 +49,8 @@ _NO_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 _DASK_LOGS = ("distributed", "distributed.client", "tornado.application")
 
-# Of workers that die, this process hears at once. Dask removes one that was silent for five minutes,
-# too: all of them, for good, where the computer slept for so long, or a person stopped the command.
+# Of workers that die, this process hears at once. Dask would also remove one that was silent for five
+# minutes: all, and for good, where the computer slept for so long, or a person stopped the command.
 _ON_THIS_MACHINE = {"distributed.scheduler.worker-ttl": None}
 
 _SETTINGS = {
