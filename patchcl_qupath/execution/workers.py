@@ -49,7 +49,7 @@ _NO_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 _DASK_LOGS = ("distributed", "distributed.client", "tornado.application")
 
-# Of workers that die, this process hears at once. Dask would also remove one that was silent for five
+# This process hears at once of workers that die. Dask would also remove what was silent for five
 # minutes: all, and for good, where the computer slept for so long, or a person stopped the command.
 _ON_THIS_MACHINE = {"distributed.scheduler.worker-ttl": None}
 
