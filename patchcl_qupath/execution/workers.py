@@ -249,10 +249,7 @@ def open_workers(
             with _in_queue(cluster, count or 1, notify) as workers:
                 yield workers
         else:
-            with (
-                dask.config.set(_ON_THIS_MACHINE),
-                _on_this_machine(count or usable_cores()) as workers,
-            ):
+            with _on_this_machine(count or usable_cores()) as workers:
                 yield workers
 
 
@@ -303,7 +300,13 @@ def _in_queue(kind: str, count: int, notify: Callable[[str], None]) -> Iterator[
 
 @contextmanager
 def _on_this_machine(count: int) -> Iterator[Workers]:
-    with _local_cluster(count) as cluster, _connected(cluster) as client:
+    import dask
+
+    with (
+        dask.config.set(_ON_THIS_MACHINE),
+        _local_cluster(count) as cluster,
+        _connected(cluster) as client,
+    ):
         try:
             yield Workers(client=client, are_processes=len(client.nthreads()) > 1)
         except KeyboardInterrupt:

@@ -122,7 +122,7 @@ def _contours(
     for row in range(1, frame.rows - 1):
         _find_tops(labels[row - 1], labels[row], traced[row * width : (row + 1) * width], tops)
         ahead = min(row + _AHEAD, frame.rows - 1)
-        ring.stack[0] = _fetch(labels[ahead], distances[ahead])  # or it would be left out
+        ring.stack[0] = _fetch(labels[ahead], distances[ahead])  # unused, it would not be compiled
         for eight in range(len(eights)):
             if eights[eight] == 0:
                 continue
@@ -155,7 +155,7 @@ def _find_tops(above: Labels, labels: Labels, traced: Bools, tops: Bools) -> Non
 
 @compiled
 def _fetch(labels: Labels, distances: Distances) -> int:
-    """Read a row (W,) of pixels, so that a core has it in its cache: the sum of some is nothing."""
+    """Read a row (W,) of pixels, so that a core has it in its cache; the result has no meaning."""
     total = 0
     for col in range(0, len(labels), _FETCHED):
         total += labels[col] + distances[col]

@@ -134,7 +134,7 @@ def _compartments(
             crossed = np.zeros((high + 64, wide + 64), np.uint8)
             pixels = np.empty((2, crossed.size), np.uintp)
         end = min((bottom + _AHEAD) * step, len(flat))
-        pixels[0, 0] = _fetch(flat[fetched:end])  # or it would be left out
+        pixels[0, 0] = _fetch(flat[fetched:end])  # unused, it would not be compiled
         fetched = max(fetched, end)
         origin, window = (top + corner[0], left + corner[1]), crossed[:high, : wide + 1]
         first = top * step + 3 * left
@@ -152,7 +152,7 @@ def _compartments(
 
 @compiled
 def _fetch(flat: NDArray[np.uint8]) -> int:
-    """Read pixels (P,), so that a core has them in its cache: the sum of some is nothing."""
+    """Read pixels (P,), so that a core has them in its cache; the result has no meaning."""
     total = 0
     for place in range(0, len(flat), _FETCHED):
         total += flat[place]
