@@ -55,21 +55,6 @@ def test_pixels_are_kept_of_a_tile_until_they_are_removed(tmp_path: Path) -> Non
     assert not [*tmp_path.iterdir()]
 
 
-def test_the_file_of_a_tile_becomes_that_of_another(tmp_path: Path) -> None:
-    pixels = PixelStore.of(tmp_path, {})
-    pixels.make_room([TILE])
-    pixels.keep(TILE, PIXELS)
-    (file,) = pixels.folder.iterdir()
-    was = file.stat().st_ino
-    pixels.forget(TILE)
-    assert pixels.read(TILE, TILE.read) is None
-    narrow = replace(TILE, row=9, read=Box(100, 200, 164, 250))
-    pixels.keep(narrow, PIXELS[:, :50])
-    (file,) = pixels.folder.iterdir()
-    assert file.stat().st_ino == was
-    np.testing.assert_array_equal(pixels.read(narrow, narrow.read), PIXELS[:, :50])
-
-
 def test_a_disk_without_room_keeps_no_pixels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

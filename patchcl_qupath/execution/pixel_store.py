@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Box, Tile
 from patchcl_qupath.errors import StorageError
-from patchcl_qupath.storage.files import atomic_write, digest, remove_folder
+from patchcl_qupath.storage.files import digest, remove_folder, write_bytes
 
-_SPARE = ".spare"
 _LEFT_FREE = 2**30  # bytes of a disk, beside as much again as is needed
 
 
@@ -52,12 +51,8 @@ class PixelStore:
     def keep(self, tile: Tile, rgb: NDArray[np.uint8]) -> None:
         """Keep the pixels (H, W, 3) of a tile's read box, if that is possible."""
         if self.folder.is_dir():
-            with suppress(StorageError), atomic_write(self._path(tile), durable=False) as new:
-                self._take_spare(new)
-                new.touch()
-                with new.open("r+b") as file:
-                    file.write(np.ascontiguousarray(rgb).data)
-                    file.truncate()
+            with suppress(StorageError):
+                write_bytes(self._path(tile), np.ascontiguousarray(rgb).data, durable=False)
 
     def read(self, tile: Tile, box: Box) -> NDArray[np.uint8] | None:
         """The pixels (H, W, 3) of a box, if those of the tile are here and hold it."""
@@ -74,22 +69,14 @@ class PixelStore:
         return np.ascontiguousarray(content.reshape(rows, cols, 3)[inner])
 
     def forget(self, tile: Tile) -> None:
-        """Leave the file of a tile to another one."""
+        """Remove the pixels of a tile: those of others find their memory taken."""
         with suppress(OSError):
-            self._path(tile).rename(self.folder / f"{tile.name}{_SPARE}")
+            self._path(tile).unlink()
 
     def remove(self) -> None:
         """Remove all pixels."""
         with suppress(StorageError):
             remove_folder(self.folder)
-
-    def _take_spare(self, new: Path) -> None:
-        """Have a file that a tile left, if there is one: written over, it keeps its pages of the
-        system's memory, and new ones take several times as long as the pixels do."""
-        for spare in self.folder.glob(f"*{_SPARE}"):
-            with suppress(OSError):  # another worker may have it
-                spare.rename(new)
-                return
 
     def _path(self, tile: Tile) -> Path:
         return self.folder / f"{tile.name}.rgb"
