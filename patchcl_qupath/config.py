@@ -316,7 +316,7 @@ class PatchCLConfig(Settings):
 @dataclass(frozen=True)
 class SelfTrainConfig(Settings):
     """Self-training: PatchCL's pseudo-labels train the network that separates nuclei, without
-    labels. Up to `scale_jitter` the settings are those of the training; the others are those of
+    labels. Up to `cdcl_steps` the settings are those of the training; the others are those of
     the pseudo-labels."""
 
     table: ClassVar[str] = "selftrain"
@@ -372,6 +372,14 @@ class SelfTrainConfig(Settings):
     scale_jitter: Annotated[
         float, setting("Training crops are scaled by a random factor of up to this, or down", ge=1)
     ] = 1.35
+    cdcl_steps: Annotated[
+        int,
+        setting(
+            "Training steps of CDCL without labels, by the defaults of `[cdcl]`, from the network "
+            "that is kept; 0: none",
+            ge=0,
+        ),
+    ] = 300
     residual: Annotated[
         float, setting("Fraction of the residual stain that is subtracted from hematoxylin", ge=0)
     ] = 0.1

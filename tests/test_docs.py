@@ -51,6 +51,7 @@ batch = 2
 first_steps = 40
 steps = 120
 batch = 4
+cdcl_steps = 10
 [cdcl]
 steps = 10
 """

@@ -30,7 +30,7 @@ from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.prepare import TrainingCrops, prepare
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.geojson import read_objects
-from patchcl_qupath.storage.records import CDCLLog
+from patchcl_qupath.storage.records import CDCLLog, SelfTrainingLog
 from patchcl_qupath.training import cdcl, selftrain
 from patchcl_qupath.training.pseudo_labels import PseudoLabels
 from patchcl_qupath.training.selftrain import LabelledCrop
@@ -152,6 +152,27 @@ def test_corrections_improve_a_model_beyond_its_pseudo_labels():
         cdcl.refine(few, corrected, pseudo_labelled, lambda *step: None).digest for _ in range(2)
     )
     assert one == other != few.digest
+
+
+def test_without_labels_a_model_learns_from_what_it_is_sure_of():
+    rng = np.random.default_rng(0)
+    labels = np.zeros((64, 64), np.int32)
+    labels[8:24, 8:24], labels[36:60, 36:60] = 1, 2
+    stains = rng.random((64, 64, 3), np.float32)
+    settings = replace(Config().selftrain, widths=(2, 2, 2), cdcl_steps=6)
+    config = replace(Config(), selftrain=settings, cdcl=replace(CONFIG, steps=50, rounds=3))
+    network = NucleusNetwork(settings.widths).eval()
+    start = Model(network=network, config=config, training=selftraining_log())
+    sure = [TrainingSample(stains, targets(labels, labels == 0))]
+    one, other = (cdcl.refine_without_labels(start, sure, lambda *_: None) for _ in range(2))
+    assert start.digest != one.digest == other.digest
+    assert isinstance(one.training, SelfTrainingLog)
+    assert not isinstance(one.training, CDCLLog)  # nobody corrected it
+    assert len(one.training.unlabelled_cdcl) == 6
+    # The large nucleus is none that it is sure of: more pixels are unlabelled than nucleus.
+    small = np.where(labels == 1, 1, 0).astype(np.int32)
+    unsure = [TrainingSample(stains, targets(small, labels == 0))]
+    assert cdcl.refine_without_labels(start, unsure, lambda *_: None) is start
 
 
 # ---------------------------------------------------------------- ROIs

@@ -244,7 +244,7 @@ def test_a_network_is_trained_on_the_pseudo_labels_of_patchcl():
     images, ground_truths = nuclei_images(5)
     normaliser = StainNormaliser.fit(images)
     crops = crops_of(images[:4], normaliser)
-    quick = replace(CONFIG, first_steps=100, steps=150, widths=(8, 12, 16))
+    quick = replace(CONFIG, first_steps=100, steps=150, cdcl_steps=12, widths=(8, 12, 16))
     config = replace(BY_TORCH, selftrain=quick)
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
     steps = []
@@ -258,6 +258,11 @@ def test_a_network_is_trained_on_the_pseudo_labels_of_patchcl():
     assert 0 < log.nucleus_fraction < 0.95 < log.labelled_fraction <= 1
     assert len(log.loss) == 250
     assert log.loss[-1] < log.loss[0]
+    refining = [step.done for step in steps if step.stage is Stage.REFINING]
+    assert refining == list(range(1, 13))
+    assert len(log.unlabelled_cdcl) == 12
+    assert "contrast" in log.unlabelled_cdcl[-1]
+    assert model.calibration is None  # that of the network before
     found = confidence(model, images[4], normaliser)  # never seen
     labels = instances(found.nucleus, MPP, Config().segment, 0.5, found.core)
     assert Overlaps.of_labels(labels, ground_truths[4]).f1 > 0.7
@@ -266,7 +271,7 @@ def test_a_network_is_trained_on_the_pseudo_labels_of_patchcl():
 def test_equal_trainings_give_equal_weights():
     images, _ = nuclei_images(4)
     crops = crops_of(images, StainNormaliser.fit(images))
-    few = replace(CONFIG, first_steps=20, steps=20, widths=(8, 12, 16))
+    few = replace(CONFIG, first_steps=20, steps=20, cdcl_steps=5, widths=(8, 12, 16))
     config = replace(BY_TORCH, selftrain=few)
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
     once, again = (selftrain.train(crops, teacher, hide_progress) for _ in range(2))
@@ -290,7 +295,7 @@ def test_a_first_network_that_finds_nothing_teaches_nothing(monkeypatch):
     """The second learns from what the first one did: as if there were no first."""
     images, _ = nuclei_images(2)
     crops = crops_of(images)
-    quick = replace(CONFIG, first_steps=1, steps=2, widths=(2, 2, 2))
+    quick = replace(CONFIG, first_steps=1, steps=2, cdcl_steps=0, widths=(2, 2, 2))
     config = replace(BY_TORCH, selftrain=quick)
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
     taught = []
@@ -466,7 +471,7 @@ def test_batches_are_small_in_the_first_steps_and_large_in_the_last(monkeypatch)
     """Those of the first network are all small."""
     images, _ = nuclei_images(2)
     quick = replace(CONFIG, first_steps=3, steps=5, widths=(2, 2, 2), crop_px=32, batch=6)
-    quick = replace(quick, first_batch=2, small_batches=0.6)
+    quick = replace(quick, first_batch=2, small_batches=0.6, cdcl_steps=0)
     config = replace(BY_TORCH, selftrain=quick)
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
     sizes = []

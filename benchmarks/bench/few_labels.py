@@ -28,7 +28,6 @@ from patchcl_qupath.progress import Stage, counter
 from patchcl_qupath.project import Project
 from patchcl_qupath.slides.prepare import (
     PreparedImage,
-    TrainingCrops,
     prepare,
     training_crops,
 )
@@ -148,20 +147,14 @@ def _models(project: Project, start: Model, drawn: Drawn, draw: int) -> dict[str
     training = counter(progress, Stage.TRAINING_NETWORK)
     trained = selftrain.train_on(drawn.samples, alone, draw, training)
     crops = training_crops(project.images(), config, counter(progress, Stage.READING_CROPS))
-    refined = refined_on(start, drawn, crops, draw)
-    # Its views agree little, so that a calibration would leave out half of its nuclei.
-    labelled_alone = replace(start, network=trained.network, calibration=None)
-    return dict(zip(KINDS, (start, labelled_alone, refined), strict=True))
-
-
-def refined_on(start: Model, drawn: Drawn, crops: TrainingCrops, seed: int) -> Model:
-    """CDCL as the pipeline does it, with crops as the unlabelled ones, and, where nothing is drawn,
-    as the labelled ones, too."""
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
     label = partial(pseudo_labelled_samples, crops=crops, images=drawn.images, report=choosing)
     refining = counter(progress, Stage.REFINING)
-    model = cdcl.refine(start, drawn.samples or label(start), label, refining, seed)
-    return calibrated(model, crops, counter(progress, Stage.CALIBRATING))
+    refined = cdcl.refine(start, drawn.samples, label, refining, draw)
+    refined = calibrated(refined, crops, counter(progress, Stage.CALIBRATING))
+    # Its views agree little, so that a calibration would leave out half of its nuclei.
+    labelled_alone = replace(start, network=trained.network, calibration=None)
+    return dict(zip(KINDS, (start, labelled_alone, refined), strict=True))
 
 
 def _measured(project: Project, images: ImageSet, model: Model, drawn: Drawn) -> Measures:

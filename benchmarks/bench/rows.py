@@ -12,15 +12,12 @@ from typing import Any
 
 from bench import otsu
 from bench.cache import code
-from bench.few_labels import LABELLED, Drawn, few_labels, refined_on
-from bench.measure import Bench, Measures, progress, run_key, seeded, without
+from bench.few_labels import LABELLED, few_labels
+from bench.measure import Bench, Measures, seeded
 from bench.paper import choices, semantic_dice
 from bench.pseudo import pseudo_label_measures
-from bench.sets import ImageSet, project_of
+from bench.sets import ImageSet
 from patchcl_qupath.config import Config, PatchCLConfig, Recipe
-from patchcl_qupath.models.model import Model
-from patchcl_qupath.progress import Stage, counter
-from patchcl_qupath.slides.prepare import training_crops
 
 BASELINE = "otsu"
 DEFAULT = "selftrain"
@@ -49,7 +46,7 @@ ABLATED: dict[str, Callable[[Config], Config]] = {
     "strict-gate": with_(min_confidence=0.8),
     "one-size": with_(scale_jitter=1.0),
     "fragments": with_(min_fragment=0.0),
-    "contrast": lambda config: config,  # then CDCL with pseudo-labels in place of labels
+    "no-cdcl": with_(cdcl_steps=0),
 }
 ROWS = (BASELINE, *TRAINED, *ABLATED, BY_LABELS, *LABELLED)
 
@@ -76,8 +73,6 @@ def measured(
         else:
             changed = {**TRAINED, **ABLATED}[row](seeded(config, seed))
             model = bench.trained(images, changed)
-            if row == "contrast":
-                model = _refined_without_labels(bench, images, model, seed)
             measures = bench.measured(model, images, f"{row}-{seed}")
             if changed.recipe is not Recipe.SELFTRAIN:
                 measures["semantic_dice"] = semantic_dice(bench, images, model)
@@ -98,22 +93,3 @@ def _of_baseline(bench: Bench, images: ImageSet, config: Config) -> Measures:
     }
     measures: Measures = bench.cache.value(key, lambda: otsu.baseline(images, config))
     return measures
-
-
-def _refined_without_labels(bench: Bench, images: ImageSet, start: Model, seed: int) -> Model:
-    """CDCL from a label-free model, with pseudo-labels in place of labels."""
-    key = {
-        "model": "refined without labels",
-        "start": run_key(start, images),
-        "config": without(start.config, ("segment", "result", "engine")),
-        "seed": seed,
-        **code("pipeline.refine"),
-    }
-
-    def refine() -> Model:
-        with project_of(images) as project:
-            count = counter(progress, Stage.READING_CROPS)
-            crops = training_crops(project.images(), start.config, count)
-        return refined_on(start, Drawn(images=[], samples=[]), crops, seed)
-
-    return bench.cache.model(key, start.config, refine)

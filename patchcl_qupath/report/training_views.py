@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,6 +44,8 @@ class SelfTrainingView:
     labelled_fraction: float
     nucleus_fraction: float
     loss: Chart | None
+    cdcl_steps: int
+    cdcl_losses: Chart | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,14 +145,24 @@ def _selftraining(name: str, log: SelfTrainingLog, number: int) -> SelfTrainingV
         labelled_fraction=log.labelled_fraction,
         nucleus_fraction=log.nucleus_fraction,
         loss=curves(f"selftraining-loss-{number}", title, {"loss": log.loss}),
+        cdcl_steps=len(log.unlabelled_cdcl),
+        cdcl_losses=curves(
+            f"unlabelled-cdcl-losses-{number}",
+            f"{name}: losses of CDCL without labels",
+            _by_name(log.unlabelled_cdcl),
+        ),
     )
 
 
 def _cdcl(name: str, log: CDCLLog, number: int) -> CDCLView:
-    names = dict.fromkeys(loss for step in log.cdcl for loss in step)  # in the order of steps
-    series = {loss: [step.get(loss, 0.0) for step in log.cdcl] for loss in names}
     return CDCLView(
         steps=len(log.cdcl),
         refined_from=log.refined_from[:_DIGEST],
-        losses=curves(f"cdcl-losses-{number}", f"{name}: losses of CDCL", series),
+        losses=curves(f"cdcl-losses-{number}", f"{name}: losses of CDCL", _by_name(log.cdcl)),
     )
+
+
+def _by_name(losses: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """The losses of each step, by name, in the order in which they begin."""
+    names = dict.fromkeys(name for step in losses for name in step)
+    return {name: [step.get(name, 0.0) for step in losses] for name in names}

@@ -453,7 +453,8 @@ class SelfTrainingLog(
 
     ``nucleus_fraction`` and ``labelled_fraction`` are those of the pixels of the training crops
     that the pseudo-labels call nucleus, and either nucleus or background. ``loss`` is that of each
-    step. ``seconds_for_batches`` are those in which the network waited for its next batch.
+    step, ``unlabelled_cdcl`` are those of each step of CDCL without labels, by name.
+    ``seconds_for_batches`` are those in which the network waited for its next batch.
     """
 
     patchcl: PatchCLLog
@@ -462,6 +463,7 @@ class SelfTrainingLog(
     loss: list[float]
     seconds: float
     seconds_for_batches: float
+    unlabelled_cdcl: list[dict[str, float]] = []
 
 
 class CDCLLog(SelfTrainingLog, frozen=True, kw_only=True):

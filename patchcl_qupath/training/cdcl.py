@@ -11,6 +11,7 @@ student and teacher begin as the label-free model, and its pseudo-labels stay in
 unlabelled crops, or the student would forget whatever one labelled ROI does not show. There are
 two rounds: what the model of the first one finds are the pseudo-labels of the second. Those of the
 first leave out what the label-free model is not sure of, as that is often several nuclei in one.
+Without any label, a single round ends the training of the label-free model itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -70,7 +72,9 @@ def refine(
     model, log = start, list[dict[str, float]]()
     for turn in range(settings.rounds):
         show = part_of(report, turn * settings.steps, settings.rounds * settings.steps)
-        network, losses = _round(model, labelled, pseudo_labelled(model), show, (seed, turn))
+        network, losses = _round(
+            model.network, settings, labelled, pseudo_labelled(model), show, (seed, turn)
+        )
         model = replace(start, network=network, calibration=None)
         log += losses
     return replace(
@@ -83,25 +87,50 @@ def refine(
     )
 
 
+def refine_without_labels(
+    start: Model, pseudo_labelled: Sequence[TrainingSample], report: ShowCount
+) -> Model:
+    """One round of ``selftrain.cdcl_steps``, on what a label-free model is sure of itself.
+
+    Where that is less than half of what it takes for nuclei, the model stays as it is.
+    """
+    assert isinstance(start.training, SelfTrainingLog), "CDCL begins with self-training"
+    nucleus = sum(int(sample.nucleus.sum()) for sample in pseudo_labelled)
+    unlabelled = sum(int((sample.valid == 0).sum()) for sample in pseudo_labelled)
+    settings = CDCLConfig(steps=start.config.selftrain.cdcl_steps)
+    if nucleus <= unlabelled:
+        return start
+    network, losses = _round(
+        start.network,
+        settings,
+        pseudo_labelled,
+        pseudo_labelled,
+        report,
+        (start.config.patchcl.seed, 0),
+    )
+    log = msgspec.structs.replace(start.training, unlabelled_cdcl=losses)
+    return replace(start, network=network, calibration=None, training=log)
+
+
 def _round(
-    start: Model,
+    start: SegmentationNetwork,
+    settings: CDCLConfig,
     labelled: Sequence[TrainingSample],
     unlabelled: Sequence[TrainingSample],
     report: ShowCount,
     seed: tuple[int, int],
 ) -> tuple[SegmentationNetwork, list[dict[str, float]]]:
     """The network of the teacher after one round, and the losses of each step by name."""
-    assert start.network.feature_channels is not None, "this network cannot be refined"
-    settings = start.config.cdcl
+    assert start.feature_channels is not None, "this network cannot be refined"
     rng = np.random.default_rng(seed)
-    student = deepcopy(start.network).to(device()).train()
+    student = deepcopy(start).to(device()).train()
     average = ema_model(student, warmup_steps=9)
     average.update_parameters(student)  # a copy: the model itself is the first in the mean
     teacher = average.module.eval()
     assert isinstance(teacher, SegmentationNetwork)
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(int(rng.integers(2**31)))
-        projection = nn.Conv2d(start.network.feature_channels, settings.dimensions, 1)
+        projection = nn.Conv2d(start.feature_channels, settings.dimensions, 1)
         projection.to(device())
     optimizer = torch.optim.AdamW(
         [*student.parameters(), *projection.parameters()],

@@ -4,7 +4,7 @@ PatchCL's confidence and the shape of a nucleus choose pseudo-labels (``pseudo_l
 foreground and confident background. A U-Net, which sees texture, too, learns from these to find
 the other nuclei, and where one ends and the next begins. What it finds, separated by shape, teaches
 a second one: it has more of the nuclei, and better outlines, than the pseudo-labels that it was
-taught by.
+taught by. In the end, the second one learns from the nuclei that it is sure of itself (``cdcl``).
 
 D.-H. Lee, Pseudo-Label: The Simple and Efficient Semi-Supervised Learning Method for Deep Neural
 Networks, ICML 2013 workshop.
@@ -40,6 +40,8 @@ from patchcl_qupath.segmentation.probability import nucleus_probability
 from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.records import PatchCLLog, SelfTrainingLog
+from patchcl_qupath.training import cdcl
+from patchcl_qupath.training.calibration import calibrated
 from patchcl_qupath.training.pseudo_labels import PseudoLabels, is_glass, keep_labels, pseudo_labels
 from patchcl_qupath.training.supervision import (
     TrainingSample,
@@ -73,7 +75,8 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     """Train a network on the pseudo-labels of ``teacher``, of PatchCL, in tissue crops.
 
     A first network learns from these; what it finds in the crops are the pseudo-labels of the
-    second, which is returned. A first network that finds far less than it was taught teaches none.
+    second. A first network that finds far less than it was taught teaches none. The second one is
+    returned, after CDCL on those nuclei that are probable enough.
     Equal crops, teachers and numbers of threads give equal weights on one machine. Raises
     TrainingError where no nucleus is pseudo-labelled.
     """
@@ -99,7 +102,7 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
         rounds.append(train_on(samples, of_round, config.patchcl.seed, show))
         teacher = Model(network=rounds[-1].network, config=config)
         done += of_round.steps
-    return replace(
+    model = replace(
         teacher,
         training=SelfTrainingLog(
             patchcl=log,
@@ -112,6 +115,12 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
             seconds_for_batches=round(sum(trained.seconds_for_batches for trained in rounds), 1),
         ),
     )
+    if not settings.cdcl_steps:
+        return model
+    model = calibrated(model, crops, counter(progress, Stage.CALIBRATING))
+    sure = map(without_artefacts, pseudo_labelled(crops, model, choosing), labelled)
+    refining = counter(progress, Stage.REFINING)
+    return cdcl.refine_without_labels(model, [crop.sample for crop in sure], refining)
 
 
 def train_on(
