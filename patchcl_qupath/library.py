@@ -87,7 +87,7 @@ def train(
     ``Progress``. Takes three to seven minutes on two cores with the default settings. Raises
     TrainingError; ConfigError for the name of a refined model.
 
-    >>> steps = {"first_steps": 40, "steps": 120, "batch": 4}
+    >>> steps = {"first_steps": 40, "steps": 120, "cdcl_steps": 10, "batch": 4}
     >>> quick = {"patchcl": {"max_steps": 60, "batch": 2, "crops": 16}, "selftrain": steps}
     >>> model = pq.train(project, settings=quick)
     >>> model.mpp
