@@ -159,9 +159,8 @@ def test_without_labels_a_model_learns_from_what_it_is_sure_of():
     labels = np.zeros((64, 64), np.int32)
     labels[8:24, 8:24], labels[36:60, 36:60] = 1, 2
     stains = rng.random((64, 64, 3), np.float32)
-    settings = replace(Config().selftrain, widths=(2, 2, 2), cdcl_steps=6)
-    config = replace(Config(), selftrain=settings, cdcl=replace(CONFIG, steps=50, rounds=3))
-    network = NucleusNetwork(settings.widths).eval()
+    config = replace(Config(), cdcl=replace(CONFIG, steps=6))
+    network = NucleusNetwork((2, 2, 2)).eval()
     start = Model(network=network, config=config, training=selftraining_log())
     sure = [TrainingSample(stains, targets(labels, labels == 0))]
     one, other = (cdcl.refine_without_labels(start, sure, lambda *_: None) for _ in range(2))

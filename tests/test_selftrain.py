@@ -9,7 +9,7 @@ from scipy import ndimage
 from slides import crops_of
 from test_network import patchcl_log
 
-from patchcl_qupath.config import Config, SelfTrainConfig
+from patchcl_qupath.config import CDCLConfig, Config, SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.evaluation.metrics import Overlaps
 from patchcl_qupath.models.model import Model, confidence
@@ -276,6 +276,23 @@ def test_equal_trainings_give_equal_weights():
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
     once, again = (selftrain.train(crops, teacher, hide_progress) for _ in range(2))
     assert once.digest == again.digest
+
+
+def test_settings_of_refinement_are_not_those_of_cdcl_without_labels(monkeypatch):
+    images, _ = nuclei_images(2)
+    quick = replace(CONFIG, first_steps=1, steps=2, cdcl_steps=7, widths=(2, 2, 2))
+    config = replace(BY_TORCH, selftrain=quick, cdcl=CDCLConfig(steps=5, min_probability=1.0))
+    teacher = Model(network=Prediction(), config=config, training=patchcl_log())
+    used = []
+
+    def note(model, samples, report):
+        used.append((model.config.cdcl, len(samples)))
+        return model
+
+    monkeypatch.setattr(selftrain.cdcl, "refine_without_labels", note)
+    model = selftrain.train(crops_of(images), teacher, hide_progress)
+    assert used == [(CDCLConfig(steps=7), 2)]
+    assert model.config == config
 
 
 class Halves(NucleusNetwork):

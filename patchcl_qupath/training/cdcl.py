@@ -90,23 +90,18 @@ def refine(
 def refine_without_labels(
     start: Model, pseudo_labelled: Sequence[TrainingSample], report: ShowCount
 ) -> Model:
-    """One round of ``selftrain.cdcl_steps``, on what a label-free model is sure of itself.
+    """One round, on what a label-free model is sure of itself, in place of labels.
 
     Where that is less than half of what it takes for nuclei, the model stays as it is.
     """
     assert isinstance(start.training, SelfTrainingLog), "CDCL begins with self-training"
     nucleus = sum(int(sample.nucleus.sum()) for sample in pseudo_labelled)
     unlabelled = sum(int((sample.valid == 0).sum()) for sample in pseudo_labelled)
-    settings = CDCLConfig(steps=start.config.selftrain.cdcl_steps)
     if nucleus <= unlabelled:
         return start
+    settings, seed = start.config.cdcl, (start.config.patchcl.seed, 0)
     network, losses = _round(
-        start.network,
-        settings,
-        pseudo_labelled,
-        pseudo_labelled,
-        report,
-        (start.config.patchcl.seed, 0),
+        start.network, settings, pseudo_labelled, pseudo_labelled, report, seed
     )
     log = msgspec.structs.replace(start.training, unlabelled_cdcl=losses)
     return replace(start, network=network, calibration=None, training=log)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from patchcl_qupath.config import EngineChoice, SegmentConfig, SelfTrainConfig
+from patchcl_qupath.config import CDCLConfig, EngineChoice, SegmentConfig, SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
@@ -117,10 +117,14 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     )
     if not settings.cdcl_steps:
         return model
+    # What a person sets in [cdcl] is for refinement with labels.
+    by_defaults = replace(config, cdcl=CDCLConfig(steps=settings.cdcl_steps))
+    model = replace(model, config=by_defaults)
     model = calibrated(model, crops, counter(progress, Stage.CALIBRATING))
     sure = map(without_artefacts, pseudo_labelled(crops, model, choosing), labelled)
     refining = counter(progress, Stage.REFINING)
-    return cdcl.refine_without_labels(model, [crop.sample for crop in sure], refining)
+    model = cdcl.refine_without_labels(model, [crop.sample for crop in sure], refining)
+    return replace(model, config=config)
 
 
 def train_on(
