@@ -375,6 +375,8 @@ def test_what_a_network_finds_in_an_artefact_is_taught_as_background():
     beside = (nuclei == 2) & ~artefacts  # what is left of the second one is unlabelled
     np.testing.assert_array_equal(labels.background, (labels.nuclei == 0) & ~beside)
     assert labels.artefacts is artefacts  # for the next round
+    outside = selftrain.outside_artefacts(found, LabelledCrop(stains, nothing))
+    np.testing.assert_array_equal(outside, labels.nuclei)
     assert selftrain.without_artefacts(found, found) is found
 
 

@@ -121,9 +121,12 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     by_defaults = replace(config, cdcl=CDCLConfig(steps=settings.cdcl_steps))
     model = replace(model, config=by_defaults)
     model = calibrated(model, crops, counter(progress, Stage.CALIBRATING))
-    sure = map(without_artefacts, pseudo_labelled(crops, model, choosing), labelled)
-    refining = counter(progress, Stage.REFINING)
-    model = cdcl.refine_without_labels(model, [crop.sample for crop in sure], refining)
+    # Of artefacts, which may be dark nuclei, no more is background than the network says itself.
+    samples = [
+        crop.with_nuclei(outside_artefacts(crop, before)).sample
+        for crop, before in zip(pseudo_labelled(crops, model, choosing), labelled, strict=True)
+    ]
+    model = cdcl.refine_without_labels(model, samples, counter(progress, Stage.REFINING))
     return replace(model, config=config)
 
 
@@ -187,6 +190,10 @@ class LabelledCrop(NamedTuple):
         """What a network is trained on."""
         return TrainingSample(self.stains, targets(self.labels.nuclei, self.labels.background))
 
+    def with_nuclei(self, nuclei: NDArray[np.int32]) -> LabelledCrop:
+        """The crop with these nuclei (H, W) instead."""
+        return self._replace(labels=self.labels._replace(nuclei=nuclei))
+
 
 def pseudo_labelled(crops: TrainingCrops, teacher: Model, report: ShowCount) -> list[LabelledCrop]:
     """The crops, in their order, with the pseudo-labels that a network can learn from ``teacher``.
@@ -219,13 +226,19 @@ def without_artefacts(crop: LabelledCrop, before: LabelledCrop) -> LabelledCrop:
     artefacts = before.labels.artefacts
     if artefacts is None:
         return crop
-    nuclei = crop.labels.nuclei
-    count = int(nuclei.max(initial=0))
-    share = means(runs_of(nuclei), count, artefacts.astype(np.float32))
-    kept = np.append(False, share < _MAX_ARTEFACT)
-    nuclei = keep_labels(nuclei, kept)
+    nuclei = outside_artefacts(crop, before)
     background = (crop.labels.background | artefacts) & (nuclei == 0)
     return crop._replace(labels=PseudoLabels(nuclei, background, artefacts))
+
+
+def outside_artefacts(crop: LabelledCrop, before: LabelledCrop) -> NDArray[np.int32]:
+    """The nuclei (H, W) of a crop but for those, mostly, in what was an artefact ``before``."""
+    nuclei, artefacts = crop.labels.nuclei, before.labels.artefacts
+    if artefacts is None:
+        return nuclei
+    count = int(nuclei.max(initial=0))
+    share = means(runs_of(nuclei), count, artefacts.astype(np.float32))
+    return keep_labels(nuclei, np.append(False, share < _MAX_ARTEFACT))
 
 
 def training_samples(
