@@ -308,6 +308,27 @@ class Halves(NucleusNetwork):
         return (inside * side).expand(-1, 2, -1, -1)
 
 
+def test_what_was_an_artefact_is_no_nucleus_in_cdcl_without_labels(monkeypatch):
+    images, _ = nuclei_images(2)
+    teacher = Model(network=Prediction(), config=BY_TORCH, training=patchcl_log())
+    given = []
+
+    def note(model, samples, report):
+        given.append(samples)
+        return model
+
+    monkeypatch.setattr(selftrain, "train_on", lambda *_: selftrain.Trained(Halves(), [], 0, 0))
+    monkeypatch.setattr(selftrain.cdcl, "refine_without_labels", note)
+    selftrain.train(crops_of(images), teacher, hide_progress)
+    monkeypatch.setattr(selftrain, "outside_artefacts", lambda crop, _: 0 * crop.labels.nuclei)
+    selftrain.train(crops_of(images), teacher, hide_progress)
+    for sample, without in zip(*given, strict=True):
+        assert sample.nucleus.any()
+        assert not without.nucleus.any()
+        # What is left out is unlabelled, not background.
+        np.testing.assert_array_equal(without.valid, sample.valid & ~(sample.nucleus > 0))
+
+
 def test_a_first_network_that_finds_nothing_teaches_nothing(monkeypatch):
     """The second learns from what the first one did: as if there were no first."""
     images, _ = nuclei_images(2)

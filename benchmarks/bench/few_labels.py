@@ -26,11 +26,7 @@ from patchcl_qupath.evaluation.score import mean, per_100_true, score
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import Stage, counter
 from patchcl_qupath.project import Project
-from patchcl_qupath.slides.prepare import (
-    PreparedImage,
-    prepare,
-    training_crops,
-)
+from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.storage.geojson import made_valid
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.training import cdcl, selftrain
