@@ -168,6 +168,8 @@ def test_without_labels_a_model_learns_from_what_it_is_sure_of():
     assert isinstance(one.training, SelfTrainingLog)
     assert not isinstance(one.training, CDCLLog)  # nobody corrected it
     assert len(one.training.unlabelled_cdcl) == 6
+    names = set().union(*one.training.unlabelled_cdcl)
+    assert names == {"pseudo", "consistency", "entropy", "contrast"}  # nothing is labelled
     # The large nucleus is none that it is sure of: more pixels are unlabelled than nucleus.
     small = np.where(labels == 1, 1, 0).astype(np.int32)
     unsure = [TrainingSample(stains, targets(small, labels == 0))]

@@ -103,6 +103,8 @@ def refine_without_labels(
     network, losses = _round(
         start.network, settings, pseudo_labelled, pseudo_labelled, report, seed
     )
+    for step in losses:  # both are of pseudo-labels
+        step["pseudo"] = round(step.pop("labelled") + step["pseudo"], 4)
     log = msgspec.structs.replace(start.training, unlabelled_cdcl=losses)
     return replace(start, network=network, calibration=None, training=log)
 
