@@ -375,8 +375,8 @@ class SelfTrainConfig(Settings):
     cdcl_steps: Annotated[
         int,
         setting(
-            "Training steps of CDCL without labels, by the defaults of `[cdcl]`, from the network "
-            "that is kept; 0: none",
+            "Training steps of each round of CDCL without labels, by the defaults of `[cdcl]`, "
+            "from the network that is kept; 0: none",
             ge=0,
         ),
     ] = 300
@@ -510,9 +510,9 @@ class CDCLConfig(Settings):
         float,
         fraction(
             "Minimum probability of a nucleus of the label-free model to be a pseudo-label of the "
-            "first round; others are unlabelled (paper: none)"
+            "first round; others, and background nearest to them, are unlabelled (paper: none)"
         ),
-    ] = 0.5
+    ] = 0.6
     teacher_warmup: Annotated[
         float, fraction("Fraction of the steps before the teacher's predictions are used")
     ] = 0.2

@@ -163,17 +163,44 @@ def test_without_labels_a_model_learns_from_what_it_is_sure_of():
     network = NucleusNetwork((2, 2, 2)).eval()
     start = Model(network=network, config=config, training=selftraining_log())
     sure = [TrainingSample(stains, targets(labels, labels == 0))]
-    one, other = (cdcl.refine_without_labels(start, sure, lambda *_: None) for _ in range(2))
+    one, other = (
+        cdcl.refine_without_labels(start, lambda _: sure, lambda *_: None) for _ in range(2)
+    )
     assert start.digest != one.digest == other.digest
     assert isinstance(one.training, SelfTrainingLog)
     assert not isinstance(one.training, CDCLLog)  # nobody corrected it
-    assert len(one.training.unlabelled_cdcl) == 6
+    assert len(one.training.unlabelled_cdcl) == 12  # in two rounds
     names = set().union(*one.training.unlabelled_cdcl)
     assert names == {"pseudo", "consistency", "entropy", "contrast"}  # nothing is labelled
-    # The large nucleus is none that it is sure of: more pixels are unlabelled than nucleus.
-    small = np.where(labels == 1, 1, 0).astype(np.int32)
-    unsure = [TrainingSample(stains, targets(small, labels == 0))]
-    assert cdcl.refine_without_labels(start, unsure, lambda *_: None) is start
+
+
+def test_rounds_without_labels_end_where_little_is_sure():
+    rng = np.random.default_rng(0)
+    labels = np.zeros((64, 64), np.int32)
+    labels[8:24, 8:24] = 1
+    stains = rng.random((64, 64, 3), np.float32)
+    config = replace(Config(), cdcl=replace(CONFIG, steps=3))
+    network = NucleusNetwork((2, 2, 2)).eval()
+    start = Model(network=network, config=config, training=selftraining_log())
+    much, little = np.zeros((2, 64, 64), np.bool_)
+    much[:, :16], little[:, :15] = True, True  # a quarter of all columns, and less
+
+    def asked(background):
+        return [TrainingSample(stains, targets(labels * background, background & (labels == 0)))]
+
+    def sure(model):
+        models.append(model)
+        return asked(much if len(models) == 1 else little)
+
+    models = []
+    once = cdcl.refine_without_labels(start, sure, lambda *_: None)
+    assert len(models) == 2
+    assert models[0] is start
+    assert start.digest != once.digest == models[1].digest
+    assert len(once.training.unlabelled_cdcl) == 3
+    none = cdcl.refine_without_labels(start, lambda _: asked(little), lambda *_: None)
+    assert none.digest == start.digest
+    assert none.training.unlabelled_cdcl == []
 
 
 # ---------------------------------------------------------------- ROIs

@@ -21,6 +21,7 @@ from patchcl_qupath.training import selftrain
 from patchcl_qupath.training.pseudo_labels import (
     PseudoLabels,
     is_glass,
+    only_sure,
     pseudo_labels,
     separated,
 )
@@ -194,6 +195,31 @@ def test_targets_separate_touching_nuclei():
     np.testing.assert_array_equal(sample.valid > 0, (labels > 0) | background)
 
 
+def test_background_beside_an_unsure_nucleus_is_unlabelled_too():
+    nuclei = np.zeros((20, 60), np.int32)
+    nuclei[5:15, 5:15], nuclei[5:15, 25:35], nuclei[5:15, 45:55] = 1, 2, 3
+    border = np.zeros(nuclei.shape, np.bool_)
+    border[:, 4] = True  # neither, as before
+    labels = PseudoLabels(nuclei, (nuclei == 0) & ~border)
+    sure = only_sure(labels, np.array([True, False, True]))
+    column = np.arange(60)[None]
+    # Columns 19.5 and 39.5 are halfway between the nuclei.
+    near = (column < 20) | (column >= 40)
+    np.testing.assert_array_equal(sure.nuclei > 0, (nuclei > 0) & near)
+    assert sure.nuclei.max() == 2
+    np.testing.assert_array_equal(sure.background, labels.background & near)
+    of_none = only_sure(labels, np.zeros(3, np.bool_))
+    assert not of_none.nuclei.any()
+    assert not of_none.background.any()
+
+
+def test_background_without_a_nucleus_is_sure():
+    labels = PseudoLabels(np.zeros((9, 9), np.int32), np.eye(9, dtype=np.bool_))
+    sure = only_sure(labels, np.zeros(0, np.bool_))
+    np.testing.assert_array_equal(sure.background, labels.background)
+    assert not sure.nuclei.any()
+
+
 def test_loss_ignores_unlabelled_pixels():
     target = torch.zeros(2, 3, 8, 8)
     target[:, :2, 2:6, 2:6] = 1
@@ -259,8 +285,8 @@ def test_a_network_is_trained_on_the_pseudo_labels_of_patchcl():
     assert len(log.loss) == 250
     assert log.loss[-1] < log.loss[0]
     refining = [step.done for step in steps if step.stage is Stage.REFINING]
-    assert refining == list(range(1, 13))
-    assert len(log.unlabelled_cdcl) == 12
+    assert refining == list(range(1, 25))
+    assert len(log.unlabelled_cdcl) == 24  # two rounds
     assert "contrast" in log.unlabelled_cdcl[-1]
     assert model.calibration is None  # that of the network before
     found = confidence(model, images[4], normaliser)  # never seen
@@ -285,8 +311,8 @@ def test_settings_of_refinement_are_not_those_of_cdcl_without_labels(monkeypatch
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
     used = []
 
-    def note(model, samples, report):
-        used.append((model.config.cdcl, len(samples)))
+    def note(model, sure, report):
+        used.append((model.config.cdcl, len(sure(model))))
         return model
 
     monkeypatch.setattr(selftrain.cdcl, "refine_without_labels", note)
@@ -313,8 +339,8 @@ def test_what_was_an_artefact_is_no_nucleus_in_cdcl_without_labels(monkeypatch):
     teacher = Model(network=Prediction(), config=BY_TORCH, training=patchcl_log())
     given = []
 
-    def note(model, samples, report):
-        given.append(samples)
+    def note(model, sure, report):
+        given.append(sure(model))
         return model
 
     monkeypatch.setattr(selftrain, "train_on", lambda *_: selftrain.Trained(Halves(), [], 0, 0))

@@ -11,7 +11,7 @@ student and teacher begin as the label-free model, and its pseudo-labels stay in
 unlabelled crops, or the student would forget whatever one labelled ROI does not show. There are
 two rounds: what the model of the first one finds are the pseudo-labels of the second. Those of the
 first leave out what the label-free model is not sure of, as that is often several nuclei in one.
-Without any label, a single round ends the training of the label-free model itself.
+Without any label, two such rounds end the training of the label-free model itself.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ from patchcl_qupath.training.supervision import (
     random_crop,
     to_batch,
 )
+
+_LEAST_LABELLED = 0.25  # of the pixels of tissue crops, without labels
 
 
 class Batch(NamedTuple):
@@ -88,25 +90,33 @@ def refine(
 
 
 def refine_without_labels(
-    start: Model, pseudo_labelled: Sequence[TrainingSample], report: ShowCount
+    start: Model, pseudo_labelled: Callable[[Model], Sequence[TrainingSample]], report: ShowCount
 ) -> Model:
-    """One round, on what a label-free model is sure of itself, in place of labels.
+    """Refine a label-free model with what it is sure of itself, in place of labels.
 
-    Where that is less than half of what it takes for nuclei, the model stays as it is.
+    The rounds end before one in which a model is sure of too little.
     """
     assert isinstance(start.training, SelfTrainingLog), "CDCL begins with self-training"
-    nucleus = sum(int(sample.nucleus.sum()) for sample in pseudo_labelled)
-    unlabelled = sum(int((sample.valid == 0).sum()) for sample in pseudo_labelled)
-    if nucleus <= unlabelled:
-        return start
-    settings, seed = start.config.cdcl, (start.config.patchcl.seed, 0)
-    network, losses = _round(
-        start.network, settings, pseudo_labelled, pseudo_labelled, report, seed
-    )
-    for step in losses:  # both are of pseudo-labels
+    settings = start.config.cdcl
+    model, log = start, list[dict[str, float]]()
+    for turn in range(settings.rounds):
+        samples = pseudo_labelled(model)
+        if _labelled_fraction(samples) < _LEAST_LABELLED:
+            break
+        show = part_of(report, turn * settings.steps, settings.rounds * settings.steps)
+        seed = (start.config.patchcl.seed, turn)
+        network, losses = _round(model.network, settings, samples, samples, show, seed)
+        model = replace(start, network=network, calibration=None)
+        log += losses
+    for step in log:  # both are of pseudo-labels
         step["pseudo"] = round(step.pop("labelled") + step["pseudo"], 4)
-    log = msgspec.structs.replace(start.training, unlabelled_cdcl=losses)
-    return replace(start, network=network, calibration=None, training=log)
+    return replace(model, training=msgspec.structs.replace(start.training, unlabelled_cdcl=log))
+
+
+def _labelled_fraction(samples: Sequence[TrainingSample]) -> float:
+    """The fraction of the pixels of samples that is labelled."""
+    valid = [sample.valid for sample in samples]
+    return sum(float(each.sum()) for each in valid) / max(1, sum(each.size for each in valid))
 
 
 def _round(

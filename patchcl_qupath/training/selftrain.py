@@ -42,7 +42,13 @@ from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.records import PatchCLLog, SelfTrainingLog
 from patchcl_qupath.training import cdcl
 from patchcl_qupath.training.calibration import calibrated
-from patchcl_qupath.training.pseudo_labels import PseudoLabels, is_glass, keep_labels, pseudo_labels
+from patchcl_qupath.training.pseudo_labels import (
+    PseudoLabels,
+    is_glass,
+    keep_labels,
+    only_sure,
+    pseudo_labels,
+)
 from patchcl_qupath.training.supervision import (
     TrainingSample,
     augment_stains,
@@ -119,15 +125,30 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
         return model
     # What a person sets in [cdcl] is for refinement with labels.
     by_defaults = replace(config, cdcl=CDCLConfig(steps=settings.cdcl_steps))
-    model = replace(model, config=by_defaults)
-    model = calibrated(model, crops, counter(progress, Stage.CALIBRATING))
-    # Of artefacts, which may be dark nuclei, no more is background than the network says itself.
-    samples = [
-        crop.with_nuclei(outside_artefacts(crop, before)).sample
-        for crop, before in zip(pseudo_labelled(crops, model, choosing), labelled, strict=True)
-    ]
-    model = cdcl.refine_without_labels(model, samples, counter(progress, Stage.REFINING))
+    sure = partial(_sure_samples, crops=crops, before=labelled, progress=progress)
+    refining = counter(progress, Stage.REFINING)
+    model = cdcl.refine_without_labels(replace(model, config=by_defaults), sure, refining)
     return replace(model, config=config)
+
+
+def _sure_samples(
+    model: Model,
+    *,
+    crops: TrainingCrops,
+    before: Sequence[LabelledCrop],
+    progress: ShowProgress,
+) -> list[TrainingSample]:
+    """The crops with the nuclei that a model is sure of, by a calibration, as samples.
+
+    Of what was an artefact ``before``, which may be a dark nucleus, none is a nucleus, and no more
+    is background than the network says itself.
+    """
+    model = calibrated(model, crops, counter(progress, Stage.CALIBRATING))
+    found = pseudo_labelled(crops, model, counter(progress, Stage.CHOOSING_PSEUDO_LABELS))
+    return [
+        crop.with_nuclei(outside_artefacts(crop, old)).sample
+        for crop, old in zip(found, before, strict=True)
+    ]
 
 
 def train_on(
@@ -283,7 +304,7 @@ def _of_network(
     """The nuclei that a network finds in a crop (H, W, 3), and the rest of it as background.
 
     Probabilities are means over four turns of the crop: where they differ, the network is not sure.
-    Of a calibrated model, nuclei that are not probable enough are unlabelled.
+    Of a calibrated model, nuclei that are not probable enough are unlabelled, with what is around.
     """
     nucleus, core = np.zeros((2, *image.shape[:2]), np.float32)
     engine = _engine(teacher)
@@ -294,12 +315,11 @@ def _of_network(
         core += np.rot90(found.core, -turns) / _TURNS
     separation = SegmentConfig(min_area_um2=teacher.config.selftrain.min_area_um2)
     nuclei = instances(nucleus, teacher.mpp, separation, teacher.threshold, core)
-    background = (nucleus < teacher.threshold) & (nuclei == 0)
-    if teacher.calibration is not None:
-        probability = nucleus_probability(teacher, nuclei, Confidence(nucleus, core), teacher.mpp)
-        is_sure = probability >= teacher.config.cdcl.min_probability
-        nuclei = keep_labels(nuclei, np.append(False, is_sure))
-    return PseudoLabels(nuclei, background)
+    labels = PseudoLabels(nuclei, (nucleus < teacher.threshold) & (nuclei == 0))
+    if teacher.calibration is None:
+        return labels
+    probability = nucleus_probability(teacher, nuclei, Confidence(nucleus, core), teacher.mpp)
+    return only_sure(labels, probability >= teacher.config.cdcl.min_probability)
 
 
 def learning_rate(step: int, settings: SelfTrainConfig) -> float:
