@@ -50,7 +50,7 @@ class PseudoLabels(NamedTuple):
 def only_sure(labels: PseudoLabels, is_sure: NDArray[np.bool_]) -> PseudoLabels:
     """Pseudo-labels of those nuclei alone that ``is_sure`` (N,) has, and of the tissue around them.
 
-    Background that is nearer to another nucleus is unlabelled, as that is. A network that were
+    Background that is nearer to another nucleus is unlabelled, as that is. A network that is
     taught all background, but not all nuclei, would take nuclei for rarer than they are, and miss
     the pale ones. (M. Saerens, P. Latinne, C. Decaestecker, Adjusting the outputs of a classifier
     to new a priori probabilities, Neural Computation 14, 2002, say how much.)
