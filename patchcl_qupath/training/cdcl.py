@@ -70,15 +70,7 @@ def refine(
     Equal samples, seeds and numbers of threads give equal weights on one machine.
     """
     assert isinstance(start.training, SelfTrainingLog), "CDCL begins with self-training"
-    settings = start.config.cdcl
-    model, log = start, list[dict[str, float]]()
-    for turn in range(settings.rounds):
-        show = part_of(report, turn * settings.steps, settings.rounds * settings.steps)
-        network, losses = _round(
-            model.network, settings, labelled, pseudo_labelled(model), show, (seed, turn)
-        )
-        model = replace(start, network=network, calibration=None)
-        log += losses
+    model, log = _rounds(start, lambda model: (labelled, pseudo_labelled(model)), report, seed)
     return replace(
         model,
         training=CDCLLog(
@@ -97,17 +89,12 @@ def refine_without_labels(
     The rounds end before one in which a model is sure of too little.
     """
     assert isinstance(start.training, SelfTrainingLog), "CDCL begins with self-training"
-    settings = start.config.cdcl
-    model, log = start, list[dict[str, float]]()
-    for turn in range(settings.rounds):
+
+    def sure(model: Model) -> _Samples | None:
         samples = pseudo_labelled(model)
-        if _labelled_fraction(samples) < _LEAST_LABELLED:
-            break
-        show = part_of(report, turn * settings.steps, settings.rounds * settings.steps)
-        seed = (start.config.patchcl.seed, turn)
-        network, losses = _round(model.network, settings, samples, samples, show, seed)
-        model = replace(start, network=network, calibration=None)
-        log += losses
+        return (samples, samples) if _labelled_fraction(samples) >= _LEAST_LABELLED else None
+
+    model, log = _rounds(start, sure, report, start.config.patchcl.seed)
     for step in log:  # both are of pseudo-labels
         step["pseudo"] = round(step.pop("labelled") + step["pseudo"], 4)
     return replace(model, training=msgspec.structs.replace(start.training, unlabelled_cdcl=log))
@@ -117,6 +104,29 @@ def _labelled_fraction(samples: Sequence[TrainingSample]) -> float:
     """The fraction of the pixels of samples that is labelled."""
     valid = [sample.valid for sample in samples]
     return sum(float(each.sum()) for each in valid) / max(1, sum(each.size for each in valid))
+
+
+_Samples = tuple[Sequence[TrainingSample], Sequence[TrainingSample]]  # labelled, unlabelled
+
+
+def _rounds(
+    start: Model, samples: Callable[[Model], _Samples | None], report: ShowCount, seed: int
+) -> tuple[Model, list[dict[str, float]]]:
+    """The model after all rounds, and the losses of each step by name.
+
+    ``samples`` are those of a round, by the model before it; None ends the rounds.
+    """
+    settings = start.config.cdcl
+    model, log = start, list[dict[str, float]]()
+    for turn in range(settings.rounds):
+        of_round = samples(model)
+        if of_round is None:
+            break
+        show = part_of(report, turn * settings.steps, settings.rounds * settings.steps)
+        network, losses = _round(model.network, settings, *of_round, show, (seed, turn))
+        model = replace(start, network=network, calibration=None)
+        log += losses
+    return model, log
 
 
 def _round(
