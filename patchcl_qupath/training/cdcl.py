@@ -42,6 +42,7 @@ from patchcl_qupath.training.supervision import (
     augment_stains,
     bce_dice_loss,
     ema_model,
+    made_ahead,
     mixed_precision,
     random_crop,
     to_batch,
@@ -56,6 +57,13 @@ class Batch(NamedTuple):
     strong: Tensor
     target: Tensor
     weak: Tensor
+
+
+class Batches(NamedTuple):
+    """The crops of a step: with labels, and without, or with pseudo-labels."""
+
+    labelled: Batch
+    unlabelled: Batch
 
 
 def refine(
@@ -139,14 +147,13 @@ def _round(
 ) -> tuple[SegmentationNetwork, list[dict[str, float]]]:
     """The network of the teacher after one round, and the losses of each step by name."""
     assert start.feature_channels is not None, "this network cannot be refined"
-    rng = np.random.default_rng(seed)
     student = deepcopy(start).to(device()).train()
     average = ema_model(student, warmup_steps=9)
     average.update_parameters(student)  # a copy: the model itself is the first in the mean
     teacher = average.module.eval()
     assert isinstance(teacher, SegmentationNetwork)
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
-        torch.manual_seed(int(rng.integers(2**31)))
+        torch.manual_seed(int(np.random.default_rng(seed).integers(2**31)))
         projection = nn.Conv2d(start.feature_channels, settings.dimensions, 1)
         projection.to(device())
     optimizer = torch.optim.AdamW(
@@ -157,13 +164,13 @@ def _round(
     scheduler = LambdaLR(optimizer, partial(_annealing, settings=settings))
     bank = MemoryBank(settings)
     log: list[dict[str, float]] = []
-    for step in range(settings.steps):
+    make = partial(_batches, labelled, unlabelled, settings, seed)
+    for step, batches in enumerate(made_ahead(make, settings.steps)):
         losses = _losses(
             student=student,
             teacher=teacher,
             projection=projection,
-            labelled=_batch(labelled, settings.labelled, settings, rng),
-            unlabelled=_batch(unlabelled, settings.unlabelled, settings, rng),
+            batches=batches,
             weight=consistency_weight(step, settings),
             bank=bank,
             settings=settings,
@@ -194,13 +201,13 @@ def _losses(
     student: SegmentationNetwork,
     teacher: SegmentationNetwork,
     projection: nn.Module,
-    labelled: Batch,
-    unlabelled: Batch,
+    batches: Batches,
     weight: float,
     bank: MemoryBank,
     settings: CDCLConfig,
 ) -> dict[str, Tensor]:
     """The losses of a step by name; those that need the teacher where ``weight`` is not 0."""
+    labelled, unlabelled = batches
     strong = torch.cat([labelled.strong, unlabelled.strong])
     logits, features = _in_float32(student, strong)
     n = len(labelled.strong)
@@ -316,6 +323,21 @@ def contrast(
     for is_nucleus, chosen in anchors.items():
         bank.add(teacher_points[chosen], is_nucleus)
     return loss / max(1, count)
+
+
+def _batches(
+    labelled: Sequence[TrainingSample],
+    unlabelled: Sequence[TrainingSample],
+    settings: CDCLConfig,
+    seed: tuple[int, int],
+    step: int,
+) -> Batches:
+    """The crops of a step of a round: the same for equal seeds."""
+    rng = np.random.default_rng((*seed, step))
+    return Batches(
+        _batch(labelled, settings.labelled, settings, rng),
+        _batch(unlabelled, settings.unlabelled, settings, rng),
+    )
 
 
 def _batch(

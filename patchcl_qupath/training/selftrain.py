@@ -32,7 +32,7 @@ from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Confidence, Model, confidence
 from patchcl_qupath.models.network import NucleusNetwork, device, to_channels_last
-from patchcl_qupath.overlap import Stop, mapped, overlapped, usable_cores
+from patchcl_qupath.overlap import mapped
 from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter, part_of
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.measurements import means, runs_of
@@ -54,6 +54,7 @@ from patchcl_qupath.training.supervision import (
     augment_stains,
     bce_dice_loss,
     ema_model,
+    made_ahead,
     mixed_precision,
     random_crop,
     targets,
@@ -64,7 +65,6 @@ from patchcl_qupath.training.touching import with_touching_nuclei
 _WARMUP_STEPS = 20  # in which the learning rate rises
 _LEAST_FOUND = 0.5  # of the area of nuclei that the first network was taught
 _MAX_ARTEFACT = 0.5  # of the pixels of a nucleus
-_BATCHES_AT_ONCE = 4  # that are made or used
 _TURNS = 4  # of a crop, by 90 degrees, over which a network's probabilities are averaged
 
 
@@ -172,13 +172,11 @@ def train_on(
     )
     scheduler = LambdaLR(optimizer, partial(learning_rate, settings=settings))
     losses: list[Tensor] = []
-    make = partial(_batch, samples, settings, seed)
-    at_once = min(_BATCHES_AT_ONCE, usable_cores())
-    batches = overlapped(make, range(settings.steps), at_once, Stop())
+    batches = made_ahead(partial(_batch, samples, settings, seed), settings.steps)
     began, waited = time.perf_counter(), 0.0
     for step in range(settings.steps):
         asked = time.perf_counter()
-        stains, target = next(batches).result()
+        stains, target = next(batches)
         waited += time.perf_counter() - asked
         with mixed_precision():
             logits = network(stains)

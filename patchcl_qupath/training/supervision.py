@@ -7,8 +7,8 @@ mean teacher are: A. Tarvainen, H. Valpola, Mean teachers are better role models
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +20,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from patchcl_qupath.models.engines import multiplies_bfloat16
 from patchcl_qupath.models.network import device
+from patchcl_qupath.overlap import Stop, overlapped, usable_cores
 
 _NUCLEUS, _CORE, _VALID = range(3)  # channels of a target
 _CORE_DEPTH = 0.5  # of a nucleus's greatest depth: what is deeper is its core
 _MAX_DECAY = 0.99  # of the average of weights
+_BATCHES_AT_ONCE = 4  # that are made or used
+
+Made = TypeVar("Made")
 
 
 class TrainingSample(NamedTuple):
@@ -162,6 +166,13 @@ def to_batch(crops: Sequence[NDArray[np.generic]]) -> Tensor:
     """Arrays (S, S, C) as a tensor (B, C, S, S), channels last in memory."""
     batch = torch.from_numpy(np.stack(crops).astype(np.float32, copy=False)).to(device())
     return batch.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def made_ahead(make: Callable[[int], Made], steps: int) -> Iterator[Made]:
+    """``make(step)`` for each step, in their order, on threads: the next ones in the meantime."""
+    at_once = min(_BATCHES_AT_ONCE, usable_cores())
+    for made in overlapped(make, range(steps), at_once, Stop()):
+        yield made.result()
 
 
 def random_window(
