@@ -335,7 +335,7 @@ class SelfTrainConfig(Settings):
             "Training steps of a first network, which finds the pseudo-labels of the next", ge=1
         ),
     ] = 600
-    steps: Annotated[int, setting("Training steps of the network that is kept", ge=1)] = 1000
+    steps: Annotated[int, setting("Training steps of the network that is kept", ge=1)] = 600
     touching: Annotated[
         float,
         setting(

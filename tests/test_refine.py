@@ -512,7 +512,7 @@ def test_a_seed_of_a_model_that_is_there_is_refused(folder, monkeypatch):
     ("settings", "unlike"),
     [
         ('recipe = "patchcl"', "recipe selftrain, not patchcl"),
-        ("[selftrain]\nsteps = 2", "selftrain.steps 1000, not 2"),
+        ("[selftrain]\nsteps = 2", "selftrain.steps 600, not 2"),
         ("[patchcl]\nexcess_weight = 3", "patchcl.local_contrast_weight 12.0, not 3.0"),  # of 0.1
     ],
 )
