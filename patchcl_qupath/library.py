@@ -84,7 +84,7 @@ def train(
 
     ``images`` are names or ids; all where there are none. ``settings`` are those of the guide, as a
     ``Config`` or as nested dictionaries. ``show`` is called with each
-    ``Progress``. Takes three to nine minutes on two cores with the default settings. Raises
+    ``Progress``. Takes two to nine minutes on two cores with the default settings. Raises
     TrainingError; ConfigError for the name of a refined model.
 
     >>> steps = {"first_steps": 40, "steps": 120, "cdcl_steps": 10, "batch": 4}
