@@ -203,6 +203,24 @@ def test_rounds_without_labels_end_where_little_is_sure():
     assert none.training.unlabelled_cdcl == []
 
 
+def test_a_refined_model_is_the_same_with_any_number_of_cores(monkeypatch):
+    """Batches are made one after the other, or ahead: their random numbers are those of a step."""
+    rng = np.random.default_rng(0)
+    labels = np.zeros((64, 64), np.int32)
+    labels[8:24, 8:24], labels[32:60, 32:48] = 1, 2
+    stains = rng.random((64, 64, 3), np.float32)
+    samples = [TrainingSample(stains, targets(labels, labels == 0))]
+    config = replace(Config(), cdcl=replace(CONFIG, steps=4))
+    network = NucleusNetwork((2, 2, 2)).eval()
+    start = Model(network=network, config=config, training=selftraining_log())
+    digests = []
+    for cores, seed in ((1, 5), (8, 5), (8, 6)):
+        monkeypatch.setattr("dask.system.cpu_count", lambda cores=cores: cores)
+        refined = cdcl.refine(start, samples, lambda _: samples, lambda *_: None, seed)
+        digests.append(refined.digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
 # ---------------------------------------------------------------- ROIs
 
 

@@ -1,5 +1,6 @@
 """Pseudo-labels of shapes whose ground truth is known, and networks trained on them."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
 from patchcl_qupath.progress import Progress, Stage, hide_progress
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.slides.stains import StainNormaliser
-from patchcl_qupath.training import selftrain
+from patchcl_qupath.training import selftrain, supervision
 from patchcl_qupath.training.pseudo_labels import (
     PseudoLabels,
     is_glass,
@@ -394,6 +395,15 @@ def test_batches_made_ahead_are_those_of_one_core(monkeypatch):
     assert len(set(found[0].loss)) == 6
     other = selftrain.train_on(samples, quick, 4, lambda *_: None)
     assert other.loss != found[0].loss
+
+
+@pytest.mark.parametrize(("cores", "ahead"), [(1, False), (2, False), (3, True), (8, True)])
+def test_batches_are_made_ahead_where_the_network_leaves_cores(monkeypatch, cores, ahead):
+    monkeypatch.setattr("dask.system.cpu_count", lambda: cores)
+    monkeypatch.setattr(supervision, "device", lambda: torch.device("cpu"))
+    made = [*supervision.made_ahead(lambda step: (step, threading.get_ident()), 9)]
+    assert [step for step, _ in made] == [*range(9)]
+    assert all((thread != threading.get_ident()) == ahead for _, thread in made)
 
 
 def test_the_nuclei_of_a_network_and_all_else_as_background_are_its_pseudo_labels():
