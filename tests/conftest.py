@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = replace(
     Config(),
     patchcl=replace(Config().patchcl, max_steps=160, cooldown_steps=60, crops=32),
-    selftrain=replace(Config().selftrain, first_steps=60, steps=200, cdcl_steps=10),
+    selftrain=replace(Config().selftrain, first_steps=60, steps=200, cdcl_steps=20),
     # After so few steps few nuclei are probable.
     segment=replace(Config().segment, min_probability=0.0, min_probability_of_pale=0.0),
 )
