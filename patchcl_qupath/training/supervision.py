@@ -26,7 +26,7 @@ _NUCLEUS, _CORE, _VALID = range(3)  # channels of a target
 _CORE_DEPTH = 0.5  # of a nucleus's greatest depth: what is deeper is its core
 _MAX_DECAY = 0.99  # of the average of weights
 _BATCHES_AT_ONCE = 4  # that are made or used
-_FEW_CORES = 2  # of which the network's own threads need each
+_FEW_CORES = 2  # that the threads of the network itself need
 
 Made = TypeVar("Made")
 
@@ -173,7 +173,7 @@ def made_ahead(make: Callable[[int], Made], steps: int) -> Iterator[Made]:
     """``make(step)`` for each step, in their order, on threads: the next ones in the meantime.
 
     One after the other on two cores without a GPU: threads would take them from the network, all of
-    whose own threads wait for the last one in each operation. That took 15 % longer.
+    whose own threads wait for the last one in each operation. That took up to 15 % longer.
     """
     has_cores = usable_cores() > _FEW_CORES or device().type != "cpu"
     at_once = min(_BATCHES_AT_ONCE, usable_cores()) if has_cores else 1
