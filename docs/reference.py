@@ -156,6 +156,8 @@ def toml(value: object) -> str:
     """A default as one writes it in TOML."""
     if isinstance(value, tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else f"{value!r}"
 
 

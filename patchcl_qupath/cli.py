@@ -217,8 +217,8 @@ def train(*, common: Common, reading: Reading, name: str, seed: int | None) -> N
 def suggest(*, common: Common, writing: Writing, count: int) -> None:
     """Mark the ROIs of PROJECT whose correction is likely to improve the model most.
 
-    The model of the last run was most uncertain there; ROIs are spread over the slides and over
-    kinds of tissue.
+    The largest fraction of nuclei is expected to be wrong there; ROIs are spread over the slides
+    and over kinds of tissue.
     """
     with _reporting_errors(common.as_json):
         project, entries = _open(common, writing=writing)

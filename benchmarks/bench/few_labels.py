@@ -114,7 +114,7 @@ def _draw(
     drawn: list[LabelledImage] = []
     for i in rng.choice(len(entries), size=count, replace=False):
         image = prepare(entries[i], config)
-        nuclei = _true_nuclei(entries[i], images)
+        nuclei = true_nuclei(entries[i], images)
         roi = _roi(image, nuclei, side, rng)
         drawn.append((image, Corrections(rois=(roi,), nuclei=tuple(nuclei))))
     samples = [sample for each in drawn for sample in training_samples(*each)]
@@ -170,7 +170,7 @@ def _measured(project: Project, images: ImageSet, model: Model, drawn: Drawn) ->
     return {**mean(scored), **per_100_true(scored), **recall}
 
 
-def _true_nuclei(entry: ImageEntry, images: ImageSet) -> Polygons:
+def true_nuclei(entry: ImageEntry, images: ImageSet) -> Polygons:
     """The ground truth of an image, at level 0."""
     assert images.ground_truth is not None
     files = ground_truth_files(images.ground_truth, [entry])

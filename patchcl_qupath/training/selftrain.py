@@ -159,7 +159,7 @@ def train_on(
 ) -> Trained:
     """Train a network on samples alone; its weights are averaged over the last steps.
 
-    Batches are made ahead, on threads.
+    Equal arguments and numbers of threads give equal weights on one machine.
     """
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
