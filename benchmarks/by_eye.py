@@ -11,8 +11,8 @@ tissue (fat and collagen: 24 µm). With --beside, those of another version are m
 project for each set, SET/project.qpproj, in which that version has run.
 
 FOLDER gets SET.png, SET-fat.png and SET-collagen.png, with a number on each object, and beside each
-a CSV file that says of each number whose it is and where: open it after judging. The numbers of
-objects that they were drawn from are printed.
+a CSV file that says of each number whose it is and where: open it after judging. How many objects
+they were drawn from is printed; where there are none, there is no sheet.
 """
 
 from __future__ import annotations
@@ -124,6 +124,10 @@ def _draw(
     shown_um: float,
 ) -> None:
     """Write a sheet of objects drawn at random, mixed, and its key."""
+    counts = ", ".join(f"{len(objects)} {whose}" for whose, objects in found.items())
+    print(f"{options.folder / name}.png: drawn from {counts}", flush=True)
+    if not any(found.values()):
+        return
     rng = np.random.default_rng(options.seed)
     drawn = [
         objects[k]
@@ -142,8 +146,6 @@ def _draw(
             centre = shapely.get_coordinates(each.outline.centroid)[0].round(1)
             key.writerow([k, each.whose, each.image.name, *centre, f"{each.probability:.2f}"])
     sheet.save(options.folder / f"{name}.png")
-    counts = ", ".join(f"{len(objects)} {whose}" for whose, objects in found.items())
-    print(f"{options.folder / name}.png: drawn from {counts}", flush=True)
 
 
 def _picture(found: Found, number: int, side_px: float) -> Image.Image:

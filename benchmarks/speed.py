@@ -32,6 +32,7 @@ import tifffile
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box
@@ -195,20 +196,11 @@ def matrix_product() -> float:
 
 
 def network_flop() -> float:
-    """FLOP of the network per working pixel."""
-    network, side, flop = NucleusNetwork(Config().selftrain.widths).eval(), 64, 0
-
-    def count(layer: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
-        nonlocal flop
-        assert isinstance(layer, torch.nn.Conv2d)
-        flop += 2 * layer.weight[0].numel() * output.numel()
-
-    for layer in network.modules():
-        if isinstance(layer, torch.nn.Conv2d):
-            layer.register_forward_hook(count)
-    with torch.inference_mode():
+    """FLOP of the network's convolutions per working pixel, as in 8 bits: see ``UpBlock``."""
+    network, side = NucleusNetwork(Config().selftrain.widths).eval(), 64
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, side, side))
-    return flop / side**2
+    return float(counter.get_total_flops()) / side**2
 
 
 def stamp() -> NDArray[np.uint8]:

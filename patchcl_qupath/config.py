@@ -482,8 +482,9 @@ class SelfTrainConfig(Settings):
 
 @dataclass(frozen=True)
 class CDCLConfig(Settings):
-    """Semi-supervised refinement with corrected ROIs. Where a default is not that of the paper
-    (Wu et al. 2022), the paper's value is given."""
+    """Semi-supervised refinement with corrected ROIs. Its defaults, but for the steps, also end the
+    label-free training. Where a default is not that of the paper (Wu et al. 2022), the paper's
+    value is given."""
 
     table: ClassVar[str] = "cdcl"
 

@@ -21,7 +21,7 @@ from bench.pseudo import PseudoLabelled, TrueLabels
 from bench.sets import empty_sets, labelled_sets
 from bench.table import QUALITY, mean_of_sets
 from patchcl_qupath import pipeline
-from patchcl_qupath.config import Config, PatchCLConfig, Recipe
+from patchcl_qupath.config import CDCLConfig, Config, PatchCLConfig, Recipe
 from patchcl_qupath.evaluation.score import Bin, ImageScore
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
@@ -51,6 +51,19 @@ def test_code_is_followed_by_name() -> None:
     run = {module for module, _ in reached(*measure._RUN)}
     assert {"segmentation.instances", "evaluation.metrics", "models.engines"} < run
     assert not run & {"training.patchcl", "training.selftrain", "console"}
+    assert ("segmentation.unlikely", "_SUREST") in reached(*measure._RUN)
+
+
+def test_a_training_depends_on_the_defaults_that_end_it(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (images,) = labelled_sets(data, ["lgg28"])
+    of_now = measure.training_key(images, Config())
+    own = replace(Config(), cdcl=replace(CDCLConfig(), steps=7))  # of refinement with labels
+    assert measure.training_key(images, own) == of_now
+    other = {**measure._DEFAULTS, "cdcl": {**measure._DEFAULTS["cdcl"], "learning_rate": 1.0}}
+    monkeypatch.setattr(measure, "_DEFAULTS", other)
+    assert measure.training_key(images, Config()) != of_now
 
 
 PACKAGE = {
@@ -474,6 +487,17 @@ def test_a_difference_beyond_the_spread_is_marked(
         ["selftrain", "mean", "of", "sets", "+.010", "-0.6*"],
         ["selftrain:", "AJI", "is", "lower", "on", "1", "of", "2", "sets:", "two"],
     ]
+
+
+def test_of_pixels_alone_there_is_no_aji(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, dice in (("a", 0.5), ("b", 0.53)):
+        rows = {"paper: start": {"one": [{"semantic_dice": dice}]}}
+        (tmp_path / name).write_text(json.dumps({"rows": rows}) + "\n")
+    quality.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.split() == ["paper:", "start", "mean", "of", "sets", "+.030"]
 
 
 def test_of_one_training_there_is_no_spread(

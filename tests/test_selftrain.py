@@ -10,10 +10,10 @@ from scipy import ndimage
 from slides import crops_of
 from test_network import patchcl_log
 
-from patchcl_qupath.config import CDCLConfig, Config, SelfTrainConfig
+from patchcl_qupath.config import CDCLConfig, Config, SegmentConfig, SelfTrainConfig
 from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.evaluation.metrics import Overlaps
-from patchcl_qupath.models.model import Model, confidence
+from patchcl_qupath.models.model import Calibration, Model, confidence
 from patchcl_qupath.models.network import ConfidenceNetwork, NucleusNetwork
 from patchcl_qupath.progress import Progress, Stage, hide_progress
 from patchcl_qupath.segmentation.instances import instances
@@ -22,6 +22,7 @@ from patchcl_qupath.training import selftrain, supervision
 from patchcl_qupath.training.pseudo_labels import (
     PseudoLabels,
     is_glass,
+    keep_labels,
     only_sure,
     pseudo_labels,
     separated,
@@ -308,17 +309,22 @@ def test_equal_trainings_give_equal_weights():
 def test_settings_of_refinement_are_not_those_of_cdcl_without_labels(monkeypatch):
     images, _ = nuclei_images(2)
     quick = replace(CONFIG, first_steps=1, steps=2, cdcl_steps=7, widths=(2, 2, 2))
-    config = replace(BY_TORCH, selftrain=quick, cdcl=CDCLConfig(steps=5, min_probability=1.0))
+    config = replace(
+        BY_TORCH,
+        selftrain=quick,
+        cdcl=CDCLConfig(steps=5, min_probability=1.0),
+        segment=SegmentConfig(min_area_um2=50),  # is for runs
+    )
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
     used = []
 
     def note(model, sure, report):
-        used.append((model.config.cdcl, len(sure(model))))
+        used.append(model.config)
         return model
 
     monkeypatch.setattr(selftrain.cdcl, "refine_without_labels", note)
     model = selftrain.train(crops_of(images), teacher, hide_progress)
-    assert used == [(CDCLConfig(steps=7), 2)]
+    assert used == [replace(config, cdcl=CDCLConfig(steps=7), segment=SegmentConfig())]
     assert model.config == config
 
 
@@ -345,15 +351,48 @@ def test_what_was_an_artefact_is_no_nucleus_in_cdcl_without_labels(monkeypatch):
         return model
 
     monkeypatch.setattr(selftrain, "train_on", lambda *_: selftrain.Trained(Halves(), [], 0, 0))
+    monkeypatch.setattr(selftrain, "calibrated", calibrated_to(0.99))
     monkeypatch.setattr(selftrain.cdcl, "refine_without_labels", note)
     selftrain.train(crops_of(images), teacher, hide_progress)
-    monkeypatch.setattr(selftrain, "outside_artefacts", lambda crop, _: 0 * crop.labels.nuclei)
+
+    def without_the_first(crop, _):
+        nuclei = crop.labels.nuclei
+        return keep_labels(nuclei, np.arange(nuclei.max() + 1) > 1)
+
+    monkeypatch.setattr(selftrain, "outside_artefacts", without_the_first)
     selftrain.train(crops_of(images), teacher, hide_progress)
     for sample, without in zip(*given, strict=True):
-        assert sample.nucleus.any()
-        assert not without.nucleus.any()
+        lost = (sample.nucleus > 0) & ~(without.nucleus > 0)
+        assert lost.any()
         # What is left out is unlabelled, not background.
-        np.testing.assert_array_equal(without.valid, sample.valid & ~(sample.nucleus > 0))
+        np.testing.assert_array_equal(without.valid, sample.valid & ~lost)
+
+
+def calibrated_to(probability):
+    """As ``calibrated``, but each nucleus has the same probability; None is no calibration."""
+    logit = None if probability is None else float(np.log(probability / (1 - probability)))
+    calibration = None if logit is None else Calibration(logit, 0, 0, 0)
+    return lambda model, *_: replace(model, calibration=calibration)
+
+
+@pytest.mark.parametrize(("probability", "is_sure"), [(None, False), (0.59, False), (0.61, True)])
+def test_cdcl_without_labels_needs_nuclei_that_are_sure(monkeypatch, probability, is_sure):
+    """Background alone, which all of a crop without nuclei is, would unlearn nuclei."""
+    images, _ = nuclei_images(2)
+    empty = np.full_like(images[0], 240)
+    teacher = Model(network=Prediction(), config=BY_TORCH, training=patchcl_log())
+    given = []
+
+    def note(model, sure, report):
+        given.append(sure(model))
+        return model
+
+    monkeypatch.setattr(selftrain, "train_on", lambda *_: selftrain.Trained(Halves(), [], 0, 0))
+    monkeypatch.setattr(selftrain, "calibrated", calibrated_to(probability))
+    monkeypatch.setattr(selftrain.cdcl, "refine_without_labels", note)
+    normaliser = StainNormaliser.fit(images)
+    selftrain.train(crops_of([*images, empty], normaliser), teacher, hide_progress)
+    assert len(given[0]) == (3 if is_sure else 0)
 
 
 def test_a_first_network_that_finds_nothing_teaches_nothing(monkeypatch):

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ class Cache:
         return model
 
 
+def _version(package: str) -> str:
+    """The version of a package; "" without it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 def code(*roots: str, script: Path | None = None) -> dict[str, str]:
     """What the results of functions depend on, beside their arguments, for a key.
 
@@ -75,6 +84,7 @@ def code(*roots: str, script: Path | None = None) -> dict[str, str]:
         **own,
         "code": code_digest(*roots),
         "torch": torch.__version__,
+        "openvino": _version("openvino"),
         "device": device().type,
         "python": f"{sys.version_info[0]}.{sys.version_info[1]}",
     }

@@ -40,12 +40,15 @@ Measures = dict[str, float]
 
 _LEAST_IMAGES = 10  # that a correlation is given of
 _WORST = 3  # images of each set that are named where pictures are drawn
-_NOT_OF_TRAINING = ("segment", "result", "cdcl", "engine")
+_NOT_OF_TRAINING = ("segment", "result", "cdcl")
+# CDCL ends a training by the defaults of these, whatever a person set.
+_DEFAULTS = {name: to_dict(Config())[name] for name in ("cdcl", "segment")}
 _NOT_OF_A_RUN = ("recipe", "patchcl", "selftrain", "cdcl", "result", "engine")
 _RUN = (
     "slides.prepare.prepare",
     "segmentation.tiling.plan",
     "segmentation.segment_tile.segment_tile",
+    "segmentation.unlikely.surest_nuclei",
     "evaluation.score.score_image",
 )
 
@@ -141,6 +144,7 @@ def training_key(images: ImageSet, config: Config) -> dict[str, Any]:
         "model": "label-free",
         "images": images.digest,
         "config": without(config, _NOT_OF_TRAINING),
+        "defaults": _DEFAULTS,
         **code("pipeline.train"),
     }
 

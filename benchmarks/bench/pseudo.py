@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,6 @@ from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import Stage, counter
 from patchcl_qupath.project import Project
 from patchcl_qupath.slides.prepare import TrainingCrops, prepare, training_crops
-from patchcl_qupath.slides.tissue import sample_boxes
 from patchcl_qupath.training import selftrain
 
 # Names of the measures, and what they are.
@@ -103,29 +101,16 @@ def _true_crops(
     assert images.ground_truth is not None
     entries = {entry.id: entry for entry in project.images()}
     files = ground_truth_files(images.ground_truth, [*entries.values()])
-    settings = config.patchcl
-    done = 0
-    for slide in dict.fromkeys(crops.slides):
-        image = prepare(entries[slide], config)
-        labels = np.asarray(Image.open(files[slide][0]))
-        rng = np.random.default_rng(settings.seed + 1)
-        boxes = sample_boxes(
-            image.tissue,
-            image.tissue_px,
-            image.slide.shape,
-            settings.source_px,
-            crops.slides.count(slide),
-            rng,
-        )
-        x, y = image.slide.downsample
-        for box in boxes:
-            if not np.array_equal(image.slide.read(box), crops.images[done]):
-                sys.exit("crops are drawn in another way than the benchmark expects")
-            top, rows = level0(box.row0, box.row1, y)
-            left, cols = level0(box.col0, box.col1, x)
-            inside = labels[top : top + len(rows), left : left + len(cols)]
-            yield TrueLabels(inside, np.ix_(rows, cols))
-            done += 1
+    labels = {slide: np.asarray(Image.open(files[slide][0])) for slide in {*crops.slides}}
+    downsample = {
+        slide: prepare(entries[slide], config).slide.downsample for slide in {*crops.slides}
+    }
+    for slide, box in zip(crops.slides, crops.boxes, strict=True):
+        x, y = downsample[slide]
+        top, rows = level0(box.row0, box.row1, y)
+        left, cols = level0(box.col0, box.col1, x)
+        inside = labels[slide][top : top + len(rows), left : left + len(cols)]
+        yield TrueLabels(inside, np.ix_(rows, cols))
 
 
 def level0(first: int, last: int, downsample: float) -> tuple[int, NDArray[np.intp]]:

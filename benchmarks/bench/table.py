@@ -121,12 +121,14 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> None:
         for name, (first, second) in pairs.items():
             cells = [_difference(first, second, column) for column in columns]
             _print(row, name, cells, columns)
-        lower = [name for name in common if _mean_aji(others[name]) < _mean_aji(common[name])]
-        print(f"{row}: AJI is lower on {len(lower)} of {len(common)} sets: {', '.join(lower)}")
+        aji = {name: _mean_aji(others[name]) - _mean_aji(common[name]) for name in common}
+        lower = [name for name, more in aji.items() if more < 0]
+        if not np.isnan([*aji.values()]).all():  # of paper-by-labels, pixels are scored
+            print(f"{row}: AJI is lower on {len(lower)} of {len(common)} sets: {', '.join(lower)}")
 
 
 def _mean_aji(trainings: list[Measures]) -> float:
-    return float(np.mean([each["aji"] for each in trainings]))
+    return float(np.mean([each.get("aji", np.nan) for each in trainings]))
 
 
 def _difference(before: list[Measures], after: list[Measures], column: Column) -> str:

@@ -90,7 +90,7 @@ class Model:
     ``channel`` is the map of the network that shows nuclei; where it is ``inverted``, it is low on
     them. A pixel with more confidence than ``threshold`` is nucleus. ``calibration``, where there
     is one, makes the probability of a nucleus from those of its pixels. ``training`` is the log,
-    for people and reports. All was chosen without labels (see ``training.patchcl``).
+    for people and reports. All but what a refinement learns was chosen without labels.
     """
 
     network: SegmentationNetwork

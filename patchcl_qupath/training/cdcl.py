@@ -11,7 +11,7 @@ student and teacher begin as the label-free model, and its pseudo-labels stay in
 unlabelled crops, or the student would forget whatever one labelled ROI does not show. There are
 two rounds: what the model of the first one finds are the pseudo-labels of the second. Those of the
 first leave out what the label-free model is not sure of, as that is often several nuclei in one.
-Without any label, two such rounds end the training of the label-free model itself.
+Without any label, two rounds, which both leave that out, end the label-free training itself.
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ from patchcl_qupath.training.supervision import (
     random_crop,
     to_batch,
 )
-
-_LEAST_LABELLED = 0.25  # of the pixels of tissue crops, without labels
 
 
 class Batch(NamedTuple):
@@ -94,24 +92,18 @@ def refine_without_labels(
 ) -> Model:
     """Refine a label-free model with what it is sure of itself, in place of labels.
 
-    The rounds end before one in which a model is sure of too little.
+    ``pseudo_labelled`` are the samples of that; the rounds end where a model has none.
     """
     assert isinstance(start.training, SelfTrainingLog), "CDCL begins with self-training"
 
     def sure(model: Model) -> _Samples | None:
         samples = pseudo_labelled(model)
-        return (samples, samples) if _labelled_fraction(samples) >= _LEAST_LABELLED else None
+        return (samples, samples) if samples else None
 
     model, log = _rounds(start, sure, report, start.config.patchcl.seed)
     for step in log:  # both are of pseudo-labels
         step["pseudo"] = round(step.pop("labelled") + step["pseudo"], 4)
     return replace(model, training=msgspec.structs.replace(start.training, unlabelled_cdcl=log))
-
-
-def _labelled_fraction(samples: Sequence[TrainingSample]) -> float:
-    """The fraction of the pixels of samples that is labelled."""
-    valid = [sample.valid for sample in samples]
-    return sum(float(each.sum()) for each in valid) / max(1, sum(each.size for each in valid))
 
 
 _Samples = tuple[Sequence[TrainingSample], Sequence[TrainingSample]]  # labelled, unlabelled

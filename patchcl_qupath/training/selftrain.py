@@ -64,6 +64,7 @@ from patchcl_qupath.training.touching import with_touching_nuclei
 
 _WARMUP_STEPS = 20  # in which the learning rate rises
 _LEAST_FOUND = 0.5  # of the area of nuclei that the first network was taught
+_LEAST_SURE = 0.25  # of the area of nuclei that the second one was taught
 _MAX_ARTEFACT = 0.5  # of the pixels of a nucleus
 _TURNS = 4  # of a crop, by 90 degrees, over which a network's probabilities are averaged
 
@@ -123,8 +124,10 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     )
     if not settings.cdcl_steps:
         return model
-    # What a person sets in [cdcl] is for refinement with labels.
-    by_defaults = replace(config, cdcl=CDCLConfig(steps=settings.cdcl_steps))
+    # What a person sets in [cdcl] is for refinement with labels; [segment] is for runs.
+    by_defaults = replace(
+        config, cdcl=CDCLConfig(steps=settings.cdcl_steps), segment=SegmentConfig()
+    )
     sure = partial(_sure_samples, crops=crops, before=labelled, progress=progress)
     refining = counter(progress, Stage.REFINING)
     model = cdcl.refine_without_labels(replace(model, config=by_defaults), sure, refining)
@@ -141,14 +144,20 @@ def _sure_samples(
     """The crops with the nuclei that a model is sure of, by a calibration, as samples.
 
     Of what was an artefact ``before``, which may be a dark nucleus, none is a nucleus, and no more
-    is background than the network says itself.
+    is background than the network says itself. None where there are too few nuclei for a
+    calibration, or too few that it is sure of: a network that is taught background alone unlearns
+    nuclei.
     """
     model = calibrated(model, crops, counter(progress, Stage.CALIBRATING))
+    if model.calibration is None:
+        return []
     found = pseudo_labelled(crops, model, counter(progress, Stage.CHOOSING_PSEUDO_LABELS))
-    return [
-        crop.with_nuclei(outside_artefacts(crop, old)).sample
+    sure = [
+        crop.with_nuclei(outside_artefacts(crop, old))
         for crop, old in zip(found, before, strict=True)
     ]
+    enough = _nucleus_px(sure) >= max(1, _LEAST_SURE * _nucleus_px(before))
+    return [crop.sample for crop in sure] if enough else []
 
 
 def train_on(
@@ -217,8 +226,8 @@ class LabelledCrop(NamedTuple):
 def pseudo_labelled(crops: TrainingCrops, teacher: Model, report: ShowCount) -> list[LabelledCrop]:
     """The crops, in their order, with the pseudo-labels that a network can learn from ``teacher``.
 
-    A network that separates nuclei labels all pixels: with the nuclei that it finds itself. Those
-    of PatchCL, which does not, are confident components of the hematoxylin map
+    Those of a network that separates nuclei are the nuclei that it finds itself, and the
+    background. Those of PatchCL, which does not, are confident components of the hematoxylin map
     (``pseudo_labels``), whose thresholds are those of all crops of a slide.
     """
     found: dict[int, LabelledCrop] = {}
@@ -299,10 +308,12 @@ def _engine(teacher: Model) -> EngineKind:
 def _of_network(
     teacher: Model, image: NDArray[np.uint8], normaliser: StainNormaliser
 ) -> PseudoLabels:
-    """The nuclei that a network finds in a crop (H, W, 3), and the rest of it as background.
+    """The nuclei that a network finds in a crop (H, W, 3), and its background.
 
     Probabilities are means over four turns of the crop: where they differ, the network is not sure.
-    Of a calibrated model, nuclei that are not probable enough are unlabelled, with what is around.
+    What it calls a nucleus but is too large or small for one, or has no core, is unlabelled. Of a
+    calibrated model, so are nuclei that are not probable enough, and the background around them:
+    their probability is that of the means, mostly less than in the single view of a run.
     """
     nucleus, core = np.zeros((2, *image.shape[:2]), np.float32)
     engine = _engine(teacher)
