@@ -18,7 +18,7 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Box, Corrections, Polygons, grid_to_level0
-from patchcl_qupath.evaluation.metrics import Overlaps
+from patchcl_qupath.evaluation.metrics import MIN_IOU, Overlaps
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import atomic_write, to_jpeg
@@ -35,7 +35,6 @@ from patchcl_qupath.storage.records import (
     write_record,
 )
 
-SAME_IOU = 0.5  # from it on, two contours are of one nucleus
 UNCHANGED_IOU = 0.99  # from it on, nobody reshaped it: files round coordinates
 _JPEG_QUALITY = 62
 
@@ -138,12 +137,12 @@ def compare(
     that was deleted, where the refined model has nothing but nuclei that the person has, too.
     """
     iou_before, iou_after = _iou(corrected, before), _iou(corrected, after)
-    here, found_now = _inside(corrected, roi), iou_after >= SAME_IOU
+    here, found_now = _inside(corrected, roi), iou_after > MIN_IOU
     kept = here & (iou_before >= UNCHANGED_IOU)
-    added = here & (iou_before < SAME_IOU)
+    added = here & (iou_before <= MIN_IOU)
     reshaped = here & ~added & ~kept
-    deleted = _inside(before, roi) & (_iou(before, corrected) < SAME_IOU)
-    false = after[_iou(after, corrected) < SAME_IOU]
+    deleted = _inside(before, roi) & (_iou(before, corrected) <= MIN_IOU)
+    false = after[_iou(after, corrected) <= MIN_IOU]
     old_false = _touched(false, before[deleted])
     return ChangeCounts(
         deleted=int(deleted.sum()),
@@ -165,7 +164,7 @@ def _iou(contours: Polygons, others: Polygons) -> NDArray[np.float64]:
 
 def _touched(contours: Polygons, others: Polygons) -> Bools:
     """(N,) which are in the place of another: IoU of 0.5, or a centroid in the other."""
-    touched = _iou(contours, others) >= SAME_IOU
+    touched = _iou(contours, others) > MIN_IOU
     tree = shapely.STRtree(others)
     touched[tree.query(shapely.centroid(contours), predicate="within")[0]] = True
     touched[tree.query(contours, predicate="contains")[0]] = True

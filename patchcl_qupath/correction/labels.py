@@ -23,6 +23,7 @@ from patchcl_qupath.datatypes import (
     place_text,
 )
 from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
+from patchcl_qupath.evaluation.metrics import MIN_IOU
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.project import Project
@@ -36,8 +37,6 @@ from patchcl_qupath.storage.records import Record
 from patchcl_qupath.training.pseudo_labels import PseudoLabels
 from patchcl_qupath.training.selftrain import LabelledCrop, pseudo_labelled
 from patchcl_qupath.training.supervision import TrainingSample, targets
-
-SAME_IOU = 0.5  # above it, two contours are of one nucleus
 
 LabelledImage = tuple[PreparedImage, Corrections]
 
@@ -201,7 +200,7 @@ def _disagreement(one: Corrections, other: Corrections) -> shapely.Geometry | No
     row, col = shapely.STRtree(inside[1]).query(inside[0], predicate="intersects")
     both = shapely.area(shapely.intersection(inside[0][row], inside[1][col]))
     either = shapely.area(inside[0][row]) + shapely.area(inside[1][col]) - both
-    same = both > SAME_IOU * either
+    same = both > MIN_IOU * either
     for areas, parts, matched in zip(nuclei, inside, (row[same], col[same]), strict=True):
         # Less than half of a nucleus may reach into a ROI by chance.
         unmatched = shapely.area(parts) > shapely.area(areas) / 2
