@@ -253,6 +253,15 @@ def test_blank_images_are_an_error():
         trained(config(), [np.full((100, 100, 3), 240, dtype=np.uint8)])
 
 
+def test_a_map_that_is_the_same_everywhere_is_not_chosen(monkeypatch):
+    """It has no correlation with hematoxylin, which no other map must lose for."""
+    scores = np.array([-0.4, np.nan, 0.2, 0.1], np.float32), np.ones(4, np.float32)
+    monkeypatch.setattr(patchcl, "_channel_scores", lambda *_: scores)
+    model = trained(config(max_steps=1))
+    assert (model.channel, model.inverted) == (0, True)
+    assert model.training.hematoxylin_correlation == [-0.4, 0, 0.2, 0.1]
+
+
 def test_sampler_prefers_patches_of_low_entropy():
     uncertain = torch.full((1, 2, 64, 64), 0.5)
     uncertain[..., :24, :24] = 0.01  # exactly the first patch of the grid

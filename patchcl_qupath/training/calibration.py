@@ -52,7 +52,7 @@ _RIDGE = 1e-3  # keeps the weights of the regression finite
 def calibrated(model: Model, crops: TrainingCrops, report: ShowCount) -> Model:
     """The model with a calibration, from some of the crops; as it is where these have few nuclei.
 
-    Equal models and crops give equal calibrations on one machine.
+    Equal models and crops give equal calibrations on one machine's CPU.
     """
     chosen = crops.select([*np.linspace(0, len(crops) - 1, min(len(crops), _CROPS)).astype(int)])
     engine = engines.choose(model.config.engine, model.network)

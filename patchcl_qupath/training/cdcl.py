@@ -73,7 +73,7 @@ def refine(
 ) -> Model:
     """Refine a model with samples of labelled ROIs, and with those that a model pseudo-labels.
 
-    Equal samples, seeds and numbers of threads give equal weights on one machine.
+    Equal samples, seeds and numbers of threads give equal weights on one machine's CPU.
     """
     assert isinstance(start.training, SelfTrainingLog), "CDCL begins with self-training"
     model, log = _rounds(start, lambda model: (labelled, pseudo_labelled(model)), report, seed)

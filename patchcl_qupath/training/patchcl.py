@@ -68,9 +68,9 @@ def train(
     """Train PatchCL on tissue crops at ``config.slide.mpp``, without labels.
 
     Crops may differ in size; those narrower than a patch are left out. Equal crops, settings and
-    numbers of threads give equal weights on one machine. With the measures of the paper, there are
-    several starts (``_best_start``); ``watch`` is called with each snapshot of them. Raises
-    TrainingError where nothing can be learnt from the crops.
+    numbers of threads give equal weights on one machine's CPU. With the measures of the paper,
+    there are several starts (``_best_start``); ``watch`` is called with each snapshot of them.
+    Raises TrainingError where nothing can be learnt from the crops.
     """
     settings = config.patchcl
     wide = [min(image.shape[:2]) >= settings.patch_px for image in crops.images]
@@ -89,8 +89,9 @@ def train(
     correlation, logit = _channel_scores(trained.network, validation, config)
     if as_published:
         correlation = snapshot.scores
-    if not np.isfinite(correlation).all():
+    if not np.isfinite(correlation).any():
         raise TrainingError("the images look blank: add some with stained tissue to train on")
+    correlation = np.nan_to_num(correlation)  # a map that is the same everywhere shows nothing
     channel = int(np.argmax(np.abs(correlation)))
     with torch.no_grad():
         # Contrast drives confidences to 0 and 1, the closer the longer the training. Scaled back,

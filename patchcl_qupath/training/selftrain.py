@@ -84,7 +84,7 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     A first network learns from these; what it finds in the crops are the pseudo-labels of the
     second. A first network that finds far less than it was taught teaches none. The second one is
     returned, after CDCL on those nuclei that are probable enough.
-    Equal crops, teachers and numbers of threads give equal weights on one machine. Raises
+    Equal crops, teachers and numbers of threads give equal weights on one machine's CPU. Raises
     TrainingError where no nucleus is pseudo-labelled.
     """
     config, settings = teacher.config, teacher.config.selftrain
@@ -168,7 +168,7 @@ def train_on(
 ) -> Trained:
     """Train a network on samples alone; its weights are averaged over the last steps.
 
-    Equal arguments and numbers of threads give equal weights on one machine.
+    Equal arguments and numbers of threads give equal weights on one machine's CPU.
     """
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
