@@ -112,6 +112,9 @@ ImageResults results = readResults(name, resultFile, folder.resolve('fields').re
 // QuPath saves after 'Run for project' and 'QuPath script --save', a person saves the open image.
 boolean savedByQuPath = getBinding().getVariables()[ScriptAttributes.BATCH_SAVE]
 boolean inWindow = QuPathGUI.getInstance() != null
+String otherImage = findOtherImage(imageData, results.result)
+if (otherImage != null)
+    throw new IOException("${name}: ${otherImage}")
 Path backups = folder.resolve('backups').resolve(entry.getID())
 def planned = { boolean keep ->
     planReplacement(imageData, entry, results.nuclei, results.result, results.suggested, maxOverlap, backups, keep)
@@ -498,6 +501,21 @@ static ImageResults readResults(String image, Path resultFile, Path roisFile) {
                 "(${folder}).")
     }
     return results
+}
+
+/**
+ * Why the nuclei of a run are those of another image than QuPath shows, and what to do; null where they are not. Of the
+ * images of one file, QuPath and patchcl-qp may take different ones. patchcl-qp calls this, too.
+ */
+@CompileStatic
+static String findOtherImage(ImageData<?> imageData, JsonObject result) {
+    JsonArray size = result.getAsJsonObject('slide')?.getAsJsonArray('size')   // as of 0.2
+    int width = imageData.getServer().getWidth()
+    int height = imageData.getServer().getHeight()
+    if (size == null || (size.get(0).getAsInt() == width && size.get(1).getAsInt() == height))
+        return null
+    return "QuPath shows an image of ${width} x ${height} px, but the nuclei are those of one of " +
+            "${size.get(0)} x ${size.get(1)} px: remove it from the project in QuPath, add its file again, and run again"
 }
 
 /**

@@ -544,6 +544,7 @@ class Run:
             tissue_mm2=image.tissue_mm2(),
             slide=SlideProvenance(
                 file=image.file,
+                size=image.slide.size,
                 mpp=image.slide.mpp_level0,
                 mpp_source=image.slide.mpp_source,
             ),

@@ -128,6 +128,21 @@ def at_full_size(
         return slide.read(box or whole(slide)).astype(int)
 
 
+def write_series(path: Path, *images: NDArray[np.uint8], names: Sequence[str] = ()) -> Path:
+    """A TIFF of several images of 0.5 µm/px; as OME-TIFF where they have names."""
+    with tifffile.TiffWriter(path, ome=bool(names)) as tiff:
+        for number, pixels in enumerate(images):
+            tiff.write(
+                pixels,
+                photometric="rgb",
+                tile=(TILE_PX, TILE_PX),
+                metadata={"Name": names[number], "axes": "YXS"} if names else None,
+                resolution=(20000, 20000),
+                resolutionunit="CENTIMETER",
+            )
+    return path
+
+
 def write_svs(
     path: Path, pixels: NDArray[np.uint8], mpp: float, factors: Sequence[int] = (1, 4)
 ) -> Path:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from slides import check_boxes, scene, shrunk, whole, write_svs, write_tiff
+from slides import check_boxes, scene, shrunk, whole, write_series, write_svs, write_tiff
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config
@@ -593,22 +593,40 @@ def test_pixel_size_of_the_real_cases(name: str, fallback: float | None) -> None
 # The right image of a file
 
 
-def write_series(path: Path, *images: NDArray[np.uint8], names: Sequence[str] = ()) -> Path:
-    """A TIFF of several images; as OME-TIFF where they have names."""
-    with tifffile.TiffWriter(path, ome=bool(names)) as tiff:
-        for number, pixels in enumerate(images):
-            tiff.write(
-                pixels,
-                photometric="rgb",
-                tile=(TILE, TILE),
-                metadata={"Name": names[number], "axes": "YXS"} if names else None,
-                resolution=(20000, 20000),
-                resolutionunit="CENTIMETER",
-            )
-    return path
+@pytest.mark.parametrize(
+    ("sides", "names", "shown"),
+    [
+        ([320, 400], [], 0),
+        ([320, 400], ["one", "two"], 0),
+        ([320, 320], ["one", "two"], 0),
+        ([200, 400], ["one", "two"], 0),  # 4 times its pixels
+        ([192, 400], ["one", "two"], 1),
+        ([192, 320, 400], ["one", "two", "three"], 2),
+        ([400, 320], ["Label image", "two"], 1),
+        ([400, 320, 352], ["macro", "two", "three"], 1),
+        ([400, 320], ["macro", "overview"], 0),
+    ],
+)
+def test_the_image_that_qupath_shows_is_read(
+    tmp_path: Path, sides: list[int], names: list[str], shown: int
+) -> None:
+    images = [scene(side, side, (0.5, 0.5)) for side in sides]
+    slide = Slide.open(entry(write_series(tmp_path / "a.tif", *images, names=names)))
+    assert slide.size == (sides[shown],) * 2
+    np.testing.assert_array_equal(slide.read(whole(slide)), images[shown])
 
 
-def test_the_largest_image_is_read_wherever_it_is(tmp_path: Path) -> None:
+def test_an_image_with_levels_is_a_slide_whatever_its_name(tmp_path: Path) -> None:
+    pixels = scene(400, 320, (0.5, 0.5))
+    common: dict[str, Any] = {"photometric": "rgb", "tile": (TILE, TILE)}
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif") as tiff:
+        tiff.write(pixels, subifds=1, metadata={"Name": "macro", "axes": "YXS"}, **common)
+        tiff.write(shrunk(pixels, 2), subfiletype=1, **common)
+        tiff.write(scene(480, 400, (0.5, 0.5)), metadata={"Name": "two", "axes": "YXS"}, **common)
+    assert Slide.open(entry(tmp_path / "a.ome.tif", fallback_mpp=0.5)).size == (400, 320)
+
+
+def test_a_much_larger_image_is_read_wherever_it_is(tmp_path: Path) -> None:
     pixels = scene(512, 384, (0.5, 0.5))
     path = write_series(tmp_path / "a.tif", shrunk(pixels, 3), pixels, shrunk(pixels, 2))
     slide = Slide.open(entry(path))
@@ -645,7 +663,6 @@ def test_an_image_is_named_by_number_name_or_size(tmp_path: Path) -> None:
         slide = Slide.open(entry(path, **known))
         np.testing.assert_array_equal(slide.read(whole(slide)), expected)
     for known, reason in (
-        ({}, "2 images of one size"),
         ({"series": 7}, "3 images, not number 7"),
         ({"series_name": "four"}, "no image named four, but one, two, three"),
     ):

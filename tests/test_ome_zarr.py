@@ -251,19 +251,33 @@ def test_a_folder_that_is_no_zarr(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-def test_the_image_that_is_meant_of_several(tmp_path: Path) -> None:
-    """bioformats2raw writes each image of a slide, its label too, into a group of its own."""
-    path = tmp_path / "a.zarr"
+def write_several(path: Path, *widths: int) -> Path:
+    """A slide as bioformats2raw writes it: each image, its label too, is in a group of its own."""
     root = zarr.open_group(
         str(path), mode="w", zarr_format=2, attributes={"bioformats2raw.layout": 3}
     )
-    root.create_group("OME", attributes={"series": ["0", "1"]})
-    for number, width in enumerate((120, 300)):
+    root.create_group("OME", attributes={"series": [*map(str, range(len(widths)))]})
+    for number, width in enumerate(widths):
         write_ome_zarr(path / str(number), scene(width, 100, MPP), MPP)
+    return path
+
+
+def test_the_image_that_is_meant_of_several(tmp_path: Path) -> None:
+    path = write_several(tmp_path / "a.zarr", 60, 300)
     assert opened(path).size == (300, 100)
-    assert opened(path, size=(120, 100)).size == (120, 100)
-    assert opened(path, series=0).size == (120, 100)
-    assert opened(path / "0").size == (120, 100)
+    assert opened(path, size=(60, 100)).size == (60, 100)
+    assert opened(path, series=0).size == (60, 100)
+    assert opened(path / "0").size == (60, 100)
+
+
+def test_the_image_that_qupath_shows_of_several(tmp_path: Path) -> None:
+    """As of a TIFF: the first slide, unless another one is much larger."""
+    path = write_several(tmp_path / "a.zarr", 120, 300)
+    assert opened(path).size == (120, 100)
+    assert opened(path, series=1).size == (300, 100)
+    labelled = write_several(tmp_path / "labelled.zarr", 120, 300)
+    edited(labelled / "0", name="Label image")
+    assert opened(labelled).size == (300, 100)
 
 
 def test_a_pickled_slide_reads_the_same(tmp_path: Path) -> None:

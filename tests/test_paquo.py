@@ -17,6 +17,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -25,7 +26,7 @@ import shapely
 from click.testing import CliRunner
 from qupath import nuclei
 from results import result_of
-from slides import write_tiff
+from slides import scene, write_series, write_tiff
 
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import CORRECTED, BackendKind, ResultConfig
@@ -594,6 +595,54 @@ def test_lost_slide_is_refused_before_java_starts(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="put the file beside the project"):
         project.remove(entry)
     assert not (project.layout.root / "qupath.log").exists()
+
+
+@pytest.mark.qupath
+@pytest.mark.parametrize(
+    ("sides", "names"),
+    [
+        ([320, 400], []),
+        ([320, 400], ["one", "two"]),
+        ([320, 320], ["one", "two"]),
+        ([200, 400], ["one", "two"]),  # 4 times its pixels
+        ([192, 400], ["one", "two"]),
+        ([192, 400], []),
+        ([192, 320, 400], ["one", "two", "three"]),
+        ([400, 320], ["Label image", "two"]),
+        ([400, 320, 352], ["macro", "two", "three"]),
+    ],
+)
+def test_qupath_shows_the_image_that_is_segmented(
+    tmp_path: Path, session: qupath.Session, sides: list[int], names: list[str]
+) -> None:
+    images = [scene(side, side, (0.5, 0.5)) for side in sides]
+    slide = write_series(tmp_path / "a.tif", *images, names=names)
+    path = init_project(tmp_path / "project", [NewImage.of_file(slide, None)])
+    (entry,) = open_project(path, "files").images()
+    (shown,) = session.run(
+        path, "imageData.getServer().with { '[' + getWidth() + ',' + getHeight() + ']' }"
+    ).values()
+    assert tuple(shown) == Slide.open(entry).size
+
+
+@pytest.mark.qupath
+def test_nuclei_of_another_image_of_the_file_are_refused(tmp_path: Path, process: Process) -> None:
+    """As of a project that does not name the reader, where Bio-Formats takes the first."""
+    images = [scene(side, side, (0.5, 0.5)) for side in (192, 400)]
+    slide = write_series(tmp_path / "a.tif", *images)
+    path = qupath.make_project(tmp_path / "project", slide, ["a.tif"])
+    content = json.loads(path.read_text("utf-8"))
+    del content["images"][0]["serverBuilder"]["providerClassName"]
+    path.write_text(json.dumps(content), "utf-8")
+    project, entry = opened(path, process)
+    of_slide = msgspec.structs.replace(result_of(4).slide, size=Slide.open(entry).size)
+    result = result_of(4, slide=of_slide)
+    with pytest.raises(ImageError, match=r"of 192 x 192 px, but .* 400 x 400 px: re"):
+        project.write(entry, [FEW[:4]], ResultConfig(), result)
+    assert not project.files.data(entry).exists()
+    of_slide = msgspec.structs.replace(of_slide, size=(192, 192))
+    project.write(entry, [FEW[:4]], ResultConfig(), result_of(4, slide=of_slide))
+    assert project.files.data(entry).exists()
 
 
 def read_by(process: Any, path: Path) -> tuple[PaquoProject, ImageEntry]:

@@ -17,6 +17,7 @@ from patchcl_qupath.storage.layout import Layout
 
 QUPATH_VERSION = "0.5.1"  # whose format is written; 0.4 and later read it
 OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
+BIO_FORMATS = "qupath.lib.images.servers.bioformats.BioFormatsServerBuilder"
 OPENSLIDE_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm", ".svslide"}
 
 _RGB = {"Red": -65536, "Green": -16711936, "Blue": -16776961}  # Java's 0xAARRGGBB
@@ -28,19 +29,27 @@ class NewImage:
 
     ``levels`` are the (width, height) of its pyramid in px, level 0 first. ``mpp`` (x, y) is the
     pixel size in µm for a file that does not have one; None if QuPath finds it in the file.
+    ``is_first`` is whether the file begins with it.
     """
 
     path: Path
     levels: Sequence[tuple[int, int]]
     mpp: tuple[float, float] | None = None
+    is_first: bool = True
 
     @classmethod
     def of_file(cls, path: Path, mpp: float | None) -> NewImage:
         """An image file; ``mpp`` is its pixel size, in µm, if it has none. Raises SlideError."""
-        from patchcl_qupath.slides.slide import Slide  # loads the readers of all formats
+        from patchcl_qupath.slides.pyramid import open_pyramid  # loads the readers of all formats
+        from patchcl_qupath.slides.slide import Slide
 
         slide = Slide.open(ImageEntry("", path.name, path.resolve(), fallback_mpp=mpp))
-        return cls(slide.path, slide.levels, None if slide.calibrated else slide.mpp_level0)
+        return cls(
+            path=slide.path,
+            levels=slide.levels,
+            mpp=None if slide.calibrated else slide.mpp_level0,
+            is_first=not open_pyramid(slide.path, slide.selection).number,
+        )
 
 
 def init_project(folder: Path, images: Sequence[NewImage]) -> Path:
@@ -113,6 +122,8 @@ def _entry(number: int, image: NewImage) -> dict[str, Any]:
     builder: dict[str, Any] = {"builderType": "uri"}
     if image.path.suffix.lower() in OPENSLIDE_SUFFIXES:
         builder["providerClassName"] = OPENSLIDE  # otherwise QuPath chooses another reader
+    elif not image.is_first:
+        builder["providerClassName"] = BIO_FORMATS  # others, and itself unasked, show the first
     builder |= {"uri": to_uri(image.path), "args": []}
     # Metadata replace what QuPath reads from the file, pyramid levels included. OpenSlide adds
     # levels to NDPI, so metadata are written only if the pixel size is needed.

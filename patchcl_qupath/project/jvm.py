@@ -361,6 +361,8 @@ class _QuPath:
         nuclei = read_nuclei(question.results / "nuclei.parquet")
         self._lap("read nuclei")
         project, entry, image_data = self._open(question.image)
+        if (other_image := self._import.findOtherImage(image_data, result)) is not None:
+            raise ImageError(str(other_image))
         if nuclei.classes is None:
             names, codes = np.array([question.class_name]), np.zeros(len(nuclei), np.intp)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,20 @@ from patchcl_qupath.errors import DamagedError, SlideError, too_little_memory
 from patchcl_qupath.slides.pixel_size import PixelSize
 
 MAX_IN_MEMORY_PX = 178_000_000  # of a level that cannot be read in parts: 0.5 GB, Pillow's limit
+
+# Names of images that show the whole slide, or its label: those of QuPath's BioFormatsImageServer.
+_ASSOCIATED = {
+    "label",
+    "label image",
+    "macro",
+    "macro image",
+    "macro mask image",
+    "overview",
+    "overview image",
+    "thumbnail",
+    "thumbnail image",
+}
+_MUCH_LARGER = 4  # times the pixels of the first image, there, too
 
 
 @dataclass(frozen=True)
@@ -41,12 +56,14 @@ class Level:
 class Pyramid:
     """An open image: its levels, finest first; its bounds in level-0 px.
 
-    ``pixel_sizes`` are those that the file has, the most trusted first.
+    ``pixel_sizes`` are those that the file has, the most trusted first. ``number`` is that of the
+    image in its file, from 0.
     """
 
     levels: list[Level]
     pixel_sizes: tuple[PixelSize, ...] = ()
     bounds: tuple[float, ...] | None = None  # x, y, width, height
+    number: int = 0
 
     def level_for(self, downsample: tuple[float, float]) -> Level:
         """The coarsest level that is fine enough for ``downsample`` (x, y) level-0 px per px."""
@@ -81,7 +98,7 @@ class Pyramid:
 class Selection:
     """Which image of a file is meant: by its number, its name, or its size (width, height).
 
-    Without any, it is the largest.
+    Without any, it is the one that QuPath's Bio-Formats shows: see ``shown``.
     """
 
     series: int | None = None
@@ -92,6 +109,24 @@ class Selection:
     def of(cls, entry: ImageEntry) -> Selection:
         """What a project says of an image."""
         return cls(series=entry.series, name=entry.series_name, size=entry.size)
+
+
+def is_associated(name: str, levels: int) -> bool:
+    """Whether an image of that name and number of levels only shows a slide, or its label."""
+    return levels == 1 and name.lower() in _ASSOCIATED
+
+
+def shown(sizes: Sequence[tuple[int, int]], associated: Sequence[bool]) -> int:
+    """The number of the image of a file that QuPath's Bio-Formats shows where none is named.
+
+    It is the first that is not associated, unless the largest has more than 4 times its pixels.
+    ``sizes`` are the (width, height) of all images.
+    """
+    possible = [number for number, is_no_slide in enumerate(associated) if not is_no_slide]
+    possible = possible or list(range(len(sizes)))
+    first, largest = possible[0], max(possible, key=lambda number: math.prod(sizes[number]))
+    is_much_larger = math.prod(sizes[largest]) > _MUCH_LARGER * math.prod(sizes[first])
+    return largest if is_much_larger else first
 
 
 class MissingReaderError(Exception):

@@ -15,7 +15,15 @@ import zarr
 from numpy.typing import NDArray
 
 from patchcl_qupath.slides.chunks import ChunkedPixels, drawn_from
-from patchcl_qupath.slides.level import Level, Pyramid, Selection, check_memory, level_scale
+from patchcl_qupath.slides.level import (
+    Level,
+    Pyramid,
+    Selection,
+    check_memory,
+    is_associated,
+    level_scale,
+    shown,
+)
 from patchcl_qupath.slides.pixel_size import Pair, PixelSize, PixelSizeSource, in_um
 
 _AXES = "tczyx"  # of versions that do not name them
@@ -35,7 +43,9 @@ def open_ome_zarr(folder: Path, selection: Selection) -> Pyramid:
 
 def _pyramid(folder: Path, selection: Selection) -> Pyramid:
     """As ``open_ome_zarr``, which explains what metadata of other kinds raise."""
-    group = _image(zarr.open_group(str(folder), mode="r", use_consolidated=False), selection)
+    images = _images(zarr.open_group(str(folder), mode="r", use_consolidated=False))
+    number = _choose(images, selection)
+    group = images[number]
     _check_colours(_metadata(group))
     image = _multiscale(group)
     frames = [_Frame.of(image, dataset) for dataset in image["datasets"]]
@@ -44,39 +54,47 @@ def _pyramid(folder: Path, selection: Selection) -> Pyramid:
         if frame.begins_with(frames[0]):
             plane = _Plane.of(folder, _array(group, dataset), _axes(image))
             levels.append(_level(plane, frame.downsample(frames[0]), levels))
-    return Pyramid(levels, tuple(_pixel_sizes(image, frames[0])))
+    return Pyramid(levels, tuple(_pixel_sizes(image, frames[0])), number=number)
 
 
-def _image(root: zarr.Group, selection: Selection) -> zarr.Group:
-    """The group of an image: the root itself, or one of those that bioformats2raw lays out."""
+def _images(root: zarr.Group) -> list[zarr.Group]:
+    """The groups of images: the root itself, or those that bioformats2raw lays out."""
     metadata = _metadata(root)
     if metadata.get("multiscales"):
-        return root
+        return [root]
     if "plate" in metadata:
         raise ValueError("it is a plate of many wells: add the images in it instead")
-    images = [] if "bioformats2raw.layout" not in metadata else list(_images(root))
+    images = [] if "bioformats2raw.layout" not in metadata else list(_listed(root))
     if not images:
         raise ValueError("it is no OME-Zarr image, as it has no multiscales")
-    return _chosen(images, selection)
+    return images
 
 
-def _chosen(images: Sequence[zarr.Group], selection: Selection) -> zarr.Group:
-    """The image that is meant: of that size, number or name, else the largest."""
+def _choose(images: Sequence[zarr.Group], selection: Selection) -> int:
+    """The number of the image that is meant: of that size, number or name, else the one that is
+    shown.
+
+    Raises ValueError for a name or number that no image has.
+    """
+    if not images[0].path:  # the root itself, whatever it is called
+        return 0
     sizes = [_size(image) for image in images]
     if sizes.count(selection.size or (0, 0)) == 1:
-        return images[sizes.index(selection.size or (0, 0))]
+        return sizes.index(selection.size or (0, 0))
     if selection.series is not None and selection.series < len(images):
-        return images[selection.series]
-    names = [_multiscale(image).get("name") for image in images]
+        return selection.series
+    multiscales = [_multiscale(image) for image in images]
+    names = [multiscale.get("name") for multiscale in multiscales]
     if selection.series is None and selection.name is None:
-        return images[max(range(len(images)), key=lambda i: math.prod(sizes[i]))]
+        levels = [len(multiscale["datasets"]) for multiscale in multiscales]
+        return shown(sizes, [*map(is_associated, map(str, names), levels)])
     if names.count(selection.name) == 1:
-        return images[names.index(selection.name)]
+        return names.index(selection.name)
     meant = selection.name or f"number {selection.series}"
     raise ValueError(f"it holds {len(images)} images, but not {meant}")
 
 
-def _images(root: zarr.Group) -> Iterator[zarr.Group]:
+def _listed(root: zarr.Group) -> Iterator[zarr.Group]:
     """The images of a folder of several, in their order."""
     listed = _metadata(root["OME"]).get("series") if "OME" in root else None
     for path in listed or (str(number) for number in range(root.nmembers())):

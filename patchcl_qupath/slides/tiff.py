@@ -30,24 +30,14 @@ from patchcl_qupath.slides.level import (
     Pyramid,
     Selection,
     check_memory,
+    is_associated,
     level_scale,
+    shown,
 )
 from patchcl_qupath.slides.pixel_size import tiff_pixel_sizes
 from patchcl_qupath.slides.tiled_page import HalfPage, TiledPage, tiled_pages
 
 MAX_LOOK_PX = 16_000_000  # of a level whose alpha is looked at as a whole
-
-# Names of images that show the whole slide, or its label, as scanners and Bio-Formats write them.
-ASSOCIATED = {
-    "associated",
-    "label",
-    "label image",
-    "macro",
-    "macro image",
-    "map",
-    "overview",
-    "thumbnail",
-}
 
 # Kinds of TIFF whose images tifffile finds by parsing text: with text that does not parse, the
 # images are found by their pages alone.
@@ -73,7 +63,7 @@ def open_tiff(path: Path, selection: Selection) -> Pyramid:
         levels: list[Level] = []
         for array, level in finest_first:
             levels.append(_level(array, to_rgb(level.keyframe, has_alpha), level, levels))
-        return Pyramid(levels, tiff_pixel_sizes(tiff, page, number), _bounds(slide))
+        return Pyramid(levels, tiff_pixel_sizes(tiff, page, number), _bounds(slide), number)
     except BaseException:
         slide.close()
         raise
@@ -101,9 +91,9 @@ def _open(path: Path) -> tuple[TiffSlide, Sequence[TiffPageSeries]]:
 
 
 def _choose(all_series: Sequence[TiffPageSeries], selection: Selection) -> int:
-    """The number of the image that is meant: by size and by name, else the largest.
+    """The number of the image that is meant: by size and by name, else the one that is shown.
 
-    Raises ValueError where it cannot be told.
+    Raises ValueError for a name or number that no image has.
     """
     sizes = [_size(series) for series in all_series]
     named = _named(all_series, selection)
@@ -114,13 +104,7 @@ def _choose(all_series: Sequence[TiffPageSeries], selection: Selection) -> int:
         return of_size[0]
     if named is not None:
         return named
-    possible = [i for i, series in enumerate(all_series) if not _is_associated(series)]
-    possible = possible or list(range(len(all_series)))
-    area = max(math.prod(sizes[i]) for i in possible)
-    largest = [i for i in possible if math.prod(sizes[i]) == area]
-    if len(largest) != 1:
-        raise ValueError(f"it holds {len(largest)} images of one size, and none is named")
-    return largest[0]
+    return shown(sizes, [_is_associated(series) for series in all_series])
 
 
 def _named(all_series: Sequence[TiffPageSeries], selection: Selection) -> int | None:
@@ -141,7 +125,7 @@ def _named(all_series: Sequence[TiffPageSeries], selection: Selection) -> int | 
 
 def _is_associated(series: TiffPageSeries) -> bool:
     """Whether an image is no slide, but shows one, or its label."""
-    return series.name.lower() in ASSOCIATED or series.keyframe.is_reduced
+    return series.keyframe.is_reduced or is_associated(series.name, len(series.levels))
 
 
 def _size(series: TiffPageSeries) -> tuple[int, int]:

@@ -37,7 +37,8 @@ class FileSignature(Record, frozen=True, kw_only=True):
 
 
 class SlideProvenance(Record, frozen=True, kw_only=True, omit_defaults=True):
-    """The slide in which nuclei were segmented; ``mpp`` is (x, y) µm/px at level 0.
+    """The slide in which nuclei were segmented; ``mpp`` is (x, y) µm/px at level 0, ``size`` is
+    (width, height) there, None of a run of version 0.1.
 
     ``mpp_source`` is where that is given: QuPath, OME-XML, vendor, TIFF resolution, ImageJ, --mpp.
     """
@@ -45,6 +46,7 @@ class SlideProvenance(Record, frozen=True, kw_only=True, omit_defaults=True):
     file: FileSignature
     mpp: tuple[float, float]
     mpp_source: str | None = None
+    size: tuple[int, int] | None = None
 
     def has_size(self, mpp: tuple[float, float] | None) -> bool:
         """Whether lengths in µm are as with a pixel size (x, y), or that is not known."""
