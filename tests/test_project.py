@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import pytest
+from PIL import Image
+from slides import scene
 
 from patchcl_qupath.errors import ProjectError, StorageError
 from patchcl_qupath.project import NewImage, init_project, open_project
+from patchcl_qupath.project.create import to_uri
 from patchcl_qupath.project.qpproj import path_of_uri
 from patchcl_qupath.slides.slide import Slide
 
@@ -248,7 +252,14 @@ def test_paths_that_are_not_projects_are_refused(tmp_path: Path, sample_project:
 
 
 @pytest.mark.parametrize(
-    "left", ["data/2/data.qpdata", "patchcl/regions/2.geojson", "patchcl/results/2/result.json"]
+    "left",
+    [
+        "data/2/data.qpdata",
+        "patchcl/regions/2.geojson",
+        "patchcl/results/2/result.json",
+        "patchcl/backups/2/data.qpdata.1.damaged",
+        "patchcl/report/outcomes/2.json",
+    ],
 )
 def test_init_takes_nothing_of_an_earlier_project(tmp_path: Path, left: str) -> None:
     """Images are numbered anew: what was drawn in the second one lies in another slide."""
@@ -264,6 +275,29 @@ def test_init_takes_nothing_of_an_earlier_project(tmp_path: Path, left: str) -> 
     touch(model)
     init_project(tmp_path / "made", images[:1])  # there is no second one, and models are kept
     assert model.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a permission")
+def test_init_does_not_follow_links(tmp_path: Path) -> None:
+    """What they lead to may have no suffix, or bear the name of a patient."""
+    (tmp_path / "store").mkdir()
+    image = Image.fromarray(scene(60, 40, (0.5, 0.5)))
+    image.save(tmp_path / "store" / "3f2a9c", "png")
+    image.save(tmp_path / "store" / "PATIENT-NAME.png")
+    (tmp_path / "links").symlink_to(tmp_path / "store")
+    links = [tmp_path / "case1.png", tmp_path / "anon-1.png"]
+    for link, name in zip(links, ["3f2a9c", "PATIENT-NAME.png"], strict=True):
+        link.symlink_to(tmp_path / "store" / name)
+    path = init_project(
+        tmp_path / "links" / "project", [NewImage.of_file(link, 0.5) for link in links]
+    )
+    assert path == tmp_path / "links" / "project" / "project.qpproj"
+    text = path.read_text("utf-8")
+    assert "PATIENT" not in text
+    assert to_uri(path) in text
+    entries = open_project(path).images()
+    assert [entry.path for entry in entries] == links
+    assert [Slide.open(entry).size for entry in entries] == [(60, 40)] * 2
 
 
 def test_init_makes_a_project_that_reads_the_same(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path, PurePath, PureWindowsPath
@@ -123,7 +124,7 @@ def test_arguments_are_understood_or_named(args: list[str]) -> None:
 @given(parts=st.lists(names, min_size=1, max_size=4))
 def test_uris_are_read_as_they_are_written(parts: list[str]) -> None:
     path = Path("/", *parts)
-    assert path_of_uri(to_uri(path)) == PurePath(path.resolve())
+    assert path_of_uri(to_uri(path)) == PurePath(os.path.abspath(path))  # noqa: PTH100
 
 
 @given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ class NewImage:
         from patchcl_qupath.slides.pyramid import open_pyramid  # loads the readers of all formats
         from patchcl_qupath.slides.slide import Slide
 
-        slide = Slide.open(ImageEntry("", path.name, path.resolve(), fallback_mpp=mpp))
+        slide = Slide.open(ImageEntry("", path.name, _absolute(path), fallback_mpp=mpp))
         return cls(
             path=slide.path,
             levels=slide.levels,
@@ -74,7 +75,7 @@ def init_project(folder: Path, images: Sequence[NewImage]) -> Path:
             "image of that number: move the folders data and patchcl away (patchcl/models may "
             "stay), or name another folder"
         )
-    path = folder.resolve() / "project.qpproj"
+    path = _absolute(folder) / "project.qpproj"
     now = int(time.time() * 1000)
     entries = [_entry(number, image) for number, image in enumerate(images, start=1)]
     write_json(
@@ -105,6 +106,8 @@ def _left_by_another(folder: Path, count: int) -> Path | None:
         layout.rois,
         layout.receipt,
         layout.changes,
+        layout.backups,
+        layout.outcome,
     )
     for number in map(str, range(1, count + 1)):
         files = [folder / "data" / number / "data.qpdata", *(of(number) for of in of_image)]
@@ -115,7 +118,13 @@ def _left_by_another(folder: Path, count: int) -> Path | None:
 
 def to_uri(path: Path) -> str:
     """A file's URI with one slash, as Java writes it."""
-    return path.resolve().as_uri().replace("file:///", "file:/", 1)
+    return _absolute(path).as_uri().replace("file:///", "file:/", 1)
+
+
+def _absolute(path: Path) -> Path:
+    """An absolute path, without following links: what they lead to may have a name without a
+    suffix, or that of a patient."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 Path.resolve follows them
 
 
 def _entry(number: int, image: NewImage) -> dict[str, Any]:

@@ -297,7 +297,7 @@ class PaquoProject:
             project=self.path,
             entry_id=entry.id,
             name=entry.name,
-            slide=entry.path.resolve(),
+            slide=entry.path.absolute(),  # a link has the suffix that QuPath goes by
             backups=self.layout.backups(entry.id),
             data=data_signature(self.files.data(entry)),
         )
