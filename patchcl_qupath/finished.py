@@ -6,7 +6,6 @@ What does the work is not imported here: `patchcl-qp run` on a finished project 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from patchcl_qupath.config import TMA_CORES, Config, EngineChoice, from_dict, to
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError
 from patchcl_qupath.project import Project
-from patchcl_qupath.slides.level import Selection
 from patchcl_qupath.slides.pixel_size import PixelSizeSource
 from patchcl_qupath.slides.stain_vectors import stains_to_measure
 from patchcl_qupath.storage.files import digest, is_whole_parquet, read_json
@@ -30,6 +28,7 @@ from patchcl_qupath.storage.records import (
     ImageOutcome,
     Provenance,
     ResultRecord,
+    SlideProvenance,
     file_signature,
     read_model_record,
     read_record,
@@ -106,7 +105,9 @@ def finished_outcome(
     try:
         if not (
             _is_written(layout, entry.id, result)
-            and _is_same_slide(read_json(layout.tiles(run, entry.id) / "plan.json") or {}, entry)
+            and _is_same_slide(
+                read_json(layout.tiles(run, entry.id) / "plan.json") or {}, result.slide, entry
+            )
             and _is_same_in_qupath(project, entry, result, outcome.note)
         ):
             return None
@@ -169,25 +170,30 @@ def _is_written(layout: Layout, image: str, result: ResultRecord) -> bool:
     return all(map(is_whole_parquet, tables)) and layout.outcome(image).stat().st_mtime_ns >= last
 
 
-def _is_same_slide(plan: dict[str, Any], entry: ImageEntry) -> bool:
+def _is_same_slide(plan: dict[str, Any], slide: SlideProvenance, entry: ImageEntry) -> bool:
     """Whether finished tiles are of the slide as it is now: pixels, choice of image, pixel size.
 
-    Raises OSError for a missing slide.
+    What the project does not say of image and pixel size is as it was. Raises OSError for a missing
+    slide.
     """
     signature = to_plain(file_signature(entry.path))
-    selection = asdict(Selection.of(entry))
-    source, mpp = plan.get("mpp_source"), tuple(plan.get("mpp_level0") or ())
-    known = {  # by where it is given
-        PixelSizeSource.QUPATH: entry.mpp,
-        PixelSizeSource.FALLBACK: entry.mpp or (entry.fallback_mpp,) * 2,
-    }
-    is_same_size = known[source] == mpp if source in known else entry.mpp is None
+    image = {"image": entry.series, "size": entry.size and [*entry.size]}
+    same = {**signature, "form": TILE_FORMAT, **{k: v for k, v in image.items() if v is not None}}
     return (
-        is_same_size
-        and plan.get("form") == TILE_FORMAT
-        and digest(plan.get("selection")) == digest(selection)
-        and {name: plan.get(name) for name in signature} == signature
+        entry.series_name is None  # only the file tells which that is
+        and {name: plan.get(name) for name in same} == same
+        and _has_its_pixel_size(slide, entry)
     )
+
+
+def _has_its_pixel_size(slide: SlideProvenance, entry: ImageEntry) -> bool:
+    """Whether a slide that was segmented has the pixel size that its image has now."""
+    if entry.mpp is not None:
+        return slide.has_size(entry.mpp)
+    if slide.mpp_source == PixelSizeSource.FALLBACK:
+        fallback = entry.fallback_mpp
+        return fallback is not None and slide.has_size((fallback, fallback))
+    return slide.mpp_source != PixelSizeSource.QUPATH
 
 
 def _is_same_in_qupath(

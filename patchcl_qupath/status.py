@@ -99,7 +99,7 @@ def _changed(entry: ImageEntry, result: ResultRecord, models: Mapping[str, str])
     if not entry.problem:
         if result.slide.file != file_signature(entry.path):
             changed.append("slide file")
-        if entry.mpp and result.slide.mpp != entry.mpp:
+        if not result.slide.has_size(entry.mpp):
             changed.append("pixel size")
     if result.model not in models.values():
         changed.append("model retrained" if result.model_name in models else "model gone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box, ImageEntry, Nuclei
 from patchcl_qupath.errors import ImageError, SlideError
 from patchcl_qupath.execution.outcome import note
+from patchcl_qupath.finished import _has_its_pixel_size, _is_same_slide
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.segmentation.segment_tile import (
     TileContext,
@@ -35,6 +37,7 @@ from patchcl_qupath.slides.prepare import PreparedImage, prepare
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import check_brightfield, tissue_mask
 from patchcl_qupath.storage.files import digest
+from patchcl_qupath.storage.records import FileSignature, SlideProvenance
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 SIDE = 512  # of the square of the sample slide that most cases are made of
@@ -744,6 +747,56 @@ def test_the_last_pixel_of_a_truncated_level_is_repeated(tmp_path: Path) -> None
     for mpp in (4.0, 4.2, 8.0):
         thumbnail = Slide.open(entry(path), 0.25).thumbnail(mpp)
         assert np.abs(thumbnail[-1].astype(int) - thumbnail[-2]).max() < 10
+
+
+@pytest.mark.parametrize(
+    ("saved", "is_same"),
+    [
+        ({"series": 0, "size": (SIDE, SIDE), "mpp": (0.5, 0.5)}, True),  # as QuPath saves it
+        ({"mpp": (0.5 + 1e-9, 0.5)}, True),  # read in other digits
+        ({"series_name": "one"}, True),
+        ({"series": 1}, False),
+        ({"size": (400, SIDE)}, False),
+        ({"mpp": (0.25, 0.25)}, False),
+    ],
+)
+def test_finished_tiles_are_kept_when_qupath_saves_what_the_file_says(
+    tmp_path: Path, square: NDArray[np.uint8], saved: dict[str, Any], is_same: bool
+) -> None:
+    path = write_series(
+        tmp_path / "a.ome.tif", square, square[:, :400].copy(), names=["one", "two"]
+    )
+    image = prepare(entry(path), Config())
+    plan = json.loads(json.dumps(image.fingerprint()))
+    after = prepare(entry(path, **saved), Config())
+    assert (json.loads(json.dumps(after.fingerprint())) == plan) is is_same
+    slide = image.slide
+    made = SlideProvenance(file=image.file, mpp=slide.mpp_level0, mpp_source=slide.mpp_source)
+    assert _is_same_slide(plan, made, entry(path))
+    if "series_name" not in saved:  # which needs a look into the file
+        assert _is_same_slide(plan, made, entry(path, **saved)) is is_same
+
+
+@pytest.mark.parametrize(
+    ("source", "known", "is_same"),
+    [
+        ("--mpp", {"fallback_mpp": 0.5}, True),
+        ("--mpp", {"mpp": (0.5, 0.5)}, True),  # init wrote it into the project
+        ("--mpp", {"fallback_mpp": 0.25}, False),
+        ("--mpp", {}, False),
+        ("QuPath", {"mpp": (0.5, 0.5), "fallback_mpp": 0.25}, True),
+        ("QuPath", {}, False),  # the file may have another one
+        ("vendor", {"fallback_mpp": 0.25}, True),
+        ("vendor", {"mpp": (0.25, 0.25)}, False),
+    ],
+)
+def test_nuclei_are_those_of_a_pixel_size(
+    source: str, known: dict[str, Any], is_same: bool
+) -> None:
+    made = SlideProvenance(
+        file=FileSignature(bytes=1, modified_ns=1), mpp=(0.5, 0.5), mpp_source=source
+    )
+    assert _has_its_pixel_size(made, entry(Path("a.tif"), **known)) is is_same
 
 
 def test_a_slide_with_voids_has_a_fingerprint(tmp_path: Path, square: NDArray[np.uint8]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from results import result_of
 from slides import scene
 
 from patchcl_qupath.errors import ProjectError, StorageError
@@ -18,6 +19,8 @@ from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.project.create import to_uri
 from patchcl_qupath.project.qpproj import path_of_uri
 from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.status import image_statuses
+from patchcl_qupath.storage.records import write_record
 
 OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
 BIO_FORMATS = "qupath.lib.images.servers.bioformats.BioFormatsServerBuilder"
@@ -298,6 +301,16 @@ def test_init_does_not_follow_links(tmp_path: Path) -> None:
     entries = open_project(path).images()
     assert [entry.path for entry in entries] == links
     assert [Slide.open(entry).size for entry in entries] == [(60, 40)] * 2
+
+
+def test_a_pixel_size_in_other_digits_is_no_change(tmp_path: Path) -> None:
+    image = touch(tmp_path / "a.png")
+    for mpp, is_changed in ((0.5, False), (0.5000001, False), (0.25, True)):
+        folder = tmp_path / str(mpp)
+        project = open_project(init_project(folder, [NewImage(image, [(9, 9)], (mpp, 0.5))]))
+        write_record(project.layout.result("1"), result_of(0))  # of 0.5 µm/px
+        (status,) = image_statuses(project, project.images())
+        assert ("pixel size" in status.changed) is is_changed
 
 
 def test_init_makes_a_project_that_reads_the_same(tmp_path: Path) -> None:

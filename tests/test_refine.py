@@ -338,7 +338,7 @@ def test_rois_of_two_images_of_one_slide_must_agree(nuclei, agree):
     two = replace(one, id="2", slide=replace(one.slide, origin=(100, 50)))
     moved = [shapely.transform(n, lambda xy: xy - (100, 50)) for n in nuclei]
     roi = shapely.box(400, 600, 790, 850)
-    another = replace(two.slide, selection=replace(two.slide.selection, series=1))
+    another = replace(two.slide, number=1)
     others = Corrections((roi,), (), ())
     labels.check_agreement(  # another image of the same file
         [(one, Corrections((ROI,), (INSIDE, ACROSS))), (replace(two, slide=another), others)]

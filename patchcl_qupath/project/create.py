@@ -41,15 +41,14 @@ class NewImage:
     @classmethod
     def of_file(cls, path: Path, mpp: float | None) -> NewImage:
         """An image file; ``mpp`` is its pixel size, in µm, if it has none. Raises SlideError."""
-        from patchcl_qupath.slides.pyramid import open_pyramid  # loads the readers of all formats
-        from patchcl_qupath.slides.slide import Slide
+        from patchcl_qupath.slides.slide import Slide  # loads the readers of all formats
 
         slide = Slide.open(ImageEntry("", path.name, _absolute(path), fallback_mpp=mpp))
         return cls(
             path=slide.path,
             levels=slide.levels,
             mpp=None if slide.calibrated else slide.mpp_level0,
-            is_first=not open_pyramid(slide.path, slide.selection).number,
+            is_first=slide.number == 0,
         )
 
 

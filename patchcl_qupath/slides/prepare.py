@@ -98,17 +98,23 @@ class PreparedImage:
     def fingerprint(self) -> dict[str, Any]:
         """What the nuclei of a tile depend on, beside model and settings: pixels and their frame.
 
-        The path is not part of it: a project that was moved keeps its finished tiles.
+        Neither the path is part of it, nor what the project says of image and pixel size: a project
+        that was moved, or saved in QuPath, keeps its finished tiles.
         """
-        region = None if self.region is None else digest(shapely.to_wkb(self.region, hex=True))
+        slide = self.slide
         return {
-            **asdict(replace(self.slide, void=None)),
-            "path": None,
-            "name": None,
-            "void": None if self.slide.void is None else self.slide.void.packed.hex(),
+            "image": slide.number,
+            "size": slide.size,
+            "origin": slide.origin,
+            "levels": slide.levels,
+            "mpp_level0": [*map(_digits, slide.mpp_level0)],
+            "downsample": [*map(_digits, slide.downsample)],
+            "void": None if slide.void is None else slide.void.packed.hex(),
             "form": TILE_FORMAT,
             **to_plain(self.file),
-            "region": region,
+            "region": None
+            if self.region is None
+            else digest(shapely.to_wkb(self.region, hex=True)),
             "stains": asdict(self.stains),
         }
 
@@ -124,6 +130,11 @@ class PreparedImage:
             ) from error
         if found != self.file:
             raise SlideError(f"{self.slide.name}: {path} changed while it was segmented: run again")
+
+
+def _digits(length: float) -> float:
+    """A length in as many digits as tell: QuPath may have the last ones of a file's otherwise."""
+    return float(f"{length:.6g}")
 
 
 def prepare(entry: ImageEntry, config: Config) -> PreparedImage:

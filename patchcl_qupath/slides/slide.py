@@ -36,9 +36,10 @@ class Slide:
 
     ``size`` is (width, height) of level 0, without what lies outside of the bounds; ``mpp_level0``
     (x, y) µm/px there, and ``mpp_source`` where that is given; ``downsample`` (x, y) level-0 px per
-    working px. Of the file: which image it is (``selection``), ``origin`` (x, y) of the bounds in
-    px, and the size (width, height) of each of its pyramid ``levels``. Pixels in ``void`` are read
-    as glass: a slide that is just opened has none, see ``without_void``.
+    working px. Of the file: which image was asked for (``selection``) and which it is, from 0
+    (``number``), ``origin`` (x, y) of the bounds in px, and the size (width, height) of each of its
+    pyramid ``levels``. Pixels in ``void`` are read as glass: a slide that is just opened has none,
+    see ``without_void``.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Slide:
     origin: tuple[int, int]
     levels: tuple[tuple[int, int], ...]
     selection: Selection
+    number: int
     mpp_source: PixelSizeSource
     void: VoidMask | None = None
 
@@ -62,9 +64,9 @@ class Slide:
             )
 
     @property
-    def source(self) -> tuple[Path, int | None, str | None]:
+    def source(self) -> tuple[Path, int]:
         """The file, and which of its images this is: equal for slides that show the same."""
-        return self.path.resolve(), self.selection.series, self.selection.name
+        return self.path.resolve(), self.number
 
     @classmethod
     def open(cls, entry: ImageEntry, mpp: float = 0.5) -> Slide:
@@ -101,6 +103,7 @@ class Slide:
             origin=origin,
             levels=tuple(level.pixels.shape[1::-1] for level in pyramid.levels),
             selection=selection,
+            number=pyramid.number,
             mpp_source=pixel_size.source,
         )
 
