@@ -28,6 +28,7 @@ from patchcl_qupath.config import (
     StainChoice,
 )
 from patchcl_qupath.progress import Progress, ShowProgress, Stage
+from patchcl_qupath.slides.pixel_size import MPP_RANGE
 
 if TYPE_CHECKING:
     from patchcl_qupath.execution.workers import Workers
@@ -53,16 +54,16 @@ class Renamed(click.Option):
 
 
 class PixelSize(click.FloatRange):
-    """A pixel size in µm: a positive number, neither NaN nor infinity."""
+    """A pixel size in µm that a microscope can have, and not NaN."""
 
     def __init__(self) -> None:
-        super().__init__(min=0, min_open=True)
+        super().__init__(*MPP_RANGE)
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         mpp: float = super().convert(value, param, ctx)
-        if not math.isfinite(mpp):
+        if math.isnan(mpp):  # in no range, and out of none
             self.fail(f"{value} is not a pixel size in µm.", param, ctx)
         return mpp
 

@@ -437,7 +437,9 @@ def test_nothing_to_learn_from(tmp_path, crop):
         (["run", SAMPLE, "--workers", "0"], 2, "--workers"),
         (["run", SAMPLE, "--mpp", "0"], 2, "--mpp"),
         (["run", SAMPLE, "--mpp", "nan"], 2, "'--mpp': nan is not a pixel size in µm"),
-        (["init", "new", "none.svs", "--mpp", "inf"], 2, "'--mpp': inf is not a pixel size"),
+        (["init", "new", "none.svs", "--mpp", "inf"], 2, "'--mpp': inf is not in the range"),
+        (["run", SAMPLE, "--mpp", "10"], 2, "'--mpp': 10.0 is not in the range 0.05<=x<=4.0"),
+        (["init", "new", "none.svs", "--mpp", "0.04"], 2, "'--mpp': 0.04 is not in the range"),
         (["run", SAMPLE, "--config", "none.toml"], 2, "none.toml"),
         (["init", SAMPLE, SAMPLE / "CMU-1-Small-Region.svs"], 1, "is there already"),
         (

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +247,25 @@ def test_pixel_size_is_qupaths_then_the_files_then_the_fallback(tmp_path: Path) 
     assert Slide.open(entry(path, fallback_mpp=0.4)).calibrated
     with pytest.raises(SlideError, match=r"b\.tif has a pixel size of 352\.8 µm.*--mpp"):
         Slide.open(entry(dpi_72))
+
+
+def test_a_pixel_size_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    """QuPath measures with what it shows, and what is given with --mpp is meant."""
+    pixels = scene(300, 200, (0.25, 0.25))
+    path = write_tiff(tmp_path / "a.tif", pixels, (0.25, 0.25))
+    dpi_72 = write_tiff(tmp_path / "b.tif", pixels, (352.8, 352.8))
+    message = r"a\.tif has a pixel size of 5 x 6 µm in QuPath, .*, and of 0\.25 µm in its file: set"
+    with pytest.raises(SlideError, match=message):
+        Slide.open(entry(path, mpp=(5.0, 6.0), fallback_mpp=0.5))
+    saved = entry(dpi_72, mpp=(352.8, 352.8))  # as QuPath reads it from the file
+    assert Slide.open(replace(saved, fallback_mpp=0.5)).mpp_level0 == (0.5, 0.5)
+    with pytest.raises(
+        SlideError, match=r"b\.tif has .* 352\.8 µm, which cannot be: set it in QuP"
+    ):
+        Slide.open(saved)
+    message = r"b\.tif has .* the given one of 10 µm cannot be: give one from 0\.05 to 4\.0 µm"
+    with pytest.raises(SlideError, match=message):
+        Slide.open(replace(saved, fallback_mpp=10.0))
 
 
 def test_bounds_are_subtracted_as_qupath_does(

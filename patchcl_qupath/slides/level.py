@@ -98,7 +98,7 @@ class Pyramid:
 class Selection:
     """Which image of a file is meant: by its number, its name, or its size (width, height).
 
-    Without any, it is the one that QuPath's Bio-Formats shows: see ``shown``.
+    Without any, it is the one that QuPath's Bio-Formats shows (see ``shown``).
     """
 
     series: int | None = None

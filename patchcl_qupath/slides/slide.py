@@ -20,7 +20,7 @@ from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import DamagedError, ImageError, SlideError
 from patchcl_qupath.slides.level import Pyramid, Selection, unreadable
 from patchcl_qupath.slides.level_grid import LevelGrid, Overview
-from patchcl_qupath.slides.pixel_size import Pair, PixelSize, PixelSizeSource
+from patchcl_qupath.slides.pixel_size import MPP_RANGE, Pair, PixelSize, PixelSizeSource
 from patchcl_qupath.slides.pyramid import forget_pyramids, open_pyramid
 from patchcl_qupath.slides.void import VoidMask, void_blocks
 from patchcl_qupath.storage.files import is_file
@@ -72,13 +72,15 @@ class Slide:
     def open(cls, entry: ImageEntry, mpp: float = 0.5) -> Slide:
         """Open an image of a project, with a working grid of about ``mpp`` µm/px.
 
-        The pixel size is QuPath's, else the file's, else ``entry.fallback_mpp``. Of several images
-        in a file it is the one that QuPath shows. Where a whole number of level-0 pixels is within
-        10 % of ``mpp``, working pixels are such blocks (resampling by 1.98 would blur
+        The pixel size is QuPath's, else the first usable one of the file's, else
+        ``entry.fallback_mpp``. Of several images in a file it is the one that the project names, or
+        that QuPath's Bio-Formats shows without a name. Where a whole number of level-0 pixels is
+        within 10 % of ``mpp``, working pixels are such blocks (resampling by 1.98 would blur
         periodically); elsewhere they are of exactly ``mpp``.
 
         Raises ImageError with ``entry.problem``; SlideError for a file that is missing, damaged,
-        not 8-bit RGB, another one than QuPath saved, or without a usable pixel size.
+        not 8-bit RGB, another one than QuPath saved, without a usable pixel size, or with one where
+        QuPath's is not usable.
         """
         if entry.problem:
             raise ImageError(entry.problem)
@@ -251,22 +253,41 @@ def _frame(entry: ImageEntry, pyramid: Pyramid) -> tuple[tuple[int, int], tuple[
 
 
 def _pixel_size(entry: ImageEntry, of_file: tuple[PixelSize, ...]) -> PixelSize:
-    """The pixel size of level 0: the first usable one of QuPath's, the file's and the fallback."""
-    known = list(of_file)
+    """The pixel size of level 0: the first usable one of QuPath's, the file's and the fallback.
+
+    QuPath's measurements are made with its own: where that is not usable, the file's is not taken.
+    """
+    known, usable = list(of_file), [one for one in of_file if one.is_usable]
     if entry.mpp is not None:
-        known.insert(0, PixelSize(PixelSizeSource.QUPATH, entry.mpp))
+        of_qupath = PixelSize(PixelSizeSource.QUPATH, entry.mpp)
+        if usable and not of_qupath.is_usable:
+            raise SlideError(
+                f"{entry.name} has a pixel size of {_text(of_qupath)} µm in QuPath, which cannot "
+                f"be, and of {_text(usable[0])} µm in its file: set it in QuPath (Image tab, "
+                "double-click 'Pixel width')"
+            )
+        known.insert(0, of_qupath)
     fallback = entry.fallback_mpp
     given = [] if fallback is None else [PixelSize(PixelSizeSource.FALLBACK, (fallback,) * 2)]
     for pixel_size in (*known, *given):
         if pixel_size.is_usable:
             return pixel_size
-    found = "no pixel size"
-    if known:
-        found = f"a pixel size of {known[0].mpp[0]:.4g} µm, which cannot be"
+    found = f"a pixel size of {_text(known[0])} µm, which cannot be" if known else "no pixel size"
+    if given:
+        least, most = MPP_RANGE
+        raise SlideError(
+            f"{entry.name} has {found}, and the given one of {_text(given[0])} µm cannot be: "
+            f"give one from {least} to {most} µm"
+        )
     raise SlideError(
         f"{entry.name} has {found}: set it in QuPath (Image tab, double-click 'Pixel width'), "
         "or pass --mpp 0.25"
     )
+
+
+def _text(pixel_size: PixelSize) -> str:
+    """A pixel size in µm, both sides where they differ."""
+    return " x ".join(dict.fromkeys(f"{side:.4g}" for side in pixel_size.mpp))
 
 
 @contextmanager
