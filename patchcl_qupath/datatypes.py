@@ -123,7 +123,7 @@ class ImageEntry:
 
     ``mpp`` is (x, y) in µm/px at level 0 where the project has it: QuPath's value, which a person
     may have corrected, takes precedence over the file's own. ``fallback_mpp`` is the µm/px of
-    images whose pixel size is neither in QuPath nor in the file, as given by --mpp. ``size`` is
+    images without a usable pixel size in QuPath or in the file, as given by --mpp. ``size`` is
     (width, height) at level 0 as QuPath saved it; ``series`` and ``series_name`` are the number and
     the name of the image in its file, where the project names them. ``use_bounds`` is false where
     QuPath ignores the bounds of the scanned area. ``problem`` is the reason why the image cannot be

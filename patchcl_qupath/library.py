@@ -62,8 +62,9 @@ def create_project(
 ) -> Project:
     """Create a QuPath project of image files, which stay where they are.
 
-    ``mpp`` is the pixel size, in µm, of images whose file has none. Raises ProjectError where there
-    is a project already, SlideError for an image that cannot be read.
+    ``mpp`` is the pixel size, in µm, of images whose file has no usable one; of several images in a
+    file, the one is taken that QuPath's Bio-Formats shows. Raises ProjectError where there is a
+    project already, SlideError for an image that cannot be read.
 
     >>> project = pq.create_project("new_project", ["sample_project/CMU-1-Small-Region.svs"])
     >>> project.path.name

@@ -1,4 +1,4 @@
-"""TIFF and the slides that are TIFF: the image of the file that QuPath shows, as a pyramid.
+"""TIFF and the slides that are TIFF: the image of the file that a project means, as a pyramid.
 
 Tiles and compressed strips are decoded chunk by chunk, other pixels are read through tifffile's
 zarr view; a level that is one single chunk is decoded once and kept.
