@@ -482,9 +482,9 @@ class SelfTrainConfig(Settings):
 
 @dataclass(frozen=True)
 class CDCLConfig(Settings):
-    """Semi-supervised refinement with corrected ROIs. Its defaults, but for the steps, also end the
-    label-free training. Where a default is not that of the paper (Wu et al. 2022), the paper's
-    value is given."""
+    """Semi-supervised refinement with corrected ROIs. Its defaults, but for steps and solidity,
+    also end the label-free training. Where a default is not that of the paper (Wu et al. 2022), the
+    paper's value is given."""
 
     table: ClassVar[str] = "cdcl"
 
@@ -514,6 +514,16 @@ class CDCLConfig(Settings):
             "first round; others, and background nearest to them, are unlabelled (paper: none)"
         ),
     ] = 0.6
+    min_solidity: Annotated[
+        float,
+        fraction(
+            "Minimum solidity, area over that of the convex hull, of such a nucleus if it is "
+            "large: several nuclei in one have less (paper: none)"
+        ),
+    ] = 0.94
+    large: Annotated[
+        float, setting("Area of a large nucleus, relative to the median of its crop", ge=0)
+    ] = 1.5
     teacher_warmup: Annotated[
         float, fraction("Fraction of the steps before the teacher's predictions are used")
     ] = 0.2

@@ -269,9 +269,9 @@ def nuclei_images(n):
 
 
 def test_a_network_is_trained_on_the_pseudo_labels_of_patchcl():
-    images, ground_truths = nuclei_images(5)
+    images, ground_truths = nuclei_images(9)
     normaliser = StainNormaliser.fit(images)
-    crops = crops_of(images[:4], normaliser)
+    crops = crops_of(images[:8], normaliser)
     quick = replace(CONFIG, first_steps=100, steps=150, cdcl_steps=12, widths=(8, 12, 16))
     config = replace(BY_TORCH, selftrain=quick)
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
@@ -291,13 +291,13 @@ def test_a_network_is_trained_on_the_pseudo_labels_of_patchcl():
     assert len(log.unlabelled_cdcl) == 24  # two rounds
     assert "contrast" in log.unlabelled_cdcl[-1]
     assert model.calibration is None  # that of the network before
-    found = confidence(model, images[4], normaliser)  # never seen
+    found = confidence(model, images[8], normaliser)  # never seen
     labels = instances(found.nucleus, MPP, Config().segment, 0.5, found.core)
-    assert Overlaps.of_labels(labels, ground_truths[4]).f1 > 0.7
+    assert Overlaps.of_labels(labels, ground_truths[8]).f1 > 0.7
 
 
 def test_equal_trainings_give_equal_weights():
-    images, _ = nuclei_images(4)
+    images, _ = nuclei_images(8)
     crops = crops_of(images, StainNormaliser.fit(images))
     few = replace(CONFIG, first_steps=20, steps=20, cdcl_steps=5, widths=(8, 12, 16))
     config = replace(BY_TORCH, selftrain=few)
@@ -324,7 +324,8 @@ def test_settings_of_refinement_are_not_those_of_cdcl_without_labels(monkeypatch
 
     monkeypatch.setattr(selftrain.cdcl, "refine_without_labels", note)
     model = selftrain.train(crops_of(images), teacher, hide_progress)
-    assert used == [replace(config, cdcl=CDCLConfig(steps=7), segment=SegmentConfig())]
+    by_defaults = CDCLConfig(steps=7, min_solidity=0)
+    assert used == [replace(config, cdcl=by_defaults, segment=SegmentConfig())]
     assert model.config == config
 
 
@@ -456,6 +457,23 @@ def test_the_nuclei_of_a_network_and_all_else_as_background_are_its_pseudo_label
     # The mean over four turns is 0.7 everywhere; at one turn, half of the nuclei would be missing.
     assert Overlaps.of_labels(labels.nuclei, ground_truth).f1 == 1
     np.testing.assert_array_equal(labels.background, labels.nuclei == 0)
+
+
+def test_several_nuclei_in_one_are_no_pseudo_label_of_a_refinement(monkeypatch):
+    rgb = np.full((60, 160, 3), (225, 180, 205), np.uint8)
+    three = [(20, 125, 9), (36, 125, 9), (36, 141, 9)]
+    nuclei = discs((60, 160), [(20, 15, 9), (45, 15, 9), (30, 60, 14), (30, 90, 9), *three])
+    nuclei = np.minimum(nuclei, 5)  # three in one; the third is as large
+    rgb[nuclei > 0] = (110, 70, 150)
+    monkeypatch.setattr(selftrain, "instances", lambda *_: nuclei)
+    model = calibrated_to(0.99)(Model(network=Halves(), config=BY_TORCH, threshold=0.65))
+    ((_, labels),) = selftrain.pseudo_labelled(crops_of([rgb]), model, lambda *_: None)
+    np.testing.assert_array_equal(labels.nuclei, np.where(nuclei < 5, nuclei, 0))
+    assert not labels.background[:, 110:].any()
+    any_shape = replace(BY_TORCH, cdcl=CDCLConfig(min_solidity=0))
+    model = replace(model, config=any_shape)
+    ((_, labels),) = selftrain.pseudo_labelled(crops_of([rgb]), model, lambda *_: None)
+    np.testing.assert_array_equal(labels.nuclei, nuclei)
 
 
 def test_what_a_network_finds_in_an_artefact_is_taught_as_background():

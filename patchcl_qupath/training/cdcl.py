@@ -10,8 +10,9 @@ unlike those of background, from whichever image (cross-patch dense contrast). B
 student and teacher begin as the label-free model, and its pseudo-labels stay in the loss on
 unlabelled crops, or the student would forget whatever one labelled ROI does not show. There are
 two rounds: what the model of the first one finds are the pseudo-labels of the second. Those of the
-first leave out what the label-free model is not sure of, as that is often several nuclei in one.
-Without any label, two rounds, which both leave that out, end the label-free training itself.
+first leave out what the label-free model is not sure of, and what is large and not convex, as that
+is often several nuclei in one. Without any label, two rounds, which both leave out what the network
+is not sure of, end the label-free training itself.
 """
 
 from __future__ import annotations

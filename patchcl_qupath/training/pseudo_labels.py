@@ -294,12 +294,28 @@ def component_scores(
     possible = (area >= config.min_area_um2) & (area <= config.max_area_um2)
     possible &= edge >= config.min_edge
     possible[0] = False
-    hulls = shapely.convex_hull(trace_contours(keep_labels(labels, possible)))
-    solidity = area[possible] / (shapely.area(hulls) * mpp**2)  # that of a ring is low
+    solidity = solidities(keep_labels(labels, possible))  # that of a ring is low
     convex = np.clip((solidity - config.min_solidity) / _FULL_SCORE, 0, 1)
     scores = np.zeros(len(area))
     scores[possible] = area[possible] * convex * edge[possible] ** 3
     return scores
+
+
+def solidities(nuclei: NDArray[np.int32]) -> NDArray[np.float64]:
+    """The solidity (N,) of nuclei 1..N (H, W): their area, over that of their convex hull."""
+    area = np.bincount(nuclei.ravel())[1:]
+    return np.asarray(
+        area / np.maximum(shapely.area(shapely.convex_hull(trace_contours(nuclei))), 1)
+    )
+
+
+def are_several(nuclei: NDArray[np.int32], large: float, min_solidity: float) -> NDArray[np.bool_]:
+    """Which nuclei 1..N (H, W) seem to be several in one, (N,): those of more than ``large`` times
+    the median area of all, and less than ``min_solidity``."""
+    area = np.bincount(nuclei.ravel())[1:]
+    if not len(area):
+        return np.zeros(0, np.bool_)
+    return np.asarray((area > large * np.median(area)) & (solidities(nuclei) < min_solidity))
 
 
 @compiled

@@ -44,6 +44,7 @@ from patchcl_qupath.training import cdcl
 from patchcl_qupath.training.calibration import calibrated
 from patchcl_qupath.training.pseudo_labels import (
     PseudoLabels,
+    are_several,
     is_glass,
     keep_labels,
     only_sure,
@@ -124,9 +125,12 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     )
     if not settings.cdcl_steps:
         return model
-    # What a person sets in [cdcl] is for refinement with labels; [segment] is for runs.
+    # What a person sets in [cdcl] is for refinement with labels; [segment] is for runs. Without
+    # labels, nothing teaches what those are that seem several.
     by_defaults = replace(
-        config, cdcl=CDCLConfig(steps=settings.cdcl_steps), segment=SegmentConfig()
+        config,
+        cdcl=CDCLConfig(steps=settings.cdcl_steps, min_solidity=0),
+        segment=SegmentConfig(),
     )
     sure = partial(_sure_samples, crops=crops, before=labelled, progress=progress)
     refining = counter(progress, Stage.REFINING)
@@ -312,8 +316,8 @@ def _of_network(
 
     Probabilities are means over four turns of the crop: where they differ, the network is not sure.
     What it calls a nucleus but is too large or small for one, or has no core, is unlabelled. Of a
-    calibrated model, so are nuclei that are not probable enough, and the background around them:
-    their probability is that of the means, mostly less than in the single view of a run.
+    calibrated model, so are nuclei that are not probable enough, or seem several, and the
+    background around them: the probability is that of the means, mostly less than in a single view.
     """
     nucleus, core = np.zeros((2, *image.shape[:2]), np.float32)
     engine = _engine(teacher)
@@ -327,8 +331,10 @@ def _of_network(
     labels = PseudoLabels(nuclei, (nucleus < teacher.threshold) & (nuclei == 0))
     if teacher.calibration is None:
         return labels
+    settings = teacher.config.cdcl
     probability = nucleus_probability(teacher, nuclei, Confidence(nucleus, core), teacher.mpp)
-    return only_sure(labels, probability >= teacher.config.cdcl.min_probability)
+    is_sure = probability >= settings.min_probability
+    return only_sure(labels, is_sure & ~are_several(nuclei, settings.large, settings.min_solidity))
 
 
 def learning_rate(step: int, settings: SelfTrainConfig) -> float:

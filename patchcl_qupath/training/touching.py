@@ -14,12 +14,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import shapely
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from patchcl_qupath.segmentation.contours import trace_contours
-from patchcl_qupath.training.pseudo_labels import PseudoLabels, Stains, keep_labels
+from patchcl_qupath.training.pseudo_labels import PseudoLabels, Stains, keep_labels, solidities
 
 _MARGIN_PX = 2  # around a nucleus that is copied
 _MIN_SOLIDITY = 0.9  # of a nucleus that is copied
@@ -82,7 +80,7 @@ def _clear_nuclei(stains: Stains, nuclei: NDArray[np.int32]) -> list[_Copy]:
     area = np.bincount(nuclei.ravel(), minlength=count + 1)[1:]
     if count < _FEWEST:
         return []
-    solidity = area / np.maximum(shapely.area(shapely.convex_hull(trace_contours(nuclei))), 1)
+    solidity = solidities(nuclei)
     small, large = (bound * float(np.median(area)) for bound in _AREAS)
     boxes = ndimage.find_objects(nuclei)
     found = []
