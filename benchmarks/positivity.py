@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import shapely
 import skimage.data
 import skimage.io
@@ -30,6 +29,7 @@ from patchcl_qupath.config import from_dict
 from patchcl_qupath.errors import ProjectError
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.project.paquo import find_qupath
+from patchcl_qupath.storage.parquet import read_table
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 THRESHOLD = 0.2
@@ -111,7 +111,7 @@ def measure(
 
 def row(name: str, mpp: float, results: Path, picture: Path) -> dict[str, Any]:
     """One image."""
-    table = pq.read_table(results / "nuclei.parquet")
+    table = read_table(results / "nuclei.parquet")
     dab = table["DAB: Mean"].to_numpy()
     found, note = threshold_between(dab)
     theirs = positive_cell_detection(picture, mpp)

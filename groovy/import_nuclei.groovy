@@ -497,8 +497,8 @@ static ImageResults readResults(String image, Path resultFile, Path roisFile) {
             results.suggested = JsonParser.parseString(Files.readString(roisFile)).getAsJsonObject()
     } catch (Exception e) {
         // Without its cause: QuPath would show the message of the cause in place of this one.
-        throw new IOException("The results of ${image} are damaged (${e.message}): run 'patchcl-qp run' again " +
-                "(${folder}).")
+        throw new IOException("The results of ${image} are damaged (${e.message}): remove ${folder} and run " +
+                "'patchcl-qp run' again.")
     }
     return results
 }

@@ -27,6 +27,7 @@ from patchcl_qupath.evaluation.score import score as score_images
 from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.exports.command import Request
 from patchcl_qupath.exports.command import export as export_images
+from patchcl_qupath.exports.images import damaged
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import ShowProgress, hide_progress
 from patchcl_qupath.project import NewImage, Project, chosen_images, init_project
@@ -146,7 +147,8 @@ def read_nuclei(project: Project, image: str) -> Table:
 
     Geometry is WKB, polygons in px at level 0, as a GeoArrow extension type: geopandas takes the
     table by ``GeoDataFrame.from_arrow``, pandas by ``to_pandas``. ``image`` is a name or an id.
-    Raises ImageError where it has no nuclei, ProjectError for no image, or several of that name.
+    Raises ImageError where it has no nuclei, or a damaged file of them; ProjectError for no image,
+    or several of that name.
 
     >>> nuclei = pq.read_nuclei(project, "CMU-1-Small-Region.svs")
     >>> nuclei.num_rows == outcome.nuclei
@@ -161,7 +163,10 @@ def read_nuclei(project: Project, image: str) -> Table:
     path = project.layout.nuclei(entry.id)
     if not path.exists():
         raise ImageError(f"{entry.name} has no nuclei: segment it first")
-    return read_geoarrow(path)
+    try:
+        return read_geoarrow(path)
+    except Exception as error:  # readers of damaged files raise anything
+        raise damaged(entry.name, path, error) from error
 
 
 def export(

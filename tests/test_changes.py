@@ -153,6 +153,20 @@ def test_refining_with_one_image_keeps_what_another_was_given(tmp_path: Path) ->
     assert refine("1", "2", model="fourth")["2"] is None  # its ROI was deleted
 
 
+def test_a_damaged_file_of_nuclei_costs_no_refined_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    project = make_project(tmp_path / "made", ["a.svs", "b.svs"])
+    layout, roi = project.layout, shapely.box(80, 80, 200, 200)
+    for number, name in enumerate("ab"):
+        write(project, number, nuclei(name, 2))
+    layout.nuclei("1").write_bytes(b"PAR1")
+    corrections = {image: Corrections(rois=(roi,)) for image in ("1", "2")}
+    begin(layout, corrections, corrections, model="m", model_name="refined", roi_class="Done")
+    assert [(layout.changes(image) / "changes.json").exists() for image in "12"] == [False, True]
+    assert f"{layout.nuclei('1')} is damaged" in caplog.text
+
+
 def test_refining_with_another_class_keeps_what_was_given_for_the_first(tmp_path: Path) -> None:
     """Two people, say, each with ROIs of a class of their own, in turn."""
     project = make_project(tmp_path / "made", ["a.svs"])

@@ -170,6 +170,9 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
     "a table of nuclei that is damaged": lambda folder: cut(
         folder / "patchcl/results/1/nuclei.parquet"
     ),
+    "a table of nuclei that was removed": lambda folder: (
+        folder / "patchcl/results/1/nuclei.parquet"
+    ).unlink(),
     "no file for QuPath": lambda folder: (
         folder / "patchcl/results/1/nuclei-000.geojson.gz"
     ).unlink(),

@@ -2,12 +2,15 @@
 
 import doctest
 import json
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import shapely
 from click.testing import CliRunner
 from conftest import copy_sample
+from exported import AREAS, make_project, nuclei, write
 
 import patchcl_qupath
 from patchcl_qupath import library
@@ -107,6 +110,24 @@ def test_nuclei_of_one_of_two_images_of_a_name_are_read_by_its_id(folder) -> Non
         library.read_nuclei(project, "7")
     with pytest.raises(ProjectError, match="no image other"):
         library.read_nuclei(project, "other")
+
+
+def test_damaged_nuclei_are_an_error_of_one_line(tmp_path) -> None:
+    """Also of a block within the file, of which Arrow would make measurements of 0."""
+    project = make_project(tmp_path / "made", ["a.svs"])
+    write(project, 0, nuclei("a"))
+    path = project.layout.nuclei("1")
+    content = path.read_bytes()
+    areas = np.float32(AREAS).tobytes()
+    assert areas in content
+    for damaged in (content.replace(areas, bytes(len(areas))), content[:-1], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ImageError) as raised:
+            library.read_nuclei(project, "a.svs")
+        (line,) = str(raised.value).splitlines()
+        assert re.fullmatch(
+            rf"a\.svs: {re.escape(str(path))} is damaged \(.+\): remove it and run again", line
+        )
 
 
 def test_examples_run(tmp_path, monkeypatch) -> None:

@@ -310,7 +310,7 @@ def test_damaged_results_are_reported(project: Path, ground_truth: Path) -> None
     (project / "patchcl" / "results" / "1" / "nuclei.parquet").write_bytes(b"PAR1")
     result = call("score", project, "--ground-truth", ground_truth)
     assert result.exit_code == 1
-    assert "cannot be read: do `patchcl-qp run` again" in result.output
+    assert "cannot be read: remove that folder and do `patchcl-qp run` again" in result.output
 
 
 def wrong(name: str, pixels: Any) -> tuple[str, Callable[[Path], object]]:

@@ -3,9 +3,11 @@
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +16,9 @@ import pytest
 import shapely
 
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
-from patchcl_qupath.errors import ConfigError, StorageError
+from patchcl_qupath.errors import ConfigError, ImageError, StorageError
 from patchcl_qupath.execution.tile_store import TileStore
+from patchcl_qupath.exports.nuclei import read_batches
 from patchcl_qupath.storage import files
 from patchcl_qupath.storage.files import (
     atomic_write,
@@ -26,9 +29,12 @@ from patchcl_qupath.storage.files import (
 )
 from patchcl_qupath.storage.layout import Layout, file_name
 from patchcl_qupath.storage.parquet import (
+    encoding,
     from_table,
+    read_geoarrow,
     read_nuclei,
     read_uncertainty_grid,
+    to_table,
     write_uncertainty_grid,
 )
 
@@ -137,6 +143,55 @@ def test_nuclei_survive_the_tile_store(tmp_path, n):
     assert len(read_nuclei(store.path(TILE))) == n  # GeoParquet, as any other
 
 
+def damaged_files(path):
+    """A file of which 4 KB are zeros, as after a power failure, at one place after the other."""
+    content = path.read_bytes()
+    for place in range(0, len(content), 4096):
+        lost = content[place : place + 4096]
+        path.write_bytes(content[:place] + bytes(len(lost)) + content[place + len(lost) :])
+        yield place
+
+
+def test_damaged_nuclei_are_never_read(tmp_path):
+    """By any reader: all at once, for GeoArrow, and a batch at a time for exports."""
+    path, nuclei = tmp_path / "nuclei.parquet", some_nuclei(700)
+    table = to_table(nuclei)
+    pq.write_table(table, path, **encoding(table.column_names))
+    image = SimpleNamespace(name="a.svs", nuclei=path)
+    readers = {
+        "nuclei": lambda: to_table(read_nuclei(path)),
+        "GeoArrow": lambda: read_geoarrow(path),
+        "batches": lambda: pa.concat_tables(read_batches(image)),
+    }
+    expected = {name: read().to_pydict() for name, read in readers.items()}
+    damaged = 0
+    for place in damaged_files(path):
+        for name, read in readers.items():
+            try:
+                found = read().to_pydict()
+            except (OSError, pa.ArrowException, ImageError):
+                damaged += 1
+            else:
+                assert found == expected[name], (name, place)
+    assert damaged > 40
+
+
+def test_damaged_uncertainty_grids_are_never_read(tmp_path):
+    path = tmp_path / "image.parquet"
+    values = np.random.default_rng(0).integers(0, 2**62, (5, 3000))
+    grid = UncertaintyGrid((256.5, 255.25), *values)
+    write_uncertainty_grid(path, grid)
+    damaged = 0
+    for place in damaged_files(path):
+        try:
+            found = read_uncertainty_grid(path)
+        except (OSError, pa.ArrowException):
+            damaged += 1
+        else:
+            assert same(found, grid), place
+    assert damaged > 20
+
+
 def same(one, other):
     return one.bin_size == other.bin_size and all(
         np.array_equal(vars(one)[name], vars(other)[name]) for name in vars(one)
@@ -184,6 +239,29 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
             (new / name).write_text(name)
     assert [file.name for file in path.iterdir()] == ["second"]
     assert [file.name for file in path.parent.iterdir()] == ["1"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it sees what is flushed by /proc")
+def test_what_is_durable_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: flushed.append(str(Path(f"/proc/self/fd/{file}").readlink()))
+    )
+
+    def of_results():
+        found = {re.sub(r"\.(\w+)\.[0-9a-f]{8}\.partial", r"\1", path) for path in flushed}
+        flushed.clear()
+        assert not any("partial" in path for path in found)
+        return sorted(str(Path(path).relative_to(tmp_path)) for path in found)
+
+    for durable, expected in ((True, ["1", "1/a", "1/b", "1/b/c"]), (False, [])):
+        with atomic_write(tmp_path / "1", durable) as new:
+            (new / "b").mkdir(parents=True)
+            (new / "a").touch()
+            (new / "b" / "c").touch()
+        assert of_results() == expected
+        write_bytes(tmp_path / "file", b"", durable)
+        assert of_results() == ["file"] * durable
 
 
 def test_partial_files_of_killed_writers_are_removed(tmp_path):

@@ -237,7 +237,9 @@ def test_uncertainty_grids_of_another_run_are_refused(path: Path) -> None:
     write_uncertainty_grid(uncertainty, replace(found, nuclei=found.nuclei * 2))
     assert "of different runs: do `patchcl-qp run` again" in call("suggest", path, status=1).output
     uncertainty.unlink()
-    assert "cannot be read: do `patchcl-qp run` again" in call("suggest", path, status=1).output
+    damaged = call("suggest", path, status=1).output
+    results = path.parent / "patchcl" / "results" / "1"
+    assert f"cannot be read: remove {results} and do `patchcl-qp run` again" in damaged
 
 
 def test_a_slide_of_glass_has_no_roi(path: Path) -> None:

@@ -7,6 +7,7 @@ numbers show what it learnt, not how good it is elsewhere. Nothing here is read 
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,8 @@ from patchcl_qupath.storage.records import (
     read_result,
     write_record,
 )
+
+logger = logging.getLogger(__name__)
 
 UNCHANGED_IOU = 0.99  # from it on, nobody reshaped it: files round coordinates
 _JPEG_QUALITY = 62
@@ -185,8 +188,12 @@ def _rois(
     result = read_result(layout.result(image))
     if not isinstance(result, ResultRecord):
         return []
-    # Contours are rounded to 0.01 px, which may have folded one.
-    nuclei = made_valid(read_nuclei(layout.nuclei(image)).polygons)
+    try:
+        # Contours are rounded to 0.01 px, which may have folded one.
+        nuclei = made_valid(read_nuclei(layout.nuclei(image)).polygons)
+    except Exception:  # readers of damaged files raise anything; the refined model is saved by now
+        logger.warning("%s is damaged: corrections are not counted there", layout.nuclei(image))
+        return []
     regions = [from_object(region.geometry) for region in result.regions]
     rois = [roi for roi in labels.rois if not regions or _covers(regions, roi)]
     drawn, ignored = np.array(labels.nuclei, dtype=object), shapely.union_all(labels.ignored)

@@ -264,8 +264,8 @@ def _candidates(project: Project, entry: ImageEntry, slide: int) -> Candidates:
         uncertainty = read_uncertainty_grid(file) if len(nuclei) else None
     except Exception as error:  # readers of damaged files raise anything
         raise ImageError(
-            f"{entry.name}: its nuclei or their uncertainty grid ({file}) cannot be read: do "
-            "`patchcl-qp run` again"
+            f"{entry.name}: its nuclei or their uncertainty grid ({file}) cannot be read: remove "
+            f"{project.layout.results(entry.id)} and do `patchcl-qp run` again"
         ) from error
     if uncertainty is None:
         return _no_candidates()

@@ -276,6 +276,7 @@ def _segmented(
         polygons = made_valid(nuclei.polygons)
     except Exception as error:  # readers of damaged files raise anything
         raise ImageError(
-            f"{entry.name}: its nuclei in {folder} cannot be read: do `patchcl-qp run` again"
+            f"{entry.name}: its nuclei in {folder} cannot be read: remove that folder and do "
+            "`patchcl-qp run` again"
         ) from error
     return polygons, probability, regions, result

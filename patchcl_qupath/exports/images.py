@@ -211,8 +211,12 @@ def distinct(
 
 
 def damaged(image: str, nuclei: Path, error: Exception) -> ImageError:
-    """The error of a file of nuclei that cannot be read."""
-    return ImageError(f"{image}: {nuclei} is damaged ({readable(str(error))}): run again")
+    """The error of a file of nuclei that cannot be read.
+
+    It is to be removed: a run that finds all files there, and whole by their ends, changes nothing.
+    """
+    reason = readable(str(error))
+    return ImageError(f"{image}: {nuclei} is damaged ({reason}): remove it and run again")
 
 
 def file_names(images: Sequence[ExportedImage]) -> list[str]:

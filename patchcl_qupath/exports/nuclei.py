@@ -94,7 +94,10 @@ def read_batches(image: ExportedImage, columns: Sequence[str] | None = None) -> 
 
     Raises ImageError.
     """
-    with _reading(image), pq.ParquetFile(parquet_source(image.nuclei)) as file:
+    with (
+        _reading(image),
+        pq.ParquetFile(parquet_source(image.nuclei), page_checksum_verification=True) as file,
+    ):
         # Not by iter_batches, which keeps what it read until its end.
         for groups in _row_groups(file.metadata):
             rows = file.read_row_groups(groups, columns=columns and list(columns))

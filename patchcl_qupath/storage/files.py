@@ -80,24 +80,44 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[Path]:
     """A temporary path to write to; it is renamed to ``path`` if the block ends without an error.
 
     For a file or a folder. A reader sees the old or the new one, never a part of it; for a folder
-    there is an instant in which it sees none. A file that is not ``durable`` may be cut or empty
-    after a power failure, where waiting for the disk would take long. Raises StorageError.
+    there is an instant in which it sees none. After a power failure that holds, too, for a file or
+    a folder with all that is in it; what is not ``durable``, where waiting for the disk would take
+    long, may then be cut, empty or zeros. Raises StorageError, also for an OSError of the block:
+    one that has another cause than this write, as a file that is read, is caught within.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
+            if durable:
+                _flush(temporary)
             if temporary.is_dir():
                 _replace_folder(temporary, path)
             else:
-                if durable:
-                    with temporary.open("rb+") as file:
-                        os.fsync(file.fileno())
                 replace_file(temporary, path)
             logger.debug("wrote %s", path)
         finally:
             _remove(temporary)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk."""
+    if path.is_dir():
+        for inside in path.iterdir():
+            _flush(inside)
+        with suppress(OSError):  # Windows opens no folder, and not every file system flushes one
+            _fsync(path, os.O_RDONLY)
+    else:
+        _fsync(path, os.O_RDWR)  # Windows flushes no file that is open for reading alone
+
+
+def _fsync(path: Path, flags: int) -> None:
+    file = os.open(path, flags)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def remove_unfinished() -> None:
