@@ -49,8 +49,12 @@ def test_pixels_are_kept_of_a_tile_until_they_are_removed(tmp_path: Path) -> Non
         assert pixels.read(TILE, beyond) is None
     assert PixelStore.of(tmp_path, {"slide": 2}).read(TILE, inner) is None  # of another slide
     (file,) = pixels.folder.iterdir()
-    file.write_bytes(file.read_bytes()[:-1])  # a disk that was full
-    assert pixels.read(TILE, inner) is None
+    content = file.read_bytes()
+    lost = content[:4096] + bytes(4096) + content[8192:]
+    # A disk that was full, and what a power failure left.
+    for damaged in (content[:-1], b"", bytes(len(content)), lost):
+        file.write_bytes(damaged)
+        assert pixels.read(TILE, inner) is None
     pixels.remove()
     assert not [*tmp_path.iterdir()]
 

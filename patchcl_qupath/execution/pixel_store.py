@@ -2,13 +2,15 @@
 
 Reading a slide a second time takes as long as growing does. A tile is a file of 3 bytes for each
 px, about 12 MB for each mm² at 0.5 µm per px, until the image has its cells. It is a short cut, and
-nothing else: where a file is not there, the slide is read.
+nothing else: where a file is not there, the slide is read. So it is where one does not have its own
+checksum, as zeros do, which a power failure may leave of a file that nobody waits for.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,9 +22,10 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Box, Tile
 from patchcl_qupath.errors import StorageError
-from patchcl_qupath.storage.files import digest, remove_folder, write_bytes
+from patchcl_qupath.storage.files import atomic_write, digest, remove_folder
 
 _LEFT_FREE = 2**30  # bytes of a disk, beside as much again as is needed
+_CHECKSUM_BYTES = 4  # at the end of a file; 1.5 ms for a tile of 1,900 x 1,900 px
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,14 @@ class PixelStore:
     def keep(self, tile: Tile, rgb: NDArray[np.uint8]) -> None:
         """Keep the pixels (H, W, 3) of a tile's read box, if that is possible."""
         if self.folder.is_dir():
-            with suppress(StorageError):
-                write_bytes(self._path(tile), np.ascontiguousarray(rgb).data, durable=False)
+            pixels = np.ascontiguousarray(rgb).data
+            with (
+                suppress(StorageError),
+                atomic_write(self._path(tile), durable=False) as temporary,
+                temporary.open("wb") as file,
+            ):
+                file.write(pixels)
+                file.write(_checksum(pixels))
 
     def read(self, tile: Tile, box: Box) -> NDArray[np.uint8] | None:
         """The pixels (H, W, 3) of a box, if those of the tile are here and hold it."""
@@ -64,9 +73,10 @@ class PixelStore:
             content = np.fromfile(self._path(tile), np.uint8)
         except OSError:
             return None
-        if content.size != rows * cols * 3:
+        pixels, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+        if pixels.size != rows * cols * 3 or checksum.tobytes() != _checksum(pixels.data):
             return None
-        return np.ascontiguousarray(content.reshape(rows, cols, 3)[inner])
+        return np.ascontiguousarray(pixels.reshape(rows, cols, 3)[inner])
 
     def forget(self, tile: Tile) -> None:
         """Remove the pixels of a tile: those of others find their memory taken."""
@@ -80,3 +90,7 @@ class PixelStore:
 
     def _path(self, tile: Tile) -> Path:
         return self.folder / f"{tile.name}.rgb"
+
+
+def _checksum(pixels: memoryview) -> bytes:
+    return zlib.crc32(pixels).to_bytes(_CHECKSUM_BYTES)
