@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,7 +96,7 @@ def train(
     >>> model.mpp
     0.5
     """
-    with exclusive_lock(project.layout.root):
+    with _at_work(project) as project:
         entries = chosen_images(project, _several(images))
         return pipeline.train_as(name, project, entries, _config(settings), show or hide_progress)
 
@@ -130,7 +131,7 @@ def segment(
     >>> outcome.problem is None, outcome.nuclei > 100
     (True, True)
     """
-    with exclusive_lock(project.layout.root), open_workers(workers) as found:
+    with _at_work(project) as project, open_workers(workers) as found:
         run = pipeline.Run(
             project=project,
             model=model,
@@ -228,7 +229,7 @@ def suggest(project: Project, count: int = 6) -> Suggestion:
     >>> len(suggestion.rois)
     2
     """
-    with exclusive_lock(project.layout.root):
+    with _at_work(project) as project:
         return suggestions.suggest(project, project.images(), count)
 
 
@@ -252,7 +253,7 @@ def refine(
     record = read_model_record(project.layout.model(name))
     if record is not None and record.digest == model.digest:
         raise ConfigError(f"give the refined model another name than {name}")
-    with exclusive_lock(project.layout.root):
+    with _at_work(project) as project:
         refined, _ = pipeline.refine_as(
             name, project, project.images(), model, labels_from, show or hide_progress
         )
@@ -275,6 +276,16 @@ def write_report(project: Project) -> Path:
     'index.html'
     """
     return write_page(project)
+
+
+@contextmanager
+def _at_work(project: Project) -> Iterator[Project]:
+    """Nobody else works on the project meanwhile; it is the one that is on disk by then.
+
+    A person may have changed it in QuPath since it was opened, between two cells of a notebook.
+    """
+    with exclusive_lock(project.layout.root):
+        yield project.reread()
 
 
 def _several(names: Sequence[str]) -> tuple[str, ...]:

@@ -28,15 +28,19 @@ from qupath import nuclei
 from results import result_of
 from slides import scene, write_series, write_tiff
 
+from patchcl_qupath import library
 from patchcl_qupath.cli import main
-from patchcl_qupath.config import CORRECTED, BackendKind, ResultConfig
+from patchcl_qupath.config import CORRECTED, BackendKind, Config, ResultConfig
 from patchcl_qupath.datatypes import Box, Corrections, ImageEntry, Nuclei
 from patchcl_qupath.errors import ConfigError, ImageError, ProjectError, StorageError
+from patchcl_qupath.models.model import Model
+from patchcl_qupath.models.network import NucleusNetwork
+from patchcl_qupath.pipeline import Run
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.project import paquo as backend
 from patchcl_qupath.project.compiled_scripts import cache_folder
 from patchcl_qupath.project.files import FilesProject
-from patchcl_qupath.project.jvm import Process, contour_vertices, java_options, uuid_halves
+from patchcl_qupath.project.jvm import Done, Process, contour_vertices, java_options, uuid_halves
 from patchcl_qupath.project.paquo import PaquoProject, find_qupath
 from patchcl_qupath.project.protocol import Backend
 from patchcl_qupath.slides.slide import Slide
@@ -266,7 +270,7 @@ def test_image_that_qupath_changed_is_not_written_to(
     assert data.read_bytes() == before
     assert (project.layout.results(entry.id) / "nuclei.parquet").exists()
 
-    write(*opened(path, process), FEW)
+    write(project.reread(), entry, FEW)
     backup = project.layout.root / "backups" / "1" / "data.qpdata"
     assert backup.read_bytes() == before
     write(*opened(path, process), FEW)
@@ -511,6 +515,52 @@ def test_an_image_that_never_had_nuclei_is_not_opened_to_remove_them(
     project, entry = opened(path, Process(None, path.with_name("qupath.log")))
     assert project.remove(entry) == "no nuclei"
     assert not (path.parent / "data" / "1").exists()
+
+
+def test_runs_of_a_notebook_write_into_what_was_saved_between_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The project was opened before; what is saved during a run is not written to."""
+    monkeypatch.setattr(backend, "find_qupath", lambda _: "no version")
+    project, entry = opened(path, Process(None, path.with_name("qupath.log")))
+    removed = Done({"removed": 0, "kept": 0})
+    monkeypatch.setattr(project.process, "ask", lambda *_: removed)
+    data = path.parent / "data" / "1" / "data.qpdata"
+    data.parent.mkdir(parents=True)
+    during: list[bytes] = []
+
+    def images(run: Run, entries: Any) -> Any:
+        for content in during:
+            data.write_bytes(content)
+        yield run.project.remove(entry)
+
+    monkeypatch.setattr(Run, "images", images)
+    model = Model(network=NucleusNetwork((16, 24, 40)).eval(), config=Config())
+    saved = [b"\xac\xed\x00\x05" + bytes(size) + b"t\x00\x03EOF" for size in range(3)]
+    for content in saved[:2]:
+        data.write_bytes(content)
+        (done,) = library.segment(project, model, workers=1)
+        assert done == "0 nuclei removed, 0 other objects kept"
+    during = saved[2:]
+    with pytest.raises(ImageError, match=r"QuPath changed the image .* since this run began"):
+        library.segment(project, model, workers=1)
+    assert data.read_bytes() == saved[2]
+
+
+def test_a_run_of_a_notebook_has_the_pixel_size_that_was_set_since(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(Run, "images", lambda _, entries: iter(seen.append(entries) or ()))
+    model = Model(network=NucleusNetwork((16, 24, 40)).eval(), config=Config())
+    project = library.open_project(path)
+    content = json.loads(path.read_text("utf-8"))
+    length = {"value": 0.3, "unit": "µm"}
+    calibration = {"pixelCalibration": {"pixelWidth": length, "pixelHeight": length}}
+    content["images"][0]["serverBuilder"]["metadata"] = calibration
+    path.write_text(json.dumps(content), "utf-8")
+    library.segment(project, model, workers=1)
+    assert [entry.mpp for entry in seen[0]] == [(0.3, 0.3)]
 
 
 @pytest.mark.parametrize("error", [ImageError("a.svs: QuPath's process died"), KeyboardInterrupt()])

@@ -81,6 +81,10 @@ class FilesProject:
         path = project_file(path).resolve()
         return cls(path, read_project(path))
 
+    def reread(self) -> FilesProject:
+        """The project as it is on disk now. Raises ProjectError."""
+        return replace(self, stored=read_project(self.path))
+
     @property
     def layout(self) -> Layout:
         """The paths of our own files, beside QuPath's."""

@@ -2,7 +2,7 @@
 
 Images and results are those of the files backend. Then QuPath's own code writes the nuclei into
 data.qpdata, in a process of its own. project.qpproj is only read. QuPath locks no files, so an
-image that changed since the project was opened is not written to.
+image that changed since a run began is not written to.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -118,7 +118,7 @@ class PaquoProject:
     """A project that QuPath writes to.
 
     ``files`` reads it, ``process`` is QuPath's; ``stamps`` are those of each image's files when the
-    project was opened, or when our process saved the image.
+    project was read, which is where a run begins, or when our process saved the image.
     """
 
     files: FilesProject
@@ -130,8 +130,12 @@ class PaquoProject:
     def open(cls, files: FilesProject, qupath: Path | None = None) -> PaquoProject:
         """The project, if a QuPath is found. Raises ProjectError."""
         backend = Backend(kind=BackendKind.PAQUO, reason=f"with QuPath {find_qupath(qupath)}")
-        project = cls(files, Process(qupath, files.layout.qupath_log), backend)
-        for entry in files.images():
+        return cls(files, Process(qupath, files.layout.qupath_log), backend).reread()
+
+    def reread(self) -> PaquoProject:
+        """The project as it is on disk now: until it is written to, QuPath must not change it."""
+        project = replace(self, files=self.files.reread(), stamps={})
+        for entry in project.files.images():
             project.stamps[entry.id] = project._stamps(entry)
         return project
 

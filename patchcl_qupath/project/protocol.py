@@ -54,6 +54,9 @@ class Project(Protocol):
     def qupath_version(self) -> str | None:
         """The QuPath that saved the project, if it is known: measurements have its names there."""
 
+    def reread(self) -> Project:
+        """The project as it is on disk now, with which a run begins. Raises ProjectError."""
+
     def images(self) -> list[ImageEntry]:
         """The project's images, in its order; one that cannot be used has a ``problem``."""
 
