@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from patchcl_qupath.exports.nuclei import read_batches
 from patchcl_qupath.storage import files
 from patchcl_qupath.storage.files import (
     atomic_write,
+    copy_once,
     exclusive_lock,
     remove_partial_files,
     write_bytes,
@@ -229,6 +231,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_read_only_file_is_copied(tmp_path):
+    """Such a data.qpdata is replaced by QuPath: so may be we, once there is a copy of it."""
+    path, copy = tmp_path / "data.qpdata", tmp_path / "backups" / "data.qpdata"
+    path.write_bytes(b"saved")
+    os.utime(path, ns=(10**18, 10**18))
+    path.chmod(0o444)
+    copy_once(path, copy)
+    assert (copy.read_bytes(), copy.stat().st_mtime_ns) == (b"saved", 10**18)
+    assert copy.stat().st_mode & stat.S_IWUSR  # without it, no person but root can flush it
+    path.chmod(0o644)
+    path.write_bytes(b"later")
+    copy_once(path, copy)
+    assert copy.read_bytes() == b"saved"
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):

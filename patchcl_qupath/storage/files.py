@@ -128,10 +128,15 @@ def remove_unfinished() -> None:
 
 
 def copy_once(path: Path, other: Path) -> None:
-    """Copy a file, unless the copy exists. Raises StorageError."""
+    """Copy a file with its time, unless the copy exists. Raises StorageError.
+
+    The copy of a file that is read-only is not: it could not be flushed.
+    """
     if not other.exists():
         with atomic_write(other) as temporary:
-            shutil.copy2(path, temporary)
+            shutil.copyfile(path, temporary)
+            found = path.stat()
+            os.utime(temporary, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
 def remove_partial_files(folder: Path) -> None:
