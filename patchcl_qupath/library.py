@@ -167,7 +167,7 @@ def read_nuclei(project: Project, image: str) -> Table:
     try:
         return read_geoarrow(path)
     except Exception as error:  # readers of damaged files raise anything
-        raise damaged(entry.name, path, error) from error
+        raise damaged(entry, path, error) from error
 
 
 def export(
@@ -184,7 +184,9 @@ def export(
     anndata; ``per``, what a row of a table is: nucleus, image, region or core. ``output`` is a file
     for all images, if it has the suffix of the format, or a folder with a file for each; without
     one, a file in the project's folder patchcl/exports. ``excel``: CSV as Excel opens it. Raises
-    ProjectError where there are no nuclei, ConfigError for what cannot be asked for.
+    ProjectError where there are no nuclei, ConfigError for what cannot be asked for, StorageError
+    for a file that cannot be written; ImageError for an image whose nuclei cannot be read, once the
+    others are exported.
 
     >>> table, = pq.export(project, per="image")
     >>> table.name, table.read_text().split(",")[:3]

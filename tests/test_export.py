@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import shapely
 from click.testing import CliRunner, Result
 from exported import (
+    AREAS,
     DAB,
     DRAWN,
     export_drawn,
@@ -26,6 +29,7 @@ from exported import (
 )
 
 import patchcl_qupath.exports.nuclei as nuclei_module
+from patchcl_qupath import library
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import FailedTile, Nuclei
 from patchcl_qupath.errors import ImageError
@@ -538,6 +542,79 @@ def test_a_damaged_file_costs_one_image(project: Project) -> None:
     assert done.exit_code == 1
     assert f"Failed: b.svs: {project.layout.nuclei(entry.id)} is damaged" in done.stderr
     assert len(rows_of(project.layout.exports / "nuclei.csv")) == 5
+
+
+def lost(path: Path, place: int) -> None:
+    """Put zeros in place of some bytes, as a disk may have it."""
+    content = path.read_bytes()
+    path.write_bytes(content[:place] + bytes(16) + content[place + 16 :])
+
+
+HARMS: dict[str, Callable[[Path], Any]] = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-12]),
+    "cut between members": lambda path: path.write_bytes(
+        b"".join(map(gzip.compress, gzip.decompress(path.read_bytes()).splitlines(True)[:-1]))
+    ),
+    "empty": lambda path: path.write_bytes(b""),
+    "no deflate": lambda path: lost(path, 24),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS.keys())
+def test_a_damaged_file_for_qupath_costs_one_image(
+    project: Project, harm: Callable[[Path], Any]
+) -> None:
+    damaged, whole = project.images()
+    (path,) = project.layout.results(damaged.id).glob("*.geojson.gz")
+    harm(path)
+    done = call(project.path, "--to", "geojson")
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    words = ["is damaged", "remove it and run again"]
+    if not path.exists():
+        words = ["cannot be read", "run again"]
+    assert line.startswith(f"Failed: {damaged.name}: {path} {words[0]} (")
+    assert line.endswith(f"): {words[1]}")
+    (written,) = (project.layout.exports / "geojson").iterdir()
+    assert [*read_objects(written).ids] == [id_of("b", 0), id_of("b", 1)]
+    assert written.stem == Path(whole.name).stem
+    with pytest.raises(ImageError, match=words[0]):
+        library.export(project, "geojson")
+
+
+@pytest.mark.parametrize("to", ["csv", "parquet", "visium-hd", "anndata"])
+@pytest.mark.parametrize("output", [None, "folder"])
+def test_damage_within_a_table_costs_one_image(
+    project: Project, tmp_path: Path, to: str, output: str | None
+) -> None:
+    if to == "anndata":
+        pytest.importorskip("anndata")
+    damaged, whole = project.images()
+    path = project.layout.nuclei(damaged.id)
+    lost(path, path.read_bytes().index(np.float32(AREAS).tobytes()))
+    options = [] if output is None else ["--output", tmp_path / output]
+    done = call(project.path, "--to", to, "--json", *options)
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    (problem,) = found["problems"]
+    assert problem.startswith(f"{damaged.name}: {path} is damaged (")
+    (file,) = found["files"]
+    assert file["rows"] == 2
+    assert Path(file["path"]).exists()
+    if to == "csv":
+        assert {row["Image"] for row in rows_of(Path(file["path"]))} == {whole.name}
+
+
+def test_where_all_nuclei_are_damaged_there_is_no_file(project: Project) -> None:
+    for entry in project.images():
+        path = project.layout.nuclei(entry.id)
+        lost(path, path.read_bytes().index(np.float32(AREAS[:2]).tobytes()))
+    done = call(project.path, "--to", "csv")
+    assert done.exit_code == 1
+    assert [line.partition(": ")[0] for line in done.stderr.splitlines()] == ["Failed"] * 2
+    assert not (project.layout.exports / "nuclei.csv").exists()
 
 
 def test_an_export_that_fails_leaves_the_old_file(

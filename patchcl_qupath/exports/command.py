@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -21,7 +23,13 @@ from patchcl_qupath.exports.geojson import (
     write_qupath,
     write_visium_hd,
 )
-from patchcl_qupath.exports.images import ExportedImage, exported_image, file_names, told_apart
+from patchcl_qupath.exports.images import (
+    DamagedNucleiError,
+    ExportedImage,
+    exported_image,
+    file_names,
+    told_apart,
+)
 from patchcl_qupath.exports.nuclei import NucleiTable
 from patchcl_qupath.exports.summaries import KINDS, summary_table
 from patchcl_qupath.exports.writing import write_csv, write_parquet
@@ -59,7 +67,13 @@ _NOT_COUNTED = {
 
 _NAMED = 5  # images that a note names
 
-Written = list[tuple[Path, int]]  # files, and the number of rows or objects in each
+
+class _File(NamedTuple):
+    """A file to write: of which images, and how, which returns the number of rows or objects."""
+
+    path: Path
+    images: Sequence[ExportedImage]
+    write: Callable[[Path, Sequence[ExportedImage]], int]
 
 
 class ExportedFile(Record, frozen=True, kw_only=True):
@@ -130,7 +144,8 @@ class Request:
 def export(project: Project, entries: Sequence[ImageEntry], request: Request) -> Exported:
     """Export the nuclei of some images of a project.
 
-    Raises ProjectError where none of them has nuclei; ConfigError for what cannot be asked for;
+    An image whose nuclei cannot be read is a problem, and the others are exported. Raises
+    ProjectError where none of them has nuclei; ConfigError for what cannot be asked for;
     StorageError for a file that cannot be written.
     """
     images: list[ExportedImage] = []
@@ -168,7 +183,9 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
         )
     if request.per in (ExportRows.REGION, ExportRows.CORE):
         notes += _not_counted(images, request.per)
-    written = _WRITERS[request.to](project, told_apart(images), request)
+    written: list[tuple[Path, int]] = []
+    for file in _FILES[request.to](project, told_apart(images), request):
+        written += _written(file, problems)
     if request.excel:
         notes += [
             f"{path} has {rows:,} rows, and Excel shows {_EXCEL_ROWS:,}: export fewer images, or "
@@ -179,9 +196,24 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
     return Exported(
         files=tuple(ExportedFile(path=str(path), rows=rows) for path, rows in written),
         left_out=tuple(left_out),
-        problems=tuple(problems),
+        problems=tuple(dict.fromkeys(problems)),  # an image may have two files
         notes=tuple(notes),
     )
+
+
+def _written(file: _File, problems: list[str]) -> list[tuple[Path, int]]:
+    """Write a file, without images whose nuclei turn out to be damaged; its path and its rows.
+
+    These are added to ``problems``. Where no image is left, there is no file.
+    """
+    images = file.images
+    while images:
+        try:
+            return [(file.path, file.write(file.path, images))]
+        except DamagedNucleiError as error:
+            problems.append(str(error))
+            images = [image for image in images if image.id != error.image]
+    return []
 
 
 def _not_counted(images: Sequence[ExportedImage], per: ExportRows) -> list[str]:
@@ -196,10 +228,11 @@ def _not_counted(images: Sequence[ExportedImage], per: ExportRows) -> list[str]:
     return [named + _NOT_COUNTED[per]]
 
 
-def _tables(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
+def _tables(project: Project, images: Sequence[ExportedImage], request: Request) -> list[_File]:
     """One table of all images, or one for each."""
     targets = _targets(project, images, request, TABLE_NAMES[request.per])
-    return [(path, write_table(path, of_file, request)) for path, of_file in targets]
+    write = partial(write_table, request=request)
+    return [_File(path, of_file, write) for path, of_file in targets]
 
 
 def _targets(
@@ -233,7 +266,7 @@ def _table(
     return table.schema, table.batches()
 
 
-def _geojson(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
+def _geojson(project: Project, images: Sequence[ExportedImage], request: Request) -> list[_File]:
     """A file for each image."""
     folder = request.output or project.layout.exports / "geojson"
     if request.one_file:
@@ -246,7 +279,17 @@ def _geojson(project: Project, images: Sequence[ExportedImage], request: Request
     else:
         paths = [folder / f"{stem}{request.suffix}" for stem in file_names(images)]
     _check_no_outlines(paths)
-    return [(path, write_qupath(path, image)) for path, image in zip(paths, images, strict=True)]
+    return [
+        _File(path, [image], _of_one(write_qupath))
+        for path, image in zip(paths, images, strict=True)
+    ]
+
+
+def _of_one(
+    write: Callable[[Path, ExportedImage], int],
+) -> Callable[[Path, Sequence[ExportedImage]], int]:
+    """How a file of a single image is written."""
+    return lambda path, images: write(path, *images)
 
 
 def _check_no_outlines(paths: Iterable[Path]) -> None:
@@ -259,7 +302,7 @@ def _check_no_outlines(paths: Iterable[Path]) -> None:
             )
 
 
-def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
+def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Request) -> list[_File]:
     """A file for each image, and another one for its cells, if it has some."""
     if request.one_file:
         raise ConfigError(f"{request.output} is one file: name a folder for those of Visium HD")
@@ -270,10 +313,13 @@ def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Reque
         for path, column in visium_hd_files(folder, stem, image).items()
     ]
     _check_no_outlines(path for path, _, _ in kinds)
-    return [(path, write_visium_hd(path, image, column)) for path, image, column in kinds]
+    return [
+        _File(path, [image], _of_one(partial(write_visium_hd, column=column)))
+        for path, image, column in kinds
+    ]
 
 
-def _for_python(project: Project, images: Sequence[ExportedImage], request: Request) -> Written:
+def _for_python(project: Project, images: Sequence[ExportedImage], request: Request) -> list[_File]:
     """A file for SpatialData or AnnData of all images, or one for each."""
     targets = _targets(project, images, request, TABLE_NAMES[ExportRows.NUCLEUS])
     for path, _ in targets:
@@ -286,7 +332,7 @@ def _for_python(project: Project, images: Sequence[ExportedImage], request: Requ
         ) from error
     is_anndata = request.to is ExportFormat.ANNDATA
     write = spatial.write_anndata if is_anndata else spatial.write_spatialdata
-    return [(path, write(path, of_file)) for path, of_file in targets]
+    return [_File(path, of_file, write) for path, of_file in targets]
 
 
 def _check_replaceable(path: Path) -> None:
@@ -304,7 +350,7 @@ def _check_replaceable(path: Path) -> None:
             )
 
 
-_WRITERS: dict[ExportFormat, Callable[[Project, Sequence[ExportedImage], Request], Written]] = {
+_FILES: dict[ExportFormat, Callable[[Project, Sequence[ExportedImage], Request], list[_File]]] = {
     ExportFormat.CSV: _tables,
     ExportFormat.PARQUET: _tables,
     ExportFormat.GEOJSON: _geojson,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from patchcl_qupath.exports.images import ExportedImage
+from patchcl_qupath.exports.images import ExportedImage, damaged
 from patchcl_qupath.exports.nuclei import read_batches
 from patchcl_qupath.project.results import concatenated, geojson_polygons
 from patchcl_qupath.storage.files import atomic_write
@@ -34,26 +35,32 @@ def write_qupath(path: Path, image: ExportedImage) -> int:
     """Write the nuclei of an image as QuPath imports them; returns their number.
 
     A feature is what groovy/import_nuclei.groovy imports: class, measurements, and of a cell also
-    its nucleus. Raises StorageError; OSError and EOFError for a damaged file.
+    its nucleus. Raises StorageError; DamagedNucleiError for a damaged file.
     """
     count = 0
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(_BEGIN)
         for name in image.result.files:
-            for feature in _features(image.folder / name):
+            for feature in _features(image, image.folder / name):
                 file.write((b",\n" if count else b"") + feature)
                 count += 1
         file.write(_END)
     return count
 
 
-def _features(path: Path) -> Iterator[bytes]:
+def _features(image: ExportedImage, path: Path) -> Iterator[bytes]:
     """The features of a file of nuclei, which has one a line."""
-    with gzip.open(path, "rb") as file:
-        next(file)
-        for line in file:
-            if line != _END.lstrip():
-                yield line.rstrip(b",\n")
+    line = b""
+    try:
+        with gzip.open(path, "rb") as file:
+            file.readline()
+            for line in file:
+                if line != _END.lstrip():
+                    yield line.rstrip(b",\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise damaged(image, path, error) from error
+    if line != _END.lstrip():
+        raise damaged(image, path, "it is cut")
 
 
 def visium_hd_files(folder: Path, name: str, image: ExportedImage) -> dict[Path, str]:
@@ -68,7 +75,8 @@ def write_visium_hd(path: Path, image: ExportedImage, column: str) -> int:
     """Write the contours of an image in one column; returns their number.
 
     They are plain polygons in px of the microscope image, numbered from 1 (``cell_id``), as Space
-    Ranger takes them by ``--custom-segmentation-file``. Raises StorageError.
+    Ranger takes them by ``--custom-segmentation-file``. Raises StorageError; DamagedNucleiError for
+    a damaged file.
     """
     count = 0
     with atomic_write(path) as temporary, temporary.open("wb") as file:

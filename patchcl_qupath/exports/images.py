@@ -126,7 +126,7 @@ def exported_image(project: Project, entry: ImageEntry) -> ExportedImage | str:
     try:
         columns = pq.read_schema(parquet_source(nuclei)).names
     except (OSError, pa.ArrowException) as error:
-        raise damaged(entry.name, nuclei, error) from error
+        raise damaged(entry, nuclei, error) from error
     regions, notes = _regions(layout.regions(entry.id), entry.name, result)
     return ExportedImage(
         id=entry.id,
@@ -210,13 +210,27 @@ def distinct(
             found[i] = names[i] + endings[i]
 
 
-def damaged(image: str, nuclei: Path, error: Exception) -> ImageError:
+class DamagedNucleiError(ImageError):
+    """A file of nuclei cannot be read; ``image`` is the id of their image."""
+
+    def __init__(self, message: str, image: str) -> None:
+        super().__init__(message)
+        self.image = image
+
+
+def damaged(
+    image: ImageEntry | ExportedImage, nuclei: Path, error: Exception | str
+) -> DamagedNucleiError:
     """The error of a file of nuclei that cannot be read.
 
-    It is to be removed: a run that finds all files there, and whole by their ends, changes nothing.
+    One that is damaged is to be removed: a run that finds all files there, and whole by their ends,
+    changes nothing. Errors of the system, as for a file that is missing, have a number.
     """
     reason = readable(str(error))
-    return ImageError(f"{image}: {nuclei} is damaged ({reason}): remove it and run again")
+    message = f"{image.name}: {nuclei} is damaged ({reason}): remove it and run again"
+    if getattr(error, "errno", None) is not None:
+        message = f"{image.name}: {nuclei} cannot be read ({reason}): run again"
+    return DamagedNucleiError(message, image.id)
 
 
 def file_names(images: Sequence[ExportedImage]) -> list[str]:

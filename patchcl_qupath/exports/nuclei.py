@@ -125,7 +125,7 @@ def _reading(image: ExportedImage) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        raise damaged(image.name, image.nuclei, error) from error
+        raise damaged(image, image.nuclei, error) from error
 
 
 def classes(image: ExportedImage, batch: pa.Table) -> pa.Array:
