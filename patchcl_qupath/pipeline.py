@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -251,18 +252,27 @@ class Run:
         at_once = self.workers.images_at_once()
         items = [*zip(entries, turns(len(entries)), strict=True)]
         results = overlapped(self._timed_image, items, at_once, self._stop)
-        for entry, result in zip(entries, results, strict=True):
-            try:
-                outcome = result.result()
-            except Exception as error:  # an error in one image must not cost the others
-                outcome = failed_image(entry, error)
-            stages = ", ".join(f"{name} {s:.1f} s" for name, s in outcome.main_seconds.items())
-            logger.info("%s: %.1f s: %s", entry.name, outcome.seconds, stages or "failed")
-            outcomes.append(outcome)
-            write_outcomes(
-                self.project.layout, self.id, self.provenance, self.model.record.training, outcomes
-            )
-            yield outcome
+        threads = torch.get_num_threads()
+        try:
+            for entry, result in zip(entries, results, strict=True):
+                outcomes.append(self._outcome_of(entry, result))
+                layout, training = self.project.layout, self.model.record.training
+                write_outcomes(layout, self.id, self.provenance, training, outcomes)
+                yield outcomes[-1]
+        finally:
+            # Threads that segment tiles set it to 1, and torch gives that to all that begin later:
+            # to one in which a person trains, too.
+            torch.set_num_threads(threads)
+
+    def _outcome_of(self, entry: ImageEntry, result: Future[ImageOutcome]) -> ImageOutcome:
+        """The outcome of an image, or of its error, which must not cost the others."""
+        try:
+            outcome = result.result()
+        except Exception as error:
+            outcome = failed_image(entry, error)
+        stages = ", ".join(f"{name} {s:.1f} s" for name, s in outcome.main_seconds.items())
+        logger.info("%s: %.1f s: %s", entry.name, outcome.seconds, stages or "failed")
+        return outcome
 
     def _timed_image(self, item: tuple[ImageEntry, Turn]) -> ImageOutcome:
         """The outcome of an image, and how long it took, other images beside it."""

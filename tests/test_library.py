@@ -3,14 +3,17 @@
 import doctest
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import shapely
+import torch
 from click.testing import CliRunner
 from conftest import copy_sample
 from exported import AREAS, make_project, nuclei, write
+from slides import write_tiff
 
 import patchcl_qupath
 from patchcl_qupath import library
@@ -110,6 +113,25 @@ def test_nuclei_of_one_of_two_images_of_a_name_are_read_by_its_id(folder) -> Non
         library.read_nuclei(project, "7")
     with pytest.raises(ProjectError, match="no image other"):
         library.read_nuclei(project, "other")
+
+
+def test_threads_that_begin_after_a_run_have_all_cores(tmp_path) -> None:
+    """Torch has one number for all threads to come, and tiles are segmented with 1."""
+    pixels = np.random.default_rng(0).integers(60, 200, (400, 400, 3)).astype(np.uint8)
+    slide = write_tiff(tmp_path / "a.tif", pixels, (0.5, 0.5))
+    project = library.create_project(tmp_path / "project", [slide])
+    model = Model(network=NucleusNetwork((16, 24, 40)).eval(), config=Config())
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        (outcome,) = library.segment(project, model, workers=2)
+        assert outcome.problem is None
+        assert outcome.tiles > 0
+        with ThreadPoolExecutor(1) as threads:
+            assert threads.submit(torch.get_num_threads).result() == 3
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_damaged_nuclei_are_an_error_of_one_line(tmp_path) -> None:
