@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,45 @@ def test_stains_may_be_older_than_the_image_and_its_type_alone_known(folder: Pat
     assert "stains were exported before it was last saved" in with_stains(folder).note
 
 
+def save(folder: Path, name: str, vectors: str, background: str = "255 255 255") -> None:
+    """The beginning of a data.qpdata with H&E, as QuPath 0.5 writes it."""
+    text = (
+        f'{{"Name" : "{name}", "Stain 1" : "Hematoxylin", "Values 1" : "0.65110783 0.70119304 '
+        f'0.29049426", "Stain 2" : "Eosin", "Values 2" : "{vectors}", '
+        f'"Background" : " {background}"}}'
+    ).encode()
+    data = folder / "data" / "1" / "data.qpdata"
+    data.parent.mkdir(parents=True, exist_ok=True)
+    data.write_bytes(
+        b"\xac\xed\x00\x05t\x00\x13Data file version 3~r\x00%qupath.lib.images.ImageData$ImageType"
+        b"t\x00\x0fBRIGHTFIELD_H_Esr\x00)qupath.lib.color.ColorDeconvolutionStains\x8a\x1cb\xb0"
+        b"\x8f\xfd8\xd6\x0c\x00\x00xpw\x04\x00\x00\x00\x01t" + len(text).to_bytes(2) + text + b"xsr"
+    )
+
+
+DEFAULT = "0.21589979 0.80119922 0.55809946"
+
+
+def test_own_stains_that_were_not_exported_are_a_note(folder: Path) -> None:
+    """Not those that come with an image type, nor of an image that was never saved, or damaged."""
+    assert with_stains(folder).note is None
+    save(folder, "H&E default", DEFAULT)
+    assert with_stains(folder).note is None
+    for changed in ((DEFAULT[:-10] + "0.31000000",), (DEFAULT, "243 240 235")):
+        save(folder, "H&E modified", *changed)
+        entry = with_stains(folder)
+        assert entry.stains is None
+        assert re.fullmatch(r"its own stain vectors .* run groovy/export_regions.*", entry.note)
+    file = export(folder, OWN)
+    assert (with_stains(folder).stains, with_stains(folder).note) == (OWN, None)
+    export(folder, None)  # and then a person set them
+    os.utime(file, ns=(1, 1))
+    assert "were not exported" in with_stains(folder).note
+    for content in (b"", b"\xac\xed", b'ColorDeconvolutionStains {"Name" : "x"}'):
+        (folder / "data" / "1" / "data.qpdata").write_bytes(content)
+        assert with_stains(folder).note is None
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -242,6 +282,8 @@ def test_stains_of_a_real_qupath_are_read_and_measured_as_it_does(
     path = qupath.make_project(tmp_path / "project", SLIDE, ["a.svs"])
     pixels = np.random.default_rng(0).integers(0, 256, (200, 3)).astype(np.uint8)
     expected = set_in_qupath(session, path, stains, pixels)
+    (entry,) = open_project(path, "files").images()
+    assert "were not exported" in (open_project(path, "files").with_stains(entry).note or "")
     project = open_project(path, "paquo")
     assert isinstance(project, PaquoProject)
     project = replace(project, process=process)
@@ -274,8 +316,8 @@ def test_qupath_s_defaults_are_those_that_are_measured_without_it(
         (entry,) = project.images()
         assert replace(project, process=process).with_stains(entry).stains == stains
         project.layout.stains(entry.id).unlink()
-        only_type = open_project(path, "files").with_stains(entry).stains
-        assert only_type == (H_DAB if kind == "H_DAB" else None)
+        only_type = open_project(path, "files").with_stains(entry)
+        assert (only_type.stains, only_type.note) == (H_DAB if kind == "H_DAB" else None, None)
 
 
 @pytest.mark.qupath

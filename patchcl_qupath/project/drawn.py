@@ -1,8 +1,9 @@
-"""Annotations and stains of an image, as the scripts in groovy/ exported them."""
+"""Annotations and stains of an image, as the scripts in groovy/ exported them, or did not."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from patchcl_qupath.project.outlines import (
     sort_outlines,
 )
 from patchcl_qupath.project.qpproj import as_count
-from patchcl_qupath.slides.stain_vectors import flaw, without_rounding
+from patchcl_qupath.slides.stain_vectors import H_DAB, H_E, flaw, without_rounding
 from patchcl_qupath.storage.geojson import Objects, class_name, read_objects
 
 _EXPORT = "run groovy/export_regions.groovy on it in QuPath, then run again"
@@ -39,6 +40,9 @@ _KINDS = {  # by QuPath's image type
     "BRIGHTFIELD_H_E": StainKind.H_E,
     "BRIGHTFIELD_H_DAB": StainKind.H_DAB,
 }
+# Stain vectors in data.qpdata: after the name of their class, and before all objects.
+_SAVED_STAINS = re.compile(rb'ColorDeconvolutionStains.{,99}?(\{"Name" : .*?"\})', re.DOTALL)
+_HEAD_BYTES = 2**20
 SELECTED = "(selected)"  # class under which the selected annotations are exported
 OUR_REGION = "PatchCL"  # the name of annotations of no class that hold imported nuclei
 _UNCLEAR = {  # how a person may have marked nuclei, without outlines
@@ -161,7 +165,29 @@ def read_stains(path: Path, image: str) -> StainVectors | None:
     return without_rounding(stains)
 
 
-def _triple(numbers: Sequence[float]) -> tuple[float, float, float]:
+def has_own_stains(data: Path) -> bool:
+    """Whether a person changed the stain vectors in ``data.qpdata``; False where that is unknown.
+
+    QuPath writes them as text, near the beginning. Its default ones come with an image type.
+    """
+    try:
+        with data.open("rb") as file:
+            found = _SAVED_STAINS.search(file.read(_HEAD_BYTES))
+        if found is None:
+            return False
+        saved = json.loads(found[1].decode("utf-8", "replace"))
+        stains = StainVectors(
+            kind=StainKind.OTHER,
+            names=(saved["Stain 1"], saved["Stain 2"]),
+            vectors=(_triple(saved["Values 1"].split()), _triple(saved["Values 2"].split())),
+            background=_triple(saved["Background"].split()),
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+    return "Stain 3" in saved or without_rounding(stains) not in (H_E, H_DAB)
+
+
+def _triple(numbers: Sequence[float | str]) -> tuple[float, float, float]:
     red, green, blue = map(float, numbers)
     return red, green, blue
 

@@ -24,6 +24,7 @@ from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.drawn import (
     ExportedLabels,
     classes_text,
+    has_own_stains,
     of_classes,
     read_drawn,
     read_regions,
@@ -147,16 +148,22 @@ class FilesProject:
         Without an export, an image whose type is H-DAB in QuPath has QuPath's default stains.
         """
         file = self.layout.stains(entry.id)
-        stains = read_stains(file, entry.name)
+        stains, note = read_stains(file, entry.name), None
+        is_current = self.is_current(file, entry)
+        if stains is not None and not is_current:
+            note = (
+                "its stains were exported before it was last saved in QuPath: if they changed "
+                "since, run groovy/export_regions.groovy and then this again"
+            )
+        elif not is_current and has_own_stains(self.data(entry)):
+            note = (
+                "its own stain vectors in QuPath were not exported, and QuPath's default ones are "
+                "measured: for its own, run groovy/export_regions.groovy and then this again"
+            )
         if stains is None and self._image_type(entry.id) == "BRIGHTFIELD_H_DAB":
-            return replace(entry, stains=H_DAB)
-        if stains is None or self.is_current(file, entry):
-            return replace(entry, stains=stains)
-        note = (
-            "its stains were exported before it was last saved in QuPath: if they changed since, "
-            "run groovy/export_regions.groovy and then this again"
-        )
-        return replace(entry, stains=stains, note="; ".join(filter(None, [entry.note, note])))
+            stains = H_DAB
+        notes = filter(None, [entry.note, note])
+        return replace(entry, stains=stains, note="; ".join(notes) or None)
 
     def is_current(self, file: Path, entry: ImageEntry) -> bool:
         """Whether an exported file exists, and is newer than the last save of its image.
