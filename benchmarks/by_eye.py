@@ -82,10 +82,15 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = made.add_argument
-    add("folder", type=Path, help="for the sheets")
+    add("folder", metavar="FOLDER", type=Path, help="for the sheets")
     add("--data", type=Path, default=DATA, help="folder of the labelled sets")
     add("--sets", nargs="+", choices=[*MPP], default=[*MPP], help="default: all")
-    add("--beside", type=Path, help="folder of projects that another version has run in")
+    add(
+        "--beside",
+        metavar="DIR",
+        type=Path,
+        help="folder of projects that another version has run in",
+    )
     add("--objects", type=int, default=70, help="drawn of each version")
     add("--seed", type=int, default=0, help="of the draw")
     add("--config", type=Path, help="TOML file with settings, as for patchcl-qp run")
