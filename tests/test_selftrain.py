@@ -345,15 +345,7 @@ class Halves(NucleusNetwork):
 def test_what_was_an_artefact_is_no_nucleus_in_cdcl_without_labels(monkeypatch):
     images, _ = nuclei_images(2)
     teacher = Model(network=Prediction(), config=BY_TORCH, training=patchcl_log())
-    given = []
-
-    def note(model, sure, report):
-        given.append(sure(model))
-        return model
-
-    monkeypatch.setattr(selftrain, "train_on", lambda *_: selftrain.Trained(Halves(), [], 0, 0))
-    monkeypatch.setattr(selftrain, "calibrated", calibrated_to(0.99))
-    monkeypatch.setattr(selftrain.cdcl, "refine_without_labels", note)
+    given = sure_samples(monkeypatch, 0.99)
     selftrain.train(crops_of(images), teacher, hide_progress)
 
     def without_the_first(crop, _):
@@ -369,6 +361,20 @@ def test_what_was_an_artefact_is_no_nucleus_in_cdcl_without_labels(monkeypatch):
         np.testing.assert_array_equal(without.valid, sample.valid & ~lost)
 
 
+def sure_samples(monkeypatch, probability):
+    """A list of what rounds of CDCL without labels are given; each nucleus has that probability."""
+    given = []
+
+    def note(model, sure, report):
+        given.append(sure(model))
+        return model
+
+    monkeypatch.setattr(selftrain, "train_on", lambda *_: selftrain.Trained(Halves(), [], 0, 0))
+    monkeypatch.setattr(selftrain, "calibrated", calibrated_to(probability))
+    monkeypatch.setattr(selftrain.cdcl, "refine_without_labels", note)
+    return given
+
+
 def calibrated_to(probability):
     """As ``calibrated``, but each nucleus has the same probability; None is no calibration."""
     logit = None if probability is None else float(np.log(probability / (1 - probability)))
@@ -382,15 +388,7 @@ def test_cdcl_without_labels_needs_nuclei_that_are_sure(monkeypatch, probability
     images, _ = nuclei_images(2)
     empty = np.full_like(images[0], 240)
     teacher = Model(network=Prediction(), config=BY_TORCH, training=patchcl_log())
-    given = []
-
-    def note(model, sure, report):
-        given.append(sure(model))
-        return model
-
-    monkeypatch.setattr(selftrain, "train_on", lambda *_: selftrain.Trained(Halves(), [], 0, 0))
-    monkeypatch.setattr(selftrain, "calibrated", calibrated_to(probability))
-    monkeypatch.setattr(selftrain.cdcl, "refine_without_labels", note)
+    given = sure_samples(monkeypatch, probability)
     normaliser = StainNormaliser.fit(images)
     selftrain.train(crops_of([*images, empty], normaliser), teacher, hide_progress)
     assert len(given[0]) == (3 if is_sure else 0)
