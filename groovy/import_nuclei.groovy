@@ -515,7 +515,8 @@ static String findOtherImage(ImageData<?> imageData, JsonObject result) {
     if (size == null || (size.get(0).getAsInt() == width && size.get(1).getAsInt() == height))
         return null
     return "QuPath shows an image of ${width} x ${height} px, but the nuclei are those of one of " +
-            "${size.get(0)} x ${size.get(1)} px: remove it from the project in QuPath, add its file again, and run again"
+            "${size.get(0)} x ${size.get(1)} px: remove it from the project in QuPath, add its file again, and run " +
+            'again'
 }
 
 /**
