@@ -52,8 +52,7 @@ _ON_WINDOWS = {
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 _OF_SCRIPTS = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.partial$")  # a UUID of Java
-# What commands write beside a run: the report's page and tables, not its pictures of images.
-_WITHOUT_LOCK = re.compile(r"(exports|errors)/|report/(tables/)?[^/]+$")
+_WITHOUT_LOCK = {"exports", "errors"}  # folders that commands write to beside a run
 _OLD_S = 86400.0
 
 _locked: set[Path] = set()  # folders of which this process holds the lock
@@ -140,15 +139,13 @@ def copy_once(path: Path, other: Path) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove the temporary files of killed writers from a project's folder of ours, by who has its
-    lock.
+    """Remove the temporary files of killed writers from a folder and its subfolders.
 
-    Groovy scripts in QuPath take no lock and may be writing, as ``export``, ``score`` and
-    ``report``, which only read results: their files are removed once they are a day old. What
-    cannot be removed is left.
+    A Groovy script in QuPath takes no lock and may be writing, as what only reads results: their
+    files are removed once old.
     """
     for leftover in [*folder.rglob("*.partial*")]:
-        under_lock = not _WITHOUT_LOCK.match(leftover.relative_to(folder).as_posix())
+        under_lock = _WITHOUT_LOCK.isdisjoint(leftover.relative_to(folder).parts)
         is_ours = leftover.name.startswith(".")
         if not is_ours and not _OF_SCRIPTS.search(leftover.name):
             continue
