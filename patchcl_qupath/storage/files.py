@@ -141,8 +141,8 @@ def copy_once(path: Path, other: Path) -> None:
 def remove_partial_files(folder: Path) -> None:
     """Remove the temporary files of killed writers from a folder and its subfolders.
 
-    A Groovy script in QuPath takes no lock and may be writing, as what only reads results: their
-    files are removed once old.
+    A Groovy script in QuPath takes no lock and may be writing, as ``export`` and ``score``: their
+    files are removed once old. ``report`` writes what a run does, too, and may have to be repeated.
     """
     for leftover in [*folder.rglob("*.partial*")]:
         under_lock = _WITHOUT_LOCK.isdisjoint(leftover.relative_to(folder).parts)
