@@ -134,7 +134,7 @@ def compare(
 ) -> ChangeCounts:
     """Count the corrections in a ROI, and those that the refined model makes by itself.
 
-    Nuclei (N,) count where their centroid lies in the ROI. Two contours are of one nucleus from an
+    Nuclei (N,) count where their centroid lies in the ROI. Two contours are of one nucleus above an
     IoU of 0.5. A nucleus that was added counts as found where the refined model has it; one that
     was reshaped, where the refined contour is nearer to the person's than the earlier one was; one
     that was deleted, where the refined model has nothing but nuclei that the person has, too.
@@ -166,7 +166,7 @@ def _iou(contours: Polygons, others: Polygons) -> NDArray[np.float64]:
 
 
 def _touched(contours: Polygons, others: Polygons) -> Bools:
-    """(N,) which are in the place of another: IoU of 0.5, or a centroid in the other."""
+    """(N,) which are in the place of another: IoU above 0.5, or a centroid in the other."""
     touched = _iou(contours, others) > MIN_IOU
     tree = shapely.STRtree(others)
     touched[tree.query(shapely.centroid(contours), predicate="within")[0]] = True
