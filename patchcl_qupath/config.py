@@ -482,9 +482,9 @@ class SelfTrainConfig(Settings):
 
 @dataclass(frozen=True)
 class CDCLConfig(Settings):
-    """Semi-supervised refinement with corrected ROIs. Its defaults, but for steps and solidity,
-    also end the label-free training. Where a default is not that of the paper (Wu et al. 2022), the
-    paper's value is given."""
+    """Semi-supervised refinement with corrected ROIs. Its defaults, but for steps, solidity and
+    distillation, also end the label-free training. Where a default is not that of the paper (Wu et
+    al. 2022), the paper's value is given."""
 
     table: ClassVar[str] = "cdcl"
 
@@ -521,7 +521,7 @@ class CDCLConfig(Settings):
             "large: several nuclei in one have less (paper: none)"
         ),
     ] = 0.94
-    large: Annotated[
+    large_area: Annotated[
         float, setting("Area of a large nucleus, relative to the median of its crop", ge=0)
     ] = 1.5
     teacher_warmup: Annotated[
@@ -561,6 +561,17 @@ class CDCLConfig(Settings):
     bank_patches: Annotated[
         int, setting("Patches of each class that the memory bank keeps of a step", ge=1)
     ] = 512
+    distillation_steps: Annotated[
+        int,
+        setting(
+            "Training steps after the rounds, in which the network is fitted to the corrected ROIs "
+            "and held to what it is elsewhere; 0: none (paper: none)",
+            ge=0,
+        ),
+    ] = 1200
+    distillation_weight: Annotated[
+        float, setting("Weight of the loss that holds it there", ge=0)
+    ] = 3.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

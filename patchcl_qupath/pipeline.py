@@ -23,6 +23,7 @@ from patchcl_qupath.answers.answer import Answer, answer, check
 from patchcl_qupath.config import TMA_CORES, Config, Recipe
 from patchcl_qupath.correction import changes
 from patchcl_qupath.correction.labels import (
+    drawn_samples,
     pseudo_labelled_samples,
     read_corrected,
     training_samples,
@@ -165,10 +166,11 @@ def refine(
     labelled = [sample for each in corrected for sample in training_samples(*each)]
     crops = training_crops(entries, start.config, counter(progress, Stage.READING_CROPS))
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
-    drawn = with_copies(corrected, entries)
-    label = partial(pseudo_labelled_samples, crops=crops, images=drawn, report=choosing)
+    images = with_copies(corrected, entries)
+    label = partial(pseudo_labelled_samples, crops=crops, images=images, report=choosing)
+    drawn = partial(drawn_samples, crops, images)
     refining = counter(progress, Stage.REFINING)
-    model = cdcl.refine(start, labelled, label, refining, seed)
+    model = cdcl.refine(start, labelled, label, drawn, refining, seed)
     model = calibrated(model, crops, counter(progress, Stage.CALIBRATING))
     return model, {image.id: corrections for image, corrections in corrected}
 

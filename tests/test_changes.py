@@ -235,7 +235,7 @@ def story(model: pipeline.Model, tmp_path_factory: pytest.TempPathFactory) -> tu
     init_project(folder, [NewImage(files / "part.png", [picture.size], (0.5, 0.5))])
     model.save(folder / "patchcl" / "models", "patchcl")
     settings = folder / "quick.toml"
-    settings.write_text("[cdcl]\nsteps = 4\n", "utf-8")
+    settings.write_text("[cdcl]\nsteps = 4\ndistillation_steps = 4\n", "utf-8")
 
     def call(*arguments: object) -> str:
         result = CliRunner().invoke(cli.main, [*map(str, arguments)])

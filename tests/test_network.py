@@ -225,7 +225,7 @@ def test_training_logs_are_kept_under_their_names_of_version_0_1(tmp_path):
     names = list(json.loads(path.with_suffix(".json").read_text())["training"])
     assert names == [
         *("patchcl", "sure_nucleus", "known", "loss", "seconds", "seconds_for_batches"),
-        *("unlabelled_cdcl", "cdcl", "refined_from"),
+        *("unlabelled_cdcl", "cdcl", "distillation", "refined_from"),
     ]
     assert Model.load(random_model().save(tmp_path, "without")).training is None
 

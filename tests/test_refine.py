@@ -34,7 +34,11 @@ from patchcl_qupath.storage.records import CDCLLog, SelfTrainingLog
 from patchcl_qupath.training import cdcl, selftrain
 from patchcl_qupath.training.pseudo_labels import PseudoLabels
 from patchcl_qupath.training.selftrain import LabelledCrop
-from patchcl_qupath.training.supervision import TrainingSample, targets
+from patchcl_qupath.training.supervision import (
+    TrainingSample,
+    distillation_loss,
+    targets,
+)
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
@@ -114,7 +118,7 @@ def test_corrections_improve_a_model_beyond_its_pseudo_labels():
     config = replace(
         Config(),
         selftrain=replace(Config().selftrain, steps=120, widths=(8, 12, 16)),
-        cdcl=replace(CONFIG, steps=80, pseudo_weight=0.0),
+        cdcl=replace(CONFIG, steps=80, pseudo_weight=0.0, distillation_steps=40),
     )
     training_samples = [
         TrainingSample(normaliser.apply(i), targets(t, t == 0))
@@ -129,14 +133,18 @@ def test_corrections_improve_a_model_beyond_its_pseudo_labels():
         teachers.append(model)
         return training_samples[1:4]
 
-    refined = cdcl.refine(start, corrected, pseudo_labelled, lambda *step: steps.append(step))
-    assert steps == [(step, 160) for step in range(1, 161)]
+    tissue = [without_labels(sample) for sample in training_samples[1:4]]
+    samples = corrected, pseudo_labelled, lambda: tissue
+    refined = cdcl.refine(start, *samples, lambda *step: steps.append(step))
+    assert steps == [(step, 200) for step in range(1, 201)]
     assert len(refined.training.cdcl) == 160
+    assert len(refined.training.distillation) == 40
     assert refined.training.refined_from == start.digest != refined.digest
     assert refined.training.patchcl == start.training.patchcl
-    last = refined.training.cdcl[-1]
-    assert set(last) == {"labelled", "pseudo", "consistency", "entropy", "contrast"}
-    assert all(math.isfinite(value) for value in last.values())
+    of_rounds, at_end = refined.training.cdcl[-1], refined.training.distillation[-1]
+    assert set(of_rounds) == {"labelled", "pseudo", "consistency", "entropy", "contrast"}
+    assert set(at_end) == {"labelled", "distillation"}
+    assert all(math.isfinite(value) for value in (of_rounds | at_end).values())
 
     def score(model):
         found = confidence(model, images[5], normaliser)
@@ -147,11 +155,63 @@ def test_corrections_improve_a_model_beyond_its_pseudo_labels():
     assert first is start
     assert start.digest != second.digest != refined.digest
     assert score(refined) > score(start)
-    few = replace(start, config=replace(config, cdcl=replace(config.cdcl, steps=8)))
-    one, other = (
-        cdcl.refine(few, corrected, pseudo_labelled, lambda *step: None).digest for _ in range(2)
-    )
+    few = replace(config.cdcl, steps=8, distillation_steps=8)
+    few = replace(start, config=replace(config, cdcl=few))
+    one, other = (cdcl.refine(few, *samples, lambda *step: None).digest for _ in range(2))
     assert one == other != few.digest
+
+
+def without_labels(sample):
+    """A sample in which nobody drew anything."""
+    return sample._replace(target=np.zeros_like(sample.target))
+
+
+def test_a_network_is_fitted_to_a_roi_and_held_elsewhere():
+    """The person takes all nuclei of one image for background: nothing else is to change."""
+    images, ground_truths = nuclei_images(3)
+    normaliser = StainNormaliser.fit(images)
+    samples = [
+        TrainingSample(normaliser.apply(i), targets(t, t == 0))
+        for i, t in zip(images, ground_truths, strict=True)
+    ]
+    brief = replace(Config().selftrain, steps=120, widths=(8, 12, 16))
+    trained = selftrain.train_on(samples, brief, 0, lambda *_: None)
+    # Stains of the image that is corrected are like no other: a network can tell it from these.
+    odd = samples[0]._replace(stains=samples[0].stains[..., ::-1].copy())
+    odd = odd._replace(target=targets(np.zeros_like(ground_truths[0]), ground_truths[0] >= 0))
+    tissue = [odd, *map(without_labels, samples[1:])]
+
+    def changes(weight):
+        settings = replace(
+            CONFIG, steps=1, rounds=1, distillation_steps=60, distillation_weight=weight
+        )
+        config = replace(Config(), selftrain=brief, cdcl=replace(settings, learning_rate=1e-9))
+        start = Model(network=trained.network, config=config, training=selftraining_log())
+        fitted = replace(start, config=replace(config, cdcl=settings))
+        fitted = cdcl.refine(fitted, [odd], lambda _: samples, lambda: tissue, lambda *_: None)
+        maps = []
+        for model in (start, fitted):
+            stains = torch.tensor(np.stack([odd.stains, samples[1].stains])).permute(0, 3, 1, 2)
+            with torch.no_grad():
+                maps.append(torch.sigmoid(model.network.eval()(stains))[:, 0])
+        before, after = maps
+        return before[0].mean(), after[0].mean(), (after[1] - before[1]).abs().mean()
+
+    before, after, elsewhere = changes(CONFIG.distillation_weight)
+    assert after < 0.5 * before
+    assert elsewhere < 0.5 * changes(0.0)[2]
+
+
+def test_distillation_is_to_labels_where_there_are_some():
+    """A labelled pixel of nucleus, one of background, and two that are the teacher's."""
+    probability = torch.full((1, 2, 1, 4), 0.25)
+    target = torch.tensor([[1.0, 0, 1, 0], [1, 0, 1, 0], [1, 1, 0, 0]]).view(1, 3, 1, 4)
+    logits = torch.full((1, 2, 1, 4), 2.0)
+    nucleus, background = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))
+    teacher = 0.25 * nucleus + 0.75 * background
+    expected = 2 * (nucleus + background + 2 * teacher) / 4  # of both channels
+    found = distillation_loss(logits, probability, target)
+    assert found.item() == pytest.approx(expected)
 
 
 def test_without_labels_a_model_learns_from_what_it_is_sure_of():
@@ -205,13 +265,15 @@ def test_a_refined_model_is_the_same_with_any_number_of_cores(monkeypatch):
     labels[8:24, 8:24], labels[32:60, 32:48] = 1, 2
     stains = rng.random((64, 64, 3), np.float32)
     samples = [TrainingSample(stains, targets(labels, labels == 0))]
-    config = replace(Config(), cdcl=replace(CONFIG, steps=4))
+    config = replace(Config(), cdcl=replace(CONFIG, steps=4, distillation_steps=4))
     network = NucleusNetwork((2, 2, 2)).eval()
     start = Model(network=network, config=config, training=selftraining_log())
     digests = []
     for cores, seed in ((1, 5), (8, 5), (8, 6)):
         monkeypatch.setattr("dask.system.cpu_count", lambda cores=cores: cores)
-        refined = cdcl.refine(start, samples, lambda _: samples, lambda *_: None, seed)
+        refined = cdcl.refine(
+            start, samples, lambda _: samples, lambda: samples, lambda *_: None, seed
+        )
         digests.append(refined.digest)
     assert digests[0] == digests[1] != digests[2]
 
@@ -294,6 +356,22 @@ def test_in_corrected_rois_the_labels_of_crops_are_those_of_the_person():
     assert background[390, 300]
     assert not background[350, 20]  # the person left it open
     assert crop.labels.nuclei[100, 100] == 1  # as it was
+
+
+def test_what_a_person_drew_is_all_that_is_labelled_in_crops():
+    """What is drawn in the ROI, and the whole of a nucleus that reaches out of it."""
+    box = Box(600, 700, 1000, 1100)  # the ROI ends at column 900
+    image = np.full((*box.shape, 3), 200, np.uint8)
+    normaliser = StainNormaliser((0.0,) * 3, (1.0,) * 3)
+    crops = TrainingCrops((image,) * 2, (normaliser,) * 2, ("1", "2"), (box,) * 2)
+    ignored = shapely.box(700, 900, 750, 1000)
+    corrections = Corrections((ROI,), (ACROSS, OUTSIDE), ignored=(ignored,))
+    found, other = labels.drawn_samples(crops, [(prepared(), corrections)])
+    assert not other.target.any()  # of another slide
+    assert np.array_equal(found.stains, normaliser.apply(image))
+    assert found.nucleus.sum() == pytest.approx(ACROSS.area, rel=0.02)
+    in_roi = (ROI & shapely.box(700, 600, 1100, 1000)) - ignored
+    assert found.valid.sum() == pytest.approx((in_roi | ACROSS).area, rel=0.01)
 
 
 def test_crops_of_a_duplicate_have_what_was_drawn_on_either():
@@ -611,7 +689,7 @@ def test_refine_run_and_status_from_the_command_line(folder, model):
     nuclei = (feature(INSIDE, "Nucleus"), feature(ACROSS, "Nucleus"))
     export(folder, feature(ROI, "Done"), *nuclei, line)
     settings = folder / "settings.toml"
-    settings.write_text("[cdcl]\nsteps = 6\n", "utf-8")
+    settings.write_text("[cdcl]\nsteps = 6\ndistillation_steps = 6\n", "utf-8")
 
     def call(*arguments):
         result = CliRunner().invoke(cli.main, [*map(str, arguments)])

@@ -179,7 +179,7 @@ def test_rois_are_suggested_and_refine_the_model(project: Path, model: pipeline.
     content["images"][1]["serverBuilder"]["uri"] = copy.as_uri()
     project.write_text(json.dumps(content), "utf-8")
     quick = project.parent / "quick.toml"
-    quick.write_text("[cdcl]\nsteps = 4\n", "utf-8")
+    quick.write_text("[cdcl]\nsteps = 4\ndistillation_steps = 4\n", "utf-8")
     script = project.parent / "scripts" / "run_patchcl.groovy"
     found = CliRunner().invoke(main, ["run", str(project), "--backend", "files"])
     assert found.exit_code == 0, found.output

@@ -383,7 +383,7 @@ class Story:
         if by == "files":
             qupath.run_script(path, GROOVY / "export_labels.groovy")
             settings = path.with_name("settings.toml")
-            settings.write_text("[cdcl]\nsteps = 4\n", "utf-8")
+            settings.write_text("[cdcl]\nsteps = 4\ndistillation_steps = 4\n", "utf-8")
             shown = call("refine", path, "--config", settings, "--json")
             self.refined = json.loads(shown.stdout)
         self.labels = self.opened()[0].corrections(entry, CORRECTED)

@@ -16,6 +16,7 @@ from bench.sets import ImageSet, project_of
 from patchcl_qupath.config import Config
 from patchcl_qupath.correction.labels import (
     LabelledImage,
+    drawn_samples,
     pseudo_labelled_samples,
     training_samples,
 )
@@ -78,6 +79,7 @@ def few_labels(
         **code(
             "pipeline.train",
             "slides.prepare.training_crops",
+            "correction.labels.drawn_samples",
             "correction.labels.pseudo_labelled_samples",
             "correction.labels.training_samples",
             "training.cdcl.refine",
@@ -139,14 +141,16 @@ def _roi(
 def _models(project: Project, start: Model, drawn: Drawn, draw: int) -> dict[str, Model]:
     """The models that are compared, by KINDS."""
     config = start.config
-    alone = replace(config.selftrain, steps=config.cdcl.rounds * config.cdcl.steps)
+    steps = config.cdcl.rounds * config.cdcl.steps + config.cdcl.distillation_steps
+    alone = replace(config.selftrain, steps=steps)
     training = counter(progress, Stage.TRAINING_NETWORK)
     trained = selftrain.train_on(drawn.samples, alone, draw, training)
     crops = training_crops(project.images(), config, counter(progress, Stage.READING_CROPS))
     choosing = counter(progress, Stage.CHOOSING_PSEUDO_LABELS)
     label = partial(pseudo_labelled_samples, crops=crops, images=drawn.images, report=choosing)
     refining = counter(progress, Stage.REFINING)
-    refined = cdcl.refine(start, drawn.samples, label, refining, draw)
+    of_person = partial(drawn_samples, crops, drawn.images)
+    refined = cdcl.refine(start, drawn.samples, label, of_person, refining, draw)
     refined = calibrated(refined, crops, counter(progress, Stage.CALIBRATING))
     # Its views agree little, so that a calibration would leave out half of its nuclei.
     labelled_alone = replace(start, network=trained.network, calibration=None)

@@ -311,6 +311,16 @@ def pseudo_labelled_samples(
     return [crop.sample for crop in corrected_crops(found, crops, images)]
 
 
+def drawn_samples(crops: TrainingCrops, images: Sequence[LabelledImage]) -> list[TrainingSample]:
+    """The crops as samples that are labelled in corrected ROIs, and nowhere else."""
+    found = []
+    for image, normaliser in zip(crops.images, crops.normalisers, strict=True):
+        shape = image.shape[:2]
+        nothing = PseudoLabels(np.zeros(shape, np.int32), np.zeros(shape, np.bool_))
+        found.append(LabelledCrop(normaliser.apply(image), nothing))
+    return [crop.sample for crop in corrected_crops(found, crops, images)]
+
+
 class _Drawn(NamedTuple):
     """What a person drew on an image, on the working grid; nuclei (N,) are those in the ROIs."""
 

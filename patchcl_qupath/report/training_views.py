@@ -55,6 +55,8 @@ class CDCLView:
     steps: int
     refined_from: str
     losses: Chart | None
+    distillation_steps: int
+    distillation_losses: Chart | None
 
 
 class _Training(NamedTuple):
@@ -159,6 +161,12 @@ def _cdcl(name: str, log: CDCLLog, number: int) -> CDCLView:
         steps=len(log.cdcl),
         refined_from=log.refined_from[:_DIGEST],
         losses=curves(f"cdcl-losses-{number}", f"{name}: losses of CDCL", _by_name(log.cdcl)),
+        distillation_steps=len(log.distillation),
+        distillation_losses=curves(
+            f"distillation-losses-{number}",
+            f"{name}: losses of distillation",
+            _by_name(log.distillation),
+        ),
     )
 
 

@@ -469,12 +469,14 @@ class SelfTrainingLog(
 
 
 class CDCLLog(SelfTrainingLog, frozen=True, kw_only=True):
-    """How a model was refined: its own training, and the losses of each step of CDCL by name.
+    """How a model was refined: its own training, and the losses of each step by name.
 
+    Those of ``cdcl``, and of the ``distillation`` after it, which older models do not have.
     ``refined_from`` is the digest of the model that it began with.
     """
 
     cdcl: list[dict[str, float]]
+    distillation: list[dict[str, float]] = []
     refined_from: str
 
 

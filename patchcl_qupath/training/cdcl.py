@@ -11,15 +11,17 @@ student and teacher begin as the label-free model, and its pseudo-labels stay in
 unlabelled crops, or the student would forget whatever one labelled ROI does not show. There are
 two rounds: what the model of the first one finds are the pseudo-labels of the second. Those of the
 first leave out what the label-free model is not sure of, and what is large and not convex, as that
-is often several nuclei in one. Without any label, two rounds, which both leave out what the network
-is not sure of, end the label-free training itself.
+is often several nuclei in one. At the end the network is fitted to the labels, while it is held to
+what it has learnt elsewhere by distillation: Z. Li, D. Hoiem, Learning without Forgetting, ECCV
+2016. Without any label, two rounds, which both leave out what the network is not sure of, end the
+label-free training itself.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -42,6 +44,7 @@ from patchcl_qupath.training.supervision import (
     TrainingSample,
     augment_stains,
     bce_dice_loss,
+    distillation_loss,
     ema_model,
     made_ahead,
     mixed_precision,
@@ -59,7 +62,7 @@ class Batch(NamedTuple):
 
 
 class Batches(NamedTuple):
-    """The crops of a step: with labels, and without, or with pseudo-labels."""
+    """The crops of a step: of labelled ROIs, and of all tissue."""
 
     labelled: Batch
     unlabelled: Batch
@@ -69,20 +72,33 @@ def refine(
     start: Model,
     labelled: Sequence[TrainingSample],
     pseudo_labelled: Callable[[Model], Sequence[TrainingSample]],
+    drawn: Callable[[], Sequence[TrainingSample]],
     report: ShowCount,
     seed: int = 0,
 ) -> Model:
-    """Refine a model with samples of labelled ROIs, and with those that a model pseudo-labels.
+    """Refine a model with samples of labelled ROIs, and of all tissue around them.
 
-    Equal samples, seeds and numbers of threads give equal weights on one machine's CPU.
+    ``pseudo_labelled`` are the samples of tissue with a model's pseudo-labels; ``drawn`` those with
+    what a person drew, and nothing else. Equal samples, seeds and numbers of threads give equal
+    weights on one machine's CPU.
     """
     assert isinstance(start.training, SelfTrainingLog), "CDCL begins with self-training"
-    model, log = _rounds(start, lambda model: (labelled, pseudo_labelled(model)), report, seed)
+    settings = start.config.cdcl
+    of_rounds = settings.rounds * settings.steps
+    total = of_rounds + settings.distillation_steps
+    in_rounds, at_end = part_of(report, 0, total), part_of(report, of_rounds, total)
+    model, log = _rounds(start, lambda model: (labelled, pseudo_labelled(model)), in_rounds, seed)
+    of_end = list[dict[str, float]]()
+    if settings.distillation_steps:
+        turn = (seed, settings.rounds)
+        network, of_end = _fitted(model.network, settings, labelled, drawn(), at_end, turn)
+        model = replace(model, network=network)
     return replace(
         model,
         training=CDCLLog(
             **{name: getattr(start.training, name) for name in SelfTrainingLog.__struct_fields__},
             cdcl=log,
+            distillation=of_end,
             refined_from=start.digest,
         ),
     )
@@ -140,42 +156,97 @@ def _round(
 ) -> tuple[SegmentationNetwork, list[dict[str, float]]]:
     """The network of the teacher after one round, and the losses of each step by name."""
     assert start.feature_channels is not None, "this network cannot be refined"
-    student = deepcopy(start).to(device()).train()
-    average = ema_model(student, warmup_steps=9)
-    average.update_parameters(student)  # a copy: the model itself is the first in the mean
-    teacher = average.module.eval()
-    assert isinstance(teacher, SegmentationNetwork)
+    student = _Student(start, settings, settings.steps)
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(int(np.random.default_rng(seed).integers(2**31)))
         projection = nn.Conv2d(start.feature_channels, settings.dimensions, 1)
         projection.to(device())
-    optimizer = torch.optim.AdamW(
-        [*student.parameters(), *projection.parameters()],
-        settings.learning_rate,
-        weight_decay=settings.weight_decay,
-    )
-    scheduler = LambdaLR(optimizer, partial(_annealing, settings=settings))
     bank = MemoryBank(settings)
-    log: list[dict[str, float]] = []
-    make = partial(_batches, labelled, unlabelled, settings, seed)
-    for step, batches in enumerate(made_ahead(make, settings.steps)):
-        losses = _losses(
-            student=student,
-            teacher=teacher,
+
+    def losses(step: int, batches: Batches) -> dict[str, Tensor]:
+        return _losses(
+            student=student.network,
+            teacher=student.average,
             projection=projection,
             batches=batches,
             weight=consistency_weight(step, settings),
             bank=bank,
             settings=settings,
         )
-        optimizer.zero_grad()
-        torch.stack([*losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        scheduler.step()
-        average.update_parameters(student)
-        log.append({name: round(loss.item(), 4) for name, loss in losses.items()})
-        report(step + 1, settings.steps)
-    return teacher.cpu().eval(), log
+
+    batches = partial(_batches, labelled, unlabelled, settings, seed)
+    return student.trained(batches, losses, report, also=projection.parameters())
+
+
+def _fitted(
+    start: SegmentationNetwork,
+    settings: CDCLConfig,
+    labelled: Sequence[TrainingSample],
+    drawn: Sequence[TrainingSample],
+    report: ShowCount,
+    seed: tuple[int, int],
+) -> tuple[SegmentationNetwork, list[dict[str, float]]]:
+    """The network fitted to the labels, and elsewhere to ``start``; the losses of each step."""
+    student = _Student(start, settings, settings.distillation_steps)
+    teacher = deepcopy(start).to(device()).eval()
+
+    def losses(_: int, batches: Batches) -> dict[str, Tensor]:
+        labelled, drawn = batches
+        with torch.no_grad():
+            probability = torch.sigmoid(_in_float32(teacher, drawn.weak)[0])
+        strong = torch.cat([labelled.strong, drawn.strong])
+        logits = _in_float32(student.network, strong)[0]
+        n = len(labelled.strong)
+        distance = distillation_loss(logits[n:], probability, drawn.target)
+        return {
+            "labelled": bce_dice_loss(logits[:n], labelled.target),
+            "distillation": settings.distillation_weight * distance,
+        }
+
+    return student.trained(partial(_batches, labelled, drawn, settings, seed), losses, report)
+
+
+class _Student:
+    """A network in training, and the moving average of its weights, which is what is kept."""
+
+    def __init__(self, start: SegmentationNetwork, settings: CDCLConfig, steps: int) -> None:
+        self.network = deepcopy(start).to(device()).train()
+        self._mean = ema_model(self.network, warmup_steps=9)
+        self._mean.update_parameters(self.network)  # a copy: start is the first in the mean
+        average = self._mean.module.eval()
+        assert isinstance(average, SegmentationNetwork)
+        self.average = average
+        self._settings, self._steps = settings, steps
+
+    def trained(
+        self,
+        batches: Callable[[int], Batches],
+        losses: Callable[[int, Batches], dict[str, Tensor]],
+        report: ShowCount,
+        also: Iterable[nn.Parameter] = (),
+    ) -> tuple[SegmentationNetwork, list[dict[str, float]]]:
+        """The average after all steps, and the losses of each by name.
+
+        ``also`` are parameters that are trained beside those of the network.
+        """
+        settings = self._settings
+        optimizer = torch.optim.AdamW(
+            [*self.network.parameters(), *also],
+            settings.learning_rate,
+            weight_decay=settings.weight_decay,
+        )
+        scheduler = LambdaLR(optimizer, partial(_annealing, steps=self._steps))
+        log: list[dict[str, float]] = []
+        for step, batch in enumerate(made_ahead(batches, self._steps)):
+            of_step = losses(step, batch)
+            optimizer.zero_grad()
+            torch.stack([*of_step.values()]).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            scheduler.step()
+            self._mean.update_parameters(self.network)
+            log.append({name: round(loss.item(), 4) for name, loss in of_step.items()})
+            report(step + 1, self._steps)
+        return self.average.cpu(), log
 
 
 def consistency_weight(step: int, settings: CDCLConfig) -> float:
@@ -184,9 +255,9 @@ def consistency_weight(step: int, settings: CDCLConfig) -> float:
     return math.exp(-5 * (1 - done) ** 2) if done >= settings.teacher_warmup else 0.0
 
 
-def _annealing(step: int, settings: CDCLConfig) -> float:
+def _annealing(step: int, steps: int) -> float:
     """The fraction of the learning rate at a step: a cosine to 0."""
-    return (1 + math.cos(math.pi * (step / settings.steps))) / 2
+    return (1 + math.cos(math.pi * (step / steps))) / 2
 
 
 def _losses(

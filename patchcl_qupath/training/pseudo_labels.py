@@ -309,13 +309,15 @@ def solidities(nuclei: NDArray[np.int32]) -> NDArray[np.float64]:
     )
 
 
-def are_several(nuclei: NDArray[np.int32], large: float, min_solidity: float) -> NDArray[np.bool_]:
-    """Which nuclei 1..N (H, W) seem to be several in one, (N,): those of more than ``large`` times
-    the median area of all, and less than ``min_solidity``."""
+def are_several(
+    nuclei: NDArray[np.int32], large_area: float, min_solidity: float
+) -> NDArray[np.bool_]:
+    """Which nuclei 1..N (H, W) seem to be several in one, (N,): those of more than ``large_area``
+    times the median area of all, and less than ``min_solidity``."""
     area = np.bincount(nuclei.ravel())[1:]
     if not len(area):
         return np.zeros(0, np.bool_)
-    return np.asarray((area > large * np.median(area)) & (solidities(nuclei) < min_solidity))
+    return np.asarray((area > large_area * np.median(area)) & (solidities(nuclei) < min_solidity))
 
 
 @compiled

@@ -334,7 +334,9 @@ def _of_network(
     settings = teacher.config.cdcl
     probability = nucleus_probability(teacher, nuclei, Confidence(nucleus, core), teacher.mpp)
     is_sure = probability >= settings.min_probability
-    return only_sure(labels, is_sure & ~are_several(nuclei, settings.large, settings.min_solidity))
+    return only_sure(
+        labels, is_sure & ~are_several(nuclei, settings.large_area, settings.min_solidity)
+    )
 
 
 def learning_rate(step: int, settings: SelfTrainConfig) -> float:

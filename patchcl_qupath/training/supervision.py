@@ -85,6 +85,17 @@ def bce_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     return (bce + 1 - (2 * both + 1) / (either + 1)).sum()
 
 
+def distillation_loss(logits: Tensor, probability: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy of logits with a teacher's probabilities, (B, 2, H, W) each.
+
+    Where pixels are labelled in targets (B, 3, H, W), their labels count in place of the teacher:
+    or it would teach its errors against these.
+    """
+    answer = torch.where(target[:, _VALID:] > 0, target[:, :_VALID], probability)
+    bce = F.binary_cross_entropy_with_logits(logits, answer, reduction="none")
+    return bce.mean(dim=(0, 2, 3)).sum()
+
+
 def mixed_precision(wanted: bool = True) -> torch.autocast:
     """Within it, convolutions are in bfloat16 where the device multiplies it: 1.7 times as fast.
 
