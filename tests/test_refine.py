@@ -183,7 +183,7 @@ def test_a_network_is_fitted_to_a_roi_and_held_elsewhere():
 
     def changes(weight):
         """The mean probability where nothing is, before and after; and by how much others change"""
-        few = replace(CONFIG, rounds=1, steps=1, labelled=3, unlabelled=3)
+        few = replace(CONFIG, rounds=1, steps=1)
         settings = replace(few, distillation_steps=100, distillation_weight=weight)
         config = replace(Config(), selftrain=brief, cdcl=settings)
         start = Model(network=trained.network, config=config, training=selftraining_log())
