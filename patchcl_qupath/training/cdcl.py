@@ -191,15 +191,15 @@ def _fitted(
     teacher = deepcopy(start).to(device()).eval()
 
     def losses(_: int, batches: Batches) -> dict[str, Tensor]:
-        labelled, drawn = batches
+        of_rois, of_tissue = batches
         with torch.no_grad():
-            probability = torch.sigmoid(_in_float32(teacher, drawn.weak)[0])
-        strong = torch.cat([labelled.strong, drawn.strong])
+            probability = torch.sigmoid(_in_float32(teacher, of_tissue.weak)[0])
+        strong = torch.cat([of_rois.strong, of_tissue.strong])
         logits = _in_float32(student.network, strong)[0]
-        n = len(labelled.strong)
-        distance = distillation_loss(logits[n:], probability, drawn.target)
+        n = len(of_rois.strong)
+        distance = distillation_loss(logits[n:], probability, of_tissue.target)
         return {
-            "labelled": bce_dice_loss(logits[:n], labelled.target),
+            "labelled": bce_dice_loss(logits[:n], of_rois.target),
             "distillation": settings.distillation_weight * distance,
         }
 
