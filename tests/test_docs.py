@@ -54,6 +54,7 @@ batch = 4
 cdcl_steps = 10
 [cdcl]
 steps = 10
+distillation_steps = 10
 """
 
 
