@@ -207,7 +207,7 @@ def test_rois_are_suggested_and_refine_the_model(project: Path, model: pipeline.
     assert (ran["status"], ran["command"][1]) == ("done", "refine")
     assert log.count("export_labels - one.svs: 1 ROIs") == 1
     assert log.count("export_labels - zwei ö.svs: 1 ROIs") == 1
-    assert log.count("refining the segmentation network: 8 of 8") == 1
+    assert log.count("refining the segmentation network: 12 of 12") == 1
     assert (output / "models" / "refined.pt").exists()
 
 
