@@ -34,11 +34,7 @@ from patchcl_qupath.storage.records import CDCLLog, SelfTrainingLog
 from patchcl_qupath.training import cdcl, selftrain
 from patchcl_qupath.training.pseudo_labels import PseudoLabels
 from patchcl_qupath.training.selftrain import LabelledCrop
-from patchcl_qupath.training.supervision import (
-    TrainingSample,
-    distillation_loss,
-    targets,
-)
+from patchcl_qupath.training.supervision import TrainingSample, distillation_loss, targets
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 SLIDE = SAMPLE / "CMU-1-Small-Region.svs"

@@ -84,21 +84,21 @@ def refine(
     """
     assert isinstance(start.training, SelfTrainingLog), "CDCL begins with self-training"
     settings = start.config.cdcl
-    of_rounds = settings.rounds * settings.steps
-    total = of_rounds + settings.distillation_steps
-    in_rounds, at_end = part_of(report, 0, total), part_of(report, of_rounds, total)
-    model, log = _rounds(start, lambda model: (labelled, pseudo_labelled(model)), in_rounds, seed)
-    of_end = list[dict[str, float]]()
+    before = settings.rounds * settings.steps
+    total = before + settings.distillation_steps
+    show = part_of(report, 0, total)
+    model, log = _rounds(start, lambda model: (labelled, pseudo_labelled(model)), show, seed)
+    distillation = list[dict[str, float]]()
     if settings.distillation_steps:
-        turn = (seed, settings.rounds)
-        network, of_end = _fitted(model.network, settings, labelled, drawn(), at_end, turn)
+        show, turn = part_of(report, before, total), (seed, settings.rounds)
+        network, distillation = _fitted(model.network, settings, labelled, drawn(), show, turn)
         model = replace(model, network=network)
     return replace(
         model,
         training=CDCLLog(
             **{name: getattr(start.training, name) for name in SelfTrainingLog.__struct_fields__},
             cdcl=log,
-            distillation=of_end,
+            distillation=distillation,
             refined_from=start.digest,
         ),
     )
