@@ -482,9 +482,9 @@ class SelfTrainConfig(Settings):
 
 @dataclass(frozen=True)
 class CDCLConfig(Settings):
-    """Semi-supervised refinement with corrected ROIs. Its defaults, but for steps, solidity and
-    distillation, also end the label-free training. Where a default is not that of the paper (Wu et
-    al. 2022), the paper's value is given."""
+    """Semi-supervised refinement with corrected ROIs. Its defaults, but for steps and distillation,
+    also end the label-free training. Where a default is not that of the paper (Wu et al. 2022), the
+    paper's value is given."""
 
     table: ClassVar[str] = "cdcl"
 
@@ -514,15 +514,18 @@ class CDCLConfig(Settings):
             "first round; others, and background nearest to them, are unlabelled (paper: none)"
         ),
     ] = 0.6
-    min_solidity: Annotated[
+    min_probability_of_several: Annotated[
         float,
         fraction(
-            "Minimum solidity, area over that of the convex hull, of such a nucleus if it is "
-            "large: several nuclei in one have less (paper: none)"
+            "The same of what is large and not convex, as several nuclei in one are; between both, "
+            "it is unlabelled, and the background around it is not (paper: none)"
         ),
+    ] = 0.8
+    min_solidity: Annotated[
+        float, fraction("Solidity, area over that of the convex hull, of what is convex")
     ] = 0.94
     large_area: Annotated[
-        float, setting("Area of a large nucleus, relative to the median of its crop", ge=0)
+        float, setting("Area of what is large, relative to the median of its crop", ge=0)
     ] = 1.5
     teacher_warmup: Annotated[
         float, fraction("Fraction of the steps before the teacher's predictions are used")

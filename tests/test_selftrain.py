@@ -203,21 +203,34 @@ def test_background_beside_an_unsure_nucleus_is_unlabelled_too():
     border = np.zeros(nuclei.shape, np.bool_)
     border[:, 4] = True  # neither, as before
     labels = PseudoLabels(nuclei, (nuclei == 0) & ~border)
-    sure = only_sure(labels, np.array([True, False, True]))
+    every = np.ones(3, np.bool_)
+    sure = only_sure(labels, is_sure=np.array([True, False, True]), is_single=every)
     column = np.arange(60)[None]
     # Columns 19.5 and 39.5 are halfway between the nuclei.
     near = (column < 20) | (column >= 40)
     np.testing.assert_array_equal(sure.nuclei > 0, (nuclei > 0) & near)
     assert sure.nuclei.max() == 2
     np.testing.assert_array_equal(sure.background, labels.background & near)
-    of_none = only_sure(labels, np.zeros(3, np.bool_))
+    of_none = only_sure(labels, is_sure=~every, is_single=every)
     assert not of_none.nuclei.any()
     assert not of_none.background.any()
 
 
+def test_background_beside_a_sure_nucleus_that_may_be_several_is_taught():
+    nuclei = np.zeros((20, 60), np.int32)
+    nuclei[5:15, 5:15], nuclei[5:15, 25:35], nuclei[5:15, 45:55] = 1, 2, 3
+    labels = PseudoLabels(nuclei, nuclei == 0)
+    is_sure, is_single = np.array([True, True, False]), np.array([True, False, True])
+    found = only_sure(labels, is_sure, is_single)
+    np.testing.assert_array_equal(found.nuclei, np.where(nuclei == 1, 1, 0))
+    near = np.arange(60)[None] < 40  # 39.5 is halfway between the second and the third
+    np.testing.assert_array_equal(found.background, labels.background & near)
+
+
 def test_background_without_a_nucleus_is_sure():
     labels = PseudoLabels(np.zeros((9, 9), np.int32), np.eye(9, dtype=np.bool_))
-    sure = only_sure(labels, np.zeros(0, np.bool_))
+    none = np.zeros(0, np.bool_)
+    sure = only_sure(labels, is_sure=none, is_single=none)
     np.testing.assert_array_equal(sure.background, labels.background)
     assert not sure.nuclei.any()
 
@@ -324,7 +337,7 @@ def test_settings_of_refinement_are_not_those_of_cdcl_without_labels(monkeypatch
 
     monkeypatch.setattr(selftrain.cdcl, "refine_without_labels", note)
     model = selftrain.train(crops_of(images), teacher, hide_progress)
-    by_defaults = CDCLConfig(steps=7, min_solidity=0)
+    by_defaults = CDCLConfig(steps=7)
     assert used == [replace(config, cdcl=by_defaults, segment=SegmentConfig())]
     assert model.config == config
 
@@ -457,21 +470,29 @@ def test_the_nuclei_of_a_network_and_all_else_as_background_are_its_pseudo_label
     np.testing.assert_array_equal(labels.background, labels.nuclei == 0)
 
 
-def test_several_nuclei_in_one_are_no_pseudo_label_of_a_refinement(monkeypatch):
+def test_several_nuclei_in_one_are_no_pseudo_label_unless_a_network_is_very_sure(monkeypatch):
     rgb = np.full((60, 160, 3), (225, 180, 205), np.uint8)
     three = [(20, 125, 9), (36, 125, 9), (36, 141, 9)]
     nuclei = discs((60, 160), [(20, 15, 9), (45, 15, 9), (30, 60, 14), (30, 90, 9), *three])
     nuclei = np.minimum(nuclei, 5)  # three in one; the third is as large
     rgb[nuclei > 0] = (110, 70, 150)
     monkeypatch.setattr(selftrain, "instances", lambda *_: nuclei)
-    model = calibrated_to(0.99)(Model(network=Halves(), config=BY_TORCH, threshold=0.65))
-    ((_, labels),) = selftrain.pseudo_labelled(crops_of([rgb]), model, lambda *_: None)
-    np.testing.assert_array_equal(labels.nuclei, np.where(nuclei < 5, nuclei, 0))
-    assert not labels.background[:, 110:].any()
-    any_shape = replace(BY_TORCH, cdcl=CDCLConfig(min_solidity=0))
-    model = replace(model, config=any_shape)
-    ((_, labels),) = selftrain.pseudo_labelled(crops_of([rgb]), model, lambda *_: None)
-    np.testing.assert_array_equal(labels.nuclei, nuclei)
+    crops, without = crops_of([rgb]), np.where(nuclei < 5, nuclei, 0)
+
+    def taught(probability, **settings):
+        config = replace(BY_TORCH, cdcl=CDCLConfig(**settings))
+        model = Model(network=Halves(), config=config, threshold=0.65)
+        model = calibrated_to(probability)(model)
+        ((_, labels),) = selftrain.pseudo_labelled(crops, model, lambda *_: None)
+        return labels
+
+    for probability, expected in [(0.59, 0 * nuclei), (0.61, without), (0.79, without)]:
+        np.testing.assert_array_equal(taught(probability).nuclei, expected)
+    np.testing.assert_array_equal(taught(0.81).nuclei, nuclei)
+    np.testing.assert_array_equal(taught(0.79).background, taught(0.81).background)
+    np.testing.assert_array_equal(taught(0.61, min_solidity=0).nuclei, nuclei)
+    np.testing.assert_array_equal(taught(0.61, large_area=9).nuclei, nuclei)
+    np.testing.assert_array_equal(taught(0.95, min_probability_of_several=1).nuclei, without)
 
 
 def test_what_a_network_finds_in_an_artefact_is_taught_as_background():

@@ -10,10 +10,10 @@ unlike those of background, from whichever image (cross-patch dense contrast). B
 student and teacher begin as the label-free model, and its pseudo-labels stay in the loss on
 unlabelled crops, or the student would forget whatever one labelled ROI does not show. There are
 two rounds: what the model of the first one finds are the pseudo-labels of the second. Those of the
-first leave out what the label-free model is not sure of, and what is large and not convex, as that
-is often several nuclei in one. At the end the network is fitted to the labels, while it is held to
-what it has learnt elsewhere by distillation: Z. Li, D. Hoiem, Learning without Forgetting, ECCV
-2016. Without any label, two rounds, which both leave out what the network is not sure of, end the
+first leave out what the label-free model is not sure of; it must be surer of what is large and not
+convex, as that is often several nuclei in one. At the end the network is fitted to the labels,
+while it is held to what it has learnt elsewhere by distillation: Z. Li, D. Hoiem, Learning without
+Forgetting, ECCV 2016. Without any label, two rounds, which both leave out the same, end the
 label-free training itself.
 """
 

@@ -47,13 +47,18 @@ class PseudoLabels(NamedTuple):
     artefacts: NDArray[np.bool_] | None = None  # (H, W): of the background, see ``artefact_mask``
 
 
-def only_sure(labels: PseudoLabels, is_sure: NDArray[np.bool_]) -> PseudoLabels:
-    """Pseudo-labels of those nuclei alone that ``is_sure`` (N,) has, and of the tissue around them.
+def only_sure(
+    labels: PseudoLabels, is_sure: NDArray[np.bool_], is_single: NDArray[np.bool_]
+) -> PseudoLabels:
+    """Pseudo-labels of those nuclei alone that ``is_sure`` and ``is_single`` (N,) both have, and of
+    the tissue around those that are sure.
 
     Background that is nearer to another nucleus is unlabelled, as that is. A network that is
     taught all background, but not all nuclei, would take nuclei for rarer than they are, and miss
     the pale ones. (M. Saerens, P. Latinne, C. Decaestecker, Adjusting the outputs of a classifier
-    to new a priori probabilities, Neural Computation 14, 2002, say how much.)
+    to new a priori probabilities, Neural Computation 14, 2002, say how much.) Around what is sure,
+    but may be several nuclei in one, it stays: much of that is keratin, which no background would
+    be taught beside.
     """
     keep = np.append(False, is_sure)
     background = labels.background
@@ -62,6 +67,7 @@ def only_sure(labels: PseudoLabels, is_sure: NDArray[np.bool_]) -> PseudoLabels:
             labels.nuclei == 0, return_distances=False, return_indices=True
         )
         background = background & keep[labels.nuclei[tuple(nearest)]]
+    keep = np.append(False, is_sure & is_single)
     return labels._replace(nuclei=keep_labels(labels.nuclei, keep), background=background)
 
 

@@ -125,12 +125,9 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     )
     if not settings.cdcl_steps:
         return model
-    # What a person sets in [cdcl] is for refinement with labels; [segment] is for runs. Without
-    # labels, nothing teaches what those are that seem several.
+    # What a person sets in [cdcl] is for refinement with labels; [segment] is for runs.
     by_defaults = replace(
-        config,
-        cdcl=CDCLConfig(steps=settings.cdcl_steps, min_solidity=0),
-        segment=SegmentConfig(),
+        config, cdcl=CDCLConfig(steps=settings.cdcl_steps), segment=SegmentConfig()
     )
     sure = partial(_sure_samples, crops=crops, before=labelled, progress=progress)
     refining = counter(progress, Stage.REFINING)
@@ -316,8 +313,9 @@ def _of_network(
 
     Probabilities are means over four turns of the crop: where they differ, the network is not sure.
     What it calls a nucleus but is too large or small for one, or has no core, is unlabelled. Of a
-    calibrated model, so are nuclei that are not probable enough, or seem several, and the
-    background around them: the probability is that of the means, mostly less than in a single view.
+    calibrated model, so are nuclei that are not probable enough, with the background around them,
+    and those that seem several: the probability is that of the means, mostly less than in a single
+    view.
     """
     nucleus, core = np.zeros((2, *image.shape[:2]), np.float32)
     engine = _engine(teacher)
@@ -333,9 +331,11 @@ def _of_network(
         return labels
     settings = teacher.config.cdcl
     probability = nucleus_probability(teacher, nuclei, Confidence(nucleus, core), teacher.mpp)
-    is_sure = probability >= settings.min_probability
+    several = are_several(nuclei, settings.large_area, settings.min_solidity)
     return only_sure(
-        labels, is_sure & ~are_several(nuclei, settings.large_area, settings.min_solidity)
+        labels,
+        is_sure=probability >= settings.min_probability,
+        is_single=~several | (probability >= settings.min_probability_of_several),
     )
 
 
