@@ -719,21 +719,30 @@ def test_real_fat_and_pale_stroma_are_tissue_and_glass_is_not(shared_data: Path)
 # Other colours
 
 
+GREEN = "most of it is green as ink, which no stain of nuclei is: left out there"
+GREY = "most of it is grey: found by shape, with stains that are not told apart"
+
+
 @pytest.mark.parametrize(
-    ("turned_hue", "count", "message"),
+    ("colours", "count", "message"),
     [
-        (0, 5, None),
-        (0, 0, "no nucleus found in its tissue"),
-        (1, 5, "most of it is green as ink, which no stain of nuclei is: left out there"),
+        ("purple", 5, None),
+        ("purple", 0, "no nucleus found in its tissue"),
+        ("green", 5, GREEN),
+        ("grey", 5, GREY),
+        ("grey", 0, f"{GREY}; no nucleus found in its tissue"),
     ],
 )
 def test_tissue_of_no_known_stain_is_noted(
-    tmp_path: Path, square: NDArray[np.uint8], turned_hue: int, count: int, message: str | None
+    tmp_path: Path, square: NDArray[np.uint8], colours: str, count: int, message: str | None
 ) -> None:
-    """Green in place of purple, as in no stain of nuclei."""
-    Image.fromarray(np.roll(square, turned_hue, axis=-1)).save(tmp_path / "a.png")
+    """Green in place of purple, or grey, as no stain of nuclei is."""
+    pixels = Image.fromarray(np.roll(square, colours == "green", axis=-1))
+    if colours == "grey":
+        pixels = pixels.convert("L").convert("RGB")
+    pixels.save(tmp_path / "a.png")
     image = prepare(entry(tmp_path / "a.png", fallback_mpp=0.5), Config())
-    assert image.is_green == bool(turned_hue)
+    assert (image.is_green, image.is_grey) == (colours == "green", colours == "grey")
     shown = note(entry(tmp_path / "a.png"), image, count, has_tissue=True, settings=Config())
     assert shown == message
 

@@ -116,8 +116,11 @@ def note(
         notes.append("no tissue in its regions" if entry.regions else "no tissue found, only glass")
     elif image.is_green:
         notes.append("most of it is green as ink, which no stain of nuclei is: left out there")
-    elif not count:
-        notes.append("no nucleus found in its tissue")
+    else:
+        if image.is_grey:
+            notes.append("most of it is grey: found by shape, with stains that are not told apart")
+        if not count:
+            notes.append("no nucleus found in its tissue")
     result = settings.result
     is_auto = result.object_type is ObjectType.AUTO and not result.positive
     if is_auto and settings.kind(count) == ObjectType.DETECTION:
