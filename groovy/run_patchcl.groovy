@@ -205,7 +205,7 @@ static List<String> commandLine(Task task, String command, Map options) {
     if (task.what != 'suggest')
         arguments.addAll(['--progress', 'json'])
     if (task.oneImage)
-        arguments.addAll(['--image', task.entry.getID()])
+        arguments.addAll(['--image', 'id:' + task.entry.getID()])
     if (task.what == 'annotations')
         for (name in task.within ?: ['(selected)'])
             arguments.addAll(['--within', name])

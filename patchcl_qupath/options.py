@@ -222,7 +222,7 @@ common = _bundle(
             "--image",
             "names",
             multiple=True,
-            help="Only the image of this name or id; repeat for more. Default: all.",
+            help="Only the image of this name or id (id:3); repeat for more. Default: all.",
         ),
         as_json,
         verbose,

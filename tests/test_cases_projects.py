@@ -26,7 +26,7 @@ from patchcl_qupath.config import load_config
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import GroundTruthError, ImageError, ProjectError, SlideError
 from patchcl_qupath.evaluation.ground_truth import read_ground_truth
-from patchcl_qupath.project import open_project
+from patchcl_qupath.project import chosen_images, open_project
 from patchcl_qupath.project.arguments import parse_arguments
 from patchcl_qupath.project.drawn import read_stains
 from patchcl_qupath.project.qpproj import path_of_uri
@@ -154,6 +154,31 @@ def test_images_are_named_as_any_system_writes_them(tmp_path: Path, form: str) -
     assert result.exit_code == 0, result.output
     with pytest.raises(ImageError, match="has no nuclei"):
         pq.read_nuclei(pq.open_project(path), name)
+
+
+def test_an_image_is_named_or_given_by_its_id(tmp_path: Path) -> None:
+    """In QuPath images may be renamed, to the numbers of cases, whatever their ids are."""
+    uris = [touch(tmp_path / f"{k}.tif").as_uri() for k in (1, 2, 3, 4)]
+    names = ["3", "2", "b", "b"]
+    entries = [
+        entry_of(uri, k) | {"imageName": name}
+        for k, (uri, name) in enumerate(zip(uris, names, strict=True), start=1)
+    ]
+    project = open_project(write_entries(tmp_path, *entries))
+
+    def ids(*names: str) -> list[str]:
+        return [entry.id for entry in chosen_images(project, names)]
+
+    assert ids() == ["1", "2", "3", "4"]
+    assert ids("2") == ids("id:2") == ["2"]
+    assert ids("4") == ["4"]
+    assert ids("b") == ["3", "4"]
+    assert ids("id:3", "1") == ["1", "3"]
+    with pytest.raises(ProjectError, match=r"another one, b: choose id:1, or id:3$"):
+        ids("3")
+    for unknown in ("id:b", "5", "id:5"):
+        with pytest.raises(ProjectError, match=r"^no image (b|5) in "):
+            ids(unknown)
 
 
 def test_posix_tells_large_letters_from_small_ones(tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_a_failed_run_is_reported(
     output = (project.parent / "patchcl" / "run.log").read_text("utf-8").splitlines()
     arguments, utf8 = json.loads(output[0])
     assert arguments == [
-        *("run", str(project), "--backend", "files", "--progress", "json", "--image", "2"),
+        *("run", str(project), "--backend", "files", "--progress", "json", "--image", "id:2"),
         *("--within", "Größe, 1", "--within", "Other", "--model", "refined", "--mpp", "0.25 µm"),
     ]
     assert utf8 == "1"

@@ -13,6 +13,8 @@ from patchcl_qupath.project.create import NewImage, init_project
 from patchcl_qupath.project.protocol import Backend, Project
 from patchcl_qupath.storage.files import readable
 
+_ID = "id:"  # before what is an id, and no name
+
 __all__ = ["NewImage", "Project", "chosen_images", "init_project", "open_project"]
 
 
@@ -46,12 +48,27 @@ def open_project(path: Path, backend: str = "auto", qupath: Path | None = None) 
 def chosen_images(project: Project, names: Collection[str]) -> list[ImageEntry]:
     """The images of a project that have these names or ids; all where there are none.
 
-    Raises ProjectError for a name that no image has.
+    "id:3" is the image of the id 3, whatever the names are. Raises ProjectError for a name that no
+    image has, and for one that is the id of another image.
     """
     entries, wanted = project.images(), set(map(readable, names))
-    if unknown := wanted - {key for entry in entries for key in (entry.id, entry.name)}:
+    by_id = {entry.id: entry.name for entry in entries}
+    chosen_names = wanted & {entry.name for entry in entries}
+    chosen_ids = {key.removeprefix(_ID) for key in wanted - chosen_names}
+    if unknown := chosen_ids - by_id.keys():
         known = ", ".join(entry.name for entry in entries[:10]) or "none"
         raise ProjectError(
             f"no image {', '.join(sorted(unknown))} in {project.path}: it has {known}"
         )
-    return [entry for entry in entries if not wanted or {entry.id, entry.name} & wanted]
+    for key in sorted(chosen_names & by_id.keys()):
+        if by_id[key] != key:
+            named = ", ".join(f"{_ID}{entry.id}" for entry in entries if entry.name == key)
+            raise ProjectError(
+                f"{key} is the name of an image and the id of another one, {by_id[key]}: choose "
+                f"{named}, or {_ID}{key}"
+            )
+    return [
+        entry
+        for entry in entries
+        if not wanted or entry.name in chosen_names or entry.id in chosen_ids
+    ]
