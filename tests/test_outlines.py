@@ -164,6 +164,38 @@ def test_an_outline_of_several_pieces_is_a_nucleus_each(tmp_path: Path) -> None:
     assert all(not n.interiors for n in found.nuclei)
 
 
+@pytest.mark.parametrize("name", [TO_CORRECT, CORRECTED, "Done"])
+def test_a_nucleus_of_the_class_of_its_roi_is_one(tmp_path: Path, name: str) -> None:
+    """QuPath's "Auto set" gives all that is drawn the class of what was drawn before."""
+    nuclei = grid()
+    larger = disc(400, 400, 24)
+    roi_class = "Done" if name == "Done" else CORRECTED
+    features = [feature(nucleus, name) for nucleus in [*nuclei[:3], larger]]
+    found = read(tmp_path, *features, *map(feature, nuclei[3:]), roi_class=roi_class)
+    assert places(found.nuclei) == places([*nuclei, larger])
+    assert [roi.bounds for roi in found.rois] == [ROI.bounds]
+    assert found.left_out == NONE
+    assert found.notes == ("outlines in its ROIs that have a class of ROIs, taken as nuclei: 4",)
+
+
+def test_a_small_roi_is_no_nucleus(tmp_path: Path) -> None:
+    """One outside of the others, and one to be corrected that is larger than nuclei."""
+    small, suggested = shapely.box(600, 0, 660, 60), shapely.box(300, 300, 450, 450)
+    file = tmp_path / "1.geojson"
+    objects = [feature(ROI, CORRECTED), feature(small, CORRECTED), feature(suggested, TO_CORRECT)]
+    content = {
+        "features": [*objects, feature(disc(60, 60)), feature(disc(630, 30))],
+        "patchcl": {"pixel_size_um": [0.5, 0.5]},
+    }
+    file.write_text(json.dumps(content))
+    labels = ExportedLabels.read(file, "a.svs")
+    found = labels.corrections(CORRECTED)
+    for rois in (found.rois, labels.corrected_rois):
+        assert {roi.bounds for roi in rois} == {ROI.bounds, small.bounds}
+    assert places(found.nuclei) == {(60, 60), (630, 30)}
+    assert found.notes == ()
+
+
 def test_a_roi_of_two_pieces_is_two(tmp_path: Path) -> None:
     both = shapely.MultiPolygon([shapely.box(0, 0, 200, 200), shapely.box(9000, 0, 9200, 200)])
     file = tmp_path / "1.geojson"

@@ -26,6 +26,7 @@ from patchcl_qupath.project.outlines import (
     UNKNOWN_PIXEL_UM2,
     Kind,
     Outlines,
+    are_nuclei_in,
     overlapping,
     rois_of,
     sort_outlines,
@@ -236,15 +237,20 @@ class ExportedLabels:
         objects = self.objects
         if objects is None:
             return Corrections()
-        is_roi = objects.classes == class_name(roi_class)
-        marked = objects.take(is_roi & ~shapely.is_missing(objects.areas))
         pixel_um2 = _pixel_um2(objects, mpp, fallback_mpp)
+        is_nucleus = _nuclei_of_roi_class(objects, roi_class, pixel_um2)
+        is_roi = (objects.classes == class_name(roi_class)) & ~is_nucleus
+        marked = objects.take(is_roi & ~shapely.is_missing(objects.areas))
         rois, owner = rois_of(marked.areas, pixel_um2)
         if not len(rois):
             return Corrections()
-        others = objects.take(~is_roi & ~are_ours(objects))
+        others = objects.take(~is_roi & (is_nucleus | ~are_ours(objects)))
         found = sort_outlines(others, shapely.union_all(rois), pixel_um2)
         without = _without_nuclei(rois, marked.ids[owner], found, objects)
+        notes = [text for text, _ in without]
+        if count := int(np.count_nonzero(is_nucleus)):
+            words = "outlines in its ROIs that have a class of ROIs, taken as nuclei"
+            notes.append(f"{words}: {count:,}")
         problems = _overlaps(rois, found) + [text for text, is_problem in without if is_problem]
         if problems:
             raise ImageError("\n".join(f"{self.image}: {problem}" for problem in problems))
@@ -253,7 +259,7 @@ class ExportedLabels:
             nuclei=found.nuclei,
             ignored=found.ignored,
             left_out=found.left_out,
-            notes=tuple(text for text, _ in without),
+            notes=tuple(notes),
         )
 
     @property
@@ -261,9 +267,10 @@ class ExportedLabels:
         """The ROIs that are marked as corrected."""
         if self.objects is None:
             return ()
-        areas = self.objects.areas
+        areas, pixel_um2 = self.objects.areas, _pixel_um2(self.objects)
         marked = (self.objects.classes == CORRECTED) & ~shapely.is_missing(areas)
-        rois, _ = rois_of(areas[marked], _pixel_um2(self.objects))
+        marked &= ~_nuclei_of_roi_class(self.objects, CORRECTED, pixel_um2)
+        rois, _ = rois_of(areas[marked], pixel_um2)
         return tuple(rois)
 
 
@@ -273,6 +280,15 @@ def are_ours(objects: Objects) -> NDArray[np.bool_]:
     ours: NDArray[np.bool_] = np.isin(objects.classes, (TO_CORRECT, CORRECTED))
     ours |= (objects.names == OUR_REGION) & (objects.classes == "")
     return ours
+
+
+def _nuclei_of_roi_class(objects: Objects, roi_class: str, pixel_um2: float) -> NDArray[np.bool_]:
+    """(N,) which objects are outlines of nuclei in ROIs of a class, though they have that class, or
+    another one of ROIs."""
+    areas = np.where(shapely.is_missing(objects.areas), shapely.Polygon(), objects.areas)
+    rois = areas[objects.classes == class_name(roi_class)]
+    has_class = np.isin(objects.classes, (class_name(roi_class), TO_CORRECT, CORRECTED))
+    return np.asarray(has_class & are_nuclei_in(areas, rois, pixel_um2))
 
 
 def _flaw(error: Exception) -> str:

@@ -142,12 +142,30 @@ def _are_regions(outlines: Polygons, classes: NDArray[np.str_], pixel_um2: float
     return region
 
 
+def are_nuclei_in(areas: Polygons, rois: Polygons, pixel_um2: float) -> _Bools:
+    """(N,) which areas (N,) are as small as nuclei, and lie mostly in one of ``rois`` (M,) that is
+    not.
+
+    So areas of a class of ROIs are told from ROIs: what a person draws gets the class of what was
+    drawn before, where QuPath's "Auto set" is on.
+    """
+    large = rois[_exceed_nuclei(rois, pixel_um2)]
+    if not len(large):
+        return np.zeros(len(areas), dtype=bool)
+    return ~_exceed_nuclei(areas, pixel_um2) & mostly_in(areas, large)
+
+
+def _exceed_nuclei(areas: Polygons, pixel_um2: float) -> _Bools:
+    """(N,) which areas (N,) are larger or longer than nuclei are."""
+    length = 2 * shapely.minimum_bounding_radius(areas) * pixel_um2**0.5
+    exceed = (shapely.area(areas) * pixel_um2 > MAX_AREA_UM2) | (length > MAX_LENGTH_UM)
+    return np.asarray(exceed, dtype=bool)
+
+
 def _are_large(outlines: Polygons, pixel_um2: float) -> _Bools:
     """(N,) which outlines (N,) are larger or longer than nuclei are, or than the others are."""
     area = shapely.area(outlines) * pixel_um2
-    large = area > MAX_AREA_UM2
-    length = 2 * shapely.minimum_bounding_radius(outlines) * pixel_um2**0.5
-    large |= length > MAX_LENGTH_UM
+    large = _exceed_nuclei(outlines, pixel_um2)
     if len(outlines) >= MIN_COMMON:
         usual = np.median(area)
         large |= (area > MAX_COMMON_AREA_UM2) & (area > MAX_TIMES_MEDIAN * usual)
