@@ -493,6 +493,27 @@ def test_labels_that_are_older_than_the_image_are_noted(folder):
     assert note.startswith("its ROIs were exported before it was last saved in QuPath")
 
 
+@pytest.mark.parametrize("saved", [1, 4])
+def test_rois_that_are_missing_in_a_copied_export_are_noted(folder, saved):
+    """Where a project is copied without the times of its files, an old export seems to be new."""
+    project = open_project(folder, "files")
+    (entry,) = project.images()
+    summary = folder / "data" / entry.id / "summary.json"
+    summary.parent.mkdir(parents=True)
+    counts = {"hierarchy": {"annotationClassificationCounts": {"Done": saved}}}
+    summary.write_text(json.dumps(counts), "utf-8")
+    summary.with_name("data.qpdata").touch()
+    export(folder, feature(ROI, "Done"), feature(INSIDE, "Nucleus"), roi_class="Done")
+    os.utime(summary.with_name("data.qpdata"), ns=(1, 1))
+    notes = project.corrections(entry, "Done").notes
+    assert [note.split(":")[0] for note in notes] == [
+        "4 ROIs of class Done are saved in QuPath, 1 were exported"
+    ] * (saved == 4)
+    export(folder, roi_class="Done")
+    with pytest.raises(ImageError, match=f"{saved} ROIs of class Done were not exported: run"):
+        project.corrections(entry, "Done")
+
+
 def test_corrected_rois_that_were_not_exported_are_missed(folder):
     project = open_project(folder, "files")
     (entry,) = project.images()

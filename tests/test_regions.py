@@ -96,6 +96,13 @@ def test_annotations_are_regions_one_by_one(folder: Path) -> None:
     os.utime(data, ns=(2**62, 2**62))
     assert "exported before it was last saved" in str(project.with_regions(image, ["Tumor"]).note)
 
+    os.utime(data, ns=(1, 1))  # as in a copy of the project, in which all times are new
+    counts = {"hierarchy": {"annotationClassificationCounts": {"Tumor": 5, "Stroma": 1}}}
+    data.with_name("summary.json").write_text(json.dumps(counts), "utf-8")
+    assert project.with_regions(image, ["Stroma"]).note is None
+    note = str(project.with_regions(image, ["Stroma", "Tumor"]).note)
+    assert note.startswith("5 annotations of class Tumor are saved in QuPath, 2 were exported: ")
+
 
 @pytest.mark.parametrize(
     ("content", "message"),

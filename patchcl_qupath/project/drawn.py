@@ -222,6 +222,13 @@ class ExportedLabels:
             roi_class
         )
 
+    def count(self, roi_class: str) -> int:
+        """How many annotations of a class were exported."""
+        if self.objects is None:
+            return 0
+        is_of_class = self.objects.classes == class_name(roi_class)
+        return int(np.count_nonzero(is_of_class & (self.objects.kinds == "annotation")))
+
     def corrections(
         self,
         roi_class: str,

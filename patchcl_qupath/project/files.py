@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -105,7 +105,8 @@ class FilesProject:
         file = self.layout.regions(entry.id)
         found = read_regions(file, entry.name, classes)
         regions = itertools.chain.from_iterable(found.values())
-        note = self._note_of_classes(entry, classes, found)
+        counts = {name: len(of_class) for name, of_class in found.items()}
+        note = self._note_of_classes(entry, classes, counts)
         return replace(entry, regions=tuple(regions), note=note or None)
 
     def with_drawn(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
@@ -114,7 +115,8 @@ class FilesProject:
         found = of_classes(all_drawn, classes)
         others = {region.class_name for region in all_drawn if not region.is_core} - {""}
         drawn = itertools.chain.from_iterable(found.values())
-        note = self._note_of_classes(entry, classes, found, others)
+        counts = {name: len(of_class) for name, of_class in found.items()}
+        note = self._note_of_classes(entry, classes, counts, others)
         both = f"{entry.note or ''}; {note}".split("; ")
         note = "; ".join(dict.fromkeys(filter(None, both)))  # regions of the run may have the same
         return replace(entry, drawn=tuple(drawn), note=note or None)
@@ -123,10 +125,10 @@ class FilesProject:
         self,
         entry: ImageEntry,
         classes: Sequence[str],
-        found: Collection[str],
+        found: Mapping[str, int],
         others: Collection[str] = (),
     ) -> str:
-        """What a person should know of the annotations of an image that were found.
+        """What a person should know of the annotations of an image, ``found`` so many by class.
 
         Where none was, classes may be misspelt: ``others`` are those that are there.
         """
@@ -135,11 +137,19 @@ class FilesProject:
         else:
             names = " or ".join(classes)
             notes = [f"no annotation of class {names} (it has {classes_text(others)})"]
+        again = "run groovy/export_regions.groovy and then this again"
         if not self.is_current(self.layout.regions(entry.id), entry):
             notes.append(
                 "its annotations were exported before it was last saved in QuPath: if they changed "
-                "since, run groovy/export_regions.groovy and then this again"
+                f"since, {again}"
             )
+            return "; ".join(notes)
+        for name, exported in found.items():  # times do not tell in a copy of the project
+            if (saved := self.counted(entry, name) or 0) > exported:
+                notes.append(
+                    f"{saved:,} annotations of class {name} are saved in QuPath, {exported:,} were "
+                    f"exported: if that is not meant, {again}"
+                )
         return "; ".join(notes)
 
     def with_stains(self, entry: ImageEntry) -> ImageEntry:
@@ -202,18 +212,25 @@ class FilesProject:
         found = labels.corrections(roi_class, entry.mpp, entry.fallback_mpp)
         is_current = self.is_current(file, entry)
         saved = self.counted(entry, roi_class) or 0
-        if saved and not found.rois and not is_current:
+        if saved and not found.rois:
             raise ImageError(
                 f"{entry.name}: {saved:,} ROIs of class {roi_class} were not exported: {again}; or "
                 "leave the image out with --image"
             )
+        exported = labels.count(roi_class)
         if found.rois and not is_current:
             note = (
                 "its ROIs were exported before it was last saved in QuPath: if they changed since, "
                 + again
             )
-            return replace(found, notes=(*found.notes, note))
-        return found
+        elif found.rois and saved > exported:  # times do not tell in a copy of the project
+            note = (
+                f"{saved:,} ROIs of class {roi_class} are saved in QuPath, {exported:,} were "
+                f"exported: if that is not meant, {again}"
+            )
+        else:
+            return found
+        return replace(found, notes=(*found.notes, note))
 
     def labels(self, entry: ImageEntry) -> ExportedLabels:
         """What groovy/export_labels.groovy exported. Raises ImageError for a damaged file."""
