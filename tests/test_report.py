@@ -115,6 +115,26 @@ def test_a_median_is_that_of_the_nuclei_also_beyond_the_bars(middle):
     assert found.counts == np.histogram(np.clip(values, 0, 300), 30, (0, 300))[0].tolist()
 
 
+@pytest.mark.parametrize(
+    ("values", "median"),
+    [
+        ([20, 60], 40),
+        ([10, 12, 80, 90], 46),
+        ([10, 12, 80], 12),
+        ([30, 30, 30], 30),
+        ([30, 30, 30, 90], 30),
+        ([7], 7),
+        ([], None),
+    ],
+)
+def test_a_median_of_few_nuclei(values, median):
+    """Of an even number, it is halfway between the middle two."""
+    histogram = _RunningHistogram(highest=300, bars=30, fine=400)
+    histogram.add(np.array(values, np.float32))
+    found = histogram.record().median
+    assert found == (None if median is None else pytest.approx(median, abs=0.025))
+
+
 def test_fields_of_view_show_the_nuclei_in_them(project):
     folder, outcome = project
     image = outcome["images"][0]

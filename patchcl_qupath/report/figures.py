@@ -156,13 +156,17 @@ class _RunningHistogram:
         return Histogram(median=self._median(), highest=self._highest, counts=shown.tolist())
 
     def _median(self) -> float | None:
-        """Interpolated in its fine bin; None without values."""
-        half = self._counts.sum() / 2
-        if not half:
+        """The middle value, or the mean of the middle two; None without values."""
+        count = int(self._counts.sum())
+        if not count:
             return None
+        return (self._value((count + 1) // 2) + self._value(count // 2 + 1)) / 2
+
+    def _value(self, rank: int) -> float:
+        """The ``rank``-th smallest value, the first is 1: interpolated in its fine bin."""
         up_to = np.cumsum(self._counts)
-        i = int(np.searchsorted(up_to, half))
-        part = (half - (up_to[i] - self._counts[i])) / self._counts[i]
+        i = int(np.searchsorted(up_to, rank))
+        part = (rank - 0.5 - (up_to[i] - self._counts[i])) / self._counts[i]
         return float((i + part) * self._highest / (self._bars * self._fine))
 
 
