@@ -12,22 +12,29 @@ import msgspec
 import numpy as np
 import pytest
 import shapely
+import slides
 from click.testing import CliRunner
 from conftest import copy_sample
 from PIL import Image
-from results import RESULT
+from results import RESULT, result_of
 
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import Config, to_dict
-from patchcl_qupath.datatypes import Box
+from patchcl_qupath.datatypes import Box, ImageEntry, Nuclei, Tile, UncertaintyGrid
+from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.report import page as report_page
 from patchcl_qupath.report.charts import Mark, curves
-from patchcl_qupath.report.figures import CONTOUR_UNITS, _RunningHistogram
+from patchcl_qupath.report.figures import CONTOUR_UNITS, _RunningHistogram, write_figures
 from patchcl_qupath.report.found import find_image, find_runs
 from patchcl_qupath.report.views import RunView
+from patchcl_qupath.segmentation.segmented_image import SegmentedImage
+from patchcl_qupath.segmentation.uncertainty import merge_grids, sampling_points
+from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.slides.stain_vectors import H_E
 from patchcl_qupath.storage.parquet import read_nuclei
+from patchcl_qupath.storage.records import file_signature
 
 SAMPLE = Path(__file__).parent.parent / "sample_project"
 HOSTILE = """<script>document.title = "taken"</script>"'&.png"""
@@ -165,6 +172,74 @@ def test_fields_of_view_show_the_nuclei_in_them(project):
         with Image.open(shown / field["picture"]) as picture:
             pixels = np.asarray(picture, dtype=float)
         assert np.abs(pixels - whole[y : y + height, x : x + width]).mean() < 10
+
+
+def all_tissue(folder: Path, width: int, height: int) -> SegmentedImage:
+    """A slide of 0.5 µm/px, all tissue, with a nucleus in the middle of each square of 20 px.
+
+    Its entropy is 0.1 bit more in each bin of the uncertainty grid than in the one left of it.
+    """
+    path = slides.write_tiff(folder / "a.tif", slides.scene(width, height, (0.5, 0.5)))
+    slide = Slide.open(ImageEntry(id="1", name="a.tif", path=path, mpp=(0.5, 0.5)))
+    image = PreparedImage(
+        id="1",
+        slide=slide,
+        file=file_signature(path),
+        tissue=np.ones((-(-height // 16), -(-width // 16)), dtype=bool),
+        tissue_px=16,
+        normaliser=None,
+        region=None,
+        stains=H_E,
+    )
+    whole = Box(0, 0, height, width)
+    rows, cols = sampling_points(whole, slide.mpp)
+    of_points = UncertaintyGrid(
+        bin_size=(128, 128),
+        rows=rows // 128,
+        cols=cols // 128,
+        points=np.ones_like(rows),
+        entropy=cols // 128 * 100,
+        nuclei=np.zeros_like(rows),
+    )
+    x, y = (each.ravel() for each in np.meshgrid(range(10, width, 20), range(10, height, 20)))
+    of_nuclei = UncertaintyGrid(
+        bin_size=(128, 128),
+        rows=y // 128,
+        cols=x // 128,
+        points=np.zeros_like(x),
+        entropy=np.zeros_like(x),
+        nuclei=np.ones_like(x),
+    )
+    names = ("Area µm^2", "Hematoxylin: Mean", "Detection probability")
+    nuclei = Nuclei(
+        np.asarray(shapely.buffer(shapely.points(x, y), 4)),
+        {name: np.ones(len(x), np.float32) for name in names},
+        np.array([f"{number:036}" for number in range(len(x))]),
+    )
+    tile = Tile(row=0, col=0, read=whole, write=whole)
+    store = TileStore.open(folder / "tiles", {})
+    store.write(tile, store.encode(nuclei, merge_grids([of_points, of_nuclei])))
+    return SegmentedImage(image=image, store=store, tiles=(tile,))
+
+
+@pytest.mark.parametrize(("width", "height"), [(384, 256), (390, 250), (640, 333), (200, 100)])
+def test_a_field_of_view_at_an_edge_has_the_numbers_of_what_it_shows(tmp_path, width, height):
+    segmented = all_tissue(tmp_path, width, height)
+    write_figures(tmp_path / "figures", segmented, result_of(segmented.count))
+    fields = json.loads((tmp_path / "figures" / "figures.json").read_text())["fields"]
+    assert any(min(field["width"], field["height"]) < 256 for field in fields)
+    x, y = np.meshgrid(range(10, width, 20), range(10, height, 20))
+    for field in fields:
+        col, row, cols, rows = (field[key] for key in ("x", "y", "width", "height"))
+        assert col + cols <= width
+        assert row + rows <= height
+        with Image.open(tmp_path / "figures" / field["picture"]) as picture:
+            assert picture.size == (cols, rows)
+        inside = (x >= col) & (x < col + cols) & (y >= row) & (y < row + rows)
+        assert field["nuclei"] == inside.sum() > 0
+        assert field["density"] == round(inside.sum() / (cols * rows * 0.5**2 / 1e6))
+        _, seen = sampling_points(Box(row, col, row + rows, col + cols), 0.5)
+        assert field["doubt"] == pytest.approx((seen // 128).mean() / 10, abs=0.001)
 
 
 def test_the_overview_has_the_tissue_and_the_density_lies_on_it(project):

@@ -30,7 +30,13 @@ from patchcl_qupath.report.positivity_map import ClassifiedNuclei, codes_in
 from patchcl_qupath.report.thumbnails import beside, draw_contours, draw_failed_tiles
 from patchcl_qupath.segmentation.measurements import PROBABILITY
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
-from patchcl_qupath.segmentation.uncertainty import FieldsOfView, bin_px, fields_of_view
+from patchcl_qupath.segmentation.uncertainty import (
+    BIN_STEPS,
+    FieldsOfView,
+    bin_px,
+    fields_of_view,
+    sampling_points,
+)
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import atomic_write, to_jpeg
@@ -123,13 +129,14 @@ def _positivity(result: ResultRecord) -> Positivity | None:
 def _fullest(segmented: SegmentedImage) -> Box:
     """The field of view with the most nuclei; without nuclei, the one in the middle."""
     slide, uncertainty = segmented.image.slide, segmented.uncertainty
-    if uncertainty is not None and uncertainty.nuclei.any():
-        found = fields_of_view(uncertainty, PREVIEW_BINS)
-        return _box(found, int(np.argmax(found.nuclei)), slide)
     rows, cols = slide.shape
     height = min(PREVIEW_BINS[0] * bin_px(slide.mpp), rows)
     width = min(PREVIEW_BINS[1] * bin_px(slide.mpp), cols)
     row, col = (rows - height) // 2, (cols - width) // 2
+    if uncertainty is not None and uncertainty.nuclei.any():
+        found = fields_of_view(uncertainty, PREVIEW_BINS)
+        box = _box(found, int(np.argmax(found.nuclei)), slide)
+        row, col = min(box.row0, rows - height), min(box.col0, cols - width)  # not cut by an edge
     return Box(row, col, row + height, col + width)
 
 
@@ -278,7 +285,7 @@ def _field_of_view(
     height, width = box.shape
     contours, cells = segmented.contours_in(box), segmented.contours_in(box, of_cells=True)
     frame = shapely.box(0, 0, width, height)
-    tissue_mm2 = found.tissue[i] * math.prod(found.size) * math.prod(slide.mpp_level0) / 1e6
+    tissue_mm2 = _tissue_fraction(found, i, box, slide) * height * width * slide.mpp**2 / 1e6
     x, y = slide.downsample
     return FieldOfViewRecord(
         kind=kind,
@@ -296,6 +303,12 @@ def _field_of_view(
     )
 
 
+def _tissue_fraction(found: FieldsOfView, i: int, box: Box, slide: Slide) -> float:
+    """The tissue fraction of the part of field of view ``i`` that is in the image, its ``box``."""
+    points = found.tissue[i] * BIN_STEPS**2 * math.prod(_FOV_BINS)
+    return float(points / len(sampling_points(box, slide.mpp)[0]))
+
+
 def _units(contour: shapely.Geometry) -> list[int]:
     """The corners of a contour, [x, y, x, y, ...], in ``CONTOUR_UNITS``."""
     xy = shapely.get_coordinates(contour)[:-1] * CONTOUR_UNITS
@@ -303,9 +316,8 @@ def _units(contour: shapely.Geometry) -> list[int]:
 
 
 def _box(found: FieldsOfView, i: int, slide: Slide) -> Box:
-    """Field of view ``i`` on the working grid, moved to lie in the image, and no larger than it."""
+    """The part of field of view ``i`` that is in the image, on the working grid."""
     (x, y), (rows, cols) = slide.downsample, slide.shape
-    width, height = (min(round(found.size[0] / x), cols), min(round(found.size[1] / y), rows))
-    row = min(round(found.y[i] / y), rows - height)
-    col = min(round(found.x[i] / x), cols - width)
-    return Box(row, col, row + height, col + width)
+    row, col = round(found.y[i] / y), round(found.x[i] / x)
+    height, width = round(found.size[1] / y), round(found.size[0] / x)
+    return Box(row, col, min(row + height, rows), min(col + width, cols))
