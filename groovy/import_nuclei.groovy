@@ -1656,6 +1656,8 @@ static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObj
     refreshTissueOfCounted(cores + annotations, result)
     boolean graded = tallies.values().any { Tally tally -> tally.isGraded() } || hasGrades(result)
     tallies.each { PathObject region, Tally tally -> measure(region, tally, graded, imageData) }
+    for (PathObject region : tallies.keySet())
+        forgetUnknownDensity(region, result)
     imageData.getHierarchy().fireObjectMeasurementsChangedEvent(imageData, tallies.keySet().toList())
     return tallies.keySet().toList()
 }
@@ -1698,6 +1700,24 @@ static void refreshTissueOfCounted(List<PathObject> counted, JsonObject result) 
                 Math.abs(summary.get('y').getAsDouble() - roi.getCentroidY()) < 1 &&
                 Math.abs(summary.get('area_px').getAsDouble() / roi.getArea() - 1) < 0.01d   // ellipses become polygons
         setOrForget(region, 'PatchCL: Tissue mm^2', same ? summary.get('tissue_mm2').getAsDouble() : Double.NaN)
+    }
+}
+
+/** Takes the density of 0 from a region none of whose tissue was segmented, as its tiles failed: it is not known. */
+@CompileStatic
+static void forgetUnknownDensity(PathObject region, JsonObject result) {
+    MeasurementList measured = region.getMeasurementList()
+    double tissue = measured.get('PatchCL: Tissue mm^2')   // NaN where there is none
+    if (measured.get('PatchCL: Nuclei') > 0 || (!Double.isNaN(tissue) && tissue > 0))
+        return
+    Geometry shape = region.getROI().getGeometry()
+    for (JsonElement one : result?.getAsJsonArray('holes') ?: new JsonArray()) {
+        JsonObject tile = one.getAsJsonObject()
+        ROI failed = ROIs.createRectangleROI(
+                tile.get('x').getAsDouble(), tile.get('y').getAsDouble(),
+                tile.get('width').getAsDouble(), tile.get('height').getAsDouble(), ImagePlane.getDefaultPlane())
+        if (shape.intersects(failed.getGeometry()))
+            setOrForget(region, 'PatchCL: Nuclei per mm^2', Double.NaN)
     }
 }
 

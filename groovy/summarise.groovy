@@ -52,7 +52,9 @@ if (regions.isEmpty()) {
 boolean savedByQuPath = getBinding().getVariables()[ScriptAttributes.BATCH_SAVE]
 if (!savedByQuPath && QuPathGUI.getInstance() == null)
     entry.saveImageData(imageData)
-for (region in regions)
+for (region in regions) {
+    String density = Double.isNaN(region.per_mm2 as double) ? 'unknown number' :
+            String.format(Locale.ROOT, '%.1f', region.per_mm2)
     logger.info("${entry.getImageName()}: ${region.name}: ${region.nuclei} nuclei, " +
-            "${String.format(Locale.ROOT, '%.1f', region.per_mm2)} per mm^2 of " +
-            "${region.is_tissue ? 'tissue' : 'region'}.")
+            "${density} per mm^2 of ${region.is_tissue ? 'tissue' : 'region'}.")
+}

@@ -544,7 +544,7 @@ class Run:
         regions = [
             RegionRecord(
                 geometry=to_object(region),
-                tissue_mm2=image.tissue_mm2(region),
+                tissue_mm2=segmented.tissue_mm2(region) or 0.0,
             )
             for region in entry.regions
         ]
@@ -553,7 +553,7 @@ class Run:
             image=entry.name,
             made=datetime.now(UTC).isoformat(timespec="seconds"),
             **msgspec.structs.asdict(self.provenance),
-            tissue_mm2=image.tissue_mm2(),
+            tissue_mm2=segmented.tissue_mm2() or 0.0,
             slide=SlideProvenance(
                 file=image.file,
                 size=image.slide.size,

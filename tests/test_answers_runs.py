@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 import shapely
 from click.testing import CliRunner
-from conftest import QUICK
+from conftest import QUICK, copy_sample
+from exported import rows_of
 from test_regions import HOLED, SMALL, TUMOR, export, feature
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.answers.regions import centroids_of
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import TMA_CORES, Config
+from patchcl_qupath.datatypes import Tile
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project import open_project
+from patchcl_qupath.report.found import find_image
+from patchcl_qupath.segmentation.segment_tile import TileContext, segment_tile
 from patchcl_qupath.storage.geojson import read_objects
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import ImageOutcome, ResultRecord, read_record
@@ -133,6 +137,84 @@ def test_every_annotation_is_counted(folder: Path, model: pipeline.Model, client
 
     outcome, _ = run(folder, model, client, "Tumor", summarise=("Tumor", "Stroma"))
     assert "only what lies in the regions of the run was segmented" in str(outcome.note)
+
+
+def segment_but(context: TileContext, tile: Tile) -> Any:
+    """Fails for two tiles side by side, which are all tissue."""
+    if tile.name in ("00007-00003", "00007-00004"):
+        raise ImageError("damaged")
+    return segment_tile(context, tile)
+
+
+def test_what_lies_in_failed_tiles_counts_nowhere(
+    folder: Path,
+    model: pipeline.Model,
+    client: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither its tissue nor its area: densities are those of the tiles that are finished."""
+    config, mpp = replace(WIDE, slide=replace(WIDE.slide, tile_px=300)), 0.499
+    failed = shapely.box(832, 2076, 1387, 2373)
+    drawn = {
+        "lost": shapely.box(900, 2100, 1300, 2350),
+        "partly": shapely.box(900, 2200, 1100, 2600),
+        "beside": shapely.box(1150, 2400, 1350, 2600),
+        "glass": shapely.box(0, 0, 90, 90),
+    }
+    features = [feature(geometry, "Tumor") for geometry in drawn.values()]
+    for name, each in zip(drawn, features, strict=True):
+        each["properties"]["name"] = name
+    export(folder, *features)
+    _, whole = run(folder, model, client, config=config, summarise=("Tumor",))
+    damaged = copy_sample(tmp_path / "damaged")
+    export(damaged, *features)
+    monkeypatch.setattr(pipeline, "segment_tile", segment_but)
+    outcome, result = run(damaged, model, client, config=config, summarise=("Tumor",))
+    assert whole is not None
+    assert result is not None
+    boxes = [shapely.box(t.x, t.y, t.x + t.width, t.y + t.height) for t in result.failed_tiles]
+    assert shapely.equals(shapely.union_all(boxes), failed)
+
+    found = read_nuclei(folder / "patchcl" / "results" / "1" / "nuclei.parquet")
+    x, y = centroids_of(found.polygons).T
+    in_failed = shapely.intersects_xy(failed, x, y)
+    assert result.nuclei == pytest.approx(np.count_nonzero(~in_failed), abs=3)
+    tissue_mm2 = whole.tissue_mm2 - failed.area * mpp**2 / 1e6
+    assert result.tissue_mm2 == pytest.approx(tissue_mm2, rel=0.002)
+    assert outcome.tissue_mm2 == result.tissue_mm2
+    image, lost, partly, beside, glass = result.summaries
+    assert image.tissue_mm2 == result.tissue_mm2
+    assert image.per_mm2 == result.nuclei / result.tissue_mm2
+    area_mm2 = whole.summaries[0].area_mm2 or 0
+    assert image.area_mm2 == pytest.approx(area_mm2 - failed.area * mpp**2 / 1e6, rel=1e-6)
+    assert (lost.nuclei, lost.per_mm2, lost.tissue_mm2, lost.area_mm2) == (0, None, None, None)
+    left = shapely.difference(drawn["partly"], failed)
+    count = np.count_nonzero(shapely.intersects_xy(left, x, y))
+    assert count > 20
+    assert partly.nuclei == pytest.approx(count, abs=3)
+    assert partly.tissue_mm2 == pytest.approx(left.area * mpp**2 / 1e6, rel=0.01)
+    assert partly.area_mm2 == pytest.approx(left.area * mpp**2 / 1e6, rel=1e-6)
+    assert partly.per_mm2 == partly.nuclei / (partly.tissue_mm2 or 0)
+    assert beside == whole.summaries[3]
+    assert (glass.tissue_mm2, glass.per_mm2) == (0, 0)
+    failed_note = "what lies in failed tiles was not segmented, and does not count, of lost, partly"
+    assert str(outcome.note).endswith(failed_note)
+
+    project = open_project(damaged, backend="files")
+    (entry,) = project.images()
+    assert find_image(project, entry).density == result.nuclei / result.tissue_mm2
+    arguments = ["export", str(damaged), "--to", "csv", "--per", "region", "--json"]
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    row = rows_of(Path(json.loads(done.stdout)["files"][0]["path"]))[0]
+    columns = ("Name", "Num Detections", "PatchCL: Tissue mm^2", "PatchCL: Nuclei per mm^2")
+    assert [row[column] for column in columns] == ["lost", "0", "", ""]
+
+    outcome, result = run(damaged, model, client, "Tumor", config=config)
+    assert result is not None
+    tissue = [region.tissue_mm2 for region in result.regions]
+    assert tissue == [0, partly.tissue_mm2, beside.tissue_mm2, 0]
+    assert result.tissue_mm2 == pytest.approx(sum(tissue), rel=0.01)
 
 
 def core(x: float, y: float, label: str, **more: Any) -> dict[str, Any]:

@@ -265,6 +265,17 @@ def test_cells_are_shown_to_the_end_where_the_nuclei_of_the_last_tile_fail() -> 
     assert shown == [(1, 1)]
 
 
+def test_failed_tiles_side_by_side_leave_no_gap() -> None:
+    progress = progress_of(9, [])
+    progress.image.slide.downsample = (1.2, 1.7)
+    for col in range(4):
+        box = Box(8, 8 + 2 * col, 10, 10 + 2 * col)
+        progress.one_failed(Tile(row=0, col=col, read=box, write=box), ImageError("damaged"))
+    first, *others = progress.failed
+    assert (first.x, first.y, first.width, first.height) == (10, 14, 2, 3)
+    assert [tile.x for tile in others] == [tile.x + tile.width for tile in progress.failed[:-1]]
+
+
 def test_an_image_none_of_whose_cells_grow_fails_in_any_order() -> None:
     """Its old results would be replaced by none."""
     growing = progress_of(2, [])

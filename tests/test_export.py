@@ -259,6 +259,16 @@ def test_tiles_that_failed_are_a_note(tmp_path: Path) -> None:
     assert "b.svs: " not in done.stderr
 
 
+def test_the_density_of_an_image_whose_tissue_failed_is_not_known(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "made", ["a.svs", "b.svs"])
+    failed = FailedTile(x=0, y=0, width=9, height=9, reason="damaged")
+    write(project, 0, nuclei("a", 0), failed_tiles=(failed,), tissue_mm2=0.0)
+    write(project, 1, nuclei("b", 0), tissue_mm2=0.0)
+    rows = rows_of(exported(project, "--to", "csv", "--per", "image")[0])
+    assert [row["PatchCL: Nuclei per mm^2"] for row in rows] == ["", "0"]
+    assert [row["PatchCL: Tissue mm^2"] for row in rows] == ["", "0"]
+
+
 def test_regions_that_changed_since_are_named(project: Project) -> None:
     (entry, _) = project.images()
     moved = (DRAWN[0], DRAWN[2])

@@ -10,7 +10,14 @@ import pytest
 import shapely
 import slides
 
-from patchcl_qupath.datatypes import Box, ImageEntry, Nuclei, Tile, UncertaintyGrid
+from patchcl_qupath.datatypes import (
+    Box,
+    FailedTile,
+    ImageEntry,
+    Nuclei,
+    Tile,
+    UncertaintyGrid,
+)
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.slides.prepare import PreparedImage
@@ -92,6 +99,33 @@ def test_the_uncertainty_grid_is_that_of_all_tiles(segmented: SegmentedImage) ->
     assert (
         SegmentedImage(image=segmented.image, store=segmented.store, tiles=()).uncertainty is None
     )
+
+
+def test_areas_are_without_failed_tiles(segmented: SegmentedImage) -> None:
+    """All is tissue; the lower half of the right tile failed."""
+    tile = FailedTile(x=240, y=200, width=360, height=201, reason="damaged")
+    damaged = replace(segmented, failed_tiles=(tile,))
+    px = MPP**2 / 1e6  # mm² of a px at level 0
+    assert damaged.area_mm2() == pytest.approx((600 * 400 - 360 * 200) * px)
+    assert damaged.tissue_mm2() == pytest.approx((600 * 400 - 360 * 200) * px, rel=0.01)
+    across = shapely.box(200, 300, 280, 400)
+    assert damaged.area_mm2(across) == pytest.approx(40 * 100 * px)
+    assert damaged.tissue_mm2(across) == pytest.approx(40 * 100 * px)
+    within = shapely.box(300, 250, 400, 300)
+    assert damaged.area_mm2(within) == 0
+    assert damaged.tissue_mm2(within) is None
+    beside = shapely.box(10, 10, 90, 90)
+    for region in (None, across, within, beside):
+        assert segmented.tissue_mm2(region) == segmented.image.tissue_mm2(region)
+        assert segmented.area_mm2(region) == segmented.image.area_mm2(region)
+    assert damaged.tissue_mm2(beside) == segmented.tissue_mm2(beside)
+
+    image = replace(segmented.image, region=shapely.box(100, 75, 140, 200))  # of the working grid
+    damaged = replace(damaged, image=image)
+    assert damaged.area_mm2() == pytest.approx((80 * 250 - 40 * 200) * px)
+    assert damaged.tissue_mm2() == pytest.approx((80 * 250 - 40 * 200) * px)
+    image = replace(segmented.image, tissue=np.zeros_like(segmented.image.tissue))
+    assert replace(damaged, image=image).tissue_mm2(within) == 0  # of glass, this is known
 
 
 def test_contours_in_a_box_are_those_that_intersect_it(segmented: SegmentedImage) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -68,12 +68,12 @@ def answer(segmented: SegmentedImage, entry: ImageEntry, config: ResultConfig) -
     summaries = summarise(
         asked.classified(segmented.nuclei()),
         image=entry.name,
-        extents=list(_extents(segmented.image, entry)),
+        extents=list(_extents(segmented, entry)),
         regions=regions,
         class_names=positivity.class_names if positivity else (),
     )
     of_positivity = positivity.record.note if positivity else None
-    notes = [*filter(None, [of_positivity]), *_notes(regions, segmented.image, entry)]
+    notes = [*filter(None, [of_positivity]), *_notes(regions, segmented, entry)]
     return Answer(positivity=positivity, summaries=summaries, notes=tuple(notes))
 
 
@@ -92,24 +92,25 @@ def _positivity(segmented: SegmentedImage, entry: ImageEntry, config: ResultConf
     )
 
 
-def _extents(image: PreparedImage, entry: ImageEntry) -> Iterator[Extent]:
+def _extents(segmented: SegmentedImage, entry: ImageEntry) -> Iterator[Extent]:
     """How large the image is, and each region: what of it was segmented."""
-    yield Extent(area_mm2=image.area_mm2(), tissue_mm2=image.tissue_mm2())
+    yield _extent(segmented)
     within = shapely.union_all(entry.regions) if entry.regions else None
     for region in entry.drawn:
         geometry = region.geometry
-        segmented = geometry if within is None or region.is_core else geometry & within
+        part = geometry if within is None or region.is_core else geometry & within
         x, y = geometry.centroid.coords[0]
-        yield Extent(
-            area_mm2=image.area_mm2(segmented),
-            tissue_mm2=image.tissue_mm2(segmented),
-            x=x,
-            y=y,
-            area_px=geometry.area,
-        )
+        yield replace(_extent(segmented, part), x=x, y=y, area_px=geometry.area)
 
 
-def _notes(regions: Regions, image: PreparedImage, entry: ImageEntry) -> Iterator[str]:
+def _extent(segmented: SegmentedImage, region: shapely.Geometry | None = None) -> Extent:
+    """What was segmented of a region (level 0), or of the image; unknown if all tissue failed."""
+    tissue_mm2 = segmented.tissue_mm2(region)
+    area_mm2 = None if tissue_mm2 is None else segmented.area_mm2(region)
+    return Extent(area_mm2=area_mm2, tissue_mm2=tissue_mm2)
+
+
+def _notes(regions: Regions, segmented: SegmentedImage, entry: ImageEntry) -> Iterator[str]:
     """What a person should know of regions that overlap, or that were not segmented as a whole."""
     if not len(regions):
         return
@@ -119,7 +120,7 @@ def _notes(regions: Regions, image: PreparedImage, entry: ImageEntry) -> Iterato
     ]
     if pairs:
         yield f"regions overlap, and nuclei in both count in both: {_named(pairs)}"
-    whole = shapely.box(0, 0, *image.slide.size)
+    whole = shapely.box(0, 0, *segmented.image.slide.size)
     shares = regions.shares_in(whole)
     if outside := _labels(regions, shares == 0):
         yield f"regions lie outside the image: {_named(outside)}"
@@ -134,6 +135,10 @@ def _notes(regions: Regions, image: PreparedImage, entry: ImageEntry) -> Iterato
                 "only what lies in the regions of the run was segmented, and counts, of "
                 f"{_named(missed)}"
             )
+    if failed := _labels(regions, regions.shares_in(segmented.failed_area) > 0):
+        yield (
+            f"what lies in failed tiles was not segmented, and does not count, of {_named(failed)}"
+        )
 
 
 def _labels(regions: Regions, which: NDArray[np.bool_]) -> list[str]:

@@ -160,13 +160,13 @@ def write_outcomes(
 
 
 def _failed_tile(tile: Tile, slide: Slide, error: Exception) -> FailedTile:
-    """What a tile that failed leaves out of the image."""
+    """What a tile that failed leaves out of the image: up to where the next one begins."""
     (x, y), box = slide.downsample, tile.write
-    height, width = box.shape
+    left, top = round(x * box.col0), round(y * box.row0)
     return FailedTile(
-        x=round(x * box.col0),
-        y=round(y * box.row0),
-        width=round(x * width),
-        height=round(y * height),
+        x=left,
+        y=top,
+        width=round(x * box.col1) - left,
+        height=round(y * box.row1) - top,
         reason=reason_of(error),
     )

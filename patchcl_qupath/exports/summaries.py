@@ -48,8 +48,14 @@ def summaries_of(image: ExportedImage, *, of_nuclei: bool = True) -> tuple[Summa
     return summarise(
         _measured(image) if of_nuclei else _counted(image),
         image=image.name,
-        extents=[Extent(tissue_mm2=image.result.tissue_mm2)],
+        extents=[Extent(tissue_mm2=_tissue_mm2(image))],
     )
+
+
+def _tissue_mm2(image: ExportedImage) -> float | None:
+    """The tissue that was segmented; None where all of it lies in failed tiles."""
+    result = image.result
+    return None if result.failed_tiles and not result.tissue_mm2 else result.tissue_mm2
 
 
 def _measured(image: ExportedImage) -> Iterator[Nuclei]:

@@ -28,6 +28,7 @@ from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.storage.parquet import Table
 
 MAX_RADIUS_UM = 50.0  # no point of a contour is farther from the nucleus's centroid
+_ROUNDING = 0.001  # of tissue: what is left of it beside failed tiles, whose borders are rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,38 @@ class SegmentedImage:
     def uncertainty(self) -> UncertaintyGrid | None:
         """The uncertainty grid of the image; None without a finished tile."""
         return merge_grids(self.store.uncertainty_grids(self.tiles)) if self.tiles else None
+
+    @cached_property
+    def failed_area(self) -> shapely.Geometry:
+        """The area of failed tiles, at level 0; empty where none failed."""
+        corners = [(t.x, t.y, t.x + t.width, t.y + t.height) for t in self.failed_tiles]
+        return shapely.union_all([shapely.box(*each) for each in corners])
+
+    def tissue_mm2(self, region: shapely.Geometry | None = None) -> float | None:
+        """Area of the tissue that was segmented in a region (level 0), in mm².
+
+        Without one, in the analysis region, or in the whole image. None where there is tissue, and
+        all of it in failed tiles: 0 would say that there is none.
+        """
+        tissue = self.image.tissue_mm2(region)
+        if not self.failed_tiles:
+            return tissue
+        left = self.image.tissue_mm2(self._without_failed(region))
+        return None if left < _ROUNDING * tissue else left
+
+    def area_mm2(self, region: shapely.Geometry | None = None) -> float:
+        """Area of what was segmented in a region (level 0), tissue or not, in mm²."""
+        if not self.failed_tiles:
+            return self.image.area_mm2(region)
+        return self.image.area_mm2(self._without_failed(region))
+
+    def _without_failed(self, region: shapely.Geometry | None) -> shapely.Geometry:
+        """A region (level 0), or the analysis region, or the whole image, but for failed tiles."""
+        slide = self.image.slide
+        if region is None and self.image.region is not None:
+            region = shapely.transform(self.image.region, lambda xy: xy * slide.downsample)
+        whole = shapely.box(0, 0, *slide.size)
+        return shapely.difference(whole if region is None else region, self.failed_area)
 
     def nuclei(self) -> Iterator[Nuclei]:
         """All nuclei, at level 0, tile by tile."""

@@ -55,7 +55,10 @@ class SlideProvenance(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class RegionRecord(Record, frozen=True, kw_only=True):
-    """An analysis region: GeoJSON at level 0, and the area of the tissue in it, in mm²."""
+    """An analysis region: GeoJSON at level 0, and the area of the tissue in it, in mm².
+
+    Tissue in failed tiles is left out of it.
+    """
 
     geometry: dict[str, Any]
     tissue_mm2: float
@@ -100,7 +103,7 @@ class Summary(Record, frozen=True, kw_only=True, omit_defaults=True):
     ``name`` is that of an image or an annotation, or the label of a core; ``class_name`` and ``id``
     are those of the object in QuPath; ``x`` and ``y`` its centroid and ``area_px`` its area, at
     level 0, None of an image. ``area_mm2`` is that of its part that was segmented, ``tissue_mm2``
-    that of the tissue in it; None where it is not known.
+    that of the tissue in it; None where it is not known, or where all tissue is in failed tiles.
 
     ``nuclei`` counts all whose centroid lies in it; ``own`` those of them that lie in no smaller
     region. ``classes`` has the numbers by class, also those of classes without a nucleus.
@@ -168,9 +171,10 @@ class ResultRecord(
     """results/<image>/result.json: the provenance of the nuclei of an image, and their files.
 
     ``made`` is UTC in ISO 8601; ``files`` are those to import into QuPath. Without ``regions`` the
-    whole image was segmented. ``model_name`` is that of the run, for people. ``positivity`` is
-    there where nuclei have classes, and ``summaries``, the first of them that of the image, where
-    these or regions were asked for.
+    whole image was segmented. ``tissue_mm2`` is the area of the tissue that was segmented: that in
+    failed tiles, which earlier versions counted, is left out. ``model_name`` is that of the run,
+    for people. ``positivity`` is there where nuclei have classes, and ``summaries``, the first of
+    them that of the image, where these or regions were asked for.
     """
 
     run: str
