@@ -17,6 +17,7 @@ import quality
 from bench import code, measure, paper, pseudo
 from bench.cache import Cache
 from bench.code import code_digest, reached
+from bench.otsu import otsu
 from bench.pseudo import PseudoLabelled, TrueLabels
 from bench.sets import empty_sets, labelled_sets
 from bench.table import QUALITY, mean_of_sets
@@ -31,6 +32,19 @@ from patchcl_qupath.training import patchcl
 from patchcl_qupath.training.patchcl import Snapshot
 
 SIDE = 384  # px of 0.25 µm
+
+
+def test_the_baseline_finds_nuclei_that_the_border_cuts() -> None:
+    """Also those of which 5 px are left, as far as one peak is from the next."""
+    rgb = np.full((80, 120, 3), (235, 225, 235), np.uint8)
+    y, x = np.mgrid[:80, :120]
+    centres = [(-4, 40), (30, -4), (84, 100), (30, 124), (40, 60)]
+    for row, col in centres:
+        rgb[(y - row) ** 2 + (x - col) ** 2 <= 9**2] = (110, 70, 150)
+    labels = otsu(rgb)
+    seen = [labels[min(max(row, 0), 79), min(max(col, 0), 119)] for row, col in centres]
+    assert 0 not in seen
+    assert len({*seen}) == len(centres)
 
 
 # ------------------------------------------------------------------ code

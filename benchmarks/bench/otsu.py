@@ -51,7 +51,10 @@ def otsu(rgb: NDArray[np.uint8]) -> NDArray[np.int32]:
     mask = ndimage.binary_opening(hematoxylin > threshold)
     pieces, _ = ndimage.label(mask)
     depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(mask), 1)
-    peaks = peak_local_max(depth, min_distance=5, labels=pieces)  # type: ignore[no-untyped-call]
+    # Also nuclei that the border of the image cuts, which are in the ground truth, have a marker.
+    peaks = peak_local_max(  # type: ignore[no-untyped-call]
+        depth, min_distance=5, labels=pieces, exclude_border=False
+    )
     markers = np.zeros(mask.shape, dtype=np.int32)
     markers[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
     labels: NDArray[np.int32] = watershed(-depth, markers, mask=mask)  # type: ignore[no-untyped-call]
