@@ -237,6 +237,7 @@ def test_all_overlapping_pairs_of_all_rois_are_listed(tmp_path: Path) -> None:
 
 
 EMPTY = shapely.box(600, 0, 1000, 400)
+BOW_TIE = shapely.Polygon([(700, 60), (720, 80), (720, 60), (700, 80)])  # crosses itself
 
 
 @pytest.mark.parametrize(
@@ -270,6 +271,8 @@ def test_a_roi_without_nuclei_is_background(
         ([feature(shapely.MultiPoint([(700, 60), (800, 60)]))], "2 points"),
         ([feature(disc(700, 60, 20), None, "cell")], "1 cells without a nucleus"),
         ([feature(disc(700, 60), None, "detection")], "1 detections of other programs"),
+        ([feature(BOW_TIE, None, "detection")], "1 detections of other programs"),
+        ([feature(BOW_TIE, None, "cell")], "1 cells without a nucleus"),
     ],
 )
 def test_nuclei_that_are_marked_in_another_way_are_not_taken_for_background(

@@ -65,9 +65,10 @@ def sort_outlines(objects: Objects, within: shapely.Geometry, pixel_um2: float) 
     ``pixel_um2`` is the area of a pixel at level 0, in µm². Of detections that the export lists as
     those of other programs, none is a nucleus: a person corrects those of this one.
     """
-    has_area = ~shapely.is_missing(objects.areas)
-    place = np.where(has_area, objects.areas, objects.shapes)
-    objects = objects.take(shapely.intersects(place, within))
+    # Areas are valid; shapes are as drawn, and GEOS raises for some that cross themselves.
+    places = np.where(shapely.is_missing(objects.areas), objects.shapes, objects.areas)
+    is_near = shapely.intersects(places, within)
+    objects, places = objects.take(is_near), places[is_near]
     kinds = _kinds(objects)
     outlines = objects.take(kinds == "")
     pieces, owner = pieces_of(outlines.areas)
@@ -92,7 +93,7 @@ def sort_outlines(objects: Objects, within: shapely.Geometry, pixel_um2: float) 
         unclear=tuple(
             (kind, shape)
             for kind in (Kind.POINTS, Kind.CELLS, Kind.OTHERS)
-            for shape in objects.shapes[kinds == kind]
+            for shape in places[kinds == kind]
         ),
     )
 
