@@ -220,7 +220,8 @@ class Corrections:
 
     ROIs are valid polygons, nuclei such without holes; they may reach out of a ROI. ``ignored`` are
     areas of a class that QuPath ignores: neither nucleus nor background. ``left_out`` are the
-    numbers of objects in ROIs that are no nuclei, by kind; ``notes`` remarks for people.
+    numbers of objects in ROIs that are no nuclei, by kind; ``notes`` remarks for people. ``ids``
+    are those of the ROIs in QuPath, none where nobody knows them; pieces of one ROI share its id.
     """
 
     rois: tuple[shapely.Geometry, ...] = ()
@@ -228,6 +229,7 @@ class Corrections:
     ignored: tuple[shapely.Geometry, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def refine_as(
     model, corrections = refine(project, entries, start, labels_from, progress, seed)
     model.save(path.parent, name)
     images = [entry.id for entry in entries]
-    changes.begin(
+    notes = changes.begin(
         project.layout,
         images,
         corrections,
@@ -202,7 +202,10 @@ def refine_as(
         roi_class=labels_from,
     )
     logger.info("model %s refined and saved: %s", name, path)
-    return model, corrections
+    return model, {
+        image: replace(found, notes=(*found.notes, *notes.get(image, ())))
+        for image, found in corrections.items()
+    }
 
 
 def check_resolution(model: Model, config: Config, name: str | None) -> None:
@@ -300,8 +303,11 @@ class Run:
         with timed(seconds, "write"):
             answered = answer(segmented, entry, self.config.result)
             result = self._result(entry, segmented, answered)
+            rois_wait = changes.rois_wait(self.project.layout, entry.id)
             with meanwhile(self._draw, segmented, result, seconds):
                 imported = self._write(entry, segmented, answered, result)
+            if rois_wait:  # they are imported with the new nuclei
+                changes.give(self.project.layout, entry.id)
             changed = changes.finish(self.project.layout, segmented, self.model.digest, result.run)
         known = {"imported": imported, "corrections": changed}
         times = {"main_seconds": seconds, "worker_seconds": worker_seconds}

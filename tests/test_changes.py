@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,10 @@ from msgspec import structs
 from PIL import Image
 
 from patchcl_qupath import cli, pipeline
-from patchcl_qupath.correction.changes import begin, compare, finish
-from patchcl_qupath.datatypes import Box, Corrections, Polygons
-from patchcl_qupath.project import NewImage, init_project, open_project
+from patchcl_qupath.config import TO_CORRECT
+from patchcl_qupath.correction.changes import begin, compare, finish, give, rois_wait
+from patchcl_qupath.datatypes import Box, CorrectionRoi, Corrections, Polygons
+from patchcl_qupath.project import NewImage, Project, init_project, open_project
 from patchcl_qupath.report.views import _rois
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.layout import Layout
@@ -27,6 +29,7 @@ from patchcl_qupath.storage.records import (
     ChangeCounts,
     ChangesRecord,
     RoiChangesRecord,
+    RunRecord,
     read_record,
     write_record,
 )
@@ -199,6 +202,119 @@ def test_refining_with_another_class_keeps_what_was_given_for_the_first(tmp_path
     assert {*refine({}, "sixth", "Yours: done").others} == {"Mine"}
 
 
+GIVEN = shapely.box(80, 80, 200, 200)  # a suggested ROI, in which two nuclei lie
+NOTE = (
+    "corrections in the ROI at x {:.0f}, y {:.0f} px are not counted: its nuclei may be those of "
+    "an earlier run than the last one"
+)
+
+
+@pytest.fixture
+def suggested(tmp_path: Path) -> Project:
+    """A project of an image in which GIVEN was suggested after a first run."""
+    project = make_project(tmp_path / "made", ["a.svs"])
+    write(project, 0, nuclei("a", 2), made="2020-01-01T00:00:00+00:00")
+    roi = CorrectionRoi("first", "ROI 1 of 1", "", x=80, y=80, width=120, height=120)
+    project.mark_rois(project.images()[0], [roi])
+    give(project.layout, "1")
+    return project
+
+
+def import_now(project: Project) -> None:
+    """What groovy/import_nuclei.groovy leaves of an import."""
+    receipt = project.layout.receipt("1")
+    receipt.parent.mkdir(exist_ok=True)
+    receipt.write_text("{}", "utf-8")
+    later = project.layout.rois("1").stat().st_mtime_ns + 10**9
+    os.utime(receipt, ns=(later, later))
+
+
+def run_again(project: Project, count: int, *, refined: bool = False) -> None:
+    """Write what another model finds: the first ``count`` nuclei."""
+    write(project, 0, nuclei("a", count), run="again", made="2100-01-01T00:00:00+00:00")
+    training = {"refined_from": "m"} if refined else {}
+    record = RunRecord(
+        version="", model="n", engine="", config={}, within=[], versions={}, training=training,
+        images=[],
+    )  # fmt: skip
+    write_record(project.layout.run_record("again"), record)
+
+
+def refined_with(
+    project: Project, *rois: tuple[shapely.Geometry, str], model: str = "n"
+) -> tuple[list[tuple[int, int, int, int]], tuple[str, ...]]:
+    """Refine with ROIs and their ids, in which a person left the two nuclei as they were given.
+
+    Returns numbers of nuclei deleted, added, reshaped and kept in each, and notes.
+    """
+    corrections = Corrections(
+        rois=tuple(roi for roi, _ in rois),
+        nuclei=tuple(nuclei("a", 2).polygons),
+        ids=tuple(id_ for _, id_ in rois),
+    )
+    notes = begin(
+        project.layout, ["1"], {"1": corrections}, model=model, model_name="r", roi_class="Done"
+    )
+    record = read_record(project.layout.changes("1") / "changes.json", ChangesRecord)
+    counted = record.rois if record else ()
+    return [(roi.deleted, roi.added, roi.reshaped, roi.kept) for roi in counted], notes["1"]
+
+
+@pytest.mark.parametrize("refined", [True, False])  # after refining with others; after --retrain
+def test_a_suggested_roi_keeps_the_nuclei_it_was_given(suggested: Project, refined: bool) -> None:
+    """The last run has one nucleus in it, of another model; an import changes nothing in a ROI."""
+    import_now(suggested)
+    assert not rois_wait(suggested.layout, "1")
+    run_again(suggested, 1, refined=refined)
+    assert refined_with(suggested, (GIVEN, "first")) == ([(0, 0, 0, 2)], ())
+    smaller, larger = shapely.box(80, 80, 125, 200), shapely.box(80, 80, 320, 200)  # then
+    assert refined_with(suggested, (smaller, "first"), model="o") == ([(0, 0, 0, 1)], ())
+    assert refined_with(suggested, (GIVEN, "first"), model="p") == ([(0, 0, 0, 2)], ())
+    assert refined_with(suggested, (larger, "first"), model="q") == ([], (NOTE.format(200, 140),))
+
+
+def test_another_suggestion_leaves_what_a_roi_was_given(suggested: Project) -> None:
+    """A ROI that a person began to correct stays, though another is suggested in its place."""
+    import_now(suggested)
+    run_again(suggested, 1)
+    roi = CorrectionRoi("second", "ROI 1 of 1", "", x=80, y=80, width=120, height=120)
+    suggested.mark_rois(suggested.images()[0], [roi])
+    give(suggested.layout, "1")
+    assert refined_with(suggested, (GIVEN, "first")) == ([(0, 0, 0, 2)], ())
+    assert refined_with(suggested, (GIVEN, "second")) == ([(0, 1, 0, 1)], ())
+
+
+@pytest.mark.parametrize("refined", [True, False])
+def test_a_roi_of_unknown_nuclei_is_not_counted(suggested: Project, refined: bool) -> None:
+    """A person drew it, before the last run or after it."""
+    drawn, note = shapely.box(80, 80, 210, 210), NOTE.format(145, 145)
+    run_again(suggested, 1, refined=refined)
+    if refined:
+        suggested.layout.rois("1").unlink()  # nothing was ever suggested there
+    assert refined_with(suggested, (drawn, "mine")) == ([], (note,))
+    both = refined_with(suggested, (drawn, "mine"), (GIVEN, "first"))
+    assert both == ([(0, 0, 0, 2)], (note,))
+
+
+def test_a_drawn_roi_is_counted_in_the_first_round(suggested: Project) -> None:
+    """Beside suggested ones; and again after the run of the refined model."""
+    drawn = shapely.box(80, 80, 210, 210)
+    assert refined_with(suggested, (drawn, "mine")) == ([(0, 0, 0, 2)], ())
+    run_again(suggested, 1, refined=True)
+    assert refined_with(suggested, (drawn, "mine"), model="o") == ([(0, 0, 0, 2)], ())
+
+
+def test_a_file_of_before_has_no_ids(suggested: Project) -> None:
+    """Then a ROI is known by its box."""
+    path = suggested.layout.changes("1") / "changes.json"
+    refined_with(suggested, (GIVEN, "first"))
+    content = json.loads(path.read_text("utf-8"))
+    del content["others"], content["rois"][0]["id"]
+    path.write_text(json.dumps(content), "utf-8")
+    run_again(suggested, 1, refined=True)
+    assert refined_with(suggested, (GIVEN, "first")) == ([(0, 0, 0, 2)], ())
+
+
 def test_a_sentence_and_a_sum() -> None:
     one = ChangeCounts(deleted=6, added=4, reshaped=2, kept=1000, deleted_now=5, kept_now=990)
     assert ChangeCounts.total([one, one]).made == 24
@@ -243,6 +359,7 @@ def story(model: pipeline.Model, tmp_path_factory: pytest.TempPathFactory) -> tu
         return result.stdout
 
     call("run", folder, "--backend", "files")
+    call("suggest", folder, "--rois", 1, "--backend", "files")
     found = read_nuclei(folder / "patchcl" / "results" / "1" / "nuclei.parquet").polygons
     roi = shapely.box(150, 200, 450, 400)
     here = found[shapely.intersects(found, roi)]
@@ -262,6 +379,18 @@ def story(model: pipeline.Model, tmp_path_factory: pytest.TempPathFactory) -> tu
     again = read_record(folder / "patchcl" / "changes" / "1" / "changes.json", ChangesRecord)
     assert again == record
     return folder, call("run", folder, "--backend", "files", "--model", "refined")
+
+
+def test_rois_that_wait_are_given_the_nuclei_of_the_next_run(story: tuple[Path, str]) -> None:
+    """They are imported with these."""
+    patchcl = story[0] / "patchcl"
+    record = read_record(patchcl / "changes" / "1" / "changes.json", ChangesRecord)
+    assert record is not None
+    ((roi,), (waiting,)) = record.rois, record.others[TO_CORRECT]
+    (x, y), side = (waiting.x, waiting.y), waiting.width
+    assert shapely.box(x, y, x + side, y + side).contains(shapely.box(150, 200, 450, 400))
+    assert all(contour in waiting.before for contour in roi.after)
+    assert not all(contour in waiting.before for contour in roi.before)
 
 
 def test_a_run_of_the_refined_model_says_what_it_corrects(story: tuple[Path, str]) -> None:

@@ -33,7 +33,7 @@ from patchcl_qupath.storage.parquet import (
     read_uncertainty_grid,
     write_uncertainty_grid,
 )
-from patchcl_qupath.storage.records import ResultRecord, read_record
+from patchcl_qupath.storage.records import ChangesRecord, ResultRecord, read_record
 
 ROOT = Path(__file__).parent.parent
 SLIDE = ROOT / "sample_project" / "CMU-1-Small-Region.svs"
@@ -202,6 +202,10 @@ def test_suggest_from_the_command_line(path: Path, ran: tuple[Path, Nuclei]) -> 
     assert not suggested["without"]
     file = json.loads((path.parent / "patchcl" / "fields" / "1.json").read_text("utf-8"))
     assert file["fields"] == [one["field"] for one in suggested["fields"]]
+    changes = read_record(path.parent / "patchcl" / "changes" / "1" / "changes.json", ChangesRecord)
+    assert changes is not None
+    given = {roi.id: roi.before for roi in changes.others[TO_CORRECT]}
+    assert [*given] == [one["id"] for one in file["fields"]]
     centroids = shapely.centroid(ran[1].polygons)
     for number, one in enumerate(suggested["fields"], start=1):
         field = one["field"]
@@ -216,6 +220,8 @@ def test_suggest_from_the_command_line(path: Path, ran: tuple[Path, Nuclei]) -> 
         expected = f"Of {one['nuclei']} nuclei, {one['wrong']:.0%} are expected to be wrong."
         assert field["description"].startswith(expected)
         assert one["tissue"] >= 0.75
+        polygons = ran[1].polygons
+        assert len(given[field["id"]]) == shapely.intersects(polygons, box).sum() > inside.sum()
     again = json.loads(call("suggest", path, "--rois", 3, "--json").stdout)["fields"]
     for one, other in zip(suggested["fields"], again, strict=True):
         assert one["field"].pop("id") != other["field"].pop("id")

@@ -1,8 +1,10 @@
 """What refining changed: of a person's corrections, those that the refined model makes by itself.
 
-Refining saves the corrected ROIs with the nuclei of the model before (``begin``); the next run of
-the refined model adds its own (``finish``). The refined model was trained on these ROIs: the
-numbers show what it learnt, not how good it is elsewhere. Nothing here is read by training.
+Suggesting ROIs saves the nuclei in them (``give``): they stay in QuPath until a person is done,
+whatever is run meanwhile. Refining saves the corrected ROIs with the nuclei that the person was
+given (``begin``); the next run of the refined model adds its own (``finish``). The refined model
+was trained on these ROIs: the numbers show what it learnt, not how good it is elsewhere. Nothing
+here is read by training.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import Box, Corrections, Polygons, grid_to_level0
+from patchcl_qupath.config import TO_CORRECT
+from patchcl_qupath.datatypes import Box, Corrections, Polygons, grid_to_level0, place_text
 from patchcl_qupath.evaluation.metrics import MIN_IOU, Overlaps
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.slides.slide import Slide
@@ -31,6 +34,8 @@ from patchcl_qupath.storage.records import (
     ChangesRecord,
     ResultRecord,
     RoiChangesRecord,
+    RoisRecord,
+    RunRecord,
     read_record,
     read_result,
     write_record,
@@ -39,9 +44,53 @@ from patchcl_qupath.storage.records import (
 logger = logging.getLogger(__name__)
 
 UNCHANGED_IOU = 0.99  # from it on, nobody reshaped it: files round coordinates
+_SAME_PLACE_PX = 0.5  # at level 0: QuPath rounds the corners of a ROI
 _JPEG_QUALITY = 62
 
 Bools = NDArray[np.bool_]
+
+
+def give(layout: Layout, image: str) -> None:
+    """Save the nuclei on disk in the suggested ROIs of an image, as those a person is given there.
+
+    Raises StorageError.
+    """
+    suggested = read_record(layout.rois(image), RoisRecord)
+    if suggested is None or not suggested.rois:
+        return
+    nuclei = read_nuclei(layout.nuclei(image)).polygons
+    tree = shapely.STRtree(nuclei)
+    given = []
+    for roi in suggested.rois:
+        box = shapely.box(roi.x, roi.y, roi.x + roi.width, roi.y + roi.height)
+        near = made_valid(nuclei[np.sort(tree.query(box))])
+        given.append(
+            RoiChangesRecord(
+                id=roi.id,
+                x=roi.x,
+                y=roi.y,
+                width=roi.width,
+                height=roi.height,
+                geometry=to_object(box),
+                before=_numbers(near[shapely.intersects(near, box)]),
+                corrected=[],
+            )
+        )
+    path = layout.changes(image) / CHANGES
+    record = read_record(path, ChangesRecord)
+    record = record or ChangesRecord(model="", model_name="", made="", rois=())
+    ids = {roi.id for roi in given}
+    # A ROI that a person began to correct stays in the image beside those suggested later.
+    earlier = [roi for roi in record.others.get(TO_CORRECT, ()) if roi.id not in ids]
+    others = {**record.others, TO_CORRECT: (*earlier, *given)}
+    write_record(path, msgspec.structs.replace(record, others=others), compact=True)
+
+
+def rois_wait(layout: Layout, image: str) -> bool:
+    """Whether suggested ROIs of an image wait to be imported: they get the nuclei of that time."""
+    rois, receipt = layout.rois(image), layout.receipt(image)
+    imported_ns = receipt.stat().st_mtime_ns if receipt.exists() else 0
+    return rois.exists() and rois.stat().st_mtime_ns > imported_ns
 
 
 def begin(
@@ -52,21 +101,25 @@ def begin(
     model: str,
     model_name: str,
     roi_class: str,
-) -> None:
+) -> dict[str, tuple[str, ...]]:
     """Save the corrected ROIs of ``images``, by id, for the refined model of digest ``model``.
 
     ROIs where the model before segmented nothing, as outside of the regions of its run, are left
-    out. What was saved of these images for another refined model is removed; that of other images
-    and of ROIs of another class than ``roi_class`` is kept, as a later model may be refined with
-    these again. Raises StorageError.
+    out; so are those of which nobody knows the nuclei that a person was given. Returns notes on the
+    latter, by image. What was saved of these images for another refined model is removed; that of
+    other images and of ROIs of another class than ``roi_class`` is kept, as a later model may be
+    refined with these again. Raises StorageError.
     """
     made = datetime.now(UTC).isoformat(timespec="seconds")
     roi_class = class_name(roi_class)
+    notes = {}
     for image in images:
         folder = layout.changes(image)
         others = _by_class(read_record(folder / CHANGES, ChangesRecord), roi_class)
-        earlier = others.pop(roi_class, ())
-        rois = _rois(layout, image, corrections[image], earlier) if image in corrections else []
+        known = (*others.pop(roi_class, ()), *others.get(TO_CORRECT, ()))
+        rois: list[RoiChangesRecord] = []
+        if image in corrections:
+            rois, notes[image] = _rois(layout, image, corrections[image], known)
         if not rois and not others:
             shutil.rmtree(folder, ignore_errors=True)
             continue
@@ -81,6 +134,7 @@ def begin(
         with atomic_write(folder) as new:
             new.mkdir()
             write_record(new / CHANGES, record, compact=True)
+    return notes
 
 
 def _by_class(
@@ -182,46 +236,86 @@ def _inside(contours: Polygons, roi: shapely.Geometry) -> Bools:
 
 
 def _rois(
-    layout: Layout, image: str, labels: Corrections, earlier: Sequence[RoiChangesRecord]
-) -> list[RoiChangesRecord]:
-    """The records of the corrected ROIs of an image in which the model before segmented nuclei."""
+    layout: Layout, image: str, labels: Corrections, known: Sequence[RoiChangesRecord]
+) -> tuple[list[RoiChangesRecord], tuple[str, ...]]:
+    """The records of the corrected ROIs of an image in which the model before segmented nuclei.
+
+    And a note on each that is left out, as the nuclei that a person was given are not ``known``.
+    """
     result = read_result(layout.result(image))
     if not isinstance(result, ResultRecord):
-        return []
+        return [], ()
     try:
         # Contours are rounded to 0.01 px, which may have folded one.
         nuclei = made_valid(read_nuclei(layout.nuclei(image)).polygons)
     except Exception:  # readers of damaged files raise anything; the refined model is saved by now
         logger.warning("%s is damaged: corrections are not counted there", layout.nuclei(image))
-        return []
+        return [], ()
     regions = [from_object(region.geometry) for region in result.regions]
-    rois = [roi for roi in labels.rois if not regions or _covers(regions, roi)]
     drawn, ignored = np.array(labels.nuclei, dtype=object), shapely.union_all(labels.ignored)
-    return [_before(roi, roi - ignored, _known(roi, earlier, nuclei), drawn) for roi in rois]
+    on_disk = nuclei if _are_first(layout, image, result) else None
+    records, notes = [], []
+    for roi, id_ in zip(labels.rois, labels.ids or [""] * len(labels.rois), strict=True):
+        if regions and not _covers(regions, roi):
+            continue
+        area = roi - ignored
+        given = _known(roi, area, id_, known)
+        given = on_disk if given is None else given
+        if given is None:
+            notes.append(
+                f"corrections in the ROI {place_text(*roi.centroid.coords[0])} are not counted: "
+                "its nuclei may be those of an earlier run than the last one"
+            )
+        else:
+            records.append(_before(roi, area, id_, given, drawn))
+    return records, tuple(notes)
 
 
 def _known(
-    roi: shapely.Geometry, earlier: Sequence[RoiChangesRecord], nuclei: Polygons
-) -> Polygons:
-    """The nuclei that a person was given to correct: of a ROI that was used before, those of then.
+    roi: shapely.Geometry, area: shapely.Geometry, id_: str, known: Sequence[RoiChangesRecord]
+) -> Polygons | None:
+    """The nuclei that a person was given to correct in a ROI; None where they are not ``known``.
 
-    The last run is that of another model: all of its contours differ a little from the person's.
+    Of a ROI that was suggested, or used before, they are those of then: an import changes nothing
+    in a ROI, and the last run may be that of another model, all of whose contours differ a little.
+    ``area`` is the part of the ROI that counts. One that a person made larger is not known whole.
     """
-    for known in earlier:
-        box = (known.x, known.y, known.x + known.width, known.y + known.height)
-        if np.allclose(box, roi.bounds, atol=0.5, rtol=0):
-            return _contours(known.before)
-    return nuclei
+    for each in known:
+        box = (each.x, each.y, each.x + each.width, each.y + each.height)
+        if each.id and id_:
+            is_it = each.id == id_ and _covers([_with_border(each)], area)
+        else:  # of an earlier version
+            is_it = np.allclose(box, roi.bounds, atol=_SAME_PLACE_PX, rtol=0)
+        if is_it:
+            return _contours(each.before)
+    return None
+
+
+def _with_border(roi: RoiChangesRecord) -> shapely.Geometry:
+    return from_object(roi.geometry).buffer(_SAME_PLACE_PX)
+
+
+def _are_first(layout: Layout, image: str, result: ResultRecord) -> bool:
+    """Whether all ROIs of an image must have been given the nuclei on disk, as far as files tell.
+
+    A ROI that was there before a run keeps the nuclei of the run before. There was one before if
+    the nuclei are those of a refined model, or were found after ROIs were suggested.
+    """
+    run = read_record(layout.run_record(result.run), RunRecord)
+    suggested = read_record(layout.rois(image), RoisRecord)
+    is_refined = run is not None and "refined_from" in run.training
+    return not is_refined and (suggested is None or result.made <= suggested.made)
 
 
 def _before(
-    roi: shapely.Geometry, area: shapely.Geometry, nuclei: Polygons, corrected: Polygons
+    roi: shapely.Geometry, area: shapely.Geometry, id_: str, nuclei: Polygons, corrected: Polygons
 ) -> RoiChangesRecord:
     """The record of a ROI, and of the area of it that counts, before the refined model's run."""
     here, theirs = (each[shapely.intersects(each, area)] for each in (nuclei, corrected))
     counts = compare(area, here, theirs, np.empty(0, dtype=object))
     x, y, x1, y1 = roi.bounds
     return RoiChangesRecord(
+        id=id_,
         x=x,
         y=y,
         width=x1 - x,

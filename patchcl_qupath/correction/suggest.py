@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.answers.regions import centroids_of
 from patchcl_qupath.config import CORRECTED
+from patchcl_qupath.correction.changes import give
 from patchcl_qupath.datatypes import CorrectionRoi, ImageEntry, Nuclei, Polygons, UncertaintyGrid
 from patchcl_qupath.errors import ImageError, PatchCLError, ProjectError
 from patchcl_qupath.project import Project
@@ -147,6 +148,8 @@ def suggest(project: Project, entries: Sequence[ImageEntry], count: int) -> Sugg
         ]
         try:
             message = project.mark_rois(entry, [one.roi for one in here])
+            if here:
+                give(project.layout, entry.id)
         except PatchCLError as error:
             problems.append(str(error))
             continue

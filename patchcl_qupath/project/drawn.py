@@ -267,6 +267,7 @@ class ExportedLabels:
             ignored=found.ignored,
             left_out=found.left_out,
             notes=tuple(notes),
+            ids=tuple(map(str, marked.ids[owner])),
         )
 
     @property

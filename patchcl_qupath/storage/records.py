@@ -314,9 +314,10 @@ class RoiChangesRecord(ChangeCounts, frozen=True, kw_only=True):
     ``geometry`` is GeoJSON at level 0: the ROI without areas of classes that QuPath ignores.
     Contours are [x, y, x, y, ...] at level 0: of the model ``before``, as a person ``corrected``
     them, and of the refined model (``after``). ``picture`` is a file in the same folder, of the box
-    at the working resolution.
+    at the working resolution. ``id`` is that in QuPath; empty where nobody knows it.
     """
 
+    id: str = ""
     x: float
     y: float
     width: float
@@ -331,10 +332,11 @@ class RoiChangesRecord(ChangeCounts, frozen=True, kw_only=True):
 class ChangesRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
     """changes/<image>/changes.json: the corrected ROIs of an image, for a refined model.
 
-    ``model`` is the digest of the refined model, ``made`` UTC in ISO 8601. ``run`` is that in which
-    the refined model segmented the image; empty before that. ``rois`` are of the class
-    ``roi_class``. Of other classes, with which the model was not refined, those of earlier models
-    are kept (``others``), for the nuclei that a person was given.
+    ``model`` is the digest of the refined model, ``made`` UTC in ISO 8601; both are empty before a
+    model was refined. ``run`` is that in which the refined model segmented the image; empty before
+    that. ``rois`` are of the class ``roi_class``. Of other classes, with which the model was not
+    refined, those of earlier models are kept (``others``), for the nuclei that a person was given;
+    so are suggested ROIs, of the class of those to correct, which have nuclei ``before`` alone.
     """
 
     model: str
