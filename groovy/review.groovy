@@ -20,6 +20,7 @@ import java.awt.Graphics2D
 import java.awt.Shape
 import java.awt.geom.Path2D
 import java.awt.image.BufferedImage
+import java.lang.reflect.Method
 import java.nio.file.Files
 import java.nio.file.Path
 import java.nio.file.Paths
@@ -55,6 +56,7 @@ import qupath.lib.gui.viewer.overlays.AbstractOverlay
 import qupath.lib.gui.viewer.tools.PathTools
 import qupath.lib.images.ImageData
 import qupath.lib.io.GsonTools
+import qupath.lib.objects.PathCellObject
 import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjectTools
 import qupath.lib.objects.PathObjects
@@ -364,7 +366,8 @@ class Review {
     static int toAnnotations(ImageData<?> imageData, PathObject roi) {
         Set<String> ours = marks(imageData).collect { it.tokenize(' ')[0] } as Set
         List<PathObject> detections = imageData.getHierarchy().getDetectionObjects().findAll {
-            (ours.isEmpty() || ours.contains(it.getID().toString())) && !it.hasChildObjects() && isNucleusIn(it, roi)
+            (ours.isEmpty() || ours.contains(it.getID().toString())) && !it.hasChildObjects() && isOutlined(it) &&
+                    isNucleusIn(it, roi)
         }
         if (detections.isEmpty())
             return 0
@@ -376,14 +379,30 @@ class Review {
         return detections.size()
     }
 
+    /** Whether an object is a detection of a nucleus, or a cell that has one. The same is in import_nuclei.groovy. */
+    static boolean isOutlined(PathObject pathObject) {
+        return pathObject.isDetection() && !pathObject.isTile() &&
+                (!(pathObject instanceof PathCellObject) || ((PathCellObject) pathObject).getNucleusROI() != null)
+    }
+
     static PathObject toAnnotation(PathObject detection) {
         PathObject annotation = PathObjects.createAnnotationObject(PathObjectTools.getROI(detection, true),
                 detection.getPathClass(), detection.getMeasurementList())
         annotation.setID(detection.getID())
         annotation.setName(detection.getName())
-        annotation.setColor(detection.getColor())
+        if (detection.getColor() != null)
+            annotation.setColor(detection.getColor())
         annotation.setLocked(detection.isLocked())
+        copyMetadata(detection, annotation)
         return annotation
+    }
+
+    /** Copies metadata, an annotation's description included. In QuPath 0.4, no public method reads or writes them. */
+    private static void copyMetadata(PathObject from, PathObject to) {
+        Method read = PathObject.getDeclaredMethod('getUnmodifiableMetadataMap')
+        Method store = PathObject.getDeclaredMethod('storeMetadataValue', String, String)
+        [read, store]*.setAccessible(true)
+        read.invoke(from).each { String key, String value -> store.invoke(to, key, value) }
     }
 
     // ------------------------------------------------ what the keys do; each returns a message, or null

@@ -259,8 +259,15 @@ def test_detections_become_annotations_with_all_they_had(
         def detection = qupath.lib.objects.PathObjects.createDetectionObject(
                 it.getROI(), it.getPathClass(), it.getMeasurementList())
         detection.setID(it.getID()); detection.setName(it.getName())
+        detection.getMetadata().put('seen by', 'me')
         detection
     })
+    def free = { double x -> qupath.lib.roi.ROIs.createRectangleROI(
+            x, 340, 20, 20, qupath.lib.regions.ImagePlane.getDefaultPlane()) }
+    hierarchy.addObjects([
+        qupath.lib.objects.PathObjects.createCellObject(free(110), null, null, null),
+        qupath.lib.objects.PathObjects.createTileObject(free(200)),
+    ])
     entry.saveImageData(imageData)
     '[]'
     """
@@ -269,10 +276,13 @@ def test_detections_become_annotations_with_all_they_had(
         session,
         project,
         "open(0); look(); 6.times { look(review.accept()) }\n"
-        "lines << review.nuclei.every { it.isAnnotation() }",
+        "lines << review.nuclei.every { it.isAnnotation() }\n"
+        "lines << review.nuclei.count { it.getMetadata()['seen by'] == 'me' }\n"
+        "lines << review.imageData.getHierarchy().getDetectionObjects().size()",
     )
-    assert names(lines[:-2]) == [f"nucleus {k}" for k in (5, 4, 3, 2, 1, 0)]
-    assert lines[-1] is True
+    assert names(lines[:-4]) == [f"nucleus {k}" for k in (5, 4, 3, 2, 1, 0)]
+    # The cell without a nucleus and the tile are no nuclei: they stay what they are.
+    assert lines[-3:] == [True, 6, 2]
 
 
 def test_what_a_model_changed_is_that_of_the_newest(session: qupath.Session, project: Path) -> None:
