@@ -1150,23 +1150,35 @@ class ReviewWindow {
         show('Refining, and finding nuclei again. You can go on working, but not with these keys.')
         ImageData<?> open = gui.getImageData()
         Thread.startDaemon('review') {
-            String problem = null
-            try {
-                ['refine', 'project'].each {
-                    scripts.run('run_patchcl.groovy', review.project, open, [patchcl_task: it])
-                }
-                importOthers(open)
-            } catch (Exception e) {
-                logger.error('Refining, and finding nuclei again, failed', e)
-                problem = e.getMessage()
+            List<String> problems = []
+            Closure<?> task = { String what ->
+                scripts.run('run_patchcl.groovy', review.project, open, [patchcl_task: what])
             }
-            Platform.runLater { afterRun(problem) }
+            boolean refined = attempt('Refining', problems) { task('refine') }
+            if (refined) {
+                attempt('Finding nuclei', problems) { task('project') }
+                // Also after a failure: one image fails, the others have their nuclei.
+                attempt('Importing nuclei', problems) { importOthers(open, problems) }
+            }
+            Platform.runLater { afterRun(refined, problems) }
         }
         return message.getText()
     }
 
-    /** Imports the new nuclei into the images that are not open, and saves these. */
-    private void importOthers(ImageData<?> open) {
+    /** Does something, and returns true; after an error, false, with its message added to the problems. */
+    private boolean attempt(String what, List<String> problems, Closure<?> work) {
+        try {
+            work()
+            return true
+        } catch (Exception e) {
+            logger.error("${what} failed", e)
+            problems << (e.getMessage() ?: "${what} failed: ${e}".toString())
+            return false
+        }
+    }
+
+    /** Imports the new nuclei into the images that are not open, and saves these; one that fails costs no other. */
+    private void importOthers(ImageData<?> open, List<String> problems) {
         // What is open in any viewer could change, and would be overwritten by a person's next save.
         def viewers = gui.metaClass.respondsTo(gui, 'getAllViewers') ? gui.getAllViewers() : gui.getViewers()
         Set<String> openIds = (viewers.collect { it.getImageData() } + [open]).findAll().collect {
@@ -1177,8 +1189,15 @@ class ReviewWindow {
             Path receipt = review.folder.resolve('imported').resolve(entry.getID() + '.json')
             boolean waiting = Files.exists(result) && (!Files.exists(receipt) ||
                     Files.getLastModifiedTime(result) > Files.getLastModifiedTime(receipt))
-            if (!waiting || openIds.contains(entry.getID()))
-                continue
+            if (waiting && !openIds.contains(entry.getID()))
+                importInto(entry, problems)
+        }
+    }
+
+    private void importInto(ProjectImageEntry<?> entry, List<String> problems) {
+        String name = entry.getImageName()
+        List<String> found = []
+        attempt("Importing the nuclei of ${name}", found) {
             ImageData<?> imageData = entry.readImageData()
             try {
                 scripts.run('import_nuclei.groovy', review.project, imageData,
@@ -1188,20 +1207,24 @@ class ReviewWindow {
                 imageData.getServer().close()
             }
         }
+        problems.addAll(found.collect { it.contains(name) ? it : "${name}: ${it}".toString() })
     }
 
-    private void afterRun(String problem) {
+    /** Shows all problems, and what changed, if the model was refined. */
+    private void afterRun(boolean refined, List<String> problems) {
         busy = false
-        if (problem != null) {
+        if (!problems.isEmpty()) {
             show('Failed: see the message.')
-            tell(stage, problem)
-            return
+            tell(stage, problems.join('\n\n'))
         }
+        if (!refined)
+            return
         saving { saveOpen() }
         review.findRois(gui.getImageData())
         shown = 3
         go(review.index < 0 ? 0 : review.index)
-        show(changesText() ?: 'The nuclei of the refined model are in all images.')
+        String where = problems.isEmpty() ? 'in all images' : 'in all images that did not fail'
+        show(changesText() ?: "The nuclei of the refined model are ${where}.")
     }
 
     private String toggle() {
