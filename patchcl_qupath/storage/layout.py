@@ -14,7 +14,7 @@ report/images/<image>/              pictures and figures of an image for the rep
 exports/                            tables, and files for other programs
 regions/, stains/, labels/          exports of the Groovy scripts, by image
 fields/<image>.json                 ROIs to correct
-changes/<image>/                    its corrected ROIs, and what a refined model changed there
+changes/<image>/                    its ROIs, suggested and corrected, and what refining changed
 review.json                         where groovy/review.groovy was when it was closed
 imported/<image>.json               receipt of an import into QuPath
 backups/<image>/                    copies of an image's data.qpdata before our first write
