@@ -175,6 +175,7 @@ def write_ome_zarr(
     chunk_px: int = 64,
     unit: str = "micrometer",
     shard_px: int | None = None,
+    index_location: str = "end",
     fill: int = 0,
     omero: dict[str, Any] | None = None,
 ) -> Path:
@@ -193,7 +194,11 @@ def write_ome_zarr(
             shape=data.shape,
             dtype=data.dtype,
             chunks=tuple(sides.get(axis, 1) for axis in axes),
-            shards=shard_px and tuple(shard_px if axis in sides else 1 for axis in axes),
+            shards=shard_px
+            and {
+                "shape": tuple(shard_px if axis in sides else 1 for axis in axes),
+                "index_location": index_location,
+            },
             chunk_key_encoding={"name": "v2" if zarr_format == 2 else "default", "separator": "/"},
             fill_value=fill,
         )

@@ -178,6 +178,47 @@ def test_missing_chunks_are_drawn_from_a_finer_level_and_else_glass(
     np.testing.assert_allclose(coarse.read(whole(coarse)), expected, atol=1)  # of halves
 
 
+@pytest.mark.parametrize("fill", [0, 255])
+@pytest.mark.parametrize("index_location", ["start", "end"])
+def test_chunks_that_are_missing_in_a_shard_are_missing(
+    tmp_path: Path, fill: int, index_location: str
+) -> None:
+    """zarr leaves out chunks that hold the fill value alone."""
+    pixels = scene(400, 300, MPP)
+    path = write_ome_zarr(
+        tmp_path / "a.zarr",
+        pixels,
+        MPP,
+        (1, 2),
+        version="0.5",
+        chunk_px=32,
+        shard_px=128,
+        index_location=index_location,
+        fill=fill,
+    )
+    zarr.open_array(str(path / "0"))[:, 64:96, 160:192] = fill
+    zarr.open_array(str(path / "1"))[:, 96:128, 32:64] = fill
+    fine, coarse = opened(path, 0.25), opened(path, 0.5)
+    expected = shrunk(pixels, 2)
+    np.testing.assert_allclose(coarse.read(whole(coarse)), expected, atol=1)  # of halves
+    pixels[64:96, 160:192] = 255
+    np.testing.assert_array_equal(fine.read(whole(fine)), pixels)
+    np.testing.assert_array_equal(fine.read(Box(80, 150, 90, 170)), pixels[80:90, 150:170])
+
+
+@pytest.mark.parametrize("kept", [0, 10, -1])
+def test_a_shard_that_is_cut_is_damaged_not_missing(tmp_path: Path, kept: int) -> None:
+    path = write_ome_zarr(
+        tmp_path / "a.zarr", scene(400, 300, MPP), MPP, version="0.5", chunk_px=32, shard_px=128
+    )
+    shard = path / "0" / "c" / "0" / "1" / "1"
+    shard.write_bytes(shard.read_bytes()[:kept])
+    slide = opened(path, 0.25)
+    slide.read(Box(0, 0, 128, 400))
+    with pytest.raises(SlideError, match=r"^a\.zarr cannot be read "):
+        slide.read(Box(130, 130, 140, 140))
+
+
 def test_a_damaged_chunk_is_an_error_where_it_is_read(tmp_path: Path) -> None:
     path = write_ome_zarr(tmp_path / "a.zarr", scene(400, 300, MPP), MPP)
     (path / "0" / "0" / "1" / "2").write_bytes(b"no chunk at all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ShardingCodec, ShardingCodecIndexLocation
 
 from patchcl_qupath.slides.chunks import ChunkedPixels, drawn_from
 from patchcl_qupath.slides.level import (
@@ -28,6 +30,9 @@ from patchcl_qupath.slides.pixel_size import Pair, PixelSize, PixelSizeSource, i
 
 _AXES = "tczyx"  # of versions that do not name them
 _COLOURS = ["FF0000", "00FF00", "0000FF"]
+_INDEX_ENTRY_BYTES = 16  # offset and length of a chunk in a shard
+_NOT_IN_SHARD = b"\xff" * _INDEX_ENTRY_BYTES  # in place of them
+_CHECKSUM_BYTES = 4  # at the end of a shard's index
 
 Json = Mapping[str, Any]
 
@@ -251,19 +256,29 @@ class _Plane:
         Where gaps are filled with light, one channel is enough: writers leave out what has no other
         value, as the red of eosin may.
         """
-        array = self.array
-        files = array.shards or array.chunks  # the shape of what is in one file
-        first = {"y": row * self.chunk[0], "x": col * self.chunk[1]}
-        planes = range(-(-3 // files[self.axes.index("c")]))
-        keys = (
-            tuple(
-                plane if axis == "c" else first.get(axis, 0) // side
-                for axis, side in zip(self.axes, files, strict=True)
-            )
+        place = {"y": row, "x": col}
+        planes = range(-(-3 // self.array.chunks[self.axes.index("c")]))
+        chunks = (
+            tuple(plane if axis == "c" else place.get(axis, 0) for axis in self.axes)
             for plane in planes
         )
-        found = (self.folder / array.metadata.encode_chunk_key(key) for key in keys)
-        return (any if array.fill_value else all)(map(_is_file, found))
+        return (any if self.array.fill_value else all)(map(self._has, chunks))
+
+    def _has(self, chunk: tuple[int, ...]) -> bool:
+        """Whether a chunk, given by its number on each axis, is in a file or shard."""
+        array = self.array
+        if array.shards is None:
+            return _is_file(self._path(chunk))
+        counts = [shard // side for shard, side in zip(array.shards, array.chunks, strict=True)]
+        shard = tuple(n // count for n, count in zip(chunk, counts, strict=True))
+        inner = [n % count for n, count in zip(chunk, counts, strict=True)]
+        number = int(np.ravel_multi_index(inner, counts))
+        metadata: Any = array.metadata  # of version 3, which alone has shards
+        return _is_in_shard(self._path(shard), number, math.prod(counts), metadata.codecs[0])
+
+    def _path(self, key: tuple[int, ...]) -> Path:
+        """The file of a chunk, or of a shard, given by its number on each axis."""
+        return self.folder / self.array.metadata.encode_chunk_key(key)
 
 
 def _is_file(path: Path) -> bool:
@@ -275,9 +290,26 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def _is_in_shard(path: Path, number: int, count: int, codec: ShardingCodec) -> bool:
+    """Whether a shard, if there is one, has its chunk of a number, of ``count`` in its index.
+
+    A shard without a whole index is damaged: its chunks are not missing, they cannot be decoded.
+    """
+    at_end = codec.index_location is ShardingCodecIndexLocation.end
+    checksums = [each for each in codec.index_codecs if isinstance(each, Crc32cCodec)]
+    index_bytes = count * _INDEX_ENTRY_BYTES + len(checksums) * _CHECKSUM_BYTES
+    try:
+        with path.open("rb") as file:
+            first = file.seek(0, os.SEEK_END) - index_bytes if at_end else 0
+            file.seek(max(0, first) + number * _INDEX_ENTRY_BYTES)
+            return file.read(_INDEX_ENTRY_BYTES) != _NOT_IN_SHARD
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 @dataclass(frozen=True, eq=False)
 class _Missing:
-    """Which chunks (chunk rows, chunk columns) of a level have no file, looked up as it is sliced.
+    """Which chunks (chunk rows, chunk columns) of a level are missing, looked up as it is sliced.
 
     A whole table would take minutes where a slide has a million files on a network.
     """
