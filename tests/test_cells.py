@@ -6,6 +6,7 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from shapely import affinity
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import CellConfig, Config, ObjectType, ResultConfig, from_dict
 from patchcl_qupath.datatypes import Box, Nuclei, Polygons, Tile, UncertaintyGrid
-from patchcl_qupath.errors import ConfigError, StorageError
+from patchcl_qupath.errors import ConfigError, DamagedError, StorageError
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.project.coordinates import points_text
 from patchcl_qupath.project.names import in_qupath
@@ -30,7 +31,7 @@ from patchcl_qupath.project.results import write_results
 from patchcl_qupath.segmentation import cell_borders, cells, fit_cells, grow_tile
 from patchcl_qupath.segmentation.cells import grow
 from patchcl_qupath.segmentation.fit_cells import fit_to_nuclei
-from patchcl_qupath.segmentation.grow_tile import NucleiOfTiles
+from patchcl_qupath.segmentation.grow_tile import CellContext, NucleiOfTiles
 from patchcl_qupath.segmentation.measurements import PROBABILITY, measure_cells, shape_measurements
 from patchcl_qupath.segmentation.rings import polygons_of, rings_of, scaled
 from patchcl_qupath.slides.stain_vectors import H_E
@@ -335,14 +336,17 @@ def test_cells_do_not_depend_on_order_or_box(nuclei: Polygons, random: Any) -> N
 def stored(folder: Path, nuclei: dict[Tile, Polygons]) -> TileStore:
     """A store of tiles with these nuclei."""
     store = TileStore.open(folder, {})
-    none = np.empty(0, np.int64)
-    grid = UncertaintyGrid(
-        bin_size=(1, 1), rows=none, cols=none, points=none, entropy=none, nuclei=none
-    )
     for tile, polygons in nuclei.items():
         ids = np.array([f"{k:036d}" for k in range(len(polygons))])
-        store.write(tile, TileStore.encode(Nuclei(polygons, {}, ids), grid))
+        store.write(tile, TileStore.encode(Nuclei(polygons, {}, ids), grid_without_bins()))
     return store
+
+
+def grid_without_bins() -> UncertaintyGrid:
+    none = np.empty(0, np.int64)
+    return UncertaintyGrid(
+        bin_size=(1, 1), rows=none, cols=none, points=none, entropy=none, nuclei=none
+    )
 
 
 class Slide100:
@@ -410,6 +414,30 @@ def test_a_tile_that_cannot_be_read_is_named_and_not_the_scheduler(tmp_path: Pat
     store.path(tile).write_bytes(b"no parquet")
     with pytest.raises(StorageError):
         find(tile)
+
+
+def test_a_tile_without_nuclei_reads_no_pixels(tmp_path: Path) -> None:
+    """It does not fail where some pixels of the slide are damaged."""
+
+    class Damaged(Slide100):
+        def read(self, box: Box) -> Any:
+            raise DamagedError("damaged", "damaged")
+
+    box = Box(200, 200, 400, 400)
+    tile = Tile(row=0, col=0, read=box, write=box)
+    none = Nuclei(
+        np.empty(0, object),
+        dict.fromkeys([*SHAPES, PROBABILITY], np.empty(0, np.float32)),
+        np.empty(0),
+    )
+    store = stored(tmp_path, {})
+    store.write(tile, TileStore.encode(none, grid_without_bins()))
+    image: Any = SimpleNamespace(slide=Damaged(), stains=H_E)
+    config = CellConfig(expand_um=4)
+    find = NucleiOfTiles(store, [tile], image.slide, config)
+    table, *_ = grow_tile.grow_tile(CellContext(image=image, config=config), find(tile))
+    assert len(table) == 0
+    assert "Cell: Area µm^2" in table.column_names
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 import shapely
+from numpy.typing import NDArray
 
 from patchcl_qupath.config import CellConfig
 from patchcl_qupath.datatypes import Box, Tile, UncertaintyGrid
@@ -150,8 +151,7 @@ def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Table, Uncertain
         cells = cells_of(nuclei, len(table), slide, context.config)
     with timed(seconds, "read cells"):
         box = _box(own, slide, context.config.expand_um)
-        rgb = None if context.pixels is None else context.pixels.read(found.tile, box)
-        rgb = slide.read(box) if rgb is None else rgb
+        rgb = _read(context, found.tile, box) if len(table) else np.zeros((*box.shape, 3), np.uint8)
     with timed(seconds, "measure cells"):
         names = set(table.column_names) - {*NOT_MEASURED}
         measurements = measure_cells(
@@ -165,6 +165,15 @@ def grow_tile(context: CellContext, found: TileNuclei) -> tuple[Table, Uncertain
         )
         table = with_cells(table, *cells, measurements)
     return table, uncertainty, seconds
+
+
+def _read(context: CellContext, tile: Tile, box: Box) -> NDArray[np.uint8]:
+    """The pixels (H, W, 3) of a box around a tile's nuclei, as they were kept, else of the slide.
+
+    Raises SlideError for damaged pixels.
+    """
+    kept = None if context.pixels is None else context.pixels.read(tile, box)
+    return context.image.slide.read(box) if kept is None else kept
 
 
 def cells_of(nuclei: Rings, count: int, slide: Slide, config: CellConfig) -> Rings:
@@ -195,7 +204,10 @@ def _on_grid(contours: Rings, slide: Slide) -> Rings:
 
 
 def _box(nuclei: Rings, slide: Slide, around_um: float) -> Box:
-    """The box of the working grid that holds nuclei, level 0, and what is around them."""
+    """The box of the working grid that holds nuclei, level 0, and what is around them.
+
+    Without nuclei, any px.
+    """
     if not len(nuclei.xy):
         return Box(0, 0, 1, 1)
     (x, y), (rows, cols) = slide.downsample, slide.shape
