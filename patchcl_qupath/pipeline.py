@@ -357,6 +357,8 @@ class Run:
             workers=self.workers.until(self._stop.check),
             on_few=turn.pass_on,
             check=partial(check, replace(image.slide, void=None), image.file.bytes),
+            # Else a tile of another file would be resumed once the first one is back.
+            before_storing=image.check_unchanged,
         )
         pixels.remove()
         image.check_unchanged()

@@ -294,6 +294,24 @@ def test_a_slide_that_changes_after_it_was_prepared_fails_in_one_line(
     assert not project.layout.result("1").exists()
 
 
+def test_no_tile_of_another_slide_is_kept(model, client, project_folder):
+    """Where the slide is back at the next run, it would count as one of its own."""
+    slide = project_folder / "CMU-1-Small-Region.svs"
+    time_ns = slide.stat().st_mtime_ns
+
+    def change(progress):
+        if (progress.stage, progress.done) == (Stage.SEGMENTING, 2):
+            os.utime(slide, ns=(1, 1))
+
+    project = open_project(project_folder, backend="files")
+    config = replace(QUICK, slide=replace(QUICK.slide, tile_px=300))
+    run = pipeline.Run(project=project, model=model, config=config, workers=client, progress=change)
+    (outcome,) = run.images(project.images())
+    assert "changed while it was segmented" in outcome.problem
+    os.utime(slide, ns=(time_ns, time_ns))
+    assert len([*project.layout.tiles(run.id, "1").glob("tiles/*")]) == 2
+
+
 def test_nuclei_lie_on_dark_blue_structures(untiled):
     """Hematoxylin inside each outline is above that of the ring around it, for nearly all."""
     (entry,) = open_project(SAMPLE).images()

@@ -65,13 +65,14 @@ def map_tiles(
     workers: Workers,
     on_few: Callable[[], None] = lambda: None,
     check: Callable[[], None] = lambda: None,
+    before_storing: Callable[[], None] = lambda: None,
 ) -> Seconds:
     """Do each work, the later ones for tiles that those before them name.
 
     Returns the seconds of all workers, by stage. ``on_few`` is called, again and again, once there
     is no more than one tile for each thread: tiles of another map can follow. ``check`` is called
     on each worker of another machine, and raises PatchCLError where that one cannot work on the
-    tiles.
+    tiles. ``before_storing`` is called before each tile is stored; what it raises ends the map.
 
     Raises ImageError if the scheduler goes away, or where no worker is left that can work on them;
     ConfigError where no jobs can be had any more.
@@ -97,6 +98,7 @@ def map_tiles(
                         logger.info("tile %s failed %d times: %s", tile.name, ATTEMPTS, error)
                         works[n].on_failed(tile, error)
                     case content, seconds:
+                        before_storing()
                         with timed(seconds, "store"):
                             works[n].store.write(tile, content)
                         add_seconds(total, seconds)
