@@ -318,6 +318,24 @@ def test_damage_costs_its_own_tiles(
     assert all(crop.shape == (256, 256, 3) for _, crop in image.crops(8, 256, seed=1))
 
 
+def test_damage_beside_a_void_costs_its_own_tile(tmp_path: Path, square: NDArray[np.uint8]) -> None:
+    """Black pixels around a box decide which of its own are void: not where they are damaged."""
+    pixels = square.copy()
+    pixels[:192] = pixels[:, :192] = 0
+    path = write_tiff(tmp_path / "a.tif", pixels, (0.5, 0.5), tile_px=TILE)
+    damage(path, 0, 3 * 8 + 3)  # the corner of the picture
+    slide, _ = Slide.open(entry(path)).without_void(8.0)
+    assert slide.void is not None
+    damaged = slide.overview(8.0).damaged
+    assert damaged[12:16, 12:16].all()
+    assert damaged.sum() == 16
+    beside = slide.read(Box(128, 192, 192, 256))
+    assert (beside == 255).all()
+    np.testing.assert_array_equal(slide.read(Box(204, 256, 256, 320)), pixels[204:256, 256:320])
+    with pytest.raises(SlideError, match=r"a\.tif cannot be read"):
+        slide.read(Box(192, 192, 256, 256))
+
+
 def test_a_slide_without_a_readable_pixel_is_refused(
     tmp_path: Path, square: NDArray[np.uint8]
 ) -> None:

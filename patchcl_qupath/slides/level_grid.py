@@ -158,20 +158,29 @@ class LevelGrid:
         return sums(self._pixels(source), (self.rows, self.cols), (rows, cols), source)
 
     def _pixels(self, source: tuple[Span, Span]) -> NDArray[np.uint8]:
-        """Level px (h, w, 3) of rows and columns; voids are glass."""
+        """Level px (h, w, 3) of rows and columns; voids are glass.
+
+        Damaged px around them have no part in which are void.
+        """
         if self.void is None or self.void.within(source, self.level.scale) is None:
             return self._stored(source)
-        grown = tuple(
+        rows, cols = (
             (max(0, start - MARGIN_PX), min(axis.size, stop + MARGIN_PX))
             for axis, (start, stop) in zip((self.rows, self.cols), source, strict=True)
         )
-        rows, cols = grown
-        pixels = self._stored((rows, cols))
-        blocks = self.void.within((rows, cols), self.level.scale)
-        if blocks is not None:
-            pixels = painted(pixels, blocks)
-        inner = (slice(a - b[0], z - b[0]) for (a, z), b in zip(source, grown, strict=True))
+        try:
+            pixels = self._painted((rows, cols))
+        except DamagedError:
+            return self._painted(source)
+        inner = (slice(a - b[0], z - b[0]) for (a, z), b in zip(source, (rows, cols), strict=True))
         return pixels[tuple(inner)]
+
+    def _painted(self, source: tuple[Span, Span]) -> NDArray[np.uint8]:
+        """Level px (h, w, 3) of rows and columns, of which void ones are glass: see ``painted``."""
+        assert self.void is not None
+        blocks = self.void.within(source, self.level.scale)
+        assert blocks is not None
+        return painted(self._stored(source), blocks)
 
     def _stored(self, source: tuple[Span, Span]) -> NDArray[np.uint8]:
         """Level px (h, w, 3) of rows and columns, as they are in the file."""
