@@ -38,6 +38,7 @@ from patchcl_qupath.slides.pixel_size import tiff_pixel_sizes
 from patchcl_qupath.slides.tiled_page import HalfPage, TiledPage, tiled_pages
 
 MAX_LOOK_PX = 16_000_000  # of a level whose alpha is looked at as a whole
+_LOOK_SIDE_PX = 640  # of each of nine windows in a larger one
 
 # Kinds of TIFF whose images tifffile finds by parsing text: with text that does not parse, the
 # images are found by their pages alone.
@@ -156,16 +157,32 @@ def _has_alpha(coarsest: Any) -> bool:
     """Whether the alpha of an image means anything, as its coarsest level shows."""
     if coarsest.ndim != 3 or coarsest.shape[2] != 4:
         return False
-    rows, cols = coarsest.shape[:2]
-    if rows * cols > MAX_LOOK_PX:
-        row, col = max(0, rows // 2 - 1000), max(0, cols // 2 - 1000)
-        coarsest = coarsest[row : row + 2000, col : col + 2000]
-    try:
-        return not alpha_is_unused(np.asarray(coarsest[:]))
-    except OSError:
-        raise
-    except Exception:  # damaged
-        return True
+    windows, damaged = _windows(coarsest.shape[:2]), 0
+    for window in windows:
+        try:
+            if not alpha_is_unused(np.asarray(coarsest[window])):
+                return True
+        except OSError:
+            raise
+        except Exception:  # decoders raise anything
+            damaged += 1
+    return damaged == len(windows)
+
+
+def _windows(shape: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """Where the alpha of a level of ``shape`` is looked at.
+
+    In all of it, or where that is large, in its corners, the middles of its sides and its own: any
+    one of them may be erased.
+    """
+    if math.prod(shape) <= MAX_LOOK_PX:
+        return [(slice(shape[0]), slice(shape[1]))]
+    last_row, last_col = (max(0, side - _LOOK_SIDE_PX) for side in shape)
+    return [
+        (slice(row, row + _LOOK_SIDE_PX), slice(col, col + _LOOK_SIDE_PX))
+        for row in (0, last_row // 2, last_row)
+        for col in (0, last_col // 2, last_col)
+    ]
 
 
 def _level(array: Any, convert: ToRGB, series: TiffPageSeries, finer: Sequence[Level]) -> Level:
