@@ -336,6 +336,19 @@ def test_the_signature_is_that_of_the_metadata(tmp_path: Path) -> None:
     assert opened(path).size == (200, 100)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no name has a colon there")
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_folder_of_any_name_is_read(tmp_path: Path, version: str) -> None:
+    pixels = scene(200, 100, MPP)
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels, MPP, version=version)
+    for name in ("stain::HE", "s3:", "file:", "a#b"):
+        (tmp_path / name).mkdir()
+        moved = path.rename(tmp_path / name / "a.zarr")
+        slide = opened(moved, 0.25)
+        np.testing.assert_array_equal(slide.read(whole(slide)), pixels)
+        path = moved
+
+
 @pytest.mark.parametrize("uri", ["", "/", "/.zattrs"])
 def test_a_project_of_an_ome_zarr(tmp_path: Path, uri: str) -> None:
     path = write_ome_zarr(tmp_path / "slides" / "a.ome.zarr", scene(400, 300, MPP), MPP)

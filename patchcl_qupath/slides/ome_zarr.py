@@ -15,6 +15,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ShardingCodec, ShardingCodecIndexLocation
+from zarr.storage import LocalStore
 
 from patchcl_qupath.slides.chunks import ChunkedPixels, drawn_from
 from patchcl_qupath.slides.level import (
@@ -48,7 +49,8 @@ def open_ome_zarr(folder: Path, selection: Selection) -> Pyramid:
 
 def _pyramid(folder: Path, selection: Selection) -> Pyramid:
     """As ``open_ome_zarr``, which explains what metadata of other kinds raise."""
-    images = _images(zarr.open_group(str(folder), mode="r", use_consolidated=False))
+    store = LocalStore(folder, read_only=True)  # a path as text may be taken for a URL, or for two
+    images = _images(zarr.open_group(store, mode="r", use_consolidated=False))
     number = _choose(images, selection)
     group = images[number]
     _check_colours(_metadata(group))
