@@ -17,6 +17,7 @@ from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError
 from patchcl_qupath.project import Project
 from patchcl_qupath.slides.pixel_size import PixelSizeSource
+from patchcl_qupath.slides.signature import slide_signature
 from patchcl_qupath.slides.stain_vectors import stains_to_measure
 from patchcl_qupath.storage.files import digest, is_whole_parquet, read_json
 from patchcl_qupath.storage.geojson import to_object
@@ -29,7 +30,6 @@ from patchcl_qupath.storage.records import (
     Provenance,
     ResultRecord,
     SlideProvenance,
-    file_signature,
     read_model_record,
     read_record,
     to_plain,
@@ -176,7 +176,9 @@ def _is_same_slide(plan: dict[str, Any], slide: SlideProvenance, entry: ImageEnt
     What the project does not say of image and pixel size is as it was. Raises OSError for a missing
     slide.
     """
-    signature = to_plain(file_signature(entry.path))
+    signature = to_plain(slide_signature(entry.path))
+    if "sample" not in plan:  # of an earlier version
+        signature.pop("sample", None)
     image = {"image": entry.series, "size": entry.size and [*entry.size]}
     same = {**signature, "form": TILE_FORMAT, **{k: v for k, v in image.items() if v is not None}}
     return (

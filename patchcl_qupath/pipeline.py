@@ -356,9 +356,9 @@ class Run:
             *works,
             workers=self.workers.until(self._stop.check),
             on_few=turn.pass_on,
-            check=partial(check, replace(image.slide, void=None), image.file.bytes),
+            check=partial(check, replace(image.slide, void=None), image.file),
             # Else a tile of another file would be resumed once the first one is back.
-            before_storing=image.check_unchanged,
+            before_storing=partial(image.check_unchanged, with_sample=False),
         )
         pixels.remove()
         image.check_unchanged()

@@ -10,12 +10,12 @@ from patchcl_qupath import __version__
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.imported import imported_nuclei
+from patchcl_qupath.slides.signature import slide_signature
 from patchcl_qupath.storage.records import (
     Imported,
     Record,
     RemovedRecord,
     ResultRecord,
-    file_signature,
     read_model_record,
     read_result,
 )
@@ -97,7 +97,7 @@ def _changed(entry: ImageEntry, result: ResultRecord, models: Mapping[str, str])
     """What changed since the nuclei were segmented."""
     changed = []
     if not entry.problem:
-        if result.slide.file != file_signature(entry.path):
+        if not _is_same_file(entry, result):
             changed.append("slide file")
         if not result.slide.has_size(entry.mpp):
             changed.append("pixel size")
@@ -106,6 +106,14 @@ def _changed(entry: ImageEntry, result: ResultRecord, models: Mapping[str, str])
     if result.version != __version__:
         changed.append(f"version, was {result.version}")
     return changed
+
+
+def _is_same_file(entry: ImageEntry, result: ResultRecord) -> bool:
+    """Whether the slide's file is still that of the nuclei; not where it cannot be read."""
+    try:
+        return slide_signature(entry.path).is_of(result.slide.file)
+    except OSError:
+        return False
 
 
 def _models(project: Project) -> dict[str, str]:

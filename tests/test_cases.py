@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import tifffile
@@ -21,9 +24,10 @@ from slides import check_boxes, scene, shrunk, whole, write_series, write_svs, w
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config
-from patchcl_qupath.datatypes import Box, ImageEntry, Nuclei
+from patchcl_qupath.datatypes import Box, ImageEntry, Nuclei, Tile
 from patchcl_qupath.errors import ImageError, SlideError
 from patchcl_qupath.execution.outcome import note
+from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.finished import _has_its_pixel_size, _is_same_slide
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.segmentation.segment_tile import (
@@ -35,6 +39,7 @@ from patchcl_qupath.segmentation.tiling import plan
 from patchcl_qupath.slides import tiff
 from patchcl_qupath.slides.pixel_size import in_um, positive
 from patchcl_qupath.slides.prepare import PreparedImage, prepare
+from patchcl_qupath.slides.signature import slide_signature
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import check_brightfield, tissue_mask
 from patchcl_qupath.storage.files import digest
@@ -845,6 +850,50 @@ def test_nuclei_are_those_of_a_pixel_size(
         file=FileSignature(bytes=1, modified_ns=1), mpp=(0.5, 0.5), mpp_source=source
     )
     assert _has_its_pixel_size(made, entry(Path("a.tif"), **known)) is is_same
+
+
+def test_another_slide_of_one_size_and_time_is_another(
+    tmp_path: Path, square: NDArray[np.uint8]
+) -> None:
+    """As archives keep times in steps of two seconds, and images without compression one size."""
+    paths = [tmp_path / "a.tif", tmp_path / "b.tif"]
+    for path, pixels in zip(paths, (square, square[::-1]), strict=True):
+        tifffile.imwrite(path, np.ascontiguousarray(pixels), photometric="rgb", metadata=None)
+        os.utime(path, ns=(10**18, 10**18))
+    one, other = (entry(path, mpp=(0.5, 0.5)) for path in paths)
+    image = prepare(one, Config())
+    assert slide_signature(other.path).bytes == image.file.bytes
+    plan = json.loads(json.dumps(image.fingerprint()))
+    made = SlideProvenance(file=image.file, mpp=(0.5, 0.5), mpp_source=image.slide.mpp_source)
+    assert _is_same_slide(plan, made, one)
+    assert not _is_same_slide(plan, made, other)
+    assert digest(prepare(other, Config()).fingerprint()) != digest(plan)
+    image.check_unchanged()
+    shutil.copy2(other.path, one.path)
+    with pytest.raises(SlideError, match="changed while it was segmented"):
+        image.check_unchanged()
+
+
+def test_tiles_of_a_version_without_samples_are_kept(
+    tmp_path: Path, square: NDArray[np.uint8]
+) -> None:
+    path = write_tiff(tmp_path / "a.tif", square, (0.5, 0.5))
+    image = prepare(entry(path), Config())
+    tile = Tile(row=0, col=0, read=Box(0, 0, 9, 9), write=Box(0, 0, 9, 9))
+    plan = image.fingerprint()
+    old = {name: value for name, value in plan.items() if name != "sample"}
+    store = TileStore.open(tmp_path / "tiles", old)
+    store.write(tile, b"PAR1 PAR1")
+    assert TileStore.open(store.folder, plan).missing([tile]) == []
+    made = SlideProvenance(file=image.file, mpp=(0.5, 0.5), mpp_source=image.slide.mpp_source)
+    assert _is_same_slide(json.loads(json.dumps(old)), made, entry(path))
+    file = msgspec.convert({"bytes": image.file.bytes, "modified_ns": 1}, FileSignature)
+    assert image.file.has_content_of(file)
+    assert not image.file.is_of(file)
+    store = TileStore.open(store.folder, plan | {"stains": None})
+    assert store.missing([tile]) == [tile]
+    store.write(tile, b"PAR1 PAR1")
+    assert TileStore.open(store.folder, plan | {"sample": 1}).missing([tile]) == [tile]
 
 
 def test_a_slide_with_voids_has_a_fingerprint(tmp_path: Path, square: NDArray[np.uint8]) -> None:

@@ -25,8 +25,10 @@ from tiffslide import TiffSlide
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import DamagedError, ImageError, SlideError
 from patchcl_qupath.slides.pyramid import open_pyramid
+from patchcl_qupath.slides.signature import slide_signature
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tiled_page import TiledPage
+from patchcl_qupath.storage.records import FileSignature
 
 LAYOUTS = [(1,), (1, 2, 4), (1, 4, 16)]
 
@@ -307,13 +309,20 @@ def test_a_pickled_slide_is_small_and_reads_the_same(sample_project: Path) -> No
 
 def test_another_machine_may_have_another_file_there(tmp_path: Path) -> None:
     path = write_tiff(tmp_path / "a.tif", scene(300, 300, (0.5, 0.5)), (0.5, 0.5))
-    slide, size = Slide.open(entry(path)), path.stat().st_size
-    slide.check_same(size)
-    with pytest.raises(SlideError, match=rf"a.tif: .* has {size} bytes, not 7: copy it there"):
-        slide.check_same(7)
+    slide, file = Slide.open(entry(path)), slide_signature(path)
+    os.utime(path, ns=(1, 1))  # as copies have it
+    slide.check_same(file)
+    slide.check_same(FileSignature(bytes=file.bytes, modified_ns=1))  # of an earlier version
+    with pytest.raises(SlideError, match=rf"a.tif: .* has {file.bytes} bytes, not 7: copy it"):
+        slide.check_same(FileSignature(bytes=7, modified_ns=1))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(SlideError, match=r"a.tif: .* has another content: copy it there again"):
+        slide.check_same(file)
     path.unlink()
     with pytest.raises(SlideError, match=r"a.tif is not at .*, as seen from .*: bring it back"):
-        slide.check_same(size)
+        slide.check_same(file)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no name has a colon there")
@@ -352,7 +361,7 @@ def test_another_user_may_not_read_a_slide(tmp_path: Path) -> None:
     path.chmod(0)
     os.utime(path, ns=(1, 1))  # it is opened again
     with pytest.raises(SlideError, match=r"may not be read by the user of .*: give that user the"):
-        slide.check_same(0)
+        slide.check_same(FileSignature(bytes=0, modified_ns=0))
 
 
 def test_a_process_that_only_opens_slides_decodes_in_two_threads(tmp_path: Path) -> None:

@@ -237,6 +237,8 @@ def _is_same_plan(path: Path, plan: dict[str, Any]) -> bool:
             f"{path} cannot be read ({readable(str(error))}): run again when it can be; "
             "finished tiles are kept"
         ) from error
+    if isinstance(found, dict) and "sample" not in found:  # of an earlier version
+        plan = {name: value for name, value in plan.items() if name != "sample"}
     return digest(found) == digest(plan)
 
 

@@ -29,6 +29,7 @@ from patchcl_qupath.segmentation.unlikely import SurestNuclei, are_unlikely
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import inside, inside_region
+from patchcl_qupath.storage.records import FileSignature
 from patchcl_qupath.timing import Seconds, timed
 
 Pixels = NDArray[np.int64]  # (N,) rows or columns of pixels of the working grid
@@ -55,9 +56,9 @@ class TileContext:
     pixels: PixelStore | None = None
 
 
-def check_machine(slide: Slide, size: int, engine: EngineKind) -> None:
-    """Raise PatchCLError on a machine that cannot segment tiles of a slide, of ``size`` bytes."""
-    slide.check_same(size)
+def check_machine(slide: Slide, file: FileSignature, engine: EngineKind) -> None:
+    """Raise PatchCLError on a machine that cannot segment tiles of a slide, which is a ``file``."""
+    slide.check_same(file)
     engines.check_installed(engine)
 
 

@@ -17,6 +17,7 @@ from patchcl_qupath.datatypes import Box, ImageEntry, StainVectors, level0_to_gr
 from patchcl_qupath.errors import DamagedError, ImageError, SlideError, TrainingError
 from patchcl_qupath.overlap import Stop, overlapped, usable_cores
 from patchcl_qupath.progress import ShowCount
+from patchcl_qupath.slides.signature import slide_signature
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.stain_vectors import stains_to_measure
 from patchcl_qupath.slides.stains import StainNormaliser, colour_densities, is_green_ink
@@ -27,7 +28,7 @@ from patchcl_qupath.slides.tissue import (
     tissue_mask,
 )
 from patchcl_qupath.storage.files import digest, readable
-from patchcl_qupath.storage.records import TILE_FORMAT, FileSignature, file_signature, to_plain
+from patchcl_qupath.storage.records import TILE_FORMAT, FileSignature, to_plain
 
 _NORMALISER_CROPS = 24  # crops that the normaliser is fitted to
 _NORMALISER_CROP_PX = 256
@@ -122,17 +123,20 @@ class PreparedImage:
             "stains": asdict(self.stains),
         }
 
-    def check_unchanged(self) -> None:
-        """Raise SlideError where the slide's file is no longer there, or another one is."""
+    def check_unchanged(self, *, with_sample: bool = True) -> None:
+        """Raise SlideError where the slide's file is no longer there, or another one is.
+
+        Without a sample of its content it takes a moment.
+        """
         path = self.slide.path
         try:
-            found = file_signature(path)
+            found = slide_signature(path, with_sample=with_sample)
         except OSError as error:
             raise SlideError(
                 f"{self.slide.name}: {path} can no longer be read ({readable(str(error))}): run "
                 "again when it is there; finished tiles are kept"
             ) from error
-        if found != self.file:
+        if not found.is_of(self.file):
             raise SlideError(f"{self.slide.name}: {path} changed while it was segmented: run again")
 
 
@@ -147,7 +151,7 @@ def prepare(entry: ImageEntry, config: Config) -> PreparedImage:
     Raises ImageError for an image that cannot be used.
     """
     slide = Slide.open(entry, config.slide.mpp)
-    file = file_signature(slide.path)
+    file = slide_signature(slide.path)
     px = slide.thumbnail_px(config.slide.tissue_mpp)
     slide, overview = slide.without_void(config.slide.tissue_mpp)
     check_brightfield(overview.pixels, entry.name)

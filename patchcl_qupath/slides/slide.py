@@ -22,9 +22,10 @@ from patchcl_qupath.slides.level import Pyramid, Selection, unreadable
 from patchcl_qupath.slides.level_grid import LevelGrid, Overview
 from patchcl_qupath.slides.pixel_size import MPP_RANGE, Pair, PixelSize, PixelSizeSource
 from patchcl_qupath.slides.pyramid import forget_pyramids, open_pyramid
+from patchcl_qupath.slides.signature import slide_signature
 from patchcl_qupath.slides.void import VoidMask, void_blocks
 from patchcl_qupath.storage.files import is_file
-from patchcl_qupath.storage.records import file_signature
+from patchcl_qupath.storage.records import FileSignature
 
 MAX_SIDE_MM = 300  # the largest glass, for sections of a whole brain, has 200
 MPP_TOLERANCE = 0.1  # relative, within which the working grid is made of whole level-0 pixels
@@ -179,18 +180,27 @@ class Slide:
         x, y = self.downsample
         return replace(self, void=VoidMask.of(blocks, (x * px, y * px), self.origin)), raw
 
-    def check_same(self, size: int) -> None:
-        """Raise SlideError where the file cannot be read, or does not have ``size`` bytes.
+    def check_same(self, file: FileSignature) -> None:
+        """Raise SlideError where the file cannot be read, or is not a copy of ``file``.
 
         For other machines: what they have at the path of the slide may be another file.
         """
         with _reopening():
             self._pyramid()
-        found = file_signature(self.path).bytes
-        if found != size:
+        try:
+            found = slide_signature(self.path)
+        except OSError as error:
+            raise unreadable(self.name, error) from error
+        if not found.has_content_of(file):
+            place = f"{self.path}, as seen from {platform.node()}"
+            if found.bytes == file.bytes:
+                raise SlideError(
+                    f"{self.name}: the file at {place}, has another content: copy it there again, "
+                    "and run again"
+                )
             raise SlideError(
-                f"{self.name}: the file at {self.path}, as seen from {platform.node()}, has "
-                f"{found} bytes, not {size}: copy it there again, and run again"
+                f"{self.name}: the file at {place}, has {found.bytes} bytes, not {file.bytes}: "
+                "copy it there again, and run again"
             )
 
     def _grid(

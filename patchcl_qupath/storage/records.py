@@ -29,11 +29,26 @@ class Record(msgspec.Struct, frozen=True):
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-class FileSignature(Record, frozen=True, kw_only=True):
-    """Size and time of a file: they change when the file does, but not when it is moved."""
+class FileSignature(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """Size and time of a file: they change when the file does, but not when it is moved.
+
+    ``sample`` is a checksum of some of its content; None in records of earlier versions, and for
+    files that are known without.
+    """
 
     bytes: int
     modified_ns: int
+    sample: int | None = None
+
+    def is_of(self, other: FileSignature) -> bool:
+        """Whether it is that of the same file, as far as both tell."""
+        same = self.bytes, self.modified_ns
+        return same == (other.bytes, other.modified_ns) and self.has_content_of(other)
+
+    def has_content_of(self, other: FileSignature) -> bool:
+        """Whether it may be that of a copy, whose time is another one."""
+        samples = {self.sample, other.sample} - {None}
+        return self.bytes == other.bytes and len(samples) < 2
 
 
 class SlideProvenance(Record, frozen=True, kw_only=True, omit_defaults=True):
