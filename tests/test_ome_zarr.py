@@ -23,8 +23,8 @@ from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import SlideError
 from patchcl_qupath.project import open_project
+from patchcl_qupath.slides.signature import slide_signature
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.storage.records import file_signature
 
 MPP = (0.25, 0.25)
 
@@ -329,11 +329,50 @@ def test_a_pickled_slide_reads_the_same(tmp_path: Path) -> None:
 
 def test_the_signature_is_that_of_the_metadata(tmp_path: Path) -> None:
     path = write_ome_zarr(tmp_path / "a.zarr", scene(200, 100, MPP), MPP)
-    before = file_signature(path)
-    assert file_signature(path) == before
+    before = slide_signature(path)
+    assert slide_signature(path) == before
     edited(path, name="another")
-    assert file_signature(path) != before
+    assert not slide_signature(path).is_of(before)
     assert opened(path).size == (200, 100)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("version", "axes", "shard_px"),
+    [("0.4", "cyx", None), ("0.5", "tczyx", None), ("0.5", "yxc", 128)],
+)
+def test_pixels_that_are_changed_in_place_change_the_signature(
+    tmp_path: Path, version: str, axes: str, shard_px: int | None, several: bool
+) -> None:
+    """The metadata are not written anew."""
+    path = tmp_path / "a.zarr"
+    image = path / "0" if several else path
+    if several:
+        zarr_format: Any = 3 if version == "0.5" else 2
+        attributes: dict[str, Any] = {"bioformats2raw.layout": 3}
+        zarr.open_group(str(path), mode="w", zarr_format=zarr_format, attributes=attributes)
+    pixels = scene(800, 600, MPP)
+    write_ome_zarr(image, pixels, MPP, (1, 2), version=version, axes=axes, shard_px=shard_px)
+    before = slide_signature(path)
+    assert before.sample is not None
+    copy = shutil.copytree(path, tmp_path / "copy.zarr")
+    assert slide_signature(copy) == before
+    for chunk in (copy / "0").rglob("*"):  # as of a copy whose files have other times
+        os.utime(chunk, ns=(1, 1))
+    assert slide_signature(copy).sample == before.sample
+    array = zarr.open_array(str(image / "0"))
+    at = {"y": slice(0, 300), "x": slice(400, 800)}
+    array[tuple(at.get(axis, slice(None)) for axis in axes)] = 243
+    after = slide_signature(path)
+    assert (after.bytes, after.modified_ns) == (before.bytes, before.modified_ns)
+    assert not after.is_of(before)
+
+
+def test_chunks_that_went_missing_change_the_signature(tmp_path: Path) -> None:
+    path = write_ome_zarr(tmp_path / "a.zarr", scene(200, 100, MPP), MPP)
+    before = slide_signature(path)
+    shutil.rmtree(path / "0" / "1")
+    assert not slide_signature(path).is_of(before)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no name has a colon there")
@@ -396,6 +435,7 @@ def test_metadata_of_any_kind_are_read_or_refused(tmp_path: Path, key: str, valu
         return item
 
     (path / ".zattrs").write_text(json.dumps(changed(metadata)))
+    assert slide_signature(path).bytes > 0
     try:
         found = str(opened(path, fallback_mpp=0.25).size)
     except SlideError as error:
