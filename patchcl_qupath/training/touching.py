@@ -25,7 +25,7 @@ _AREAS = (0.5, 4.0)  # of such nuclei, relative to the crop's median
 _MAX_BESIDE = 0.1  # fraction of the pixels around it that may be of other nuclei
 _DISTANCE = (0.8, 1.02)  # between centres, relative to the sum of the radii
 _SOFT_PX = 0.6  # sigma of the edge of a copy
-_MIN_SEEN = 0.4  # of a nucleus that copies cover in part, or it is no nucleus any more
+_MIN_SEEN = 0.4  # of a nucleus of the crop that copies cover in part, or it is none any more
 _FEWEST = 3  # nuclei to copy; a crop with fewer stays as it is
 
 
@@ -41,8 +41,8 @@ def with_touching_nuclei(
 ) -> tuple[Stains, PseudoLabels]:
     """A crop with copies of its own clear nuclei beside others; ``stains`` (H, W, 3) stay as given.
 
-    At most ``fraction`` times as many are pasted as there are nuclei. A nucleus of which little is
-    left to be seen becomes unlabelled.
+    At most ``fraction`` times as many are pasted as there are nuclei. A nucleus of the crop of which
+    little is left to be seen becomes unlabelled; a copy stays, as long as any of it is.
     """
     count = int(labels.nuclei.max(initial=0))
     copies = _clear_nuclei(stains, labels.nuclei)
