@@ -1210,21 +1210,21 @@ class ReviewWindow {
         problems.addAll(found.collect { it.contains(name) ? it : "${name}: ${it}".toString() })
     }
 
-    /** Shows all problems, and what changed, if the model was refined. */
+    /** Saves and shows what changed, if the model was refined, then all problems: that message waits for a person. */
     private void afterRun(boolean refined, List<String> problems) {
         busy = false
-        if (!problems.isEmpty()) {
+        if (refined) {
+            saving { saveOpen() }
+            review.findRois(gui.getImageData())
+            shown = 3
+            go(review.index < 0 ? 0 : review.index)
+            String where = problems.isEmpty() ? 'in all images' : 'in all images that did not fail'
+            show(changesText() ?: "The nuclei of the refined model are ${where}.")
+        } else {
             show('Failed: see the message.')
-            tell(stage, problems.join('\n\n'))
         }
-        if (!refined)
-            return
-        saving { saveOpen() }
-        review.findRois(gui.getImageData())
-        shown = 3
-        go(review.index < 0 ? 0 : review.index)
-        String where = problems.isEmpty() ? 'in all images' : 'in all images that did not fail'
-        show(changesText() ?: "The nuclei of the refined model are ${where}.")
+        if (!problems.isEmpty())
+            tell(stage, problems.join('\n\n'))
     }
 
     private String toggle() {

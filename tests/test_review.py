@@ -259,7 +259,7 @@ def test_detections_become_annotations_with_all_they_had(
         def detection = qupath.lib.objects.PathObjects.createDetectionObject(
                 it.getROI(), it.getPathClass(), it.getMeasurementList())
         detection.setID(it.getID()); detection.setName(it.getName())
-        detection.getMetadata().put('seen by', 'me')
+        detection.storeMetadataValue('seen by', 'me')   // getMetadata() of a detection is read-only
         detection
     })
     def free = { double x -> qupath.lib.roi.ROIs.createRectangleROI(
