@@ -22,7 +22,7 @@ from patchcl_qupath.answers.regions import Regions
 from patchcl_qupath.answers.summary import Extent, summarise
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import TMA_CORES, Config, ResultConfig, to_dict
-from patchcl_qupath.datatypes import ImageEntry, Nuclei
+from patchcl_qupath.datatypes import FailedTile, ImageEntry, Nuclei
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import (
@@ -111,12 +111,18 @@ def rule(*thresholds: float) -> Positivity:
     return Positivity(record=record, base_class="Nucleus")
 
 
-def summaries_of(entry: ImageEntry, found: Nuclei, positivity: Positivity) -> tuple[Summary, ...]:
+def summaries_of(
+    entry: ImageEntry, found: Nuclei, positivity: Positivity, failed: tuple[FailedTile, ...] = ()
+) -> tuple[Summary, ...]:
+    """Of regions that a failed tile touches, nothing was segmented."""
     regions = Regions(entry.drawn)
+    holes = shapely.union_all(
+        [shapely.box(t.x, t.y, t.x + t.width, t.y + t.height) for t in failed]
+    )
     extents = [
         Extent(
-            area_mm2=1.0,
-            tissue_mm2=0.5,
+            area_mm2=None if geometry.intersects(holes) else 1.0,
+            tissue_mm2=None if geometry.intersects(holes) else 0.5,
             x=geometry.centroid.x,
             y=geometry.centroid.y,
             area_px=geometry.area,
@@ -139,6 +145,7 @@ def write(
     classes: tuple[str, ...] = (),
     within: tuple[str, ...] = (),
     tma: bool = False,
+    failed: tuple[FailedTile, ...] = (),
 ) -> tuple[Any, ResultRecord]:
     """Write classified nuclei as a run does; -> what became of them, and the record."""
     positivity = rule(*thresholds)
@@ -160,7 +167,8 @@ def write(
         regions=regions,
         config=to_dict(Config(result=config)),
         positivity=positivity.record,
-        summaries=summaries_of(entry, found, positivity),
+        summaries=summaries_of(entry, found, positivity, failed),
+        failed_tiles=failed,
     )
     return project.write(entry, [found], config, result), result
 
@@ -277,6 +285,26 @@ def test_annotations_are_measured(import_: Importer, path: Path, session: qupath
     assert regions["left"]["positive_percent"] == 60
     assert "positive_percent" not in regions["right"]
     assert regions["left"]["h_score"] == pytest.approx(100 * (41 + 2 * 21) / 105)
+
+
+@pytest.mark.qupath
+def test_the_density_where_tiles_failed_is_not_known(
+    import_: Importer, path: Path, session: qupath.Session
+) -> None:
+    """Not 0: neither after the import nor after the nuclei are counted anew."""
+    session.run(path, DRAW)
+    tile = FailedTile(x=2000, y=0, width=220, height=400, reason="broken")
+    result = import_(0.2, 0.4, 0.6, classes=("Tumor", "Stroma"), failed=(tile,))
+    by_name = {one.name: one for one in result.summaries}
+    assert by_name["right"].per_mm2 is None
+    for script in (None, "summarise.groovy"):
+        if script is not None:
+            log = qupath.run_script(path, ROOT / "groovy" / script)
+            assert "a.svs: right: 0 nuclei, unknown number per mm^2" in log, log
+        shown = {one["name"]: one["measurements"] for one in objects(session, path) if one["name"]}
+        assert shown["right"]["PatchCL: Nuclei"] == 0
+        assert "PatchCL: Nuclei per mm^2" not in shown["right"]
+        assert shown["left"]["PatchCL: Nuclei per mm^2"] == pytest.approx(by_name["left"].per_mm2)
 
 
 @pytest.mark.qupath
