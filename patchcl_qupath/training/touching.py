@@ -41,8 +41,8 @@ def with_touching_nuclei(
 ) -> tuple[Stains, PseudoLabels]:
     """A crop with copies of its own clear nuclei beside others; ``stains`` (H, W, 3) stay as given.
 
-    At most ``fraction`` times as many are pasted as there are nuclei. A nucleus of the crop of which
-    little is left to be seen becomes unlabelled; a copy stays, as long as any of it is.
+    At most ``fraction`` times as many are pasted as there are nuclei. A nucleus of the crop of
+    which little is left to be seen becomes unlabelled; a copy stays, as long as any of it is.
     """
     count = int(labels.nuclei.max(initial=0))
     copies = _clear_nuclei(stains, labels.nuclei)
