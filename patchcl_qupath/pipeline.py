@@ -358,7 +358,7 @@ class Run:
             on_few=turn.pass_on,
             check=partial(check, replace(image.slide, void=None), image.file),
             # Else a tile of another file would be resumed once the first one is back.
-            before_storing=partial(image.check_unchanged, with_sample=False),
+            before_storing=image.check_not_replaced,
         )
         pixels.remove()
         image.check_unchanged()

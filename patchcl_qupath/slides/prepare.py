@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from patchcl_qupath.slides.tissue import (
     tissue_mask,
 )
 from patchcl_qupath.storage.files import digest, readable
-from patchcl_qupath.storage.records import TILE_FORMAT, FileSignature, to_plain
+from patchcl_qupath.storage.records import TILE_FORMAT, FileSignature, file_signature, to_plain
 
 _NORMALISER_CROPS = 24  # crops that the normaliser is fitted to
 _NORMALISER_CROP_PX = 256
@@ -123,21 +124,30 @@ class PreparedImage:
             "stains": asdict(self.stains),
         }
 
-    def check_unchanged(self, *, with_sample: bool = True) -> None:
-        """Raise SlideError where the slide's file is no longer there, or another one is.
-
-        Without a sample of its content it takes a moment.
-        """
+    def check_unchanged(self) -> None:
+        """Raise SlideError where the slide's file is no longer there, or another one is."""
         path = self.slide.path
         try:
-            found = slide_signature(path, with_sample=with_sample)
+            found = slide_signature(path)
         except OSError as error:
             raise SlideError(
                 f"{self.slide.name}: {path} can no longer be read ({readable(str(error))}): run "
                 "again when it is there; finished tiles are kept"
             ) from error
+        self._check_file(found)
+
+    def check_not_replaced(self) -> None:
+        """Raise SlideError where another file is at the slide's path, by its size and time alone.
+
+        Of a file that is gone, what was read before is right.
+        """
+        with suppress(OSError):
+            self._check_file(file_signature(self.slide.path))
+
+    def _check_file(self, found: FileSignature) -> None:
         if not found.is_of(self.file):
-            raise SlideError(f"{self.slide.name}: {path} changed while it was segmented: run again")
+            name, path = self.slide.name, self.slide.path
+            raise SlideError(f"{name}: {path} changed while it was segmented: run again")
 
 
 def _digits(length: float) -> float:

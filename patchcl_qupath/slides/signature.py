@@ -25,16 +25,13 @@ _CHUNKS = 64  # of an OME-Zarr: 3 ms
 _BLOCKS_OF_CHUNK = 4
 
 
-def slide_signature(path: Path, *, with_sample: bool = True) -> FileSignature:
+def slide_signature(path: Path) -> FileSignature:
     """Size and time of a slide's file, and a sample of it.
 
     Of an OME-Zarr, these are size and time of its metadata, and a sample of some of its chunks:
-    who changes pixels need not write the metadata anew. Without the sample it is one look at the
-    file, as between two tiles. Raises OSError.
+    who changes pixels need not write the metadata anew. Raises OSError.
     """
     signature = file_signature(path)
-    if not with_sample:
-        return signature
     sample = _checksum_of_chunks(path) if path.is_dir() else _checksum(path, _BLOCKS)
     return msgspec.structs.replace(signature, sample=sample)
 
