@@ -105,8 +105,7 @@ class FilesProject:
         file = self.layout.regions(entry.id)
         found = read_regions(file, entry.name, classes)
         regions = itertools.chain.from_iterable(found.values())
-        counts = {name: len(of_class) for name, of_class in found.items()}
-        note = self._note_of_classes(entry, classes, counts)
+        note = self._note_of_classes(entry, classes, found)
         return replace(entry, regions=tuple(regions), note=note or None)
 
     def with_drawn(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
@@ -115,8 +114,7 @@ class FilesProject:
         found = of_classes(all_drawn, classes)
         others = {region.class_name for region in all_drawn if not region.is_core} - {""}
         drawn = itertools.chain.from_iterable(found.values())
-        counts = {name: len(of_class) for name, of_class in found.items()}
-        note = self._note_of_classes(entry, classes, counts, others)
+        note = self._note_of_classes(entry, classes, found, others)
         both = f"{entry.note or ''}; {note}".split("; ")
         note = "; ".join(dict.fromkeys(filter(None, both)))  # regions of the run may have the same
         return replace(entry, drawn=tuple(drawn), note=note or None)
@@ -125,10 +123,10 @@ class FilesProject:
         self,
         entry: ImageEntry,
         classes: Sequence[str],
-        found: Mapping[str, int],
+        found: Mapping[str, Sequence[object]],
         others: Collection[str] = (),
     ) -> str:
-        """What a person should know of the annotations of an image, ``found`` so many by class.
+        """What a person should know of the annotations of an image that were ``found``, by class.
 
         Where none was, classes may be misspelt: ``others`` are those that are there.
         """
@@ -145,10 +143,10 @@ class FilesProject:
             )
             return "; ".join(notes)
         for name, exported in found.items():  # times do not tell in a copy of the project
-            if (saved := self.counted(entry, name) or 0) > exported:
+            if (saved := self.counted(entry, name) or 0) > len(exported):
                 notes.append(
-                    f"{saved:,} annotations of class {name} are saved in QuPath, {exported:,} were "
-                    f"exported: if that is not meant, {again}"
+                    f"{saved:,} annotations of class {name} are saved in QuPath, "
+                    f"{len(exported):,} were exported: if that is not meant, {again}"
                 )
         return "; ".join(notes)
 

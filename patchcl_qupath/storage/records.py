@@ -42,8 +42,7 @@ class FileSignature(Record, frozen=True, kw_only=True, omit_defaults=True):
 
     def is_of(self, other: FileSignature) -> bool:
         """Whether it is that of the same file, as far as both tell."""
-        same = self.bytes, self.modified_ns
-        return same == (other.bytes, other.modified_ns) and self.has_content_of(other)
+        return self.modified_ns == other.modified_ns and self.has_content_of(other)
 
     def has_content_of(self, other: FileSignature) -> bool:
         """Whether it may be that of a copy, whose time is another one."""
