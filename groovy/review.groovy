@@ -15,6 +15,7 @@
 import com.google.gson.JsonArray
 import com.google.gson.JsonObject
 import com.google.gson.JsonParser
+import groovy.transform.CompileStatic
 import java.awt.BasicStroke
 import java.awt.Graphics2D
 import java.awt.Shape
@@ -122,6 +123,36 @@ class CorrectionRoi {
     }
 }
 
+
+/** The metadata of objects, of which an annotation's description is one. Methods of QuPath that are not public read it:
+ * the public one makes a map for each object, which is then saved. The same is in import_nuclei.groovy. */
+@CompileStatic
+class Metadata {
+
+    private static final Method READ = method('getUnmodifiableMetadataMap')
+    private static final Method STORE = method('storeMetadataValue', String, String)
+
+    static Map<String, String> of(PathObject pathObject) {
+        return (Map<String, String>) (READ == null ? pathObject.getMetadata() : READ.invoke(pathObject))
+    }
+
+    static void put(PathObject pathObject, Map<String, String> values) {
+        values.each { String key, String value ->
+            if (STORE == null)
+                pathObject.getMetadata().put(key, value)
+            else
+                STORE.invoke(pathObject, key, value)
+        }
+    }
+
+    private static Method method(String name, Class<?>... types) {
+        Method found = (Method) PathObject.getDeclaredMethods().find { Method method ->
+            method.getName() == name && Arrays.equals(method.getParameterTypes(), types)
+        }
+        found?.setAccessible(true)
+        return found
+    }
+}
 
 /**
  * The correction of the ROIs of a project: which there are, which comes next, and what is done to the nuclei of the
@@ -393,16 +424,8 @@ class Review {
         if (detection.getColor() != null)
             annotation.setColor(detection.getColor())
         annotation.setLocked(detection.isLocked())
-        copyMetadata(detection, annotation)
+        Metadata.put(annotation, Metadata.of(detection))
         return annotation
-    }
-
-    /** Copies metadata, an annotation's description included. In QuPath 0.4, no public method reads or writes them. */
-    private static void copyMetadata(PathObject from, PathObject to) {
-        Method read = PathObject.getDeclaredMethod('getUnmodifiableMetadataMap')
-        Method store = PathObject.getDeclaredMethod('storeMetadataValue', String, String)
-        [read, store]*.setAccessible(true)
-        read.invoke(from).each { String key, String value -> store.invoke(to, key, value) }
     }
 
     // ------------------------------------------------ what the keys do; each returns a message, or null
