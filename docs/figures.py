@@ -33,6 +33,7 @@ from patchcl_qupath.segmentation.segment_tile import (
     segment_tile,
 )
 from patchcl_qupath.segmentation.tiling import plan
+from patchcl_qupath.segmentation.typical_nuclei import typical_nuclei
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.training import patchcl, selftrain
 from patchcl_qupath.training.pseudo_labels import is_glass, pseudo_labels
@@ -136,7 +137,9 @@ def nuclei(trained: Trained) -> Image.Image:
     assert normaliser is not None
     nucleus, core = confidence(trained.model, trained.rgb, normaliser)
     assert core is not None
-    labels = instances(nucleus, config.slide.mpp, config.segment, trained.model.threshold, core)
+    settings = (config.segment, EngineKind.TORCH)
+    separation = typical_nuclei(trained.image, trained.model, *settings).config
+    labels = instances(nucleus, config.slide.mpp, separation, trained.model.threshold, core)
     contours = draw_contours(trained.rgb, pixel_polygons(labels), ZOOM)
     names = ["H&E", "nucleus probability", "core probability", "contours"]
     return _row([trained.rgb, _grey(nucleus), _grey(core), np.asarray(contours)], names)
@@ -145,8 +148,9 @@ def nuclei(trained: Trained) -> Image.Image:
 def tiles(trained: Trained) -> Image.Image:
     """The write and read box of a tile, and the owners of nuclei near its border."""
     image, config = trained.image, trained.model.config
-    slide = image.slide
-    halo_px = trained.model.receptive_radius_px + postprocessing_margin_px(config, slide)
+    slide, settings = image.slide, (config.segment, EngineKind.TORCH)
+    typical = typical_nuclei(image, trained.model, *settings)
+    halo_px = trained.model.receptive_radius_px + postprocessing_margin_px(typical.config, slide)
     planned = plan(
         shape=slide.shape,
         tissue=image.tissue,
@@ -171,7 +175,9 @@ def tiles(trained: Trained) -> Image.Image:
     strip = Box(row0, border - wide // 2, row0 + high, border + wide // 2)
     near = Image.fromarray(slide.read(strip)).resize((strip.shape[1] * ZOOM, high * ZOOM))
     pen = ImageDraw.Draw(near)
-    context = TileContext(image=image, model=trained.model, config=config, engine=EngineKind.TORCH)
+    context = TileContext(
+        image=image, model=trained.model, typical=typical, engine=EngineKind.TORCH
+    )
     for tile, colour in ((left, OWN_TILE), (right, NEXT_TILE)):
         found, _, _ = segment_tile(context, tile)
         for polygon in level0_to_grid(found.polygons, slide.downsample):

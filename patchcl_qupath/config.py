@@ -38,6 +38,8 @@ CLUSTERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "sge": "qsub"}  # w
 TMA_CORES = "(TMA core)"  # instead of a class of annotations: the cores of an image's TMA grid
 MAX_EXPAND_UM = 25.0  # of a nucleus into a cell: QuPath's own limit
 _MAX_LENGTH_UM = 100.0  # in a setting: larger ones fill the memory, or overflow
+_DIAMETER_UM = 7.0  # the typical diameter that lengths of separation are given for
+_SCALES = 0.5, 2.5  # smallest and largest, of these lengths
 CELL = "cell"  # QuPath's type of objects with a nucleus within
 # QuPath classes of correction ROIs; groovy/import_nuclei.groovy has them, too.
 TO_CORRECT = "PatchCL: correct here"  # suggested
@@ -650,8 +652,23 @@ class SegmentConfig(Settings):
         float,
         setting("Radius of the morphological opening of the mask; 0 is none", "µm", ge=0, le=10),
     ] = 0.0
+    nucleus_diameter_um: Annotated[
+        float,
+        setting(
+            "Typical diameter of nuclei, by which they are separated: half of the nuclear area is "
+            "in nuclei that are larger; 0 measures it in each image",
+            "µm",
+            ge=0,
+        ),
+    ] = 0.0
     smooth_um: Annotated[
-        float, setting("Gaussian sigma of the elevation map of the watershed", "µm", ge=0)
+        float,
+        setting(
+            "Gaussian sigma of the elevation map of the watershed, where the typical diameter is "
+            "7 µm; more where it is more, as are the minimum distance and prominence of markers",
+            "µm",
+            ge=0,
+        ),
     ] = 0.6
     max_depth_um: Annotated[
         float,
@@ -664,23 +681,28 @@ class SegmentConfig(Settings):
         float,
         setting("Minimum prominence of a marker: its height above the highest saddle", "µm", ge=0),
     ] = 0.1
-    join_prominence_um: Annotated[
+    join_diameter: Annotated[
         float,
         setting(
-            "Prominence below which neighbours are joined if that does not change how well they "
-            "fit ellipses",
-            "µm",
-        ),
-    ] = 0.4
-    join_ellipse_um: Annotated[
-        float,
-        setting(
-            "What that prominence gains if their union is an ellipse and they had no overlap with "
-            "theirs; both 0 joins none",
-            "µm",
+            "Neighbours are joined if the diameter of their union, relative to the typical one, is "
+            "below this",
             ge=0,
         ),
-    ] = 8.0
+    ] = 0.75
+    join_ellipse: Annotated[
+        float,
+        setting(
+            "What that gains if their union is an ellipse and they had no overlap with theirs",
+            ge=0,
+        ),
+    ] = 3.0
+    join_core: Annotated[
+        float,
+        setting(
+            "What it gains if the core probability is 1 on their border; all three 0 join none",
+            ge=0,
+        ),
+    ] = 0.6
     core_um: Annotated[
         float, setting("Elevation that a core probability of 1 adds", "µm", ge=0)
     ] = 3.0
@@ -689,6 +711,17 @@ class SegmentConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_areas(self)
+
+    @property
+    def scale(self) -> float:
+        """How large nuclei are, relative to those that lengths of separation are given for."""
+        scale = (self.nucleus_diameter_um or _DIAMETER_UM) / _DIAMETER_UM
+        return min(max(scale, _SCALES[0]), _SCALES[1])
+
+    @property
+    def typical_um(self) -> float:
+        """The typical diameter that nuclei are separated by, in µm."""
+        return self.scale * _DIAMETER_UM
 
 
 def _check_areas(table: SelfTrainConfig | SegmentConfig) -> None:

@@ -59,7 +59,7 @@ from patchcl_qupath.segmentation.segment_tile import (
 )
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.segmentation.tiling import largest_first, plan
-from patchcl_qupath.segmentation.unlikely import surest_nuclei
+from patchcl_qupath.segmentation.typical_nuclei import TypicalNuclei, typical_nuclei
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import check_writable
@@ -330,7 +330,9 @@ class Run:
         """Have workers find the nuclei of each tile that is missing, and grow them into cells if
         that is asked for."""
         image.check_unchanged()  # it may have waited for its turn
-        tiles = self._plan(image)
+        settings = (self.config.segment, self.engine)
+        typical = self.workers.call(typical_nuclei, image, self.model, *settings)
+        tiles = self._plan(image, typical)
         folder = self.project.layout.tiles(self.id_of_nuclei, image.id)
         store = TileStore.open(folder, image.fingerprint())
         missing = largest_first(store.missing(tiles))
@@ -340,7 +342,7 @@ class Run:
         pixels = self._pixels(image, missing, store)
         find: TileWork[Any] = TileWork(
             task=segment_tile,
-            context=self._context(image, pixels) if missing else None,
+            context=self._context(image, typical, pixels) if missing else None,
             tiles=missing,
             store=store,
             on_done=progress[0].one_more,
@@ -373,9 +375,9 @@ class Run:
         assert len(segmented.tiles) + len(segmented.failed_tiles) == len(tiles), "a tile was lost"
         return segmented, seconds
 
-    def _plan(self, image: PreparedImage) -> list[Tile]:
+    def _plan(self, image: PreparedImage, typical: TypicalNuclei) -> list[Tile]:
         """The tiles of an image."""
-        margin_px = postprocessing_margin_px(self.config, image.slide)
+        margin_px = postprocessing_margin_px(typical.config, image.slide)
         return plan(
             shape=image.slide.shape,
             tissue=image.tissue,
@@ -400,15 +402,15 @@ class Run:
             pixels.make_room(missing)
         return pixels
 
-    def _context(self, image: PreparedImage, pixels: PixelStore) -> TileContext:
+    def _context(
+        self, image: PreparedImage, typical: TypicalNuclei, pixels: PixelStore
+    ) -> TileContext:
         """What workers need to segment tiles."""
-        settings = (self.config.segment, self.engine)
         return TileContext(
             image=image,
             model=self.model,
-            config=self.config,
+            typical=typical,
             engine=self.engine,
-            surest=self.workers.call(surest_nuclei, image, self.model, *settings),
             pixels=pixels,
         )
 

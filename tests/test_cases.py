@@ -36,6 +36,7 @@ from patchcl_qupath.segmentation.segment_tile import (
     segment_tile,
 )
 from patchcl_qupath.segmentation.tiling import plan
+from patchcl_qupath.segmentation.typical_nuclei import typical_nuclei
 from patchcl_qupath.slides import tiff
 from patchcl_qupath.slides.pixel_size import in_um, positive
 from patchcl_qupath.slides.prepare import PreparedImage, prepare
@@ -76,16 +77,17 @@ def square(sample_project: Path) -> NDArray[np.uint8]:
 
 def segmented(model: pipeline.Model, image: PreparedImage) -> tuple[Nuclei, int]:
     """The nuclei of an image, and how many of its tiles failed."""
-    config = QUICK  # few nuclei are probable by such a model
+    settings = QUICK.segment  # few nuclei are probable by such a model
+    typical = typical_nuclei(image, model, settings, EngineKind.TORCH)
     tiles = plan(
         shape=image.slide.shape,
         tissue=image.tissue,
         tissue_px=image.tissue_px,
         tile_px=160,
-        halo_px=model.receptive_radius_px + postprocessing_margin_px(config, image.slide),
+        halo_px=model.receptive_radius_px + postprocessing_margin_px(typical.config, image.slide),
         divisor=model.divisor,
     )
-    context = TileContext(image=image, model=model, config=config, engine=EngineKind.TORCH)
+    context = TileContext(image=image, model=model, typical=typical, engine=EngineKind.TORCH)
     found, failed = [], 0
     for tile in tiles:
         try:

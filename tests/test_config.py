@@ -84,7 +84,7 @@ def test_recipe_of_the_paper_has_its_settings() -> None:
         ({"slide": {"tile_px": 0}}, r"slide\.tile_px = 0: expected int >= \d+"),
         ({"patchcl": {"seed": 10**20}}, r"patchcl\.seed = 10{20}: expected int <= \d+"),
         ({"segment": {"open_radius_um": math.inf}}, r"open_radius_um = inf: it must be finite"),
-        ({"segment": {"join_prominence_um": math.nan}}, r"prominence_um = nan: it must be finite"),
+        ({"segment": {"join_diameter": math.nan}}, r"join_diameter = nan: it must be finite"),
         ({"slide": {"mpp": 0}}, r"slide\.mpp = 0: expected float >= 0\.05"),
         ({"segment": {"min_solidity": 7}}, r"segment\.min_solidity = 7: expected float <= 1"),
         ({"segment": {"open_radius_um": 1e9}}, r"radius_um = 1000000000\.0: expected float <= 10"),

@@ -64,40 +64,70 @@ def two_cores(half_length, half_width):
 
 
 def test_parts_that_are_one_ellipse_are_joined_and_touching_discs_are_not():
-    apart = replace(CONFIG, join_prominence_um=0.0, join_ellipse_um=0.0)
+    apart = replace(CONFIG, join_diameter=0.0, join_ellipse=0.0, join_core=0.0)
     confidence, core = two_cores(11, 6)
     assert instances(confidence, MPP, apart, core=core).max() == 2
     labels = instances(confidence, MPP, CONFIG, core=core)
     np.testing.assert_array_equal(labels, confidence > 0.5)
     waist = discs((60, 100), [(30, 44.5, 6), (30, 55.5, 6)]).round()
-    assert instances(waist, MPP, CONFIG, core=waist).max() == 2
+    typical = replace(CONFIG, nucleus_diameter_um=6.0)
+    assert instances(waist, MPP, typical, core=waist).max() == 2
+
+
+@pytest.mark.parametrize(("typical_um", "nuclei"), [(4.5, 2), (7.0, 2), (9.0, 1)])
+def test_what_is_small_for_its_image_is_part_of_a_nucleus(typical_um, nuclei):
+    """Two discs of 4.5 µm, which touch: lymphocytes, or the two halves of a larger nucleus."""
+    scene = discs((40, 60), [(20.5, 26, 4.5), (20.5, 34.5, 4.5)])
+    core = np.where(scene > 0.5, 0.5, 0.0) + discs((40, 60), [(20.5, 26, 2), (20.5, 34.5, 2)]) / 2
+    config = replace(CONFIG, nucleus_diameter_um=typical_um)
+    labels = instances(scene, MPP, config, core=core.astype(np.float32))
+    assert labels.max() == nuclei
+    np.testing.assert_array_equal(labels > 0, scene > 0.5)
+
+
+def test_nuclei_twice_as_large_are_separated_in_the_same_way():
+    """The same scene at half the pixel size, as a picture of nuclei twice as large."""
+    rng = np.random.default_rng(3)
+    scene = discs((200, 200), rng.uniform([10, 10, 6], [190, 190, 9], (90, 3))).round()
+    noise = ndimage.gaussian_filter(rng.standard_normal(scene.shape), 2.5)
+    core = (scene * np.clip(0.7 + noise, 0, 1)).astype(np.float32)
+    lengths = replace(CONFIG, core_um=0.0, max_depth_um=100.0, nucleus_diameter_um=6.0)
+    small = instances(scene, MPP, lengths, core=core)
+    twice = replace(lengths, nucleus_diameter_um=12.0, max_area_um2=1600.0, max_diameter_um=60.0)
+    large = instances(
+        scene, 2 * MPP, replace(twice, min_area_um2=12.0, max_hole_um2=160.0), core=core
+    )
+    assert small.max() > 40
+    np.testing.assert_array_equal(small, large)
 
 
 def test_no_more_is_joined_than_the_margin_of_a_tile_holds():
     """Parts of 40 px, 20 µm, stay apart, unless nuclei may be so large that the margin holds it."""
     confidence, core = two_cores(20, 9)
-    assert instances(confidence, MPP, CONFIG, core=core).max() == 2
-    large = replace(CONFIG, max_diameter_um=60.0)
-    assert postprocessing_margin_um(large) > postprocessing_margin_um(CONFIG)
+    config = replace(CONFIG, nucleus_diameter_um=12.0)
+    assert instances(confidence, MPP, config, core=core).max() == 2
+    large = replace(config, max_diameter_um=60.0)
+    assert postprocessing_margin_um(large) > postprocessing_margin_um(config)
     assert instances(confidence, MPP, large, core=core).max() == 1
 
 
+@pytest.mark.parametrize("typical_um", [2.0, 7.0, 40.0])
 @pytest.mark.parametrize("seed", range(6))
-def test_nuclei_depend_on_no_pixel_beyond_the_margin(seed):
+def test_nuclei_depend_on_no_pixel_beyond_the_margin(seed, typical_um):
     """A crowd of nuclei with uneven cores: cut beyond the margin, those in the middle stay."""
     rng = np.random.default_rng(seed)
-    scene = discs((440, 440), rng.uniform([0, 0, 4], [440, 440, 11], (900, 3))).round()
+    scene = discs((520, 520), rng.uniform([0, 0, 4], [520, 520, 11], (1260, 3))).round()
     noise = ndimage.gaussian_filter(rng.standard_normal(scene.shape), 2.5)
     core = (scene * np.clip(0.6 + 2 * noise, 0, 1)).astype(np.float32)
-    config = replace(CONFIG, min_core=0.0)
+    config = replace(CONFIG, min_core=0.0, nucleus_diameter_um=typical_um)
     margin = int(np.ceil(postprocessing_margin_um(config) / MPP))
     whole = instances(scene, MPP, config, core=core)
-    cut = slice(160 - margin, 280 + margin)
+    cut = slice(160 - margin, 360 + margin)
     part = instances(scene[cut, cut], MPP, config, core=core[cut, cut])
 
     def owned(labels, origin):
         pixels = [np.argwhere(labels == k) + origin for k in range(1, labels.max() + 1)]
-        inside = (p for p in pixels if ((p.mean(0) >= 160) & (p.mean(0) < 280)).all())
+        inside = (p for p in pixels if ((p.mean(0) >= 160) & (p.mean(0) < 360)).all())
         return sorted(p.tolist() for p in inside)
 
     found = owned(whole, 0)

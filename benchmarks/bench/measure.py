@@ -48,7 +48,7 @@ _RUN = (
     "slides.prepare.prepare",
     "segmentation.tiling.plan",
     "segmentation.segment_tile.segment_tile",
-    "segmentation.unlikely.surest_nuclei",
+    "segmentation.typical_nuclei.typical_nuclei",
     "evaluation.score.score_image",
 )
 

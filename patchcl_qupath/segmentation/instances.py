@@ -3,10 +3,11 @@
 Touching nuclei are separated by a steepest-ascent watershed of an elevation map, the distance to
 the background, raised in the cores of nuclei. Each pixel of the mask steps to its highest
 neighbour until it reaches a maximum; the pixels of one maximum (marker) are one nucleus. Maxima of
-low prominence are merged, and so are neighbours that are one ellipse together. Unlike a watershed
-that floods from a queue, this one depends on no pixel farther away than the nucleus, so that a
-nucleus has the same pixels in each tile that contains it. No step here depends on the tile as a
-whole.
+low prominence are merged, and so are neighbours that together are no larger than a nucleus is
+there, more so if they are one ellipse, or one core: what is a part of a large nucleus in one image
+is a nucleus in another. Unlike a watershed that floods from a queue, this one depends on no pixel
+farther away than the nucleus, so that a nucleus has the same pixels in each tile that contains it.
+No step here depends on the tile as a whole.
 
 F. Meyer, Topographic distance and watershed lines, Signal Processing 38 (1994).
 """
@@ -44,7 +45,8 @@ def postprocessing_margin_um(config: SegmentConfig) -> float:
     but such pairs and holes are so small (``_MAX_JOINED``, ``_MAX_HOLE``) that they lie within the
     same margin.
     """
-    beyond = 4 * config.smooth_um + config.marker_radius_um + 2 * config.open_radius_um
+    beyond = config.scale * (4 * config.smooth_um + config.marker_radius_um)
+    beyond += 2 * config.open_radius_um
     return 2 / 3 * config.max_diameter_um + config.max_depth_um + beyond
 
 
@@ -60,18 +62,20 @@ def instances(
     ``core`` (H, W) in [0, 1], where the network has cores, is high in the middle of each nucleus:
     it separates touching nuclei, and objects without a core are left out.
 
-    ``mpp`` is in µm per pixel. Labels are numbered by the position of the nucleus's maximum, row by
-    row. Objects below ``min_area_um2``, and above ``max_area_um2`` or ``max_diameter_um``, are left
-    out.
+    ``mpp`` is in µm per pixel. Touching nuclei are separated by the typical diameter of those of
+    the image, ``config.nucleus_diameter_um``; by 7 µm where that is 0. Labels are numbered by the
+    position of the nucleus's maximum, row by row. Objects below ``min_area_um2``, and above
+    ``max_area_um2`` or ``max_diameter_um``, are left out.
     """
     pieces = _pieces(confidence > threshold, mpp, config)
     elevation = _elevation(pieces > 0, core, mpp, config)
-    near, far = _offsets(1.5), _offsets(config.marker_radius_um / mpp)
+    near, far = _offsets(1.5), _offsets(config.scale * config.marker_radius_um / mpp)
     basins, peak = _steepest_ascent(elevation, pieces, near, far)
-    into = _merge_low_prominence(basins, peak, elevation, np.float32(config.min_prominence_um))
-    basins = take(into, basins)
+    prominence = np.float32(config.scale * config.min_prominence_um)
+    basins = take(_merge_low_prominence(basins, peak, elevation, prominence), basins)
     found = _Basins(*_sums(basins, len(peak), core))
-    into = _join_ellipses(found, _saddles(basins, elevation), peak, mpp, config)
+    saddles = _saddles(basins, np.zeros_like(elevation) if core is None else core)
+    into = _join_parts(found, saddles, peak, mpp, config)
     return take(_number(found, into, core is not None, mpp, config), basins)
 
 
@@ -168,7 +172,7 @@ def _elevation(
     """The elevation map (H, W): the depth inside the mask, in µm, raised in cores; smoothed."""
     depth = _distance(mask, config.max_depth_um / mpp)
     _raise(depth, mpp, config.max_depth_um, core, np.float32(config.core_um))
-    sigma = config.smooth_um / mpp
+    sigma = config.scale * config.smooth_um / mpp
     if sigma == 0:
         return depth.astype(np.float32)
     x = np.arange(int(4 * sigma + 0.5) + 1)
@@ -407,7 +411,7 @@ class _Basins(NamedTuple):
     core: NDArray[np.float32]
 
 
-def _join_ellipses(
+def _join_parts(
     found: _Basins,
     saddles: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]],
     peak: NDArray[np.float32],
@@ -416,22 +420,23 @@ def _join_ellipses(
 ) -> NDArray[np.int32]:
     """The basin (N + 1,) that each basin is joined to; itself, unless it is one of several parts.
 
-    Neighbours are parts of one nucleus if the prominence of the lower maximum is below
-    ``join_prominence_um``, more by ``join_ellipse_um`` times what their union is more of an ellipse
-    than they are. Each pair is judged by itself, so that no nucleus depends on how others far away
+    Neighbours are parts of one nucleus if the diameter of their union, relative to the typical one,
+    is below ``join_diameter``; more by ``join_ellipse`` times what their union is more of an
+    ellipse than they are, and by ``join_core`` times the largest core probability on their border
+    (``saddles``). Each pair is judged by itself, so that no nucleus depends on how others far away
     were joined. Parts whose union would be too large stay apart.
     """
     sums, ends = found.sums, found.ends
-    low, high, saddle = saddles
-    small = _side(np.maximum(ends[low], ends[high])) * mpp
-    reach_um = _MAX_JOINED * config.max_diameter_um
+    low, high, core = saddles
+    area = sums[low, 0] + sums[high, 0]
     apart = (_ellipticity(sums[low]) * sums[low, 0] + _ellipticity(sums[high]) * sums[high, 0]) / (
-        np.maximum(sums[low, 0] + sums[high, 0], 1)
+        np.maximum(area, 1)
     )
     gain = _ellipticity(sums[low] + sums[high]) - apart
-    prominence = np.minimum(peak[low], peak[high]) - saddle
-    join = prominence < config.join_prominence_um + config.join_ellipse_um * gain
-    join &= small <= reach_um
+    diameter = np.sqrt(4 / np.pi * area) * mpp / config.typical_um
+    join = diameter < config.join_diameter + config.join_ellipse * gain + config.join_core * core
+    reach_um = _MAX_JOINED * config.max_diameter_um
+    join &= _side(np.maximum(ends[low], ends[high])) * mpp <= reach_um
     low, high = low[join], high[join]
     pairs = coo_array((np.ones(len(low)), (low, high)), shape=(len(peak), len(peak)))
     _, group = connected_components(pairs, directed=False)
@@ -497,10 +502,13 @@ def _sums(
 
 
 def _saddles(
-    basins: NDArray[np.int32], elevation: NDArray[np.float32]
+    basins: NDArray[np.int32], heights: NDArray[np.float32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Pairs of basins with a common border, (K,) and (K,), and the highest pass along it, (K,)."""
-    low, high, height = _borders(basins, elevation)
+    """Pairs of basins with a common border, (K,) and (K,), and the highest pass along it, (K,).
+
+    Heights are (H, W), as basins are.
+    """
+    low, high, height = _borders(basins, heights)
     if not len(low):
         return low, high, height
     order = np.lexsort((high, low))
@@ -511,10 +519,10 @@ def _saddles(
 
 @compiled
 def _borders(
-    basins: NDArray[np.int32], elevation: NDArray[np.float32]
+    basins: NDArray[np.int32], heights: NDArray[np.float32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """The basins on both sides of each pixel edge between two, the smaller first; and the lower
-    elevation beside it."""
+    height beside it."""
     rows, cols = basins.shape
     low, high, height = [], [], []
     for row in range(rows):
@@ -525,7 +533,7 @@ def _borders(
                 if there and there != here:
                     low.append(min(here, there))
                     high.append(max(here, there))
-                    height.append(min(elevation[row, col], elevation[r, c]))
+                    height.append(min(heights[row, col], heights[r, c]))
     return np.array(low, np.int64), np.array(high, np.int64), np.array(height, np.float32)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from patchcl_qupath.config import Config
+from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
 from patchcl_qupath.execution.pixel_store import PixelStore
 from patchcl_qupath.models import engines
@@ -19,13 +19,14 @@ from patchcl_qupath.segmentation.contours import centroids, nuclei_of_tile, to_l
 from patchcl_qupath.segmentation.instances import instances, postprocessing_margin_um
 from patchcl_qupath.segmentation.measurements import NuclearStain
 from patchcl_qupath.segmentation.probability import is_probable, nucleus_probability
+from patchcl_qupath.segmentation.typical_nuclei import TypicalNuclei
 from patchcl_qupath.segmentation.uncertainty import (
     bin_px,
     merge_grids,
     predictive_entropy,
     sampling_points,
 )
-from patchcl_qupath.segmentation.unlikely import SurestNuclei, are_unlikely
+from patchcl_qupath.segmentation.unlikely import are_unlikely
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tissue import inside, inside_region
@@ -35,24 +36,23 @@ from patchcl_qupath.timing import Seconds, timed
 Pixels = NDArray[np.int64]  # (N,) rows or columns of pixels of the working grid
 
 
-def postprocessing_margin_px(config: Config, slide: Slide) -> int:
+def postprocessing_margin_px(config: SegmentConfig, slide: Slide) -> int:
     """How far from its write box post-processing needs a tile's probabilities, in working px."""
-    return math.ceil(postprocessing_margin_um(config.segment) / slide.mpp)
+    return math.ceil(postprocessing_margin_um(config) / slide.mpp)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TileContext:
     """What a worker needs beside the tile; ``engine`` runs the network of the model.
 
-    ``surest`` are the surest nuclei of the image, where there are some; ``pixels`` keep those of
-    the tile, where cells will be grown.
+    ``typical`` are nuclei of the image; ``pixels`` keep those of the tile, where cells will be
+    grown.
     """
 
     image: PreparedImage
     model: Model
-    config: Config
+    typical: TypicalNuclei
     engine: EngineKind
-    surest: SurestNuclei | None = None
     pixels: PixelStore | None = None
 
 
@@ -105,7 +105,7 @@ def _predict(context: TileContext, tile: Tile, rgb: NDArray[np.uint8]) -> _Predi
     probability, core = confidence(context.model, rgb, image.normaliser, context.engine)
     # The receptive field has used up its part of the halo: within it, probabilities are not those
     # of the whole slide.
-    margin_px = postprocessing_margin_px(context.config, image.slide)
+    margin_px = postprocessing_margin_px(context.typical.config, image.slide)
     valid = tile.write.grow(margin_px, image.slide.shape)
     inner = valid.within(tile.read)
     return _Prediction(
@@ -121,7 +121,7 @@ def _separate(context: TileContext, predicted: _Prediction) -> NDArray[np.int32]
     return instances(
         predicted.probability,
         mpp=context.image.slide.mpp,
-        config=context.config.segment,
+        config=context.typical.config,
         threshold=context.model.threshold,
         core=predicted.core,
     )
@@ -131,7 +131,7 @@ def _measure(
     context: TileContext, predicted: _Prediction, labels: NDArray[np.int32]
 ) -> tuple[Nuclei, Pixels, Pixels]:
     """The nuclei (N,) that the tile owns, at level 0; and the pixels with their centroids."""
-    image, settings, tile = context.image, context.config.segment, predicted.tile
+    image, settings, tile = context.image, context.typical.config, predicted.tile
     rows, cols = centroids(labels, tile)
     owned = tile.write.holds(rows, cols) & _in_tissue(image, tile.write, rows, cols)
     stain = NuclearStain.of(labels, predicted.rgb, image.slide.mpp, settings)
@@ -140,8 +140,8 @@ def _measure(
     found = Confidence(predicted.probability, predicted.core)
     probability = nucleus_probability(context.model, labels, found, image.slide.mpp)
     owned &= is_probable(context.model, probability, settings)
-    if context.surest is not None:
-        owned &= ~are_unlikely(probability, stain, context.surest, settings)
+    if context.typical.surest is not None:
+        owned &= ~are_unlikely(probability, stain, context.typical.surest, settings)
     nuclei = nuclei_of_tile(
         labels=labels,
         owned=owned,

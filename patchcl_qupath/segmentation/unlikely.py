@@ -9,23 +9,13 @@ an object is, the surer the model must be.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import SegmentConfig
-from patchcl_qupath.models.engines import EngineKind
-from patchcl_qupath.models.model import Model, confidence
-from patchcl_qupath.overlap import mapped
-from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.measurements import NO_LIGHT, NuclearStain
-from patchcl_qupath.segmentation.probability import is_probable, nucleus_probability
-from patchcl_qupath.slides.prepare import PreparedImage
 
-_CROPS = 16  # that nuclei are looked for in
 _SUREST = 0.2  # of these nuclei
 _PALEST = 0.05  # of the surest
 # Density of red light, and its share in that of all colours, relative to those, of what is palest
@@ -42,46 +32,22 @@ class SurestNuclei:
     density: float
     share: float
 
-
-def surest_nuclei(
-    image: PreparedImage, model: Model, config: SegmentConfig, engine: EngineKind
-) -> SurestNuclei | None:
-    """Those of an image; None where the model finds no nucleus, or knows no probability.
-
-    They are looked for in crops that the stain normaliser is fitted to: so nuclei are the same in
-    regions as in the whole image, and in any tiling.
-    """
-    if model.calibration is None or image.normaliser is None:
-        return None
-    crops = [*islice(image.typical_crops(), _CROPS)]
-    of_crops = [*mapped(partial(_nuclei, image, model, config, engine), crops)]
-    probability, red, share = np.concatenate(of_crops, axis=1)
-    if not len(probability):
-        return None
-    surest = probability >= np.quantile(probability, 1 - _SUREST)
-    return SurestNuclei(
-        density=max(float(np.quantile(red[surest], _PALEST)), NO_LIGHT),
-        share=max(float(np.median(share[surest])), NO_LIGHT),
-    )
-
-
-def _nuclei(
-    image: PreparedImage,
-    model: Model,
-    config: SegmentConfig,
-    engine: EngineKind,
-    crop: NDArray[np.uint8],
-) -> NDArray[np.float64]:
-    """Probability, density of red light and its share of the nuclei in a crop, (3, N)."""
-    assert image.normaliser is not None, "an image without tissue has no crops"
-    torch.set_num_threads(1)  # sums of several threads would differ by how many these are
-    found, mpp = confidence(model, crop, image.normaliser, engine), image.slide.mpp
-    labels = instances(found.nucleus, mpp, config, model.threshold, found.core)
-    stain = NuclearStain.of(labels, crop, mpp, config)
-    probability = nucleus_probability(model, labels, found, mpp)
-    kept = is_probable(model, probability, config)
-    kept &= stain.is_enough(config, image.normaliser.has_brown)
-    return np.stack([probability, stain.red, stain.share_of_red])[:, kept]
+    @classmethod
+    def of(
+        cls,
+        probability: NDArray[np.float64],
+        red: NDArray[np.float64],
+        share: NDArray[np.float64],
+    ) -> SurestNuclei | None:
+        """Those among nuclei (N,) of some probability, density of red light and its share; None
+        where there is no nucleus."""
+        if not len(probability):
+            return None
+        surest = probability >= np.quantile(probability, 1 - _SUREST)
+        return cls(
+            density=max(float(np.quantile(red[surest], _PALEST)), NO_LIGHT),
+            share=max(float(np.median(share[surest])), NO_LIGHT),
+        )
 
 
 def are_unlikely(

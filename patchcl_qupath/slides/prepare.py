@@ -235,6 +235,10 @@ class TrainingCrops:
     def __len__(self) -> int:
         return len(self.images)
 
+    def of_slide(self, slide: str) -> TrainingCrops:
+        """The crops of one slide."""
+        return self.select([i for i, of in enumerate(self.slides) if of == slide])
+
     def select(self, indices: Sequence[int]) -> TrainingCrops:
         """Some of the crops, in the order of their indices."""
         return TrainingCrops(

@@ -19,7 +19,7 @@ from patchcl_qupath.storage.files import content_file, digest, read_json, write_
 from patchcl_qupath.timing import Seconds
 
 _SAME_SIZE = 1e-3  # of pixels, relative: QuPath and we may read a file's in other digits
-TILE_FORMAT = 7  # version of the content of a finished tile
+TILE_FORMAT = 8  # version of the content of a finished tile
 
 
 class Record(msgspec.Struct, frozen=True):

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Calibration, Confidence, Model, confidence
@@ -30,6 +31,7 @@ from patchcl_qupath.overlap import mapped
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.segmentation.instances import instances
 from patchcl_qupath.segmentation.probability import nucleus_features
+from patchcl_qupath.segmentation.typical_nuclei import CROPS, with_diameter
 from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.records import CDCLLog
@@ -54,12 +56,17 @@ def calibrated(model: Model, crops: TrainingCrops, report: ShowCount) -> Model:
 
     Equal models and crops give equal calibrations on one machine's CPU.
     """
-    chosen = crops.select([*np.linspace(0, len(crops) - 1, min(len(crops), _CROPS)).astype(int)])
+    chosen = crops.select(evenly(len(crops), _CROPS))
     engine = engines.choose(model.config.engine, model.network)
     features, agreement = [], []
     seeds = [(model.config.patchcl.seed, i) for i in range(len(chosen))]
+    of_slide = {
+        slide: sized(model.config.segment, model, crops.of_slide(slide), engine)
+        for slide in dict.fromkeys(chosen.slides)
+    }
+    settings = [of_slide[slide] for slide in chosen.slides]
     of_crop = partial(_of_crop, model, engine)
-    for found in mapped(of_crop, chosen.images, chosen.normalisers, seeds):
+    for found in mapped(of_crop, chosen.images, chosen.normalisers, settings, seeds):
         features.append(found[0])
         agreement.append(found[1])
         report(len(features), len(chosen))
@@ -71,19 +78,34 @@ def calibrated(model: Model, crops: TrainingCrops, report: ShowCount) -> Model:
     return replace(model, calibration=logistic_regression(x, right))
 
 
+def sized(
+    config: SegmentConfig, model: Model, crops: TrainingCrops, engine: EngineKind
+) -> SegmentConfig:
+    """The settings with the typical diameter of the nuclei that a model finds in one slide."""
+    some = crops.select(evenly(len(crops), CROPS))
+    find = partial(confidence, model, engine=engine)
+    return with_diameter(config, model, [*mapped(find, some.images, some.normalisers)], model.mpp)
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most ``most`` of the indices below ``count``, evenly spaced."""
+    return [*np.linspace(0, count - 1, min(count, most)).astype(int).tolist()]
+
+
 def _of_crop(
     model: Model,
     engine: EngineKind,
     image: NDArray[np.uint8],
     normaliser: StainNormaliser,
+    config: SegmentConfig,
     seed: tuple[int, ...],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The features (N, 3) of the nuclei in a crop, and their mean overlap (N,) with its views."""
     rng = np.random.default_rng(seed)
     found = confidence(model, image, normaliser, engine)
-    labels = _instances(model, found)
+    labels = _instances(model, found, config)
     overlaps = [
-        _overlaps(labels, _instances(model, view))
+        _overlaps(labels, _instances(model, view, config))
         for view in _views(model, image, normaliser, engine, rng)
     ]
     return nucleus_features(labels, found, model.mpp), np.mean(overlaps, axis=0)
@@ -142,9 +164,9 @@ def _resized(image: NDArray[np.generic], shape: tuple[int, int]) -> NDArray[np.f
     return F.interpolate(x, size=shape, mode="bilinear")[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def _instances(model: Model, found: Confidence) -> NDArray[np.int32]:
+def _instances(model: Model, found: Confidence, config: SegmentConfig) -> NDArray[np.int32]:
     """The nuclei of a view, as labels (H, W)."""
-    return instances(found.nucleus, model.mpp, model.config.segment, model.threshold, found.core)
+    return instances(found.nucleus, model.mpp, config, model.threshold, found.core)
 
 
 def _overlaps(labels: NDArray[np.int32], others: NDArray[np.int32]) -> NDArray[np.float64]:

@@ -27,6 +27,7 @@ from patchcl_qupath.overlap import mapped
 from patchcl_qupath.segmentation.contours import trace_contours
 from patchcl_qupath.segmentation.instances import instances, large_pieces
 from patchcl_qupath.segmentation.measurements import means, runs_of
+from patchcl_qupath.segmentation.typical_nuclei import typical_area
 from patchcl_qupath.training.star_contours import with_star_contours
 
 Stains = NDArray[np.float32]
@@ -271,10 +272,10 @@ def _without_fragments(found: list[PseudoLabels], min_fragment: float) -> list[P
     The typical area is the one that splits the labelled pixels: half of them are in larger nuclei.
     """
     areas = [np.bincount(labels.nuclei.ravel()) for labels in found]
-    every = np.sort(np.concatenate([area[1:] for area in areas]))
+    every = np.concatenate([area[1:] for area in areas])
     if not len(every):
         return found
-    typical = every[np.searchsorted(np.cumsum(every), every.sum() / 2)]
+    typical = typical_area(every)
     return [
         labels._replace(nuclei=keep_labels(labels.nuclei, area >= min_fragment * typical))
         for labels, area in zip(found, areas, strict=True)

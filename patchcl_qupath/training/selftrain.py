@@ -41,7 +41,7 @@ from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.records import PatchCLLog, SelfTrainingLog
 from patchcl_qupath.training import cdcl
-from patchcl_qupath.training.calibration import calibrated
+from patchcl_qupath.training.calibration import calibrated, sized
 from patchcl_qupath.training.pseudo_labels import (
     PseudoLabels,
     are_several,
@@ -239,7 +239,10 @@ def pseudo_labelled(crops: TrainingCrops, teacher: Model, report: ShowCount) -> 
         if teacher.network.core_channel is None:
             labels = _of_patchcl(of_slide, stains, teacher)
         else:
-            find = partial(_of_network, teacher)
+            smallest = SegmentConfig(min_area_um2=teacher.config.selftrain.min_area_um2)
+            find = partial(
+                _of_network, teacher, sized(smallest, teacher, of_slide, _engine(teacher))
+            )
             labels = [*mapped(find, of_slide.images, of_slide.normalisers)]
         found |= zip(indices, map(LabelledCrop, stains, labels), strict=True)
         report(len(found), len(crops))
@@ -307,7 +310,10 @@ def _engine(teacher: Model) -> EngineKind:
 
 
 def _of_network(
-    teacher: Model, image: NDArray[np.uint8], normaliser: StainNormaliser
+    teacher: Model,
+    separation: SegmentConfig,
+    image: NDArray[np.uint8],
+    normaliser: StainNormaliser,
 ) -> PseudoLabels:
     """The nuclei that a network finds in a crop (H, W, 3), and its background.
 
@@ -324,7 +330,6 @@ def _of_network(
         assert found.core is not None
         nucleus += np.rot90(found.nucleus, -turns) / _TURNS
         core += np.rot90(found.core, -turns) / _TURNS
-    separation = SegmentConfig(min_area_um2=teacher.config.selftrain.min_area_um2)
     nuclei = instances(nucleus, teacher.mpp, separation, teacher.threshold, core)
     labels = PseudoLabels(nuclei, (nucleus < teacher.threshold) & (nuclei == 0))
     if teacher.calibration is None:

@@ -1,0 +1,110 @@
+"""What the nuclei of an image are typically like: how large they are, and how dark when sure.
+
+Both differ between slides by more than one setting could be right for. They are measured in crops
+that the stain normaliser is fitted to, before any tile is segmented: so nuclei are the same in
+regions as in the whole image, and in any tiling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from patchcl_qupath.config import SegmentConfig
+from patchcl_qupath.models.engines import EngineKind
+from patchcl_qupath.models.model import Confidence, Model, confidence
+from patchcl_qupath.overlap import mapped
+from patchcl_qupath.segmentation.instances import instances
+from patchcl_qupath.segmentation.measurements import NuclearStain
+from patchcl_qupath.segmentation.probability import is_probable, nucleus_probability
+from patchcl_qupath.segmentation.unlikely import SurestNuclei
+from patchcl_qupath.slides.prepare import PreparedImage
+
+CROPS = 16  # that nuclei are looked for in
+_LEAST_NUCLEI = 20  # fewer say little
+
+
+class TypicalNuclei(NamedTuple):
+    """The settings by which nuclei of an image are separated, with their typical diameter; and the
+    surest nuclei, None where the model finds none, or knows no probability."""
+
+    config: SegmentConfig
+    surest: SurestNuclei | None
+
+
+def typical_nuclei(
+    image: PreparedImage, model: Model, config: SegmentConfig, engine: EngineKind
+) -> TypicalNuclei:
+    """Those of an image, by the settings ``config``."""
+    if image.normaliser is None:
+        return TypicalNuclei(config, None)
+    crops = [*islice(image.typical_crops(), CROPS)]
+    found = [*mapped(partial(_found, image, model, engine), crops)]
+    config = with_diameter(config, model, found, image.slide.mpp)
+    if model.calibration is None:
+        return TypicalNuclei(config, None)
+    of_crops = [*mapped(partial(_stains, image, model, config), crops, found)]
+    return TypicalNuclei(config, SurestNuclei.of(*np.concatenate(of_crops, axis=1)))
+
+
+def with_diameter(
+    config: SegmentConfig, model: Model, found: Sequence[Confidence], mpp: float
+) -> SegmentConfig:
+    """The settings with the typical diameter of the nuclei in what a model finds in some crops.
+
+    As they are where a person set one, or where there are few nuclei.
+    """
+    if config.nucleus_diameter_um:
+        return config
+    separate = partial(instances, mpp=mpp, config=config, threshold=model.threshold)
+    labels = mapped(lambda maps: separate(maps.nucleus, core=maps.core), found)
+    areas = np.concatenate([np.bincount(each.ravel())[1:] for each in labels])
+    if len(areas) < _LEAST_NUCLEI:
+        return config
+    typical_um = math.sqrt(4 / math.pi * typical_area(areas)) * mpp
+    return replace(config, nucleus_diameter_um=round(typical_um, 1))
+
+
+def typical_area(areas: NDArray[np.generic]) -> float:
+    """The area that splits the sum of ``areas`` (N,): half of it is in larger ones.
+
+    Fragments, of which there may be many, hardly change it.
+    """
+    ascending = np.sort(areas)
+    total = np.cumsum(ascending)
+    return float(ascending[np.searchsorted(total, total[-1] / 2)])
+
+
+def _found(
+    image: PreparedImage, model: Model, engine: EngineKind, crop: NDArray[np.uint8]
+) -> Confidence:
+    """What a model finds in a crop."""
+    assert image.normaliser is not None, "an image without tissue has no crops"
+    torch.set_num_threads(1)  # sums of several threads would differ by how many these are
+    return confidence(model, crop, image.normaliser, engine)
+
+
+def _stains(
+    image: PreparedImage,
+    model: Model,
+    config: SegmentConfig,
+    crop: NDArray[np.uint8],
+    found: Confidence,
+) -> NDArray[np.float64]:
+    """Probability, density of red light and its share of the nuclei in a crop, (3, N)."""
+    assert image.normaliser is not None, "an image without tissue has no crops"
+    mpp = image.slide.mpp
+    labels = instances(found.nucleus, mpp, config, model.threshold, found.core)
+    stain = NuclearStain.of(labels, crop, mpp, config)
+    probability = nucleus_probability(model, labels, found, mpp)
+    kept = is_probable(model, probability, config)
+    kept &= stain.is_enough(config, image.normaliser.has_brown)
+    return np.stack([probability, stain.red, stain.share_of_red])[:, kept]
