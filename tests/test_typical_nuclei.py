@@ -75,6 +75,7 @@ def test_an_image_has_one_typical_diameter_in_any_region(
     found = typical_nuclei(whole, model, config, EngineKind.TORCH)
     assert 5 < found.config.nucleus_diameter_um < 9
     assert found.surest is not None
+    assert 0.1 < found.surest.share < 0.5 < 5 * found.surest.density
     part = prepare(replace(entry, regions=(shapely.box(0, 0, 900, 900),)), model.config)
     assert typical_nuclei(part, model, config, EngineKind.TORCH) == found
     blank = replace(whole, normaliser=None)

@@ -9,19 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import shapely
-from numpy.typing import NDArray
 
 from patchcl_qupath import pipeline
-from patchcl_qupath.config import Config, SegmentConfig
-from patchcl_qupath.datatypes import ImageEntry
-from patchcl_qupath.models.engines import EngineKind
-from patchcl_qupath.models.model import Calibration
+from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.project import open_project
-from patchcl_qupath.segmentation import unlikely
 from patchcl_qupath.segmentation.measurements import PROBABILITY, NuclearStain
-from patchcl_qupath.segmentation.unlikely import SurestNuclei, are_unlikely, surest_nuclei
-from patchcl_qupath.slides.prepare import PreparedImage, prepare
+from patchcl_qupath.segmentation.typical_nuclei import TypicalNuclei
+from patchcl_qupath.segmentation.unlikely import SurestNuclei, are_unlikely
 from patchcl_qupath.storage.parquet import read_nuclei
 
 CONFIG = SegmentConfig(min_probability_of_pale=0.5, min_probability_of_palest=0.9)
@@ -58,67 +52,19 @@ def test_with_nothing_asked_for_all_are_likely() -> None:
     assert unlikely_of([(0.1, 0.1, 0.1)], config) == [False]
 
 
-@pytest.fixture(scope="module")
-def image(sample_project: Any) -> PreparedImage:
-    """The sample slide, prepared."""
-    (entry,) = open_project(sample_project, backend="files").images()
-    return prepare(entry, Config())
-
-
-def of_crops(
-    monkeypatch: pytest.MonkeyPatch, image: PreparedImage, model: pipeline.Model, found: list[Any]
-) -> SurestNuclei | None:
-    """The surest nuclei where those of the crops, one after the other, are as ``found``."""
-    given = iter(found)
-
-    def nuclei(*_: object) -> NDArray[np.float64]:
-        return np.array(next(given, []), float).reshape(-1, 3).T
-
-    monkeypatch.setattr(unlikely, "_nuclei", nuclei)
-    return surest_nuclei(image, model, CONFIG, EngineKind.TORCH)
-
-
-@pytest.fixture
-def calibrated(model: pipeline.Model) -> pipeline.Model:
-    """A model whose nuclei have probabilities."""
-    return replace(model, calibration=Calibration(0.5, 1.0, -1.0, 2.0))
-
-
-def test_the_surest_are_a_fifth_of_all_nuclei_and_the_palest_a_twentieth_of_these(
-    monkeypatch: pytest.MonkeyPatch, image: PreparedImage, calibrated: pipeline.Model
-) -> None:
+def test_the_surest_are_a_fifth_of_all_nuclei_and_the_palest_a_twentieth_of_these() -> None:
     sure = [(0.9 + 0.0001 * n, 0.2 + 0.001 * n, 0.3 + 0.001 * n) for n in range(101)]
     unsure = [(0.5, 0.01, 0.01)] * 404
-    rows = [*sure, *unsure]
+    rows = np.array([*sure, *unsure])
     np.random.default_rng(0).shuffle(rows)
-    found = of_crops(monkeypatch, image, calibrated, [rows[:100], [], rows[100:]])
+    found = SurestNuclei.of(*rows.T)
     assert found is not None
     assert found.density == pytest.approx(0.205)
     assert found.share == pytest.approx(0.35)
 
 
-def test_an_image_without_a_nucleus_or_a_model_without_probabilities_has_none(
-    monkeypatch: pytest.MonkeyPatch, image: PreparedImage, calibrated: pipeline.Model
-) -> None:
-    assert of_crops(monkeypatch, image, calibrated, []) is None
-    assert of_crops(monkeypatch, image, replace(calibrated, calibration=None), [[1, 1, 1]]) is None
-    empty = replace(image, normaliser=None)
-    assert of_crops(monkeypatch, empty, calibrated, [[1, 1, 1]]) is None
-
-
-def test_they_are_of_the_whole_image_whatever_region_is_asked_for(
-    sample_project: Any, image: PreparedImage, model: pipeline.Model
-) -> None:
-    assert model.calibration is not None
-    (entry,) = open_project(sample_project, backend="files").images()
-    region: ImageEntry = replace(entry, regions=(shapely.box(100, 100, 500, 500),))
-    found = [
-        surest_nuclei(each, model, CONFIG, EngineKind.TORCH)
-        for each in (image, prepare(region, Config()))
-    ]
-    assert found[0] is not None
-    assert found[0] == found[1]
-    assert 0.1 < found[0].share < 0.5 < 5 * found[0].density
+def test_without_a_nucleus_there_are_none() -> None:
+    assert SurestNuclei.of(*np.zeros((3, 0))) is None
 
 
 def test_a_run_leaves_out_what_is_unlikely(
@@ -127,7 +73,8 @@ def test_a_run_leaves_out_what_is_unlikely(
     """All are far paler and redder than such nuclei."""
     found = {}
     for surest in (None, SurestNuclei(density=9.0, share=9.0)):
-        monkeypatch.setattr(pipeline, "surest_nuclei", lambda *_, surest=surest: surest)
+        typical = TypicalNuclei(model.config.segment, surest)
+        monkeypatch.setattr(pipeline, "typical_nuclei", lambda *_, typical=typical: typical)
         shutil.rmtree(folder / "patchcl", ignore_errors=True)
         project = open_project(folder / "project.qpproj", backend="files")
         run = pipeline.Run(
