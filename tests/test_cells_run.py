@@ -219,7 +219,7 @@ def test_other_expansions_share_the_tiles_of_nuclei(
     assert "Area µm^2" in nuclei.measurements
     plain = (folder / "patchcl/results/1" / NUCLEI).read_bytes()
     runs, areas = set(), []
-    for expand_um in (2, 8):
+    for expand_um in (1, 8):
         outcome = run(folder, model, client, expand_um=expand_um)
         assert outcome.tiles_resumed == first.tiles
         assert outcome.network_px == 0
@@ -238,7 +238,7 @@ def test_other_expansions_share_the_tiles_of_nuclei(
     assert len(runs) == 2
     # Contours are simplified by up to 0.2 px.
     assert (areas[0] < areas[1] + 0.2 * lengths).all()
-    assert (areas[1] > 1.1 * areas[0]).sum() > 5  # of large nuclei: others are at their limit
+    assert (areas[1] > 1.1 * areas[0]).sum() > 100  # others are at their limit, or touch
     figures = json.loads((folder / "patchcl/report/images/1/figures.json").read_text("utf-8"))
     assert figures["area"]["median"] == pytest.approx(
         np.median(nuclei.measurements["Area µm^2"]), rel=0.02
