@@ -235,9 +235,14 @@ class TrainingCrops:
     def __len__(self) -> int:
         return len(self.images)
 
-    def of_slide(self, slide: str) -> TrainingCrops:
-        """The crops of one slide."""
-        return self.select([i for i, of in enumerate(self.slides) if of == slide])
+    def of_slide(self, slide: str) -> list[int]:
+        """The indices of the crops of one slide."""
+        return [i for i, of in enumerate(self.slides) if of == slide]
+
+    def some(self, most: int) -> TrainingCrops:
+        """At most so many of the crops, evenly spaced: some of each slide, where it can be."""
+        indices = np.linspace(0, len(self) - 1, min(len(self), most)).astype(int)
+        return self.select(indices.tolist())
 
     def select(self, indices: Sequence[int]) -> TrainingCrops:
         """Some of the crops, in the order of their indices."""

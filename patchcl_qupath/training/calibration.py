@@ -56,15 +56,17 @@ def calibrated(model: Model, crops: TrainingCrops, report: ShowCount) -> Model:
 
     Equal models and crops give equal calibrations on one machine's CPU.
     """
-    chosen = crops.select(evenly(len(crops), _CROPS))
+    chosen = crops.some(_CROPS)
     engine = engines.choose(model.config.engine, model.network)
     features, agreement = [], []
     seeds = [(model.config.patchcl.seed, i) for i in range(len(chosen))]
-    of_slide = {
-        slide: sized(model.config.segment, model, crops.of_slide(slide), engine)
+    separation = {
+        slide: separation_of_slide(
+            model.config.segment, model, crops.select(crops.of_slide(slide)), engine
+        )
         for slide in dict.fromkeys(chosen.slides)
     }
-    settings = [of_slide[slide] for slide in chosen.slides]
+    settings = [separation[slide] for slide in chosen.slides]
     of_crop = partial(_of_crop, model, engine)
     for found in mapped(of_crop, chosen.images, chosen.normalisers, settings, seeds):
         features.append(found[0])
@@ -78,18 +80,14 @@ def calibrated(model: Model, crops: TrainingCrops, report: ShowCount) -> Model:
     return replace(model, calibration=logistic_regression(x, right))
 
 
-def sized(
+def separation_of_slide(
     config: SegmentConfig, model: Model, crops: TrainingCrops, engine: EngineKind
 ) -> SegmentConfig:
-    """The settings with the typical diameter of the nuclei that a model finds in one slide."""
-    some = crops.select(evenly(len(crops), CROPS))
+    """The settings with the typical diameter of the nuclei that a model finds in one slide, of
+    which ``crops`` are."""
+    some = crops.some(CROPS)
     find = partial(confidence, model, engine=engine)
     return with_diameter(config, model, [*mapped(find, some.images, some.normalisers)], model.mpp)
-
-
-def evenly(count: int, most: int) -> list[int]:
-    """At most ``most`` of the indices below ``count``, evenly spaced."""
-    return [*np.linspace(0, count - 1, min(count, most)).astype(int).tolist()]
 
 
 def _of_crop(

@@ -79,7 +79,7 @@ def train(
         least_um = settings.patch_px * config.slide.mpp
         raise TrainingError(f"no image is {least_um:g} µm wide: add larger ones to train on")
     crops = crops.select(usable)
-    validation = crops.select(_validation_crops(len(crops)))
+    validation = crops.some(_VALIDATION_CROPS)
 
     as_published = settings.similarity in MEASURES
     if as_published:
@@ -239,7 +239,7 @@ def _best_start(
     """
     steps = config.patchcl.max_steps
     trial = min(_TRIAL_STEPS, steps)
-    judged = crops.select(_validation_crops(len(crops), _JUDGED_CROPS))
+    judged = crops.some(_JUDGED_CROPS)
     starts = [_steps(crops, config, config.patchcl.seed + _SEEDS * i) for i in range(_STARTS)]
     best: dict[int, tuple[Snapshot, _Trained]] = {}
     total, done = _STARTS * trial + _KEPT_STARTS * (steps - trial), 0
@@ -293,11 +293,6 @@ def _batch(crops: TrainingCrops, settings: PatchCLConfig, rng: np.random.Generat
         pixels.append(crops.normalisers[i].network_input(window, settings.input))
     batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
     return batch.contiguous(memory_format=torch.channels_last)  # several times as fast
-
-
-def _validation_crops(count: int, wanted: int = _VALIDATION_CROPS) -> list[int]:
-    """Indices of the crops on which channel and threshold are chosen: some of each slide."""
-    return [int(i) for i in np.linspace(0, count - 1, min(count, wanted))]
 
 
 def _channels(model: Model, crops: TrainingCrops) -> ChannelsRecord:

@@ -41,7 +41,7 @@ from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser
 from patchcl_qupath.storage.records import PatchCLLog, SelfTrainingLog
 from patchcl_qupath.training import cdcl
-from patchcl_qupath.training.calibration import calibrated, sized
+from patchcl_qupath.training.calibration import calibrated, separation_of_slide
 from patchcl_qupath.training.pseudo_labels import (
     PseudoLabels,
     are_several,
@@ -233,16 +233,15 @@ def pseudo_labelled(crops: TrainingCrops, teacher: Model, report: ShowCount) -> 
     """
     found: dict[int, LabelledCrop] = {}
     for slide in dict.fromkeys(crops.slides):
-        indices = [i for i in range(len(crops)) if crops.slides[i] == slide]
+        indices = crops.of_slide(slide)
         of_slide = crops.select(indices)
         stains = [*mapped(StainNormaliser.apply, of_slide.normalisers, of_slide.images)]
         if teacher.network.core_channel is None:
             labels = _of_patchcl(of_slide, stains, teacher)
         else:
-            smallest = SegmentConfig(min_area_um2=teacher.config.selftrain.min_area_um2)
-            find = partial(
-                _of_network, teacher, sized(smallest, teacher, of_slide, _engine(teacher))
-            )
+            separation = SegmentConfig(min_area_um2=teacher.config.selftrain.min_area_um2)
+            separation = separation_of_slide(separation, teacher, of_slide, _engine(teacher))
+            find = partial(_of_network, teacher, separation)
             labels = [*mapped(find, of_slide.images, of_slide.normalisers)]
         found |= zip(indices, map(LabelledCrop, stains, labels), strict=True)
         report(len(found), len(crops))
