@@ -78,7 +78,7 @@ def test_what_is_found_in_every_view_is_more_probable() -> None:
     maps = model.network.probabilities(stains)
     found = Confidence(*maps[0].detach().numpy())
     labels = ndimage.label(found.nucleus > 0.5)[0].astype(np.int32)
-    probability = nucleus_probability(trained, labels, found, trained.mpp)
+    probability = nucleus_probability(trained, labels, found, trained.mpp, SegmentConfig())
     assert len(probability) == 64
     is_dark = np.array([dark[labels == k].any() for k in range(1, 65)])
     assert probability[is_dark].min() > probability[~is_dark].max() + 0.2
@@ -92,7 +92,7 @@ def test_nuclei_of_a_refined_model_are_more_probable_where_views_agree_as_much()
         to_plain(selftraining_log()) | {"cdcl": [{"labelled": 1.0}], "refined_from": "0"}
     )
     crops = crops_of([image, image], normaliser)
-    features = features_of(np.full(3, 0.8), np.full(3, 40.0), np.full(3, 0.9))
+    features = features_of(*(np.full(3, value) for value in (0.8, 0.9, 0.95, 1.0)))
     probabilities = []
     for model in (plain, replace(plain, training=log)):
         calibration = calibrated(model, crops, lambda *count: None).calibration
@@ -131,37 +131,44 @@ def test_few_nuclei_are_no_ground_for_a_calibration() -> None:
 
 def test_regression_recovers_the_probabilities_it_was_given() -> None:
     rng = np.random.default_rng(0)
-    features = rng.normal(size=(4000, 3)) * [1.0, 0.5, 2.0]
-    true = Calibration(0.3, 1.2, -0.8, 0.4)
+    features = rng.normal(size=(4000, 5)) * [1.0, 2.0, 0.5, 0.3, 0.6]
+    true = Calibration(0.3, 1.2, 0.4, -0.8, 0.6, -1.0)
     fitted = logistic_regression(features, true(features))
     assert np.abs(fitted(features) - true(features)).max() < 0.02
 
 
 def test_regression_on_features_that_do_not_differ_is_their_mean() -> None:
-    fitted = logistic_regression(np.ones((100, 3)), np.full(100, 0.7))
-    assert fitted(np.ones((1, 3)))[0] == pytest.approx(0.7, abs=0.01)
+    fitted = logistic_regression(np.ones((100, 5)), np.full(100, 0.7))
+    assert fitted(np.ones((1, 5)))[0] == pytest.approx(0.7, abs=0.01)
 
 
-def test_features_are_log_odds_and_logarithms_of_the_area() -> None:
-    labels = np.array([[1, 1, 0], [1, 1, 2]], np.int32)
-    nucleus = np.array([[0.6, 0.8, 0.1], [0.6, 0.8, 1.0]], np.float32)
-    core = np.array([[0.1, 0.9, 0.0], [0.2, 0.3, 0.5]], np.float32)
-    features = nucleus_features(labels, Confidence(nucleus, core), mpp=0.5)
-    assert features[0] == pytest.approx([np.log(0.7 / 0.3), 0, np.log(9)], abs=1e-5)
-    assert features[1] == pytest.approx([np.log(999), 0, 0], abs=1e-5)
-    assert np.isfinite(features_of(np.zeros(1), np.zeros(1), np.zeros(1))).all()
+def test_features_are_log_odds_shape_and_relative_size() -> None:
+    labels = np.array([[1, 1, 0, 0, 0], [1, 1, 2, 2, 2]], np.int32)
+    nucleus = np.array([[0.6, 0.8, 0.1, 0, 0], [0.6, 0.8, 1, 1, 1]], np.float32)
+    core = np.array([[0.1, 0.9, 0, 0, 0], [0.2, 0.3, 0.1, 0.5, 0]], np.float32)
+    config = SegmentConfig(nucleus_diameter_um=4.0)
+    features = nucleus_features(labels, Confidence(nucleus, core), 0.5, config)
+    lacks = np.log(1.02 - 3 / np.pi)  # a rectangle is 3 / pi of the ellipse with its moments
+    size = np.log(np.sqrt(4 / np.pi * 4) * 0.5 / 4.0)
+    assert features[0] == pytest.approx(
+        [np.log(0.7 / 0.3), np.log(9), lacks, size, size**2], abs=1e-5
+    )
+    size = np.log(np.sqrt(4 / np.pi * 3) * 0.5 / 4.0)
+    assert features[1] == pytest.approx([np.log(999), 0, lacks, size, size**2], abs=1e-5)
+    assert np.isfinite(features_of(*np.zeros((4, 1)))).all()
+    assert np.isfinite(features_of(*np.ones((4, 1)))).all()
 
 
 def test_without_calibration_the_probability_is_the_mean_of_the_pixels() -> None:
     labels = np.array([[1, 1, 0]], np.int32)
     found = Confidence(np.array([[0.6, 0.8, 0.1]], np.float32), None)
     model = Model(network=NucleusNetwork((2, 2, 2)).eval(), config=Config())
-    assert nucleus_probability(model, labels, found, 0.5) == pytest.approx([0.7])
+    assert nucleus_probability(model, labels, found, 0.5, SegmentConfig()) == pytest.approx([0.7])
 
 
 def test_nuclei_must_be_probable_if_the_model_is_calibrated() -> None:
     plain = Model(network=NucleusNetwork((2, 2, 2)).eval(), config=Config())
-    model = replace(plain, calibration=Calibration(0.5, 1.0, -1.0, 2.0))
+    model = replace(plain, calibration=Calibration(0.5, 1.0, 2.0, -1.0, 0.5, -0.5))
     config = SegmentConfig(min_probability=0.3)
     probability = np.array([0.2, 0.3, 0.6])
     assert is_probable(model, probability, config).tolist() == [False, True, True]
@@ -171,7 +178,7 @@ def test_nuclei_must_be_probable_if_the_model_is_calibrated() -> None:
 def test_model_keeps_its_calibration(tmp_path: Path) -> None:
     config = replace(Config(), selftrain=replace(Config().selftrain, widths=(2, 2, 2)))
     plain = Model(network=NucleusNetwork((2, 2, 2)).eval(), config=config)
-    model = replace(plain, calibration=Calibration(0.5, 1.0, -1.0, 2.0))
+    model = replace(plain, calibration=Calibration(0.5, 1.0, 2.0, -1.0, 0.5, -0.5))
     loaded = Model.load(model.save(tmp_path, "one"))
     assert loaded.calibration == model.calibration
     assert loaded.digest == model.digest != plain.digest

@@ -391,7 +391,7 @@ def sure_samples(monkeypatch, probability):
 def calibrated_to(probability):
     """As ``calibrated``, but each nucleus has the same probability; None is no calibration."""
     logit = None if probability is None else float(np.log(probability / (1 - probability)))
-    calibration = None if logit is None else Calibration(logit, 0, 0, 0)
+    calibration = None if logit is None else Calibration(logit, 0, 0, 0, 0, 0)
     return lambda model, *_: replace(model, calibration=calibration)
 
 

@@ -33,6 +33,8 @@ from patchcl_qupath.storage.records import (
 
 _FORMAT = "patchcl-qupath model 2"
 _PROBABILITIES = (0.5, 0.999)  # of what is nucleus; nearer to 1, log-odds mean nothing
+_ELLIPSE = 0.02  # what even an ellipse of pixels lacks of one
+_LEAST_DIAMETER = 0.1  # relative to the typical one
 _BAND_PX = 3 * 2**19  # of an image that a network is run on at once: half a tile, with its halo
 
 # How a network of a model file is made, by its name there.
@@ -53,34 +55,42 @@ class Confidence(NamedTuple):
 class Calibration(NamedTuple):
     """How often a nucleus is right: a logistic regression on what the network makes of it.
 
-    The weights are those of the log-odds of its mean probability, of the logarithm of its area in
-    µm², and of the log-odds of the largest core probability in it.
+    The weights are those of the log-odds of its mean probability and of the largest core
+    probability in it; of the logarithm of what it lacks of an ellipse; and of the logarithm of its
+    diameter, relative to the typical one of its image, and the square of that: both those of the
+    typical size and all others may be right less often.
     """
 
     intercept: float
     probability: float
-    area: float
     core: float
+    ellipticity: float
+    diameter: float
+    diameter_squared: float
 
     def __call__(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The probability (N,) that nuclei are right; ``features`` (N, 3) of ``features_of``."""
+        """The probability (N,) that nuclei are right; ``features`` (N, 5) of ``features_of``."""
         logits = self.intercept + features @ np.array(self[1:])
         return np.asarray(1 / (1 + np.exp(-logits)))
 
 
 def features_of(
     mean_probability: NDArray[np.float64],
-    area_um2: NDArray[np.float64],
     largest_core: NDArray[np.float64],
+    ellipticity: NDArray[np.float64],
+    diameter: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """What a calibration sees of nuclei, (N, 3)."""
+    """What a calibration sees of nuclei, (N, 5), of (N,) each: the diameter is relative to the
+    typical one of the image."""
 
     def log_odds(p: NDArray[np.float64]) -> NDArray[np.float64]:
         p = np.clip(p, *_PROBABILITIES)
         return np.asarray(np.log(p / (1 - p)))
 
-    logarithm = np.log(np.maximum(area_um2, 1.0))
-    return np.stack([log_odds(mean_probability), logarithm, log_odds(largest_core)], axis=-1)
+    size = np.log(np.maximum(diameter, _LEAST_DIAMETER))
+    lacks = np.log(1 + _ELLIPSE - np.minimum(ellipticity, 1))
+    odds = [log_odds(mean_probability), log_odds(largest_core)]
+    return np.stack([*odds, lacks, size, size**2], axis=-1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -448,6 +448,11 @@ def _join_parts(
     return np.where(fits, highest[group], np.arange(len(peak))).astype(np.int32)
 
 
+def ellipticities(labels: NDArray[np.int32]) -> NDArray[np.float64]:
+    """The area of labels 1..N (H, W) over that of the ellipse with their second moments, (N,)."""
+    return _ellipticity(_sums(labels, int(labels.max(initial=0)) + 1, None)[0][1:])
+
+
 def _ellipticity(sums: NDArray[np.int64]) -> NDArray[np.float64]:
     """The area of regions (N,) over that of the ellipse with their second moments: 1 for ellipses.
 

@@ -7,20 +7,26 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.models.model import Confidence, Model, features_of
+from patchcl_qupath.segmentation.instances import ellipticities
 from patchcl_qupath.segmentation.measurements import counts, maxima, means, runs_of
 
 
 def nucleus_probability(
-    model: Model, labels: NDArray[np.int32], found: Confidence, mpp: float
+    model: Model,
+    labels: NDArray[np.int32],
+    found: Confidence,
+    mpp: float,
+    config: SegmentConfig,
 ) -> NDArray[np.float64]:
     """The probability (N,) that labels 1..N (H, W) are nuclei, with the right outline.
 
-    ``found`` is what the model made of the same pixels, at ``mpp`` µm per pixel. By a model without
-    calibration, the mean probability of its pixels.
+    ``found`` is what the model made of the same pixels, at ``mpp`` µm per pixel; ``config`` are the
+    settings by which they were separated, with the typical diameter of the image. By a model
+    without calibration, the mean probability of its pixels.
     """
     if model.calibration is None:
         return means(runs_of(labels), int(labels.max(initial=0)), found.nucleus)
-    return model.calibration(nucleus_features(labels, found, mpp))
+    return model.calibration(nucleus_features(labels, found, mpp, config))
 
 
 def is_probable(
@@ -36,13 +42,14 @@ def is_probable(
 
 
 def nucleus_features(
-    labels: NDArray[np.int32], found: Confidence, mpp: float
+    labels: NDArray[np.int32], found: Confidence, mpp: float, config: SegmentConfig
 ) -> NDArray[np.float64]:
-    """What a calibration sees of labels 1..N (H, W), (N, 3)."""
+    """What a calibration sees of labels 1..N (H, W), (N, 5)."""
     assert found.core is not None, "a network without cores is not calibrated"
     count, runs = int(labels.max(initial=0)), runs_of(labels)
     return features_of(
         mean_probability=means(runs, count, found.nucleus),
-        area_um2=np.asarray(counts(runs, count) * mpp**2, np.float64),
         largest_core=maxima(runs, count, found.core),
+        ellipticity=ellipticities(labels),
+        diameter=np.sqrt(4 / np.pi * counts(runs, count)) * mpp / config.typical_um,
     )

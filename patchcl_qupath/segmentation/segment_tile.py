@@ -138,7 +138,7 @@ def _measure(
     has_brown = image.normaliser is not None and image.normaliser.has_brown
     owned &= stain.is_enough(settings, has_brown)
     found = Confidence(predicted.probability, predicted.core)
-    probability = nucleus_probability(context.model, labels, found, image.slide.mpp)
+    probability = nucleus_probability(context.model, labels, found, image.slide.mpp, settings)
     owned &= is_probable(context.model, probability, settings)
     if context.typical.surest is not None:
         owned &= ~are_unlikely(probability, stain, context.typical.surest, settings)

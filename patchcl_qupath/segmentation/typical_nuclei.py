@@ -104,7 +104,7 @@ def _stains(
     mpp = image.slide.mpp
     labels = instances(found.nucleus, mpp, config, model.threshold, found.core)
     stain = NuclearStain.of(labels, crop, mpp, config)
-    probability = nucleus_probability(model, labels, found, mpp)
+    probability = nucleus_probability(model, labels, found, mpp, config)
     kept = is_probable(model, probability, config)
     kept &= stain.is_enough(config, image.normaliser.has_brown)
     return np.stack([probability, stain.red, stain.share_of_red])[:, kept]

@@ -98,7 +98,7 @@ def _of_crop(
     config: SegmentConfig,
     seed: tuple[int, ...],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The features (N, 3) of the nuclei in a crop, and their mean overlap (N,) with its views."""
+    """The features (N, 5) of the nuclei in a crop, and their mean overlap (N,) with its views."""
     rng = np.random.default_rng(seed)
     found = confidence(model, image, normaliser, engine)
     labels = _instances(model, found, config)
@@ -106,11 +106,11 @@ def _of_crop(
         _overlaps(labels, _instances(model, view, config))
         for view in _views(model, image, normaliser, engine, rng)
     ]
-    return nucleus_features(labels, found, model.mpp), np.mean(overlaps, axis=0)
+    return nucleus_features(labels, found, model.mpp, config), np.mean(overlaps, axis=0)
 
 
 def logistic_regression(x: NDArray[np.float64], y: NDArray[np.float64]) -> Calibration:
-    """The regression of probabilities y (N,) on features x (N, 3), by Newton's method."""
+    """The regression of probabilities y (N,) on features x (N, 5), by Newton's method."""
     mean, deviation = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
     design = np.column_stack([np.ones(len(x)), (x - mean) / deviation])
     weights = np.zeros(design.shape[1])

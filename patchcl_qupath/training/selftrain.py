@@ -334,7 +334,8 @@ def _of_network(
     if teacher.calibration is None:
         return labels
     settings = teacher.config.cdcl
-    probability = nucleus_probability(teacher, nuclei, Confidence(nucleus, core), teacher.mpp)
+    means_of_turns = Confidence(nucleus, core)
+    probability = nucleus_probability(teacher, nuclei, means_of_turns, teacher.mpp, separation)
     several = are_several(nuclei, settings.large_area, settings.min_solidity)
     return only_sure(
         labels,
