@@ -27,7 +27,7 @@ from patchcl_qupath.training.pseudo_labels import (
     pseudo_labels,
     separated,
 )
-from patchcl_qupath.training.selftrain import LabelledCrop
+from patchcl_qupath.training.selftrain import LabelledCrop, of_sure_nuclei
 from patchcl_qupath.training.supervision import (
     TrainingSample,
     bce_dice_loss,
@@ -102,6 +102,20 @@ def test_a_dark_clump_that_does_not_split_into_nuclei_is_background():
     assert background[ndimage.binary_erosion(band, iterations=2)].all()
     _, background = find(stains, prediction, replace(CONFIG, min_covered=0.0))
     assert not background[ndimage.binary_erosion(band, iterations=2)].any()
+
+
+def test_clumps_have_room_for_many_nuclei():
+    ground_truth = discs((140, 240), [(20, 40, 8), (110, 50, 8)])
+    rows, cols = np.mgrid[:140, :240]
+    large = (np.abs(rows - 70) < 50) & (np.abs(cols - 150) < 50)  # 2,450 µm²
+    small = (np.abs(rows - 70) < 30) & (np.abs(cols - 220) < 15)
+    stains, prediction = tissue(np.where(large | small, 9, ground_truth).astype(np.int32))
+    glass = np.zeros(ground_truth.shape, np.bool_)
+    (labels,) = pseudo_labels([stains], [glass], [prediction], MPP, CONFIG)
+    assert labels.clumps.max() == 1
+    inside, beside = ndimage.binary_erosion(large, iterations=3), ~ndimage.binary_dilation(large)
+    assert labels.clumps[inside].all()
+    assert not labels.clumps[beside].any()
 
 
 def test_a_strand_on_glass_is_background():
@@ -211,6 +225,7 @@ def test_background_beside_an_unsure_nucleus_is_unlabelled_too():
     np.testing.assert_array_equal(sure.nuclei > 0, (nuclei > 0) & near)
     assert sure.nuclei.max() == 2
     np.testing.assert_array_equal(sure.background, labels.background & near)
+    np.testing.assert_array_equal(sure.doubtful, labels.background & ~near)
     of_none = only_sure(labels, is_sure=~every, is_single=every)
     assert not of_none.nuclei.any()
     assert not of_none.background.any()
@@ -233,6 +248,26 @@ def test_background_without_a_nucleus_is_sure():
     sure = only_sure(labels, is_sure=none, is_single=none)
     np.testing.assert_array_equal(sure.background, labels.background)
     assert not sure.nuclei.any()
+
+
+@pytest.mark.parametrize(("sure_px", "is_taught"), [(0, True), (59, True), (61, False)])
+def test_doubtful_background_is_taught_in_clumps_without_sure_nuclei(sure_px, is_taught):
+    stains = np.zeros((60, 80, 3), np.float32)
+    clumps = np.zeros((60, 80), np.int32)
+    clumps[5:55, 5:45], clumps[5:55, 50:70] = 1, 2  # of 2,000 and 1,000 px, of which 3 % are 60, 30
+    nuclei, doubtful = np.zeros(clumps.shape, np.int32), clumps == 0
+    doubtful[10:50, 10:40], doubtful[10:50, 52:68] = True, True
+    nuclei[5:10, 5:45].flat[:sure_px] = 1  # in what is not doubtful
+    nuclei[5:10, 50:60] = 2
+    none = np.zeros(clumps.shape, np.bool_)
+    found = LabelledCrop(stains, PseudoLabels(nuclei, none, doubtful=doubtful))
+    before = LabelledCrop(stains, PseudoLabels(nuclei, none, none, clumps))
+    taught = of_sure_nuclei(found, before).labels
+    np.testing.assert_array_equal(taught.nuclei, nuclei)
+    # Neither beside the clumps, nor in the second one, nor what may be a nucleus in the first.
+    np.testing.assert_array_equal(taught.background, doubtful & (clumps == 1) & is_taught)
+    without = before._replace(labels=before.labels._replace(clumps=None))
+    assert not of_sure_nuclei(found, without).labels.background.any()
 
 
 def test_loss_ignores_unlabelled_pixels():
@@ -500,7 +535,7 @@ def test_what_a_network_finds_in_an_artefact_is_taught_as_background():
     artefacts = np.zeros((60, 110), bool)
     artefacts[:, 55:84] = True  # all of the second nucleus, and a piece of the third
     stains, _ = tissue(nuclei)
-    nothing = PseudoLabels(0 * nuclei, artefacts, artefacts)
+    nothing = PseudoLabels(0 * nuclei, artefacts, artefacts, clumps=1 * artefacts)
     found = LabelledCrop(stains, PseudoLabels(nuclei, nuclei == 0))
     labels = selftrain.without_artefacts(found, LabelledCrop(stains, nothing)).labels
     np.testing.assert_array_equal(labels.nuclei > 0, (nuclei == 1) | (nuclei == 3))
@@ -508,6 +543,7 @@ def test_what_a_network_finds_in_an_artefact_is_taught_as_background():
     beside = (nuclei == 2) & ~artefacts  # what is left of the second one is unlabelled
     np.testing.assert_array_equal(labels.background, (labels.nuclei == 0) & ~beside)
     assert labels.artefacts is artefacts  # for the next round
+    assert labels.clumps is nothing.clumps
     outside = selftrain.outside_artefacts(found, LabelledCrop(stains, nothing))
     np.testing.assert_array_equal(outside, labels.nuclei)
     assert selftrain.without_artefacts(found, found) is found

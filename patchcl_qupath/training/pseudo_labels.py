@@ -36,16 +36,25 @@ _GLASS_DENSITY = 0.05  # mean of the colours; less is no tissue
 _RING_UM = (1.0, 3.0)  # around a clump: glass or tissue?
 _FULL_SCORE = 0.2  # above the solidity at which a component scores 0
 _SEPARATION = SegmentConfig(min_area_um2=2, max_hole_um2=1)  # of components, which have no holes
+_MANY_UM2 = 2000.0  # that a clump has room for many nuclei in
+_LEAST_SURE = 0.03  # of the area of such a clump, if there are nuclei in it
 _BORDER_PX = 1.5  # width of what separates components that touch
 _CROSS = ndimage.generate_binary_structure(2, 1)  # 3 px wide
 
 
 class PseudoLabels(NamedTuple):
-    """Confident foreground and background of a crop; all other pixels are unlabelled."""
+    """Confident foreground and background of a crop; all other pixels are unlabelled.
+
+    By PatchCL, ``artefacts`` are of the background (see ``artefact_mask``), and ``clumps`` are dark
+    areas with room for many nuclei. By a network, ``doubtful`` is background that is nearest to
+    what may be a nucleus, and is unlabelled for that.
+    """
 
     nuclei: NDArray[np.int32]  # labels (H, W), 1..N
     background: NDArray[np.bool_]  # (H, W)
-    artefacts: NDArray[np.bool_] | None = None  # (H, W): of the background, see ``artefact_mask``
+    artefacts: NDArray[np.bool_] | None = None  # (H, W)
+    clumps: NDArray[np.int32] | None = None  # labels (H, W), 1..K
+    doubtful: NDArray[np.bool_] | None = None  # (H, W)
 
 
 def only_sure(
@@ -61,15 +70,27 @@ def only_sure(
     but may be several nuclei in one, it stays: much of that is keratin, which no background would
     be taught beside.
     """
-    keep = np.append(False, is_sure)
-    background = labels.background
-    if len(is_sure):
-        nearest = ndimage.distance_transform_edt(
-            labels.nuclei == 0, return_distances=False, return_indices=True
-        )
-        background = background & keep[labels.nuclei[tuple(nearest)]]
-    keep = np.append(False, is_sure & is_single)
-    return labels._replace(nuclei=keep_labels(labels.nuclei, keep), background=background)
+    if not len(is_sure):
+        return labels
+    nearest = ndimage.distance_transform_edt(
+        labels.nuclei == 0, return_distances=False, return_indices=True
+    )
+    near_sure = np.append(False, is_sure)[labels.nuclei[tuple(nearest)]]
+    return labels._replace(
+        nuclei=keep_labels(labels.nuclei, np.append(False, is_sure & is_single)),
+        background=labels.background & near_sure,
+        doubtful=labels.background & ~near_sure,
+    )
+
+
+def clumps_without_nuclei(clumps: NDArray[np.int32], sure: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Where (H, W) clumps are that hold hardly a nucleus of those (H, W) that a network is sure of.
+
+    In keratin it finds many, but is sure of none: 2,000 µm² of tissue has some 50 nuclei.
+    """
+    count = int(clumps.max(initial=0))
+    covered = means(runs_of(clumps), count, (sure > 0).astype(np.float32))
+    return np.asarray(np.append(False, covered < _LEAST_SURE)[clumps])
 
 
 def pseudo_labels(
@@ -157,6 +178,7 @@ def _of_crop(
         nuclei=keep_labels(labels, confident),
         background=background & (labels == 0),
         artefacts=artefacts & (labels == 0),
+        clumps=large_pieces(d > slide.levels[0], mpp**2, _MANY_UM2),
     )
 
 

@@ -45,6 +45,7 @@ from patchcl_qupath.training.calibration import calibrated, separation_of_slide
 from patchcl_qupath.training.pseudo_labels import (
     PseudoLabels,
     are_several,
+    clumps_without_nuclei,
     is_glass,
     keep_labels,
     only_sure,
@@ -144,19 +145,15 @@ def _sure_samples(
 ) -> list[TrainingSample]:
     """The crops with the nuclei that a model is sure of, by a calibration, as samples.
 
-    Of what was an artefact ``before``, which may be a dark nucleus, none is a nucleus, and no more
-    is background than the network says itself. None where there are too few nuclei for a
-    calibration, or too few that it is sure of: a network that is taught background alone unlearns
-    nuclei.
+    ``before`` are the pseudo-labels that the network was taught by. None where there are too few
+    nuclei for a calibration, or too few that it is sure of: a network that is taught background
+    alone unlearns nuclei.
     """
     model = calibrated(model, crops, counter(progress, Stage.CALIBRATING))
     if model.calibration is None:
         return []
     found = pseudo_labelled(crops, model, counter(progress, Stage.CHOOSING_PSEUDO_LABELS))
-    sure = [
-        crop.with_nuclei(outside_artefacts(crop, old))
-        for crop, old in zip(found, before, strict=True)
-    ]
+    sure = [*map(of_sure_nuclei, found, before)]
     enough = _nucleus_px(sure) >= max(1, _LEAST_SURE * _nucleus_px(before))
     return [crop.sample for crop in sure] if enough else []
 
@@ -219,10 +216,6 @@ class LabelledCrop(NamedTuple):
         """What a network is trained on."""
         return TrainingSample(self.stains, targets(self.labels.nuclei, self.labels.background))
 
-    def with_nuclei(self, nuclei: NDArray[np.int32]) -> LabelledCrop:
-        """The crop with these nuclei (H, W) instead."""
-        return self._replace(labels=self.labels._replace(nuclei=nuclei))
-
 
 def pseudo_labelled(crops: TrainingCrops, teacher: Model, report: ShowCount) -> list[LabelledCrop]:
     """The crops, in their order, with the pseudo-labels that a network can learn from ``teacher``.
@@ -259,7 +252,7 @@ def without_artefacts(crop: LabelledCrop, before: LabelledCrop) -> LabelledCrop:
         return crop
     nuclei = outside_artefacts(crop, before)
     background = (crop.labels.background | artefacts) & (nuclei == 0)
-    return crop._replace(labels=PseudoLabels(nuclei, background, artefacts))
+    return crop._replace(labels=before.labels._replace(nuclei=nuclei, background=background))
 
 
 def outside_artefacts(crop: LabelledCrop, before: LabelledCrop) -> NDArray[np.int32]:
@@ -270,6 +263,20 @@ def outside_artefacts(crop: LabelledCrop, before: LabelledCrop) -> NDArray[np.in
     count = int(nuclei.max(initial=0))
     share = means(runs_of(nuclei), count, artefacts.astype(np.float32))
     return keep_labels(nuclei, np.append(False, share < _MAX_ARTEFACT))
+
+
+def of_sure_nuclei(crop: LabelledCrop, before: LabelledCrop) -> LabelledCrop:
+    """A crop with the nuclei that a network is sure of, but for those in what was an artefact
+    ``before``, which may be a dark nucleus: it is no more background than the network says itself.
+
+    In clumps that hold hardly one of them, doubtful background is background: a network that is
+    taught none in keratin never learns that it is no nuclei.
+    """
+    nuclei, labels = outside_artefacts(crop, before), crop.labels
+    background, clumps = labels.background, before.labels.clumps
+    if clumps is not None and labels.doubtful is not None:
+        background = background | (labels.doubtful & clumps_without_nuclei(clumps, nuclei))
+    return crop._replace(labels=PseudoLabels(nuclei, background))
 
 
 def training_samples(
