@@ -57,8 +57,8 @@ class Calibration(NamedTuple):
 
     The weights are those of the log-odds of its mean probability and of the largest core
     probability in it; of the logarithm of what it lacks of an ellipse; and of the logarithm of its
-    diameter, relative to the typical one of its image, and the square of that: both those of the
-    typical size and all others may be right less often.
+    diameter, relative to the typical one of its image, and of the square of that, since what is far
+    smaller and what is far larger may both be wrong.
     """
 
     intercept: float
