@@ -37,7 +37,7 @@ _RING_UM = (1.0, 3.0)  # around a clump: glass or tissue?
 _FULL_SCORE = 0.2  # above the solidity at which a component scores 0
 _SEPARATION = SegmentConfig(min_area_um2=2, max_hole_um2=1)  # of components, which have no holes
 _MANY_UM2 = 2000.0  # that a clump has room for many nuclei in
-_LEAST_SURE = 0.03  # of the area of such a clump, if there are nuclei in it
+_LEAST_COVERED = 0.03  # of the area of such a clump, by nuclei, if there are any in it
 _BORDER_PX = 1.5  # width of what separates components that touch
 _CROSS = ndimage.generate_binary_structure(2, 1)  # 3 px wide
 
@@ -90,7 +90,7 @@ def clumps_without_nuclei(clumps: NDArray[np.int32], sure: NDArray[np.int32]) ->
     """
     count = int(clumps.max(initial=0))
     covered = means(runs_of(clumps), count, (sure > 0).astype(np.float32))
-    return np.asarray(np.append(False, covered < _LEAST_SURE)[clumps])
+    return np.asarray(np.append(False, covered < _LEAST_COVERED)[clumps])
 
 
 def pseudo_labels(
