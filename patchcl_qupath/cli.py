@@ -145,7 +145,7 @@ def run(
             advice = "pass --retrain to train it anew"
             _check_training(project, name, reading.config, seed=overrides.seed, advice=advice)
         click.echo(f"Nuclei are written by {project.backend}", err=True)
-        from patchcl_qupath.finished import all_finished
+        from patchcl_qupath.finished import all_finished, is_reported
         from patchcl_qupath.storage.geojson import run_classes
 
         regions = (TMA_CORES,) if tma else run_classes(within)
@@ -158,7 +158,7 @@ def run(
                 )
             )
             page: Path | None = project.layout.report_page
-            if outcomes is None or not project.layout.report_page.exists():
+            if outcomes is None or not is_reported(project, entries):
                 with showing() as progress:
                     outcomes = _segmented(
                         project,

@@ -16,6 +16,7 @@ from patchcl_qupath.config import TMA_CORES, Config, EngineChoice, from_dict, to
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError
 from patchcl_qupath.project import Project
+from patchcl_qupath.project.names import is_compartment_first
 from patchcl_qupath.slides.pixel_size import PixelSizeSource
 from patchcl_qupath.slides.signature import slide_signature
 from patchcl_qupath.slides.stain_vectors import stains_to_measure
@@ -84,6 +85,16 @@ def all_finished(
             return None
         outcomes.append(outcome)
     return outcomes
+
+
+def is_reported(project: Project, entries: Sequence[ImageEntry]) -> bool:
+    """Whether the report was written after what it shows of images: a run may stop before it."""
+    layout = project.layout
+    made = [
+        path for entry in entries for path in (layout.result(entry.id), layout.outcome(entry.id))
+    ]
+    page = layout.report_page
+    return page.exists() and not any(_is_newer(path, page) for path in made)
 
 
 def finished_outcome(
@@ -206,6 +217,11 @@ def _is_same_in_qupath(
     Where QuPath's own files would have to be read by QuPath, only their times are looked at.
     """
     settings = from_dict(result.config)
+    if settings.cells.are_grown and result.is_compartment_first not in (
+        None,
+        is_compartment_first(project.qupath_version),
+    ):
+        return False  # another QuPath has saved the project since, whose names differ
     if settings.result.summarise or TMA_CORES in result.within:
         return False  # what is counted may have changed
     if project.backend.writes_into_qupath:

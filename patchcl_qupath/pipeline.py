@@ -569,6 +569,7 @@ class Run:
                 size=image.slide.size,
                 mpp=image.slide.mpp_level0,
                 mpp_source=image.slide.mpp_source,
+                origin=image.slide.origin,
             ),
             model_name=self.model_name,
             stains=image.stains,

@@ -12,11 +12,13 @@ from patchcl_qupath.project import Project
 from patchcl_qupath.project.imported import imported_nuclei
 from patchcl_qupath.slides.signature import slide_signature
 from patchcl_qupath.storage.records import (
+    ImageOutcome,
     Imported,
     Record,
     RemovedRecord,
     ResultRecord,
     read_model_record,
+    read_record,
     read_result,
 )
 
@@ -76,6 +78,9 @@ def image_status(
     failed = len(result.failed_tiles)
     models = _models(project) if models is None else models
     changed = _changed(entry, result, models)
+    outcome = read_record(project.layout.outcome(entry.id), ImageOutcome)
+    if outcome is not None and outcome.problem not in (None, entry.problem):
+        changed.append(f"a run failed: {outcome.problem}")
     if not qupath.is_current:
         changed.append("not in QuPath yet")
     elif not qupath.is_saved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ from patchcl_qupath.config import Config, ResultConfig, from_dict, parse_positiv
 from patchcl_qupath.datatypes import DrawnRegion, Nuclei, StainKind, StainVectors
 from patchcl_qupath.errors import ConfigError, ImageError
 from patchcl_qupath.segmentation.measurements import measurement_names
-from patchcl_qupath.slides.stain_vectors import H_DAB, H_E
+from patchcl_qupath.slides.stain_vectors import H_DAB, H_E, dab_of, hematoxylin_of
 from patchcl_qupath.storage.parquet import from_table, to_table
 from patchcl_qupath.storage.records import AllredScore, PositivityRecord
 
@@ -115,14 +116,22 @@ def test_two_spellings_of_a_class_are_one() -> None:
         ResultConfig(class_name=" : ")
 
 
-def find(positive: str, names: Sequence[str], values: Any = (), stains: Any = H_DAB) -> Positivity:
+def find(
+    positive: str,
+    names: Sequence[str],
+    values: Any = (),
+    stains: Any = H_DAB,
+    hematoxylin: Any = None,
+) -> Positivity:
+    """Of nuclei whose hematoxylin is the same, unless it is given."""
+    same = np.zeros(len(values)) if hematoxylin is None else hematoxylin
     return find_positivity(
         positive,
         image="a.svs",
         base_class="Nucleus",
         stains=stains,
         names=names,
-        values=lambda _: [np.asarray(values, np.float32)],
+        values=lambda name: [np.asarray(same if "Hema" in name else values, np.float32)],
     )
 
 
@@ -222,6 +231,12 @@ def test_nothing_is_brown_below_a_density_of_a_tenth() -> None:
         (two_modes(0.05, 0.6, 0.3, 30)[0], "too few nuclei (30)"),
         (two_modes(0.03, 0.03, 0.5, 900)[0], "hardly any nucleus has DAB"),
         (two_modes(0.3, 0.3, 0.5, 900)[0], "has one mode, not two"),
+        # Pale and dark nuclei without DAB; weak and strong ones of a slide without negatives.
+        (
+            np.random.default_rng(0).normal([0.03, 0.15], [0.02, 0.025], (2500, 2)).ravel(),
+            "has two modes, both below it",
+        ),
+        (two_modes(0.4, 1.5, 0.5, 5000)[0], "has two modes, both above it"),
         (np.full(100, 0.3), "has one mode, not two"),
         (np.full(100, np.nan), "too few nuclei (0)"),
         (np.linspace(0.1, 0.5, 500), "has one mode, not two"),
@@ -236,6 +251,26 @@ def test_without_two_modes_there_is_a_note(values: Any, note: str) -> None:
     assert note in str(found)
     record = find("auto", ["DAB: Mean"], values).record
     assert (record.thresholds, record.found, record.note) == ((0.2,), False, found)
+
+
+def test_nuclei_that_are_dark_without_dab_are_no_positive_ones() -> None:
+    """With stain vectors of another slide, DAB is a share of hematoxylin."""
+    names, (values, positive) = ["Hematoxylin: Mean", "DAB: Mean"], two_modes(0.1, 0.5, 0.4, 5000)
+    noise = np.random.default_rng(2).normal(0, 0.03, 5000)
+    record = find("auto", names, values, hematoxylin=2 * values + noise).record
+    assert (record.thresholds, record.found) == ((0.2,), False)
+    assert "rises with their hematoxylin" in str(record.note)
+    in_turn = find("auto", names, values, hematoxylin=0.5 - 0.2 * positive + noise).record
+    assert in_turn.found
+    assert 0.1 < in_turn.thresholds[0] < 0.5
+
+
+def test_stains_are_known_by_their_vectors() -> None:
+    """A person may give them in another order, or other names."""
+    turned = replace(H_DAB, names=("Ki-67", "Haematoxylin"), vectors=H_DAB.vectors[::-1])
+    assert (dab_of(turned), hematoxylin_of(turned)) == ("Ki-67", "Haematoxylin")
+    assert (dab_of(H_DAB), hematoxylin_of(H_DAB)) == ("DAB", "Hematoxylin")
+    assert (dab_of(H_E), hematoxylin_of(H_E)) == (None, "Hematoxylin")
 
 
 SQUARE = shapely.box(0, 0, 100, 100)

@@ -35,7 +35,9 @@ from patchcl_qupath.datatypes import FailedTile, Nuclei
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.report.page import write_report
+from patchcl_qupath.status import image_statuses
 from patchcl_qupath.storage.geojson import read_objects
+from patchcl_qupath.storage.records import ImageOutcome, PositivityRecord, write_record
 
 GRADES = (0.2, 0.4, 0.6)
 
@@ -131,6 +133,8 @@ def test_a_row_for_each_image(project: Project) -> None:
         "Nucleus: Allred proportion": "4",
         "Nucleus: Allred intensity": "2",
         "Nucleus: Allred score": "6",
+        "PatchCL: 1+ threshold": "0.2",
+        "PatchCL: 3+ threshold": "0.6",
         "PatchCL: Tissue mm^2": "0.01",
         "PatchCL: Nuclei per mm^2": "500",
         "Num Nucleus: Negative per mm^2": "200",
@@ -249,6 +253,55 @@ def test_a_name_with_an_id_is_not_that_of_another_image(tmp_path: Path) -> None:
     assert [row["Image"] for row in rows[3:]] == ["t.svs (4)", "t.svs (5)", "t.svs (4) (6)"]
 
 
+def test_the_name_of_a_file_does_not_depend_on_what_else_is_exported(tmp_path: Path) -> None:
+    """What follows a dot is a part of a name, unless it is the suffix of an image's file."""
+    names = ["Pt12.Ki67", "Pt12.ER", "s.svs", "s.ndpi", "x.ome.tiff"]
+    project = make_project(tmp_path / "made", names)
+    for number, name in enumerate(names):
+        write(project, number, nuclei(name, 1 + number))
+    folder = tmp_path / "tables"
+    stems = ["Pt12.Ki67", "Pt12.ER", "s-3", "s-4", "x"]
+    for number, stem in enumerate(stems):
+        image = ("--image", f"id:{number + 1}")
+        (path,) = exported(project, "--to", "csv", "--output", folder, *image)
+        assert (path.name, len(rows_of(path))) == (f"{stem}.csv", number + 1)
+    together = exported(project, "--to", "csv", "--output", folder)
+    assert [path.name for path in together] == [f"{stem}.csv" for stem in stems]
+
+
+def test_results_of_several_runs_are_a_note(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "made", ["a.svs", "b.svs"])
+    for number in range(2):
+        write(project, number, nuclei("ab"[number], 2))
+    assert "runs" not in call(project.path, "--to", "csv").stderr
+    write(project, 1, nuclei("b", 2), run="f" * 16)
+    assert "nuclei of these images are of 2 runs" in call(project.path, "--to", "csv").stderr
+
+
+def test_nuclei_of_a_run_before_one_that_failed_are_a_note(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "made", ["a.svs", "b.svs"])
+    for number, entry in enumerate(project.images()):
+        write(project, number, nuclei("ab"[number], 2))
+        problem = "the disk is full" if number else None
+        outcome = ImageOutcome(id=entry.id, image=entry.name, problem=problem)
+        write_record(project.layout.outcome(entry.id), outcome)
+    done = call(project.path, "--to", "csv")
+    assert (
+        "b.svs: its last run failed, and its nuclei are those of a run before: the disk is full"
+        in (done.stderr)
+    )
+    assert "a.svs: its last run" not in done.stderr
+    statuses = image_statuses(project, project.images())
+    assert [any("the disk is full" in one for one in s.changed) for s in statuses] == [False, True]
+
+
+def test_the_note_on_a_threshold_that_was_not_found_is_told(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "made", ["a.svs"])
+    record = PositivityRecord(measurement="DAB: Mean", thresholds=(0.2,), note="hardly any")
+    write(project, 0, nuclei("a", 2), positivity=record)
+    assert "a.svs: hardly any" in call(project.path, "--to", "csv", "--per", "image").stderr
+
+
 def test_tiles_that_failed_are_a_note(tmp_path: Path) -> None:
     project = make_project(tmp_path / "made", ["a.svs", "b.svs"])
     failed = FailedTile(x=0, y=0, width=9, height=9, reason="damaged")
@@ -354,6 +407,17 @@ def test_visium_hd_gets_plain_numbered_polygons(project: Project) -> None:
         assert ring[0] == ring[-1]
     assert shapely.Polygon(ring).centroid.coords[0] == (700, 700)  # px, as in the microscope image
     assert len(json.loads(second.read_text("utf-8"))["features"]) == 2
+
+
+def test_cells_of_a_run_before_are_no_more_beside_the_nuclei(
+    project: Project, tmp_path: Path
+) -> None:
+    grow(project, 1, um=2)
+    arguments = ("--to", "visium-hd", "--output", tmp_path / "out", "--image", "b.svs")
+    assert [path.name for path in exported(project, *arguments)][1] == "b.cells.geojson"
+    write(project, 1, nuclei("b", 2))
+    assert [path.name for path in exported(project, *arguments)] == ["b.nuclei.geojson"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.nuclei.geojson"]
 
 
 def test_cells_are_exported_beside_their_nuclei(project: Project) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from conftest import QUICK, copy_sample
@@ -20,10 +21,10 @@ from survivor import left_by_run
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import EngineChoice
 from patchcl_qupath.errors import StorageError
-from patchcl_qupath.finished import _fits, all_finished
+from patchcl_qupath.finished import _fits, _is_same_in_qupath, all_finished, is_reported
 from patchcl_qupath.project import open_project
 from patchcl_qupath.report.found import find_image
-from patchcl_qupath.storage.records import ImageOutcome
+from patchcl_qupath.storage.records import ImageOutcome, ResultRecord, read_record
 
 HEAVY = {
     "torch",
@@ -137,6 +138,35 @@ def test_status_imports_nothing_heavy(folder: Path) -> None:
     text, modules = call("status", folder)
     assert "done" in text
     assert not HEAVY & modules
+
+
+def test_a_report_that_a_run_did_not_come_to_is_written(folder: Path) -> None:
+    project = open_project(folder, "files")
+    page = project.layout.report_page
+    assert not is_reported(project, project.images())
+    page.write_text("a report")
+    assert is_reported(project, project.images())
+    result = project.layout.result("1")
+    os.utime(result, ns=2 * (page.stat().st_mtime_ns + 1,))  # a later run, which was stopped
+    assert not is_reported(project, project.images())
+
+
+def test_cells_with_names_of_another_qupath_are_written_again(folder: Path) -> None:
+    """Those of the project are of 0.5; where nuclei have no cells, no name differs."""
+    project = open_project(folder, "files")
+    (entry,) = project.images()
+    result = read_record(project.layout.result("1"), ResultRecord)
+    assert result is not None
+    assert result.is_compartment_first is False
+    with_cells = {**result.config, "cells": {**result.config["cells"], "expansion_um": 5.0}}
+    for config, names, same in (
+        (with_cells, False, True),
+        (with_cells, True, False),
+        (with_cells, None, True),
+        (result.config, True, True),
+    ):
+        made = msgspec.structs.replace(result, config=config, is_compartment_first=names)
+        assert _is_same_in_qupath(project, entry, made, "") is same
 
 
 def touch(path: Path) -> None:

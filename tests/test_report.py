@@ -122,6 +122,16 @@ def test_a_median_is_that_of_the_nuclei_also_beyond_the_bars(middle):
     assert found.counts == np.histogram(np.clip(values, 0, 300), 30, (0, 300))[0].tolist()
 
 
+def test_a_median_below_zero_is_no_zero():
+    """Deconvolution has nuclei with less than no hematoxylin, which are in the first bar."""
+    values = np.random.default_rng(0).normal(-0.05, 0.02, 5000).astype(np.float32)
+    histogram = _RunningHistogram(highest=1.5, bars=30, fine=50)
+    histogram.add(values)
+    found = histogram.record()
+    assert found.median == pytest.approx(np.median(values), abs=0.001)
+    assert found.counts == [5000] + [0] * 29
+
+
 @pytest.mark.parametrize(
     ("values", "median"),
     [

@@ -22,7 +22,7 @@ _LEAST_IN_ALL = 40
 _LEAST_APART = 2.0  # Ashman's D
 _VALLEY = 0.75  # of the density at the lower mode, which that between the modes must be below
 _HARDLY_ANY = 0.01  # of the nuclei above the usual threshold
-_DAB = 0.1  # optical density below which nothing is brown, so no threshold is
+_DAB = 0.1  # optical density below which no threshold is, as nothing there is brown
 _BESIDE = 0.02  # optical density within which values are counted for the density at one
 
 
@@ -126,6 +126,8 @@ def threshold_between(densities: NDArray[np.float32]) -> tuple[float, str | None
     """The optical density (N,) between negative and positive nuclei, and a note for people.
 
     The note is None where two modes were found; else it is why the threshold is QuPath's usual one.
+    Two modes on one side of that, by most nuclei of either, are not taken: they are pale and dark
+    nuclei of a slide without DAB, or weak and strong ones of a slide without negatives.
     """
     known = densities[np.isfinite(densities)].astype(np.float64)
     usual = f"the threshold is {USUAL_THRESHOLD}"
@@ -135,19 +137,26 @@ def threshold_between(densities: NDArray[np.float32]) -> tuple[float, str | None
     high = float(np.exp(mixture.means[1]) - _OFFSET)
     threshold = float(np.exp(mixture.crossing) - _OFFSET)
     few = mixture.weights.min() * len(known) < _LEAST_NUCLEI
-    apart = mixture.apart >= _LEAST_APART and mixture.has_valley and high >= _DAB
+    apart = mixture.apart >= _LEAST_APART and mixture.has_valley
     if threshold < _DAB:
         # Densities below 0 are one value to the mixture, which may pass for a mode of its own.
         apart &= _fewer_at(_DAB, high, known)
         threshold = _DAB
-    if few or not apart:
-        if np.mean(known >= USUAL_THRESHOLD) < _HARDLY_ANY:
-            return USUAL_THRESHOLD, f"hardly any nucleus has DAB: {usual}"
-        return USUAL_THRESHOLD, (
-            f"DAB of its nuclei has one mode, not two: {usual}; look at the classes, and give "
-            "another threshold where they are wrong"
-        )
-    return round(threshold, 4), None
+    above, below = known[known >= threshold], known[known < threshold]
+    positive_is_brown = np.median(above) >= USUAL_THRESHOLD if len(above) else False
+    negative_is_brown = np.median(below) >= USUAL_THRESHOLD if len(below) else False
+    two_modes = apart and not few
+    if two_modes and positive_is_brown and not negative_is_brown:
+        return round(threshold, 4), None
+    if np.mean(known >= USUAL_THRESHOLD) < _HARDLY_ANY:
+        return USUAL_THRESHOLD, f"hardly any nucleus has DAB: {usual}"
+    modes = "has one mode, not two"
+    if two_modes:
+        modes = f"has two modes, both {'above' if negative_is_brown else 'below'} it"
+    return USUAL_THRESHOLD, (
+        f"DAB of its nuclei {modes}: {usual}; look at the classes, and give another threshold "
+        "where they are wrong"
+    )
 
 
 def _fewer_at(valley: float, high: float, values: NDArray[np.float64]) -> bool:

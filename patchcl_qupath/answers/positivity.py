@@ -17,11 +17,19 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.answers.mixture import USUAL_THRESHOLD, threshold_between
 from patchcl_qupath.config import GRADES, INTENSITY_COLOURS, NEGATIVE, POSITIVE, parse_positive
-from patchcl_qupath.datatypes import Nuclei, StainKind, StainVectors
+from patchcl_qupath.datatypes import Nuclei, StainVectors
 from patchcl_qupath.errors import ImageError
+from patchcl_qupath.slides.stain_vectors import dab_of, hematoxylin_of
 from patchcl_qupath.storage.parquet import Table, with_classes
 from patchcl_qupath.storage.records import AllredScore, PositivityRecord
 
+# Of DAB and hematoxylin over nuclei: at most .27 in the images of DeepLIIF, and 1 without DAB.
+_LEAST_CORRELATION = 0.8
+_OF_DARK = (
+    f"DAB of its nuclei rises with their hematoxylin: the threshold is {USUAL_THRESHOLD}; its "
+    "stain vectors may be those of another slide, and what is positive may be dark without DAB: "
+    "look at the classes"
+)
 _OF_CELLS = {"cell", "cytoplasm"}
 _IMPLIED = {"nucleus", "od"}  # left out of the names of measurements, or spelt out, without change
 
@@ -106,28 +114,38 @@ def find_positivity(
     """
     given = parse_positive(positive)
     asked = given[0] if given else f"nucleus {dab_of(stains)} mean"
-    measurement = next((name for name in names if _words(name) == _words(asked)), None)
+    measurement = _named(asked, names)
     if measurement is None and names:
         raise ImageError(_unknown(image, asked, names))
     record = PositivityRecord(measurement=measurement or asked, thresholds=(USUAL_THRESHOLD,))
     if given:
         record = msgspec.structs.replace(record, thresholds=given[1])
     else:
-        of_nuclei = values(measurement) if measurement else ()
-        all_values = np.concatenate([np.empty(0, np.float32), *of_nuclei])
-        threshold, note = threshold_between(all_values)
+        hematoxylin = _named(f"nucleus {hematoxylin_of(stains)} mean", names)
+        densities = [
+            np.concatenate([np.empty(0, np.float32), *(values(name) if name else ())])
+            for name in (measurement, hematoxylin)
+        ]
+        threshold, note = threshold_between(densities[0])
+        if note is None and _correlation(*densities) >= _LEAST_CORRELATION:
+            threshold, note = USUAL_THRESHOLD, _OF_DARK
         record = msgspec.structs.replace(
             record, thresholds=(threshold,), found=note is None, note=note
         )
     return Positivity(record=record, base_class=base_class)
 
 
-def dab_of(stains: StainVectors) -> str | None:
-    """The name of the stain that is DAB; None without one."""
-    named = [name for name in stains.names if "dab" in name.lower()]
-    if named:
-        return named[0]
-    return stains.names[1] if stains.kind is StainKind.H_DAB else None
+def _named(asked: str, names: Sequence[str]) -> str | None:
+    """The measurement that a person asks for; None without one."""
+    return next((name for name in names if _words(name) == _words(asked)), None)
+
+
+def _correlation(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """Pearson's coefficient of two measurements (N,) of nuclei; 0 where one is the same in all."""
+    both = np.stack([one, other])[:, np.isfinite(one) & np.isfinite(other)].astype(np.float64)
+    deviations = both - both.mean(axis=1, keepdims=True)
+    lengths = np.linalg.norm(deviations, axis=1)
+    return float(deviations[0] @ deviations[1] / lengths.prod()) if lengths.all() else 0.0
 
 
 def _words(name: str) -> set[str]:

@@ -6,7 +6,7 @@ left out, with a reason; one that has no nuclei is an empty table with its heade
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from patchcl_qupath.config import ExportFormat, ExportRows
 from patchcl_qupath.datatypes import ImageEntry, names_text
 from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
 from patchcl_qupath.exports.geojson import (
+    cells_file,
     is_export,
     visium_hd_files,
     write_qupath,
@@ -27,7 +28,6 @@ from patchcl_qupath.exports.images import (
     DamagedNucleiError,
     ExportedImage,
     exported_image,
-    file_names,
     told_apart,
 )
 from patchcl_qupath.exports.nuclei import NucleiTable
@@ -35,7 +35,8 @@ from patchcl_qupath.exports.summaries import KINDS, summary_table
 from patchcl_qupath.exports.writing import write_csv, write_parquet
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.imported import imported_nuclei
-from patchcl_qupath.storage.records import Record
+from patchcl_qupath.storage.files import digest
+from patchcl_qupath.storage.records import ImageOutcome, Record, read_record
 
 _SUFFIXES = {
     ExportFormat.CSV: ".csv",
@@ -162,29 +163,22 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
             left_out.append(found)
             continue
         images.append(found)
-        notes += found.notes
-        if not found.result.slide.has_size(entry.mpp):
-            notes.append(
-                f"{entry.name}: its pixel size was changed since the run, and lengths, areas and "
-                "densities are those of before: run again"
-            )
-        if failed := len(found.result.failed_tiles):
-            notes.append(
-                f"{entry.name}: {failed} of its tiles could not be segmented: their nuclei are "
-                "missing, and counts and densities are too low: run again"
-            )
-        imported = imported_nuclei(project, entry)
-        if imported is not None and imported.left_out:
-            notes.append(f"{entry.name}: not all of its nuclei are in QuPath: {imported.in_words}")
+        notes += _notes(project, entry, found)
     if not images:
         reason = f" ({'; '.join(problems + left_out)})" if len(entries) == 1 or problems else ""
         raise ProjectError(
             f"{project.path} has no nuclei to export{reason}: patchcl-qp run {project.path}"
         )
+    runs = {(image.result.run, digest(image.result.config)) for image in images}
+    if len(runs) > 1:
+        notes.append(
+            f"nuclei of these images are of {len(runs)} runs, which differ in model, settings or "
+            "version: the report tells which; run again to have all of one"
+        )
     if request.per in (ExportRows.REGION, ExportRows.CORE):
         notes += _not_counted(images, request.per)
     written: list[tuple[Path, int]] = []
-    for file in _FILES[request.to](project, told_apart(images), request):
+    for file in _FILES[request.to](project, told_apart(project, images), request):
         written += _written(file, problems)
     if request.excel:
         notes += [
@@ -199,6 +193,32 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
         problems=tuple(dict.fromkeys(problems)),  # an image may have two files
         notes=tuple(notes),
     )
+
+
+def _notes(project: Project, entry: ImageEntry, found: ExportedImage) -> Iterator[str]:
+    """What a person should know of the nuclei of an image."""
+    yield from found.notes
+    if not found.result.slide.has_size(entry.mpp):
+        yield (
+            f"{entry.name}: its pixel size was changed since the run, and lengths, areas and "
+            "densities are those of before: run again"
+        )
+    if failed := len(found.result.failed_tiles):
+        yield (
+            f"{entry.name}: {failed} of its tiles could not be segmented: their nuclei are "
+            "missing, and their tissue counts in no density: run again"
+        )
+    outcome = read_record(project.layout.outcome(entry.id), ImageOutcome)
+    if outcome is not None and outcome.problem:
+        yield (
+            f"{entry.name}: its last run failed, and its nuclei are those of a run before: "
+            f"{outcome.problem}"
+        )
+    if found.result.positivity is not None and found.result.positivity.note:
+        yield f"{entry.name}: {found.result.positivity.note}"
+    imported = imported_nuclei(project, entry)
+    if imported is not None and imported.left_out:
+        yield f"{entry.name}: not all of its nuclei are in QuPath: {imported.in_words}"
 
 
 def _written(file: _File, problems: list[str]) -> list[tuple[Path, int]]:
@@ -243,7 +263,7 @@ def _targets(
         return [(project.layout.exports / f"{name}{request.suffix}", images)]
     if request.one_file:
         return [(request.output, images)]
-    paths = [request.output / f"{stem}{request.suffix}" for stem in file_names(images)]
+    paths = [request.output / f"{image.file_name}{request.suffix}" for image in images]
     return [(path, [image]) for path, image in zip(paths, images, strict=True)]
 
 
@@ -277,7 +297,7 @@ def _geojson(project: Project, images: Sequence[ExportedImage], request: Request
             )
         paths = [folder]
     else:
-        paths = [folder / f"{stem}{request.suffix}" for stem in file_names(images)]
+        paths = [folder / f"{image.file_name}{request.suffix}" for image in images]
     _check_no_outlines(paths)
     return [
         _File(path, [image], _of_one(write_qupath))
@@ -309,10 +329,14 @@ def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Reque
     folder = request.output or project.layout.exports / "visium-hd"
     kinds = [
         (path, image, column)
-        for stem, image in zip(file_names(images), images, strict=True)
-        for path, column in visium_hd_files(folder, stem, image).items()
+        for image in images
+        for path, column in visium_hd_files(folder, image).items()
     ]
     _check_no_outlines(path for path, _, _ in kinds)
+    written = {path for path, _, _ in kinds}
+    for path in sorted(cells_file(folder, image) for image in images):
+        if path not in written and is_export(path):  # of a run before, which made cells
+            path.unlink()
     return [
         _File(path, [image], _of_one(partial(write_visium_hd, column=column)))
         for path, image, column in kinds

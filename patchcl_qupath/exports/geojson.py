@@ -63,12 +63,17 @@ def _features(image: ExportedImage, path: Path) -> Iterator[bytes]:
         raise damaged(image, path, "it is cut")
 
 
-def visium_hd_files(folder: Path, name: str, image: ExportedImage) -> dict[Path, str]:
+def visium_hd_files(folder: Path, image: ExportedImage) -> dict[Path, str]:
     """The files of an image's nuclei and, if it has some, of its cells: the column of contours."""
-    files = {folder / f"{name}.nuclei.geojson": NUCLEUS}
+    files = {folder / f"{image.file_name}.nuclei.geojson": NUCLEUS}
     if CELL in image.columns:
-        files[folder / f"{name}.cells.geojson"] = CELL
+        files[cells_file(folder, image)] = CELL
     return files
+
+
+def cells_file(folder: Path, image: ExportedImage) -> Path:
+    """The file of an image's cells, which is there only if it has some."""
+    return folder / f"{image.file_name}.cells.geojson"
 
 
 def write_visium_hd(path: Path, image: ExportedImage, column: str) -> int:

@@ -21,13 +21,16 @@ from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.drawn import OUR_REGION, counted_class, read_drawn
 from patchcl_qupath.project.names import in_qupath
+from patchcl_qupath.slides.pyramid import IMAGE_SUFFIXES
 from patchcl_qupath.storage.files import readable
 from patchcl_qupath.storage.layout import file_name
 from patchcl_qupath.storage.parquet import CELL, parquet_source
 from patchcl_qupath.storage.records import RemovedRecord, ResultRecord, Summary, read_result
 
 _SAME_AREA = 0.01  # of a region: what is exported and read again differs by less
-_SUFFIX = re.compile(r"(\.ome)?\.[A-Za-z][A-Za-z0-9]{1,6}$", re.IGNORECASE)  # of an image's file
+_SUFFIX = re.compile(  # of an image's file: what else follows a dot belongs to its name
+    rf"(\.ome)?({'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))})$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Places:
 class ExportedImage:
     """An image with nuclei.
 
-    ``name_in_tables`` ends with the id where another image has the same name (``told_apart``).
+    ``name_in_tables`` ends with the id where another image has the same name, and so does
+    ``file_name``, which has no suffix (``told_apart``).
     ``nuclei`` is their file, ``columns`` the names in it, ``folder`` the folder of that file;
     ``regions`` are those that the run counted nuclei in. ``notes`` are for people. Tables have the
     names of ``qupath_version``, that of the project.
@@ -51,6 +55,7 @@ class ExportedImage:
     id: str
     name: str
     name_in_tables: str
+    file_name: str
     result: ResultRecord
     folder: Path
     nuclei: Path
@@ -132,6 +137,7 @@ def exported_image(project: Project, entry: ImageEntry) -> ExportedImage | str:
         id=entry.id,
         name=entry.name,
         name_in_tables=entry.name,
+        file_name=entry.name,
         result=result,
         folder=layout.results(entry.id),
         nuclei=nuclei,
@@ -183,12 +189,24 @@ def _same(region: DrawnRegion, summary: Summary) -> bool:
     return near and as_large and region.is_core == (summary.kind == "core")
 
 
-def told_apart(images: Iterable[ExportedImage]) -> list[ExportedImage]:
-    """The images, with names in tables that no two of them have."""
-    images = list(images)
-    endings = [f" ({image.id})" for image in images]
-    names = distinct([image.name for image in images], endings, key=str)
-    return [replace(image, name_in_tables=name) for image, name in zip(images, names, strict=True)]
+def told_apart(project: Project, images: Iterable[ExportedImage]) -> list[ExportedImage]:
+    """The images, with names in tables and of files that no two images of the project have.
+
+    They do not depend on which of them are exported, so that exports can be kept side by side.
+    """
+    entries = project.images()
+    names = [entry.name for entry in entries]
+    in_tables = distinct(names, [f" ({entry.id})" for entry in entries], key=str)
+    # As far as any system takes it, and without its suffix.
+    stems = [file_name(_SUFFIX.sub("", name)) or "image" for name in names]
+    of_files = distinct(stems, [f"-{entry.id}" for entry in entries])
+    number = {entry.id: i for i, entry in enumerate(entries)}
+    return [
+        replace(
+            image, name_in_tables=in_tables[number[image.id]], file_name=of_files[number[image.id]]
+        )
+        for image in images
+    ]
 
 
 def distinct(
@@ -231,12 +249,3 @@ def damaged(
     if getattr(error, "errno", None) is not None:
         message = f"{image.name}: {nuclei} cannot be read ({reason}): run again"
     return DamagedNucleiError(message, image.id)
-
-
-def file_names(images: Sequence[ExportedImage]) -> list[str]:
-    """A name for the file of each image: that of the image, as far as any system takes it.
-
-    Without suffix; with the image's id where two would be the same.
-    """
-    names = [file_name(_SUFFIX.sub("", image.name)) or "image" for image in images]
-    return distinct(names, [f"-{image.id}" for image in images])

@@ -18,10 +18,10 @@ import pandas as pd
 import pyarrow as pa
 from spatialdata import SpatialData
 from spatialdata.models import ShapesModel, TableModel
-from spatialdata.transformations import Identity, Scale
+from spatialdata.transformations import Identity, Scale, Translation
 
 from patchcl_qupath import __version__
-from patchcl_qupath.exports.images import ExportedImage, distinct, file_names
+from patchcl_qupath.exports.images import ExportedImage, distinct
 from patchcl_qupath.exports.nuclei import (
     CENTROIDS,
     NucleiTable,
@@ -38,6 +38,7 @@ def write_anndata(path: Path, images: Sequence[ExportedImage]) -> int:
 
     ``X`` are the measurements; ``obs`` the texts of the table of nuclei, as ``object_id``;
     ``obsm["spatial"]`` the centroids in px at level 0 of each image, ``obsm["spatial_um"]`` in µm.
+    ``uns["patchcl"]["origin"]`` is where an image begins in its file, in px: its bounds there.
     """
     data = _anndata(images)
     with atomic_write(path) as temporary:
@@ -75,11 +76,11 @@ def element_names(images: Sequence[ExportedImage]) -> list[str]:
             "_."
         )
         or "image"
-        for name in file_names(images)
+        for name in (image.file_name for image in images)
     ]
     endings = [f"-{image.id}" for image in images]
     # A name that ends with _um may be that of another image's coordinate system in µm.
-    return distinct(names, endings, key=lambda name: re.sub("(_um)+$", "", name.casefold()))
+    return distinct(names, endings, key=lambda name: re.sub("(_um|_file)+$", "", name.casefold()))
 
 
 def _anndata(images: Sequence[ExportedImage]) -> anndata.AnnData:
@@ -104,6 +105,11 @@ def _anndata(images: Sequence[ExportedImage]) -> anndata.AnnData:
             "patchcl": {
                 "version": __version__,
                 "mpp": {image.id: np.asarray(image.mpp) for image in images},
+                "origin": {
+                    image.id: np.asarray(image.result.slide.origin)
+                    for image in images
+                    if image.result.slide.origin is not None
+                },
             }
         },
     )
@@ -123,9 +129,12 @@ def _shapes(image: ExportedImage, column: str) -> geopandas.GeoDataFrame:
 def _with_transformations(
     frame: geopandas.GeoDataFrame, name: str, image: ExportedImage
 ) -> geopandas.GeoDataFrame:
-    """Shapes in px, with the transformations to the image and to µm."""
-    um = Scale(list(image.mpp), axes=("x", "y"))
-    return ShapesModel.parse(frame, transformations={name: Identity(), f"{name}_um": um})
+    """Shapes in px, with transformations to the image, to µm and, if it differs, to the file."""
+    to = {name: Identity(), f"{name}_um": Scale(list(image.mpp), axes=("x", "y"))}
+    origin = image.result.slide.origin or (0, 0)
+    if origin != (0, 0):
+        to[f"{name}_file"] = Translation(list(origin), axes=("x", "y"))
+    return ShapesModel.parse(frame, transformations=to)
 
 
 def _tables(images: Sequence[ExportedImage], regions: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from patchcl_qupath.answers.summary import Extent, is_main, summarise
-from patchcl_qupath.config import INTENSITY_COLOURS, ExportRows
+from patchcl_qupath.config import GRADES, INTENSITY_COLOURS, POSITIVE, ExportRows
 from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.exports.images import ExportedImage
 from patchcl_qupath.exports.nuclei import measurement_names, read_batches
@@ -150,7 +150,7 @@ def _by_class(image: ExportedImage, summary: Summary) -> dict[str, int]:
 
 
 def _scores(image: ExportedImage, summary: Summary) -> Cells:
-    """Percentage of positive nuclei, H-score and Allred score."""
+    """Percentage of positive nuclei, H-score and Allred score, and the thresholds they are by."""
     base = next(iter(base_classes(_by_class(image, summary))), "")
     before = f"{base}: " if base else ""
     if summary.positive_percent is not None:
@@ -161,6 +161,11 @@ def _scores(image: ExportedImage, summary: Summary) -> Cells:
         yield f"{before}Allred proportion", summary.allred.proportion
         yield f"{before}Allred intensity", summary.allred.intensity
         yield f"{before}Allred score", summary.allred.score
+    if image.result.positivity is not None:
+        thresholds = image.result.positivity.thresholds
+        names = GRADES if len(thresholds) > 1 else (POSITIVE,)
+        for name, threshold in zip(names, thresholds, strict=True):
+            yield f"PatchCL: {name} threshold", threshold
 
 
 def _size(image: ExportedImage, summary: Summary) -> Cells:

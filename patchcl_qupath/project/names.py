@@ -15,7 +15,10 @@ COMPARTMENT_FIRST = (0, 6)
 
 def in_qupath(name: str, version: str | None) -> str:
     """The name of a measurement in a version of QuPath, such as ``0.5.1``; of a new one if None."""
+    return name if is_compartment_first(version) else _OF_COMPARTMENT.sub(r"\2: \1: \3", name)
+
+
+def is_compartment_first(version: str | None) -> bool:
+    """Whether a version of QuPath has the names that are on disk."""
     numbers = re.match(r"v?(\d+)\.(\d+)", version or "")
-    if numbers is None or (int(numbers[1]), int(numbers[2])) >= COMPARTMENT_FIRST:
-        return name
-    return _OF_COMPARTMENT.sub(r"\2: \1: \3", name)
+    return numbers is None or (int(numbers[1]), int(numbers[2])) >= COMPARTMENT_FIRST

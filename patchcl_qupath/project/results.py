@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from patchcl_qupath.config import CELL, ResultConfig, class_colour
 from patchcl_qupath.datatypes import Nuclei, Polygons
 from patchcl_qupath.project.coordinates import points_text
-from patchcl_qupath.project.names import in_qupath
+from patchcl_qupath.project.names import in_qupath, is_compartment_first
 from patchcl_qupath.storage.files import atomic_write
 from patchcl_qupath.storage.layout import NUCLEI, RESULT
 from patchcl_qupath.storage.parquet import CELL as CELL_COLUMN
@@ -84,7 +84,11 @@ def write_results(
         formatting.wait()
         table.close()
         chunks.close()
-        written = msgspec.structs.replace(result, files=tuple(chunks.names))
+        written = msgspec.structs.replace(
+            result,
+            files=tuple(chunks.names),
+            is_compartment_first=is_compartment_first(qupath_version),
+        )
         write_record(new / RESULT, written)
 
 

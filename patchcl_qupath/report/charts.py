@@ -72,6 +72,7 @@ def histogram(
 ) -> Chart:
     """Bars of equal width from 0 to ``data.highest``, and the median.
 
+    The first bar has what is below 0, too, as the last one has what is larger.
     ``key`` identifies the chart on the page.
     Raises ValueError, ArithmeticError or LookupError for a histogram that cannot be drawn.
     """

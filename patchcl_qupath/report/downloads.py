@@ -46,7 +46,7 @@ def write_downloads(project: Project) -> list[Download]:
 
     One that cannot be written, as Excel has it open say, is left out: it costs no report.
     """
-    images = told_apart(_images(project))
+    images = told_apart(project, _images(project))
     folder = project.layout.report / _FOLDER
     written = []
     for per, words in _WORDS.items():

@@ -39,6 +39,7 @@ from patchcl_qupath.segmentation.uncertainty import (
 )
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.slides.stain_vectors import hematoxylin_of
 from patchcl_qupath.storage.files import atomic_write, to_jpeg
 from patchcl_qupath.storage.layout import FIGURES, Layout
 from patchcl_qupath.storage.records import (
@@ -60,6 +61,7 @@ _KINDS = ("densest", "most uncertain", "typical", "typical")  # why fields of vi
 _SIMPLIFY_PX = 0.4  # how far a contour that is shown may lie from the nucleus's own
 _JPEG_QUALITY = 62
 _BEYOND = 4  # times the end of a histogram, up to where medians are found
+_BELOW = 1  # times the same, below 0: deconvolution has stains of less than nothing
 _TISSUE_COLOUR = (0, 90, 200)
 _REGION_COLOUR = (0, 0, 0)
 
@@ -141,26 +143,31 @@ def _fullest(segmented: SegmentedImage) -> Box:
 
 
 class _RunningHistogram:
-    """Counts of values from 0 to ``highest``, taken a part at a time; the last bar has larger ones.
+    """Counts of values from 0 to ``highest``, taken a part at a time.
 
-    A record has ``bars`` counts. The median is that of ``fine`` times as many, up to four times as
-    high: nuclei of some slides are larger than the bars show.
+    A record has ``bars`` counts: the first one has what is below 0, too, the last one what is
+    larger. The median is that of ``fine`` times as many, from below 0 up to four times as high:
+    nuclei of some slides are larger than the bars show.
     """
 
     def __init__(self, *, highest: float, bars: int, fine: int) -> None:
         self._highest, self._bars, self._fine = highest, bars, fine
-        self._counts = np.zeros(_BEYOND * bars * fine, dtype=np.int64)
+        self._counts = np.zeros((_BELOW + _BEYOND) * bars * fine, dtype=np.int64)
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Count values (N,)."""
-        ends = 0, _BEYOND * self._highest
+        ends = -_BELOW * self._highest, _BEYOND * self._highest
         self._counts += np.histogram(np.clip(values, *ends), len(self._counts), ends)[0]
 
     def record(self) -> Histogram:
         """The histogram and the median of all values that were counted."""
         bars = self._counts.reshape(-1, self._fine).sum(axis=1)
-        shown = np.append(bars[: self._bars - 1], bars[self._bars - 1 :].sum())
-        return Histogram(median=self._median(), highest=self._highest, counts=shown.tolist())
+        first = _BELOW * self._bars
+        inner = bars[first + 1 : first + self._bars - 1]
+        shown = [bars[: first + 1].sum(), *inner, bars[first + self._bars - 1 :].sum()]
+        return Histogram(
+            median=self._median(), highest=self._highest, counts=[int(count) for count in shown]
+        )
 
     def _median(self) -> float | None:
         """The middle value, or the mean of the middle two; None without values."""
@@ -174,13 +181,15 @@ class _RunningHistogram:
         up_to = np.cumsum(self._counts)
         i = int(np.searchsorted(up_to, rank))
         part = (rank - 0.5 - (up_to[i] - self._counts[i])) / self._counts[i]
-        return float((i + part) * self._highest / (self._bars * self._fine))
+        return float(
+            (i + part) * self._highest / (self._bars * self._fine) - _BELOW * self._highest
+        )
 
 
 def _measured(segmented: SegmentedImage, result: ResultRecord) -> FiguresRecord:
-    """Size of the image; histograms of area and of the first stain, mean probability of nuclei."""
+    """Size of the image; histograms of area and hematoxylin, mean probability of nuclei."""
     slide = segmented.image.slide
-    stain_name = segmented.image.stains.names[0]  # hematoxylin, in H&E and with DAB
+    stain_name = hematoxylin_of(segmented.image.stains)
     names = ("Area µm^2", f"{stain_name}: Mean", PROBABILITY)
     area = _RunningHistogram(highest=300, bars=30, fine=400)
     stain = _RunningHistogram(highest=1.5, bars=30, fine=50)

@@ -40,6 +40,29 @@ def stains_to_measure(own: StainVectors | None, choice: StainChoice) -> StainVec
     return H_DAB if choice is StainChoice.H_DAB else H_E
 
 
+def hematoxylin_of(stains: StainVectors) -> str:
+    """The name of the stain that is hematoxylin: of the first two, that with the nearer vector.
+
+    A person may name stains at will, and give them in any order.
+    """
+    return stains.names[_nearest(stains, _HEMATOXYLIN)]
+
+
+def dab_of(stains: StainVectors) -> str | None:
+    """The name of the stain that is DAB, by its name, else as hematoxylin; None without one."""
+    named = [name for name in stains.names if "dab" in name.lower()]
+    if named:
+        return named[0]
+    is_there = stains.kind is StainKind.H_DAB
+    return stains.names[1 - _nearest(stains, _HEMATOXYLIN)] if is_there else None
+
+
+def _nearest(stains: StainVectors, vector: tuple[float, float, float]) -> int:
+    """Which of the first two stains has the smaller angle to a vector."""
+    two = np.array(stains.vectors[:2])
+    return int(np.argmax(two @ vector / np.linalg.norm(two, axis=1)))
+
+
 def without_rounding(stains: StainVectors) -> StainVectors:
     """Stains; QuPath's defaults, which it rounds when it saves them, become ours to the last bit.
 

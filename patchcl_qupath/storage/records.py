@@ -54,6 +54,8 @@ class SlideProvenance(Record, frozen=True, kw_only=True, omit_defaults=True):
     """The slide in which nuclei were segmented; ``mpp`` is (x, y) µm/px at level 0, ``size`` is
     (width, height) there, None of a run of version 0.1.
 
+    Contours are relative to the bounds of the scanned area, as in QuPath; ``origin`` (x, y) is
+    where these begin in the file, in px at level 0, None of an earlier run.
     ``mpp_source`` is where that is given: QuPath, OME-XML, vendor, TIFF resolution, ImageJ, --mpp.
     """
 
@@ -61,6 +63,7 @@ class SlideProvenance(Record, frozen=True, kw_only=True, omit_defaults=True):
     mpp: tuple[float, float]
     mpp_source: str | None = None
     size: tuple[int, int] | None = None
+    origin: tuple[int, int] | None = None
 
     def has_size(self, mpp: tuple[float, float] | None) -> bool:
         """Whether lengths in µm are as with a pixel size (x, y), or that is not known."""
@@ -188,7 +191,8 @@ class ResultRecord(
     whole image was segmented. ``tissue_mm2`` is the area of the tissue that was segmented: that in
     failed tiles, which earlier versions counted, is left out. ``model_name`` is that of the run,
     for people. ``positivity`` is there where nuclei have classes, and ``summaries``, the first of
-    them that of the image, where these or regions were asked for.
+    them that of the image, where these or regions were asked for. ``is_compartment_first`` is
+    whether measurements in ``files`` have the names of QuPath 0.6; None of an earlier run.
     """
 
     run: str
@@ -210,6 +214,7 @@ class ResultRecord(
     positivity: PositivityRecord | None = None
     summaries: tuple[Summary, ...] = ()
     files: tuple[str, ...]
+    is_compartment_first: bool | None = None
 
     @property
     def drawn_from(self) -> str:
