@@ -150,13 +150,11 @@ def threshold_between(densities: NDArray[np.float32]) -> tuple[float, str | None
         return round(threshold, 4), None
     if np.mean(known >= USUAL_THRESHOLD) < _HARDLY_ANY:
         return USUAL_THRESHOLD, f"hardly any nucleus has DAB: {usual}"
-    modes = "has one mode, not two"
+    advice = f"{usual}; look at the classes, and give another threshold where they are wrong"
     if two_modes:
-        modes = f"has two modes, both {'above' if negative_is_brown else 'below'} it"
-    return USUAL_THRESHOLD, (
-        f"DAB of its nuclei {modes}: {usual}; look at the classes, and give another threshold "
-        "where they are wrong"
-    )
+        side = "above" if negative_is_brown else "below"
+        return USUAL_THRESHOLD, f"DAB of its nuclei has two modes, both {side} it: {advice}"
+    return USUAL_THRESHOLD, f"DAB of its nuclei has one mode, not two: {advice}"
 
 
 def _fewer_at(valley: float, high: float, values: NDArray[np.float64]) -> bool:
