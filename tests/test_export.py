@@ -265,8 +265,10 @@ def test_the_name_of_a_file_does_not_depend_on_what_else_is_exported(tmp_path: P
         image = ("--image", f"id:{number + 1}")
         (path,) = exported(project, "--to", "csv", "--output", folder, *image)
         assert (path.name, len(rows_of(path))) == (f"{stem}.csv", number + 1)
-    together = exported(project, "--to", "csv", "--output", folder)
-    assert [path.name for path in together] == [f"{stem}.csv" for stem in stems]
+    (folder / "old.csv").write_text("of an image that has another name now")
+    done = call(project.path, "--to", "csv", "--output", folder)
+    assert "did not write, of earlier ones perhaps: old.csv" in done.stderr
+    assert sorted(folder.glob("*.csv")) == sorted(folder / f"{one}.csv" for one in [*stems, "old"])
 
 
 def test_results_of_several_runs_are_a_note(tmp_path: Path) -> None:
@@ -508,6 +510,7 @@ def test_an_image_without_nuclei_is_a_header(tmp_path: Path) -> None:
 
 def test_excel_leaves_texts_as_they_are(tmp_path: Path) -> None:
     changed = ["0012", "1-2", "2e5", "=1+1", "SEPT2", "@x", "5%", "(5)", "$ 5", "5 A", "9:30 pm"]
+    changed += ["OKT3", "3-Mai"]  # by an Excel that is not English
     names = [*changed, 'say "3"', "é 12", "5 AB", "A 5%"]
     project = make_project(tmp_path / "made", names)
     for number, name in enumerate(names):

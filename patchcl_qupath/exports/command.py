@@ -187,6 +187,8 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
             for path, rows in written
             if rows >= _EXCEL_ROWS
         ]
+    if len(entries) == len(project.images()):
+        notes += _others(request, [path for path, _ in written])
     return Exported(
         files=tuple(ExportedFile(path=str(path), rows=rows) for path, rows in written),
         left_out=tuple(left_out),
@@ -219,6 +221,18 @@ def _notes(project: Project, entry: ImageEntry, found: ExportedImage) -> Iterato
     imported = imported_nuclei(project, entry)
     if imported is not None and imported.left_out:
         yield f"{entry.name}: not all of its nuclei are in QuPath: {imported.in_words}"
+
+
+def _others(request: Request, written: Sequence[Path]) -> list[str]:
+    """A note on files beside those of all images, which are read together with them."""
+    if request.output is None or request.one_file:
+        return []
+    folder = request.output
+    others = sorted({*folder.glob(f"*{request.suffix}")} - {*written})
+    if not others:
+        return []
+    named = names_text([path.name for path in others], _NAMED)
+    return [f"{folder} has files that this export did not write, of earlier ones perhaps: {named}"]
 
 
 def _written(file: _File, problems: list[str]) -> list[tuple[Path, int]]:

@@ -15,7 +15,11 @@ import pyarrow.parquet as pq
 from patchcl_qupath.storage.files import atomic_write
 
 _MARK = b"\xef\xbb\xbf"  # of UTF-8, by which Excel knows it
-_MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
+# Excel knows months by the language of the system: OKT3 is a date in German.
+_MONTH = (
+    "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mär|mrz|mai|okt|dez|fév|avr|aoû|déc|mrt|mei|"
+    "ene|abr|ago|dic|gen|mag|giu|lug|set|ott|fev|out|maj)[a-z]*"
+)
 # Texts that Excel would calculate, or change into a number, a date or a time: 0012, 1-2, 2e5, 5%,
 # (5), $5, 5 A, =A1, SEPT2.
 _CHANGED = (
