@@ -157,6 +157,56 @@ def test_a_gap_that_the_border_of_a_tile_closes_is_no_hole():
         assert owned(part, right) == owned(whole, right)
 
 
+def rows_beside_a_gap(height):
+    """Two rows of nuclei, a gap of a pixel between them, that meet far to the right."""
+    scene, core = np.full((2, 60, 600), 0.1, np.float32)
+    for top in (20, 21 + height):
+        scene[top : top + height, 60:580] = 0.9
+        for first in range(60, 540, 40):
+            core[top : top + height, first + 12 : first + 28] = 0.95
+    scene[20 : 21 + 2 * height, 570:580] = 0.9
+    return scene, core
+
+
+def chains_that_meet_at_a_corner():
+    """A nucleus whose corner touches that of another; both belong to chains that meet far away."""
+    scene, core = np.full((2, 100, 500), 0.1, np.float32)
+    scene[20:42, 50:56] = scene[30:42, 50:62] = scene[41, 60:71] = 0.9
+    core[33:39, 53:59] = 0.95
+    scene[42:54, 71:83] = 0.9
+    core[43:50, 72:80] = 0.95
+    scene[20:30, 50:480] = scene[54:64, 71:480] = scene[20:64, 470:480] = 0.9
+    for first in range(60, 460, 20):
+        core[22:28, first + 4 : first + 16] = core[56:62, first + 4 : first + 16] = 0.95
+    return scene, core
+
+
+@pytest.mark.parametrize(
+    ("scene", "core"),
+    [chains_that_meet_at_a_corner(), *map(rows_beside_a_gap, range(2, 6))],
+    ids=["corner", *(f"gap beside {height} px" for height in range(2, 6))],
+)
+@pytest.mark.parametrize("typical_um", [7.0, 12.0, 17.5])
+def test_what_connects_two_nuclei_far_away_does_not_matter(scene, core, typical_um):
+    """A tile does not see it, and finds the same nuclei, of one piece each."""
+    config = replace(CONFIG, nucleus_diameter_um=typical_um)
+    margin = int(np.ceil(postprocessing_margin_um(config) / MPP))
+
+    def owned(right):
+        cut = slice(0, right + margin)
+        labels = instances(scene[:, cut], MPP, config, core=core[:, cut])
+        pixels = [np.argwhere(labels == k) for k in range(1, labels.max() + 1)]
+        return sorted(p.tolist() for p in pixels if p.mean(0)[1] < 120)
+
+    whole = owned(scene.shape[1])
+    assert len(whole) >= 4
+    assert owned(120) == whole
+    for nucleus in whole:
+        mask = np.zeros(scene.shape, bool)
+        mask[tuple(np.transpose(nucleus))] = True
+        assert ndimage.label(mask)[1] == 1
+
+
 def test_labels_have_no_gaps_and_are_4_connected():
     rng = np.random.default_rng(1)
     confidence = discs((300, 300), rng.uniform([10, 10, 4], [290, 290, 9], (120, 3)))
@@ -268,17 +318,20 @@ def testlarge_pieces_are_those_of_scipy(shape, least_um2, longest_px):
         assert len(np.unique(pairs[0])) == len(np.unique(pairs[1])) == pairs.shape[1]
 
 
-def test_the_highest_pixel_near_is_of_the_same_piece_and_the_last_of_equal_ones():
+@pytest.mark.parametrize("shape", [(30, 40), (1, 40), (40, 1), (30, 2)])
+def test_the_highest_pixel_near_is_connected_and_the_last_of_equal_ones(shape):
     rng = np.random.default_rng(6)
-    elevation = rng.integers(1, 4, (30, 40)).astype(np.float32)  # many are equal
-    pieces = rng.integers(0, 3, (30, 40)).astype(np.int32)
-    found = _highest_near(elevation, pieces, _offsets(1.5)).reshape(30, 40)
-    for row, col in np.argwhere(pieces):
-        rows, cols = np.mgrid[max(row - 1, 0) : row + 2, max(col - 1, 0) : col + 2]
-        rows, cols = rows[(rows < 30) & (cols < 40)], cols[(rows < 30) & (cols < 40)]
-        same = pieces[rows, cols] == pieces[row, col]
-        pixels = rows[same] * 40 + cols[same]
-        assert found[row, col] == max(pixels, key=lambda p: (elevation.flat[p], p))
+    mask = rng.random(shape) < 0.6
+    elevation = rng.integers(1, 4, shape).astype(np.float32) * mask  # many are equal
+    found = _highest_near(elevation, mask, _offsets(1.5)).reshape(shape)
+    for row, col in np.argwhere(mask):
+        near = [
+            (r, c)
+            for r in range(max(row - 1, 0), min(row + 2, shape[0]))
+            for c in range(max(col - 1, 0), min(col + 2, shape[1]))
+            if mask[r, c] and (mask[row, c] or mask[r, col])
+        ]
+        assert divmod(found[row, col], shape[1]) == max(near, key=lambda p: (elevation[p], p))
 
 
 @pytest.mark.parametrize("shape", [(50, 60), (2, 30), (30, 3)])

@@ -67,10 +67,10 @@ def instances(
     position of the nucleus's maximum, row by row. Objects below ``min_area_um2``, and above
     ``max_area_um2`` or ``max_diameter_um``, are left out.
     """
-    pieces = _pieces(confidence > threshold, mpp, config)
-    elevation = _elevation(pieces > 0, core, mpp, config)
-    near, far = _offsets(1.5), _offsets(config.scale * config.marker_radius_um / mpp)
-    basins, peak = _steepest_ascent(elevation, pieces, near, far)
+    mask = _mask(confidence > threshold, mpp, config)
+    elevation = _elevation(mask, core, mpp, config)
+    far = _disc(config.scale * config.marker_radius_um / mpp)
+    basins, peak = _steepest_ascent(elevation, mask, _offsets(1.5), far)
     prominence = np.float32(config.scale * config.min_prominence_um)
     basins = take(_merge_low_prominence(basins, peak, elevation, prominence), basins)
     found = _Basins(*_sums(basins, len(peak), core))
@@ -79,8 +79,8 @@ def instances(
     return take(_number(found, into, core is not None, mpp, config), basins)
 
 
-def _pieces(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDArray[np.int32]:
-    """The connected pieces (H, W) of a mask, opened, without specks and small holes.
+def _mask(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDArray[np.bool_]:
+    """A mask (H, W), opened, without specks and small holes.
 
     As scikit-image's ``remove_small_holes`` and ``remove_small_objects``, in half the time.
     """
@@ -88,7 +88,7 @@ def _pieces(above: NDArray[np.bool_], mpp: float, config: SegmentConfig) -> NDAr
     mask = np.asarray(ndimage.binary_opening(above, _disc(radius))) if radius >= 1 else above
     longest = _MAX_HOLE * config.max_diameter_um / mpp
     background = large_pieces(~mask, mpp**2, config.max_hole_um2, longest) > 0
-    return large_pieces(~background, mpp**2, config.min_area_um2)
+    return large_pieces(~background, mpp**2, config.min_area_um2) > 0
 
 
 @compiled
@@ -282,25 +282,26 @@ def _distance(mask: NDArray[np.bool_], most: float) -> NDArray[np.float64]:
 @compiled
 def _steepest_ascent(
     elevation: NDArray[np.float32],
-    pieces: NDArray[np.int32],
+    mask: NDArray[np.bool_],
     near: NDArray[np.int64],
-    far: NDArray[np.int64],
+    far: NDArray[np.bool_],
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """The basin of each pixel (H, W), 1..N, in the order of their maxima; and the elevation of
     these (N + 1,).
 
-    Every pixel of a piece steps to the highest of the pixels ``near``, (K, 2) offsets in (row,
-    col), that are of the same piece. A maximum is one with no higher one ``far`` off either. Of
-    equally high pixels the one with the larger (row, col) counts as higher: so every step goes up,
-    there are no cycles, and nothing depends on where the tile begins.
+    Every pixel of the mask steps to the highest of the pixels ``near``, (K, 2) offsets in (row,
+    col), that are connected with it there. A maximum is one with no higher one in the disc ``far``
+    around it, as far as pixels in it connect the two. Of equally high pixels the one with the
+    larger (row, col) counts as higher: so every step goes up, there are no cycles, and nothing
+    depends on where the tile begins, or on what connects two pixels farther away.
     """
-    rows, cols = pieces.shape
-    inside = np.flatnonzero(pieces)
-    parent, basins = _highest_near(elevation, pieces, near), np.zeros(rows * cols, np.int32)
+    rows, cols = mask.shape
+    inside = np.flatnonzero(mask)
+    parent, basins = _highest_near(elevation, mask, near), np.zeros(rows * cols, np.int32)
     peak = [np.float32(-np.inf)]
     for pixel in inside:
         if parent[pixel] == pixel:
-            parent[pixel] = _highest(elevation, pieces, int(pixel), far)
+            parent[pixel] = _highest(elevation, mask, int(pixel), far)
             if parent[pixel] == pixel:
                 basins[pixel] = len(peak)
                 peak.append(elevation.flat[pixel])
@@ -317,13 +318,15 @@ def _steepest_ascent(
 
 @compiled
 def _highest_near(
-    elevation: NDArray[np.float32], pieces: NDArray[np.int32], offsets: NDArray[np.int64]
+    elevation: NDArray[np.float32], mask: NDArray[np.bool_], offsets: NDArray[np.int64]
 ) -> NDArray[np.int32]:
-    """As ``_highest`` of each pixel inside, (H * W,): for a whole row at once.
+    """The highest of each pixel inside and those connected with it beside it, (H * W,): for a whole
+    row at once. A corner alone connects no two pixels: one beside both must be inside.
 
-    ``offsets`` ascend, and have (0, 0): so of equally high pixels the last one is taken.
+    Outside, the elevation is lower than anywhere inside. ``offsets`` ascend, and have (0, 0): so of
+    equally high pixels the last one is taken.
     """
-    rows, cols = pieces.shape
+    rows, cols = mask.shape
     found = np.empty((rows, cols), np.int32)
     for row in range(rows):
         height = np.full(cols, -np.inf, np.float32)
@@ -331,38 +334,66 @@ def _highest_near(
             if not 0 <= row + down < rows:
                 continue
             first, last = max(0, -right), min(cols, cols - right)
-            here, best, highest = (
-                pieces[row, first:last],
-                found[row, first:last],
-                height[first:last],
-            )
-            first, last = first + right, last + right
-            piece, there = pieces[row + down, first:last], elevation[row + down, first:last]
-            start = np.int32((row + down) * cols + first)
+            best, highest = found[row, first:last], height[first:last]
+            there = elevation[row + down, first + right : last + right]
+            start = np.int32((row + down) * cols + first + right)
             for col in range(last - first):
-                higher = (piece[col] == here[col]) & (there[col] >= highest[col])
+                higher = there[col] >= highest[col]
                 highest[col] = there[col] if higher else highest[col]
                 best[col] = start + np.int32(col) if higher else best[col]
+        for col in range(cols):
+            step = found[row, col]
+            far = abs(step - row * cols - col)
+            is_at_corner = (far == cols + 1 or far == cols - 1) and mask[row, col]
+            if is_at_corner and not (mask[row, step % cols] or mask[step // cols, col]):
+                found[row, col] = _highest_connected(elevation, mask, row, col, offsets)
     return found.ravel()
 
 
 @compiled
-def _highest(
+def _highest_connected(
     elevation: NDArray[np.float32],
-    pieces: NDArray[np.int32],
-    pixel: int,
+    mask: NDArray[np.bool_],
+    row: int,
+    col: int,
     offsets: NDArray[np.int64],
 ) -> int:
-    """The highest of a pixel and those of its piece at the offsets from it, as row * W + col."""
-    rows, cols = pieces.shape
-    row, col = pixel // cols, pixel % cols
-    best, highest = pixel, elevation[row, col]
+    """That of one pixel, as row * W + col."""
+    rows, cols = mask.shape
+    best, highest = row * cols + col, elevation[row, col]
     for down, right in offsets:
         r, c = row + down, col + right
-        if 0 <= r < rows and 0 <= c < cols and pieces[r, c] == pieces[row, col]:
+        if 0 <= r < rows and 0 <= c < cols and (mask[row, c] or mask[r, col]):
             there = r * cols + c
             if elevation[r, c] > highest or (elevation[r, c] == highest and there > best):
                 best, highest = there, elevation[r, c]
+    return best
+
+
+@compiled
+def _highest(
+    elevation: NDArray[np.float32], mask: NDArray[np.bool_], pixel: int, disc: NDArray[np.bool_]
+) -> int:
+    """The highest of a pixel and those in a disc around it, (2 R + 1, 2 R + 1), which pixels of the
+    mask in the disc connect with it by their edges; as row * W + col."""
+    rows, cols = mask.shape
+    reach = len(disc) // 2
+    top, left = pixel // cols - reach, pixel % cols - reach
+    is_new = disc.copy()
+    waiting = [(reach, reach)]
+    is_new[reach, reach] = False
+    best, highest = pixel, elevation.flat[pixel]
+    while waiting:
+        down, right = waiting.pop()
+        r, c = top + down, left + right
+        there = r * cols + c
+        if elevation[r, c] > highest or (elevation[r, c] == highest and there > best):
+            best, highest = there, elevation[r, c]
+        for d, e in ((down - 1, right), (down + 1, right), (down, right - 1), (down, right + 1)):
+            if 0 <= d < len(disc) and 0 <= e < len(disc) and is_new[d, e]:
+                is_new[d, e] = False
+                if 0 <= top + d < rows and 0 <= left + e < cols and mask[top + d, left + e]:
+                    waiting.append((d, e))
     return best
 
 
