@@ -85,6 +85,17 @@ def test_what_is_found_in_every_view_is_more_probable() -> None:
     assert calibrated(model, crops, lambda *count: None).calibration == trained.calibration
 
 
+def test_a_calibration_does_not_depend_on_the_settings_of_runs() -> None:
+    image, normaliser, _ = slide()
+    crops = crops_of([image, image], normaliser)
+    segment = SegmentConfig(smooth_um=1.5, join_diameter=1.2, min_area_um2=60)
+    by_default, by_hand = (
+        calibrated(Model(network=_Threshold().eval(), config=config), crops, lambda *count: None)
+        for config in (TORCH, replace(TORCH, segment=segment))
+    )
+    assert by_default.calibration == by_hand.calibration is not None
+
+
 def test_nuclei_of_a_refined_model_are_more_probable_where_views_agree_as_much() -> None:
     image, normaliser, _ = slide()
     plain = Model(network=_Threshold().eval(), config=TORCH)

@@ -60,9 +60,10 @@ def calibrated(model: Model, crops: TrainingCrops, report: ShowCount) -> Model:
     engine = engines.choose(model.config.engine, model.network)
     features, agreement = [], []
     seeds = [(model.config.patchcl.seed, i) for i in range(len(chosen))]
+    # What a person sets in [segment] is for runs: equal trainings give equal models.
     separation = {
         slide: separation_of_slide(
-            model.config.segment, model, crops.select(crops.of_slide(slide)), engine
+            SegmentConfig(), model, crops.select(crops.of_slide(slide)), engine
         )
         for slide in dict.fromkeys(chosen.slides)
     }
