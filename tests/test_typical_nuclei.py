@@ -50,7 +50,8 @@ def test_the_diameter_is_that_of_nuclei_in_all_crops(model: pipeline.Model):
 
 
 def test_few_nuclei_tell_nothing_and_what_a_person_set_stays(model: pipeline.Model):
-    assert with_diameter(CONFIG, model, [discs(8, 15)], mpp=0.5) == CONFIG
+    assert with_diameter(CONFIG, model, [discs(8, 9)], mpp=0.5) == CONFIG
+    assert with_diameter(CONFIG, model, [discs(8, 10)], mpp=0.5) != CONFIG
     blank = Confidence(*np.zeros((2, 64, 64), np.float32))
     assert with_diameter(CONFIG, model, [blank], mpp=0.5) == CONFIG
     by_hand = replace(CONFIG, nucleus_diameter_um=11.0)

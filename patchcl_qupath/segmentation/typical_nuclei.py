@@ -29,7 +29,7 @@ from patchcl_qupath.segmentation.unlikely import SurestNuclei
 from patchcl_qupath.slides.prepare import PreparedImage
 
 CROPS = 16  # that nuclei are looked for in
-_LEAST_NUCLEI = 20  # fewer say little
+_LEAST_NUCLEI = 10  # fewer say little
 
 
 class TypicalNuclei(NamedTuple):
