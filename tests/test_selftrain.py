@@ -27,7 +27,11 @@ from patchcl_qupath.training.pseudo_labels import (
     pseudo_labels,
     separated,
 )
-from patchcl_qupath.training.selftrain import LabelledCrop, of_sure_nuclei
+from patchcl_qupath.training.selftrain import (
+    LabelledCrop,
+    of_sure_nuclei,
+    without_other_colours,
+)
 from patchcl_qupath.training.supervision import (
     TrainingSample,
     bce_dice_loss,
@@ -361,7 +365,6 @@ def test_settings_of_refinement_are_not_those_of_cdcl_without_labels(monkeypatch
         BY_TORCH,
         selftrain=quick,
         cdcl=CDCLConfig(steps=5, min_probability=1.0),
-        segment=SegmentConfig(min_area_um2=50),  # is for runs
     )
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
     used = []
@@ -373,8 +376,28 @@ def test_settings_of_refinement_are_not_those_of_cdcl_without_labels(monkeypatch
     monkeypatch.setattr(selftrain.cdcl, "refine_without_labels", note)
     model = selftrain.train(crops_of(images), teacher, hide_progress)
     by_defaults = CDCLConfig(steps=7)
-    assert used == [replace(config, cdcl=by_defaults, segment=SegmentConfig())]
+    assert used == [replace(config, cdcl=by_defaults)]
     assert model.config == config
+
+
+def test_what_no_run_takes_for_a_nucleus_is_background_of_the_pseudo_labels():
+    image = np.full((60, 60, 3), 235, np.uint8)
+    nuclei = np.zeros((60, 60), np.int32)
+    for label, (row, colour) in enumerate([(5, (90, 50, 130)), (35, (30, 160, 90))], start=1):
+        image[row : row + 16, 20:36] = colour  # of a nucleus; of green ink
+        nuclei[row : row + 16, 20:36] = label
+    labels = PseudoLabels(nuclei, np.zeros((60, 60), np.bool_), nuclei < 0)
+    found = without_other_colours(labels, image, StainNormaliser.fit([image]), 0.5)
+    assert found.nuclei.tolist() == np.where(nuclei == 1, 1, 0).tolist()
+    assert found.background.tolist() == (nuclei == 2).tolist()
+    assert found.artefacts.tolist() == (nuclei == 2).tolist()
+
+
+def test_large_pseudo_labels_do_not_end_a_training_with_a_setting_of_runs():
+    settings = replace(CONFIG, min_area_um2=450.0, max_area_um2=900.0)
+    separation = selftrain._separation(settings)
+    assert (separation.min_area_um2, separation.max_area_um2) == (450, 900)
+    assert selftrain._separation(CONFIG).max_area_um2 == SegmentConfig().max_area_um2
 
 
 class Halves(NucleusNetwork):

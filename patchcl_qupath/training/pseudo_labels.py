@@ -112,12 +112,13 @@ def pseudo_labels(
     slopes = [*mapped(_slope, densities)]
     pixels = _pixels(densities)
     threshold = otsu(pixels)
+    lowest, highest = config.tree_threshold * threshold, np.percentile(pixels, 99.5)
+    if highest <= lowest:  # hardly a pixel is that of a nucleus
+        highest = pixels.max()
     slide = _Thresholds(
         otsu=threshold,
         steep=max(float(np.percentile(_pixels(slopes), 95)), 1e-6),
-        levels=np.linspace(
-            config.tree_threshold * threshold, np.percentile(pixels, 99.5), config.levels
-        ),
+        levels=np.linspace(lowest, highest, config.levels),
     )
     find = partial(_of_crop, slide=slide, mpp=mpp, config=config)
     found = [*mapped(find, densities, slopes, glass, confidences)]

@@ -35,7 +35,7 @@ from patchcl_qupath.models.network import NucleusNetwork, device, to_channels_la
 from patchcl_qupath.overlap import mapped
 from patchcl_qupath.progress import ShowCount, ShowProgress, Stage, counter, part_of
 from patchcl_qupath.segmentation.instances import instances
-from patchcl_qupath.segmentation.measurements import means, runs_of
+from patchcl_qupath.segmentation.measurements import NuclearStain, means, runs_of
 from patchcl_qupath.segmentation.probability import nucleus_probability
 from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.stains import StainNormaliser
@@ -126,10 +126,8 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     )
     if not settings.cdcl_steps:
         return model
-    # What a person sets in [cdcl] is for refinement with labels; [segment] is for runs.
-    by_defaults = replace(
-        config, cdcl=CDCLConfig(steps=settings.cdcl_steps), segment=SegmentConfig()
-    )
+    # What a person sets in [cdcl] is for refinement with labels.
+    by_defaults = replace(config, cdcl=CDCLConfig(steps=settings.cdcl_steps))
     sure = partial(_sure_samples, crops=crops, before=labelled, progress=progress)
     refining = counter(progress, Stage.REFINING)
     model = cdcl.refine_without_labels(replace(model, config=by_defaults), sure, refining)
@@ -232,7 +230,7 @@ def pseudo_labelled(crops: TrainingCrops, teacher: Model, report: ShowCount) -> 
         if teacher.network.core_channel is None:
             labels = _of_patchcl(of_slide, stains, teacher)
         else:
-            separation = SegmentConfig(min_area_um2=teacher.config.selftrain.min_area_um2)
+            separation = _separation(teacher.config.selftrain)
             separation = separation_of_slide(separation, teacher, of_slide, _engine(teacher))
             find = partial(_of_network, teacher, separation)
             labels = [*mapped(find, of_slide.images, of_slide.normalisers)]
@@ -297,7 +295,7 @@ def _of_patchcl(
     """The pseudo-labels of the crops of one slide, by PatchCL's confidence and by shape."""
     config = teacher.config
     predict = partial(confidence, teacher, engine=_engine(teacher))
-    return pseudo_labels(
+    labels = pseudo_labels(
         crops=stains,
         glass=[is_glass(image, config.slide.mpp, config.selftrain) for image in crops.images],
         confidences=[found.nucleus for found in mapped(predict, crops.images, crops.normalisers)],
@@ -305,6 +303,33 @@ def _of_patchcl(
         config=config.selftrain,
         has_brown=crops.normalisers[0].has_brown,
     )
+    of_colour = partial(without_other_colours, mpp=config.slide.mpp)
+    return [*mapped(of_colour, labels, crops.images, crops.normalisers)]
+
+
+def without_other_colours(
+    labels: PseudoLabels, image: NDArray[np.uint8], normaliser: StainNormaliser, mpp: float
+) -> PseudoLabels:
+    """Pseudo-labels of a crop (H, W, 3) without what no run takes for a nucleus, whatever a network
+    says: ink, pieces of a smear, membranes on glass. That is an artefact, and background.
+    """
+    stain = NuclearStain.of(labels.nuclei, image, mpp, SegmentConfig())
+    enough = np.append(True, stain.is_enough(SegmentConfig(), normaliser.has_brown))
+    if enough.all():
+        return labels
+    others = ~enough[labels.nuclei]
+    artefacts = others if labels.artefacts is None else labels.artefacts | others
+    return labels._replace(
+        nuclei=keep_labels(labels.nuclei, enough),
+        background=labels.background | others,
+        artefacts=artefacts,
+    )
+
+
+def _separation(settings: SelfTrainConfig) -> SegmentConfig:
+    """How nuclei that a network finds are separated for its pseudo-labels."""
+    largest = max(SegmentConfig().max_area_um2, settings.max_area_um2)
+    return SegmentConfig(min_area_um2=settings.min_area_um2, max_area_um2=largest)
 
 
 def _engine(teacher: Model) -> EngineKind:
@@ -338,6 +363,8 @@ def _of_network(
         core += np.rot90(found.core, -turns) / _TURNS
     nuclei = instances(nucleus, teacher.mpp, separation, teacher.threshold, core)
     labels = PseudoLabels(nuclei, (nucleus < teacher.threshold) & (nuclei == 0))
+    labels = without_other_colours(labels, image, normaliser, teacher.mpp)
+    nuclei = labels.nuclei
     if teacher.calibration is None:
         return labels
     settings = teacher.config.cdcl
