@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchcl_qupath.datatypes import ImageEntry
-from patchcl_qupath.errors import DamagedError, SlideError, too_little_memory
+from patchcl_qupath.errors import DamagedError, SlideError, is_damage, too_little_memory
 from patchcl_qupath.slides.pixel_size import PixelSize
 
 MAX_IN_MEMORY_PX = 178_000_000  # of a level that cannot be read in parts: 0.5 GB, Pillow's limit
@@ -85,9 +85,9 @@ class Pyramid:
             for row, col in ((0, 0), (rows // 2, cols // 2), (rows - 1, cols - 1)):
                 try:
                     level.pixels[row : row + 1, col : col + 1]
-                except OSError:
-                    raise
                 except Exception as error:  # decoders raise anything
+                    if not is_damage(error):
+                        raise
                     errors.append(error)
                 else:
                     return
@@ -173,4 +173,4 @@ def unreadable(name: str, error: Exception) -> SlideError:
         f"{name} cannot be read ({reason}): if QuPath shows it, export it as OME-TIFF (rendered "
         "RGB) and add that; if not, copy the file again"
     )
-    return SlideError(message) if isinstance(error, OSError) else DamagedError(message, reason)
+    return DamagedError(message, reason) if is_damage(error) else SlideError(message)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from patchcl_qupath.errors import is_damage
 from patchcl_qupath.slides.colour import alpha_is_unused, on_white
 from patchcl_qupath.slides.level import Level, Pyramid, Selection, check_memory
 from patchcl_qupath.slides.ome_zarr import open_ome_zarr
@@ -58,9 +59,9 @@ def _open(path: Path, selection: Selection, version: tuple[int, ...]) -> Pyramid
     try:
         pyramid = open_tiff(path, selection)
         pyramid.check_readable()
-    except OSError:
-        raise
     except Exception as error:  # readers raise anything
+        if not is_damage(error):
+            raise
         return open_instead(path, selection, error)
     return pyramid
 
