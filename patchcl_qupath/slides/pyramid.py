@@ -16,8 +16,8 @@ from patchcl_qupath.slides.colour import alpha_is_unused, on_white
 from patchcl_qupath.slides.level import Level, Pyramid, Selection, check_memory
 from patchcl_qupath.slides.ome_zarr import open_ome_zarr
 from patchcl_qupath.slides.openslide import FORMATS, open_instead, open_openslide
+from patchcl_qupath.slides.signature import slide_files
 from patchcl_qupath.slides.tiff import open_tiff
-from patchcl_qupath.storage.files import content_file
 
 PILLOW_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp"}
 # Of files of images, also those that only QuPath reads: what else follows a dot belongs to a name.
@@ -34,9 +34,10 @@ def open_pyramid(path: Path, selection: Selection = ANY) -> Pyramid:
     A file that was replaced is opened again, and one that was removed raises: workers are
     long-lived.
     """
-    stat = content_file(path).stat()
+    stats = slide_files(path).values()
+    version = tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
     with _opening:
-        return _open(path, selection, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+        return _open(path, selection, version)
 
 
 def forget_pyramids() -> None:
@@ -46,7 +47,7 @@ def forget_pyramids() -> None:
 
 
 @lru_cache(maxsize=8)  # several images are under way at once
-def _open(path: Path, selection: Selection, version: tuple[int, ...]) -> Pyramid:
+def _open(path: Path, selection: Selection, version: tuple[tuple[int, ...], ...]) -> Pyramid:
     if path.is_dir():
         return open_ome_zarr(path, selection)
     suffix = path.suffix.lower()
