@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import DamagedError, SlideError, is_damage, too_little_memory
 from patchcl_qupath.slides.pixel_size import PixelSize
@@ -64,6 +66,12 @@ class Pyramid:
     pixel_sizes: tuple[PixelSize, ...] = ()
     bounds: tuple[float, ...] | None = None  # x, y, width, height
     number: int = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of its decoded pixels, of levels that cannot be read in parts."""
+        held = (level.pixels for level in self.levels if isinstance(level.pixels, np.ndarray))
+        return sum(pixels.nbytes for pixels in held)
 
     def level_for(self, downsample: tuple[float, float]) -> Level:
         """The coarsest level that is fine enough for ``downsample`` (x, y) level-0 px per px."""
