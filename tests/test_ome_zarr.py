@@ -27,6 +27,7 @@ from patchcl_qupath.errors import DamagedError, SlideError
 from patchcl_qupath.project import open_project
 from patchcl_qupath.slides.signature import slide_signature
 from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.storage import files
 
 MPP = (0.25, 0.25)
 
@@ -294,6 +295,25 @@ def test_a_chunk_that_cannot_be_looked_up_is_not_missing(
     monkeypatch.setattr(Path, "stat", stat)
     with pytest.raises(SlideError, match="Input/output error"):
         slide.read(Box(60, 0, 70, 400))
+
+
+@pytest.mark.parametrize("shard_px", [None, 128])
+def test_a_chunk_whose_path_is_too_long_for_windows_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_px: int | None
+) -> None:
+    """Windows finds nothing there, and it would be read as glass."""
+    version = "0.4" if shard_px is None else "0.5"
+    pixels = scene(400, 300, MPP)
+    path = tmp_path / "a.zarr"
+    write_ome_zarr(path, pixels, MPP, version=version, chunk_px=64, shard_px=shard_px)
+    chunk = path / ("0/0/1/2" if shard_px is None else "0/c/0/1/2")
+    chunk.unlink()
+    slide = opened(path, 0.25)
+    slide.read(whole(slide))
+    monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(files, "_LONGEST", len(str(chunk)) - 1)
+    with pytest.raises(SlideError, match="too long for Windows: move the slide to a shorter one"):
+        slide.read(whole(slide))
 
 
 def channels(*colours: str) -> dict[str, Any]:
