@@ -38,7 +38,7 @@ class Level:
     value or so. None where it cannot be decoded so.
     """
 
-    pixels: Any  # sliced by rows and columns: uint8 (rows, cols, 3 or 4), as a numpy array
+    pixels: Any  # sliced by rows and columns: uint8 (rows, cols, 3), as a numpy array
     chunk: tuple[int, int]  # (rows, cols) that are decoded together
     scale: tuple[float, float]  # (x, y) level-0 px per px of this level
     half: Level | None = None
