@@ -66,6 +66,17 @@ class StorageError(PatchCLError):
 FORESEEN = (PatchCLError, MemoryError)  # any other is an error of this program
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether an error in reading a file is of its content: another read would raise it again.
+
+    Errors of the disk and the network have a number. Those of decoders have none, also where they
+    are OSErrors, as of gzip, bz2, Pillow and Arrow.
+    """
+    if isinstance(error, OSError):
+        return error.errno is None
+    return not isinstance(error, MemoryError)
+
+
 def reason_of(error: Exception) -> str:
     """What to tell a person of an error; one that is not ours is an error of this program."""
     if isinstance(error, PatchCLError):

@@ -177,6 +177,7 @@ def write_ome_zarr(
     shard_px: int | None = None,
     index_location: str = "end",
     fill: int = 0,
+    compressor: Any = "auto",
     omero: dict[str, Any] | None = None,
 ) -> Path:
     """An OME-Zarr pyramid of pixels (H, W, C), each level ``factors`` times smaller."""
@@ -201,6 +202,7 @@ def write_ome_zarr(
             },
             chunk_key_encoding={"name": "v2" if zarr_format == 2 else "default", "separator": "/"},
             fill_value=fill,
+            compressors=compressor,
         )
         array[:] = data
     kinds = {"t": "time", "c": "channel"}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shapely
@@ -32,7 +33,7 @@ import patchcl_qupath.exports.nuclei as nuclei_module
 from patchcl_qupath import library
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import FailedTile, Nuclei
-from patchcl_qupath.errors import ImageError
+from patchcl_qupath.errors import ImageError, ProjectError
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.report.page import write_report
 from patchcl_qupath.status import image_statuses
@@ -659,6 +660,19 @@ def test_a_damaged_file_for_qupath_costs_one_image(
     assert written.stem == Path(whole.name).stem
     with pytest.raises(ImageError, match=words[0]):
         library.export(project, "geojson")
+
+
+def test_nuclei_for_which_there_is_no_memory_are_not_damaged(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who removed their file would lose them."""
+
+    def full(*_: object) -> None:
+        raise pa.ArrowMemoryError("malloc of size 5 failed")
+
+    monkeypatch.setattr(pq, "read_schema", full)
+    with pytest.raises(ProjectError, match=r"cannot be read \(malloc .* failed\): run again"):
+        library.export(project, "csv")
 
 
 @pytest.mark.parametrize("to", ["csv", "parquet", "visium-hd", "anndata"])

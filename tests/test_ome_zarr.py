@@ -12,19 +12,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numcodecs
 import numpy as np
 import pytest
 import zarr
 from click.testing import CliRunner
 from slides import check_boxes, scene, shrunk, whole, write_ome_zarr
+from zarr.codecs import GzipCodec
 from zarr.storage import LocalStore
 
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import Box, ImageEntry
-from patchcl_qupath.errors import SlideError
+from patchcl_qupath.errors import DamagedError, SlideError
 from patchcl_qupath.project import open_project
 from patchcl_qupath.slides.signature import slide_signature
 from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.storage import files
 
 MPP = (0.25, 0.25)
 
@@ -228,6 +231,55 @@ def test_a_damaged_chunk_is_an_error_where_it_is_read(tmp_path: Path) -> None:
         slide.read(Box(60, 0, 70, 400))
 
 
+@pytest.mark.parametrize(
+    ("version", "compressor"),
+    [("0.4", numcodecs.GZip()), ("0.4", numcodecs.BZ2()), ("0.5", GzipCodec())],
+    ids=["gzip", "bz2", "gzip of version 3"],
+)
+def test_damage_that_a_codec_takes_for_an_error_of_the_system(
+    tmp_path: Path, version: str, compressor: Any
+) -> None:
+    pixels = scene(400, 300, MPP)
+    path = write_ome_zarr(
+        tmp_path / "a.zarr", pixels, MPP, (1, 2), version=version, compressor=compressor
+    )
+    prefix = "c/" if version == "0.5" else ""
+    for chunk in ("0/{}1/1/2", "1/{}0/1/1"):
+        file = path / chunk.format(prefix)
+        file.write_bytes(bytes(file.stat().st_size))
+    coarse, fine = opened(path, 0.5), opened(path, 0.25)
+    expected = shrunk(pixels, 2)
+    got = coarse.read(Box(64, 64, 128, 128)), expected[64:128, 64:128]
+    np.testing.assert_allclose(*got, atol=1)  # of halves
+    np.testing.assert_array_equal(fine.read(Box(0, 0, 64, 400)), pixels[:64])
+    with pytest.raises(DamagedError, match=r"^a\.zarr cannot be read "):
+        fine.read(Box(64, 100, 128, 200))
+    assert 0 < fine.overview(0.25).damaged.mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError(errno.EIO, "Input/output error"), "Input/output"), (MemoryError(), "too little")],
+    ids=["disk", "memory"],
+)
+def test_a_chunk_that_is_not_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    """It would be drawn from the finer level, whose averages may be others."""
+    path = write_ome_zarr(tmp_path / "a.zarr", scene(400, 300, MPP), MPP, (1, 2))
+    slide, get = opened(path, 0.5), LocalStore.get
+
+    async def failing(self: LocalStore, key: str, *args: Any, **kwargs: Any) -> Any:
+        if key == "1/0/1/1":
+            raise error
+        return await get(self, key, *args, **kwargs)
+
+    monkeypatch.setattr(LocalStore, "get", failing)
+    with pytest.raises(SlideError, match=reason) as found:
+        slide.read(whole(slide))
+    assert not isinstance(found.value, DamagedError)
+
+
 def test_a_chunk_that_cannot_be_looked_up_is_not_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +295,25 @@ def test_a_chunk_that_cannot_be_looked_up_is_not_missing(
     monkeypatch.setattr(Path, "stat", stat)
     with pytest.raises(SlideError, match="Input/output error"):
         slide.read(Box(60, 0, 70, 400))
+
+
+@pytest.mark.parametrize("shard_px", [None, 128])
+def test_a_chunk_whose_path_is_too_long_for_windows_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_px: int | None
+) -> None:
+    """Windows finds nothing there, and it would be read as glass."""
+    version = "0.4" if shard_px is None else "0.5"
+    pixels = scene(400, 300, MPP)
+    path = tmp_path / "a.zarr"
+    write_ome_zarr(path, pixels, MPP, version=version, chunk_px=64, shard_px=shard_px)
+    chunk = path / ("0/0/1/2" if shard_px is None else "0/c/0/1/2")
+    chunk.unlink()
+    slide = opened(path, 0.25)
+    slide.read(whole(slide))
+    monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(files, "_LONGEST", len(str(chunk)) - 1)
+    with pytest.raises(SlideError, match="too long for Windows: move the slide to a shorter one"):
+        slide.read(whole(slide))
 
 
 def channels(*colours: str) -> dict[str, Any]:

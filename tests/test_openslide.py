@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 from collections.abc import Sequence
@@ -17,13 +18,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from slides import check_boxes, scene, shrunk, whole, write_svs
 
+from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import SlideError
 from patchcl_qupath.slides import pyramid
 from patchcl_qupath.slides.level import Selection
 from patchcl_qupath.slides.openslide import one_of_each_slide, open_openslide
+from patchcl_qupath.slides.prepare import prepare
+from patchcl_qupath.slides.signature import quick_signature, slide_files, slide_signature
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tiff import open_tiff
+from patchcl_qupath.storage.records import FileSignature
 
 openslide = pytest.importorskip("openslide")
 
@@ -294,6 +299,105 @@ def test_hamamatsu_vms(tmp_path: Path) -> None:
     assert slide.size == (1024, 768)
     assert slide.mpp_level0 == pytest.approx((0.25, 0.25))
     assert np.abs(slide.read(whole(slide)) - shrunk(pixels, 2).astype(int)).mean() < 2
+
+
+def slide_of(tmp_path: Path, kind: str) -> tuple[Path, Path]:
+    """A slide of several files: its own, and one with pixels."""
+    pixels = scene(512, 512, MPP)
+    if kind == "mrxs":
+        path = write_mrxs(tmp_path / "a.mrxs", pixels, 0.5, at=(0, 0), levels=2)
+        return path, tmp_path / "a" / "Data0000.dat"
+    path = write_vms(tmp_path / "a", pixels)
+    return path, path.with_name("image.jpg")
+
+
+@pytest.mark.parametrize("kind", ["mrxs", "vms"])
+def test_a_slide_whose_own_file_stays_is_another_one_with_other_pixels(
+    tmp_path: Path, kind: str
+) -> None:
+    """As where its folder is copied again: the file that a project names keeps size and time."""
+    path, file = slide_of(tmp_path, kind)
+    stat, content = file.stat(), bytearray(file.read_bytes())
+    before, quick = slide_signature(path), quick_signature(path)
+    slide, cached = opened(path), pyramid.open_pyramid(path)
+    assert before.bytes == quick.bytes > len(content)
+    assert pyramid.open_pyramid(path) is cached
+
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    assert not slide_signature(path).is_of(before)
+    assert not quick_signature(path).is_of(quick)
+    slide.check_same(before)  # a copy has another time
+    assert pyramid.open_pyramid(path) is not cached
+
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert quick_signature(path) == quick
+    assert not slide_signature(path).has_content_of(before)
+    with pytest.raises(SlideError, match="has another content: copy it there again"):
+        slide.check_same(before)
+
+    file.unlink()
+    assert not quick_signature(path).is_of(quick)
+
+
+def test_finished_nuclei_of_a_slide_are_not_of_one_with_other_pixels(tmp_path: Path) -> None:
+    path, file = slide_of(tmp_path, "mrxs")
+    image = prepare(ImageEntry("1", "a", path), Config())
+    image.check_unchanged()
+    image.check_not_replaced()
+    file.write_bytes(file.read_bytes()[::-1])
+    for check in (image.check_unchanged, image.check_not_replaced):
+        with pytest.raises(SlideError, match="changed while it was segmented: run again"):
+            check()
+
+
+def write_dicom(path: Path, series: str, pixels: bytes) -> Path:
+    """The header of a DICOM file, as far as it tells the series, and some pixels."""
+    uid = series.encode() + b"\0" * (len(series) % 2)
+    element = b"\x20\x00\x0e\x00UI" + len(uid).to_bytes(2, "little") + uid
+    path.write_bytes(bytes(128) + b"DICM" + element + pixels)
+    return path
+
+
+def test_a_dicom_slide_is_all_files_of_its_series(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "b.dcm", "1.2.3", b"level 1")
+    coarse = write_dicom(tmp_path / "a.dcm", "1.2.3", b"level 0")
+    other = write_dicom(tmp_path / "c.dcm", "1.2.34", b"another slide")
+    assert [*slide_files(path)] == [path, coarse]
+    assert [*slide_files(other)] == [other]
+    before = slide_signature(path)
+    write_dicom(other, "1.2.34", b"written anew")
+    write_dicom(tmp_path / "d.dcm", "1.2.34", b"added")
+    assert slide_signature(path) == before
+    stat = coarse.stat()
+    write_dicom(coarse, "1.2.3", b"LEVEL 0")
+    os.utime(coarse, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert not slide_signature(path).has_content_of(before)
+
+
+@pytest.mark.parametrize("suffix", [".svs", ".tif", ".png", ".scn"])
+def test_the_signature_of_one_file_is_that_of_earlier_versions(tmp_path: Path, suffix: str) -> None:
+    """Finished runs stay finished."""
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(bytes(range(256)) * 300)
+    os.utime(path, ns=(5, 7))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "Data0000.dat").touch()
+    expected = FileSignature(bytes=76800, modified_ns=7, sample=2816379145)
+    assert slide_signature(path) == expected
+    assert quick_signature(path) == FileSignature(bytes=76800, modified_ns=7)
+
+
+@pytest.mark.parametrize("content", [b"", b"ImageFile=\0", b"ImageFile=../a\nMapFile=/dev/zero"])
+@pytest.mark.parametrize("suffix", [".vms", ".dcm", ".mrxs"])
+def test_a_damaged_slide_of_several_files_has_a_signature(
+    tmp_path: Path, suffix: str, content: bytes
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content)
+    assert [*slide_files(path)] == [path]
+    assert slide_signature(path).bytes == len(content)
 
 
 def write_scn(path: Path, pixels: NDArray[np.uint8], mpp: float, at: tuple[int, int]) -> Path:

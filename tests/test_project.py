@@ -14,7 +14,10 @@ from PIL import Image
 from results import result_of
 from slides import scene
 
-from patchcl_qupath.errors import ProjectError, StorageError
+import patchcl_qupath.project.files as project_files
+import patchcl_qupath.storage.files as storage_files
+from patchcl_qupath.datatypes import ImageEntry
+from patchcl_qupath.errors import ProjectError, SlideError, StorageError
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.project.create import to_uri
 from patchcl_qupath.project.qpproj import path_of_uri
@@ -148,6 +151,45 @@ def test_lost_images_are_searched_for_four_folders_deep(tmp_path: Path) -> None:
     assert (b.path, b.problem) == (deep, None)
     for lost in (c, d):
         assert "is not at I:\\gone" in str(lost.problem)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_path_that_windows_finds_nothing_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    """As here, where nothing is."""
+    monkeypatch.setattr(storage_files, "WINDOWS", True)
+    slide = f"{'x' * 240}.svs"
+    was = "file:/old/project.qpproj" if moved else ""
+    uri = f"file:/old/{slide}" if moved else (tmp_path / slide).as_uri()
+    (entry,) = open_project(write_project(tmp_path, was, builder(uri))).images()
+    expected = f"image 1 is not found at {tmp_path / slide}, which is longer than 259 characters: "
+    assert entry.problem is not None
+    assert entry.problem.startswith(expected)
+    with pytest.raises(SlideError) as found:
+        Slide.open(ImageEntry("1", "image 1", tmp_path / slide))
+    assert str(found.value) == entry.problem
+    (lost,) = open_project(write_project(tmp_path, "", builder("file:/a.svs"))).images()
+    assert "nor in the project's folder" in str(lost.problem)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links are not for everyone there")
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_folder_that_is_mapped_keeps_its_short_path_on_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, windows: bool
+) -> None:
+    """A link stands for a drive here: both are followed by ``resolve``."""
+    monkeypatch.setattr(project_files, "WINDOWS", windows)
+    real = write_project(tmp_path / "long", "")
+    drive = tmp_path / "Z"
+    drive.symlink_to(tmp_path / "long", target_is_directory=True)
+    opened = drive / real.name if windows else real
+    assert open_project(drive).path == open_project(drive / real.name).path == opened
+    monkeypatch.chdir(drive)
+    assert open_project(Path(real.name)).path.is_absolute()
+    link = tmp_path / "link.qpproj"  # QuPath's data are beside the file itself
+    link.symlink_to(real)
+    assert open_project(link).path == real
 
 
 def test_images_that_are_not_files_are_refused(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import re
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,6 +26,7 @@ from tiffslide import TiffSlide
 
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import DamagedError, ImageError, SlideError
+from patchcl_qupath.slides import pyramid
 from patchcl_qupath.slides.pyramid import open_pyramid
 from patchcl_qupath.slides.signature import slide_signature
 from patchcl_qupath.slides.slide import Slide
@@ -399,6 +402,33 @@ def test_a_file_is_closed_after_its_last_reader(tmp_path: Path) -> None:
         open_pyramid(path)
     np.testing.assert_array_equal(level.pixels[:], pixels)
     del level  # a file that nobody closes is a ResourceWarning, which fails the test
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "one chunk"])
+def test_images_that_are_held_in_memory_are_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Each has up to 0.5 GB, in each process; of others, as many are open as before."""
+    pixels = scene(200, 100, (0.5, 0.5))
+    monkeypatch.setattr(pyramid, "MAX_HELD_BYTES", int(2.5 * pixels.nbytes))
+    pyramid.forget_pyramids()
+    in_parts = write_tiff(tmp_path / "a.tif", pixels, (0.5, 0.5))
+    tiled, alive = open_pyramid(in_parts), []
+    for i in range(6):
+        path = tmp_path / f"{i}.{'tif' if kind == 'one chunk' else kind}"
+        if kind == "one chunk":
+            write_tiff(path, pixels, (0.5, 0.5), tile_px=208)
+        else:
+            Image.fromarray(pixels).save(path)
+        alive.append(weakref.ref(open_pyramid(path).levels[0]))
+        open_pyramid(path)
+    gc.collect()
+    assert [reference() is not None for reference in alive] == [False] * 4 + [True] * 2
+    assert open_pyramid(in_parts) is tiled
+    monkeypatch.setattr(pyramid, "MAX_HELD_BYTES", 1)  # the last one may hold more
+    assert open_pyramid(path) is open_pyramid(path)
+    gc.collect()
+    assert [reference() is not None for reference in alive] == [False] * 5 + [True]
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,24 @@ def test_windows_says_no_to_what_is_open_in_another_program(tmp_path, monkeypatc
         raise missing
 
 
+@pytest.mark.parametrize("named", [0, 1], ids=["filename", "filename2"])
+def test_windows_refuses_a_path_that_is_longer_than_the_one_to_write(tmp_path, monkeypatch, named):
+    monkeypatch.setattr(files, "WINDOWS", True)
+    path = tmp_path / ("x" * (250 - len(str(tmp_path))))
+    with pytest.raises(StorageError, match="longer than 259 characters: move"):
+        write_text_that_fails(path)  # its temporary path is longer; Arrow's errors name none
+    names = ["short", None, "short"]
+    names[2 * named] = f"{path}.{'y' * 20}"
+    missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), names[0], None, names[2])
+    with pytest.raises(StorageError, match="longer than 259 characters: move"), writing(path):
+        raise missing
+
+
+def write_text_that_fails(path):
+    with atomic_write(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
 def errors_of_replace(monkeypatch, count, only=lambda _: True):
     """Have the next renames fail, ``count`` of those that ``only`` chooses; -> those that did."""
     denied = []

@@ -25,7 +25,7 @@ from patchcl_qupath.datatypes import (
     UncertaintyGrid,
     name_of_nucleus,
 )
-from patchcl_qupath.errors import StorageError
+from patchcl_qupath.errors import StorageError, is_damage
 from patchcl_qupath.storage.files import (
     digest,
     is_whole_parquet,
@@ -208,9 +208,7 @@ class TileStore:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            # Those of the disk or the network have a number; Arrow's others mean damage.
-            no_damage = isinstance(error, (MemoryError, pa.ArrowCancelled))
-            if getattr(error, "errno", None) is None and not no_damage:
+            if is_damage(error) and not isinstance(error, pa.ArrowCancelled):
                 with suppress(OSError):
                     self.path(tile).unlink()
             reason = readable(str(error))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from patchcl_qupath import config
 from patchcl_qupath.answers.regions import Regions
 from patchcl_qupath.datatypes import DrawnRegion, ImageEntry
-from patchcl_qupath.errors import ImageError
+from patchcl_qupath.errors import ImageError, is_damage
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.drawn import OUR_REGION, counted_class, read_drawn
 from patchcl_qupath.project.names import in_qupath
@@ -242,10 +242,10 @@ def damaged(
     """The error of a file of nuclei that cannot be read.
 
     One that is damaged is to be removed: a run that finds all files there, and whole by their ends,
-    changes nothing. Errors of the system, as for a file that is missing, have a number.
+    changes nothing. One that is missing, say, is not.
     """
     reason = readable(str(error))
     message = f"{image.name}: {nuclei} is damaged ({reason}): remove it and run again"
-    if getattr(error, "errno", None) is not None:
+    if isinstance(error, Exception) and not is_damage(error):
         message = f"{image.name}: {nuclei} cannot be read ({reason}): run again"
     return DamagedNucleiError(message, image.id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ProjectError
 from patchcl_qupath.project.qpproj import project_files
-from patchcl_qupath.storage.files import write_json
+from patchcl_qupath.storage.files import absolute, write_json
 from patchcl_qupath.storage.layout import Layout
 
 QUPATH_VERSION = "0.5.1"  # whose format is written; 0.4 and later read it
@@ -43,7 +42,7 @@ class NewImage:
         """An image file; ``mpp`` is its pixel size, in µm, if it has none. Raises SlideError."""
         from patchcl_qupath.slides.slide import Slide  # loads the readers of all formats
 
-        slide = Slide.open(ImageEntry("", path.name, _absolute(path), fallback_mpp=mpp))
+        slide = Slide.open(ImageEntry("", path.name, absolute(path), fallback_mpp=mpp))
         return cls(
             path=slide.path,
             levels=slide.levels,
@@ -74,7 +73,7 @@ def init_project(folder: Path, images: Sequence[NewImage]) -> Path:
             "image of that number: move the folders data and patchcl away (patchcl/models may "
             "stay), or name another folder"
         )
-    path = _absolute(folder) / "project.qpproj"
+    path = absolute(folder) / "project.qpproj"
     now = int(time.time() * 1000)
     entries = [_entry(number, image) for number, image in enumerate(images, start=1)]
     write_json(
@@ -117,13 +116,7 @@ def _left_by_another(folder: Path, count: int) -> Path | None:
 
 def to_uri(path: Path) -> str:
     """A file's URI with one slash, as Java writes it."""
-    return _absolute(path).as_uri().replace("file:///", "file:/", 1)
-
-
-def _absolute(path: Path) -> Path:
-    """An absolute path, without following links: what they lead to may have a name without a
-    suffix, or that of a patient."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 Path.resolve follows them
+    return absolute(path).as_uri().replace("file:///", "file:/", 1)
 
 
 def _entry(number: int, image: NewImage) -> dict[str, Any]:

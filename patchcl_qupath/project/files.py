@@ -42,7 +42,14 @@ from patchcl_qupath.project.qpproj import (
     read_project,
 )
 from patchcl_qupath.slides.stain_vectors import H_DAB
-from patchcl_qupath.storage.files import read_json, readable, remove_file
+from patchcl_qupath.storage.files import (
+    WINDOWS,
+    absolute,
+    read_json,
+    readable,
+    remove_file,
+    too_long,
+)
 from patchcl_qupath.storage.geojson import class_name
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import (
@@ -79,7 +86,7 @@ class FilesProject:
     @classmethod
     def open(cls, path: Path) -> FilesProject:
         """The project of a .qpproj file, or of a folder that holds one. Raises ProjectError."""
-        path = project_file(path).resolve()
+        path = _found(project_file(path))
         return cls(path, read_project(path))
 
     def reread(self) -> FilesProject:
@@ -365,6 +372,15 @@ class FilesProject:
         return read_json(self.path.parent / "data" / id_ / "summary.json") or {}
 
 
+def _found(path: Path) -> Path:
+    """The absolute path of a .qpproj file, beside which the project's other files lie.
+
+    Links to its folder are followed where other machines may not have them. On Windows that would
+    make a long path of a drive to which a person mapped a folder to have a short one.
+    """
+    return absolute(path) if WINDOWS and not path.is_symlink() else path.resolve()
+
+
 def _modified(path: Path) -> float:
     """When a file was written, in s; 0 if there is none, or if its folder may not be read."""
     try:
@@ -417,6 +433,8 @@ def _lost(image: StoredImage, found: Location, folder: Path) -> str:
             f"{image.name} is at {path}, which may not be read from here: ask for the permission, "
             "or copy the file into the project's folder"
         )
+    if found.too_long:
+        return too_long(image.name, found.too_long)
     return (
         f"{image.name} is not at {path}, nor in the project's folder: put the file beside "
         "the project, or open the project in QuPath and fix the path"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath, PureWindowsPath
 
-from patchcl_qupath.storage.files import is_file
+from patchcl_qupath.storage.files import is_file, is_too_long
 
 SEARCH_DEPTH = 4  # folders, the project's included, in which QuPath looks for a lost image
 
@@ -20,13 +20,14 @@ SEARCH_DEPTH = 4  # folders, the project's included, in which QuPath looks for a
 class Location:
     """Where a file is: ``path``, None if it is not found.
 
-    Then ``candidates`` are files of its name that may be it or another image; and ``denied`` is
-    whether its folder may not be read.
+    Then ``candidates`` are files of its name that may be it or another image; ``denied`` is whether
+    its folder may not be read; and ``too_long`` is where it may be, but Windows finds nothing.
     """
 
     path: Path | None = None
     candidates: tuple[Path, ...] = ()
     denied: bool = False
+    too_long: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +53,22 @@ class Locator:
         path = self._in_place(stored)
         found = self._searched[stored] if path is None else Location(path=path)
         if found.path is None and not found.candidates:
-            return Location(denied=_denied(stored))
+            too_long = next(filter(is_too_long, self._places(stored)), None)
+            return Location(denied=_denied(stored), too_long=too_long)
         return found
 
     def _in_place(self, stored: PurePath) -> Path | None:
         """The file at its stored path, or where it moved along with the project."""
+        return next(filter(is_file, self._places(stored)), None)
+
+    def _places(self, stored: PurePath) -> Iterator[Path]:
+        """The stored path of a file, where this system has such, and where it moved along with the
+        project; each in all spellings."""
         if isinstance(stored, PureWindowsPath) == (os.name == "nt"):
-            places = [Path(stored), self._moved_along(stored)]
-        else:
-            places = [self._moved_along(stored)]
-        spelled = (path for place in places if place is not None for path in _spellings(place))
-        return next(filter(is_file, spelled), None)
+            yield from _spellings(Path(stored))
+        moved = self._moved_along(stored)
+        if moved is not None:
+            yield from _spellings(moved)
 
     def _moved_along(self, stored: PurePath) -> Path | None:
         """The path of a file that moved along with the project; None if it cannot be told."""

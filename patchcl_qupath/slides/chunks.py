@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Box
+from patchcl_qupath.errors import is_damage
 from patchcl_qupath.slides.colour import ToRGB
 from patchcl_qupath.slides.level import Level
 from patchcl_qupath.slides.level_grid import LevelGrid
@@ -63,10 +64,8 @@ class ChunkedPixels:
             return self._drawn(box)
         try:
             pixels = self._decoded(box)
-        except OSError:
-            raise
-        except Exception:  # decoders raise anything
-            if self.finer is None:
+        except Exception as error:  # decoders raise anything
+            if self.finer is None or not is_damage(error):
                 raise
             return self._mended(box)
         if self.missing is not None and self._missing_in(box).any():
@@ -87,9 +86,9 @@ class ChunkedPixels:
                 if self.missing is not None and self._missing_in(part).all():
                     raise LookupError
                 pixels[part.within(box)] = self._decoded(part)
-            except OSError:
-                raise
-            except Exception:
+            except Exception as error:
+                if not is_damage(error):
+                    raise
                 pixels[part.within(box)] = self._drawn(part)
         return pixels
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from patchcl_qupath.datatypes import ImageEntry
-from patchcl_qupath.errors import DamagedError, SlideError, too_little_memory
+from patchcl_qupath.errors import DamagedError, SlideError, is_damage, too_little_memory
 from patchcl_qupath.slides.pixel_size import PixelSize
 
 MAX_IN_MEMORY_PX = 178_000_000  # of a level that cannot be read in parts: 0.5 GB, Pillow's limit
@@ -36,7 +38,7 @@ class Level:
     value or so. None where it cannot be decoded so.
     """
 
-    pixels: Any  # sliced by rows and columns: uint8 (rows, cols, 3 or 4), as a numpy array
+    pixels: Any  # sliced by rows and columns: uint8 (rows, cols, 3), as a numpy array
     chunk: tuple[int, int]  # (rows, cols) that are decoded together
     scale: tuple[float, float]  # (x, y) level-0 px per px of this level
     half: Level | None = None
@@ -65,6 +67,12 @@ class Pyramid:
     bounds: tuple[float, ...] | None = None  # x, y, width, height
     number: int = 0
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of its decoded pixels, of levels that cannot be read in parts."""
+        held = (level.pixels for level in self.levels if isinstance(level.pixels, np.ndarray))
+        return sum(pixels.nbytes for pixels in held)
+
     def level_for(self, downsample: tuple[float, float]) -> Level:
         """The coarsest level that is fine enough for ``downsample`` (x, y) level-0 px per px."""
         fine_enough = [
@@ -85,9 +93,9 @@ class Pyramid:
             for row, col in ((0, 0), (rows // 2, cols // 2), (rows - 1, cols - 1)):
                 try:
                     level.pixels[row : row + 1, col : col + 1]
-                except OSError:
-                    raise
                 except Exception as error:  # decoders raise anything
+                    if not is_damage(error):
+                        raise
                     errors.append(error)
                 else:
                     return
@@ -173,4 +181,4 @@ def unreadable(name: str, error: Exception) -> SlideError:
         f"{name} cannot be read ({reason}): if QuPath shows it, export it as OME-TIFF (rendered "
         "RGB) and add that; if not, copy the file again"
     )
-    return SlideError(message) if isinstance(error, OSError) else DamagedError(message, reason)
+    return DamagedError(message, reason) if is_damage(error) else SlideError(message)

@@ -185,7 +185,7 @@ class LevelGrid:
     def _stored(self, source: tuple[Span, Span]) -> NDArray[np.uint8]:
         """Level px (h, w, 3) of rows and columns, as they are in the file."""
         try:  # decoders raise anything
-            return np.asarray(self.level.pixels[slice(*source[0]), slice(*source[1])])[..., :3]
+            return np.asarray(self.level.pixels[slice(*source[0]), slice(*source[1])])
         except Exception as error:
             raise unreadable(self.name, error) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import stat
@@ -28,6 +29,7 @@ from patchcl_qupath.slides.level import (
     shown,
 )
 from patchcl_qupath.slides.pixel_size import Pair, PixelSize, PixelSizeSource, in_um
+from patchcl_qupath.storage.files import is_too_long
 
 _AXES = "tczyx"  # of versions that do not name them
 _COLOURS = ["FF0000", "00FF00", "0000FF"]
@@ -289,7 +291,15 @@ def _is_file(path: Path) -> bool:
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
+        _check_length(path)
         return False
+
+
+def _check_length(path: Path) -> None:
+    """Raise OSError for a path that is not found, but may be there: chunks would become glass."""
+    if is_too_long(path):
+        reason = "its path is too long for Windows: move the slide to a shorter one"
+        raise OSError(errno.ENAMETOOLONG, reason, str(path))
 
 
 def _is_in_shard(path: Path, number: int, count: int, codec: ShardingCodec) -> bool:
@@ -306,6 +316,7 @@ def _is_in_shard(path: Path, number: int, count: int, codec: ShardingCodec) -> b
             file.seek(max(0, first) + number * _INDEX_ENTRY_BYTES)
             return file.read(_INDEX_ENTRY_BYTES) != _NOT_IN_SHARD
     except (FileNotFoundError, NotADirectoryError):
+        _check_length(path)
         return False
 
 

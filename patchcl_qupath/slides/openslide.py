@@ -1,4 +1,4 @@
-"""Slides that OpenSlide reads: MRXS, SCN, BIF, VMS, DICOM, and TIFF that tiffslide cannot read.
+"""Slides that OpenSlide reads: those of ``FORMATS``, and TIFF that tiffslide cannot read.
 
 OpenSlide is an extra. It draws any region of a level; here, its levels are sliced like others.
 """

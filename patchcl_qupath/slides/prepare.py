@@ -18,7 +18,7 @@ from patchcl_qupath.datatypes import Box, ImageEntry, StainVectors, level0_to_gr
 from patchcl_qupath.errors import DamagedError, ImageError, SlideError, TrainingError
 from patchcl_qupath.overlap import Stop, overlapped, usable_cores
 from patchcl_qupath.progress import ShowCount
-from patchcl_qupath.slides.signature import slide_signature
+from patchcl_qupath.slides.signature import quick_signature, slide_signature
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.stain_vectors import stains_to_measure
 from patchcl_qupath.slides.stains import StainNormaliser, colour_densities, is_green_ink
@@ -29,7 +29,7 @@ from patchcl_qupath.slides.tissue import (
     tissue_mask,
 )
 from patchcl_qupath.storage.files import digest, readable
-from patchcl_qupath.storage.records import TILE_FORMAT, FileSignature, file_signature, to_plain
+from patchcl_qupath.storage.records import TILE_FORMAT, FileSignature, to_plain
 
 _NORMALISER_CROPS = 24  # crops that the normaliser is fitted to
 _NORMALISER_CROP_PX = 256
@@ -142,7 +142,7 @@ class PreparedImage:
         Of a file that is gone, what was read before is right.
         """
         with suppress(OSError):
-            self._check_file(file_signature(self.slide.path))
+            self._check_file(quick_signature(self.slide.path))
 
     def _check_file(self, found: FileSignature) -> None:
         if not found.is_of(self.file):

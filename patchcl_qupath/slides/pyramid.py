@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import threading
 import warnings
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from patchcl_qupath.errors import is_damage
 from patchcl_qupath.slides.colour import alpha_is_unused, on_white
-from patchcl_qupath.slides.level import Level, Pyramid, Selection, check_memory
+from patchcl_qupath.slides.level import (
+    MAX_IN_MEMORY_PX,
+    Level,
+    Pyramid,
+    Selection,
+    check_memory,
+)
 from patchcl_qupath.slides.ome_zarr import open_ome_zarr
 from patchcl_qupath.slides.openslide import FORMATS, open_instead, open_openslide
+from patchcl_qupath.slides.signature import slide_files
 from patchcl_qupath.slides.tiff import open_tiff
-from patchcl_qupath.storage.files import content_file
 
 PILLOW_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp"}
 # Of files of images, also those that only QuPath reads: what else follows a dot belongs to a name.
@@ -24,7 +30,13 @@ IMAGE_SUFFIXES = {*FORMATS, *PILLOW_SUFFIXES, ".svs", ".ndpi", ".tif", ".tiff", 
 IMAGE_SUFFIXES |= {".afi", ".btf", ".gif", ".jp2", ".lif", ".lsm", ".oir", ".tf2", ".tf8", ".vsi"}
 ANY = Selection()
 
+MAX_OPEN = 8  # several images are under way at once
+MAX_HELD_BYTES = 3 * MAX_IN_MEMORY_PX  # of all open files together, or of the last one alone
+
+_Version = tuple[tuple[int, ...], ...]
+
 _opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
+_opened: dict[tuple[Path, Selection, _Version], Pyramid] = {}  # the one that was read last, last
 
 
 def open_pyramid(path: Path, selection: Selection = ANY) -> Pyramid:
@@ -33,19 +45,34 @@ def open_pyramid(path: Path, selection: Selection = ANY) -> Pyramid:
     A file that was replaced is opened again, and one that was removed raises: workers are
     long-lived.
     """
-    stat = content_file(path).stat()
+    stats = slide_files(path).values()
+    version = tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
+    key = path, selection, version
     with _opening:
-        return _open(path, selection, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+        pyramid = _opened.pop(key) if key in _opened else _open(path, selection)
+        _opened[key] = pyramid
+        _forget_some()
+    return pyramid
 
 
 def forget_pyramids() -> None:
     """Open files again when they are next read, as after a network error."""
     with _opening:
-        _open.cache_clear()
+        _opened.clear()
 
 
-@lru_cache(maxsize=8)  # several images are under way at once
-def _open(path: Path, selection: Selection, version: tuple[int, ...]) -> Pyramid:
+def _forget_some() -> None:
+    """Forget what was read longest ago: of too many files, and of those that hold too much."""
+    oldest, *others = _opened
+    if len(others) == MAX_OPEN:
+        del _opened[oldest]
+    held = {key: pyramid.held_bytes for key, pyramid in _opened.items() if pyramid.held_bytes}
+    while len(held) > 1 and sum(held.values()) > MAX_HELD_BYTES:
+        oldest = next(iter(held))
+        del _opened[oldest], held[oldest]
+
+
+def _open(path: Path, selection: Selection) -> Pyramid:
     if path.is_dir():
         return open_ome_zarr(path, selection)
     suffix = path.suffix.lower()
@@ -58,9 +85,9 @@ def _open(path: Path, selection: Selection, version: tuple[int, ...]) -> Pyramid
     try:
         pyramid = open_tiff(path, selection)
         pyramid.check_readable()
-    except OSError:
-        raise
     except Exception as error:  # readers raise anything
+        if not is_damage(error):
+            raise
         return open_instead(path, selection, error)
     return pyramid
 

@@ -1,39 +1,127 @@
-"""How a slide's file is known again: by its size, its time, and a sample of its content.
+"""How a slide is known again: by the size and time of its files, and a sample of their content.
 
 Size and time alone do not do: archives keep times in steps of two seconds, and uncompressed images
-of equal dimensions have equal sizes.
+of equal dimensions have equal sizes. Nor does the file that a project names: of MRXS, VMS and
+DICOM, other files beside it hold the pixels.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from patchcl_qupath.storage.files import read_json
-from patchcl_qupath.storage.records import FileSignature, file_signature
+from patchcl_qupath.storage.files import content_file, read_json
+from patchcl_qupath.storage.records import FileSignature
 
 _BLOCK_BYTES = 4096
 _BLOCKS = 16  # of a file: to read them takes 0.3 ms, or as long as a disk seeks them
-_CHUNKS = 64  # of an OME-Zarr: 3 ms
+_CHUNKS = 64  # of an OME-Zarr, or files of another slide: 3 ms
 _BLOCKS_OF_CHUNK = 4
+_HEAD_BYTES = 65536  # of a text or header: OpenSlide reads no more of a VMS
+
+_NAMED_IN_VMS = re.compile(
+    rb"^(?:Image|Map)File[^=\n]*=[ \t]*([^\r\n\0/\\]+?)[ \t]*\r?$", re.MULTILINE
+)
+_DICOM_SERIES = re.compile(rb"\x20\x00\x0e\x00.{4}([\d.]+)", re.DOTALL)  # SeriesInstanceUID
 
 
 def slide_signature(path: Path) -> FileSignature:
-    """Size and time of a slide's file, and a sample of it.
+    """Size and time of a slide's files, and a sample of them.
 
     Of an OME-Zarr, these are size and time of its metadata, and a sample of some of its chunks:
     who changes pixels need not write the metadata anew. Raises OSError.
     """
-    signature = file_signature(path)
-    sample = _checksum_of_chunks(path) if path.is_dir() else _checksum(path, _BLOCKS)
-    return msgspec.structs.replace(signature, sample=sample)
+    files = slide_files(path)
+    sample = _checksum_of_chunks(path) if path.is_dir() else _checksum_of_files([*files])
+    return msgspec.structs.replace(_size_and_time(files), sample=sample)
+
+
+def quick_signature(path: Path) -> FileSignature:
+    """Size and time of a slide's files alone. Raises OSError."""
+    return _size_and_time(slide_files(path))
+
+
+def slide_files(path: Path) -> dict[Path, os.stat_result]:
+    """The files that hold a slide, its own first, and what the system tells of each.
+
+    Of an OME-Zarr, it is its metadata. Raises OSError for a slide that is missing; what else is
+    missing is left out.
+    """
+    own = content_file(path)
+    files = {own: own.stat()}
+    for other in _others(path):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            files[other] = other.stat()
+    return files
+
+
+def _others(path: Path) -> Iterable[Path]:
+    """The files that hold the pixels of a slide, where its own does not."""
+    suffix = path.suffix.lower()
+    if suffix == ".mrxs":
+        inside = _inside(path.with_suffix(""))
+        return [file for file in inside if file.suffix == ".dat" or file.name == "Slidedat.ini"]
+    if suffix in (".vms", ".vmu"):
+        return [path.parent / os.fsdecode(name) for name in _NAMED_IN_VMS.findall(_head(path))]
+    if suffix == ".dcm":
+        series = _series_of(path)
+        return [file for file in _inside(path.parent) if series and _series_of(file) == series]
+    return ()
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What a folder holds, if it is there."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(folder.iterdir())
+    return []
+
+
+def _series_of(path: Path) -> bytes | None:
+    """The DICOM series that a file belongs to; None for a file that has none, or is unreadable."""
+    if path.suffix.lower() != ".dcm":
+        return None
+    try:
+        return _series(path, path.stat().st_mtime_ns)
+    except OSError:  # it may be of another slide
+        return None
+
+
+@lru_cache(maxsize=4096)  # a folder may hold many slides, and each asks for all files
+def _series(path: Path, modified_ns: int) -> bytes | None:
+    found = _DICOM_SERIES.search(_head(path))
+    return found and found[1]
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_HEAD_BYTES)
+
+
+def _size_and_time(files: dict[Path, os.stat_result]) -> FileSignature:
+    """The size of all files together, and the time of the last one."""
+    return FileSignature(
+        bytes=sum(stat.st_size for stat in files.values()),
+        modified_ns=max(stat.st_mtime_ns for stat in files.values()),
+    )
+
+
+def _checksum_of_files(paths: Sequence[Path]) -> int:
+    """The CRC-32 of some of the content of a slide's own file, the first, and of some others."""
+    own, *others = paths
+    checksum = _checksum(own, _BLOCKS)
+    for number in _spread(min(_CHUNKS, len(others)), len(others) - 1):
+        checksum = _checksum(others[number], _BLOCKS_OF_CHUNK, checksum)
+    return checksum
 
 
 def _checksum(path: Path, blocks: int, checksum: int = 0) -> int:

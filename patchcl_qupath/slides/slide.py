@@ -24,7 +24,7 @@ from patchcl_qupath.slides.pixel_size import MPP_RANGE, Pair, PixelSize, PixelSi
 from patchcl_qupath.slides.pyramid import forget_pyramids, open_pyramid
 from patchcl_qupath.slides.signature import slide_signature
 from patchcl_qupath.slides.void import VoidMask, void_blocks
-from patchcl_qupath.storage.files import is_file
+from patchcl_qupath.storage.files import is_file, is_too_long, too_long
 from patchcl_qupath.storage.records import FileSignature
 
 MAX_SIDE_MM = 300  # the largest glass, for sections of a whole brain, has 200
@@ -86,6 +86,8 @@ class Slide:
         if entry.problem:
             raise ImageError(entry.problem)
         if not is_file(entry.path):
+            if is_too_long(entry.path):
+                raise SlideError(too_long(entry.name, entry.path))
             raise SlideError(
                 f"{entry.name} is not at {entry.path}: open the project in QuPath and fix its path"
             )

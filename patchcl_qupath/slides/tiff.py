@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tifffile import TiffPageSeries
 from tiffslide import TiffSlide
 
+from patchcl_qupath.errors import is_damage
 from patchcl_qupath.slides.chunks import ChunkedPixels, drawn_from
 from patchcl_qupath.slides.colour import ToRGB, alpha_is_unused, to_rgb
 from patchcl_qupath.slides.level import (
@@ -78,11 +79,10 @@ def _open(path: Path) -> tuple[TiffSlide, Sequence[TiffPageSeries]]:
     slide = TiffSlide(path)
     try:
         return slide, slide.ts_tifffile.series
-    except OSError:
+    except Exception as error:
         slide.close()
-        raise
-    except Exception:
-        slide.close()
+        if not is_damage(error):
+            raise
     slide = TiffSlide(path, tifffile_options=dict.fromkeys(_BY_TEXT, False))
     try:
         return slide, slide.ts_tifffile.series
@@ -162,9 +162,9 @@ def _has_alpha(coarsest: Any) -> bool:
         try:
             if not alpha_is_unused(np.asarray(coarsest[window])):
                 return True
-        except OSError:
-            raise
-        except Exception:  # decoders raise anything
+        except Exception as error:  # decoders raise anything
+            if not is_damage(error):
+                raise
             damaged += 1
     return damaged == len(windows)
 
@@ -199,10 +199,8 @@ def _level(array: Any, convert: ToRGB, series: TiffPageSeries, finer: Sequence[L
         check_memory(math.prod(shape))
         try:
             return Level(convert(np.asarray(array[:])), (1, 1), scale)
-        except OSError:
-            raise
-        except Exception:  # damaged: all of it is drawn from the finer level
-            if below is None:
+        except Exception as error:  # damaged: all of it is drawn from the finer level
+            if below is None or not is_damage(error):
                 raise
             missing = np.ones((1, 1), bool)
     pixels = ChunkedPixels(stored=array, chunk=chunk, to_rgb=convert, missing=missing, finer=below)

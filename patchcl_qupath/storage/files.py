@@ -13,9 +13,9 @@ import shutil
 import time
 import unicodedata
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -59,17 +59,22 @@ _locked: set[Path] = set()  # folders of which this process holds the lock
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise StorageError, with advice, for an OSError in the block."""
+def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Raise StorageError, with advice, for an OSError in the block.
+
+    It may write to a ``temporary`` path first, which is longer.
+    """
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {_advice(path, error)}") from error
+        advice = _advice([path, temporary or path], error)
+        raise StorageError(f"cannot write {path}: {advice}") from error
 
 
-def _advice(path: Path, error: OSError) -> str:
+def _advice(paths: Sequence[Path], error: OSError) -> str:
     """What to do about an error of the operating system; its own text where that is not known."""
-    if WINDOWS and len(str(path)) > _LONGEST and isinstance(error, FileNotFoundError):
+    named = [PurePath(name) for name in (error.filename, error.filename2) if isinstance(name, str)]
+    if isinstance(error, FileNotFoundError) and any(map(is_too_long, [*paths, *named])):
         return f"its path is longer than {_LONGEST} characters: move the project to a shorter one"
     advice = _ADVICE | _ON_WINDOWS if WINDOWS else _ADVICE
     return advice.get(error.errno or 0, str(error))
@@ -86,7 +91,7 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[Path]:
     one that has another cause than this write, as a file that is read, is caught within.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    with writing(path):
+    with writing(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -300,6 +305,25 @@ def is_file(path: Path) -> bool:
         return content_file(path).is_file()
     except (OSError, ValueError):  # no permission, too long, or no path at all
         return False
+
+
+def is_too_long(path: PurePath) -> bool:
+    """Whether Windows may say of a path that nothing is there, whatever is."""
+    return WINDOWS and len(str(path)) > _LONGEST
+
+
+def too_long(name: str, path: PurePath) -> str:
+    """What to tell a person of a file that may be at such a path, but is not found."""
+    return (
+        f"{name} is not found at {readable(str(path))}, which is longer than {_LONGEST} "
+        "characters: move the file and the project to a shorter path, and fix the path in QuPath"
+    )
+
+
+def absolute(path: Path) -> Path:
+    """An absolute path, without following links: what they lead to may have a name without a
+    suffix, or that of a patient."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 Path.resolve follows them
 
 
 def is_whole_parquet(path: Path) -> bool:

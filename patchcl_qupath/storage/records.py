@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from patchcl_qupath.datatypes import CorrectionRoi, FailedTile, StainVectors, place_text
-from patchcl_qupath.storage.files import content_file, digest, read_json, write_json
+from patchcl_qupath.storage.files import digest, read_json, write_json
 from patchcl_qupath.timing import Seconds
 
 _SAME_SIZE = 1e-3  # of pixels, relative: QuPath and we may read a file's in other digits
@@ -32,8 +32,9 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 class FileSignature(Record, frozen=True, kw_only=True, omit_defaults=True):
     """Size and time of a file: they change when the file does, but not when it is moved.
 
-    ``sample`` is a checksum of some of its content; None in records of earlier versions, and for
-    files that are known without.
+    Of a slide of several files, they are the size of all, and the time of the last one. ``sample``
+    is a checksum of some of the content; None in records of earlier versions, and for files that
+    are known without.
     """
 
     bytes: int
@@ -722,8 +723,8 @@ def read_model_record(weights: Path) -> ModelRecord | None:
 
 
 def file_signature(path: Path) -> FileSignature:
-    """Size and time of a file, or of the metadata of an OME-Zarr. Raises OSError."""
-    stat = content_file(path).stat()
+    """Size and time of a file. Raises OSError."""
+    stat = path.stat()
     return FileSignature(bytes=stat.st_size, modified_ns=stat.st_mtime_ns)
 
 
