@@ -210,6 +210,15 @@ class Given {
         }
         return lastForeign
     }
+
+    /** Adds the names of all compartments of a cell where those of one were given: an earlier version missed some. */
+    Given withAllCompartments() {
+        for (String name : measurements.toList())
+            if (name ==~ /.*(Mean|Std\.Dev\.|Min|Max)/)
+                for (String compartment : ['Nucleus: ', 'Cytoplasm: ', 'Cell: '])
+                    measurements.add(name.replaceFirst(/\b(Nucleus|Cytoplasm|Cell): /, compartment))
+        return this
+    }
 }
 
 
@@ -1979,15 +1988,19 @@ static Given readGiven(ImageData<?> imageData, List<PathObject> nuclei) {
         for (String line : lines.readLines())
             (line.startsWith('class ') ? given.classes : given.measurements).add(line.substring(line.indexOf(' ') + 1))
     PathClass last = null
-    for (PathObject nucleus : nuclei)
+    List<String> lastNames = null
+    for (PathObject nucleus : nuclei) {
         if (last == null || !nucleus.getPathClass().is(last)) {
             last = nucleus.getPathClass()
             given.classes.add(String.valueOf(last))
         }
-    if (!nuclei.isEmpty()) {
-        given.measurements.addAll(nuclei.first().getMeasurementList().getMeasurementNames())
+        List<String> names = nucleus.getMeasurementList().getMeasurementNames()
+        if (!names.is(lastNames)) {   // files have no name where there is no value, as of a cytoplasm without pixels
+            lastNames = names
+            given.measurements.addAll(names)
+        }
     }
-    return given
+    return given.withAllCompartments()
 }
 
 @CompileStatic
