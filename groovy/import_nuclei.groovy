@@ -600,6 +600,7 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, Replacement pl
         carried.classes = carried.classes + (additions.hasClass ? 1 : 0)
         carried.notes = carried.notes + (additions.isMore() ? 1 : 0)
     }
+    handOverToRegions(existing, added)
     for (PathObject nucleus : added.unlocked)
         nucleus.setLocked(false)
     markRois(plan)   // with what successors took over
@@ -1115,13 +1116,8 @@ static void convertToAnnotations(Replacement plan) {
 /** Gives a new nucleus what somebody put on an earlier one. */
 @CompileStatic
 static void handOver(PathObject old, Additions additions, PathObject successor) {
-    if (additions.hasClass) {
-        double probability = old.getClassProbability()
-        if (Double.isNaN(probability))
-            successor.setPathClass(old.getPathClass())
-        else
-            successor.setPathClass(old.getPathClass(), probability)
-    }
+    if (additions.hasClass)
+        classifyAs(old, successor)
     if (additions.hasNote) {
         successor.setName(old.getName())
         if (old.getColor() != null)
@@ -1137,6 +1133,34 @@ static void handOver(PathObject old, Additions additions, PathObject successor) 
         measured.close()
     }
     successor.addChildObjects(additions.children + (successor.isAnnotation() ? additions.strays : []))
+}
+
+/** Gives an object the class of another one, with the probability that a classifier found. */
+@CompileStatic
+static void classifyAs(PathObject other, PathObject pathObject) {
+    double probability = other.getClassProbability()
+    if (Double.isNaN(probability))
+        pathObject.setPathClass(other.getPathClass())
+    else
+        pathObject.setPathClass(other.getPathClass(), probability)
+}
+
+/** Gives the regions that are there again what somebody, or a pixel classifier, put on the earlier ones. */
+@CompileStatic
+static void handOverToRegions(ExistingObjects existing, NewObjects added) {
+    Map<UUID, PathObject> earlier = [:]
+    for (PathObject region : existing.unchangedRegions)
+        earlier[region.getID()] = region
+    for (PathObject region : added.regions) {
+        PathObject old = earlier[region.getID()]
+        if (old == null)
+            continue
+        for (String name : old.getMeasurementList().getMeasurementNames())
+            if (!name.startsWith('PatchCL: '))
+                region.getMeasurementList().put(name, old.getMeasurementList().get(name))
+        Set<String> ofRun = Metadata.of(region).keySet()   // the description
+        Metadata.put(region, Metadata.of(old).findAll { String key, String value -> !ofRun.contains(key) })
+    }
 }
 
 /** The objects of other programs in the place of new nuclei, but for those that show the work of a person. */
