@@ -1489,6 +1489,7 @@ static boolean isOutlined(PathObject pathObject) {
 static PathObject withAllOf(PathObject detection, Set<PathObject> unlocked) {
     PathObject annotation = PathObjects.createAnnotationObject(
             contourOf(detection), detection.getPathClass(), detection.getMeasurementList())
+    classifyAs(detection, annotation)
     annotation.setID(detection.getID())
     annotation.setName(detection.getName())
     if (detection.getColor() != null)
