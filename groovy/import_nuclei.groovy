@@ -5,9 +5,10 @@
  *     QuPath script -p project.qpproj import_nuclei.groovy
  *
  * The script can be run repeatedly. Nuclei of an earlier import are replaced; what a person or a command of QuPath put
- * on them (class, foreign measurements, name, colour, metadata, children) is carried over to the new nucleus in their
- * place. Objects that a person drew, reshaped or locked stay as they are, nuclei that a person deleted stay deleted,
- * and new nuclei in either place are left out. To restore deleted nuclei, delete all nuclei, then run this again.
+ * on them (class, foreign measurements, name, colour, metadata, children, a command's lock) is carried over to the new
+ * nucleus in their place. Objects that a person drew, reshaped or locked stay as they are, nuclei that a person deleted
+ * stay deleted, and new nuclei in either place are left out. To restore deleted nuclei, delete all nuclei, then run
+ * this again.
  *
  * Detections of other programs (QuPath's own, StarDist's) stay as they are, too, and new nuclei are added beside them.
  * `patchcl-qp run --overlapping keep` leaves out new nuclei in their place, `--overlapping replace` removes those in
@@ -161,9 +162,14 @@ class ImageResults {
 }
 
 
-/** What earlier imports added: by object id, the digest and centroid of each, with a suffix for regions and ROIs. */
+/**
+ * What earlier imports added: by object id, the digest and centroid of each, with a suffix for regions and ROIs, and
+ * for nuclei that have the lock of a command.
+ */
 @CompileStatic
 class Marks {
+
+    static final String LOCKED = ' locked'
 
     final Map<UUID, String> nuclei = [:]
     final Map<UUID, String> regions = [:]
@@ -204,6 +210,15 @@ class Given {
         }
         return lastForeign
     }
+
+    /** Adds the names of all compartments of a cell where those of one were given: an earlier version missed some. */
+    Given withAllCompartments() {
+        for (String name : measurements.toList())
+            if (name ==~ /.*(Mean|Std\.Dev\.|Min|Max)/)
+                for (String compartment : ['Nucleus: ', 'Cytoplasm: ', 'Cell: '])
+                    measurements.add(name.replaceFirst(/\b(Nucleus|Cytoplasm|Cell): /, compartment))
+        return this
+    }
 }
 
 
@@ -213,6 +228,7 @@ class Additions {
 
     boolean hasClass
     boolean hasNote   // a name, a colour, a description or other metadata
+    boolean hasLock   // by a command: one that a person locked is none of the annotated nuclei
     List<String> measurements = []
     List<PathObject> children = []   // drawn within
     List<PathObject> strays = []   // within, by QuPath's 'Resolve hierarchy': detections of other programs
@@ -357,6 +373,7 @@ class ExistingObjects {
     final List<PathObject> kept = []   // a person's: drawn, reshaped, locked, or made of nuclei of ours
     final Set<UUID> keptIds = new HashSet<>()   // of those
     final Set<UUID> intactIds = new HashSet<>()   // of imported nuclei with their contour
+    final Set<PathObject> lockedByCommand = identitySet()   // of imported nuclei with their contour
     final List<PathObject> foreign = []   // detections of other programs
     final Set<PathObject> parents = identitySet()   // annotations and cores in which nuclei of ours are nested
     boolean hasConverted   // whether cells, say, were made of nuclei of ours
@@ -383,6 +400,7 @@ class NewObjects {
     final Map<PathObject, String> whyLeftOut = [:]   // the nuclei, and which of these reasons it is
     List<PathObject> replaced = []   // objects of other programs
     final Map<PathObject, PathObject> reshapable = [:]   // detections in ROIs to correct, and annotations for them
+    Set<PathObject> unlocked = []   // nuclei there that a command locked
 
     void leaveOut(PathObject nucleus, String why) {
         whyLeftOut[nucleus] = why
@@ -474,11 +492,14 @@ class Replacement {
             return null
         int classes = (int) lost.count { PathObject nucleus -> existing.annotated[nucleus].hasClass }
         int more = (int) lost.count { PathObject nucleus -> existing.annotated[nucleus].isMore() }
+        int locked = (int) lost.count { PathObject nucleus -> existing.annotated[nucleus].hasLock }
         List<String> what = []
         if (classes > 0)
             what << "${classes} with a class of yours".toString()
         if (more > 0)
             what << "${more} with measurements or notes of yours".toString()
+        if (locked > 0)
+            what << "${locked} locked".toString()
         return "${lost.size()} nuclei that no new nucleus replaces are removed: ${what.join(', ')}"
     }
 }
@@ -579,6 +600,9 @@ static Map<String, Integer> replaceNuclei(ImageData<?> imageData, Replacement pl
         carried.classes = carried.classes + (additions.hasClass ? 1 : 0)
         carried.notes = carried.notes + (additions.isMore() ? 1 : 0)
     }
+    handOverToRegions(existing, added)
+    for (PathObject nucleus : added.unlocked)
+        nucleus.setLocked(false)
     markRois(plan)   // with what successors took over
     exchange(imageData, plan)
     writeMarks(imageData, plan.marks)
@@ -638,10 +662,7 @@ static String inWords(Map<String, Integer> counts) {
 static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, Given given, List<PathObject> suggestions,
                                    List<PathObject> nuclei, Areas scope) {
     ExistingObjects existing = new ExistingObjects()
-    sortRois(existing, all, marks, suggestions)
     Set<PathObject> foreign = foreignObjects(all, marks, nuclei)
-    Set<PathObject> rois = new HashSet<>(existing.unchangedRois)
-    rois.addAll(existing.keptRois)
     PathObject[] objects = all.toArray(new PathObject[0])
     boolean[] intact = new boolean[objects.length]
     boolean[] hasItsClass = new boolean[objects.length]
@@ -652,6 +673,10 @@ static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, Give
             hasItsContour(objects[k], mark, other)
         }
     }
+    findLocksOfCommands(existing, objects, intact, marks)
+    sortRois(existing, all, marks, suggestions)
+    Set<PathObject> rois = new HashSet<>(existing.unchangedRois)
+    rois.addAll(existing.keptRois)
     for (int k = 0; k < objects.length; k++) {
         PathObject pathObject = objects[k]
         if (rois.contains(pathObject))
@@ -661,7 +686,8 @@ static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, Give
             continue
         }
         UUID id = pathObject.getID()
-        if (intact[k] && !liesInAny(pathObject, existing.keptRois)) {
+        boolean lockedByHand = pathObject.isLocked() && !existing.lockedByCommand.contains(pathObject)
+        if (intact[k] && !lockedByHand && !liesInAny(pathObject, existing.keptRois)) {
             Additions additions = additionsTo(pathObject, !hasItsClass[k], marks, given, foreign)
             existing.intactIds.add(id)
             PathObject parent = pathObject.getParent()
@@ -687,28 +713,58 @@ static ExistingObjects sortObjects(Collection<PathObject> all, Marks marks, Give
     return existing
 }
 
-/** Whether an imported nucleus, given a class, has the contour and kind that it was given, and is not locked. */
+/**
+ * Finds the imported nuclei that a command of QuPath locked: some measure annotations, or make objects in them, and
+ * lock them all. So more than half of the nuclei are locked, or an import carried the lock over from such a nucleus.
+ */
+@CompileStatic
+static void findLocksOfCommands(ExistingObjects existing, PathObject[] objects, boolean[] intact, Marks marks) {
+    int nuclei = 0
+    for (int k = 0; k < objects.length; k++)
+        if (intact[k]) {
+            nuclei++
+            if (objects[k].isLocked())
+                existing.lockedByCommand.add(objects[k])
+        }
+    if (existing.lockedByCommand.size() < leastOfCommand(nuclei))
+        existing.lockedByCommand.removeIf { PathObject nucleus ->
+            !marks.nuclei[nucleus.getID()].endsWith(Marks.LOCKED)
+        }
+}
+
+/** How many of some nuclei have what a command gave them, at least: no person does so one by one. */
+@CompileStatic
+static int leastOfCommand(int nuclei) {
+    return Math.max(20, nuclei.intdiv(2) + 1)
+}
+
+/** Whether an imported nucleus, given a class, has the contour and kind that it was given. */
 @CompileStatic
 static boolean hasItsContour(PathObject nucleus, String mark, String className) {
     return mark.startsWith(pristineDigest(nucleus, className))
 }
 
-/** What somebody put on an imported nucleus; null without anything. 'hasClass' is whether its class is another one. */
+/**
+ * What somebody put on an imported nucleus that no person locked; null without anything. 'hasClass' is whether its
+ * class is another one.
+ */
 @CompileStatic
 static Additions additionsTo(PathObject nucleus, boolean hasClass, Marks marks, Given given, Set<PathObject> foreign) {
     boolean hasNote = nucleus.getName() != null || nucleus.getColor() != null ||
             Metadata.of(nucleus).values().any { String value -> value }
     List<String> measurements = given.foreign(nucleus.getMeasurementList().getMeasurementNames())
-    if (!hasClass && !hasNote && measurements.isEmpty() && !nucleus.hasChildObjects())
+    boolean hasLock = nucleus.isLocked()
+    if (!hasClass && !hasNote && !hasLock && measurements.isEmpty() && !nucleus.hasChildObjects())
         return null
-    Additions additions = new Additions(hasClass: hasClass, hasNote: hasNote, measurements: measurements)
+    Additions additions = new Additions(hasClass: hasClass, hasNote: hasNote, hasLock: hasLock,
+            measurements: measurements)
     // QuPath's 'Resolve hierarchy' puts detections of other programs within annotations, without a person's doing.
     for (PathObject child : nucleus.getChildObjects())
         if (nucleus.isAnnotation() && foreign.contains(child))
             additions.strays << child
         else if (!marks.contains(child.getID()))
             additions.children << child
-    return additions.isWork() || additions.strays ? additions : null
+    return additions.isWork() || hasLock || additions.strays ? additions : null
 }
 
 /** Whether a run looked for a nucleus: its centroid is in a region of the run. */
@@ -796,7 +852,8 @@ static void sortRois(ExistingObjects existing, Collection<PathObject> all, Marks
         String mark = marks.rois.isEmpty() ? null : marks.rois.get(roi.getID())
         if (mark == null && !isCorrectionRoi(roi))
             continue
-        boolean unchanged = mark != null && mark.startsWith(digest(roi)) && mark.endsWith(contentDigest(roi, all))
+        boolean unchanged = mark != null && mark.startsWith(digest(roi)) &&
+                mark.endsWith(contentDigest(roi, all, existing.lockedByCommand))
         if (unchanged && !suggestions.any { PathObject suggestion -> suggestion.getID() == roi.getID() })
             existing.unchangedRois << roi
         else
@@ -924,16 +981,20 @@ static void findSuccessors(Replacement plan, double maxOverlap, boolean keep) {
         predecessors[successor] = old
     }
     Closure<Boolean> isByHand = byHand(plan.existing)
+    boolean removing = plan.result.has('removed')   // for that, a command's lock is nobody's work
+    Closure<Boolean> isMissed = { PathObject old ->
+        annotated[old].isWork() || annotated[old].hasLock && !removing
+    }
     Set<PathObject> matched = ExistingObjects.identitySet()   // a difference of lists compares each with each
     matched.addAll(predecessors.values())
     List<PathObject> alone = annotated.keySet().toList().findAll { PathObject old -> !matched.contains(old) }
     while (!alone.isEmpty()) {
         List<PathObject> stay = alone.findAll { PathObject old ->
-            annotated[old].isWork() && (keep || isByHand(annotated[old]))
+            isMissed(old) && (keep || isByHand(annotated[old]))
         }
         plan.stayed.addAll(stay)
         plan.lost.addAll(alone.findAll { PathObject old ->
-            annotated[old].isWork() && !keep && !isByHand(annotated[old])
+            isMissed(old) && !keep && !isByHand(annotated[old])
         })
         alone = leaveOutInPlaceOf(stay, plan.added, predecessors, maxOverlap)
     }
@@ -976,7 +1037,7 @@ static List<PathObject> leaveOutInPlaceOf(List<PathObject> stay, NewObjects adde
  */
 @CompileStatic
 static Closure<Boolean> byHand(ExistingObjects existing) {
-    int many = Math.max(20, existing.getIntact().intdiv(2) + 1)
+    int many = leastOfCommand(existing.getIntact())
     int classes = 0
     Map<String, Integer> measured = [:]
     for (Collection<Additions> all : [existing.annotated.values(), existing.outside.values()])
@@ -1028,7 +1089,7 @@ static Map<PathObject, PathObject> match(Collection<PathObject> earlier, List<Pa
     return successors
 }
 
-/** Makes annotations of new nuclei in suggested ROIs, and of successors that a detection cannot be. */
+/** Makes annotations of new nuclei in suggested ROIs, to be reshaped, and of successors that a detection cannot be. */
 @CompileStatic
 static void convertToAnnotations(Replacement plan) {
     Map<PathObject, PathObject> predecessors = new IdentityHashMap<>()
@@ -1039,12 +1100,15 @@ static void convertToAnnotations(Replacement plan) {
     added.nuclei = added.nuclei.collect { PathObject nucleus ->
         PathObject old = predecessors[nucleus]
         Additions additions = old == null ? null : plan.existing.annotated[old]
+        boolean toCorrect = liesInAny(nucleus, added.rois)
         // QuPath shows neither the description nor the children of a detection.
-        boolean convert = old != null && old.isAnnotation() && (additions.hasNote || additions.children) ||
-                liesInAny(nucleus, added.rois)
+        boolean convert = toCorrect ||
+                old != null && old.isAnnotation() && (additions.hasNote || additions.children)
         PathObject made = convert ? toAnnotation(nucleus) : nucleus
-        if (old != null)
+        if (old != null) {
             plan.successors[old] = made
+            additions.hasLock &= !toCorrect
+        }
         return made
     }
 }
@@ -1052,19 +1116,16 @@ static void convertToAnnotations(Replacement plan) {
 /** Gives a new nucleus what somebody put on an earlier one. */
 @CompileStatic
 static void handOver(PathObject old, Additions additions, PathObject successor) {
-    if (additions.hasClass) {
-        double probability = old.getClassProbability()
-        if (Double.isNaN(probability))
-            successor.setPathClass(old.getPathClass())
-        else
-            successor.setPathClass(old.getPathClass(), probability)
-    }
+    if (additions.hasClass)
+        classifyAs(old, successor)
     if (additions.hasNote) {
         successor.setName(old.getName())
         if (old.getColor() != null)
             successor.setColor(old.getColor())
         Metadata.put(successor, Metadata.of(old))
     }
+    if (additions.hasLock)
+        successor.setLocked(true)
     if (additions.measurements) {
         MeasurementList measured = successor.getMeasurementList()
         for (String name : additions.measurements)
@@ -1072,6 +1133,34 @@ static void handOver(PathObject old, Additions additions, PathObject successor) 
         measured.close()
     }
     successor.addChildObjects(additions.children + (successor.isAnnotation() ? additions.strays : []))
+}
+
+/** Gives an object the class of another one, with the probability that a classifier found. */
+@CompileStatic
+static void classifyAs(PathObject other, PathObject pathObject) {
+    double probability = other.getClassProbability()
+    if (Double.isNaN(probability))
+        pathObject.setPathClass(other.getPathClass())
+    else
+        pathObject.setPathClass(other.getPathClass(), probability)
+}
+
+/** Gives the regions that are there again what somebody, or a pixel classifier, put on the earlier ones. */
+@CompileStatic
+static void handOverToRegions(ExistingObjects existing, NewObjects added) {
+    Map<UUID, PathObject> earlier = [:]
+    for (PathObject region : existing.unchangedRegions)
+        earlier[region.getID()] = region
+    for (PathObject region : added.regions) {
+        PathObject old = earlier[region.getID()]
+        if (old == null)
+            continue
+        for (String name : old.getMeasurementList().getMeasurementNames())
+            if (!name.startsWith('PatchCL: '))
+                region.getMeasurementList().put(name, old.getMeasurementList().get(name))
+        Set<String> ofRun = Metadata.of(region).keySet()   // the description
+        Metadata.put(region, Metadata.of(old).findAll { String key, String value -> !ofRun.contains(key) })
+    }
 }
 
 /** The objects of other programs in the place of new nuclei, but for those that show the work of a person. */
@@ -1104,8 +1193,9 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
     ExistingObjects existing = plan.existing
     NewObjects added = plan.added
     Map<UUID, String> after = new LinkedHashMap<>(decided.nuclei)
-    for (PathObject nucleus : existing.outside.keySet())
-        after.put(nucleus.getID(), marks.nuclei.get(nucleus.getID()))
+    existing.outside.each { PathObject nucleus, Additions additions ->
+        after.put(nucleus.getID(), withLock(marks.nuclei.get(nucleus.getID()), additions?.hasLock))
+    }
     PathObject[] nuclei = added.nuclei.toArray(new PathObject[0])
     String[] digests = new String[nuclei.length]   // as a run made them, without what they take over
     IntStream.range(0, nuclei.length).parallel().forEach { int k -> digests[k] = digestAndCentroid(nuclei[k]) }
@@ -1113,8 +1203,9 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
     for (int k = 0; k < nuclei.length; k++)
         if (agreed.contains(nuclei[k]))
             digests[k] = pristineDigest(nuclei[k], Given.BY_PERSON) + digests[k].substring(digests[k].indexOf(' '))
+    Set<PathObject> locked = lockedSuccessors(plan)
     for (int k = 0; k < nuclei.length; k++)
-        after.put(nuclei[k].getID(), digests[k])
+        after.put(nuclei[k].getID(), withLock(digests[k], locked.contains(nuclei[k])))
     for (PathObject roi : existing.keptRois + suggestions)
         if (decided.rois.containsKey(roi.getID()))
             after.put(roi.getID(), decided.rois.get(roi.getID()))
@@ -1127,6 +1218,24 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
     for (PathObject region : added.regions)
         after[region.getID()] = digestAndCentroid(region) + ' region'
     return after
+}
+
+/** The mark of a nucleus, with a note of whether it has the lock of a command: it may soon be one of few. */
+@CompileStatic
+static String withLock(String mark, boolean hasLock) {
+    String plain = mark - Marks.LOCKED
+    return hasLock ? plain + Marks.LOCKED : plain
+}
+
+/** The new nuclei that take over the lock of a command. */
+@CompileStatic
+static Set<PathObject> lockedSuccessors(Replacement plan) {
+    Set<PathObject> locked = ExistingObjects.identitySet()
+    plan.successors.each { PathObject old, PathObject successor ->
+        if (plan.existing.annotated[old].hasLock)
+            locked.add(successor)
+    }
+    return locked
 }
 
 /** The new nuclei that a run gave the very class that a person had given the nucleus before. */
@@ -1152,7 +1261,8 @@ static void markRois(Replacement plan) {
     present.addAll(existing.foreign.findAll { PathObject other -> !replaced.contains(other) })
     present.replaceAll { PathObject other -> added.reshapable[other] ?: other }
     for (PathObject roi : added.rois)
-        plan.marks[roi.getID()] = digestAndCentroid(roi) + ' field ' + contentDigest(roi, present)
+        plan.marks[roi.getID()] = digestAndCentroid(roi) + ' field ' +
+                contentDigest(roi, present, existing.lockedByCommand)
 }
 
 /** Removes the replaced objects from the image, and adds the new ones. */
@@ -1358,12 +1468,13 @@ static void makeReshapable(Replacement plan, Marks marks) {
     }
     if (rois.isEmpty())
         return
+    plan.added.unlocked = existing.lockedByCommand.findAll { PathObject nucleus -> liesInAny(nucleus, rois) }
     List<PathObject> detections = existing.kept + existing.outside.keySet() + plan.stayed
     if (overlapping(plan.result) == 'keep')
         detections.addAll(existing.foreign)
     for (PathObject pathObject : detections)
         if (isOutlined(pathObject) && liesInAny(pathObject, rois))
-            plan.added.reshapable[pathObject] = withAllOf(pathObject)
+            plan.added.reshapable[pathObject] = withAllOf(pathObject, plan.added.unlocked)
 }
 
 /** Whether an object is a detection of a nucleus, or a cell that has one. */
@@ -1373,16 +1484,17 @@ static boolean isOutlined(PathObject pathObject) {
             (!(pathObject instanceof PathCellObject) || ((PathCellObject) pathObject).getNucleusROI() != null)
 }
 
-/** A detection as an annotation, with all that a person put on it; a cell as its nucleus. */
+/** A detection as an annotation, with all that a person put on it; a cell as its nucleus. Some are 'unlocked'. */
 @CompileStatic
-static PathObject withAllOf(PathObject detection) {
+static PathObject withAllOf(PathObject detection, Set<PathObject> unlocked) {
     PathObject annotation = PathObjects.createAnnotationObject(
             contourOf(detection), detection.getPathClass(), detection.getMeasurementList())
+    classifyAs(detection, annotation)
     annotation.setID(detection.getID())
     annotation.setName(detection.getName())
     if (detection.getColor() != null)
         annotation.setColor(detection.getColor())
-    annotation.setLocked(detection.isLocked())
+    annotation.setLocked(detection.isLocked() && !unlocked.contains(detection))
     Metadata.put(annotation, Metadata.of(detection))
     return annotation
 }
@@ -1410,13 +1522,15 @@ static boolean intersect(ROI one, ROI other) {
     return envelope(one).intersects(envelope(other)) && one.getGeometry().intersects(other.getGeometry())
 }
 
-/** A digest of what a person can change of the objects in an ROI. */
+/** A digest of what a person can change of the objects in an ROI; the lock of some is a command's. */
 @CompileStatic
-static String contentDigest(PathObject roi, Collection<PathObject> objects) {
+static String contentDigest(PathObject roi, Collection<PathObject> objects, Set<PathObject> lockedByCommand) {
     List<String> within = []
     for (PathObject pathObject : objects)
-        if (liesIn(pathObject, roi))
-            within << pathObject.getID().toString() + digest(pathObject)
+        if (liesIn(pathObject, roi)) {
+            boolean locked = pathObject.isLocked() && !lockedByCommand.contains(pathObject)
+            within << pathObject.getID().toString() + digest(pathObject, locked)
+        }
     return sha(within.sort().toString().getBytes(StandardCharsets.UTF_8))
 }
 
@@ -1899,15 +2013,19 @@ static Given readGiven(ImageData<?> imageData, List<PathObject> nuclei) {
         for (String line : lines.readLines())
             (line.startsWith('class ') ? given.classes : given.measurements).add(line.substring(line.indexOf(' ') + 1))
     PathClass last = null
-    for (PathObject nucleus : nuclei)
+    List<String> lastNames = null
+    for (PathObject nucleus : nuclei) {
         if (last == null || !nucleus.getPathClass().is(last)) {
             last = nucleus.getPathClass()
             given.classes.add(String.valueOf(last))
         }
-    if (!nuclei.isEmpty()) {
-        given.measurements.addAll(nuclei.first().getMeasurementList().getMeasurementNames())
+        List<String> names = nucleus.getMeasurementList().getMeasurementNames()
+        if (!names.is(lastNames)) {   // files have no name where there is no value, as of a cytoplasm without pixels
+            lastNames = names
+            given.measurements.addAll(names)
+        }
     }
-    return given
+    return given.withAllCompartments()
 }
 
 @CompileStatic
@@ -1951,27 +2069,28 @@ static Coordinate centroid(String digestAndCentroid) {
  * Coordinates are float, as QuPath saves them: the digest is the same after saving.
  */
 @CompileStatic
-static String digest(PathObject pathObject) {
+static String digest(PathObject pathObject, boolean locked = pathObject.isLocked()) {
     String description = pathObject instanceof PathAnnotationObject ?
             ((PathAnnotationObject) pathObject).getDescription() : null
     return digestWith(pathObject, String.valueOf(pathObject.getPathClass()), pathObject.getName(),
-            pathObject.getColor(), description)
+            pathObject.getColor(), locked, description)
 }
 
-/** The digest that a nucleus had when it was imported, if its contour is as it was then. */
+/** The digest that a nucleus had when it was imported, if its contour is as it was then: it was not locked. */
 @CompileStatic
 static String pristineDigest(PathObject nucleus, String className) {
-    return digestWith(nucleus, className, null, null, null)
+    return digestWith(nucleus, className, null, null, false, null)
 }
 
 @CompileStatic
-static String digestWith(PathObject pathObject, String className, String name, Integer color, String description) {
+static String digestWith(PathObject pathObject, String className, String name, Integer color, boolean locked,
+                         String description) {
     Point2[] points = pointsOf(pathObject.getROI())
     if (pathObject instanceof PathCellObject)
         points += pointsOf(((PathCellObject) pathObject).getNucleusROI())
     StringBuilder text = new StringBuilder(64)
     text.append('[').append(pathObject.isAnnotation()).append(', ').append(className).append(', ').append(name)
-            .append(', ').append((Object) color).append(', ').append(pathObject.isLocked())
+            .append(', ').append((Object) color).append(', ').append(locked)
     if (pathObject.isAnnotation())
         text.append(', ').append(description)
     byte[] rest = text.append(']').toString().getBytes(StandardCharsets.UTF_8)

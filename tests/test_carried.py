@@ -64,6 +64,9 @@ switch (entry.getImageName()) {
         nucleus.each { k, one ->
             one.setPathClass(PathClass.fromString(k % 3 ? 'Stroma' : 'Tumor'), 0.75d)
         }
+        def region = hierarchy.getAllObjects(false).find { it.getName() == 'PatchCL' }
+        region.getMeasurementList().put('Classifier: Tumor %', 12.5d)
+        region.getMetadata().put('Block', 'A: 3')
         break
     case 'scored':
         nucleus[5].getMeasurementList().put('スコア: 核', 2.5d)
@@ -312,6 +315,16 @@ def test_classes_of_a_classifier_do_not_freeze_the_image(story: Any) -> None:
             assert nucleus["class_name"] == ("Stroma" if k % 3 else "Tumor")
             assert float(nucleus["probability"]) == 0.75
             assert nucleus["parent"] == "PatchCL"
+
+
+@pytest.mark.parametrize("image", ["classified", "held"])
+def test_what_was_put_on_a_region_stays_on_it(story: Any, image: str) -> None:
+    """What the program says of it is of the last run."""
+    for run in (2, 3):
+        (region,) = regions_of(story, run, image)
+        assert region["measurements"]["Classifier: Tumor %"] == 12.5
+        assert region["metadata"]["Block"] == "A: 3"
+        assert f"run {run} " in region["description"]
 
 
 def test_what_is_lost_is_said_before_and_kept_in_a_file(story: Any) -> None:

@@ -181,6 +181,40 @@ def test_cells_replace_nuclei_and_the_other_way_round(
     assert sorted(left) == [2, 3, 4]  # a person's
 
 
+FORGET = """
+def lines = imageData.getProperty('patchcl.given').readLines()
+assert lines.any { it.contains('Cytoplasm') }
+imageData.setProperty('patchcl.given', lines.findAll { !it.contains('Cytoplasm') }.join('\\n'))
+entry.saveImageData(imageData)
+'"forgotten"'
+"""
+
+
+def test_measurements_that_the_first_cell_lacks_are_those_of_the_run(
+    tmp_path: Path, session: qupath.Session, process: Process
+) -> None:
+    """A file has no value for a cytoplasm without pixels: this is not a person's measurement."""
+    path = qupath.make_project(tmp_path / "p", SLIDE, ["a.svs"])
+    name, of_qupath = "Cytoplasm: Eosin: Mean", "Eosin: Cytoplasm: Mean"
+    for run in (1, 2):
+        cells = with_cells(qupath.nuclei(10, 3, "a"))
+        around = np.linspace(0, run, len(cells), dtype=np.float32)
+        around[0] = np.nan
+        whole = np.full(len(cells), run, np.float32)
+        measured = {**cells.measurements, name: around, "Cell: Eosin: Mean": whole}
+        cells = replace(cells, measurements=measured)
+        write(path, cells, GROWN, str(run), process=process, backend="files")
+        seen = by_index(session.run(path, LOOK)["a.svs"])  # type: ignore[arg-type]
+        assert of_qupath not in seen[0]["measurements"]
+        for k in range(1, len(cells)):
+            assert seen[k]["measurements"][of_qupath] == pytest.approx(around[k])
+
+    session.run(path, FORGET)  # as in an image of a version that asked the first cell alone
+    project, entry = opened(path, process)
+    project.remove(entry)
+    assert session.run(path, LOOK)["a.svs"] == []
+
+
 def test_annotations_of_cells_are_their_nuclei(
     tmp_path: Path, session: qupath.Session, process: Process
 ) -> None:

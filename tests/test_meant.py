@@ -53,6 +53,7 @@ groovy.json.JsonOutput.toJson(hierarchy.getAllObjects(false).collect { [
     type: it.isAnnotation() ? 'annotation' : it.isCell() ? 'cell' : 'detection',
     name: it.getName(),
     class_name: it.getPathClass()?.toString(),
+    probability: it.getClassProbability().toString(),
     locked: it.isLocked(),
     index: it.getMeasurements()['index'],
     score: it.getMeasurements()['score of a person'],
@@ -100,6 +101,7 @@ for (index in [11, 55]) {
     hierarchy.addObject(cell)
 }
 nucleus[12].setLocked(true)
+nucleus[12].setPathClass(PathClass.fromString('Tumor: Negative'), 0.75d)
 nucleus[12].setName('mitosis')
 add(square(122, 122, 12), 'Stroma', true)   // a detection of another program, on nucleus 22
 add(square(220, 1000, 200), 'PatchCL: correct here').setName('mine')
@@ -204,6 +206,7 @@ def test_detections_in_rois_become_annotations_that_can_be_reshaped(story: Story
         assert one["area"] == pytest.approx(story.written.polygons[index].area, rel=1e-3)
         assert one["locked"] == (index == 12)
         assert one["name"] == ("mitosis" if index == 12 else None)
+        assert one["probability"] == ("0.75" if index == 12 else "NaN")
         assert one["score"] == (3 if index in (11, 55) else None)
     (other,) = (one for one in story.marked[by] if one["class_name"] == "Stroma")
     assert other["type"] == "detection"
