@@ -86,6 +86,10 @@ reporting(watched && asked == null) {
     List<String> arguments = []
     if (outcome == null) {
         arguments = commandLine(task, findCommand(command, task.folder), options)
+        // 'Run for project' saves images, but not the project, which has the sizes of their pixels. Without a window, a
+        // project that was moved would lose where its images were.
+        if (gui != null)
+            task.project.syncChanges()
         exportDrawings(task)
     }
     Closure<?> work = { showResult(task, outcome ?: runTask(task, arguments, began), watched, asked != null) }
@@ -221,21 +225,24 @@ static List<String> commandLine(Task task, String command, Map options) {
 void exportDrawings(Task task) {
     if (task.oneImage)
         runBeside('export_regions.groovy')
-    else if (task.subcommand == 'run')
+    else
         exportStains(task)
     if (task.subcommand != 'run')
         runBeside('export_labels.groovy')
 }
 
-/** Exports the stains of all images: of the open one as they are now, of the others as they were saved. */
+/**
+ * Exports the stains and the pixel size of the open image as they are now; for a run, also the stains of the others as
+ * they were saved.
+ */
 void exportStains(Task task) {
     String name = 'export_regions.groovy'
     def exporting = new GroovyClassLoader(getClass().getClassLoader()).parseClass(Files.readString(beside(name)), name)
     for (other in task.project.getImageList()) {
         Path file = task.folder.resolve('stains').resolve(other.getID() + '.json')
         if (other.getID() == task.entry.getID())
-            exporting.exportStains(task.imageData, file)
-        else if (isNewer(other.getEntryPath().resolve('data.qpdata'), file))   // reading all of an image takes longer
+            exporting.exportStains(task.imageData, file, exporting.pixelSizeOf(task.imageData))
+        else if (task.subcommand == 'run' && isNewer(other.getEntryPath().resolve('data.qpdata'), file))
             try {
                 def saved = other.readImageData()
                 exporting.exportStains(saved, file)
