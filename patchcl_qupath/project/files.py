@@ -53,6 +53,7 @@ from patchcl_qupath.storage.records import (
     RegionSummary,
     ResultRecord,
     RoisRecord,
+    are_one_size,
     data_signature,
     read_record,
     write_record,
@@ -362,7 +363,9 @@ class FilesProject:
         """
         file = self.layout.stains(entry.id)
         shown = read_pixel_size(file)
-        if shown is None or shown == entry.mpp or not self.is_current(file, entry):
+        if shown is None or are_one_size(shown, entry.mpp or (0.0, 0.0)):
+            return entry
+        if not self.is_current(file, entry):
             return entry
         note = None
         if entry.mpp is not None:
