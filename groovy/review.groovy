@@ -615,7 +615,7 @@ class Review {
             return
         release()
         try {
-            project.getEntry(imageData).saveImageData(imageData)
+            saveWithProject(imageData)
         } finally {
             protect()
         }
@@ -791,6 +791,15 @@ class ReviewWindow {
     private final Label changes = new Label()
     private final ProgressBar bar = new ProgressBar(0)
     private final Button refineButton = new Button('Refine and find nuclei again (U)')
+    /** Saves an image, and the project, which has the size of its pixels. */
+    void saveWithProject(ImageData<?> changed) {
+        ProjectImageEntry<?> entry = project.getEntry(changed)
+        if (entry == null)
+            return   // an image of another project
+        entry.saveImageData(changed)
+        project.syncChanges()
+    }
+
     private final ChangesOverlay overlay
     private int shown = 0
     private boolean busy = false
@@ -1029,7 +1038,7 @@ class ReviewWindow {
         if (open != null && open === review.imageData)
             review.save()
         else if (open != null && open.isChanged())
-            review.project.getEntry(open)?.saveImageData(open)
+            review.saveWithProject(open)
     }
 
     private void saving(Closure<?> save) {
@@ -1225,7 +1234,7 @@ class ReviewWindow {
             try {
                 scripts.run('import_nuclei.groovy', review.project, imageData,
                         [(ScriptAttributes.BATCH_SAVE): true])
-                entry.saveImageData(imageData)
+                review.saveWithProject(imageData)
             } finally {
                 imageData.getServer().close()
             }
