@@ -46,7 +46,10 @@ import javafx.scene.layout.Region
 import javafx.scene.layout.VBox
 import javafx.stage.Stage
 import javafx.stage.Window
+import org.locationtech.jts.algorithm.MinimumBoundingCircle
 import org.locationtech.jts.geom.Geometry
+import org.locationtech.jts.geom.Polygon
+import org.locationtech.jts.operation.union.UnaryUnionOp
 import org.slf4j.Logger
 import org.slf4j.LoggerFactory
 import qupath.lib.gui.QuPathGUI
@@ -154,6 +157,149 @@ class Metadata {
     }
 }
 
+/** An outline, or a piece of one, without its holes. */
+@CompileStatic
+class Outline {
+
+    PathObject owner
+    Geometry shape
+    double area
+    boolean isRegion = false
+    boolean isIgnored = false
+
+    String getClassName() {
+        return owner.getPathClass()?.toString() ?: ''
+    }
+}
+
+/**
+ * Which objects in an ROI outline nuclei, and which are regions or vessels: by the rules of `patchcl-qp refine`, in
+ * patchcl_qupath/project/outlines.py, for this ROI alone.
+ */
+@CompileStatic
+class Outlines {
+
+    static final double MAX_AREA_UM2 = 2000
+    static final double MAX_LENGTH_UM = 75
+    static final double MIN_AREA_UM2 = 2
+    static final double MAX_TIMES_MEDIAN = 20
+    static final double MAX_COMMON_AREA_UM2 = 600
+    static final int MIN_COMMON = 5
+    static final double MIN_PIECE = 0.1
+    static final double MAX_HELD = 0.25
+    static final double MAX_SHARED = 0.2
+
+    private final Geometry roi
+    private final double pixelUm2
+    private final List<PathObject> objects   // but for those of a class that QuPath ignores
+    private final List<Outline> outlines = []
+
+    Outlines(PathObject roi, List<PathObject> all, double pixelUm2) {
+        this.roi = roi.getROI().getGeometry()
+        this.pixelUm2 = pixelUm2
+        objects = all.findAll { PathObject pathObject -> !isIgnoredClass(pathObject) }
+        objects.each { PathObject owner -> outlines.addAll(outlinesOf(owner)) }
+        findRegions()
+        List<Geometry> ignored = all.findAll { PathObject pathObject -> isIgnoredClass(pathObject) }
+                .collect { PathObject pathObject -> valid(pathObject.getROI().getGeometry()) }
+        if (ignored) {
+            Geometry area = UnaryUnionOp.union(ignored)
+            outlines.each { it.isIgnored = it.shape.intersection(area).getArea() > it.area / 2 }
+        }
+    }
+
+    /** The nuclei: also specks, slips of the mouse that a person deletes. */
+    List<PathObject> getNuclei() {
+        Map<PathObject, List<Outline>> byOwner = outlines.groupBy { Outline outline -> outline.owner }
+        return objects.findAll { PathObject owner ->
+            List<Outline> own = byOwner[owner] ?: []
+            !own.any { Outline outline -> outline.isRegion } &&
+                    (own.isEmpty() || !own.every { Outline outline -> outline.isIgnored })
+        }
+    }
+
+    /** A nucleus that shares too much with a larger one, of what is shared some in the ROI; null if none does. */
+    PathObject getOverlapping() {
+        List<Outline> nuclei = outlines.findAll { Outline outline -> !outline.isRegion && !outline.isIgnored }
+        return nuclei.find { Outline one ->
+            nuclei.any { Outline other ->
+                one !== other && one.area <= other.area && meet(one, other) && isShared(one, other)
+            }
+        }?.owner
+    }
+
+    private boolean isShared(Outline smaller, Outline larger) {
+        Geometry shared = smaller.shape.intersection(larger.shape)
+        return shared.getArea() > MAX_SHARED * smaller.area && shared.intersects(roi)
+    }
+
+    private static boolean isIgnoredClass(PathObject pathObject) {
+        PathClass pathClass = pathObject.getPathClass()
+        return pathClass != null && PathClassTools.isIgnoredClass(pathClass)
+    }
+
+    private static Geometry valid(Geometry geometry) {
+        return geometry.isValid() ? geometry : geometry.buffer(0)
+    }
+
+    private List<Outline> outlinesOf(PathObject owner) {
+        Geometry geometry = valid(owner.getROI().getGeometry())
+        List<Geometry> pieces = (0..<geometry.getNumGeometries()).collect { int k -> geometry.getGeometryN(k) }
+        double largest = pieces.collect { Geometry piece -> piece.getArea() }.max() ?: 0d
+        return pieces.findAll { Geometry piece -> piece instanceof Polygon && piece.getArea() >= MIN_PIECE * largest }
+                .collect { Geometry piece -> withoutHoles((Polygon) piece) }
+                .findAll { Geometry piece -> piece.getArea() * pixelUm2 >= MIN_AREA_UM2 && piece.intersects(roi) }
+                .collect { Geometry piece -> new Outline(owner: owner, shape: piece, area: piece.getArea()) }
+    }
+
+    private static Geometry withoutHoles(Polygon polygon) {
+        return polygon.getFactory().createPolygon(polygon.getExteriorRing().getCoordinateSequence())
+    }
+
+    private void findRegions() {
+        double median = medianUm2
+        outlines.each { Outline outline ->
+            double area = outline.area * pixelUm2
+            outline.isRegion = exceeds(outline.shape, pixelUm2) ||
+                    area > MAX_COMMON_AREA_UM2 && area > MAX_TIMES_MEDIAN * median || isAroundOthers(outline)
+        }
+    }
+
+    /** The median area; NaN of too few. */
+    private double getMedianUm2() {
+        List<Double> areas = outlines.collect { Outline outline -> outline.area * pixelUm2 }.sort()
+        int count = areas.size()
+        if (count < MIN_COMMON)
+            return Double.NaN
+        return (areas[count.intdiv(2)] + areas[(count - 1).intdiv(2)]) / 2d
+    }
+
+    /** Whether a contour is larger or longer than nuclei are. */
+    static boolean exceeds(Geometry shape, double pixelUm2) {
+        return shape.getArea() * pixelUm2 > MAX_AREA_UM2 ||
+                2 * new MinimumBoundingCircle(shape).getRadius() * Math.sqrt(pixelUm2) > MAX_LENGTH_UM
+    }
+
+    /** Whether it was drawn around several outlines, across three, or around a much smaller one of another class. */
+    private boolean isAroundOthers(Outline outer) {
+        int held = 0, crossed = 0
+        for (Outline inner : outlines)
+            if (inner.area < outer.area && meet(inner, outer)) {
+                double shared = outer.shape.intersection(inner.shape).getArea() / inner.area
+                if (shared > 0.5 && inner.area < MAX_HELD * outer.area &&
+                        (outer.className.isEmpty() || outer.className != inner.className))
+                    return true
+                held += shared > 0.5 ? 1 : 0
+                crossed += shared > MAX_SHARED ? 1 : 0
+            }
+        return held >= 2 || crossed >= 3
+    }
+
+    private static boolean meet(Outline one, Outline other) {
+        return one.shape.getEnvelopeInternal().intersects(other.shape.getEnvelopeInternal())
+    }
+}
+
 /**
  * The correction of the ROIs of a project: which there are, which comes next, and what is done to the nuclei of the
  * present one. Nothing of this needs a window.
@@ -162,7 +308,6 @@ class Review {
 
     static final String TO_CORRECT = 'PatchCL: correct here'
     static final String CORRECTED = 'PatchCL: corrected'
-    static final double MAX_SHARED = 0.2   // of the smaller of two nuclei, at most in another
     static final String CONFIDENCE = 'Detection probability'
     static final String NO_ROIS = "No image has an ROI of class '${TO_CORRECT}'.\n\nRun the script run patchcl, and " +
             'choose \'Suggest ROIs to correct\'; or give this class to annotations of about 250 µm that you drew.'
@@ -175,6 +320,8 @@ class Review {
     ImageData<?> imageData   // of the present ROI
     PathObject nucleus   // the present one, or null
     List<PathObject> nuclei = []   // of the present ROI, by rising confidence
+    private Outlines outlines   // of the present ROI, and of what is no nucleus
+    private Set<String> regions = []   // ids of annotations that hold imported nuclei
     final Map<String, Set<String>> accepted = [:]   // by ROI: ids of nuclei
     private final List<PathObject> visited = []
     private boolean askedIfEmpty = false
@@ -303,7 +450,9 @@ class Review {
         if (roi == null)
             return null
         current.waiting = false
-        toAnnotations(image, roi)
+        List<String> marks = marksOfImports(image).first().readLines()
+        regions = marks.findAll { it.endsWith(' region') }.collect { it.tokenize(' ').first() } as Set
+        toAnnotations(image, roi, marks)
         refresh()
         if (!current.corrected)
             nucleus = nuclei.find { !seen.contains(it.getID().toString()) }
@@ -356,31 +505,47 @@ class Review {
     /** Reads the nuclei of the ROI anew: a person can change them at any time. */
     void refresh() {
         PathObject roi = annotation
-        nuclei = roi == null ? [] : nucleiIn(imageData, roi)
+        outlines = roi == null ? null : outlinesIn(roi)
+        nuclei = roi == null ? [] : sortedNuclei(outlines.nuclei)
         if (nucleus != null && !nuclei.contains(nucleus))
             nucleus = null
     }
 
-    /** The nuclei in an ROI, in part or whole, by rising confidence; at last those that a person drew. */
-    static List<PathObject> nucleiIn(ImageData<?> imageData, PathObject roi) {
-        Set<String> regions = marks(imageData).findAll { it.endsWith(' region') }.collect { it.tokenize(' ')[0] } as Set
-        return imageData.getHierarchy().getAnnotationObjects().findAll {
-            it !== roi && isNucleusIn(it, roi) && !regions.contains(it.getID().toString())
-        }.sort { one, other ->
+    /** What lies in the ROI, in part or whole, beside ROIs and the annotations that hold imported nuclei. */
+    private Outlines outlinesIn(PathObject roi) {
+        List<PathObject> objects = imageData.getHierarchy().getAnnotationObjects().findAll {
+            it !== roi && isIn(it, roi) && !regions.contains(it.getID().toString())
+        }.toList()
+        return new Outlines(roi, objects, pixelUm2(imageData))
+    }
+
+    /** By rising confidence; at last those that a person drew. */
+    private static List<PathObject> sortedNuclei(List<PathObject> nuclei) {
+        return nuclei.sort { one, other ->
             confidence(one) <=> confidence(other) ?: one.getROI().getCentroidY() <=> other.getROI().getCentroidY() ?:
                     one.getROI().getCentroidX() <=> other.getROI().getCentroidX()
         }
     }
 
-    /** Whether an object lies in an ROI, in part or whole, and can be a nucleus. */
-    static boolean isNucleusIn(PathObject pathObject, PathObject roi) {
+    /** Whether an object with an area lies in an ROI, in part or whole, and is none itself. */
+    static boolean isIn(PathObject pathObject, PathObject roi) {
         ROI contour = PathObjectTools.getROI(pathObject, true)
-        ROI outer = roi.getROI()
-        PathClass pathClass = pathObject.getPathClass()
-        return contour?.isArea() && boxesMeet(contour, outer) && !isCorrectionRoi(pathObject) &&
-                contour.getArea() < outer.getArea() / 2 &&
+        return contour?.isArea() && boxesMeet(contour, roi.getROI()) && !isCorrectionRoi(pathObject) &&
+                contour.getGeometry().intersects(roi.getROI().getGeometry())
+    }
+
+    /** Whether a detection can be one of a nucleus in an ROI. */
+    static boolean isNucleusIn(PathObject detection, PathObject roi, double pixelUm2) {
+        PathClass pathClass = detection.getPathClass()
+        return isOutlined(detection) && isIn(detection, roi) &&
                 (pathClass == null || !PathClassTools.isIgnoredClass(pathClass)) &&
-                contour.getGeometry().intersects(outer.getGeometry())
+                !Outlines.exceeds(PathObjectTools.getROI(detection, true).getGeometry(), pixelUm2)
+    }
+
+    /** The area of a pixel in µm²; where it is not known, as patchcl-qp takes it. */
+    static double pixelUm2(ImageData<?> imageData) {
+        def pixels = imageData.getServer().getPixelCalibration()
+        return pixels.hasPixelSizeMicrons() ? pixels.getPixelWidthMicrons() * pixels.getPixelHeightMicrons() : 0.0625d
     }
 
     /** What the network found of a nucleus, from 0 to 1; infinite for one that a person drew. */
@@ -389,16 +554,32 @@ class Review {
         return Double.isNaN(value) ? Double.POSITIVE_INFINITY : value
     }
 
-    private static List<String> marks(ImageData<?> imageData) {
-        return (imageData.getProperty('patchcl.imported') ?: '').toString().readLines()
+    /**
+     * The lines of the marks of each import, the last one first, from that whose objects are there, as in
+     * import_nuclei.groovy: QuPath's 'Undo' of imports restores the objects, but not the property.
+     */
+    static List<String> marksOfImports(ImageData<?> imageData) {
+        List<String> imports = [(imageData.getProperty('patchcl.imported') ?: '').toString()]
+        String before = imageData.getProperty('patchcl.imported.before') ?: ''
+        if (before.isEmpty())
+            return imports
+        imports.addAll(before.split('\n\n').toList())
+        Set<String> present = imageData.getHierarchy().getAllObjects(false)
+                .collect { PathObject pathObject -> pathObject.getID().toString() }.toSet()
+        List<Set<String>> found = imports.collect { String lines ->
+            lines.readLines().collect { String line -> line.substring(0, 36) }.findAll { present.contains(it) }.toSet()
+        }
+        Set<String> all = found.flatten().toSet() as Set<String>
+        int now = found.findIndexOf { Set<String> ids -> ids.containsAll(all) }
+        return imports.drop(Math.max(0, now))   // where there is none, a person brought some back
     }
 
-    /** Makes annotations of the detections in an ROI; of those that were imported, where some were. */
-    static int toAnnotations(ImageData<?> imageData, PathObject roi) {
-        Set<String> ours = marks(imageData).collect { it.tokenize(' ')[0] } as Set
+    /** Makes annotations of the detections in an ROI; of those that were imported, by its marks, where some were. */
+    static int toAnnotations(ImageData<?> imageData, PathObject roi, List<String> marks) {
+        Set<String> ours = marks.collect { it.tokenize(' ').first() } as Set
         List<PathObject> detections = imageData.getHierarchy().getDetectionObjects().findAll {
-            (ours.isEmpty() || ours.contains(it.getID().toString())) && !it.hasChildObjects() && isOutlined(it) &&
-                    isNucleusIn(it, roi)
+            (ours.isEmpty() || ours.contains(it.getID().toString())) && !it.hasChildObjects() &&
+                    isNucleusIn(it, roi, pixelUm2(imageData))
         }
         if (detections.isEmpty())
             return 0
@@ -577,22 +758,11 @@ class Review {
             askedIfEmpty = true
             return 'There is no nucleus in this ROI: all of it is taken as background. If that is right, press Y again.'
         }
-        PathObject twice = nuclei.find { one ->
-            nuclei.any { other -> one !== other && overlap(one.getROI(), other.getROI()) }
-        }
+        PathObject twice = outlines?.overlapping
         if (twice == null)
             return null
         nucleus = twice
         return 'This nucleus overlaps another one: delete one of them (X), or make it smaller (1). Then press Y.'
-    }
-
-    /** Whether two contours share more than a fifth of the smaller one, as patchcl-qp refuses it. */
-    private static boolean overlap(ROI one, ROI other) {
-        if (one.getArea() > other.getArea() || !one.getGeometry().getEnvelopeInternal().intersects(
-                other.getGeometry().getEnvelopeInternal()))
-            return false   // the smaller of two is asked
-        double shared = one.getGeometry().intersection(other.getGeometry()).getArea()
-        return shared > MAX_SHARED * one.getGeometry().getArea()
     }
 
     /** Marks the ROI as corrected, and saves. */
@@ -619,6 +789,15 @@ class Review {
         } finally {
             protect()
         }
+    }
+
+    /** Saves an image, and the project, which has the size of its pixels. */
+    void saveWithProject(ImageData<?> changed) {
+        ProjectImageEntry<?> entry = project.getEntry(changed)
+        if (entry == null)
+            return   // an image of another project
+        entry.saveImageData(changed)
+        project.syncChanges()
     }
 
     // ------------------------------------------------ what is remembered
@@ -791,15 +970,6 @@ class ReviewWindow {
     private final Label changes = new Label()
     private final ProgressBar bar = new ProgressBar(0)
     private final Button refineButton = new Button('Refine and find nuclei again (U)')
-    /** Saves an image, and the project, which has the size of its pixels. */
-    void saveWithProject(ImageData<?> changed) {
-        ProjectImageEntry<?> entry = project.getEntry(changed)
-        if (entry == null)
-            return   // an image of another project
-        entry.saveImageData(changed)
-        project.syncChanges()
-    }
-
     private final ChangesOverlay overlay
     private int shown = 0
     private boolean busy = false

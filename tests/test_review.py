@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import qupath
+import shapely
 from results import result_of
 from robot import Robot
+from shapely import affinity
+from test_outlines import LEFT_OUT, feature, grid, places, read
 
 from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.project.outlines import MAX_SHARED
+from patchcl_qupath.project import open_project, outlines
 from patchcl_qupath.project.results import write_results
 from patchcl_qupath.project.scripts import copy_scripts, read_script
 from patchcl_qupath.storage.records import ChangesRecord, RoiChangesRecord, write_record
@@ -241,12 +244,137 @@ def test_a_roi_that_cannot_be_used_is_not_marked(session: qupath.Session, projec
     """
     right, overlapping, where, undone, (left, without, asked) = review(session, project, actions)
     assert right is undone is None
-    assert f"MAX_SHARED = {MAX_SHARED} " in read_script("review.groovy")
     assert "overlaps another one" in overlapping
     assert where["nucleus"] in ("nucleus 0", None)
     assert left == 0
     assert "all of it is taken as background" in without
     assert asked is None
+
+
+# What is no nucleus, each in an ROI of its own with nine nuclei.
+LOOK_AT_ALL = """
+review.rois.size().times { number ->
+    open(number)
+    lines << [x: review.current.x, y: review.current.y, problem: review.problem(), nuclei:
+              review.nuclei.collect { [it.getROI().getCentroidX(), it.getROI().getCentroidY()] }]
+}
+"""
+
+
+def test_nuclei_of_a_roi_are_those_that_refine_reads(
+    session: qupath.Session, tmp_path: Path
+) -> None:
+    """Not a vessel, or what was drawn around nuclei: a key would delete it as one."""
+    project = qupath.make_project(tmp_path / "project", SLIDE, ["one.svs"])
+    expected, features = {}, []
+    cases = [objects for kind, objects, _ in LEFT_OUT if kind in ("ignored", "regions")]
+    for number, objects in enumerate(cases):
+        dx, dy = 10 + 550 * (number % 4), 10 + 550 * (number // 4)
+        drawn = [*objects, *map(feature, grid())]
+        expected[(dx, dy)] = places(read(tmp_path, *drawn).nuclei)
+        for one in [feature(shapely.box(0, 0, 500, 500), "PatchCL: correct here"), *drawn]:
+            geometry = shapely.from_geojson(json.dumps(one["geometry"]))
+            moved = affinity.translate(geometry, dx, dy)
+            features.append(one | {"geometry": json.loads(shapely.to_geojson(moved))})
+    assert len(expected) > 10
+    file = tmp_path / "drawn.geojson"
+    file.write_text(json.dumps({"type": "FeatureCollection", "features": features}), "utf-8")
+    add = f"""
+    hierarchy.addObjects(qupath.lib.io.PathIO.readObjects(new File('{file}')))
+    entry.saveImageData(imageData)
+    '1'
+    """
+    session.run(project, add)
+    found = {}
+    for line in review(session, project, LOOK_AT_ALL):
+        x, y = line["x"], line["y"]
+        found[(x, y)] = {(round(cx - x), round(cy - y)) for cx, cy in line["nuclei"]}
+        assert line["problem"] is None
+    assert found == expected
+
+
+def test_its_rules_are_those_of_refine() -> None:
+    script = read_script("review.groovy")
+    rules = re.findall(r"static final (?:double|int) (\w+) = ([\d.]+)", script)
+    assert len(rules) == 9
+    assert {name: float(value) for name, value in rules} == {
+        name: getattr(outlines, name) for name, _ in rules
+    }
+
+
+def test_a_region_in_a_roi_is_neither_deleted_nor_a_problem(
+    session: qupath.Session, project: Path
+) -> None:
+    """A vessel of 125 x 30 µm over six nuclei; and nuclei that share what is outside of the ROI."""
+    actions = """
+    def image = review.entryOf(review.rois[0]).readImageData()
+    def draw = { roi, name ->
+        def made = qupath.lib.objects.PathObjects.createAnnotationObject(
+                roi, qupath.lib.objects.classes.PathClass.fromString(name))
+        image.getHierarchy().addObject(made)
+        made
+    }
+    def plane = qupath.lib.regions.ImagePlane.getDefaultPlane()
+    def roi = { double... xy ->
+        def (x, y) = [0, 1].collect { axis -> (0..2).collect { xy[2 * it + axis] } as double[] }
+        qupath.lib.roi.ROIs.createPolygonROI(x, y, plane)
+    }
+    def vessel = draw(qupath.lib.roi.ROIs.createRectangleROI(105, 110, 250, 60, plane), 'Vessel')
+    def pair = [draw(roi(395, 290, 425, 285, 425, 305), 'Nucleus'),
+                draw(roi(395, 315, 425, 290, 425, 310), 'Nucleus')]
+    review.begin(0, image)
+    lines << [review.nuclei.contains(vessel), vessel.isLocked(),
+              review.nuclei.containsAll(pair), review.problem()]
+    pair[1].setROI(roi(395, 292, 425, 287, 425, 307))   // now a part of what they share is inside
+    lines << review.problem()
+    """
+    region, overlapping = review(session, project, actions)
+    assert region == [False, True, True, None]
+    assert "overlaps another one" in overlapping
+
+
+def test_an_undone_import_is_not_the_last_one(session: qupath.Session, project: Path) -> None:
+    """QuPath's Undo brings back the nuclei of the import before, but not the image's property."""
+    undone = """
+    import qupath.lib.objects.PathObjects
+    import qupath.lib.roi.ROIs
+
+    def found = hierarchy.getAnnotationObjects().findAll { it.getName()?.startsWith('nucleus') }
+    hierarchy.removeObjects(found, true)
+    def nuclei = found.collect { PathObjects.createDetectionObject(it.getROI(), it.getPathClass()) }
+    def plane = qupath.lib.regions.ImagePlane.getDefaultPlane()
+    def other = ROIs.createRectangleROI(300, 300, 20, 20, plane)
+    hierarchy.addObjects(nuclei + PathObjects.createDetectionObject(other))
+    def mark = { ids -> ids.collect { "${it} 0 1 1" }.join('\\n') }
+    imageData.setProperty('patchcl.imported', mark((1..6).collect { UUID.randomUUID() }))
+    imageData.setProperty('patchcl.imported.before', mark(nuclei*.getID()))
+    entry.saveImageData(imageData)
+    '[]'
+    """
+    session.run(project, undone)
+    script = project.with_name("run_patchcl.groovy")
+    script.write_text(read_script("run_patchcl.groovy"), "utf-8")
+    actions = f"""
+    def image = review.entryOf(review.rois[0]).readImageData()
+    def running = new GroovyClassLoader(loader).parseClass(new File('{script}'))
+    lines << running.replacedInWords(image, null)
+    review.begin(0, image)
+    lines << [review.nuclei.size(), image.getHierarchy().getDetectionObjects().size()]
+    """
+    asked, (nuclei, others) = review(session, project, actions)
+    assert asked.startswith("The 6 nuclei of earlier runs in this image are replaced")
+    assert (nuclei, others) == (7, 1)  # with the drawn one, and without another program's
+
+
+def test_a_pixel_size_is_saved_with_the_image(session: qupath.Session, project: Path) -> None:
+    """QuPath keeps it in the project, which saving an image does not write."""
+    actions = """
+    open(0)
+    qupath.lib.scripting.QP.setPixelSizeMicrons(review.imageData, 0.25, 0.26, Double.NaN)
+    review.markCorrected()
+    """
+    review(session, project, actions)
+    assert open_project(project, "files").images()[0].mpp == (0.25, 0.26)
 
 
 def test_detections_become_annotations_with_all_they_had(
