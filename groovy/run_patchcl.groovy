@@ -168,9 +168,8 @@ static List<PathObject> regionsOf(Task task) {
 
 /** What a run replaces of the nuclei in the image, for a person to agree to; null if there is nothing to replace. */
 static String replacedInWords(ImageData<?> imageData, List<PathObject> regions) {
-    // import_nuclei.groovy lists the objects that it added in this property: a line for each, its id first.
-    String imported = imageData.getProperty('patchcl.imported') ?: ''
-    Set<String> ours = imported.readLines().findAll { !it.endsWith(' region') && !it.contains(' field ') }
+    // import_nuclei.groovy lists the objects that it added: a line for each, its id first.
+    Set<String> ours = marksOfImports(imageData).first().readLines().findAll { !it.endsWith(' region') && !it.contains(' field ') }
             .collect { it.substring(0, 36) }.toSet()
     List<PathObject> nuclei = imageData.getHierarchy().getAllObjects(false).findAll {
         ours.contains(it.getID().toString())
@@ -186,6 +185,26 @@ static String replacedInWords(ImageData<?> imageData, List<PathObject> regions) 
     return "${what} are replaced by new ones.${regions == null ? '' : ' All others stay.'}\n\n" +
             'Classes, measurements and notes that you gave them are carried over. ' +
             'Nuclei that you reshaped, locked or drew stay as they are.'
+}
+
+/**
+ * The lines of the marks of each import, the last one first, from that whose objects are there, as in
+ * import_nuclei.groovy: QuPath's 'Undo' of imports restores the objects, but not the property.
+ */
+static List<String> marksOfImports(ImageData<?> imageData) {
+    List<String> imports = [(imageData.getProperty('patchcl.imported') ?: '').toString()]
+    String before = imageData.getProperty('patchcl.imported.before') ?: ''
+    if (before.isEmpty())
+        return imports
+    imports.addAll(before.split('\n\n').toList())
+    Set<String> present = imageData.getHierarchy().getAllObjects(false)
+            .collect { PathObject pathObject -> pathObject.getID().toString() }.toSet()
+    List<Set<String>> found = imports.collect { String lines ->
+        lines.readLines().collect { String line -> line.substring(0, 36) }.findAll { present.contains(it) }.toSet()
+    }
+    Set<String> all = found.flatten().toSet() as Set<String>
+    int now = found.findIndexOf { Set<String> ids -> ids.containsAll(all) }
+    return imports.drop(Math.max(0, now))   // where there is none, a person brought some back
 }
 
 /** Whether the script runs for an image of a batch that is not the first. */
