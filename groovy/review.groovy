@@ -27,6 +27,8 @@ import java.nio.file.Path
 import java.nio.file.Paths
 import java.nio.file.StandardCopyOption
 import java.nio.file.attribute.FileTime
+import java.util.concurrent.ExecutionException
+import java.util.concurrent.FutureTask
 import javafx.application.Platform
 import javafx.event.EventHandler
 import javafx.geometry.Insets
@@ -843,6 +845,14 @@ class Review {
         return content
     }
 
+    /** Whether an image has results that are not imported. */
+    boolean isWaiting(ProjectImageEntry<?> entry) {
+        Path result = folder.resolve('results').resolve(entry.getID()).resolve('result.json')
+        Path receipt = folder.resolve('imported').resolve(entry.getID() + '.json')
+        return Files.exists(result) && (!Files.exists(receipt) ||
+                Files.getLastModifiedTime(result) > Files.getLastModifiedTime(receipt))
+    }
+
     // ------------------------------------------------ what the refined model changed
 
     /** What a refined model does in the corrected ROIs of an image, as patchcl-qp saved it. */
@@ -1035,7 +1045,7 @@ class ReviewWindow {
         restoring.reverse().each { it.call() }
         if (isShown())
             review.writeState()
-        saving { review.save() }
+        saving { saveOpen() }   // not an image that a person closed: it may have other nuclei by now
         review.release()
         stage.close()
     }
@@ -1360,7 +1370,7 @@ class ReviewWindow {
             if (refined) {
                 attempt('Finding nuclei', problems) { task('project') }
                 // Also after a failure: one image fails, the others have their nuclei.
-                attempt('Importing nuclei', problems) { importOthers(open, problems) }
+                attempt('Importing nuclei', problems) { importAll(problems) }
             }
             Platform.runLater { afterRun(refined, problems) }
         }
@@ -1379,37 +1389,57 @@ class ReviewWindow {
         }
     }
 
-    /** Imports the new nuclei into the images that are not open, and saves these; one that fails costs no other. */
-    private void importOthers(ImageData<?> open, List<String> problems) {
-        // What is open in any viewer could change, and would be overwritten by a person's next save.
-        def viewers = gui.metaClass.respondsTo(gui, 'getAllViewers') ? gui.getAllViewers() : gui.getViewers()
-        Set<String> openIds = (viewers.collect { it.getImageData() } + [open]).findAll().collect {
-            review.project.getEntry(it)?.getID()
-        } as Set
+    /** Imports the new nuclei into all images that wait for them, and saves these; one that fails costs no other. */
+    private void importAll(List<String> problems) {
         for (entry in review.project.getImageList()) {
-            Path result = review.folder.resolve('results').resolve(entry.getID()).resolve('result.json')
-            Path receipt = review.folder.resolve('imported').resolve(entry.getID() + '.json')
-            boolean waiting = Files.exists(result) && (!Files.exists(receipt) ||
-                    Files.getLastModifiedTime(result) > Files.getLastModifiedTime(receipt))
-            if (waiting && !openIds.contains(entry.getID()))
-                importInto(entry, problems)
+            String name = entry.getImageName()
+            List<String> found = []
+            if (review.isWaiting(entry))
+                attempt("Importing the nuclei of ${name}", found) { importInto(entry) }
+            problems.addAll(found.collect { it.contains(name) ? it : "${name}: ${it}".toString() })
         }
     }
 
-    private void importInto(ProjectImageEntry<?> entry, List<String> problems) {
-        String name = entry.getImageName()
-        List<String> found = []
-        attempt("Importing the nuclei of ${name}", found) {
-            ImageData<?> imageData = entry.readImageData()
-            try {
-                scripts.run('import_nuclei.groovy', review.project, imageData,
-                        [(ScriptAttributes.BATCH_SAVE): true])
-                review.saveWithProject(imageData)
-            } finally {
-                imageData.getServer().close()
-            }
+    /**
+     * Imports into an image as it is open: a person's next save would overwrite what was saved beside. Else into that
+     * on disk, and again if it was opened meanwhile.
+     */
+    private void importInto(ProjectImageEntry<?> entry) {
+        if (importWhereOpen(entry))
+            return
+        ImageData<?> imageData = entry.readImageData()
+        try {
+            importAndSave(imageData)
+        } finally {
+            imageData.getServer().close()
         }
-        problems.addAll(found.collect { it.contains(name) ? it : "${name}: ${it}".toString() })
+        importWhereOpen(entry)
+    }
+
+    /** Imports into an image if a viewer shows it, in the thread of the window: nobody can change it meanwhile. */
+    private boolean importWhereOpen(ProjectImageEntry<?> entry) {
+        def importing = new FutureTask<Boolean>({
+            ImageData<?> open = openImages().find { review.project.getEntry(it)?.getID() == entry.getID() }
+            if (open != null)
+                importAndSave(open)
+            return open != null
+        })
+        Platform.runLater(importing)
+        try {
+            return importing.get()
+        } catch (ExecutionException e) {
+            throw e.getCause()
+        }
+    }
+
+    private List<ImageData<?>> openImages() {
+        def viewers = gui.metaClass.respondsTo(gui, 'getAllViewers') ? gui.getAllViewers() : gui.getViewers()
+        return viewers.collect { it.getImageData() }.findAll()
+    }
+
+    private void importAndSave(ImageData<?> imageData) {
+        scripts.run('import_nuclei.groovy', review.project, imageData, [(ScriptAttributes.BATCH_SAVE): true])
+        review.saveWithProject(imageData)
     }
 
     /** Saves and shows what changed, if the model was refined, then all problems: that message waits for a person. */

@@ -77,7 +77,8 @@ reporting(watched && asked == null) {
     Task task = new Task(what: chosen, within: within, project: QP.getProject(), entry: QP.getProjectEntry(),
             imageData: imageData, folder: Paths.get(QP.buildPathInProject(folderName)))
     check(task)
-    String before = watched && task.subcommand == 'run' ? replacedInWords(imageData, regionsOf(task)) : null
+    String before = watched && asked == null && task.subcommand == 'run' ?
+            replacedInWords(imageData, regionsOf(task)) : null
     if (before != null && !Dialogs.showConfirmDialog('PatchCL', before))
         return
     // For the whole project it is started once: for the first image of this batch.
@@ -317,7 +318,7 @@ void showResult(Task task, TaskOutcome outcome, boolean watched, boolean asked) 
     boolean shown = true
     if (found && watched)
         shown = importInWindow(task)
-    else if (found)
+    else if (found && !(asked && QuPathGUI.getInstance() != null))   // nobody would save it: who asked imports it
         runBeside('import_nuclei.groovy')
     if (outcome.status == 'cancelled') {
         LoggerFactory.getLogger('run_patchcl').info('Cancelled. Start it again to resume.')

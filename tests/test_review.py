@@ -444,11 +444,13 @@ def test_without_a_window_it_logs_what_is_left(project: Path) -> None:
 
 # In place of patchcl-qp: says what it was called for, and has results and changes ready.
 COMMAND = f"""#!{sys.executable}
-import json, pathlib, sys
+import json, pathlib, sys, time
 patchcl = pathlib.Path(sys.argv[2]).parent / "patchcl"
 with open(patchcl / "called.txt", "a") as file:
     print(sys.argv[1], "--model refined" in " ".join(sys.argv), file=file)
 print(json.dumps({{"stage": "pretending", "done": 1, "total": 1}}), file=sys.stderr)
+while (patchcl / f"{{sys.argv[1]}}.waits").exists():
+    time.sleep(0.1)
 if sys.argv[1] == "refine":
     (patchcl / "models").mkdir()
     (patchcl / "models" / "refined.pt").touch()
@@ -473,10 +475,8 @@ def state(project: Path) -> dict[str, Any]:
     return found
 
 
-def test_two_rois_are_corrected_by_keys_alone(
-    session: qupath.Session, project: Path, tmp_path: Path
-) -> None:
-    """Real keys in a real window: to the refined model's nuclei in all images, saved."""
+def prepare(project: Path, tmp_path: Path) -> Path:
+    """Scripts that call ``COMMAND``, and what it has ready; the folder of results."""
     patchcl = project.parent / "patchcl"
     command = tmp_path / "command"
     command.write_text(COMMAND, "utf-8")
@@ -496,6 +496,14 @@ def test_two_rois_are_corrected_by_keys_alone(
         )
         record = ChangesRecord(model="m", model_name="refined", made="", run="r", rois=(roi,))
         write_record(patchcl / "changes.later" / number / "changes.json", record)
+    return patchcl
+
+
+def test_two_rois_are_corrected_by_keys_alone(
+    session: qupath.Session, project: Path, tmp_path: Path
+) -> None:
+    """Real keys in a real window: to the refined model's nuclei in all images, saved."""
+    patchcl = prepare(project, tmp_path)
     with Robot(project, "one.svs", tmp_path) as robot:
         robot.run_script("review")
         robot.wait(lambda: state(project).get("nucleus"), 120, "review")
@@ -539,3 +547,44 @@ def test_two_rois_are_corrected_by_keys_alone(
             if not name and 200 < x < 300 and 200 < y < 330
         ]
         assert new.count("Nucleus") == (2 if image == "one.svs" else 0)  # by I and by the brush
+
+
+OPEN_OTHER = """
+def gui = qupath.lib.gui.QuPathGUI.getInstance()
+def other = getProject().getImageList().find { it.getImageName() == 'one.svs' }
+javafx.application.Platform.runLater {
+    gui.openImageEntry(other)
+    new File('DONE').createNewFile()
+}
+"""
+
+
+@pytest.mark.parametrize("step", ["refine", "run"])
+def test_nuclei_are_in_all_images_whichever_is_opened_meanwhile(
+    session: qupath.Session, project: Path, tmp_path: Path, step: str
+) -> None:
+    """A person who refines in one image and opens another one has them in both, saved."""
+    patchcl = prepare(project, tmp_path)
+    opened, waits = tmp_path / "opened", patchcl / f"{step}.waits"
+    waits.touch()
+    script = project.parent / "scripts" / "zz_open.groovy"
+    script.write_text(OPEN_OTHER.replace("DONE", str(opened)), "utf-8")
+    called = patchcl / "called.txt"
+    with Robot(project, "one.svs", tmp_path) as robot:
+        robot.run_script("review")
+        robot.wait(lambda: state(project).get("nucleus"), 120, "review")
+        robot.focus("PatchCL: review")
+        first = state(project)["roi"]
+        robot.press("y")
+        robot.wait(lambda: state(project)["roi"] != first, 60, "next ROI")
+        robot.press("u", "u")
+        robot.wait(lambda: called.exists() and step in called.read_text("utf-8"), 60, step)
+        robot.focus("QuPath - ")
+        robot.run_script("zz_open")
+        robot.wait(opened.exists, 60, "other image")
+        waits.unlink()
+        receipts = [patchcl / "imported" / f"{number}.json" for number in ("1", "2")]
+        robot.wait(lambda: all(path.exists() for path in receipts), 120, "import")
+        robot.wait(lambda: robot.text().count("Image data written") >= 3, 60, "saved image")
+    for objects in session.run(project, LOOK).values():
+        assert len(objects) > 100
