@@ -828,6 +828,14 @@ class Review {
         writeState()
     }
 
+    /** Makes the object that a person selected, if any, the present nucleus; none, if it is no nucleus of the ROI. */
+    void choose(PathObject selected) {
+        if (selected === nucleus)
+            return
+        refresh()
+        nucleus = nuclei.find { it === selected }
+    }
+
     private static String text(JsonObject json, String key) {
         return json?.has(key) && !json.get(key).isJsonNull() ? json.get(key).getAsString() : null
     }
@@ -1322,12 +1330,7 @@ class ReviewWindow {
             go(review.index)
             return
         }
-        PathObject selected = viewer.getSelectedObject()   // by a click
-        if (selected != null && selected !== review.nucleus) {
-            review.refresh()
-            if (review.nuclei.contains(selected))
-                review.nucleus = selected
-        }
+        review.choose(viewer.getSelectedObject())   // by a click
         int before = review.index
         String text = action()
         if (review.index == before || text != null)

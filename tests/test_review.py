@@ -165,6 +165,28 @@ def test_keys_delete_add_reshape_and_undo(session: qupath.Session, project: Path
     assert all("is locked" in line["message"] for line in locked)
 
 
+def test_keys_change_only_what_is_selected(session: qupath.Session, project: Path) -> None:
+    """Not the nucleus before, where a person selected a vessel since, or nothing."""
+    actions = """
+    open(0)
+    def annotations = review.imageData.getHierarchy().getAnnotationObjects()
+    [null, annotations.find { it.getName() == 'vessel' }].each { selected ->
+        review.accept()
+        review.choose(selected)
+        look(review.delete()); look(review.grow(1)); look(review.move(1, 1))
+    }
+    review.choose(annotations.find { it.getName() == 'nucleus 1' })
+    look()
+    look(review.delete())
+    """
+    *nothing, chosen, deleted = review(session, project, actions)
+    for line in nothing:
+        assert "No nucleus is selected" in line["message"]
+        assert line["nuclei"] == 7
+    assert chosen["nucleus"] == "nucleus 1"
+    assert deleted["nuclei"] == 6
+
+
 def test_it_goes_through_all_images_and_remembers_where_it_was(
     session: qupath.Session, project: Path
 ) -> None:
