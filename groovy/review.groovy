@@ -1030,15 +1030,14 @@ class ReviewWindow {
         stage = new Stage()
         stage.initOwner(gui.getStage())
         stage.setTitle(TITLE)
-        Scene scene = new Scene(content(), 380, -1)
-        scene.addEventFilter(KeyEvent.ANY, keys)
-        gui.getStage().getScene().addEventFilter(KeyEvent.ANY, keys)
-        stage.setScene(scene)
+        stage.setScene(new Scene(content(), 380, -1))
         stage.setOnCloseRequest { close() }
         arrange()
         stage.show()
         placeBeside()
         stage.toFront()
+        // At last: nobody would take them away if something failed before, and QuPath's window would lose these keys.
+        [stage, gui.getStage()].each { it.getScene().addEventFilter(KeyEvent.ANY, keys) }
         String nucleus = review.rememberedNucleus()
         go(Math.max(0, review.index))
         if (isShown()) {
@@ -1093,8 +1092,13 @@ class ReviewWindow {
                 restoring << { it.setValue(before) }
                 it.setValue(false)
             }
-        def tool = gui.getToolManager().getSelectedTool()
-        restoring << { gui.getToolManager().setSelectedTool(tool) }
+        def tool = tools(gui).getSelectedTool()
+        restoring << { tools(gui).setSelectedTool(tool) }
+    }
+
+    /** What has the selected tool: in QuPath 0.4 the window itself. */
+    static Object tools(Object gui) {
+        return gui.metaClass.respondsTo(gui, 'getToolManager') ? gui.getToolManager() : gui
     }
 
     // ------------------------------------------------ what is in the window
@@ -1193,7 +1197,7 @@ class ReviewWindow {
         }
         zoom(annotation.getROI())
         PathPrefs.autoSetAnnotationClassProperty().set(review.classOfNuclei())
-        gui.getToolManager().setSelectedTool(PathTools.MOVE)
+        tools(gui).setSelectedTool(PathTools.MOVE)
         showChanges()
         showNucleus(roi.corrected ? 'This ROI is marked as corrected. You can go on correcting it.' : null)
     }
@@ -1286,7 +1290,7 @@ class ReviewWindow {
     /** The brush draws a new nucleus where none is selected, and changes one that it begins in. */
     private String brush() {
         review.nucleus = null
-        gui.getToolManager().setSelectedTool(PathTools.BRUSH)
+        tools(gui).setSelectedTool(PathTools.BRUSH)
         return 'Paint the nucleus. Within a contour, the brush enlarges it; with Alt, it cuts. E goes on.'
     }
 

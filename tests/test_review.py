@@ -399,6 +399,17 @@ def test_a_pixel_size_is_saved_with_the_image(session: qupath.Session, project: 
     assert open_project(project, "files").images()[0].mpp == (0.25, 0.26)
 
 
+def test_tools_are_found_in_each_version(session: qupath.Session, project: Path) -> None:
+    """QuPath 0.5 has a manager of them, 0.4 the window itself: here without windows."""
+    actions = """
+    class Old { String selectedTool = 'of 0.4' }
+    class New { Old toolManager = new Old(selectedTool: 'of 0.5') }
+    def window = loader.loadClass('ReviewWindow')
+    lines.addAll([new Old(), new New()].collect { window.tools(it).getSelectedTool() })
+    """
+    assert review(session, project, actions) == ["of 0.4", "of 0.5"]
+
+
 def test_detections_become_annotations_with_all_they_had(
     session: qupath.Session, project: Path
 ) -> None:
