@@ -327,8 +327,8 @@ class Review {
     final Map<String, Set<String>> accepted = [:]   // by ROI: ids of nuclei
     private final List<PathObject> visited = []
     private boolean askedIfEmpty = false
-    private List<PathObject> protectedObjects = []   // locked for as long as the ROI is the present one
-    private FileTime savedUnlocked   // when the image was last saved before
+    final Map<String, Set<String>> locked = [:]   // by image: ids of what is locked while its ROI is the present one
+    private FileTime savedUnlocked   // when the image was last saved before; null if it may be saved with these locks
     private final List<Closure<?>> undoing = []
 
     // ------------------------------------------------ the ROIs of the project
@@ -349,10 +349,12 @@ class Review {
             })
         }
         JsonObject state = readJson(stateFile)
-        if (accepted.isEmpty() && state?.has('accepted'))
-            state.getAsJsonObject('accepted').entrySet().each { each ->
-                accepted[each.key] = each.value.collect { it.getAsString() } as LinkedHashSet
-            }
+        [accepted: accepted, locked: locked].each { key, known ->
+            if (known.isEmpty() && state?.has(key))
+                state.getAsJsonObject(key).entrySet().each { each ->
+                    known[each.key] = each.value.collect { it.getAsString() } as LinkedHashSet
+                }
+        }
         String where = present ?: state?.has('roi') ? present ?: state.get('roi').getAsString() : null
         index = where == null ? -1 : rois.findIndexOf { it.id == where }
         if (index < 0)
@@ -444,6 +446,8 @@ class Review {
         release()
         index = number
         imageData = image
+        savedUnlocked = null
+        unlock()   // what a person saved locked
         nucleus = null
         visited.clear()
         undoing.clear()
@@ -459,22 +463,29 @@ class Review {
         if (!current.corrected)
             nucleus = nuclei.find { !seen.contains(it.getID().toString()) }
         protect()
-        writeState()
         return roi
     }
 
     /**
      * Locks the ROI, and regions around it or in it, such as a tumour: where the brush begins in one, it would change
-     * that, in place of drawing a nucleus.
+     * that, in place of drawing a nucleus. Their ids are remembered: a person can save them locked, and QuPath's 'Undo'
+     * puts locked copies in their place.
      */
     void protect() {
         release()
         PathObject roi = annotation
-        protectedObjects = roi == null ? [] : imageData.getHierarchy().getAnnotationObjects().findAll {
+        List<PathObject> others = roi == null ? [] : imageData.getHierarchy().getAnnotationObjects().findAll {
             !it.isLocked() && it.getROI()?.isArea() && !nuclei.contains(it) && boxesMeet(it.getROI(), roi.getROI())
-        }
-        protectedObjects*.setLocked(true)
-        savedUnlocked = lastSaved
+        }.toList()
+        others*.setLocked(true)
+        savedUnlocked = locked.containsKey(imageId) ? null : lastSaved
+        if (others)
+            locked[imageId] = (locked[imageId] ?: []) + others.collect { it.getID().toString() } as LinkedHashSet
+        writeState()
+    }
+
+    private String getImageId() {
+        return imageData == null ? null : project.getEntry(imageData)?.getID()
     }
 
     private FileTime getLastSaved() {
@@ -482,10 +493,18 @@ class Review {
         return Files.exists(data) ? Files.getLastModifiedTime(data) : null
     }
 
-    /** Unlocks what was locked. */
+    /** Unlocks what was locked, and forgets it, unless a person may have saved it locked. */
     void release() {
-        protectedObjects*.setLocked(false)
-        protectedObjects = []
+        unlock()
+        if (imageData != null && lastSaved == savedUnlocked)
+            locked.remove(imageId)
+    }
+
+    private void unlock() {
+        Set<String> ids = locked[imageId]
+        if (ids)
+            imageData.getHierarchy().getAnnotationObjects().findAll { ids.contains(it.getID().toString()) }
+                    *.setLocked(false)
     }
 
     static boolean boxesMeet(ROI one, ROI other) {
@@ -783,11 +802,12 @@ class Review {
      * person saved it locked by QuPath's own command.
      */
     void save() {
-        if (imageData == null || !imageData.isChanged() && (protectedObjects.isEmpty() || lastSaved == savedUnlocked))
+        if (imageData == null || !imageData.isChanged() && (!locked[imageId] || lastSaved == savedUnlocked))
             return
         release()
         try {
             saveWithProject(imageData)
+            locked.remove(imageId)
         } finally {
             protect()
         }
@@ -813,6 +833,7 @@ class Review {
         Path temporary = folder.resolve("review.json.${UUID.randomUUID()}.partial")
         Files.writeString(temporary, GsonTools.getInstance(true).toJson([
             roi: current.id, nucleus: nucleus?.getID()?.toString(), accepted: accepted.findAll { id, nuclei -> nuclei },
+            locked: locked,
         ]))
         Files.move(temporary, stateFile, StandardCopyOption.ATOMIC_MOVE)   // else it is deleted first
     }
@@ -1050,10 +1071,10 @@ class ReviewWindow {
         gui.getStage().getScene().removeEventFilter(KeyEvent.ANY, keys)
         viewer.getCustomOverlayLayers().remove(overlay)
         restoring.reverse().each { it.call() }
-        if (isShown())
-            review.writeState()
         saving { saveOpen() }   // not an image that a person closed: it may have other nuclei by now
         review.release()
+        if (isShown())
+            review.writeState()
         stage.close()
     }
 

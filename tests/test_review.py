@@ -250,6 +250,50 @@ def test_what_is_locked_for_a_roi_is_not_locked_once_a_person_saved(
     assert session.run(project, locked)["one.svs"] is False
 
 
+def test_locks_end_also_where_a_person_saved_them_and_left(
+    session: qupath.Session, project: Path
+) -> None:
+    """By Ctrl+S, and then by opening another image, in QuPath's own way; also after a restart."""
+    actions = """
+    def isLocked = { data, name ->
+        data.getHierarchy().getAnnotationObjects().find { it.getName() == name }.isLocked()
+    }
+    def entry = review.entryOf(review.rois[0])
+    open(0)
+    entry.saveImageData(review.imageData)
+    open(1)
+    lines << isLocked(entry.readImageData(), 'vessel')
+    review = create()
+    open(0)
+    lines << isLocked(review.imageData, 'vessel')
+    review.save()   // unchanged
+    lines << [isLocked(entry.readImageData(), 'vessel'), isLocked(review.imageData, 'vessel')]
+    review.release()
+    lines << [isLocked(review.imageData, 'vessel'), review.locked.keySet()]
+    """
+    saved, again, left, released = review(session, project, actions)
+    assert (saved, again) == (True, True)
+    assert left == [False, True]
+    assert released == [False, ["2"]]  # the restart left that image locked, as it may be saved
+
+
+def test_locks_end_also_of_what_undo_brought_back(session: qupath.Session, project: Path) -> None:
+    """A copy, which is another object; and a lock of the person stays."""
+    actions = """
+    def image = review.entryOf(review.rois[0]).readImageData()
+    def hierarchy = image.getHierarchy()
+    hierarchy.getAnnotationObjects().find { it.getName() == 'drawn' }.setLocked(true)
+    review.begin(0, image)
+    def out = new ByteArrayOutputStream()
+    new ObjectOutputStream(out).writeObject(hierarchy)
+    def copy = new ByteArrayInputStream(out.toByteArray())
+    hierarchy.setHierarchy(qupath.lib.io.PathIO.createObjectInputStream(copy).readObject())
+    review.release()
+    lines << hierarchy.getAnnotationObjects().findAll { it.isLocked() }*.getName().sort()
+    """
+    assert review(session, project, actions) == [["ROI 2 of 2", "drawn"]]  # the ROI was before
+
+
 def test_a_roi_that_cannot_be_used_is_not_marked(session: qupath.Session, project: Path) -> None:
     """The same that `refine` refuses, so that nobody finds out later."""
     actions = """
