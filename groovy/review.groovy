@@ -324,7 +324,7 @@ class Review {
     List<PathObject> nuclei = []   // of the present ROI, by rising confidence
     private Outlines outlines   // of the present ROI, and of what is no nucleus
     private Set<String> regions = []   // ids of annotations that hold imported nuclei
-    final Map<String, Set<String>> accepted = [:]   // by ROI: ids of nuclei
+    final Map<String, Set<String>> accepted = [:]   // by image and ROI: ids of nuclei
     private final List<PathObject> visited = []
     private boolean askedIfEmpty = false
     final Map<String, Set<String>> locked = [:]   // by image: ids of what is locked while its ROI is the present one
@@ -335,7 +335,7 @@ class Review {
 
     /** Finds the ROIs of all images, in the order of the project, and where the review was when it was closed. */
     void findRois(ImageData<?> open) {
-        String present = current?.id
+        CorrectionRoi present = current
         ProjectImageEntry<?> openEntry = open == null ? null : project.getEntry(open)
         rois = project.getImageList().collectMany { entry ->
             boolean isOpen = entry.getID() == openEntry?.getID()
@@ -355,8 +355,12 @@ class Review {
                     known[each.key] = each.value.collect { it.getAsString() } as LinkedHashSet
                 }
         }
-        String where = present ?: state?.has('roi') ? present ?: state.get('roi').getAsString() : null
-        index = where == null ? -1 : rois.findIndexOf { it.id == where }
+        String id = present?.id, image = present?.image
+        if (present == null) {
+            id = text(state, 'roi')
+            image = text(state, 'image')   // null where an earlier version wrote it
+        }
+        index = rois.findIndexOf { it.id == id && (image == null || it.image == image) }
         if (index < 0)
             index = rois.findIndexOf { !it.corrected }
     }
@@ -519,8 +523,12 @@ class Review {
         return imageData?.getHierarchy()?.getAnnotationObjects()?.find { it.getID().toString() == current?.id }
     }
 
+    /** The ids of nuclei that a person accepted in the ROI. A duplicate of its image has an ROI of the same id. */
     Set<String> getSeen() {
-        return accepted.computeIfAbsent(current.id) { new LinkedHashSet<String>() }
+        String key = "${current.image} ${current.id}"
+        if (!accepted.containsKey(key))   // earlier versions had the ROI alone
+            accepted[key] = accepted.remove(current.id) ?: new LinkedHashSet<String>()
+        return accepted[key]
     }
 
     /** Reads the nuclei of the ROI anew: a person can change them at any time. */
@@ -832,8 +840,11 @@ class Review {
         Files.createDirectories(folder)
         Path temporary = folder.resolve("review.json.${UUID.randomUUID()}.partial")
         Files.writeString(temporary, GsonTools.getInstance(true).toJson([
-            roi: current.id, nucleus: nucleus?.getID()?.toString(), accepted: accepted.findAll { id, nuclei -> nuclei },
-            locked: locked,
+            image   : current.image,
+            roi     : current.id,
+            nucleus : nucleus?.getID()?.toString(),
+            accepted: accepted.findAll { key, nuclei -> nuclei },
+            locked  : locked,
         ]))
         Files.move(temporary, stateFile, StandardCopyOption.ATOMIC_MOVE)   // else it is deleted first
     }

@@ -165,6 +165,55 @@ def test_keys_delete_add_reshape_and_undo(session: qupath.Session, project: Path
     assert all("is locked" in line["message"] for line in locked)
 
 
+def test_a_duplicate_of_an_image_has_a_review_of_its_own(
+    session: qupath.Session, project: Path
+) -> None:
+    """As for a second reader: its ROI and nuclei have the same ids."""
+    actions = """
+    project.addDuplicate(review.entryOf(review.rois[0]), true).setImageName('second reader')
+    project.syncChanges()
+    review.findRois(null)
+    lines << review.rois.collect { it.imageName }
+    lines << (review.rois[0].id == review.rois[2].id)
+    open(0); 3.times { review.accept() }
+    open(2); look(); review.accept()
+    def remembered = review.rememberedNucleus()
+    review = create()
+    lines << review.index
+    open(0); lines << review.seen.size()
+    open(2); lines << review.seen.size()
+    """
+    images, is_same, second, index, *seen = review(session, project, actions)
+    assert images == ["one.svs", "two.svs", "second reader"]
+    assert is_same is True
+    assert (second["nucleus"], second["seen"]) == ("nucleus 5", 0)
+    assert index == 2
+    assert seen == [3, 1]
+
+
+def test_what_an_earlier_version_remembered_is_read(session: qupath.Session, project: Path) -> None:
+    """By ROI, without its image."""
+    actions = """
+    open(1); 2.times { review.accept() }
+    """
+    review(session, project, actions)
+    file = project.parent / "patchcl" / "review.json"
+    now = json.loads(file.read_text("utf-8"))
+    (key,) = now["accepted"]
+    file.write_text(
+        json.dumps(
+            {"roi": now["roi"], "nucleus": None, "accepted": {now["roi"]: now["accepted"][key]}}
+        )
+    )
+    actions = """
+    lines << review.index
+    open(review.index); look()
+    """
+    index, line = review(session, project, actions)
+    assert index == 1
+    assert (line["nucleus"], line["seen"]) == ("nucleus 3", 2)
+
+
 def test_keys_change_only_what_is_selected(session: qupath.Session, project: Path) -> None:
     """Not the nucleus before, where a person selected a vessel since, or nothing."""
     actions = """
@@ -552,6 +601,12 @@ def state(project: Path) -> dict[str, Any]:
     return found
 
 
+def accepted(project: Path, roi: str) -> list[str]:
+    """The nuclei that were accepted in an ROI, of whichever image."""
+    found = state(project)["accepted"].items()
+    return [nucleus for key, nuclei in found if key.endswith(f" {roi}") for nucleus in nuclei]
+
+
 def prepare(project: Path, tmp_path: Path) -> Path:
     """Scripts that call ``COMMAND``, and what it has ready; the folder of results."""
     patchcl = project.parent / "patchcl"
@@ -587,7 +642,7 @@ def test_two_rois_are_corrected_by_keys_alone(
         robot.focus("PatchCL: review")
         first = state(project)["roi"]
         robot.press("e", "x", "2", "e", "e", "i", "shift+Left")
-        robot.wait(lambda: len(state(project)["accepted"].get(first, [])) >= 3, 60, "nuclei")
+        robot.wait(lambda: len(accepted(project, first)) >= 3, 60, "nuclei")
         robot.press("b")
         robot.drag((690, 560), (692, 560), (694, 562))  # in the middle of the ROI, in the vessel
         robot.keys = 0
@@ -596,7 +651,7 @@ def test_two_rois_are_corrected_by_keys_alone(
         assert robot.keys == 1  # beside the corrections
         second = state(project)["roi"]
         robot.press("e")
-        robot.wait(lambda: second in state(project)["accepted"], 60, "nucleus")
+        robot.wait(lambda: accepted(project, second), 60, "nucleus")
         robot.press("y", "u")
         receipts = [patchcl / "imported" / f"{number}.json" for number in ("1", "2")]
         robot.wait(lambda: all(path.exists() for path in receipts), 120, "import")
