@@ -65,6 +65,7 @@ if (gui != null && Platform.isFxApplicationThread()) {
 }
 def imageData = QP.getCurrentImageData()
 boolean watched = gui != null && gui.getImageData() === imageData   // else it is one of many, or there is no window
+Instant batch = beginningOfBatch()
 // Another script can ask for a task, such as 'refine', in its own thread: errors are then raised, and no message shown.
 String asked = getBinding().getVariables()['patchcl_task']
 
@@ -82,7 +83,7 @@ reporting(watched && asked == null) {
     if (before != null && !Dialogs.showConfirmDialog('PatchCL', before))
         return
     // For the whole project it is started once: for the first image of this batch.
-    TaskOutcome outcome = !task.oneImage && isLaterInBatch() ? outcomeOfBatch(task) : null
+    TaskOutcome outcome = !task.oneImage && batch != null ? outcomeOfBatch(task, batch) : null
     Instant began = Instant.now()
     List<String> arguments = []
     if (outcome == null) {
@@ -208,19 +209,32 @@ static List<String> marksOfImports(ImageData<?> imageData) {
     return imports.drop(Math.max(0, now))   // where there is none, a person brought some back
 }
 
-/** Whether the script runs for an image of a batch that is not the first. */
-boolean isLaterInBatch() {
-    return ((getBinding().getVariables()[ScriptAttributes.BATCH_INDEX] ?: 0) as int) > 0
+/**
+ * When the batch began of which the script runs for a later image; null for its first one, which may not be that of
+ * index 0: for an image that cannot be opened, no script runs. A property of the process knows the image before.
+ */
+Instant beginningOfBatch() {
+    Map variables = getBinding().getVariables()
+    int index = (variables[ScriptAttributes.BATCH_INDEX] ?: 0) as int
+    int size = (variables[ScriptAttributes.BATCH_SIZE] ?: 1) as int
+    if (size == 1)
+        return null
+    List<String> before = System.getProperty('patchcl.batch', '').tokenize()
+    boolean isLater = before && before[0] as int == size && (before[1] as int) < index
+    String began = isLater ? before[2] : Instant.now().toString()
+    System.setProperty('patchcl.batch', "${size} ${index} ${began}")
+    return isLater ? Instant.parse(began) : null
 }
 
 /** The outcome for the whole project, of the run that the first image of this batch started. */
-static TaskOutcome outcomeOfBatch(Task task) {
+static TaskOutcome outcomeOfBatch(Task task, Instant batch) {
     def ran = Files.exists(task.receipt) ?
             JsonParser.parseString(Files.readString(task.receipt)).getAsJsonObject() : null
-    if (ran?.get('qupath_pid')?.getAsLong() != ProcessHandle.current().pid())
+    boolean isOfThisProcess = ran?.get('qupath_pid')?.getAsLong() == ProcessHandle.current().pid()
+    Instant began = isOfThisProcess ? Instant.parse(ran.get('began').getAsString()) : null
+    if (began == null || began.isBefore(batch))
         throw new IllegalStateException('patchcl-qp did not start: see the error of the first image.')
-    return new TaskOutcome(status: 'done', complete: ran.get('status')?.getAsString() == 'done',
-            began: Instant.parse(ran.get('began').getAsString()))
+    return new TaskOutcome(status: 'done', complete: ran.get('status')?.getAsString() == 'done', began: began)
 }
 
 static List<String> commandLine(Task task, String command, Map options) {
