@@ -464,6 +464,8 @@ class Review {
         regions = marks.findAll { it.endsWith(' region') }.collect { it.tokenize(' ').first() } as Set
         toAnnotations(image, roi, marks)
         refresh()
+        if (areLockedByCommand(image, marks))
+            nuclei*.setLocked(false)
         if (!current.corrected)
             nucleus = nuclei.find { !seen.contains(it.getID().toString()) }
         protect()
@@ -618,6 +620,20 @@ class Review {
         }
         imageData.getHierarchy().fireHierarchyChangedEvent(roi)
         return detections.size()
+    }
+
+    /**
+     * Whether more than half of the nuclei of an image are locked, and at least 20: by a command, not by a person. 'Add
+     * intensity features' locks what it measures, but nuclei of an ROI are there to be reshaped.
+     */
+    private static boolean areLockedByCommand(ImageData<?> imageData, List<String> marks) {
+        Set<String> ours = marks.findAll { !it.endsWith(' region') && !it.contains(' field ') }
+                .collect { it.tokenize(' ').first() } as Set
+        Collection<PathObject> nuclei = imageData.getHierarchy().getAllObjects(false).findAll {
+            ours.isEmpty() ? it.isAnnotation() || isOutlined(it) : ours.contains(it.getID().toString())
+        }
+        int lockedNuclei = nuclei.count { it.isLocked() } as int
+        return lockedNuclei >= 20 && 2 * lockedNuclei > nuclei.size()
     }
 
     /** Whether an object is a detection of a nucleus, or a cell that has one. The same is in import_nuclei.groovy. */

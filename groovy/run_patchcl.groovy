@@ -171,7 +171,8 @@ static List<PathObject> regionsOf(Task task) {
 /** What a run replaces of the nuclei in the image, for a person to agree to; null if there is nothing to replace. */
 static String replacedInWords(ImageData<?> imageData, List<PathObject> regions) {
     // import_nuclei.groovy lists the objects that it added: a line for each, its id first.
-    Set<String> ours = marksOfImports(imageData).first().readLines().findAll { !it.endsWith(' region') && !it.contains(' field ') }
+    Set<String> ours = marksOfImports(imageData).first().readLines()
+            .findAll { !it.endsWith(' region') && !it.contains(' field ') }
             .collect { it.substring(0, 36) }.toSet()
     List<PathObject> nuclei = imageData.getHierarchy().getAllObjects(false).findAll {
         ours.contains(it.getID().toString())

@@ -18,6 +18,7 @@ from test_outlines import LEFT_OUT, feature, grid, places, read
 
 from patchcl_qupath.config import ResultConfig
 from patchcl_qupath.project import open_project, outlines
+from patchcl_qupath.project.qpproj import read_project
 from patchcl_qupath.project.results import write_results
 from patchcl_qupath.project.scripts import copy_scripts, read_script
 from patchcl_qupath.storage.records import ChangesRecord, RoiChangesRecord, write_record
@@ -163,6 +164,39 @@ def test_keys_delete_add_reshape_and_undo(session: qupath.Session, project: Path
     assert rest[4]["nuclei"] == 6
     locked = rest[-2:]
     assert all("is locked" in line["message"] for line in locked)
+
+
+def test_nuclei_that_a_command_locked_can_be_reshaped(
+    session: qupath.Session, project: Path
+) -> None:
+    """Annotations and detections; one that a person locked stays as it is."""
+    actions = """
+    import qupath.lib.objects.PathObjects
+
+    def shown = { int elsewhere ->
+        def image = review.entryOf(review.rois[0]).readImageData()
+        def hierarchy = image.getHierarchy()
+        def plane = qupath.lib.regions.ImagePlane.getDefaultPlane()
+        def detection = { x, y ->
+            def roi = qupath.lib.roi.ROIs.createRectangleROI(x, y, 20, 20, plane)
+            def made = PathObjects.createDetectionObject(roi)
+            made.setLocked(true)
+            made
+        }
+        def inside = detection(300, 350)
+        hierarchy.addObjects([inside] + (0..<elsewhere).collect { detection(500 + 30 * it, 700) })
+        hierarchy.getAnnotationObjects().find { it.getName() == 'nucleus 2' }.setLocked(true)
+        review.begin(0, image)
+        def found = review.nuclei.findAll { it.isLocked() }.collect { it.getName() ?: 'made' }
+        review.release()
+        [review.nuclei.size(), found.sort()]
+    }
+    lines << shown(30)
+    lines << shown(5)
+    """
+    by_command, by_hand = review(session, project, actions)
+    assert by_command == [8, []]
+    assert by_hand == [8, ["made", "nucleus 2"]]
 
 
 def test_a_duplicate_of_an_image_has_a_review_of_its_own(
@@ -575,6 +609,7 @@ patchcl = pathlib.Path(sys.argv[2]).parent / "patchcl"
 with open(patchcl / "called.txt", "a") as file:
     print(sys.argv[1], "--model refined" in " ".join(sys.argv), file=file)
 print(json.dumps({{"stage": "pretending", "done": 1, "total": 1}}), file=sys.stderr)
+(patchcl / "seen.qpproj").write_bytes(pathlib.Path(sys.argv[2]).read_bytes())
 while (patchcl / f"{{sys.argv[1]}}.waits").exists():
     time.sleep(0.1)
 if sys.argv[1] == "refine":
@@ -681,9 +716,13 @@ def test_two_rois_are_corrected_by_keys_alone(
         assert new.count("Nucleus") == (2 if image == "one.svs" else 0)  # by I and by the brush
 
 
+# Opens the first image, in which a pixel size was saved as by Run for project: without the project.
 OPEN_OTHER = """
 def gui = qupath.lib.gui.QuPathGUI.getInstance()
 def other = getProject().getImageList().find { it.getImageName() == 'one.svs' }
+def saved = other.readImageData()
+qupath.lib.scripting.QP.setPixelSizeMicrons(saved, 0.25, 0.26, Double.NaN)
+other.saveImageData(saved)
 javafx.application.Platform.runLater {
     gui.openImageEntry(other)
     new File('DONE').createNewFile()
@@ -717,6 +756,9 @@ def test_nuclei_are_in_all_images_whichever_is_opened_meanwhile(
         waits.unlink()
         receipts = [patchcl / "imported" / f"{number}.json" for number in ("1", "2")]
         robot.wait(lambda: all(path.exists() for path in receipts), 120, "import")
-        robot.wait(lambda: robot.text().count("Image data written") >= 3, 60, "saved image")
+        robot.wait(lambda: robot.text().count("Image data written") >= 4, 60, "saved image")
     for objects in session.run(project, LOOK).values():
         assert len(objects) > 100
+    seen = read_project(patchcl / "seen.qpproj").images[0].mpp  # by the last command, at its start
+    assert (seen == (0.25, 0.26)) is (step == "refine")
+    assert open_project(project, "files").images()[0].mpp == (0.25, 0.26)
