@@ -1460,15 +1460,18 @@ class ReviewWindow {
      * on disk, and again if it was opened meanwhile.
      */
     private void importInto(ProjectImageEntry<?> entry) {
-        if (importWhereOpen(entry))
-            return
-        ImageData<?> imageData = entry.readImageData()
-        try {
-            importAndSave(imageData)
-        } finally {
-            imageData.getServer().close()
+        if (!importWhereOpen(entry)) {
+            ImageData<?> imageData = entry.readImageData()
+            try {
+                importAndSave(entry, imageData, [(ScriptAttributes.BATCH_SAVE): true])
+            } finally {
+                imageData.getServer().close()
+            }
+            importWhereOpen(entry)
         }
-        importWhereOpen(entry)
+        if (review.isWaiting(entry))   // a person was asked about nuclei that would be lost
+            throw new IllegalStateException("Nothing was changed in ${entry.getImageName()}: the script " +
+                    'import nuclei imports its nuclei.')
     }
 
     /** Imports into an image if a viewer shows it, in the thread of the window: nobody can change it meanwhile. */
@@ -1476,7 +1479,7 @@ class ReviewWindow {
         def importing = new FutureTask<Boolean>({
             ImageData<?> open = openImages().find { review.project.getEntry(it)?.getID() == entry.getID() }
             if (open != null)
-                importAndSave(open)
+                importAndSave(entry, open, [:])
             return open != null
         })
         Platform.runLater(importing)
@@ -1492,9 +1495,10 @@ class ReviewWindow {
         return viewers.collect { it.getImageData() }.findAll()
     }
 
-    private void importAndSave(ImageData<?> imageData) {
-        scripts.run('import_nuclei.groovy', review.project, imageData, [(ScriptAttributes.BATCH_SAVE): true])
-        review.saveWithProject(imageData)
+    private void importAndSave(ProjectImageEntry<?> entry, ImageData<?> imageData, Map<String, Object> variables) {
+        scripts.run('import_nuclei.groovy', review.project, imageData, variables)
+        if (!review.isWaiting(entry))
+            review.saveWithProject(imageData)
     }
 
     /** Saves and shows what changed, if the model was refined, then all problems: that message waits for a person. */

@@ -331,9 +331,12 @@ void showResult(Task task, TaskOutcome outcome, boolean watched, boolean asked) 
             (task.subcommand == 'run' && outcome.complete ||
             !Files.getLastModifiedTime(task.result).toInstant().isBefore(outcome.began.minusSeconds(2)))
     boolean shown = true
-    if (found && watched)
+    // A script that asks in a window imports by itself: it knows which images are open by then, and saves them.
+    if (asked && QuPathGUI.getInstance() != null)
+        shown = false
+    else if (found && watched)
         shown = importInWindow(task)
-    else if (found && !(asked && QuPathGUI.getInstance() != null))   // nobody would save it: who asked imports it
+    else if (found)
         runBeside('import_nuclei.groovy')
     if (outcome.status == 'cancelled') {
         LoggerFactory.getLogger('run_patchcl').info('Cancelled. Start it again to resume.')
