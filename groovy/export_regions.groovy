@@ -1,14 +1,14 @@
 /**
  * Exports the annotations of the open image as analysis regions, for `patchcl-qp run --within CLASS` and `--summarise
- * CLASS`, its TMA cores, for `--tma`, and its stain vectors, for the measurements; with 'Run > Run for project', of
- * every image chosen there. Without a window:
+ * CLASS`, its TMA cores, for `--tma`, and its stain vectors and pixel size, for the measurements; with 'Run > Run for
+ * project', of every image chosen there. Without a window:
  *
  *     QuPath script -p project.qpproj export_regions.groovy
  *
- * Run it again after each change to the annotations or stains. If patchcl-qp finds a QuPath, it reads them without
- * this script once they are saved. Selected annotations are exported a second time, with class '(selected)', for
- * `patchcl-qp run --within '(selected)'`. Lines, points and the nuclei of earlier runs are left out. The image is not
- * changed.
+ * Run it again after each change to the annotations, stains or pixel size. If patchcl-qp finds a QuPath, it reads them
+ * without this script once they are saved. Selected annotations are exported a second time, with class '(selected)',
+ * for `patchcl-qp run --within '(selected)'`. Lines, points and the nuclei of earlier runs are left out. The image is
+ * not changed.
  *
  * Writes patchcl/regions/<image id>.geojson and patchcl/stains/<image id>.json.
  *
@@ -46,7 +46,8 @@ List<PathObject> selected = QP.getSelectedObjects().findAll { it.isAnnotation() 
 }
 Path file = Paths.get(QP.buildPathInProject(folderName, 'regions', entry.getID() + '.geojson'))
 Map<String, Integer> counts = exportRegions(imageData, selected, file)
-exportStains(imageData, Paths.get(QP.buildPathInProject(folderName, 'stains', entry.getID() + '.json')))
+exportStains(imageData, Paths.get(QP.buildPathInProject(folderName, 'stains', entry.getID() + '.json')),
+        pixelSizeOf(imageData))
 logger.info("${entry.getImageName()}: annotations exported to ${file} (" +
         counts.collect { name, count -> "${name}: ${count}" }.join(', ') + ').')
 
@@ -89,21 +90,30 @@ static List<String> marksOfImports(ImageData<?> imageData) {
     return imports.drop(Math.max(0, now))   // where there is none, a person brought some back
 }
 
+/** The sides of a pixel in µm, as QuPath shows them, saved or not; null if it has none. */
+static List<Double> pixelSizeOf(ImageData<?> imageData) {
+    def pixels = imageData.getServer().getPixelCalibration()
+    return pixels.hasPixelSizeMicrons() ? [pixels.getPixelWidthMicrons(), pixels.getPixelHeightMicrons()] : null
+}
+
 /**
- * Writes a file with the stain vectors and the background of the image, null if it has none: an image whose type is
- * not set, for example. patchcl-qp calls this, too.
+ * Writes a file with the stain vectors and the background of the image, if it has them: not where its type is not set,
+ * for example; and with the size of its pixels, if that is given. patchcl-qp calls this, too, without: it has the size
+ * that is saved from the project.
  */
-static void exportStains(ImageData<?> imageData, Path file) {
+static void exportStains(ImageData<?> imageData, Path file, List<Double> pixelSize = null) {
     def stains = imageData.getColorDeconvolutionStains()
-    Map content = stains == null ? null : [
+    Map content = stains == null ? [:] : [
         type      : imageData.getImageType().name(),
         background: [stains.getMaxRed(), stains.getMaxGreen(), stains.getMaxBlue()],
         stains    : (1..3).findAll { it < 3 || !stains.getStain(it).isResidual() }.collect {
             [name: stains.getStain(it).getName(), vector: stains.getStain(it).getArray()]
         },
     ]
+    if (pixelSize != null)
+        content.pixel_size_um = pixelSize
     write(file) { OutputStream stream ->
-        stream.write(GsonTools.getInstance().toJson(content).getBytes('UTF-8'))
+        stream.write(GsonTools.getInstance().toJson(content ?: null).getBytes('UTF-8'))
     }
 }
 

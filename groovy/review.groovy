@@ -27,6 +27,8 @@ import java.nio.file.Path
 import java.nio.file.Paths
 import java.nio.file.StandardCopyOption
 import java.nio.file.attribute.FileTime
+import java.util.concurrent.ExecutionException
+import java.util.concurrent.FutureTask
 import javafx.application.Platform
 import javafx.event.EventHandler
 import javafx.geometry.Insets
@@ -46,7 +48,10 @@ import javafx.scene.layout.Region
 import javafx.scene.layout.VBox
 import javafx.stage.Stage
 import javafx.stage.Window
+import org.locationtech.jts.algorithm.MinimumBoundingCircle
 import org.locationtech.jts.geom.Geometry
+import org.locationtech.jts.geom.Polygon
+import org.locationtech.jts.operation.union.UnaryUnionOp
 import org.slf4j.Logger
 import org.slf4j.LoggerFactory
 import qupath.lib.gui.QuPathGUI
@@ -154,6 +159,149 @@ class Metadata {
     }
 }
 
+/** An outline, or a piece of one, without its holes. */
+@CompileStatic
+class Outline {
+
+    PathObject owner
+    Geometry shape
+    double area
+    boolean isRegion = false
+    boolean isIgnored = false
+
+    String getClassName() {
+        return owner.getPathClass()?.toString() ?: ''
+    }
+}
+
+/**
+ * Which objects in an ROI outline nuclei, and which are regions or vessels: by the rules of `patchcl-qp refine`, in
+ * patchcl_qupath/project/outlines.py, for this ROI alone.
+ */
+@CompileStatic
+class Outlines {
+
+    static final double MAX_AREA_UM2 = 2000
+    static final double MAX_LENGTH_UM = 75
+    static final double MIN_AREA_UM2 = 2
+    static final double MAX_TIMES_MEDIAN = 20
+    static final double MAX_COMMON_AREA_UM2 = 600
+    static final int MIN_COMMON = 5
+    static final double MIN_PIECE = 0.1
+    static final double MAX_HELD = 0.25
+    static final double MAX_SHARED = 0.2
+
+    private final Geometry roi
+    private final double pixelUm2
+    private final List<PathObject> objects   // but for those of a class that QuPath ignores
+    private final List<Outline> outlines = []
+
+    Outlines(PathObject roi, List<PathObject> all, double pixelUm2) {
+        this.roi = roi.getROI().getGeometry()
+        this.pixelUm2 = pixelUm2
+        objects = all.findAll { PathObject pathObject -> !isIgnoredClass(pathObject) }
+        objects.each { PathObject owner -> outlines.addAll(outlinesOf(owner)) }
+        findRegions()
+        List<Geometry> ignored = all.findAll { PathObject pathObject -> isIgnoredClass(pathObject) }
+                .collect { PathObject pathObject -> valid(pathObject.getROI().getGeometry()) }
+        if (ignored) {
+            Geometry area = UnaryUnionOp.union(ignored)
+            outlines.each { it.isIgnored = it.shape.intersection(area).getArea() > it.area / 2 }
+        }
+    }
+
+    /** The nuclei: also specks, slips of the mouse that a person deletes. */
+    List<PathObject> getNuclei() {
+        Map<PathObject, List<Outline>> byOwner = outlines.groupBy { Outline outline -> outline.owner }
+        return objects.findAll { PathObject owner ->
+            List<Outline> own = byOwner[owner] ?: []
+            !own.any { Outline outline -> outline.isRegion } &&
+                    (own.isEmpty() || !own.every { Outline outline -> outline.isIgnored })
+        }
+    }
+
+    /** A nucleus that shares too much with a larger one, of what is shared some in the ROI; null if none does. */
+    PathObject getOverlapping() {
+        List<Outline> nuclei = outlines.findAll { Outline outline -> !outline.isRegion && !outline.isIgnored }
+        return nuclei.find { Outline one ->
+            nuclei.any { Outline other ->
+                one !== other && one.area <= other.area && meet(one, other) && isShared(one, other)
+            }
+        }?.owner
+    }
+
+    private boolean isShared(Outline smaller, Outline larger) {
+        Geometry shared = smaller.shape.intersection(larger.shape)
+        return shared.getArea() > MAX_SHARED * smaller.area && shared.intersects(roi)
+    }
+
+    private static boolean isIgnoredClass(PathObject pathObject) {
+        PathClass pathClass = pathObject.getPathClass()
+        return pathClass != null && PathClassTools.isIgnoredClass(pathClass)
+    }
+
+    private static Geometry valid(Geometry geometry) {
+        return geometry.isValid() ? geometry : geometry.buffer(0)
+    }
+
+    private List<Outline> outlinesOf(PathObject owner) {
+        Geometry geometry = valid(owner.getROI().getGeometry())
+        List<Geometry> pieces = (0..<geometry.getNumGeometries()).collect { int k -> geometry.getGeometryN(k) }
+        double largest = pieces.collect { Geometry piece -> piece.getArea() }.max() ?: 0d
+        return pieces.findAll { Geometry piece -> piece instanceof Polygon && piece.getArea() >= MIN_PIECE * largest }
+                .collect { Geometry piece -> withoutHoles((Polygon) piece) }
+                .findAll { Geometry piece -> piece.getArea() * pixelUm2 >= MIN_AREA_UM2 && piece.intersects(roi) }
+                .collect { Geometry piece -> new Outline(owner: owner, shape: piece, area: piece.getArea()) }
+    }
+
+    private static Geometry withoutHoles(Polygon polygon) {
+        return polygon.getFactory().createPolygon(polygon.getExteriorRing().getCoordinateSequence())
+    }
+
+    private void findRegions() {
+        double median = medianUm2
+        outlines.each { Outline outline ->
+            double area = outline.area * pixelUm2
+            outline.isRegion = exceeds(outline.shape, pixelUm2) ||
+                    area > MAX_COMMON_AREA_UM2 && area > MAX_TIMES_MEDIAN * median || isAroundOthers(outline)
+        }
+    }
+
+    /** The median area; NaN of too few. */
+    private double getMedianUm2() {
+        List<Double> areas = outlines.collect { Outline outline -> outline.area * pixelUm2 }.sort()
+        int count = areas.size()
+        if (count < MIN_COMMON)
+            return Double.NaN
+        return (areas[count.intdiv(2)] + areas[(count - 1).intdiv(2)]) / 2d
+    }
+
+    /** Whether a contour is larger or longer than nuclei are. */
+    static boolean exceeds(Geometry shape, double pixelUm2) {
+        return shape.getArea() * pixelUm2 > MAX_AREA_UM2 ||
+                2 * new MinimumBoundingCircle(shape).getRadius() * Math.sqrt(pixelUm2) > MAX_LENGTH_UM
+    }
+
+    /** Whether it was drawn around several outlines, across three, or around a much smaller one of another class. */
+    private boolean isAroundOthers(Outline outer) {
+        int held = 0, crossed = 0
+        for (Outline inner : outlines)
+            if (inner.area < outer.area && meet(inner, outer)) {
+                double shared = outer.shape.intersection(inner.shape).getArea() / inner.area
+                if (shared > 0.5 && inner.area < MAX_HELD * outer.area &&
+                        (outer.className.isEmpty() || outer.className != inner.className))
+                    return true
+                held += shared > 0.5 ? 1 : 0
+                crossed += shared > MAX_SHARED ? 1 : 0
+            }
+        return held >= 2 || crossed >= 3
+    }
+
+    private static boolean meet(Outline one, Outline other) {
+        return one.shape.getEnvelopeInternal().intersects(other.shape.getEnvelopeInternal())
+    }
+}
+
 /**
  * The correction of the ROIs of a project: which there are, which comes next, and what is done to the nuclei of the
  * present one. Nothing of this needs a window.
@@ -162,7 +310,6 @@ class Review {
 
     static final String TO_CORRECT = 'PatchCL: correct here'
     static final String CORRECTED = 'PatchCL: corrected'
-    static final double MAX_SHARED = 0.2   // of the smaller of two nuclei, at most in another
     static final String CONFIDENCE = 'Detection probability'
     static final String NO_ROIS = "No image has an ROI of class '${TO_CORRECT}'.\n\nRun the script run patchcl, and " +
             'choose \'Suggest ROIs to correct\'; or give this class to annotations of about 250 µm that you drew.'
@@ -175,18 +322,20 @@ class Review {
     ImageData<?> imageData   // of the present ROI
     PathObject nucleus   // the present one, or null
     List<PathObject> nuclei = []   // of the present ROI, by rising confidence
-    final Map<String, Set<String>> accepted = [:]   // by ROI: ids of nuclei
+    private Outlines outlines   // of the present ROI, and of what is no nucleus
+    private Set<String> regions = []   // ids of annotations that hold imported nuclei
+    final Map<String, Set<String>> accepted = [:]   // by image and ROI: ids of nuclei
     private final List<PathObject> visited = []
     private boolean askedIfEmpty = false
-    private List<PathObject> protectedObjects = []   // locked for as long as the ROI is the present one
-    private FileTime savedUnlocked   // when the image was last saved before
+    final Map<String, Set<String>> locked = [:]   // by image: ids of what is locked while its ROI is the present one
+    private FileTime savedUnlocked   // when the image was last saved before; null if it may be saved with these locks
     private final List<Closure<?>> undoing = []
 
     // ------------------------------------------------ the ROIs of the project
 
     /** Finds the ROIs of all images, in the order of the project, and where the review was when it was closed. */
     void findRois(ImageData<?> open) {
-        String present = current?.id
+        CorrectionRoi present = current
         ProjectImageEntry<?> openEntry = open == null ? null : project.getEntry(open)
         rois = project.getImageList().collectMany { entry ->
             boolean isOpen = entry.getID() == openEntry?.getID()
@@ -200,12 +349,18 @@ class Review {
             })
         }
         JsonObject state = readJson(stateFile)
-        if (accepted.isEmpty() && state?.has('accepted'))
-            state.getAsJsonObject('accepted').entrySet().each { each ->
-                accepted[each.key] = each.value.collect { it.getAsString() } as LinkedHashSet
-            }
-        String where = present ?: state?.has('roi') ? present ?: state.get('roi').getAsString() : null
-        index = where == null ? -1 : rois.findIndexOf { it.id == where }
+        [accepted: accepted, locked: locked].each { key, known ->
+            if (known.isEmpty() && state?.has(key))
+                state.getAsJsonObject(key).entrySet().each { each ->
+                    known[each.key] = each.value.collect { it.getAsString() } as LinkedHashSet
+                }
+        }
+        String id = present?.id, image = present?.image
+        if (present == null) {
+            id = text(state, 'roi')
+            image = text(state, 'image')   // null where an earlier version wrote it
+        }
+        index = rois.findIndexOf { it.id == id && (image == null || it.image == image) }
         if (index < 0)
             index = rois.findIndexOf { !it.corrected }
     }
@@ -295,6 +450,8 @@ class Review {
         release()
         index = number
         imageData = image
+        savedUnlocked = null
+        unlock()   // what a person saved locked
         nucleus = null
         visited.clear()
         undoing.clear()
@@ -303,27 +460,38 @@ class Review {
         if (roi == null)
             return null
         current.waiting = false
-        toAnnotations(image, roi)
+        List<String> marks = marksOfImports(image).first().readLines()
+        regions = marks.findAll { it.endsWith(' region') }.collect { it.tokenize(' ').first() } as Set
+        toAnnotations(image, roi, marks)
         refresh()
+        if (areLockedByCommand(image, marks))
+            nuclei*.setLocked(false)
         if (!current.corrected)
             nucleus = nuclei.find { !seen.contains(it.getID().toString()) }
         protect()
-        writeState()
         return roi
     }
 
     /**
      * Locks the ROI, and regions around it or in it, such as a tumour: where the brush begins in one, it would change
-     * that, in place of drawing a nucleus.
+     * that, in place of drawing a nucleus. Their ids are remembered: a person can save them locked, and QuPath's 'Undo'
+     * puts locked copies in their place.
      */
     void protect() {
         release()
         PathObject roi = annotation
-        protectedObjects = roi == null ? [] : imageData.getHierarchy().getAnnotationObjects().findAll {
+        List<PathObject> others = roi == null ? [] : imageData.getHierarchy().getAnnotationObjects().findAll {
             !it.isLocked() && it.getROI()?.isArea() && !nuclei.contains(it) && boxesMeet(it.getROI(), roi.getROI())
-        }
-        protectedObjects*.setLocked(true)
-        savedUnlocked = lastSaved
+        }.toList()
+        others*.setLocked(true)
+        savedUnlocked = locked.containsKey(imageId) ? null : lastSaved
+        if (others)
+            locked[imageId] = (locked[imageId] ?: []) + others.collect { it.getID().toString() } as LinkedHashSet
+        writeState()
+    }
+
+    private String getImageId() {
+        return imageData == null ? null : project.getEntry(imageData)?.getID()
     }
 
     private FileTime getLastSaved() {
@@ -331,10 +499,18 @@ class Review {
         return Files.exists(data) ? Files.getLastModifiedTime(data) : null
     }
 
-    /** Unlocks what was locked. */
+    /** Unlocks what was locked, and forgets it, unless a person may have saved it locked. */
     void release() {
-        protectedObjects*.setLocked(false)
-        protectedObjects = []
+        unlock()
+        if (imageData != null && lastSaved == savedUnlocked)
+            locked.remove(imageId)
+    }
+
+    private void unlock() {
+        Set<String> ids = locked[imageId]
+        if (ids)
+            imageData.getHierarchy().getAnnotationObjects().findAll { ids.contains(it.getID().toString()) }
+                    *.setLocked(false)
     }
 
     static boolean boxesMeet(ROI one, ROI other) {
@@ -349,38 +525,58 @@ class Review {
         return imageData?.getHierarchy()?.getAnnotationObjects()?.find { it.getID().toString() == current?.id }
     }
 
+    /** The ids of nuclei that a person accepted in the ROI. A duplicate of its image has an ROI of the same id. */
     Set<String> getSeen() {
-        return accepted.computeIfAbsent(current.id) { new LinkedHashSet<String>() }
+        String key = "${current.image} ${current.id}"
+        if (!accepted.containsKey(key))   // earlier versions had the ROI alone
+            accepted[key] = accepted.remove(current.id) ?: new LinkedHashSet<String>()
+        return accepted[key]
     }
 
     /** Reads the nuclei of the ROI anew: a person can change them at any time. */
     void refresh() {
         PathObject roi = annotation
-        nuclei = roi == null ? [] : nucleiIn(imageData, roi)
+        outlines = roi == null ? null : outlinesIn(roi)
+        nuclei = roi == null ? [] : sortedNuclei(outlines.nuclei)
         if (nucleus != null && !nuclei.contains(nucleus))
             nucleus = null
     }
 
-    /** The nuclei in an ROI, in part or whole, by rising confidence; at last those that a person drew. */
-    static List<PathObject> nucleiIn(ImageData<?> imageData, PathObject roi) {
-        Set<String> regions = marks(imageData).findAll { it.endsWith(' region') }.collect { it.tokenize(' ')[0] } as Set
-        return imageData.getHierarchy().getAnnotationObjects().findAll {
-            it !== roi && isNucleusIn(it, roi) && !regions.contains(it.getID().toString())
-        }.sort { one, other ->
+    /** What lies in the ROI, in part or whole, beside ROIs and the annotations that hold imported nuclei. */
+    private Outlines outlinesIn(PathObject roi) {
+        List<PathObject> objects = imageData.getHierarchy().getAnnotationObjects().findAll {
+            it !== roi && isIn(it, roi) && !regions.contains(it.getID().toString())
+        }.toList()
+        return new Outlines(roi, objects, pixelUm2(imageData))
+    }
+
+    /** By rising confidence; at last those that a person drew. */
+    private static List<PathObject> sortedNuclei(List<PathObject> nuclei) {
+        return nuclei.sort { one, other ->
             confidence(one) <=> confidence(other) ?: one.getROI().getCentroidY() <=> other.getROI().getCentroidY() ?:
                     one.getROI().getCentroidX() <=> other.getROI().getCentroidX()
         }
     }
 
-    /** Whether an object lies in an ROI, in part or whole, and can be a nucleus. */
-    static boolean isNucleusIn(PathObject pathObject, PathObject roi) {
+    /** Whether an object with an area lies in an ROI, in part or whole, and is none itself. */
+    static boolean isIn(PathObject pathObject, PathObject roi) {
         ROI contour = PathObjectTools.getROI(pathObject, true)
-        ROI outer = roi.getROI()
-        PathClass pathClass = pathObject.getPathClass()
-        return contour?.isArea() && boxesMeet(contour, outer) && !isCorrectionRoi(pathObject) &&
-                contour.getArea() < outer.getArea() / 2 &&
+        return contour?.isArea() && boxesMeet(contour, roi.getROI()) && !isCorrectionRoi(pathObject) &&
+                contour.getGeometry().intersects(roi.getROI().getGeometry())
+    }
+
+    /** Whether a detection can be one of a nucleus in an ROI. */
+    static boolean isNucleusIn(PathObject detection, PathObject roi, double pixelUm2) {
+        PathClass pathClass = detection.getPathClass()
+        return isOutlined(detection) && isIn(detection, roi) &&
                 (pathClass == null || !PathClassTools.isIgnoredClass(pathClass)) &&
-                contour.getGeometry().intersects(outer.getGeometry())
+                !Outlines.exceeds(PathObjectTools.getROI(detection, true).getGeometry(), pixelUm2)
+    }
+
+    /** The area of a pixel in µm²; where it is not known, as patchcl-qp takes it. */
+    static double pixelUm2(ImageData<?> imageData) {
+        def pixels = imageData.getServer().getPixelCalibration()
+        return pixels.hasPixelSizeMicrons() ? pixels.getPixelWidthMicrons() * pixels.getPixelHeightMicrons() : 0.0625d
     }
 
     /** What the network found of a nucleus, from 0 to 1; infinite for one that a person drew. */
@@ -389,16 +585,32 @@ class Review {
         return Double.isNaN(value) ? Double.POSITIVE_INFINITY : value
     }
 
-    private static List<String> marks(ImageData<?> imageData) {
-        return (imageData.getProperty('patchcl.imported') ?: '').toString().readLines()
+    /**
+     * The lines of the marks of each import, the last one first, from that whose objects are there, as in
+     * import_nuclei.groovy: QuPath's 'Undo' of imports restores the objects, but not the property.
+     */
+    static List<String> marksOfImports(ImageData<?> imageData) {
+        List<String> imports = [(imageData.getProperty('patchcl.imported') ?: '').toString()]
+        String before = imageData.getProperty('patchcl.imported.before') ?: ''
+        if (before.isEmpty())
+            return imports
+        imports.addAll(before.split('\n\n').toList())
+        Set<String> present = imageData.getHierarchy().getAllObjects(false)
+                .collect { PathObject pathObject -> pathObject.getID().toString() }.toSet()
+        List<Set<String>> found = imports.collect { String lines ->
+            lines.readLines().collect { String line -> line.substring(0, 36) }.findAll { present.contains(it) }.toSet()
+        }
+        Set<String> all = found.flatten().toSet() as Set<String>
+        int now = found.findIndexOf { Set<String> ids -> ids.containsAll(all) }
+        return imports.drop(Math.max(0, now))   // where there is none, a person brought some back
     }
 
-    /** Makes annotations of the detections in an ROI; of those that were imported, where some were. */
-    static int toAnnotations(ImageData<?> imageData, PathObject roi) {
-        Set<String> ours = marks(imageData).collect { it.tokenize(' ')[0] } as Set
+    /** Makes annotations of the detections in an ROI; of those that were imported, by its marks, where some were. */
+    static int toAnnotations(ImageData<?> imageData, PathObject roi, List<String> marks) {
+        Set<String> ours = marks.collect { it.tokenize(' ').first() } as Set
         List<PathObject> detections = imageData.getHierarchy().getDetectionObjects().findAll {
-            (ours.isEmpty() || ours.contains(it.getID().toString())) && !it.hasChildObjects() && isOutlined(it) &&
-                    isNucleusIn(it, roi)
+            (ours.isEmpty() || ours.contains(it.getID().toString())) && !it.hasChildObjects() &&
+                    isNucleusIn(it, roi, pixelUm2(imageData))
         }
         if (detections.isEmpty())
             return 0
@@ -408,6 +620,20 @@ class Review {
         }
         imageData.getHierarchy().fireHierarchyChangedEvent(roi)
         return detections.size()
+    }
+
+    /**
+     * Whether more than half of the nuclei of an image are locked, and at least 20: by a command, not by a person. 'Add
+     * intensity features' locks what it measures, but nuclei of an ROI are there to be reshaped.
+     */
+    private static boolean areLockedByCommand(ImageData<?> imageData, List<String> marks) {
+        Set<String> ours = marks.findAll { !it.endsWith(' region') && !it.contains(' field ') }
+                .collect { it.tokenize(' ').first() } as Set
+        Collection<PathObject> nuclei = imageData.getHierarchy().getAllObjects(false).findAll {
+            ours.isEmpty() ? it.isAnnotation() || isOutlined(it) : ours.contains(it.getID().toString())
+        }
+        int lockedNuclei = nuclei.count { it.isLocked() } as int
+        return lockedNuclei >= 20 && 2 * lockedNuclei > nuclei.size()
     }
 
     /** Whether an object is a detection of a nucleus, or a cell that has one. The same is in import_nuclei.groovy. */
@@ -577,22 +803,11 @@ class Review {
             askedIfEmpty = true
             return 'There is no nucleus in this ROI: all of it is taken as background. If that is right, press Y again.'
         }
-        PathObject twice = nuclei.find { one ->
-            nuclei.any { other -> one !== other && overlap(one.getROI(), other.getROI()) }
-        }
+        PathObject twice = outlines?.overlapping
         if (twice == null)
             return null
         nucleus = twice
         return 'This nucleus overlaps another one: delete one of them (X), or make it smaller (1). Then press Y.'
-    }
-
-    /** Whether two contours share more than a fifth of the smaller one, as patchcl-qp refuses it. */
-    private static boolean overlap(ROI one, ROI other) {
-        if (one.getArea() > other.getArea() || !one.getGeometry().getEnvelopeInternal().intersects(
-                other.getGeometry().getEnvelopeInternal()))
-            return false   // the smaller of two is asked
-        double shared = one.getGeometry().intersection(other.getGeometry()).getArea()
-        return shared > MAX_SHARED * one.getGeometry().getArea()
     }
 
     /** Marks the ROI as corrected, and saves. */
@@ -611,14 +826,24 @@ class Review {
      * person saved it locked by QuPath's own command.
      */
     void save() {
-        if (imageData == null || !imageData.isChanged() && (protectedObjects.isEmpty() || lastSaved == savedUnlocked))
+        if (imageData == null || !imageData.isChanged() && (!locked[imageId] || lastSaved == savedUnlocked))
             return
         release()
         try {
-            project.getEntry(imageData).saveImageData(imageData)
+            saveWithProject(imageData)
+            locked.remove(imageId)
         } finally {
             protect()
         }
+    }
+
+    /** Saves an image, and the project, which has the size of its pixels. */
+    void saveWithProject(ImageData<?> changed) {
+        ProjectImageEntry<?> entry = project.getEntry(changed)
+        if (entry == null)
+            return   // an image of another project
+        entry.saveImageData(changed)
+        project.syncChanges()
     }
 
     // ------------------------------------------------ what is remembered
@@ -631,7 +856,11 @@ class Review {
         Files.createDirectories(folder)
         Path temporary = folder.resolve("review.json.${UUID.randomUUID()}.partial")
         Files.writeString(temporary, GsonTools.getInstance(true).toJson([
-            roi: current.id, nucleus: nucleus?.getID()?.toString(), accepted: accepted.findAll { id, nuclei -> nuclei },
+            image   : current.image,
+            roi     : current.id,
+            nucleus : nucleus?.getID()?.toString(),
+            accepted: accepted.findAll { key, nuclei -> nuclei },
+            locked  : locked,
         ]))
         Files.move(temporary, stateFile, StandardCopyOption.ATOMIC_MOVE)   // else it is deleted first
     }
@@ -645,6 +874,14 @@ class Review {
     void select(String id) {
         nucleus = nuclei.find { it.getID().toString() == id } ?: nucleus
         writeState()
+    }
+
+    /** Makes the object that a person selected, if any, the present nucleus; none, if it is no nucleus of the ROI. */
+    void choose(PathObject selected) {
+        if (selected === nucleus)
+            return
+        refresh()
+        nucleus = nuclei.find { it === selected }
     }
 
     private static String text(JsonObject json, String key) {
@@ -662,6 +899,14 @@ class Review {
             content = null
         }
         return content
+    }
+
+    /** Whether an image has results that are not imported. */
+    boolean isWaiting(ProjectImageEntry<?> entry) {
+        Path result = folder.resolve('results').resolve(entry.getID()).resolve('result.json')
+        Path receipt = folder.resolve('imported').resolve(entry.getID() + '.json')
+        return Files.exists(result) && (!Files.exists(receipt) ||
+                Files.getLastModifiedTime(result) > Files.getLastModifiedTime(receipt))
     }
 
     // ------------------------------------------------ what the refined model changed
@@ -833,15 +1078,14 @@ class ReviewWindow {
         stage = new Stage()
         stage.initOwner(gui.getStage())
         stage.setTitle(TITLE)
-        Scene scene = new Scene(content(), 380, -1)
-        scene.addEventFilter(KeyEvent.ANY, keys)
-        gui.getStage().getScene().addEventFilter(KeyEvent.ANY, keys)
-        stage.setScene(scene)
+        stage.setScene(new Scene(content(), 380, -1))
         stage.setOnCloseRequest { close() }
         arrange()
         stage.show()
         placeBeside()
         stage.toFront()
+        // At last: nobody would take them away if something failed before, and QuPath's window would lose these keys.
+        [stage, gui.getStage()].each { it.getScene().addEventFilter(KeyEvent.ANY, keys) }
         String nucleus = review.rememberedNucleus()
         go(Math.max(0, review.index))
         if (isShown()) {
@@ -854,10 +1098,10 @@ class ReviewWindow {
         gui.getStage().getScene().removeEventFilter(KeyEvent.ANY, keys)
         viewer.getCustomOverlayLayers().remove(overlay)
         restoring.reverse().each { it.call() }
+        saving { saveOpen() }   // not an image that a person closed: it may have other nuclei by now
+        review.release()
         if (isShown())
             review.writeState()
-        saving { review.save() }
-        review.release()
         stage.close()
     }
 
@@ -896,8 +1140,13 @@ class ReviewWindow {
                 restoring << { it.setValue(before) }
                 it.setValue(false)
             }
-        def tool = gui.getToolManager().getSelectedTool()
-        restoring << { gui.getToolManager().setSelectedTool(tool) }
+        def tool = tools(gui).getSelectedTool()
+        restoring << { tools(gui).setSelectedTool(tool) }
+    }
+
+    /** What has the selected tool: in QuPath 0.4 the window itself. */
+    static Object tools(Object gui) {
+        return gui.metaClass.respondsTo(gui, 'getToolManager') ? gui.getToolManager() : gui
     }
 
     // ------------------------------------------------ what is in the window
@@ -996,7 +1245,7 @@ class ReviewWindow {
         }
         zoom(annotation.getROI())
         PathPrefs.autoSetAnnotationClassProperty().set(review.classOfNuclei())
-        gui.getToolManager().setSelectedTool(PathTools.MOVE)
+        tools(gui).setSelectedTool(PathTools.MOVE)
         showChanges()
         showNucleus(roi.corrected ? 'This ROI is marked as corrected. You can go on correcting it.' : null)
     }
@@ -1029,7 +1278,7 @@ class ReviewWindow {
         if (open != null && open === review.imageData)
             review.save()
         else if (open != null && open.isChanged())
-            review.project.getEntry(open)?.saveImageData(open)
+            review.saveWithProject(open)
     }
 
     private void saving(Closure<?> save) {
@@ -1089,7 +1338,7 @@ class ReviewWindow {
     /** The brush draws a new nucleus where none is selected, and changes one that it begins in. */
     private String brush() {
         review.nucleus = null
-        gui.getToolManager().setSelectedTool(PathTools.BRUSH)
+        tools(gui).setSelectedTool(PathTools.BRUSH)
         return 'Paint the nucleus. Within a contour, the brush enlarges it; with Alt, it cuts. E goes on.'
     }
 
@@ -1133,12 +1382,7 @@ class ReviewWindow {
             go(review.index)
             return
         }
-        PathObject selected = viewer.getSelectedObject()   // by a click
-        if (selected != null && selected !== review.nucleus) {
-            review.refresh()
-            if (review.nuclei.contains(selected))
-                review.nucleus = selected
-        }
+        review.choose(viewer.getSelectedObject())   // by a click
         int before = review.index
         String text = action()
         if (review.index == before || text != null)
@@ -1181,7 +1425,7 @@ class ReviewWindow {
             if (refined) {
                 attempt('Finding nuclei', problems) { task('project') }
                 // Also after a failure: one image fails, the others have their nuclei.
-                attempt('Importing nuclei', problems) { importOthers(open, problems) }
+                attempt('Importing nuclei', problems) { importAll(problems) }
             }
             Platform.runLater { afterRun(refined, problems) }
         }
@@ -1200,37 +1444,61 @@ class ReviewWindow {
         }
     }
 
-    /** Imports the new nuclei into the images that are not open, and saves these; one that fails costs no other. */
-    private void importOthers(ImageData<?> open, List<String> problems) {
-        // What is open in any viewer could change, and would be overwritten by a person's next save.
-        def viewers = gui.metaClass.respondsTo(gui, 'getAllViewers') ? gui.getAllViewers() : gui.getViewers()
-        Set<String> openIds = (viewers.collect { it.getImageData() } + [open]).findAll().collect {
-            review.project.getEntry(it)?.getID()
-        } as Set
+    /** Imports the new nuclei into all images that wait for them, and saves these; one that fails costs no other. */
+    private void importAll(List<String> problems) {
         for (entry in review.project.getImageList()) {
-            Path result = review.folder.resolve('results').resolve(entry.getID()).resolve('result.json')
-            Path receipt = review.folder.resolve('imported').resolve(entry.getID() + '.json')
-            boolean waiting = Files.exists(result) && (!Files.exists(receipt) ||
-                    Files.getLastModifiedTime(result) > Files.getLastModifiedTime(receipt))
-            if (waiting && !openIds.contains(entry.getID()))
-                importInto(entry, problems)
+            String name = entry.getImageName()
+            List<String> found = []
+            if (review.isWaiting(entry))
+                attempt("Importing the nuclei of ${name}", found) { importInto(entry) }
+            problems.addAll(found.collect { it.contains(name) ? it : "${name}: ${it}".toString() })
         }
     }
 
-    private void importInto(ProjectImageEntry<?> entry, List<String> problems) {
-        String name = entry.getImageName()
-        List<String> found = []
-        attempt("Importing the nuclei of ${name}", found) {
+    /**
+     * Imports into an image as it is open: a person's next save would overwrite what was saved beside. Else into that
+     * on disk, and again if it was opened meanwhile.
+     */
+    private void importInto(ProjectImageEntry<?> entry) {
+        if (!importWhereOpen(entry)) {
             ImageData<?> imageData = entry.readImageData()
             try {
-                scripts.run('import_nuclei.groovy', review.project, imageData,
-                        [(ScriptAttributes.BATCH_SAVE): true])
-                entry.saveImageData(imageData)
+                importAndSave(entry, imageData, [(ScriptAttributes.BATCH_SAVE): true])
             } finally {
                 imageData.getServer().close()
             }
+            importWhereOpen(entry)
         }
-        problems.addAll(found.collect { it.contains(name) ? it : "${name}: ${it}".toString() })
+        if (review.isWaiting(entry))   // a person was asked about nuclei that would be lost
+            throw new IllegalStateException("Nothing was changed in ${entry.getImageName()}: the script " +
+                    'import nuclei imports its nuclei.')
+    }
+
+    /** Imports into an image if a viewer shows it, in the thread of the window: nobody can change it meanwhile. */
+    private boolean importWhereOpen(ProjectImageEntry<?> entry) {
+        def importing = new FutureTask<Boolean>({
+            ImageData<?> open = openImages().find { review.project.getEntry(it)?.getID() == entry.getID() }
+            if (open != null)
+                importAndSave(entry, open, [:])
+            return open != null
+        })
+        Platform.runLater(importing)
+        try {
+            return importing.get()
+        } catch (ExecutionException e) {
+            throw e.getCause()
+        }
+    }
+
+    private List<ImageData<?>> openImages() {
+        def viewers = gui.metaClass.respondsTo(gui, 'getAllViewers') ? gui.getAllViewers() : gui.getViewers()
+        return viewers.collect { it.getImageData() }.findAll()
+    }
+
+    private void importAndSave(ProjectImageEntry<?> entry, ImageData<?> imageData, Map<String, Object> variables) {
+        scripts.run('import_nuclei.groovy', review.project, imageData, variables)
+        if (!review.isWaiting(entry))
+            review.saveWithProject(imageData)
     }
 
     /** Saves and shows what changed, if the model was refined, then all problems: that message waits for a person. */

@@ -65,6 +65,7 @@ if (gui != null && Platform.isFxApplicationThread()) {
 }
 def imageData = QP.getCurrentImageData()
 boolean watched = gui != null && gui.getImageData() === imageData   // else it is one of many, or there is no window
+Instant batch = beginningOfBatch()
 // Another script can ask for a task, such as 'refine', in its own thread: errors are then raised, and no message shown.
 String asked = getBinding().getVariables()['patchcl_task']
 
@@ -77,15 +78,20 @@ reporting(watched && asked == null) {
     Task task = new Task(what: chosen, within: within, project: QP.getProject(), entry: QP.getProjectEntry(),
             imageData: imageData, folder: Paths.get(QP.buildPathInProject(folderName)))
     check(task)
-    String before = watched && task.subcommand == 'run' ? replacedInWords(imageData, regionsOf(task)) : null
+    String before = watched && asked == null && task.subcommand == 'run' ?
+            replacedInWords(imageData, regionsOf(task)) : null
     if (before != null && !Dialogs.showConfirmDialog('PatchCL', before))
         return
     // For the whole project it is started once: for the first image of this batch.
-    TaskOutcome outcome = !task.oneImage && isLaterInBatch() ? outcomeOfBatch(task) : null
+    TaskOutcome outcome = !task.oneImage && batch != null ? outcomeOfBatch(task, batch) : null
     Instant began = Instant.now()
     List<String> arguments = []
     if (outcome == null) {
         arguments = commandLine(task, findCommand(command, task.folder), options)
+        // 'Run for project' saves images, but not the project, which has the sizes of their pixels. Without a window, a
+        // project that was moved would lose where its images were.
+        if (gui != null)
+            task.project.syncChanges()
         exportDrawings(task)
     }
     Closure<?> work = { showResult(task, outcome ?: runTask(task, arguments, began), watched, asked != null) }
@@ -164,9 +170,9 @@ static List<PathObject> regionsOf(Task task) {
 
 /** What a run replaces of the nuclei in the image, for a person to agree to; null if there is nothing to replace. */
 static String replacedInWords(ImageData<?> imageData, List<PathObject> regions) {
-    // import_nuclei.groovy lists the objects that it added in this property: a line for each, its id first.
-    String imported = imageData.getProperty('patchcl.imported') ?: ''
-    Set<String> ours = imported.readLines().findAll { !it.endsWith(' region') && !it.contains(' field ') }
+    // import_nuclei.groovy lists the objects that it added: a line for each, its id first.
+    Set<String> ours = marksOfImports(imageData).first().readLines()
+            .findAll { !it.endsWith(' region') && !it.contains(' field ') }
             .collect { it.substring(0, 36) }.toSet()
     List<PathObject> nuclei = imageData.getHierarchy().getAllObjects(false).findAll {
         ours.contains(it.getID().toString())
@@ -184,19 +190,52 @@ static String replacedInWords(ImageData<?> imageData, List<PathObject> regions) 
             'Nuclei that you reshaped, locked or drew stay as they are.'
 }
 
-/** Whether the script runs for an image of a batch that is not the first. */
-boolean isLaterInBatch() {
-    return ((getBinding().getVariables()[ScriptAttributes.BATCH_INDEX] ?: 0) as int) > 0
+/**
+ * The lines of the marks of each import, the last one first, from that whose objects are there, as in
+ * import_nuclei.groovy: QuPath's 'Undo' of imports restores the objects, but not the property.
+ */
+static List<String> marksOfImports(ImageData<?> imageData) {
+    List<String> imports = [(imageData.getProperty('patchcl.imported') ?: '').toString()]
+    String before = imageData.getProperty('patchcl.imported.before') ?: ''
+    if (before.isEmpty())
+        return imports
+    imports.addAll(before.split('\n\n').toList())
+    Set<String> present = imageData.getHierarchy().getAllObjects(false)
+            .collect { PathObject pathObject -> pathObject.getID().toString() }.toSet()
+    List<Set<String>> found = imports.collect { String lines ->
+        lines.readLines().collect { String line -> line.substring(0, 36) }.findAll { present.contains(it) }.toSet()
+    }
+    Set<String> all = found.flatten().toSet() as Set<String>
+    int now = found.findIndexOf { Set<String> ids -> ids.containsAll(all) }
+    return imports.drop(Math.max(0, now))   // where there is none, a person brought some back
+}
+
+/**
+ * When the batch began of which the script runs for a later image; null for its first one, which may not be that of
+ * index 0: for an image that cannot be opened, no script runs. A property of the process knows the image before.
+ */
+Instant beginningOfBatch() {
+    Map variables = getBinding().getVariables()
+    int index = (variables[ScriptAttributes.BATCH_INDEX] ?: 0) as int
+    int size = (variables[ScriptAttributes.BATCH_SIZE] ?: 1) as int
+    if (size == 1)
+        return null
+    List<String> before = System.getProperty('patchcl.batch', '').tokenize()
+    boolean isLater = before && before[0] as int == size && (before[1] as int) < index
+    String began = isLater ? before[2] : Instant.now().toString()
+    System.setProperty('patchcl.batch', "${size} ${index} ${began}")
+    return isLater ? Instant.parse(began) : null
 }
 
 /** The outcome for the whole project, of the run that the first image of this batch started. */
-static TaskOutcome outcomeOfBatch(Task task) {
+static TaskOutcome outcomeOfBatch(Task task, Instant batch) {
     def ran = Files.exists(task.receipt) ?
             JsonParser.parseString(Files.readString(task.receipt)).getAsJsonObject() : null
-    if (ran?.get('qupath_pid')?.getAsLong() != ProcessHandle.current().pid())
+    boolean isOfThisProcess = ran?.get('qupath_pid')?.getAsLong() == ProcessHandle.current().pid()
+    Instant began = isOfThisProcess ? Instant.parse(ran.get('began').getAsString()) : null
+    if (began == null || began.isBefore(batch))
         throw new IllegalStateException('patchcl-qp did not start: see the error of the first image.')
-    return new TaskOutcome(status: 'done', complete: ran.get('status')?.getAsString() == 'done',
-            began: Instant.parse(ran.get('began').getAsString()))
+    return new TaskOutcome(status: 'done', complete: ran.get('status')?.getAsString() == 'done', began: began)
 }
 
 static List<String> commandLine(Task task, String command, Map options) {
@@ -221,21 +260,24 @@ static List<String> commandLine(Task task, String command, Map options) {
 void exportDrawings(Task task) {
     if (task.oneImage)
         runBeside('export_regions.groovy')
-    else if (task.subcommand == 'run')
+    else
         exportStains(task)
     if (task.subcommand != 'run')
         runBeside('export_labels.groovy')
 }
 
-/** Exports the stains of all images: of the open one as they are now, of the others as they were saved. */
+/**
+ * Exports the stains and the pixel size of the open image as they are now; for a run, also the stains of the others as
+ * they were saved.
+ */
 void exportStains(Task task) {
     String name = 'export_regions.groovy'
     def exporting = new GroovyClassLoader(getClass().getClassLoader()).parseClass(Files.readString(beside(name)), name)
     for (other in task.project.getImageList()) {
         Path file = task.folder.resolve('stains').resolve(other.getID() + '.json')
         if (other.getID() == task.entry.getID())
-            exporting.exportStains(task.imageData, file)
-        else if (isNewer(other.getEntryPath().resolve('data.qpdata'), file))   // reading all of an image takes longer
+            exporting.exportStains(task.imageData, file, exporting.pixelSizeOf(task.imageData))
+        else if (task.subcommand == 'run' && isNewer(other.getEntryPath().resolve('data.qpdata'), file))
             try {
                 def saved = other.readImageData()
                 exporting.exportStains(saved, file)
@@ -289,7 +331,10 @@ void showResult(Task task, TaskOutcome outcome, boolean watched, boolean asked) 
             (task.subcommand == 'run' && outcome.complete ||
             !Files.getLastModifiedTime(task.result).toInstant().isBefore(outcome.began.minusSeconds(2)))
     boolean shown = true
-    if (found && watched)
+    // A script that asks in a window imports by itself: it knows which images are open by then, and saves them.
+    if (asked && QuPathGUI.getInstance() != null)
+        shown = false
+    else if (found && watched)
         shown = importInWindow(task)
     else if (found)
         runBeside('import_nuclei.groovy')

@@ -121,14 +121,15 @@ class StainVectors:
 class ImageEntry:
     """One image of a project, as the project describes it.
 
-    ``mpp`` is (x, y) in µm/px at level 0 where the project has it: QuPath's value, which a person
-    may have corrected, takes precedence over the file's own. ``fallback_mpp`` is the µm/px of
-    images without a usable pixel size in QuPath or in the file, as given by --mpp. ``size`` is
-    (width, height) at level 0 as QuPath saved it; ``series`` and ``series_name`` are the number and
-    the name of the image in its file, where the project names them. ``use_bounds`` is false where
-    QuPath ignores the bounds of the scanned area. ``problem`` is the reason why the image cannot be
-    segmented, with advice; ``note`` a remark for people. ``regions`` are the analysis regions, one
-    geometry for each annotation. ``drawn`` are the annotations and TMA cores to count nuclei in.
+    ``mpp`` is (x, y) in µm/px at level 0 where the project has it, or an export of what QuPath
+    shows: QuPath's value, which a person may have corrected, takes precedence over the file's own.
+    ``fallback_mpp`` is the µm/px of images without a usable pixel size in QuPath or in the file, as
+    given by --mpp. ``size`` is (width, height) at level 0 as QuPath saved it; ``series`` and
+    ``series_name`` are the number and the name of the image in its file, where the project names
+    them. ``use_bounds`` is false where QuPath ignores the bounds of the scanned area. ``problem``
+    is the reason why the image cannot be segmented, with advice; ``note`` a remark for people.
+    ``regions`` are the analysis regions, one geometry for each annotation. ``drawn`` are the
+    annotations and TMA cores to count nuclei in.
     ``stains`` are the stain vectors that are set in QuPath, where they are known.
     """
 

@@ -24,6 +24,7 @@ from patchcl_qupath.errors import StorageError
 from patchcl_qupath.finished import _fits, _is_same_in_qupath, all_finished, is_reported
 from patchcl_qupath.project import open_project
 from patchcl_qupath.report.found import find_image
+from patchcl_qupath.status import image_status
 from patchcl_qupath.storage.records import ImageOutcome, ResultRecord, read_record
 
 HEAVY = {
@@ -242,6 +243,18 @@ def test_other_settings_are_another_run(folder: Path) -> None:
     summary.parent.mkdir(parents=True)
     summary.write_text(json.dumps({"imageType": stains["type"]}))
     assert finished(folder) is None  # its measurements are of other stains
+
+
+def test_nuclei_of_another_pixel_size_are_not_finished(folder: Path) -> None:
+    """One that QuPath shows, and that is exported but not saved: at first it is in other digits."""
+    exported = folder / "patchcl" / "stains" / "1.json"
+    exported.parent.mkdir(parents=True)
+    for mpp, is_same in ((0.4990001, True), (0.25, False)):
+        exported.write_text(json.dumps({"pixel_size_um": [mpp, mpp]}))
+        assert (finished(folder) is not None) is is_same
+        project = open_project(folder, "files")
+        changed = image_status(project, project.images()[0]).changed
+        assert ("pixel size" in changed) is not is_same
 
 
 def test_a_run_that_a_full_disk_stopped_goes_on(

@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import qupath
+import shapely
 from results import result_of
 from robot import Robot
+from shapely import affinity
+from test_outlines import LEFT_OUT, feature, grid, places, read
 
 from patchcl_qupath.config import ResultConfig
-from patchcl_qupath.project.outlines import MAX_SHARED
+from patchcl_qupath.project import open_project, outlines
+from patchcl_qupath.project.qpproj import read_project
 from patchcl_qupath.project.results import write_results
 from patchcl_qupath.project.scripts import copy_scripts, read_script
 from patchcl_qupath.storage.records import ChangesRecord, RoiChangesRecord, write_record
@@ -162,6 +166,110 @@ def test_keys_delete_add_reshape_and_undo(session: qupath.Session, project: Path
     assert all("is locked" in line["message"] for line in locked)
 
 
+def test_nuclei_that_a_command_locked_can_be_reshaped(
+    session: qupath.Session, project: Path
+) -> None:
+    """Annotations and detections; one that a person locked stays as it is."""
+    actions = """
+    import qupath.lib.objects.PathObjects
+
+    def shown = { int elsewhere ->
+        def image = review.entryOf(review.rois[0]).readImageData()
+        def hierarchy = image.getHierarchy()
+        def plane = qupath.lib.regions.ImagePlane.getDefaultPlane()
+        def detection = { x, y ->
+            def roi = qupath.lib.roi.ROIs.createRectangleROI(x, y, 20, 20, plane)
+            def made = PathObjects.createDetectionObject(roi)
+            made.setLocked(true)
+            made
+        }
+        def inside = detection(300, 350)
+        hierarchy.addObjects([inside] + (0..<elsewhere).collect { detection(500 + 30 * it, 700) })
+        hierarchy.getAnnotationObjects().find { it.getName() == 'nucleus 2' }.setLocked(true)
+        review.begin(0, image)
+        def found = review.nuclei.findAll { it.isLocked() }.collect { it.getName() ?: 'made' }
+        review.release()
+        [review.nuclei.size(), found.sort()]
+    }
+    lines << shown(30)
+    lines << shown(5)
+    """
+    by_command, by_hand = review(session, project, actions)
+    assert by_command == [8, []]
+    assert by_hand == [8, ["made", "nucleus 2"]]
+
+
+def test_a_duplicate_of_an_image_has_a_review_of_its_own(
+    session: qupath.Session, project: Path
+) -> None:
+    """As for a second reader: its ROI and nuclei have the same ids."""
+    actions = """
+    project.addDuplicate(review.entryOf(review.rois[0]), true).setImageName('second reader')
+    project.syncChanges()
+    review.findRois(null)
+    lines << review.rois.collect { it.imageName }
+    lines << (review.rois[0].id == review.rois[2].id)
+    open(0); 3.times { review.accept() }
+    open(2); look(); review.accept()
+    def remembered = review.rememberedNucleus()
+    review = create()
+    lines << review.index
+    open(0); lines << review.seen.size()
+    open(2); lines << review.seen.size()
+    """
+    images, is_same, second, index, *seen = review(session, project, actions)
+    assert images == ["one.svs", "two.svs", "second reader"]
+    assert is_same is True
+    assert (second["nucleus"], second["seen"]) == ("nucleus 5", 0)
+    assert index == 2
+    assert seen == [3, 1]
+
+
+def test_what_an_earlier_version_remembered_is_read(session: qupath.Session, project: Path) -> None:
+    """By ROI, without its image."""
+    actions = """
+    open(1); 2.times { review.accept() }
+    """
+    review(session, project, actions)
+    file = project.parent / "patchcl" / "review.json"
+    now = json.loads(file.read_text("utf-8"))
+    (key,) = now["accepted"]
+    file.write_text(
+        json.dumps(
+            {"roi": now["roi"], "nucleus": None, "accepted": {now["roi"]: now["accepted"][key]}}
+        )
+    )
+    actions = """
+    lines << review.index
+    open(review.index); look()
+    """
+    index, line = review(session, project, actions)
+    assert index == 1
+    assert (line["nucleus"], line["seen"]) == ("nucleus 3", 2)
+
+
+def test_keys_change_only_what_is_selected(session: qupath.Session, project: Path) -> None:
+    """Not the nucleus before, where a person selected a vessel since, or nothing."""
+    actions = """
+    open(0)
+    def annotations = review.imageData.getHierarchy().getAnnotationObjects()
+    [null, annotations.find { it.getName() == 'vessel' }].each { selected ->
+        review.accept()
+        review.choose(selected)
+        look(review.delete()); look(review.grow(1)); look(review.move(1, 1))
+    }
+    review.choose(annotations.find { it.getName() == 'nucleus 1' })
+    look()
+    look(review.delete())
+    """
+    *nothing, chosen, deleted = review(session, project, actions)
+    for line in nothing:
+        assert "No nucleus is selected" in line["message"]
+        assert line["nuclei"] == 7
+    assert chosen["nucleus"] == "nucleus 1"
+    assert deleted["nuclei"] == 6
+
+
 def test_it_goes_through_all_images_and_remembers_where_it_was(
     session: qupath.Session, project: Path
 ) -> None:
@@ -225,6 +333,50 @@ def test_what_is_locked_for_a_roi_is_not_locked_once_a_person_saved(
     assert session.run(project, locked)["one.svs"] is False
 
 
+def test_locks_end_also_where_a_person_saved_them_and_left(
+    session: qupath.Session, project: Path
+) -> None:
+    """By Ctrl+S, and then by opening another image, in QuPath's own way; also after a restart."""
+    actions = """
+    def isLocked = { data, name ->
+        data.getHierarchy().getAnnotationObjects().find { it.getName() == name }.isLocked()
+    }
+    def entry = review.entryOf(review.rois[0])
+    open(0)
+    entry.saveImageData(review.imageData)
+    open(1)
+    lines << isLocked(entry.readImageData(), 'vessel')
+    review = create()
+    open(0)
+    lines << isLocked(review.imageData, 'vessel')
+    review.save()   // unchanged
+    lines << [isLocked(entry.readImageData(), 'vessel'), isLocked(review.imageData, 'vessel')]
+    review.release()
+    lines << [isLocked(review.imageData, 'vessel'), review.locked.keySet()]
+    """
+    saved, again, left, released = review(session, project, actions)
+    assert (saved, again) == (True, True)
+    assert left == [False, True]
+    assert released == [False, ["2"]]  # the restart left that image locked, as it may be saved
+
+
+def test_locks_end_also_of_what_undo_brought_back(session: qupath.Session, project: Path) -> None:
+    """A copy, which is another object; and a lock of the person stays."""
+    actions = """
+    def image = review.entryOf(review.rois[0]).readImageData()
+    def hierarchy = image.getHierarchy()
+    hierarchy.getAnnotationObjects().find { it.getName() == 'drawn' }.setLocked(true)
+    review.begin(0, image)
+    def out = new ByteArrayOutputStream()
+    new ObjectOutputStream(out).writeObject(hierarchy)
+    def copy = new ByteArrayInputStream(out.toByteArray())
+    hierarchy.setHierarchy(qupath.lib.io.PathIO.createObjectInputStream(copy).readObject())
+    review.release()
+    lines << hierarchy.getAnnotationObjects().findAll { it.isLocked() }*.getName().sort()
+    """
+    assert review(session, project, actions) == [["ROI 2 of 2", "drawn"]]  # the ROI was before
+
+
 def test_a_roi_that_cannot_be_used_is_not_marked(session: qupath.Session, project: Path) -> None:
     """The same that `refine` refuses, so that nobody finds out later."""
     actions = """
@@ -241,12 +393,148 @@ def test_a_roi_that_cannot_be_used_is_not_marked(session: qupath.Session, projec
     """
     right, overlapping, where, undone, (left, without, asked) = review(session, project, actions)
     assert right is undone is None
-    assert f"MAX_SHARED = {MAX_SHARED} " in read_script("review.groovy")
     assert "overlaps another one" in overlapping
     assert where["nucleus"] in ("nucleus 0", None)
     assert left == 0
     assert "all of it is taken as background" in without
     assert asked is None
+
+
+# What is no nucleus, each in an ROI of its own with nine nuclei.
+LOOK_AT_ALL = """
+review.rois.size().times { number ->
+    open(number)
+    lines << [x: review.current.x, y: review.current.y, problem: review.problem(), nuclei:
+              review.nuclei.collect { [it.getROI().getCentroidX(), it.getROI().getCentroidY()] }]
+}
+"""
+
+
+def test_nuclei_of_a_roi_are_those_that_refine_reads(
+    session: qupath.Session, tmp_path: Path
+) -> None:
+    """Not a vessel, or what was drawn around nuclei: a key would delete it as one."""
+    project = qupath.make_project(tmp_path / "project", SLIDE, ["one.svs"])
+    expected, features = {}, []
+    cases = [objects for kind, objects, _ in LEFT_OUT if kind in ("ignored", "regions")]
+    for number, objects in enumerate(cases):
+        dx, dy = 10 + 550 * (number % 4), 10 + 550 * (number // 4)
+        drawn = [*objects, *map(feature, grid())]
+        expected[(dx, dy)] = places(read(tmp_path, *drawn).nuclei)
+        for one in [feature(shapely.box(0, 0, 500, 500), "PatchCL: correct here"), *drawn]:
+            geometry = shapely.from_geojson(json.dumps(one["geometry"]))
+            moved = affinity.translate(geometry, dx, dy)
+            features.append(one | {"geometry": json.loads(shapely.to_geojson(moved))})
+    assert len(expected) > 10
+    file = tmp_path / "drawn.geojson"
+    file.write_text(json.dumps({"type": "FeatureCollection", "features": features}), "utf-8")
+    add = f"""
+    hierarchy.addObjects(qupath.lib.io.PathIO.readObjects(new File('{file}')))
+    entry.saveImageData(imageData)
+    '1'
+    """
+    session.run(project, add)
+    found = {}
+    for line in review(session, project, LOOK_AT_ALL):
+        x, y = line["x"], line["y"]
+        found[(x, y)] = {(round(cx - x), round(cy - y)) for cx, cy in line["nuclei"]}
+        assert line["problem"] is None
+    assert found == expected
+
+
+def test_its_rules_are_those_of_refine() -> None:
+    script = read_script("review.groovy")
+    rules = re.findall(r"static final (?:double|int) (\w+) = ([\d.]+)", script)
+    assert len(rules) == 9
+    assert {name: float(value) for name, value in rules} == {
+        name: getattr(outlines, name) for name, _ in rules
+    }
+
+
+def test_a_region_in_a_roi_is_neither_deleted_nor_a_problem(
+    session: qupath.Session, project: Path
+) -> None:
+    """A vessel of 125 x 30 µm over six nuclei; and nuclei that share what is outside of the ROI."""
+    actions = """
+    def image = review.entryOf(review.rois[0]).readImageData()
+    def draw = { roi, name ->
+        def made = qupath.lib.objects.PathObjects.createAnnotationObject(
+                roi, qupath.lib.objects.classes.PathClass.fromString(name))
+        image.getHierarchy().addObject(made)
+        made
+    }
+    def plane = qupath.lib.regions.ImagePlane.getDefaultPlane()
+    def roi = { double... xy ->
+        def (x, y) = [0, 1].collect { axis -> (0..2).collect { xy[2 * it + axis] } as double[] }
+        qupath.lib.roi.ROIs.createPolygonROI(x, y, plane)
+    }
+    def vessel = draw(qupath.lib.roi.ROIs.createRectangleROI(105, 110, 250, 60, plane), 'Vessel')
+    def pair = [draw(roi(395, 290, 425, 285, 425, 305), 'Nucleus'),
+                draw(roi(395, 315, 425, 290, 425, 310), 'Nucleus')]
+    review.begin(0, image)
+    lines << [review.nuclei.contains(vessel), vessel.isLocked(),
+              review.nuclei.containsAll(pair), review.problem()]
+    pair[1].setROI(roi(395, 292, 425, 287, 425, 307))   // now a part of what they share is inside
+    lines << review.problem()
+    """
+    region, overlapping = review(session, project, actions)
+    assert region == [False, True, True, None]
+    assert "overlaps another one" in overlapping
+
+
+def test_an_undone_import_is_not_the_last_one(session: qupath.Session, project: Path) -> None:
+    """QuPath's Undo brings back the nuclei of the import before, but not the image's property."""
+    undone = """
+    import qupath.lib.objects.PathObjects
+    import qupath.lib.roi.ROIs
+
+    def found = hierarchy.getAnnotationObjects().findAll { it.getName()?.startsWith('nucleus') }
+    hierarchy.removeObjects(found, true)
+    def nuclei = found.collect { PathObjects.createDetectionObject(it.getROI(), it.getPathClass()) }
+    def plane = qupath.lib.regions.ImagePlane.getDefaultPlane()
+    def other = ROIs.createRectangleROI(300, 300, 20, 20, plane)
+    hierarchy.addObjects(nuclei + PathObjects.createDetectionObject(other))
+    def mark = { ids -> ids.collect { "${it} 0 1 1" }.join('\\n') }
+    imageData.setProperty('patchcl.imported', mark((1..6).collect { UUID.randomUUID() }))
+    imageData.setProperty('patchcl.imported.before', mark(nuclei*.getID()))
+    entry.saveImageData(imageData)
+    '[]'
+    """
+    session.run(project, undone)
+    script = project.with_name("run_patchcl.groovy")
+    script.write_text(read_script("run_patchcl.groovy"), "utf-8")
+    actions = f"""
+    def image = review.entryOf(review.rois[0]).readImageData()
+    def running = new GroovyClassLoader(loader).parseClass(new File('{script}'))
+    lines << running.replacedInWords(image, null)
+    review.begin(0, image)
+    lines << [review.nuclei.size(), image.getHierarchy().getDetectionObjects().size()]
+    """
+    asked, (nuclei, others) = review(session, project, actions)
+    assert asked.startswith("The 6 nuclei of earlier runs in this image are replaced")
+    assert (nuclei, others) == (7, 1)  # with the drawn one, and without another program's
+
+
+def test_a_pixel_size_is_saved_with_the_image(session: qupath.Session, project: Path) -> None:
+    """QuPath keeps it in the project, which saving an image does not write."""
+    actions = """
+    open(0)
+    qupath.lib.scripting.QP.setPixelSizeMicrons(review.imageData, 0.25, 0.26, Double.NaN)
+    review.markCorrected()
+    """
+    review(session, project, actions)
+    assert open_project(project, "files").images()[0].mpp == (0.25, 0.26)
+
+
+def test_tools_are_found_in_each_version(session: qupath.Session, project: Path) -> None:
+    """QuPath 0.5 has a manager of them, 0.4 the window itself: here without windows."""
+    actions = """
+    class Old { String selectedTool = 'of 0.4' }
+    class New { Old toolManager = new Old(selectedTool: 'of 0.5') }
+    def window = loader.loadClass('ReviewWindow')
+    lines.addAll([new Old(), new New()].collect { window.tools(it).getSelectedTool() })
+    """
+    assert review(session, project, actions) == ["of 0.4", "of 0.5"]
 
 
 def test_detections_become_annotations_with_all_they_had(
@@ -316,11 +604,14 @@ def test_without_a_window_it_logs_what_is_left(project: Path) -> None:
 
 # In place of patchcl-qp: says what it was called for, and has results and changes ready.
 COMMAND = f"""#!{sys.executable}
-import json, pathlib, sys
+import json, pathlib, sys, time
 patchcl = pathlib.Path(sys.argv[2]).parent / "patchcl"
 with open(patchcl / "called.txt", "a") as file:
     print(sys.argv[1], "--model refined" in " ".join(sys.argv), file=file)
 print(json.dumps({{"stage": "pretending", "done": 1, "total": 1}}), file=sys.stderr)
+(patchcl / "seen.qpproj").write_bytes(pathlib.Path(sys.argv[2]).read_bytes())
+while (patchcl / f"{{sys.argv[1]}}.waits").exists():
+    time.sleep(0.1)
 if sys.argv[1] == "refine":
     (patchcl / "models").mkdir()
     (patchcl / "models" / "refined.pt").touch()
@@ -345,10 +636,14 @@ def state(project: Path) -> dict[str, Any]:
     return found
 
 
-def test_two_rois_are_corrected_by_keys_alone(
-    session: qupath.Session, project: Path, tmp_path: Path
-) -> None:
-    """Real keys in a real window: to the refined model's nuclei in all images, saved."""
+def accepted(project: Path, roi: str) -> list[str]:
+    """The nuclei that were accepted in an ROI, of whichever image."""
+    found = state(project)["accepted"].items()
+    return [nucleus for key, nuclei in found if key.endswith(f" {roi}") for nucleus in nuclei]
+
+
+def prepare(project: Path, tmp_path: Path) -> Path:
+    """Scripts that call ``COMMAND``, and what it has ready; the folder of results."""
     patchcl = project.parent / "patchcl"
     command = tmp_path / "command"
     command.write_text(COMMAND, "utf-8")
@@ -368,13 +663,21 @@ def test_two_rois_are_corrected_by_keys_alone(
         )
         record = ChangesRecord(model="m", model_name="refined", made="", run="r", rois=(roi,))
         write_record(patchcl / "changes.later" / number / "changes.json", record)
+    return patchcl
+
+
+def test_two_rois_are_corrected_by_keys_alone(
+    session: qupath.Session, project: Path, tmp_path: Path
+) -> None:
+    """Real keys in a real window: to the refined model's nuclei in all images, saved."""
+    patchcl = prepare(project, tmp_path)
     with Robot(project, "one.svs", tmp_path) as robot:
         robot.run_script("review")
         robot.wait(lambda: state(project).get("nucleus"), 120, "review")
         robot.focus("PatchCL: review")
         first = state(project)["roi"]
         robot.press("e", "x", "2", "e", "e", "i", "shift+Left")
-        robot.wait(lambda: len(state(project)["accepted"].get(first, [])) >= 3, 60, "nuclei")
+        robot.wait(lambda: len(accepted(project, first)) >= 3, 60, "nuclei")
         robot.press("b")
         robot.drag((690, 560), (692, 560), (694, 562))  # in the middle of the ROI, in the vessel
         robot.keys = 0
@@ -383,7 +686,7 @@ def test_two_rois_are_corrected_by_keys_alone(
         assert robot.keys == 1  # beside the corrections
         second = state(project)["roi"]
         robot.press("e")
-        robot.wait(lambda: second in state(project)["accepted"], 60, "nucleus")
+        robot.wait(lambda: accepted(project, second), 60, "nucleus")
         robot.press("y", "u")
         receipts = [patchcl / "imported" / f"{number}.json" for number in ("1", "2")]
         robot.wait(lambda: all(path.exists() for path in receipts), 120, "import")
@@ -411,3 +714,51 @@ def test_two_rois_are_corrected_by_keys_alone(
             if not name and 200 < x < 300 and 200 < y < 330
         ]
         assert new.count("Nucleus") == (2 if image == "one.svs" else 0)  # by I and by the brush
+
+
+# Opens the first image, in which a pixel size was saved as by Run for project: without the project.
+OPEN_OTHER = """
+def gui = qupath.lib.gui.QuPathGUI.getInstance()
+def other = getProject().getImageList().find { it.getImageName() == 'one.svs' }
+def saved = other.readImageData()
+qupath.lib.scripting.QP.setPixelSizeMicrons(saved, 0.25, 0.26, Double.NaN)
+other.saveImageData(saved)
+javafx.application.Platform.runLater {
+    gui.openImageEntry(other)
+    new File('DONE').createNewFile()
+}
+"""
+
+
+@pytest.mark.parametrize("step", ["refine", "run"])
+def test_nuclei_are_in_all_images_whichever_is_opened_meanwhile(
+    session: qupath.Session, project: Path, tmp_path: Path, step: str
+) -> None:
+    """A person who refines in one image and opens another one has them in both, saved."""
+    patchcl = prepare(project, tmp_path)
+    opened, waits = tmp_path / "opened", patchcl / f"{step}.waits"
+    waits.touch()
+    script = project.parent / "scripts" / "zz_open.groovy"
+    script.write_text(OPEN_OTHER.replace("DONE", str(opened)), "utf-8")
+    called = patchcl / "called.txt"
+    with Robot(project, "one.svs", tmp_path) as robot:
+        robot.run_script("review")
+        robot.wait(lambda: state(project).get("nucleus"), 120, "review")
+        robot.focus("PatchCL: review")
+        first = state(project)["roi"]
+        robot.press("y")
+        robot.wait(lambda: state(project)["roi"] != first, 60, "next ROI")
+        robot.press("u", "u")
+        robot.wait(lambda: called.exists() and step in called.read_text("utf-8"), 60, step)
+        robot.focus("QuPath - ")
+        robot.run_script("zz_open")
+        robot.wait(opened.exists, 60, "other image")
+        waits.unlink()
+        receipts = [patchcl / "imported" / f"{number}.json" for number in ("1", "2")]
+        robot.wait(lambda: all(path.exists() for path in receipts), 120, "import")
+        robot.wait(lambda: robot.text().count("Image data written") >= 4, 60, "saved image")
+    for objects in session.run(project, LOOK).values():
+        assert len(objects) > 100
+    seen = read_project(patchcl / "seen.qpproj").images[0].mpp  # by the last command, at its start
+    assert (seen == (0.25, 0.26)) is (step == "refine")
+    assert open_project(project, "files").images()[0].mpp == (0.25, 0.26)

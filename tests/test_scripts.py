@@ -325,6 +325,53 @@ def test_a_run_of_all_images_has_their_stains(project: Path, session: qupath.Ses
     assert "lost.svs: its stains cannot be read: " in str(failed.value)
 
 
+# Batches of the project in one QuPath: of images by their indices, and what each of them says.
+BATCHES = """
+import qupath.lib.scripting.QP
+import qupath.lib.scripting.ScriptAttributes
+
+if (entry.getImageName() != 'one.svs')
+    return '[]'
+def project = qupath.lib.projects.ProjectIO.loadProject(
+        new File('PROJECT'), java.awt.image.BufferedImage)
+def script = new File('SCRIPT')
+def batch = { List<Integer> indices ->
+    indices.collect { index ->
+        def variables = [(ScriptAttributes.FILE_PATH): script.path,
+                         (ScriptAttributes.BATCH_SIZE): 2, (ScriptAttributes.BATCH_INDEX): index]
+        QP.setBatchProjectAndImage(project, project.getImageList()[index].readImageData())
+        try {
+            new GroovyShell(getClass().getClassLoader(), new Binding(variables)).evaluate(script)
+            'done'
+        } catch (Exception e) {
+            e.getMessage()
+        } finally {
+            QP.resetBatchProjectAndImage()
+        }
+    }
+}
+def lines = [batch([0, 1]), batch([1])]
+new File(script.parentFile, 'export_regions.groovy').delete()
+groovy.json.JsonOutput.toJson(lines << batch([0, 1]))
+"""
+
+
+@pytest.mark.qupath
+def test_an_image_has_the_outcome_of_its_own_batch(project: Path, session: qupath.Session) -> None:
+    """Not of the batch before in the same QuPath, where the first image fails before the run."""
+    command = project.parent / "failing"
+    write_failing(command)
+    script = project.parent / "scripts" / "run_patchcl.groovy"
+    settings(script, command=f"'{command}'")
+    batches = BATCHES.replace("PROJECT", str(project)).replace("SCRIPT", str(script))
+    both, (lost,), failing = session.run(project, batches)["one.svs"]
+    assert both[0].startswith("patchcl-qp failed.")
+    assert both[1].startswith("No nuclei for zwei ö.svs: ")
+    assert lost.startswith("patchcl-qp failed.")  # where the slide of the first image is lost
+    assert failing[0].startswith("export_regions.groovy must lie beside this script")
+    assert failing[1] == "patchcl-qp did not start: see the error of the first image."
+
+
 ROI = (
     qupath.DRAW_RECTANGLES
     + """

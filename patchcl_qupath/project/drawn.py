@@ -1,12 +1,14 @@
-"""Annotations and stains of an image, as the scripts in groovy/ exported them, or did not."""
+"""Annotations, stains and pixel size of an image, as the scripts in groovy/ exported them."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import shapely
@@ -33,9 +35,11 @@ from patchcl_qupath.project.outlines import (
 )
 from patchcl_qupath.project.qpproj import as_count
 from patchcl_qupath.slides.stain_vectors import H_DAB, H_E, flaw, without_rounding
+from patchcl_qupath.storage.files import read_json
 from patchcl_qupath.storage.geojson import Objects, class_name, read_objects
 
 _EXPORT = "run groovy/export_regions.groovy on it in QuPath, then run again"
+_PIXEL_SIZE = "pixel_size_um"
 _CORE = "tmaCore"  # QuPath's name of the type
 _KINDS = {  # by QuPath's image type
     "BRIGHTFIELD_H_E": StainKind.H_E,
@@ -141,7 +145,7 @@ def read_stains(path: Path, image: str) -> StainVectors | None:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-        if content is None:
+        if content is None or set(content) == {_PIXEL_SIZE}:
             return None
         stains = StainVectors(
             kind=_KINDS.get(content["type"], StainKind.OTHER),
@@ -164,6 +168,14 @@ def read_stains(path: Path, image: str) -> StainVectors | None:
             "groovy/export_regions.groovy there), and run again"
         )
     return without_rounding(stains)
+
+
+def read_pixel_size(path: Path) -> tuple[float, float] | None:
+    """The pixel size (x, y) in µm that QuPath showed when stains were exported to a file.
+
+    None where the file has none: without an export, or where an earlier version made it.
+    """
+    return _sides((read_json(path) or {}).get(_PIXEL_SIZE))
 
 
 def has_own_stains(data: Path) -> bool:
@@ -309,13 +321,17 @@ def _pixel_um2(
 ) -> float:
     """The area of a pixel at level 0: in the project, else in the export, else as given, or a usual
     one."""
-    sides = mpp or objects.more.get("pixel_size_um") or (fallback_mpp, fallback_mpp)
+    sides = _sides(mpp or objects.more.get(_PIXEL_SIZE) or (fallback_mpp, fallback_mpp))
+    return UNKNOWN_PIXEL_UM2 if sides is None else math.prod(sides)
+
+
+def _sides(value: Any) -> tuple[float, float] | None:
+    """The sides (x, y) of a pixel in an export; None for anything but two positive numbers."""
     try:
-        width, height = map(float, sides)
+        x, y = map(float, value)
     except (TypeError, ValueError):
-        return UNKNOWN_PIXEL_UM2
-    area = width * height
-    return area if np.isfinite(area) and area > 0 else UNKNOWN_PIXEL_UM2
+        return None
+    return (x, y) if 0 < x < math.inf and 0 < y < math.inf else None
 
 
 def _overlaps(rois: Polygons, found: Outlines) -> list[str]:

@@ -27,6 +27,7 @@ from patchcl_qupath.project.drawn import (
     has_own_stains,
     of_classes,
     read_drawn,
+    read_pixel_size,
     read_regions,
     read_stains,
 )
@@ -41,6 +42,7 @@ from patchcl_qupath.project.qpproj import (
     project_file,
     read_project,
 )
+from patchcl_qupath.slides.pixel_size import PixelSize, PixelSizeSource
 from patchcl_qupath.slides.stain_vectors import H_DAB
 from patchcl_qupath.storage.files import (
     WINDOWS,
@@ -58,6 +60,7 @@ from patchcl_qupath.storage.records import (
     RegionSummary,
     ResultRecord,
     RoisRecord,
+    are_one_size,
     data_signature,
     read_record,
     write_record,
@@ -113,7 +116,7 @@ class FilesProject:
         found = read_regions(file, entry.name, classes)
         regions = itertools.chain.from_iterable(found.values())
         note = self._note_of_classes(entry, classes, found)
-        return replace(entry, regions=tuple(regions), note=note or None)
+        return replace(entry, regions=tuple(regions), note=_all_notes(entry.note, note))
 
     def with_drawn(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
         """The image with annotations to count in that groovy/export_regions.groovy exported."""
@@ -122,9 +125,7 @@ class FilesProject:
         others = {region.class_name for region in all_drawn if not region.is_core} - {""}
         drawn = itertools.chain.from_iterable(found.values())
         note = self._note_of_classes(entry, classes, found, others)
-        both = f"{entry.note or ''}; {note}".split("; ")
-        note = "; ".join(dict.fromkeys(filter(None, both)))  # regions of the run may have the same
-        return replace(entry, drawn=tuple(drawn), note=note or None)
+        return replace(entry, drawn=tuple(drawn), note=_all_notes(entry.note, note))
 
     def _note_of_classes(
         self,
@@ -177,8 +178,7 @@ class FilesProject:
             )
         if stains is None and self._image_type(entry.id) == "BRIGHTFIELD_H_DAB":
             stains = H_DAB
-        notes = filter(None, [entry.note, note])
-        return replace(entry, stains=stains, note="; ".join(notes) or None)
+        return replace(entry, stains=stains, note=_all_notes(entry.note, note))
 
     def is_current(self, file: Path, entry: ImageEntry) -> bool:
         """Whether an exported file exists, and is newer than the last save of its image.
@@ -350,7 +350,7 @@ class FilesProject:
             problem = not_brightfield(image.name)
         if problem is None and found.path is None:
             problem = _lost(image, found, self.path.parent)
-        return ImageEntry(
+        entry = ImageEntry(
             id=image.id,
             name=image.name,
             path=found.path or Path(str(image.path or image.uri)),
@@ -361,6 +361,27 @@ class FilesProject:
             use_bounds=image.use_bounds,
             problem=problem,
         )
+        return self._with_shown_pixel_size(entry)
+
+    def _with_shown_pixel_size(self, entry: ImageEntry) -> ImageEntry:
+        """The image with the pixel size that QuPath showed when its stains were exported.
+
+        It may not be saved in the project, and counts until the image is saved.
+        """
+        file = self.layout.stains(entry.id)
+        shown = read_pixel_size(file)
+        if shown is None or are_one_size(shown, entry.mpp or (0.0, 0.0)):
+            return entry
+        if not self.is_current(file, entry):
+            return entry
+        note = None
+        if entry.mpp is not None:
+            own, saved = (PixelSize(PixelSizeSource.QUPATH, mpp) for mpp in (shown, entry.mpp))
+            note = (
+                f"its pixel size is {own} µm, as exported from QuPath, where {saved} µm are saved: "
+                "save the image there, or export it again"
+            )
+        return replace(entry, mpp=shown, note=note)
 
     def _image_type(self, id_: str) -> str | None:
         """The image type that a person set in QuPath, from its summary."""
@@ -387,6 +408,12 @@ def _modified(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def _all_notes(*notes: str | None) -> str | None:
+    """Remarks as one, each of them once: regions of a run and those to count in may share some."""
+    each = "; ".join(filter(None, notes)).split("; ")
+    return "; ".join(dict.fromkeys(each)) or None
 
 
 def _may_show(data: Path, run: str) -> bool:

@@ -42,6 +42,10 @@ class PixelSize:
         """Whether a microscope can have it."""
         return all(MPP_RANGE[0] <= side <= MPP_RANGE[1] for side in self.mpp)
 
+    def __str__(self) -> str:
+        """The sides in µm, both where they differ."""
+        return " x ".join(dict.fromkeys(f"{side:.4g}" for side in self.mpp))
+
 
 _UM = {  # of units in OME-XML, OME-Zarr, ImageJ and QuPath
     "pm": 1e-6,

@@ -274,8 +274,8 @@ def _pixel_size(entry: ImageEntry, of_file: tuple[PixelSize, ...]) -> PixelSize:
         of_qupath = PixelSize(PixelSizeSource.QUPATH, entry.mpp)
         if usable and not of_qupath.is_usable:
             raise SlideError(
-                f"{entry.name} has a pixel size of {_text(of_qupath)} µm in QuPath, which cannot "
-                f"be, and of {_text(usable[0])} µm in its file: set it in QuPath (Image tab, "
+                f"{entry.name} has a pixel size of {of_qupath} µm in QuPath, which cannot "
+                f"be, and of {usable[0]} µm in its file: set it in QuPath (Image tab, "
                 "double-click 'Pixel width')"
             )
         known.insert(0, of_qupath)
@@ -284,22 +284,17 @@ def _pixel_size(entry: ImageEntry, of_file: tuple[PixelSize, ...]) -> PixelSize:
     for pixel_size in (*known, *given):
         if pixel_size.is_usable:
             return pixel_size
-    found = f"a pixel size of {_text(known[0])} µm, which cannot be" if known else "no pixel size"
+    found = f"a pixel size of {known[0]} µm, which cannot be" if known else "no pixel size"
     if given:
         least, most = MPP_RANGE
         raise SlideError(
-            f"{entry.name} has {found}, and the given one of {_text(given[0])} µm cannot be: "
+            f"{entry.name} has {found}, and the given one of {given[0]} µm cannot be: "
             f"give one from {least} to {most} µm"
         )
     raise SlideError(
         f"{entry.name} has {found}: set it in QuPath (Image tab, double-click 'Pixel width'), "
         "or pass --mpp 0.25"
     )
-
-
-def _text(pixel_size: PixelSize) -> str:
-    """A pixel size in µm, both sides where they differ."""
-    return " x ".join(dict.fromkeys(f"{side:.4g}" for side in pixel_size.mpp))
 
 
 @contextmanager

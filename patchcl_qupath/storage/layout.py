@@ -140,7 +140,7 @@ class Layout:
         return export.with_name(f"{export.name}.source.json")
 
     def stains(self, image: str) -> Path:
-        """An image's stains, as groovy/export_regions.groovy exports them."""
+        """An image's stains and pixel size, as groovy/export_regions.groovy exports them."""
         return self.root / "stains" / f"{image}.json"
 
     def labels(self, image: str) -> Path:

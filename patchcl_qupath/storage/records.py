@@ -68,8 +68,13 @@ class SlideProvenance(Record, frozen=True, kw_only=True, omit_defaults=True):
 
     def has_size(self, mpp: tuple[float, float] | None) -> bool:
         """Whether lengths in µm are as with a pixel size (x, y), or that is not known."""
-        pairs = zip(self.mpp, mpp or self.mpp, strict=True)
-        return all(math.isclose(one, other, rel_tol=_SAME_SIZE) for one, other in pairs)
+        return are_one_size(self.mpp, mpp or self.mpp)
+
+
+def are_one_size(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two pixel sizes (x, y) are the same but for their digits."""
+    pairs = zip(one, other, strict=True)
+    return all(math.isclose(*pair, rel_tol=_SAME_SIZE) for pair in pairs)
 
 
 class RegionRecord(Record, frozen=True, kw_only=True):
