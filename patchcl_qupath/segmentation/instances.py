@@ -367,7 +367,7 @@ def _highest_connected(
             there = r * cols + c
             if elevation[r, c] > highest or (elevation[r, c] == highest and there > best):
                 best, highest = there, elevation[r, c]
-    return best
+    return int(best)
 
 
 @compiled
