@@ -383,9 +383,31 @@ def test_crops_of_a_duplicate_have_what_was_drawn_on_either():
     found = labels.with_copies(drawn, [one, copy, last, beside])
     assert [image.id for image, _ in found] == ["1", "2", "3"]
     (_, first), (_, second), (_, third) = found
-    assert (first.rois, first.nuclei) == ((ROI, far), (INSIDE, ACROSS, drawn[1][1].nuclei[1]))
-    assert second == drawn[1][1]  # a ROI of the other meets one of this
+    # What is in ROIs of both is there once, and what is in one of them, too.
+    assert shapely.equals(first.rois, (ROI, near - ROI, far)).all()
+    assert first.nuclei == (INSIDE, ACROSS, drawn[1][1].nuclei[1])
+    assert shapely.equals(second.rois, (near, far, ROI - near)).all()
+    assert second.nuclei == (*drawn[1][1].nuclei, INSIDE)
     assert third == first
+
+
+def test_what_another_person_deleted_beside_a_shared_strip_is_not_taught():
+    """ROIs of two people that overlap a little: a crop of either image has both."""
+    one, copy = (ImageEntry(id_, id_, SLIDE) for id_ in "12")
+    left, right = shapely.box(600, 700, 800, 900), shapely.box(780, 700, 1000, 900)
+    nucleus = shapely.Point(900, 760).buffer(16)
+    drawn = [
+        (prepared(), Corrections((left,), ())),
+        (replace(prepared(), id="2"), Corrections((right,), (nucleus,))),
+    ]
+    images = labels.with_copies(drawn, [one, copy])
+    box = Box(600, 500, 1000, 1100)
+    image = np.full((*box.shape, 3), 200, np.uint8)
+    normaliser = StainNormaliser((0.0,) * 3, (1.0,) * 3)
+    crops = TrainingCrops((image,) * 2, (normaliser,) * 2, ("1", "2"), (box,) * 2)
+    for sample in labels.drawn_samples(crops, images):
+        assert sample.nucleus.sum() == pytest.approx(nucleus.area, rel=0.02)
+        assert sample.valid.sum() == pytest.approx((left | right).area, rel=0.01)
 
 
 @pytest.mark.parametrize("roi", [shapely.box(400, 500, 420, 900), shapely.box(-90, 0, -10, 90)])

@@ -275,13 +275,24 @@ def with_copies(
 
 
 def _joined(one: Corrections, other: Corrections) -> Corrections:
-    """What two people drew; where ROIs of both meet, what the first did."""
+    """What two people drew; where ROIs of both meet, what the first did.
+
+    They agree there (``check_agreement``), but draw no outline twice the same.
+    """
     known = shapely.union_all(one.rois)
-    rois = [roi for roi in other.rois if not roi.intersects(known)]
+    rois = [part for roi in other.rois if not (part := roi - known).is_empty]
     new = shapely.union_all(rois)
+    drawn = shapely.STRtree(one.nuclei)
+
+    def is_drawn(nucleus: shapely.Geometry) -> bool:
+        """Whether the first drew it as well, as one that reaches out of a ROI."""
+        near = drawn.geometries[drawn.query(nucleus, predicate="intersects")]
+        return bool(np.any(shapely.area(nucleus & near) > nucleus.area / 2))
+
+    nuclei = [each for each in other.nuclei if each.intersects(new) and not is_drawn(each)]
     return Corrections(
         rois=(*one.rois, *rois),
-        nuclei=(*one.nuclei, *(each for each in other.nuclei if each.intersects(new))),
+        nuclei=(*one.nuclei, *nuclei),
         ignored=(*one.ignored, *(each for each in other.ignored if each.intersects(new))),
     )
 
