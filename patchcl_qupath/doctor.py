@@ -19,7 +19,7 @@ from patchcl_qupath.errors import ProjectError
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.network import NucleusNetwork, device
 from patchcl_qupath.overlap import usable_cores
-from patchcl_qupath.project.paquo import find_qupath
+from patchcl_qupath.project.installed import find_qupath
 from patchcl_qupath.slides.level import MissingReaderError
 from patchcl_qupath.slides.openslide import FORMATS, openslide_version
 

@@ -33,6 +33,7 @@ from patchcl_qupath.config import CELL, class_colour
 from patchcl_qupath.datatypes import Nuclei, Polygons
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.compiled_scripts import compiled_script
+from patchcl_qupath.project.installed import paquo_settings
 from patchcl_qupath.project.names import in_qupath
 from patchcl_qupath.storage.files import copy_once
 from patchcl_qupath.storage.parquet import read_nuclei
@@ -291,16 +292,13 @@ class _QuPath:
     """The child's side: all that touches Java. Only one can be made in a process."""
 
     def __init__(self, qupath: Path | None) -> None:
-        from paquo._config import settings, to_kwargs
         from paquo.jpype_backend import start_jvm
 
         self.seconds: dict[str, float] = {}
         self.saving = False  # whether the image of the last question was written to
         self._began = time.perf_counter()
         self._scripts: dict[str, Any] = {}
-        kwargs = to_kwargs(settings)
-        if qupath is not None:
-            kwargs["qupath_dir"] = str(qupath)
+        kwargs = paquo_settings(qupath)
         given = kwargs["java_opts"]
         kwargs["java_opts"] = java_options(given.split() if isinstance(given, str) else [*given])
         _name_files_as_python()
