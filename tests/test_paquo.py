@@ -202,6 +202,34 @@ def test_a_folder_that_cannot_be_searched_does_not_hide_others(
         find_qupath()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("MOCK_BACKEND", "x", "mock_backend must is_type_of"),
+        ("QUPATH_SEARCH_DIR_REGEX", "(", "missing ), unterminated subpattern at position 0"),
+        ("QUPATH_DIR", "5", "expected str, bytes or os.PathLike object, not int"),
+        ("QUPATH_SEARCH_DIRS", "[5]", "expected str, bytes or os.PathLike object, not int"),
+    ],
+)
+def test_settings_of_paquo_that_cannot_be_used_are_named(
+    tmp_path: Path, name: str, value: str, reason: str
+) -> None:
+    pytest.importorskip("paquo")
+    found = by_settings(tmp_path, **{f"PAQUO_{name}": value})
+    assert found.startswith(f"files, since paquo's settings cannot be used ({reason}")
+    assert found.endswith(f": correct .paquo.toml or PAQUO_{name}")
+
+
+def test_a_settings_file_of_paquo_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("paquo")
+    file = tmp_path / ".paquo.toml"
+    file.write_text('qupath_dir = "C:\\Users\\me"\n')
+    assert by_settings(tmp_path) == (
+        "files, since paquo's settings cannot be used (Invalid hex value (at line 1, column 19)): "
+        f"correct {file}"
+    )
+
+
 def test_auto_is_files_without_paquo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "paquo._config", None)
     project = open_project(SAMPLE)

@@ -13,6 +13,7 @@ from patchcl_qupath.errors import ProjectError
 
 OLDEST = (0, 4)  # the first QuPath whose objects have ids
 
+_FILE = ".paquo.toml"
 _LOCAL = "~/AppData/Local"  # of Windows, which may have it elsewhere
 
 
@@ -56,7 +57,7 @@ def paquo_settings(qupath: Path | None = None) -> dict[str, Any]:
     """Paquo's settings, as its functions take them, with the folder of QuPath if it is given.
 
     Folders have the ~ expanded that paquo's own settings begin with, and that it takes for a name.
-    Raises ProjectError where paquo is not installed.
+    Raises ProjectError for settings that cannot be used, and where paquo is not installed.
     """
     try:
         import jpype  # noqa: F401  # paquo needs it, and it may not be loaded either
@@ -70,9 +71,14 @@ def paquo_settings(qupath: Path | None = None) -> dict[str, Any]:
         folders = found["qupath_search_dirs"]
         folders = [folders] if isinstance(folders, str) else folders
         found["qupath_search_dirs"] = [*_searchable(folders)]
+        re.compile(found["qupath_search_dir_regex"])
     except ImportError as error:
         raise ProjectError(
             "paquo is not installed: pip install 'patchcl-qupath[qupath]'"
+        ) from error
+    except Exception as error:  # of the reader of TOML, or for a value of any kind
+        raise ProjectError(
+            f"paquo's settings cannot be used ({error}): correct {_places()}"
         ) from error
     return found
 
@@ -86,3 +92,12 @@ def _searchable(folders: list[str]) -> Iterator[str]:
             path = local or str(Path(folder).expanduser())
             os.scandir(path).close()
             yield path
+
+
+def _places() -> str:
+    """Where paquo's settings are, as far as there are any."""
+    from dynaconf.utils.files import find_file
+
+    file = find_file(_FILE) or _FILE
+    variables = sorted(name for name in os.environ if name.startswith("PAQUO_"))
+    return " or ".join([file, *variables])
