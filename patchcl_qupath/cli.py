@@ -547,6 +547,7 @@ def _segmented(
         project,
         entries,
         settings,
+        pool=pool,
         within=within,
         name=name,
         retrain=retrain,
@@ -570,6 +571,7 @@ def _load_or_train(
     entries: Sequence[ImageEntry],
     settings: Config,
     *,
+    pool: Pool,
     within: tuple[str, ...],
     name: str,
     retrain: bool,
@@ -585,6 +587,7 @@ def _load_or_train(
 
     missing_default = name == DEFAULT_MODEL and not project.layout.model(name).exists()
     if retrain or missing_default:
+        pool.check()  # before minutes of training
         if within:
             _check_regions(project, entries, within)
         return pipeline.train_as(name, project, entries, settings, progress)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.errors import ProjectError, one_line
 
 OLDEST = (0, 4)  # the first QuPath whose objects have ids
 
@@ -78,7 +78,7 @@ def paquo_settings(qupath: Path | None = None) -> dict[str, Any]:
         ) from error
     except Exception as error:  # of the reader of TOML, or for a value of any kind
         raise ProjectError(
-            f"paquo's settings cannot be used ({error}): correct {_places()}"
+            f"paquo's settings cannot be used ({one_line(error)}): correct {_places()}"
         ) from error
     return found
 
