@@ -17,6 +17,7 @@ from patchcl_qupath import __version__
 from patchcl_qupath.config import CLUSTERS
 from patchcl_qupath.errors import ConfigError, ProjectError
 from patchcl_qupath.execution.workers import check_workers
+from patchcl_qupath.memory import memory_limit
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.network import NucleusNetwork, device
 from patchcl_qupath.overlap import usable_cores
@@ -37,9 +38,10 @@ class Finding:
 def findings(qupath: Path | None = None) -> Iterator[Finding]:
     """Each part in turn. ``qupath`` is QuPath's folder, if it is in no usual place."""
     yield Finding("program", f"patchcl-qupath {__version__}, Python {platform.python_version()}")
-    memory = psutil.virtual_memory().total / 1e9
-    note = "" if memory > 4 else "a run takes 1 to 2 GB, more with many cores: use --workers"
-    yield Finding("machine", f"{platform.platform()}, {_cores()}, {memory:.0f} GB", note)
+    note = (
+        "" if memory_limit() > 4e9 else "a run takes 1 to 2 GB, more with many cores: use --workers"
+    )
+    yield Finding("machine", f"{platform.platform()}, {_cores()}, {_memory()}", note)
     yield _qupath(qupath)
     yield _engine()
     yield _gpu()
@@ -58,6 +60,12 @@ def _cores() -> str:
     except ConfigError:  # which the workers are found to have, too
         return f"{all_cores} cores"
     return f"{usable} cores" if usable == all_cores else f"{usable} of {all_cores} cores"
+
+
+def _memory() -> str:
+    usable, all_bytes = memory_limit(), psutil.virtual_memory().total
+    part = f"{usable / 1e9:.0f} of " if usable < all_bytes else ""
+    return f"{part}{all_bytes / 1e9:.0f} GB"
 
 
 def _qupath(folder: Path | None) -> Finding:

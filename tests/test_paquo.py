@@ -36,7 +36,7 @@ from patchcl_qupath.errors import ConfigError, ImageError, ProjectError, Storage
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.pipeline import Run
-from patchcl_qupath.project import NewImage, init_project, open_project
+from patchcl_qupath.project import NewImage, init_project, jvm, open_project
 from patchcl_qupath.project import paquo as backend
 from patchcl_qupath.project.compiled_scripts import cache_folder
 from patchcl_qupath.project.files import FilesProject
@@ -255,6 +255,19 @@ def test_memory_is_limited_unless_the_user_sets_it() -> None:
     quick = ["-XX:TieredStopAtLevel=1", "-XX:+UseParallelGC"]
     assert java_options(["-Xmx9g"]) == ["-Xmx9g", *quick]
     assert java_options(["-Xmx9g", "-XX:+UseZGC"]) == ["-Xmx9g", "-XX:+UseZGC", quick[0]]
+    for own in ("-XX:MaxRAMPercentage=75", "-XX:MaxHeapSize=9g"):
+        assert java_options([own]) == [own, *quick]
+    assert java_options(["-XX:MaxRAMPercentage=50"])[-1] == limit  # paquo's own
+
+
+def test_java_has_half_of_the_memory_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jvm, "memory_limit", lambda: 3 << 30)
+    assert java_options([])[-1] == "-Xmx1536m"
+
+
+def test_paquo_has_the_option_that_is_taken_for_its_own() -> None:
+    config = pytest.importorskip("paquo._config")
+    assert config.to_kwargs(config.settings)["java_opts"] == [jvm._OF_PAQUO]
 
 
 def test_nuclei_become_arrays() -> None:

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import CELL, class_colour
 from patchcl_qupath.datatypes import Nuclei, Polygons
 from patchcl_qupath.errors import ImageError
+from patchcl_qupath.memory import memory_limit
 from patchcl_qupath.project.compiled_scripts import compiled_script
 from patchcl_qupath.project.installed import paquo_settings
 from patchcl_qupath.project.names import in_qupath
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 MAX_OVERLAP = 0.5  # IoU with a kept object above which a new nucleus is left out
 MAX_MEMORY = 4 << 30  # bytes of Java's heap: enough for some 500,000 nuclei
+_OF_HEAP = ("-Xmx", "-XX:MaxHeapSize=", "-XX:MaxRAMPercentage=")
+_OF_PAQUO = "-XX:MaxRAMPercentage=50"  # where a person set nothing
 _USUAL_CLASSES = (  # of QuPath's StandardPathClasses
     "TUMOR",
     "STROMA",
@@ -232,16 +234,18 @@ class Process:
 
 
 def java_options(given: list[str]) -> list[str]:
-    """Options of the JVM: those given, and by default what is quick, and a limit of memory."""
+    """Options of the JVM: those given, and by default what is quick, and a limit of memory.
+
+    That is half of what this process may use: Python has a share of it, too.
+    """
     if not any(option.startswith("-XX:TieredStopAtLevel") for option in given):
         # Java's quick compiler alone: the thorough one costs a short run more than it gives back.
         given = [*given, "-XX:TieredStopAtLevel=1"]
     if not any(option.startswith("-XX:+Use") and option.endswith("GC") for option in given):
         given = [*given, "-XX:+UseParallelGC"]  # nobody waits for a pause of it
-    if any(option.startswith("-Xmx") for option in given):
+    if any(option.startswith(_OF_HEAP) and option != _OF_PAQUO for option in given):
         return given
-    half = psutil.virtual_memory().total // 2
-    return [*given, f"-Xmx{min(half, MAX_MEMORY) >> 20}m"]
+    return [*given, f"-Xmx{min(memory_limit() // 2, MAX_MEMORY) >> 20}m"]
 
 
 def _name_files_as_python() -> None:
