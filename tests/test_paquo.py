@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import msgspec
 import numpy as np
@@ -36,7 +37,7 @@ from patchcl_qupath.errors import ConfigError, ImageError, ProjectError, Storage
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.pipeline import Run
-from patchcl_qupath.project import NewImage, init_project, jvm, open_project
+from patchcl_qupath.project import NewImage, compiled_scripts, init_project, jvm, open_project
 from patchcl_qupath.project import paquo as backend
 from patchcl_qupath.project.compiled_scripts import cache_folder
 from patchcl_qupath.project.files import FilesProject
@@ -769,6 +770,19 @@ def test_scripts_are_compiled_once(path: Path, monkeypatch: pytest.MonkeyPatch) 
     shutil.rmtree(cache)
     cache.touch()
     written(FEW[:4])
+
+
+def test_scripts_are_compiled_for_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is in no list of the system."""
+
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    compiled = compiled_scripts.compiled_script("import_nuclei.groovy", MagicMock())
+    assert isinstance(compiled, MagicMock)
 
 
 @pytest.mark.qupath

@@ -118,6 +118,21 @@ def test_a_tile_is_kept_where_the_disk_or_memory_fails(tmp_path, monkeypatch, er
     assert store.missing([TILE]) == []
 
 
+def test_tiles_of_a_disk_that_fails_are_neither_finished_nor_missing(tmp_path, monkeypatch):
+    store = stored(tmp_path, some_nuclei(3))
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("patchcl_qupath.execution.tile_store.is_whole_parquet", fail)
+        with pytest.raises(
+            StorageError, match=r"finished tiles in .* cannot be read .*: run again"
+        ):
+            store.missing([TILE])
+    assert store.missing([TILE]) == []
+
+
 def test_a_tile_without_a_column_is_damaged(tmp_path):
     store = stored(tmp_path, some_nuclei(3))
     content = store.path(TILE).read_bytes()

@@ -35,7 +35,7 @@ from patchcl_qupath.memory import memory_limit
 from patchcl_qupath.project.compiled_scripts import compiled_script
 from patchcl_qupath.project.installed import paquo_settings
 from patchcl_qupath.project.names import in_qupath
-from patchcl_qupath.storage.files import copy_once
+from patchcl_qupath.storage.files import copy_once, writing
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import FileSignature, RegionSummary, data_signature
 
@@ -219,11 +219,15 @@ class Process:
         self._process = self._pipe = None
 
     def start(self) -> None:
-        """Start the process if there is none, or if it died; returns before it is ready."""
+        """Start the process if there is none, or if it died; returns before it is ready.
+
+        Raises StorageError.
+        """
         if self._process is not None and self._process.is_alive():
             return
         self.close()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, self._qupath, self.log)
