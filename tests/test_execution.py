@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import getpass
 import json
 import logging
@@ -10,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -669,6 +671,29 @@ def test_a_slip_in_the_settings_of_dask_is_named_before_training(
     parts = json.loads(subprocess.check_output(doctor, env=own, text=True))
     notes = {part["part"]: part["note"] for part in parts if part["found"] is None}
     assert last.removeprefix("Error: ") in notes["workers"]
+
+
+def test_a_machine_without_temporary_files_is_told_of_before_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> str:  # root may write everywhere
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", fail)
+    monkeypatch.setattr(pipeline, "train_as", lambda *_: pytest.fail("it trains"))
+    found = CliRunner().invoke(cli.main, ["run", str(folder)])
+    assert found.exit_code == 2, found.output
+    message = (
+        f"no temporary file can be written ([Errno {errno.ENOENT}] No usable temporary directory "
+        "found in ['/tmp']): set TMPDIR to a folder that you can write to"
+    )
+    assert found.stderr.splitlines()[-1] == f"Error: {message}"
+    with pytest.raises(ConfigError, match="set TMPDIR"), open_workers(1):
+        pass
+    notes = {found.part: found.note for found in findings()}
+    assert message in notes["workers"]
+    with dask.config.set({"temporary-directory": str(folder)}):
+        check_workers()
 
 
 def test_threads_do_all_where_no_process_can_be_started(

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -242,6 +243,7 @@ def open_workers(
         with _at_scheduler(scheduler) as workers:
             yield workers
         return
+    _check_temporary_files(dask)
     with dask.config.set(_SETTINGS):
         if cluster:
             with _in_queue(cluster, count or 1, notify) as workers:
@@ -256,10 +258,12 @@ def check_workers(scheduler: str | None = None, cluster: str | None = None) -> N
 
     Of a ``cluster``, no job is submitted.
     """
-    _dask()
+    dask = _dask()
     if scheduler:
         _client_of(scheduler).close()
-    elif cluster:
+        return
+    _check_temporary_files(dask)
+    if cluster:
         with job_cluster(cluster):
             user_name()
     else:
@@ -273,6 +277,19 @@ def _dask() -> Any:
         import dask
         import distributed  # noqa: F401  # its defaults first: config.set would remove them on exit
     return dask
+
+
+def _check_temporary_files(dask: Any) -> None:
+    """Raise ConfigError where there is no folder for what workers and jobs write for a time."""
+    try:
+        if dask.config.get("temporary-directory", None) is None:
+            with tempfile.TemporaryFile():
+                pass
+    except OSError as error:
+        raise ConfigError(
+            f"no temporary file can be written ({one_line(error)}): set TMPDIR to a folder that "
+            "you can write to"
+        ) from error
 
 
 @contextmanager
