@@ -84,5 +84,7 @@ def too_little_memory(task: str, error: MemoryError) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of another program's error, which may have many lines, for a message of ours."""
+    """The text of another program's error, or of the one that caused it, for a message of ours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return " ".join(str(error).split())[:_LONGEST]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -29,6 +30,7 @@ import shapely
 import torch
 from click.testing import CliRunner
 from distributed import LocalCluster, get_worker
+from distributed.comm import inproc
 
 from patchcl_qupath import cli, logs, pipeline
 from patchcl_qupath.config import CLUSTERS, Config
@@ -694,6 +696,20 @@ def test_a_machine_without_temporary_files_is_told_of_before_training(
     assert message in notes["workers"]
     with dask.config.set({"temporary-directory": str(folder)}):
         check_workers()
+
+
+def test_a_machine_without_a_network_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline() -> str:
+        text = (
+            "Couldn't detect a suitable IP address for reaching '8.8.8.8', defaulting to hostname"
+        )
+        warnings.warn(text, RuntimeWarning, stacklevel=1)  # an error in tests
+        return "127.0.0.1"
+
+    monkeypatch.setattr(inproc.global_manager, "_ip", None)  # else it is known
+    monkeypatch.setattr(inproc, "get_ip", offline)
+    with open_workers(1) as workers:
+        assert workers.call(len, "abc") == 3
 
 
 def test_threads_do_all_where_no_process_can_be_started(

@@ -10,6 +10,7 @@ import signal
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -352,7 +353,7 @@ def _on_this_machine(count: int) -> Iterator[Workers]:
             client = stack.enter_context(_connected(cluster))
         except Exception as error:  # of the system, or for a setting of any kind
             raise ConfigError(
-                f"no worker can be started here ({one_line(error.__cause__ or error)}): mend that, "
+                f"no worker can be started here ({one_line(error)}): mend that, "
                 "or correct Dask's settings in ~/.config/dask"
             ) from error
         try:
@@ -388,14 +389,16 @@ def _started(count: int, threads: int, **options: Any) -> Any:
     from distributed import LocalCluster
 
     logger.info("%d processes of %d threads on this machine", count, threads)
-    return LocalCluster(
-        n_workers=count,
-        threads_per_worker=threads,
-        dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces
-        memory_limit=0,
-        silence_logs=logging.CRITICAL,
-        **options,
-    )
+    with warnings.catch_warnings():  # where there is no network, which nothing here needs
+        warnings.filterwarnings("ignore", "Couldn't detect a suitable IP address", RuntimeWarning)
+        return LocalCluster(
+            n_workers=count,
+            threads_per_worker=threads,
+            dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces
+            memory_limit=0,
+            silence_logs=logging.CRITICAL,
+            **options,
+        )
 
 
 def _shared_out(count: int) -> tuple[int, int]:
