@@ -48,7 +48,7 @@ from scipy import ndimage
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import ProjectError
 from patchcl_qupath.models.openvino_model import load_openvino
-from patchcl_qupath.project.paquo import find_qupath
+from patchcl_qupath.project.installed import find_qupath
 from patchcl_qupath.slides.slide import Slide
 from speed import COMMAND, MPP, SAMPLE, write_mosaic
 

@@ -28,7 +28,7 @@ from patchcl_qupath.answers.mixture import threshold_between
 from patchcl_qupath.config import from_dict
 from patchcl_qupath.errors import ProjectError
 from patchcl_qupath.models.model import Model
-from patchcl_qupath.project.paquo import find_qupath
+from patchcl_qupath.project.installed import find_qupath
 from patchcl_qupath.storage.parquet import read_table
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -270,7 +270,9 @@ def refine(
         _check_training(project, name, reading.config, advice="leave that out of the settings")
         with _at_work(project), showing() as progress:
             start = Model.load(_existing_model(project, name))
-            config = replace(start.config, engine=settings.engine, cdcl=settings.cdcl)
+            config = replace(
+                start.config, engine=settings.engine, segment=settings.segment, cdcl=settings.cdcl
+            )
             start = replace(start, config=config)
             model, corrections = pipeline.refine_as(
                 new_name, project, entries, start, labels_from, progress, seed
@@ -547,6 +549,7 @@ def _segmented(
         project,
         entries,
         settings,
+        pool=pool,
         within=within,
         name=name,
         retrain=retrain,
@@ -570,6 +573,7 @@ def _load_or_train(
     entries: Sequence[ImageEntry],
     settings: Config,
     *,
+    pool: Pool,
     within: tuple[str, ...],
     name: str,
     retrain: bool,
@@ -585,6 +589,7 @@ def _load_or_train(
 
     missing_default = name == DEFAULT_MODEL and not project.layout.model(name).exists()
     if retrain or missing_default:
+        pool.check()  # before minutes of training
         if within:
             _check_regions(project, entries, within)
         return pipeline.train_as(name, project, entries, settings, progress)

@@ -1018,9 +1018,11 @@ def read_settings(path: Path | None) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file {path}: name one of settings, as TOML") from error
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror or error}; name a file of settings, as TOML"
+        ) from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+        raise ConfigError(f"{path} cannot be read as TOML: {error}: correct it") from error
 
 
 def load_config(path: Path | None) -> Config:

@@ -15,11 +15,13 @@ import torch
 
 from patchcl_qupath import __version__
 from patchcl_qupath.config import CLUSTERS
-from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.errors import ConfigError, ProjectError
+from patchcl_qupath.execution.workers import check_workers
+from patchcl_qupath.memory import memory_limit
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.network import NucleusNetwork, device
 from patchcl_qupath.overlap import usable_cores
-from patchcl_qupath.project.paquo import find_qupath
+from patchcl_qupath.project.installed import find_qupath
 from patchcl_qupath.slides.level import MissingReaderError
 from patchcl_qupath.slides.openslide import FORMATS, openslide_version
 
@@ -36,11 +38,10 @@ class Finding:
 def findings(qupath: Path | None = None) -> Iterator[Finding]:
     """Each part in turn. ``qupath`` is QuPath's folder, if it is in no usual place."""
     yield Finding("program", f"patchcl-qupath {__version__}, Python {platform.python_version()}")
-    memory = psutil.virtual_memory().total / 1e9
-    note = "" if memory > 4 else "a run takes 1 to 2 GB, more with many cores: use --workers"
-    usable, all_cores = usable_cores(), os.cpu_count()
-    cores = f"{usable} cores" if usable == all_cores else f"{usable} of {all_cores} cores"
-    yield Finding("machine", f"{platform.platform()}, {cores}, {memory:.0f} GB", note)
+    note = (
+        "" if memory_limit() > 4e9 else "a run takes 1 to 2 GB, more with many cores: use --workers"
+    )
+    yield Finding("machine", f"{platform.platform()}, {_cores()}, {_memory()}", note)
     yield _qupath(qupath)
     yield _engine()
     yield _gpu()
@@ -48,7 +49,23 @@ def findings(qupath: Path | None = None) -> Iterator[Finding]:
     yield Finding("readers", ", ".join(f"{name} {version(name)}" for name in readers))
     yield _jpeg()
     yield _openslide()
+    yield _workers()
     yield _queues()
+
+
+def _cores() -> str:
+    all_cores = os.cpu_count()
+    try:
+        usable = usable_cores()
+    except ConfigError:  # which the workers are found to have, too
+        return f"{all_cores} cores"
+    return f"{usable} cores" if usable == all_cores else f"{usable} of {all_cores} cores"
+
+
+def _memory() -> str:
+    usable, all_bytes = memory_limit(), psutil.virtual_memory().total
+    part = f"{usable / 1e9:.0f} of " if usable < all_bytes else ""
+    return f"{part}{all_bytes / 1e9:.0f} GB"
 
 
 def _qupath(folder: Path | None) -> Finding:
@@ -91,6 +108,14 @@ def _openslide() -> Finding:
         return Finding("OpenSlide", None, f"pip install 'patchcl-qupath[openslide]': {formats}")
 
 
+def _workers() -> Finding:
+    try:
+        check_workers()
+    except ConfigError as error:
+        return Finding("workers", None, f"{error}. Without them, nothing is segmented")
+    return Finding("workers", f"Dask {version('dask')}")
+
+
 def _queues() -> Finding:
     there = [kind for kind, command in CLUSTERS.items() if shutil.which(command)]
     try:
@@ -98,7 +123,17 @@ def _queues() -> Finding:
     except PackageNotFoundError:
         package = None
     if there and package:
-        return Finding("job queue", f"{', '.join(there)}, {package}")
+        notes = "; ".join(filter(None, map(_problem_of_jobs, there)))
+        return Finding("job queue", f"{', '.join(there)}, {package}", notes)
     missing = [] if there else [f"none of {', '.join(dict.fromkeys(CLUSTERS.values()))} is here"]
     missing += [] if package else ["pip install 'patchcl-qupath[cluster]'"]
     return Finding("job queue", None, f"for --cluster: {'; '.join(missing)}")
+
+
+def _problem_of_jobs(kind: str) -> str:
+    """Why no job of a queue can be had, as far as that is known before one is submitted; or ''."""
+    try:
+        check_workers(cluster=kind)
+    except ConfigError as error:
+        return f"{kind}: {error}"
+    return ""

@@ -63,6 +63,8 @@ class StorageError(PatchCLError):
     """Results cannot be written here."""
 
 
+_LONGEST = 400  # characters of another program's error: some list all that can be meant
+
 FORESEEN = (PatchCLError, MemoryError)  # any other is an error of this program
 
 
@@ -90,3 +92,10 @@ def too_little_memory(task: str, error: MemoryError) -> str:
     """What to tell a person of a ``task`` for which there was no memory."""
     reason = f" ({error})" if str(error) else ""
     return f"too little memory to {task}{reason}: close other programs, or use fewer --workers"
+
+
+def one_line(error: BaseException) -> str:
+    """The text of another program's error, or of the one that caused it, for a message of ours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:_LONGEST]

@@ -175,6 +175,12 @@ class Pool:
     scheduler: str | None
     cluster: str | None
 
+    def check(self) -> None:
+        """Raise ConfigError for workers that cannot be had."""
+        from patchcl_qupath.execution.workers import check_workers
+
+        check_workers(self.scheduler, self.cluster)
+
     @contextmanager
     def open(self, progress: ShowProgress) -> Iterator[Workers]:
         """The workers; shows what they are waited for."""

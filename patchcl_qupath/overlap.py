@@ -9,18 +9,36 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from patchcl_qupath.errors import ConfigError, one_line
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _PATIENCE_S = 0.2  # between looks: on Windows, Ctrl-C waits for as long
 
 
+@contextmanager
+def reading_dask_settings() -> Iterator[None]:
+    """Raise ConfigError where Dask, which reads its settings as it is imported, cannot do so."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # of the reader of YAML, or for a value of any kind
+        raise ConfigError(
+            f"Dask's settings cannot be read ({one_line(error)}): correct the file that is named, "
+            "or those in ~/.config/dask"
+        ) from error
+
+
 def usable_cores() -> int:
     """How many cores this process may use: a job or a container has some of the machine's.
 
-    Threads that share them would each need memory, of which a job has a share, too.
+    Threads that share them would each need memory, of which a job has a share, too. Raises
+    ConfigError for settings of Dask that cannot be read.
     """
-    from dask.system import cpu_count
+    with reading_dask_settings():
+        from dask.system import cpu_count
 
     return cpu_count() or 1
 

@@ -177,7 +177,7 @@ def test_an_image_is_named_or_given_by_its_id(tmp_path: Path) -> None:
     with pytest.raises(ProjectError, match=r"another one, b: choose id:1, or id:3$"):
         ids("3")
     for unknown in ("id:b", "5", "id:5"):
-        with pytest.raises(ProjectError, match=r"^no image (b|5) in "):
+        with pytest.raises(ProjectError, match=r"^no image (b|5) in .*: choose among .*, b"):
             ids(unknown)
 
 

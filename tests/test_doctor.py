@@ -52,6 +52,13 @@ def test_a_missing_engine_says_what_it_would_bring(monkeypatch):
         assert "pip install openvino" in found["note"]
 
 
+def test_memory_is_that_of_a_container(monkeypatch):
+    monkeypatch.setattr("patchcl_qupath.doctor.memory_limit", lambda: 2_000_000_000)
+    found = parts()["machine"]
+    assert ", 2 of " in found["found"]
+    assert found["note"].startswith("a run takes 1 to 2 GB")
+
+
 def test_openslide_names_its_extra_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "openslide", None)  # as if it were not installed
     found = parts()["OpenSlide"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import getpass
 import json
 import logging
 import os
@@ -9,7 +11,9 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -26,10 +30,12 @@ import shapely
 import torch
 from click.testing import CliRunner
 from distributed import LocalCluster, get_worker
+from distributed.comm import inproc
 
 from patchcl_qupath import cli, logs, pipeline
 from patchcl_qupath.config import CLUSTERS, Config
 from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
+from patchcl_qupath.doctor import findings
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError, TrainingError
 from patchcl_qupath.execution import admission
 from patchcl_qupath.execution import workers as execution_workers
@@ -37,7 +43,7 @@ from patchcl_qupath.execution.jobs import _output_of
 from patchcl_qupath.execution.map_tiles import TileWork, map_tiles
 from patchcl_qupath.execution.outcome import TileProgress
 from patchcl_qupath.execution.tile_store import TileStore
-from patchcl_qupath.execution.workers import ATTEMPTS, job_cluster, open_workers
+from patchcl_qupath.execution.workers import ATTEMPTS, check_workers, job_cluster, open_workers
 from patchcl_qupath.progress import hide_progress
 from patchcl_qupath.timing import Seconds
 
@@ -581,13 +587,129 @@ def test_jobs_of_a_queue_segment(queue: Path, tmp_path: Path) -> None:
     assert store.missing(TILES) == [TILES[5]]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of dask-jobqueue
 def test_job_that_is_not_described_is_asked_for(queue: Path) -> None:
     with (
         jobs(cores=None),
         pytest.raises(ConfigError, match=r"write into .*jobqueue.yaml .*slurm: \{cores"),
     ):
         job_cluster("slurm")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"cores": 0}, "integer division or modulo by zero"),
+        ({"processes": 0}, "division by zero"),
+        ({"log-directory": os.devnull + "/logs"}, r"\[Errno \d+\] .*logs"),
+        ({"job-script-prologue": 5}, "'int' object is not iterable"),
+        ({"scheduler-options": [1]}, "'list' object is not a mapping"),
+    ],
+)
+def test_a_job_that_cannot_be_is_told_of_by_doctor_too(
+    queue: Path, settings: dict[str, Any], reason: str
+) -> None:
+    with (
+        jobs(**settings),
+        pytest.raises(ConfigError, match=rf"^write into .*yaml .*\({reason}.*\)$") as told,
+    ):
+        check_workers(cluster="slurm")
+    message = f"slurm: {told.value}"
+    with jobs(**settings):
+        notes = {found.part: found.note for found in findings()}
+    assert message in notes["job queue"]
+
+
+@pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 1234"), OSError("No name")])
+def test_jobs_of_a_user_without_a_name(
+    queue: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """As Python 3.11 and Python 3.13 report a user that is in no list of the system."""
+
+    def fail() -> str:
+        raise error
+
+    monkeypatch.setattr(getpass, "getuser", fail)
+    message = "has no name: set LOGNAME to the name that the queue knows"
+    with jobs(), pytest.raises(ConfigError, match=message):
+        check_workers(cluster="slurm")
+    with jobs(), pytest.raises(ConfigError, match=message), open_workers(1, cluster="slurm"):
+        pass
+
+
+@pytest.mark.parametrize("options", [["--cluster", "lsf"], ["--scheduler", "tcp://127.0.0.1:1"]])
+def test_workers_that_cannot_be_had_are_told_of_before_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "train_as", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setenv("PATH", "")
+    found = CliRunner().invoke(cli.main, ["run", str(folder), *options])
+    assert found.exit_code == 2, found.output
+    assert found.stderr.splitlines()[-1].startswith("Error: ")
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("jobqueue:\n\tslurm: {}\n", "Dask's settings cannot be read (A dask config file at '{}'"),
+        ("distributed: {logging: 5}\n", "Dask's settings cannot be read (argument of type 'int'"),
+        ("temporary-directory: 5\n", "no worker can be started here (expected str, bytes or os."),
+    ],
+)
+def test_a_slip_in_the_settings_of_dask_is_named_before_training(
+    folder: Path, yaml: str, message: str
+) -> None:
+    file = folder / "dask" / "slip.yaml"
+    file.parent.mkdir()
+    file.write_text(yaml)
+    command = [sys.executable, "-m", "patchcl_qupath.cli", "run", folder, "--workers", "1"]
+    own = os.environ | {"DASK_CONFIG": str(file.parent)}
+    done = subprocess.run(command, env=own, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    *_, last = done.stderr.splitlines()
+    assert last.startswith(f"Error: {message.replace('{}', str(file))}")
+    assert last.endswith("in ~/.config/dask")
+    assert not [*folder.glob("patchcl/models/*")]
+    doctor = [*command[:3], "doctor", "--json"]
+    parts = json.loads(subprocess.check_output(doctor, env=own, text=True))
+    notes = {part["part"]: part["note"] for part in parts if part["found"] is None}
+    assert last.removeprefix("Error: ") in notes["workers"]
+
+
+def test_a_machine_without_temporary_files_is_told_of_before_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> str:  # root may write everywhere
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", fail)
+    monkeypatch.setattr(pipeline, "train_as", lambda *_: pytest.fail("it trains"))
+    found = CliRunner().invoke(cli.main, ["run", str(folder)])
+    assert found.exit_code == 2, found.output
+    message = (
+        f"no temporary file can be written ([Errno {errno.ENOENT}] No usable temporary directory "
+        "found in ['/tmp']): set TMPDIR to a folder that you can write to"
+    )
+    assert found.stderr.splitlines()[-1] == f"Error: {message}"
+    with pytest.raises(ConfigError, match="set TMPDIR"), open_workers(1):
+        pass
+    notes = {found.part: found.note for found in findings()}
+    assert message in notes["workers"]
+    with dask.config.set({"temporary-directory": str(folder)}):
+        check_workers()
+
+
+def test_a_machine_without_a_network_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline() -> str:
+        text = (
+            "Couldn't detect a suitable IP address for reaching '8.8.8.8', defaulting to hostname"
+        )
+        warnings.warn(text, RuntimeWarning, stacklevel=1)  # an error in tests
+        return "127.0.0.1"
+
+    monkeypatch.setattr(inproc.global_manager, "_ip", None)  # else it is known
+    monkeypatch.setattr(inproc, "get_ip", offline)
+    with open_workers(1) as workers:
+        assert workers.call(len, "abc") == 3
 
 
 def test_threads_do_all_where_no_process_can_be_started(

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import msgspec
 import numpy as np
@@ -36,12 +37,13 @@ from patchcl_qupath.errors import ConfigError, ImageError, ProjectError, Storage
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.pipeline import Run
-from patchcl_qupath.project import NewImage, init_project, open_project
+from patchcl_qupath.project import NewImage, compiled_scripts, init_project, jvm, open_project
 from patchcl_qupath.project import paquo as backend
 from patchcl_qupath.project.compiled_scripts import cache_folder
 from patchcl_qupath.project.files import FilesProject
+from patchcl_qupath.project.installed import find_qupath
 from patchcl_qupath.project.jvm import Done, Process, contour_vertices, java_options, uuid_halves
-from patchcl_qupath.project.paquo import PaquoProject, find_qupath
+from patchcl_qupath.project.paquo import PaquoProject
 from patchcl_qupath.project.protocol import Backend
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.status import image_status
@@ -91,7 +93,7 @@ def test_qupath_is_found_without_starting_java(tmp_path: Path) -> None:
     folder = qupath_folder(tmp_path, "qupath-core-0.6.0-rc3.jar")
     code = (
         "import sys; from pathlib import Path;"
-        "from patchcl_qupath.project.paquo import find_qupath;"
+        "from patchcl_qupath.project.installed import find_qupath;"
         "print(find_qupath(Path(sys.argv[1]))); import jpype; print(jpype.isJVMStarted())"
     )
     printed = subprocess.check_output([sys.executable, "-c", code, folder], text=True)
@@ -123,6 +125,112 @@ def test_qupath_without_java_is_refused(tmp_path: Path) -> None:
         find_qupath(folder)
 
 
+def by_settings(home: Path, **settings: str) -> str:
+    """The backend of a project, in a process with some settings of paquo, which reads them once."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PAQUO_")}
+    own |= {"HOME": str(home), "CONDA_PREFIX": "", "LOCALAPPDATA": ""} | settings
+    code = (
+        "import sys; from pathlib import Path; from patchcl_qupath.project import open_project;"
+        "print(open_project(Path(sys.argv[1])).backend)"
+    )
+    command = [sys.executable, "-c", code, SAMPLE]
+    return subprocess.check_output(command, env=own, cwd=home, text=True).strip()
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("place", "settings"),
+    [
+        ("QuPath", {"QUPATH_SEARCH_DIRS": '["~"]'}),
+        ("QuPath", {"QUPATH_SEARCH_DIRS": "~"}),
+        ("AppData/Local/QuPath-0.6.0", {"QUPATH_SEARCH_DIRS": '["~/AppData/Local"]'}),
+        ("any", {"QUPATH_DIR": "~/any"}),
+    ],
+)
+def test_qupath_is_found_in_a_home(tmp_path: Path, place: str, settings: dict[str, str]) -> None:
+    pytest.importorskip("paquo")
+    found = qupath_folder(tmp_path / place, "qupath-core-0.6.0.jar") / "lib" / "app"
+    given = {f"PAQUO_{name}": value for name, value in settings.items()}
+    assert by_settings(tmp_path, **given) == f"paquo, with QuPath 0.6.0 in {found}"
+
+
+@LINUX
+def test_qupath_is_found_where_windows_keeps_what_a_user_installs(tmp_path: Path) -> None:
+    pytest.importorskip("paquo")
+    local = tmp_path / "moved"
+    found = qupath_folder(local / "QuPath-0.6.0", "qupath-core-0.6.0.jar") / "lib" / "app"
+    folders = {"PAQUO_QUPATH_SEARCH_DIRS": '["~/AppData/Local"]', "LOCALAPPDATA": str(local)}
+    assert by_settings(tmp_path, **folders) == f"paquo, with QuPath 0.6.0 in {found}"
+
+
+@LINUX
+def test_a_folder_that_cannot_be_searched_does_not_hide_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paquo = pytest.importorskip("paquo.jpype_backend")
+    closed, place = tmp_path / "closed", tmp_path / "place"
+    closed.mkdir()
+    (place / "QuPath-private").mkdir(parents=True)
+    scandir, is_dir = os.scandir, Path.is_dir
+
+    def refusing(path: Any) -> Any:  # root may read all
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    monkeypatch.setattr(
+        "paquo._config.to_kwargs",
+        lambda _: {
+            "qupath_dir": "",
+            "jvm_path_override": "",
+            "qupath_search_dirs": [str(closed), str(place)],
+            "qupath_search_dir_regex": "(?i)qupath.*",
+        },
+    )
+    with pytest.raises(ProjectError, match="no QuPath in the usual places: pass --qupath DIR"):
+        find_qupath()
+    folder = qupath_folder(place / "QuPath-0.6.0", "qupath-core-0.6.0.jar")
+    assert find_qupath() == f"0.6.0 in {folder / 'lib' / 'app'}"
+
+    def of_another_user(path: Path) -> bool:
+        if "QuPath-private" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(paquo.Path, "is_dir", of_another_user)
+    with pytest.raises(ProjectError, match=r"^the usual places cannot be .*QuPath-private"):
+        find_qupath()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("MOCK_BACKEND", "x", "mock_backend must is_type_of"),
+        ("QUPATH_SEARCH_DIR_REGEX", "(", "missing ), unterminated subpattern at position 0"),
+        ("QUPATH_DIR", "5", "expected str, bytes or os.PathLike object, not int"),
+        ("QUPATH_SEARCH_DIRS", "[5]", "expected str, bytes or os.PathLike object, not int"),
+    ],
+)
+def test_settings_of_paquo_that_cannot_be_used_are_named(
+    tmp_path: Path, name: str, value: str, reason: str
+) -> None:
+    pytest.importorskip("paquo")
+    found = by_settings(tmp_path, **{f"PAQUO_{name}": value})
+    assert found.startswith(f"files, since paquo's settings cannot be used ({reason}")
+    assert found.endswith(f": correct .paquo.toml or PAQUO_{name}")
+
+
+def test_a_settings_file_of_paquo_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("paquo")
+    file = tmp_path / ".paquo.toml"
+    file.write_text('qupath_dir = "C:\\Users\\me"\n')
+    assert by_settings(tmp_path) == (
+        "files, since paquo's settings cannot be used (Invalid hex value (at line 1, column 19)): "
+        f"correct {file}"
+    )
+
+
 def test_auto_is_files_without_paquo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "paquo._config", None)
     project = open_project(SAMPLE)
@@ -148,6 +256,19 @@ def test_memory_is_limited_unless_the_user_sets_it() -> None:
     quick = ["-XX:TieredStopAtLevel=1", "-XX:+UseParallelGC"]
     assert java_options(["-Xmx9g"]) == ["-Xmx9g", *quick]
     assert java_options(["-Xmx9g", "-XX:+UseZGC"]) == ["-Xmx9g", "-XX:+UseZGC", quick[0]]
+    for own in ("-XX:MaxRAMPercentage=75", "-XX:MaxHeapSize=9g"):
+        assert java_options([own]) == [own, *quick]
+    assert java_options(["-XX:MaxRAMPercentage=50"])[-1] == limit  # paquo's own
+
+
+def test_java_has_half_of_the_memory_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jvm, "memory_limit", lambda: 3 << 30)
+    assert java_options([])[-1] == "-Xmx1536m"
+
+
+def test_paquo_has_the_option_that_is_taken_for_its_own() -> None:
+    config = pytest.importorskip("paquo._config")
+    assert config.to_kwargs(config.settings)["java_opts"] == [jvm._OF_PAQUO]
 
 
 def test_nuclei_become_arrays() -> None:
@@ -242,6 +363,22 @@ def test_moved_project_class_and_object_type(
     assert shown == {"count": len(FEW) + 1, "class_name": name, "detection": True}
     classes = json.loads((folder / "classifiers" / "classes.json").read_text("utf-8"))
     assert classes["pathClasses"][-1]["name"] == name
+
+
+@pytest.mark.qupath
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right")
+def test_qupath_in_a_home_is_started(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same settings as it is found by."""
+    monkeypatch.setattr(backend, "find_qupath", lambda _: "in a home")
+    (path.parent / "QuPath").symlink_to(qupath.launcher().parents[1])
+    monkeypatch.setenv("HOME", str(path.parent))
+    monkeypatch.delenv("PAQUO_QUPATH_DIR", raising=False)
+    monkeypatch.setenv("PAQUO_QUPATH_SEARCH_DIRS", '["~"]')
+    monkeypatch.setenv("CONDA_PREFIX", "")
+    project, entry = opened(path, Process(None, path.with_name("qupath.log")))
+    with closing(project):
+        write(project, entry, FEW)
+    assert project.qupath_summary(entry).is_saved
 
 
 @pytest.mark.qupath
@@ -633,6 +770,19 @@ def test_scripts_are_compiled_once(path: Path, monkeypatch: pytest.MonkeyPatch) 
     shutil.rmtree(cache)
     cache.touch()
     written(FEW[:4])
+
+
+def test_scripts_are_compiled_for_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is in no list of the system."""
+
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    compiled = compiled_scripts.compiled_script("import_nuclei.groovy", MagicMock())
+    assert isinstance(compiled, MagicMock)
 
 
 @pytest.mark.qupath

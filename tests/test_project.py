@@ -279,7 +279,9 @@ def test_paths_that_are_not_projects_are_refused(tmp_path: Path, sample_project:
         open_project(slide)
     with pytest.raises(ProjectError, match="does not exist"):
         open_project(tmp_path / "none.qpproj")
-    with pytest.raises(ProjectError, match="holds no project"):
+    with pytest.raises(
+        ProjectError, match=r"holds no project \(.qpproj\): make one of .* init .* or name"
+    ):
         open_project(tmp_path)
     (tmp_path / "a.qpproj").write_text("{", "utf-8")
     with pytest.raises(ProjectError, match=r"a\.qpproj is damaged"):
@@ -292,7 +294,9 @@ def test_paths_that_are_not_projects_are_refused(tmp_path: Path, sample_project:
         with pytest.raises(ProjectError, match=r"a\.qpproj does not list its images"):
             open_project(tmp_path)
     (tmp_path / "b.qpproj").write_text("{}", "utf-8")
-    with pytest.raises(ProjectError, match="several projects"):
+    with pytest.raises(
+        ProjectError, match=r"several projects: name one of them, a\.qpproj, b\.qpproj"
+    ):
         open_project(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -67,6 +68,33 @@ def test_a_changed_script_is_kept(tmp_path: Path) -> None:
     assert changed.with_name("run_patchcl.groovy.bak").read_text() == "mine"
     assert changed.with_name("run_patchcl.groovy.bak1").read_text() == "mine again"
     assert "PatchCL" in changed.read_text("utf-8")
+
+
+@pytest.mark.parametrize("refused", ["read_text", "rename"])
+def test_a_project_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    shutil.copy(SAMPLE / "project.qpproj", tmp_path)
+    script = tmp_path / "scripts" / NAMES[0]
+    script.parent.mkdir()
+    script.write_text("of an earlier version")
+
+    def refuse(path: Path, *_: Any, **__: Any) -> None:  # root may do all
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        if refused == "read_text":
+            own = Path.read_text
+            patched.setattr(
+                Path, "read_text", lambda p, *a, **k: refuse(p) if p == script else own(p, *a, **k)
+            )
+        else:
+            patched.setattr(Path, refused, refuse)
+        result = CliRunner().invoke(main, ["scripts", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: cannot write {script}: ")
+    assert "copy the project to a folder that you can write to" in result.stderr
+    assert script.read_text() == "of an earlier version"
 
 
 def test_the_command_of_a_python_outside_of_an_environment(

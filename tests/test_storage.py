@@ -118,6 +118,21 @@ def test_a_tile_is_kept_where_the_disk_or_memory_fails(tmp_path, monkeypatch, er
     assert store.missing([TILE]) == []
 
 
+def test_tiles_of_a_disk_that_fails_are_neither_finished_nor_missing(tmp_path, monkeypatch):
+    store = stored(tmp_path, some_nuclei(3))
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("patchcl_qupath.execution.tile_store.is_whole_parquet", fail)
+        with pytest.raises(
+            StorageError, match=r"finished tiles in .* cannot be read .*: run again"
+        ):
+            store.missing([TILE])
+    assert store.missing([TILE]) == []
+
+
 def test_a_tile_without_a_column_is_damaged(tmp_path):
     store = stored(tmp_path, some_nuclei(3))
     content = store.path(TILE).read_bytes()
@@ -296,6 +311,7 @@ def test_partial_files_of_killed_writers_are_removed(tmp_path):
         (errno.ENOSPC, "disk is full: make room"),
         (errno.EROFS, "read-only: copy the project"),
         (errno.EACCES, "no permission"),
+        (errno.EIO, r"\[Errno \d+\] Input/output error: mend that, or copy the project"),
     ],
 )
 def test_errors_of_the_operating_system_are_explained(tmp_path, code, advice):
@@ -304,6 +320,15 @@ def test_errors_of_the_operating_system_are_explained(tmp_path, code, advice):
         writing(tmp_path / "wanted"),
     ):
         raise OSError(code, os.strerror(code))
+
+
+@pytest.mark.parametrize("name", ["file/a.json", "file/folder/a.json"])
+def test_a_file_in_the_place_of_a_folder(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        StorageError, match=r"a\.json: a file is where a folder of it should be: mo"
+    ):
+        write_bytes(tmp_path / name, b"")
 
 
 def test_windows_says_no_to_what_is_open_in_another_program(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ class Jobs:
     """``count`` jobs in the queue of a dask-jobqueue ``cluster``; each that ends is replaced.
 
     ``kind`` is one of CLUSTERS. ``notify`` is called with what the jobs wait for while there is no
-    worker.
+    worker. Raises ConfigError.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Jobs:
     ) -> None:
         self.kind = kind
         self.cluster = cluster
+        self.user = user_name()
         self.notify = notify
         self.slots = [_Slot() for _ in range(count)]
         self.submitted = 0
@@ -200,7 +201,7 @@ class Jobs:
     def _states(self) -> dict[str, str] | None:
         """By id, the states of the user's unfinished jobs; None if the queue does not answer."""
         listing = _LISTINGS[self.kind]
-        output = _output_of([*shlex.split(listing.command), getpass.getuser()])
+        output = _output_of([*shlex.split(listing.command), self.user])
         if output is None:
             self._notify(f"{listing.command.split()[0]} does not answer")
             return None
@@ -211,6 +212,19 @@ class Jobs:
                 states[number[1]] = state.removesuffix(" (None)")
         logger.debug("%s: %s", self.kind, states)
         return states
+
+
+def user_name() -> str:
+    """The user whose jobs are listed. Raises ConfigError for one without a name, as of a container.
+
+    That of another would be taken for a list without our jobs, which seem to have ended.
+    """
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError) as error:  # by version of Python and system
+        raise ConfigError(
+            "the user of this process has no name: set LOGNAME to the name that the queue knows"
+        ) from error
 
 
 def _output_of(command: list[str]) -> str | None:

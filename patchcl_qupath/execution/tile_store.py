@@ -88,8 +88,9 @@ class TileStore:
         write_bytes(self.folder / _LEFT_OUT / tile.name, b"")
 
     def left_out(self, tiles: Sequence[Tile]) -> list[Tile]:
-        """The tiles that were left out, in their order."""
-        names = {path.name for path in (self.folder / _LEFT_OUT).glob("*")}
+        """The tiles that were left out, in their order. Raises StorageError."""
+        with self._reading():
+            names = {path.name for path in (self.folder / _LEFT_OUT).glob("*")}
         return [tile for tile in tiles if tile.name in names]
 
     def leave_none_out(self) -> None:
@@ -133,9 +134,10 @@ class TileStore:
         write_bytes(self.path(tile), content, durable=False)
 
     def finished(self, tiles: Sequence[Tile]) -> tuple[Tile, ...]:
-        """The tiles that are finished, in their order."""
-        files = (self.folder / "tiles").glob("*.parquet")
-        names = {path.name for path in files if is_whole_parquet(path)}
+        """The tiles that are finished, in their order. Raises StorageError."""
+        with self._reading():
+            files = (self.folder / "tiles").glob("*.parquet")
+            names = {path.name for path in files if is_whole_parquet(path)}
         return tuple(tile for tile in tiles if self.path(tile).name in names)
 
     def missing(self, tiles: Sequence[Tile]) -> list[Tile]:
@@ -200,15 +202,15 @@ class TileStore:
             return read_table(self._source(tile), columns)
 
     @contextmanager
-    def _reading(self, tile: Tile) -> Iterator[None]:
-        """Raise StorageError where a finished tile cannot be read.
+    def _reading(self, tile: Tile | None = None) -> Iterator[None]:
+        """Raise StorageError where finished tiles cannot be read.
 
-        One that is damaged is removed: it would be so in each run.
+        A ``tile`` that is damaged is removed: it would be so in each run.
         """
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            if is_damage(error) and not isinstance(error, pa.ArrowCancelled):
+            if tile and is_damage(error) and not isinstance(error, pa.ArrowCancelled):
                 with suppress(OSError):
                     self.path(tile).unlink()
             reason = readable(str(error))

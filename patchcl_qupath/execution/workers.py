@@ -7,8 +7,10 @@ import logging
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -18,9 +20,9 @@ from typing import Any, TypeVar
 
 from patchcl_qupath import memory
 from patchcl_qupath.config import CLUSTERS
-from patchcl_qupath.errors import ConfigError, ImageError
-from patchcl_qupath.execution.jobs import Jobs
-from patchcl_qupath.overlap import usable_cores
+from patchcl_qupath.errors import ConfigError, ImageError, one_line
+from patchcl_qupath.execution.jobs import Jobs, user_name
+from patchcl_qupath.overlap import reading_dask_settings, usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -237,13 +239,12 @@ def open_workers(
     ``notify`` is called with what jobs wait for. Raises ConfigError if the scheduler does not
     answer or has no worker for minutes, or where no jobs can be had.
     """
-    import dask
-    import distributed  # noqa: F401  # its defaults first: config.set would remove them on exit
-
+    dask = _dask()
     if scheduler:
         with _at_scheduler(scheduler) as workers:
             yield workers
         return
+    _check_temporary_files(dask)
     with dask.config.set(_SETTINGS):
         if cluster:
             with _in_queue(cluster, count or 1, notify) as workers:
@@ -253,17 +254,50 @@ def open_workers(
                 yield workers
 
 
+def check_workers(scheduler: str | None = None, cluster: str | None = None) -> None:
+    """Raise ConfigError for workers that ``open_workers`` could not have: a training takes minutes.
+
+    Of a ``cluster``, no job is submitted.
+    """
+    dask = _dask()
+    if scheduler:
+        _client_of(scheduler).close()
+        return
+    _check_temporary_files(dask)
+    if cluster:
+        with job_cluster(cluster):
+            user_name()
+    else:
+        with _on_this_machine(1):
+            pass
+
+
+def _dask() -> Any:
+    """Dask, with its settings. Raises ConfigError for some that cannot be read."""
+    with reading_dask_settings():
+        import dask
+        import distributed  # noqa: F401  # its defaults first: config.set would remove them on exit
+    return dask
+
+
+def _check_temporary_files(dask: Any) -> None:
+    """Raise ConfigError where there is no folder for what workers and jobs write for a time."""
+    try:
+        if dask.config.get("temporary-directory", None) is None:
+            with tempfile.TemporaryFile():
+                pass
+    except OSError as error:
+        raise ConfigError(
+            f"no temporary file can be written ({one_line(error)}): set TMPDIR to a folder that "
+            "you can write to"
+        ) from error
+
+
 @contextmanager
 def _at_scheduler(address: str) -> Iterator[Workers]:
     from distributed.utils import silence_logging_cmgr
 
-    try:
-        client = _connected(address, timeout=_ANSWER)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no Dask scheduler answers at {address}: start one with 'dask scheduler', "
-            f"or leave out --scheduler to work on this machine ({error})"
-        ) from error
+    client = _client_of(address)
     with ExitStack() as stack:
         for name in _DASK_LOGS:  # what matters is in our own errors
             stack.enter_context(silence_logging_cmgr(logging.CRITICAL, name))
@@ -274,6 +308,17 @@ def _at_scheduler(address: str) -> Iterator[Workers]:
         except TimeoutError as error:
             raise ConfigError(no_worker(address)) from error
         yield Workers(client=client, are_elsewhere=True, scheduler=address)
+
+
+def _client_of(address: str) -> Any:
+    """A client of the scheduler at an address. Raises ConfigError where none answers."""
+    try:
+        return _connected(address, timeout=_ANSWER)
+    except (LookupError, OSError, TypeError, ValueError) as error:  # of the network, or a setting
+        raise ConfigError(
+            f"no Dask scheduler answers at {address}: start one with 'dask scheduler', "
+            f"or leave out --scheduler to work on this machine ({error})"
+        ) from error
 
 
 def _connected(scheduler: Any, **options: Any) -> Any:
@@ -302,11 +347,15 @@ def _in_queue(kind: str, count: int, notify: Callable[[str], None]) -> Iterator[
 def _on_this_machine(count: int) -> Iterator[Workers]:
     import dask
 
-    with (
-        dask.config.set(_ON_THIS_MACHINE),
-        _local_cluster(count) as cluster,
-        _connected(cluster) as client,
-    ):
+    with dask.config.set(_ON_THIS_MACHINE), ExitStack() as stack:
+        try:
+            cluster = stack.enter_context(_local_cluster(count))
+            client = stack.enter_context(_connected(cluster))
+        except Exception as error:  # of the system, or for a setting of any kind
+            raise ConfigError(
+                f"no worker can be started here ({one_line(error)}): mend that, "
+                "or correct Dask's settings in ~/.config/dask"
+            ) from error
         try:
             yield Workers(client=client, are_processes=len(client.nthreads()) > 1)
         except KeyboardInterrupt:
@@ -325,30 +374,31 @@ def _kill(cluster: Any) -> None:
 def _local_cluster(count: int) -> Any:
     """A cluster of ``count`` threads; all in this process where no others can be started."""
     processes, threads = _shared_out(count)
-    if processes == 1:
-        return _started(1, threads, processes=False)
-    # What processes shared is cleaned up after Ctrl-C, without a warning.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:" + resource_tracker.__name__)
-    try:
-        return _started(processes, threads, preload=_NO_CTRL_C)
-    except (OSError, RuntimeError) as error:  # of Dask
-        cause = error.__cause__ or error
-        logger.warning("no processes can be started (%r): all threads are of this one", cause)
-        return _started(1, count, processes=False)
+    if processes > 1:
+        # What processes shared is cleaned up after Ctrl-C, without a warning.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:" + resource_tracker.__name__)
+        try:
+            return _started(processes, threads, preload=_NO_CTRL_C)
+        except (OSError, RuntimeError) as error:  # of Dask
+            cause = error.__cause__ or error
+            logger.warning("no processes can be started (%r): all threads are of this one", cause)
+    return _started(1, count, processes=False)
 
 
 def _started(count: int, threads: int, **options: Any) -> Any:
     from distributed import LocalCluster
 
     logger.info("%d processes of %d threads on this machine", count, threads)
-    return LocalCluster(
-        n_workers=count,
-        threads_per_worker=threads,
-        dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces
-        memory_limit=0,
-        silence_logs=logging.CRITICAL,
-        **options,
-    )
+    with warnings.catch_warnings():  # where there is no network, which nothing here needs
+        warnings.filterwarnings("ignore", "Couldn't detect a suitable IP address", RuntimeWarning)
+        return LocalCluster(
+            n_workers=count,
+            threads_per_worker=threads,
+            dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces
+            memory_limit=0,
+            silence_logs=logging.CRITICAL,
+            **options,
+        )
 
 
 def _shared_out(count: int) -> tuple[int, int]:
@@ -384,14 +434,15 @@ def job_cluster(kind: str) -> Any:
         )
     import dask
 
-    own = dask.config.get(f"jobqueue.{kind}.scheduler-options", None) or {}
-    options = {"dashboard_address": "127.0.0.1:0", **own}  # its default may be another run's port
     try:
-        return getattr(dask_jobqueue, f"{kind.upper()}Cluster")(
-            scheduler_options=options, silence_logs=logging.CRITICAL
-        )
-    except (RuntimeError, TypeError, ValueError) as error:
+        kind_of_cluster = getattr(dask_jobqueue, f"{kind.upper()}Cluster")
+        # A job alone first: it tells of more, and a cluster that fails is not closed.
+        kind_of_cluster.job_cls("tcp://scheduler:8786", name="job").job_script()
+        own = dask.config.get(f"jobqueue.{kind}.scheduler-options", None) or {}
+        options = {"dashboard_address": "127.0.0.1:0", **own}  # its default may be another's port
+        return kind_of_cluster(scheduler_options=options, silence_logs=logging.CRITICAL)
+    except Exception as error:  # for a setting of any kind
         raise ConfigError(
             f"write into ~/.config/dask/jobqueue.yaml what a job is, at least 'jobqueue: {{{kind}: "
-            f"{{cores: 8, memory: 16GB, walltime: '04:00:00'}}}}' ({error})"
+            f"{{cores: 8, memory: 16GB, walltime: '04:00:00'}}}}' ({one_line(error)})"
         ) from error

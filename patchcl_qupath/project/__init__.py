@@ -56,10 +56,9 @@ def chosen_images(project: Project, names: Collection[str]) -> list[ImageEntry]:
     chosen_names = wanted & {entry.name for entry in entries}
     chosen_ids = {key.removeprefix(_ID) for key in wanted - chosen_names}
     if unknown := chosen_ids - by_id.keys():
-        known = ", ".join(entry.name for entry in entries[:10]) or "none"
-        raise ProjectError(
-            f"no image {', '.join(sorted(unknown))} in {project.path}: it has {known}"
-        )
+        known = ", ".join(entry.name for entry in entries[:10])
+        advice = f"choose among {known}" if known else "it has none, so add some in QuPath first"
+        raise ProjectError(f"no image {', '.join(sorted(unknown))} in {project.path}: {advice}")
     for key in sorted(chosen_names & by_id.keys()):
         if by_id[key] != key:
             named = ", ".join(f"{_ID}{entry.id}" for entry in entries if entry.name == key)

@@ -29,31 +29,35 @@ def compiled_script(name: str, java_class: Any) -> Any:
     time and nothing else.
     """
     text = read_script(name)
-    folder = cache_folder() / digest([text, *_versions(java_class)])
+    try:
+        return _kept_script(cache_folder(), name, text, java_class)
+    except (OSError, RuntimeError) as error:  # it cannot be written to, or the user has no home
+        logger.debug("no classes are kept: %r", error)
+    loader = java_class("groovy.lang.GroovyClassLoader")()
+    return java_class(loader.parseClass(text, name))
+
+
+def cache_folder() -> Path:
+    """The folder of compiled scripts, of this user. Raises RuntimeError for one without a home."""
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "patchcl-qupath" / "groovy"
+
+
+def _kept_script(cache: Path, name: str, text: str, java_class: Any) -> Any:
+    """The class that is kept in the cache, or is from now on. Raises OSError."""
+    folder = cache / digest([text, *_versions(java_class)])
     try:
         if folder.is_dir():
             return _load(folder, java_class)
     except Exception as error:  # Java's: a class file that is damaged
         logger.debug("damaged classes in %s: %r", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
-    try:
-        return _compile_into(folder, name, text, java_class)
-    except OSError as error:
-        logger.debug("no classes are kept in %s: %r", folder, error)
-    loader = java_class("groovy.lang.GroovyClassLoader")()
-    return java_class(loader.parseClass(text, name))
-
-
-def cache_folder() -> Path:
-    """The folder of compiled scripts, of this user."""
-    home = Path.home()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return base / "patchcl-qupath" / "groovy"
+    return _compile_into(folder, name, text, java_class)
 
 
 def _versions(java_class: Any) -> list[str]:

@@ -25,16 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import CELL, class_colour
 from patchcl_qupath.datatypes import Nuclei, Polygons
 from patchcl_qupath.errors import ImageError
+from patchcl_qupath.memory import memory_limit
 from patchcl_qupath.project.compiled_scripts import compiled_script
+from patchcl_qupath.project.installed import paquo_settings
 from patchcl_qupath.project.names import in_qupath
-from patchcl_qupath.storage.files import copy_once
+from patchcl_qupath.storage.files import copy_once, writing
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import FileSignature, RegionSummary, data_signature
 
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 MAX_OVERLAP = 0.5  # IoU with a kept object above which a new nucleus is left out
 MAX_MEMORY = 4 << 30  # bytes of Java's heap: enough for some 500,000 nuclei
+_OF_HEAP = ("-Xmx", "-XX:MaxHeapSize=", "-XX:MaxRAMPercentage=")
+_OF_PAQUO = "-XX:MaxRAMPercentage=50"  # where a person set nothing
 _USUAL_CLASSES = (  # of QuPath's StandardPathClasses
     "TUMOR",
     "STROMA",
@@ -216,11 +219,15 @@ class Process:
         self._process = self._pipe = None
 
     def start(self) -> None:
-        """Start the process if there is none, or if it died; returns before it is ready."""
+        """Start the process if there is none, or if it died; returns before it is ready.
+
+        Raises StorageError.
+        """
         if self._process is not None and self._process.is_alive():
             return
         self.close()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, self._qupath, self.log)
@@ -231,16 +238,18 @@ class Process:
 
 
 def java_options(given: list[str]) -> list[str]:
-    """Options of the JVM: those given, and by default what is quick, and a limit of memory."""
+    """Options of the JVM: those given, and by default what is quick, and a limit of memory.
+
+    That is half of what this process may use: Python has a share of it, too.
+    """
     if not any(option.startswith("-XX:TieredStopAtLevel") for option in given):
         # Java's quick compiler alone: the thorough one costs a short run more than it gives back.
         given = [*given, "-XX:TieredStopAtLevel=1"]
     if not any(option.startswith("-XX:+Use") and option.endswith("GC") for option in given):
         given = [*given, "-XX:+UseParallelGC"]  # nobody waits for a pause of it
-    if any(option.startswith("-Xmx") for option in given):
+    if any(option.startswith(_OF_HEAP) and option != _OF_PAQUO for option in given):
         return given
-    half = psutil.virtual_memory().total // 2
-    return [*given, f"-Xmx{min(half, MAX_MEMORY) >> 20}m"]
+    return [*given, f"-Xmx{min(memory_limit() // 2, MAX_MEMORY) >> 20}m"]
 
 
 def _name_files_as_python() -> None:
@@ -291,16 +300,13 @@ class _QuPath:
     """The child's side: all that touches Java. Only one can be made in a process."""
 
     def __init__(self, qupath: Path | None) -> None:
-        from paquo._config import settings, to_kwargs
         from paquo.jpype_backend import start_jvm
 
         self.seconds: dict[str, float] = {}
         self.saving = False  # whether the image of the last question was written to
         self._began = time.perf_counter()
         self._scripts: dict[str, Any] = {}
-        kwargs = to_kwargs(settings)
-        if qupath is not None:
-            kwargs["qupath_dir"] = str(qupath)
+        kwargs = paquo_settings(qupath)
         given = kwargs["java_opts"]
         kwargs["java_opts"] = java_options(given.split() if isinstance(given, str) else [*given])
         _name_files_as_python()

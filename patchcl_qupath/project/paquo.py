@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +23,10 @@ import shapely
 
 from patchcl_qupath.config import CORRECTED, TMA_CORES, BackendKind, ResultConfig, from_dict
 from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
-from patchcl_qupath.errors import ImageError, ProjectError
+from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.drawn import SELECTED, read_drawn
 from patchcl_qupath.project.files import JAVA_OBJECTS, FilesProject
+from patchcl_qupath.project.installed import find_qupath
 from patchcl_qupath.project.jvm import (
     Done,
     Export,
@@ -64,8 +64,6 @@ if TYPE_CHECKING:  # it loads pyarrow
 
 logger = logging.getLogger(__name__)
 
-OLDEST = (0, 4)  # the first QuPath whose objects have ids
-
 
 class FileStamps(NamedTuple):
     """The signatures of the files that change when QuPath saves; None for a missing file."""
@@ -73,44 +71,6 @@ class FileStamps(NamedTuple):
     project: FileSignature | None
     data: FileSignature | None
     last_version: FileSignature | None
-
-
-def find_qupath(qupath: Path | None = None) -> str:
-    """The version and folder of the QuPath in a folder, or of the one in paquo's settings.
-
-    Starts no Java. Raises ProjectError if there is none, or if it is too old or incomplete.
-    """
-    try:
-        from paquo._config import settings, to_kwargs
-        from paquo.jpype_backend import find_qupath as find
-    except ImportError as error:
-        raise ProjectError(
-            "paquo is not installed: pip install 'patchcl-qupath[qupath]'"
-        ) from error
-    kwargs = to_kwargs(settings)
-    if qupath is not None:
-        kwargs["qupath_dir"] = str(qupath)
-    try:
-        app = find(**kwargs).app_dir
-    except ValueError as error:
-        raise ProjectError(
-            "no QuPath in the usual places: pass --qupath DIR, or set PAQUO_QUPATH_DIR"
-        ) from error
-    except OSError as error:
-        raise ProjectError(
-            f"{kwargs['qupath_dir'] or kwargs['jvm_path_override']} holds no complete QuPath with "
-            "its Java: pass --qupath with the folder where QuPath is installed, or install it anew"
-        ) from error
-    versions = [
-        re.match(r"qupath-core-(\d+)\.(\d+)[\w.-]*?\.jar$", jar.name) for jar in app.iterdir()
-    ]
-    found = next((version for version in versions if version), None)
-    if found is None:
-        raise ProjectError(f"the QuPath in {app} is not complete: install it anew")
-    name = found[0].removeprefix("qupath-core-").removesuffix(".jar")
-    if (int(found[1]), int(found[2])) < OLDEST:
-        raise ProjectError(f"QuPath {name} in {app} is too old: install QuPath 0.4 or later")
-    return f"{name} in {app}"
 
 
 @dataclass(frozen=True)

@@ -88,13 +88,20 @@ def project_file(path: Path) -> Path:
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise ProjectError(f"{path} does not exist: give the path of a project.qpproj") from error
     except OSError as error:
-        raise ProjectError(f"{path} cannot be read: {error.strerror}") from error
+        raise ProjectError(
+            f"{path} cannot be read: {error.strerror}; mend that, or ask for the permission"
+        ) from error
     if stat.S_ISDIR(mode):
         found = project_files(path)
         if len(found) == 1:
             return found[0]
-        many = "several projects, name one of them" if found else "no project (.qpproj)"
-        raise ProjectError(f"{path} holds {many}")
+        if found:
+            names = ", ".join(file.name for file in found)
+            raise ProjectError(f"{path} holds several projects: name one of them, {names}")
+        raise ProjectError(
+            f"{path} holds no project (.qpproj): make one of images with `patchcl-qp init {path} "
+            "IMAGE...`, or name another folder"
+        )
     if path.suffix.lower() != ".qpproj":
         raise ProjectError(
             f"{path.name} is not a QuPath project: make one of images with "

@@ -8,7 +8,7 @@ import sysconfig
 from importlib.resources import files
 from pathlib import Path
 
-from patchcl_qupath.storage.files import atomic_write
+from patchcl_qupath.storage.files import atomic_write, writing
 
 # pyproject.toml maps the folder groovy/ to this package, in wheels and in editable installs.
 PACKAGE = "patchcl_qupath.groovy"
@@ -33,21 +33,27 @@ def copy_scripts(project: Path) -> list[str]:
 
     In the copy of ``run_patchcl.groovy``, ``command`` is the path of the running patchcl-qp. A
     script there that differs is kept beside the new one as ``NAME.groovy.bak``: a person may have
-    changed it.
+    changed it. Raises StorageError.
     """
     done = []
     for name in NAMES:
         text = read_script(name).replace(_COMMAND, _COMMAND[:-1] + _escaped(_this_command()) + "'")
         path = project.parent / "scripts" / name
-        if path.exists():
-            if path.read_text(encoding="utf-8", errors="replace") == text:
-                done.append(f"{path} is up to date")
-                continue
-            done.append(f"{path} was another version, now {_keep(path).name}")
-        with atomic_write(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-        done.append(f"{path} written")
+        with writing(path):
+            done += _copy(text, path)
     return done
+
+
+def _copy(text: str, path: Path) -> list[str]:
+    """Write a script; -> what was done. Raises OSError, StorageError."""
+    done = []
+    if path.exists():
+        if path.read_text(encoding="utf-8", errors="replace") == text:
+            return [f"{path} is up to date"]
+        done.append(f"{path} was another version, now {_keep(path).name}")
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return [*done, f"{path} written"]
 
 
 def _keep(path: Path) -> Path:

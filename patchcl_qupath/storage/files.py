@@ -37,12 +37,15 @@ _LONGEST = 259  # characters of a path on Windows, unless long paths are turned 
 
 _MAKE_ROOM = "make room and run again, finished tiles are kept"
 _COPY = "copy the project to a folder that you can write to"
+_IN_THE_WAY = "a file is where a folder of it should be: move that file away"
 _ADVICE = {
     errno.ENOSPC: f"the disk is full: {_MAKE_ROOM}",
     errno.EDQUOT: f"your disk quota is used up: {_MAKE_ROOM}",
     errno.EROFS: f"it is read-only: {_COPY}",
     errno.EACCES: f"no permission to write there: {_COPY}",
     errno.EPERM: f"no permission to write there: {_COPY}",
+    errno.EEXIST: _IN_THE_WAY,
+    errno.ENOTDIR: _IN_THE_WAY,
     errno.ENAMETOOLONG: "its name is too long: choose a shorter one",
 }
 _ON_WINDOWS = {
@@ -72,12 +75,12 @@ def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
 
 
 def _advice(paths: Sequence[Path], error: OSError) -> str:
-    """What to do about an error of the operating system; its own text where that is not known."""
+    """What to do about an error of the operating system."""
     named = [PurePath(name) for name in (error.filename, error.filename2) if isinstance(name, str)]
     if isinstance(error, FileNotFoundError) and any(map(is_too_long, [*paths, *named])):
         return f"its path is longer than {_LONGEST} characters: move the project to a shorter one"
     advice = _ADVICE | _ON_WINDOWS if WINDOWS else _ADVICE
-    return advice.get(error.errno or 0, str(error))
+    return advice.get(error.errno or 0, f"{error}: mend that, or {_COPY}")
 
 
 @contextmanager
