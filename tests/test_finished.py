@@ -159,7 +159,7 @@ def test_cells_with_names_of_another_qupath_are_written_again(folder: Path) -> N
     result = read_record(project.layout.result("1"), ResultRecord)
     assert result is not None
     assert result.is_compartment_first is False
-    with_cells = {**result.config, "cells": {**result.config["cells"], "expansion_um": 5.0}}
+    with_cells = {**result.config, "cells": {**result.config["cells"], "expand_um": 5.0}}
     for config, names, same in (
         (with_cells, False, True),
         (with_cells, True, False),
