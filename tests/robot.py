@@ -130,6 +130,11 @@ class Robot:
     def run_script(self, name: str) -> None:
         """Open a script of the project by the menu, and run it: by keys, if they reach the menu."""
         scripts = sorted(path.stem for path in self.project.parent.glob("scripts/*.groovy"))
+
+        def is_loaded() -> bool:
+            """Not only that of another script, of which the editor is open."""
+            return self.window("Script Editor") and f"{name}.groovy to Script Editor" in self.text()
+
         for attempt in range(3):  # a window that is not ready loses keys
             self.press("Escape")
             if attempt == 0:
@@ -142,7 +147,7 @@ class Robot:
                 time.sleep(0.1)
             self.press("Down", "Down", "Return")
             try:
-                self.wait(lambda: self.window("Script Editor"), 20, "script editor")
+                self.wait(is_loaded, 20, "script editor")
                 break
             except AssertionError:
                 self.focus("QuPath - ")

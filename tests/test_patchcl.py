@@ -111,7 +111,7 @@ def test_a_seed_repeats_a_training_and_leaves_other_random_numbers_alone():
 @pytest.mark.parametrize("similarity", MEASURES)
 def test_each_measure_of_the_paper_trains(similarity, monkeypatch):
     monkeypatch.setattr(patchcl, "_STARTS", 2)
-    model = trained(config(similarity=similarity, patches=8, max_steps=3))
+    model = trained(config(similarity=similarity, patches=6, max_steps=3))
     assert model.training.skipped_steps + len(model.training.loss) == 3
     assert np.isfinite(model.training.loss).all()
     assert model.threshold == 0.5
