@@ -178,7 +178,8 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
     if request.per in (ExportRows.REGION, ExportRows.CORE):
         notes += _not_counted(images, request.per)
     written: list[tuple[Path, int]] = []
-    for file in _FILES[request.to](project, told_apart(project, images), request):
+    all_entries = project.images()
+    for file in _FILES[request.to](project, told_apart(images, all_entries), request):
         written += _written(file, problems)
     if request.excel:
         notes += [
@@ -187,7 +188,7 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
             for path, rows in written
             if rows >= _EXCEL_ROWS
         ]
-    if len(entries) == len(project.images()):
+    if len(entries) == len(all_entries):
         notes += _others(request, [path for path, _ in written])
     return Exported(
         files=tuple(ExportedFile(path=str(path), rows=rows) for path, rows in written),

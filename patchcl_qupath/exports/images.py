@@ -189,12 +189,13 @@ def _same(region: DrawnRegion, summary: Summary) -> bool:
     return near and as_large and region.is_core == (summary.kind == "core")
 
 
-def told_apart(project: Project, images: Iterable[ExportedImage]) -> list[ExportedImage]:
-    """The images, with names in tables and of files that no two images of the project have.
+def told_apart(
+    images: Iterable[ExportedImage], entries: Sequence[ImageEntry]
+) -> list[ExportedImage]:
+    """The images, with names in tables and of files that no two of ``entries`` have.
 
-    They do not depend on which of them are exported, so that exports can be kept side by side.
+    These are all of the project, whichever are exported, so that exports can be kept side by side.
     """
-    entries = project.images()
     names = [entry.name for entry in entries]
     in_tables = distinct(names, [f" ({entry.id})" for entry in entries], key=str)
     # As far as any system takes it, and without its suffix.

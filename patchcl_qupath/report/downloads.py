@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from patchcl_qupath.config import ExportRows
+from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ImageError, StorageError
 from patchcl_qupath.exports.command import TABLE_NAMES
 from patchcl_qupath.exports.images import ExportedImage, exported_image, told_apart
@@ -46,7 +47,8 @@ def write_downloads(project: Project) -> list[Download]:
 
     One that cannot be written, as Excel has it open say, is left out: it costs no report.
     """
-    images = told_apart(project, _images(project))
+    entries = project.images()
+    images = told_apart(_images(project, entries), entries)
     folder = project.layout.report / _FOLDER
     written = []
     for per, words in _WORDS.items():
@@ -64,9 +66,9 @@ def write_downloads(project: Project) -> list[Download]:
     return written
 
 
-def _images(project: Project) -> Iterator[ExportedImage]:
+def _images(project: Project, entries: Sequence[ImageEntry]) -> Iterator[ExportedImage]:
     """The images that have nuclei which can be read."""
-    for entry in project.images():
+    for entry in entries:
         try:
             found = exported_image(project, entry)
         except ImageError:  # the report has a warning of its own
