@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import shapely
+import shapely.affinity
 from click.testing import CliRunner
 from exported import make_project, nuclei, write
 from msgspec import structs
@@ -89,6 +90,22 @@ def test_a_nucleus_counts_where_its_centroid_is() -> None:
     assert compare(ROI, discs(), discs(), discs()) == counts()
 
 
+def segmented_image(
+    contours: Polygons,
+    region: shapely.Geometry | None = None,
+    failed: shapely.Geometry = shapely.Polygon(),  # noqa: B008  # it never changes
+    shape: tuple[int, int] = (40, 40),
+) -> Any:
+    """What a run found in an image of (rows, columns); ``failed`` is the area of failed tiles."""
+    slide = SimpleNamespace(downsample=(1.0, 1.0), shape=shape)
+    return SimpleNamespace(
+        image=SimpleNamespace(id="1", region=region, slide=slide),
+        failed_area=failed,
+        contours_in=lambda box: shapely.transform(contours, lambda xy: xy - (box.col0, box.row0)),
+        pixels=lambda box: np.zeros((*box.shape, 3), np.uint8),
+    )
+
+
 def test_a_contour_that_rounding_folded_is_compared(tmp_path: Path) -> None:
     area = shapely.box(0, 0, 40, 40)
     folded = shapely.Polygon([(10, 10), (30, 10), (30, 30), (20, 9.99), (10, 30)])
@@ -107,14 +124,7 @@ def test_a_contour_that_rounding_folded_is_compared(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     record = ChangesRecord(model="a", model_name="refined", made="today", rois=(roi,))
     write_record(layout.changes("1") / "changes.json", record)
-    segmented: Any = SimpleNamespace(
-        image=SimpleNamespace(
-            id="1", region=None, slide=SimpleNamespace(downsample=(1.0, 1.0), shape=(40, 40))
-        ),
-        contours_in=lambda box: np.array([folded]),
-        pixels=lambda box: np.zeros((*box.shape, 3), np.uint8),
-    )
-    found = finish(layout, segmented, "a", "run 1")
+    found = finish(layout, segmented_image(np.array([folded])), "a", "run 1")
     assert found is not None
     assert found.added == 1
     written = read_record(layout.changes("1") / "changes.json", ChangesRecord)
@@ -154,6 +164,46 @@ def test_refining_with_one_image_keeps_what_another_was_given(tmp_path: Path) ->
         assert [(each.deleted, each.kept) for each in record.rois] == [(1, 1)]
     del corrections["2"]
     assert refine("1", "2", model="fourth")["2"] is None  # its ROI was deleted
+
+
+ELLIPSE = shapely.affinity.scale(shapely.Point(140, 120).buffer(1), 90, 60)
+# Of what lies outside of the image, a line remains.
+BEYOND = shapely.Polygon(
+    [(-50, 0), (0, 0), (0, 60), (-20, 60), (-20, 80), (200, 80), (200, 200), (-50, 200)]
+)
+
+
+@pytest.mark.parametrize(
+    ("roi", "region", "failed", "counted"),
+    [
+        (ELLIPSE, ELLIPSE.buffer(3), None, True),  # in it, but not the corners of its box
+        (ELLIPSE, ELLIPSE, None, True),
+        (shapely.box(80.4, 80.4, 200.6, 200.6), shapely.box(80.4, 80.4, 200.6, 200.6), None, True),
+        (ELLIPSE, ELLIPSE & shapely.box(0, 0, 220, 300), None, False),
+        (BEYOND, None, None, True),
+        (BEYOND, BEYOND, shapely.box(200, 0, 300, 300), True),
+        (ELLIPSE, None, shapely.box(0, 0, 75, 75), True),  # a failed tile meets its box alone
+        (ELLIPSE, None, shapely.box(0, 0, 110, 300), False),
+    ],
+)
+def test_a_roi_counts_where_the_run_segmented_all_of_it(
+    tmp_path: Path,
+    roi: shapely.Geometry,
+    region: shapely.Geometry | None,
+    failed: shapely.Geometry | None,
+    counted: bool,
+) -> None:
+    """Nuclei in a failed tile are not deleted by the refined model: nobody looked for them."""
+    project = make_project(tmp_path / "made", ["a.svs"])
+    write(project, 0, nuclei("a", 2))
+    corrections = {"1": Corrections(rois=(roi,), nuclei=(nuclei("a", 2).polygons[1],))}
+    names = {"model": "m", "model_name": "refined", "roi_class": "Done"}
+    begin(project.layout, ["1"], corrections, **names)
+    segmented = segmented_image(
+        nuclei("a", 2).polygons[1:], region, failed or shapely.Polygon(), (300, 300)
+    )
+    found = finish(project.layout, segmented, "m", "run 1")
+    assert found == (counts(deleted=1, deleted_now=1, kept=1, kept_now=1) if counted else None)
 
 
 def test_a_damaged_file_of_nuclei_costs_no_refined_model(

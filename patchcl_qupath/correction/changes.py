@@ -24,6 +24,7 @@ from patchcl_qupath.config import TO_CORRECT
 from patchcl_qupath.datatypes import Box, Corrections, Polygons, grid_to_level0, place_text
 from patchcl_qupath.evaluation.metrics import MIN_IOU, Overlaps
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
+from patchcl_qupath.slides.prepare import on_grid
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import atomic_write, to_jpeg
 from patchcl_qupath.storage.geojson import class_name, from_object, made_valid, to_object
@@ -44,7 +45,7 @@ from patchcl_qupath.storage.records import (
 logger = logging.getLogger(__name__)
 
 UNCHANGED_IOU = 0.99  # from it on, nobody reshaped it: files round coordinates
-_SAME_PLACE_PX = 0.5  # at level 0: QuPath rounds the corners of a ROI
+_SAME_PLACE_PX = 0.5  # QuPath rounds the corners of a ROI, and grids those of tiles
 _JPEG_QUALITY = 62
 
 Bools = NDArray[np.bool_]
@@ -153,18 +154,16 @@ def finish(layout: Layout, segmented: SegmentedImage, model: str, run: str) -> C
     """Add the nuclei that the refined model found, and pictures of the ROIs.
 
     Returns the counts of the image; None if it has no corrected ROIs, if they are for another
-    model, or if the run does not cover them. Raises StorageError.
+    model, or if the run did not segment all of them. Raises StorageError.
     """
     image = segmented.image
     folder = layout.changes(image.id)
     record = read_record(folder / CHANGES, ChangesRecord)
     if record is None or record.model != model or not record.rois:
         return None
-    boxes = [_box(roi, image.slide) for roi in record.rois]
-    if image.region is not None and not all(
-        image.region.covers(shapely.box(box.col0, box.row0, box.col1, box.row1)) for box in boxes
-    ):
+    if not all(_is_segmented(roi, segmented) for roi in record.rois):
         return None
+    boxes = [_box(roi, image.slide) for roi in record.rois]
     rois = [
         _after(
             roi,
@@ -181,6 +180,19 @@ def finish(layout: Layout, segmented: SegmentedImage, model: str, run: str) -> C
         finished = msgspec.structs.replace(record, run=run, rois=tuple(rois))
         write_record(new / CHANGES, finished, compact=True)
     return ChangeCounts.total(rois)
+
+
+def _is_segmented(roi: RoiChangesRecord, segmented: SegmentedImage) -> bool:
+    """Whether the area of a ROI that counts lies in the analysis region, and in no failed tile.
+
+    Of a ROI that is no rectangle, the corners of its bounding box may well lie elsewhere.
+    """
+    slide, region = segmented.image.slide, segmented.image.region
+    area = on_grid(from_object(roi.geometry), slide)
+    if region is not None and (area - region.buffer(_SAME_PLACE_PX)).area:
+        return False
+    failed = on_grid(segmented.failed_area, slide).buffer(-_SAME_PLACE_PX)  # borders are rounded
+    return failed.is_empty or not (area & failed).area
 
 
 def compare(
