@@ -166,6 +166,25 @@ def test_refining_with_one_image_keeps_what_another_was_given(tmp_path: Path) ->
     assert refine("1", "2", model="fourth")["2"] is None  # its ROI was deleted
 
 
+def test_what_two_rois_share_counts_once(tmp_path: Path) -> None:
+    """Nuclei at x 100, 140 and 300: of the second, in both ROIs, the contour is new."""
+    project = make_project(tmp_path / "made", ["a.svs"])
+    write(project, 0, nuclei("a", 1))
+    rois = (shapely.box(80, 80, 200, 200), shapely.box(120, 80, 320, 200))
+    segmented = segmented_image(nuclei("a", 3).polygons, shape=(1000, 1000))
+    for order, model in ((1, "m"), (-1, "n")):  # read again, in another order
+        drawn = tuple(nuclei("a", 3).polygons)
+        corrections = {"1": Corrections(rois=rois[::order], nuclei=drawn, ids=("1", "2")[::order])}
+        names = {"model": model, "model_name": "refined", "roi_class": "Done"}
+        begin(project.layout, ["1"], corrections, **names)
+        found = finish(project.layout, segmented, model, "run 1")
+        assert found == counts(added=2, added_now=2, kept=1, kept_now=1)
+        record = read_record(project.layout.changes("1") / "changes.json", ChangesRecord)
+        assert record is not None
+        assert [(roi.added, roi.kept) for roi in record.rois] == [(1, 1), (1, 0)]
+        run_again(project, 3, refined=True)
+
+
 ELLIPSE = shapely.affinity.scale(shapely.Point(140, 120).buffer(1), 90, 60)
 # Of what lies outside of the image, a line remains.
 BEYOND = shapely.Polygon(

@@ -253,6 +253,7 @@ def _rois(
     """The records of the corrected ROIs of an image in which the model before segmented nuclei.
 
     And a note on each that is left out, as the nuclei that a person was given are not ``known``.
+    What two ROIs share counts in the first one, from the left.
     """
     result = read_result(layout.result(image))
     if not isinstance(result, ResultRecord):
@@ -267,10 +268,13 @@ def _rois(
     drawn, ignored = np.array(labels.nuclei, dtype=object), shapely.union_all(labels.ignored)
     on_disk = nuclei if _are_first(layout, image, result) else None
     records, notes = [], []
-    for roi, id_ in zip(labels.rois, labels.ids or [""] * len(labels.rois), strict=True):
+    counted = shapely.Polygon()
+    rois = zip(labels.rois, labels.ids or [""] * len(labels.rois), strict=True)
+    # By place: QuPath may list them in another order when they are read again.
+    for roi, id_ in sorted(rois, key=lambda pair: pair[0].bounds):
         if regions and not _covers(regions, roi):
             continue
-        area = roi - ignored
+        area = roi - ignored - counted  # ROIs may overlap
         given = _known(roi, area, id_, known)
         given = on_disk if given is None else given
         if given is None:
@@ -280,6 +284,7 @@ def _rois(
             )
         else:
             records.append(_before(roi, area, id_, given, drawn))
+            counted |= roi
     return records, tuple(notes)
 
 

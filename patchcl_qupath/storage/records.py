@@ -336,7 +336,8 @@ class ChangeCounts(Record, frozen=True, kw_only=True):
 class RoiChangesRecord(ChangeCounts, frozen=True, kw_only=True):
     """A corrected ROI: its bounding box at level 0, and contours of nuclei before and after.
 
-    ``geometry`` is GeoJSON at level 0: the ROI without areas of classes that QuPath ignores.
+    ``geometry`` is GeoJSON at level 0: the ROI without areas of classes that QuPath ignores, and
+    without what it shares with a ROI before it.
     Contours are [x, y, x, y, ...] at level 0: of the model ``before``, as a person ``corrected``
     them, and of the refined model (``after``). ``picture`` is a file in the same folder, of the box
     at the working resolution. ``id`` is that in QuPath; empty where nobody knows it.
