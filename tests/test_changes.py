@@ -29,6 +29,7 @@ from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import (
     ChangeCounts,
     ChangesRecord,
+    ResultRecord,
     RoiChangesRecord,
     RunRecord,
     read_record,
@@ -183,6 +184,28 @@ def test_what_two_rois_share_counts_once(tmp_path: Path) -> None:
         assert record is not None
         assert [(roi.added, roi.kept) for roi in record.rois] == [(1, 1), (1, 0)]
         run_again(project, 3, refined=True)
+
+
+def test_the_picture_of_a_roi_that_reaches_out_of_the_image_is_its_size(tmp_path: Path) -> None:
+    """The report draws contours over all of it: a picture of a part would be stretched below."""
+    project = make_project(tmp_path / "made", ["a.svs"])
+    roi = shapely.box(80, 80, 200, 200)
+    corrections = {"1": Corrections(rois=(roi,), nuclei=tuple(nuclei("a", 2).polygons), ids=("1",))}
+    for model in "mn":
+        run_again(project, 2, refined=model == "n")
+        result = read_record(project.layout.result("1"), ResultRecord)
+        assert result is not None
+        slide = structs.replace(result.slide, size=(150, 300))
+        write_record(project.layout.result("1"), structs.replace(result, slide=slide))
+        names = {"model": model, "model_name": "refined", "roi_class": "Done"}
+        assert begin(project.layout, ["1"], corrections, **names) == {"1": ()}
+        segmented = segmented_image(nuclei("a", 2).polygons, shape=(300, 150))
+        assert finish(project.layout, segmented, model, "run 1") == counts(kept=2, kept_now=2)
+        record = read_record(project.layout.changes("1") / "changes.json", ChangesRecord)
+        assert record is not None
+        (found,) = record.rois
+        with Image.open(project.layout.changes("1") / found.picture) as picture:
+            assert picture.size == (found.width, found.height) == (70, 120)
 
 
 ELLIPSE = shapely.affinity.scale(shapely.Point(140, 120).buffer(1), 90, 60)

@@ -265,6 +265,8 @@ def _rois(
         logger.warning("%s is damaged: corrections are not counted there", layout.nuclei(image))
         return [], ()
     regions = [from_object(region.geometry) for region in result.regions]
+    size = result.slide.size
+    whole = None if size is None else shapely.box(0, 0, *size)
     drawn, ignored = np.array(labels.nuclei, dtype=object), shapely.union_all(labels.ignored)
     on_disk = nuclei if _are_first(layout, image, result) else None
     records, notes = [], []
@@ -272,6 +274,8 @@ def _rois(
     rois = zip(labels.rois, labels.ids or [""] * len(labels.rois), strict=True)
     # By place: QuPath may list them in another order when they are read again.
     for roi, id_ in sorted(rois, key=lambda pair: pair[0].bounds):
+        if whole is not None:  # a picture of it ends there
+            roi &= whole
         if regions and not _covers(regions, roi):
             continue
         area = roi - ignored - counted  # ROIs may overlap
