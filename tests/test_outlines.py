@@ -178,6 +178,39 @@ def test_a_nucleus_of_the_class_of_its_roi_is_one(tmp_path: Path, name: str) -> 
     assert found.notes == ("outlines in its ROIs that have a class of ROIs, taken as nuclei: 4",)
 
 
+@pytest.mark.parametrize("um", [8, 18])
+@pytest.mark.parametrize(("name", "kind"), [(CORRECTED, "annotation"), ("Tumor", "detection")])
+def test_a_nucleus_of_the_class_of_a_roi_may_reach_out_of_it(
+    tmp_path: Path, name: str, kind: str, um: int
+) -> None:
+    """Drawn with "Auto set", or classified by an object classifier: it is no ROI of background."""
+    border = disc(505, 100, um)
+    assert (border & ROI).area < 0.4 * border.area
+    nuclei = [feature(nucleus, name, kind) for nucleus in [border, *grid()]]
+    tiles = [feature(disc(9, 9, 40), name, "tile")] if kind == "detection" else []
+    found = read(tmp_path, *nuclei, *tiles, roi_class=name)
+    assert [roi.bounds for roi in found.rois] == [ROI.bounds]
+    assert places(found.nuclei) == places([border, *grid()])
+    assert found.left_out == {**NONE, "tiles": len(tiles)}
+    assert found.notes == ("outlines in its ROIs that have a class of ROIs, taken as nuclei: 10",)
+
+
+def test_corrected_rois_are_annotations(tmp_path: Path) -> None:
+    """What `suggest` keeps away from is no nucleus that has the class."""
+    read(tmp_path, *(feature(disc(505, y), CORRECTED, "detection") for y in (100, 200)))
+    (roi,) = ExportedLabels.read(tmp_path / "1.geojson", "a.svs").corrected_rois
+    assert roi.bounds == ROI.bounds
+
+
+def test_a_small_roi_beside_another_is_one(tmp_path: Path) -> None:
+    """It holds a nucleus and laps over a little, or touches and is background."""
+    over, touching = shapely.box(490, 0, 560, 70), shapely.box(499.9, 200, 560, 270)
+    small = [feature(roi, CORRECTED) for roi in (over, touching)]
+    found = read(tmp_path, *small, feature(disc(60, 60)), feature(disc(530, 40)))
+    assert {roi.bounds for roi in found.rois} == {ROI.bounds, over.bounds, touching.bounds}
+    assert places(found.nuclei) == {(60, 60), (530, 40)}
+
+
 def test_a_small_roi_is_no_nucleus(tmp_path: Path) -> None:
     """One outside of the others, and one to be corrected that is larger than nuclei."""
     small, suggested = shapely.box(600, 0, 660, 60), shapely.box(300, 300, 450, 450)

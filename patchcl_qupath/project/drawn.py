@@ -258,7 +258,8 @@ class ExportedLabels:
             return Corrections()
         pixel_um2 = _pixel_um2(objects, mpp, fallback_mpp)
         is_nucleus = _nuclei_of_roi_class(objects, roi_class, pixel_um2)
-        is_roi = (objects.classes == class_name(roi_class)) & ~is_nucleus
+        is_roi = _are_annotations(objects) & (objects.classes == class_name(roi_class))
+        is_roi &= ~is_nucleus
         marked = objects.take(is_roi & ~shapely.is_missing(objects.areas))
         rois, owner = rois_of(marked.areas, pixel_um2)
         if not len(rois):
@@ -289,6 +290,7 @@ class ExportedLabels:
             return ()
         areas, pixel_um2 = self.objects.areas, _pixel_um2(self.objects)
         marked = (self.objects.classes == CORRECTED) & ~shapely.is_missing(areas)
+        marked &= _are_annotations(self.objects)
         marked &= ~_nuclei_of_roi_class(self.objects, CORRECTED, pixel_um2)
         rois, _ = rois_of(areas[marked], pixel_um2)
         return tuple(rois)
@@ -304,11 +306,19 @@ def are_ours(objects: Objects) -> NDArray[np.bool_]:
 
 def _nuclei_of_roi_class(objects: Objects, roi_class: str, pixel_um2: float) -> NDArray[np.bool_]:
     """(N,) which objects are outlines of nuclei in ROIs of a class, though they have that class, or
-    another one of ROIs."""
+    another one of ROIs: detections, which no ROI is, and annotations as small as nuclei."""
     areas = np.where(shapely.is_missing(objects.areas), shapely.Polygon(), objects.areas)
-    rois = areas[objects.classes == class_name(roi_class)]
+    is_annotation = _are_annotations(objects)
     has_class = np.isin(objects.classes, (class_name(roi_class), TO_CORRECT, CORRECTED))
-    return np.asarray(has_class & are_nuclei_in(areas, rois, pixel_um2))
+    rois = areas[is_annotation & (objects.classes == class_name(roi_class))]
+    is_detection = ~is_annotation & (objects.kinds != "tile") & ~objects.whole_cells
+    is_small = is_annotation & are_nuclei_in(areas, rois, areas[~has_class], pixel_um2)
+    return np.asarray(has_class & (is_detection | is_small))
+
+
+def _are_annotations(objects: Objects) -> NDArray[np.bool_]:
+    """(N,) which objects a ROI may be: detections may have its class, by an object classifier."""
+    return ~np.isin(objects.kinds, ("detection", "cell", "tile"))
 
 
 def _flaw(error: Exception) -> str:

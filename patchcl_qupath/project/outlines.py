@@ -26,6 +26,7 @@ MIN_ROI_UM = 16.0  # a narrower ROI contains no whole nucleus
 MIN_PIECE = 0.1  # of the largest piece of an outline
 MAX_HELD = 0.25  # of an outline's area: a smaller one within shows that it is a region
 MAX_SHARED = 0.2  # fraction of the smaller of two nuclei; with more, one of them is a duplicate
+_ROUNDING = 0.01  # of an area that touches another: what both may share
 UNKNOWN_PIXEL_UM2 = 0.25 * 0.25  # where nobody knows the size of a pixel
 
 _Bools = NDArray[np.bool_]
@@ -143,17 +144,25 @@ def _are_regions(outlines: Polygons, classes: NDArray[np.str_], pixel_um2: float
     return region
 
 
-def are_nuclei_in(areas: Polygons, rois: Polygons, pixel_um2: float) -> _Bools:
-    """(N,) which areas (N,) are as small as nuclei, and lie mostly in one of ``rois`` (M,) that is
-    not.
+def are_nuclei_in(areas: Polygons, rois: Polygons, others: Polygons, pixel_um2: float) -> _Bools:
+    """(N,) which areas (N,) are as small as nuclei, and lie in one of ``rois`` (M,) that is not, in
+    part or whole.
 
     So areas of a class of ROIs are told from ROIs: what a person draws gets the class of what was
-    drawn before, where QuPath's "Auto set" is on.
+    drawn before, where QuPath's "Auto set" is on. One that lies mostly outside is a small ROI if it
+    holds a much smaller one of ``others`` (K,), outlines of other classes.
     """
     large = rois[_exceed_nuclei(rois, pixel_um2)]
     if not len(large):
         return np.zeros(len(areas), dtype=bool)
-    return ~_exceed_nuclei(areas, pixel_um2) & mostly_in(areas, large)
+    size = shapely.area(areas)
+    inside = shapely.area(shapely.intersection(areas, shapely.union_all(large)))
+    inner, outer = shapely.STRtree(areas).query(shapely.centroid(others), predicate="within")
+    holds = np.zeros(len(areas), dtype=bool)
+    holds[outer[shapely.area(others[inner]) < MAX_HELD * size[outer]]] = True
+    reaches = (inside > _ROUNDING * size) & ~holds
+    found: _Bools = ~_exceed_nuclei(areas, pixel_um2) & ((inside > size / 2) | reaches)
+    return found
 
 
 def _exceed_nuclei(areas: Polygons, pixel_um2: float) -> _Bools:
