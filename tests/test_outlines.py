@@ -383,6 +383,19 @@ def test_ignored_objects_are_no_ground_truth_either(tmp_path: Path) -> None:
     )
 
 
+def test_nuclei_of_a_class_of_rois_are_ground_truth_too(tmp_path: Path) -> None:
+    """What is read from a file by `refine` and by `score`: a person drew them with "Auto set"."""
+    nuclei = grid()
+    names = [CORRECTED, TO_CORRECT, "Nucleus"]
+    drawn = [feature(nucleus, names[k % 3]) for k, nucleus in enumerate(nuclei)]
+    drawn.append(feature(disc(505, 450), CORRECTED, "detection"))
+    labels = read(tmp_path, *drawn)
+    entry = ImageEntry("1", "a.svs", tmp_path, size=(600, 600), mpp=(0.5, 0.5))
+    truth = read_ground_truth([tmp_path / "1.geojson"], entry)
+    assert places(truth.polygons) == places(labels.nuclei) == places([*nuclei, disc(505, 450)])
+    assert truth.note == "annotations of PatchCL and its ROIs left out: 1"
+
+
 # ---------------------------------------------------------------- training samples
 
 

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import label
 
+from patchcl_qupath.config import CORRECTED, TO_CORRECT
 from patchcl_qupath.datatypes import ImageEntry, Labels, Polygons, grid_to_level0
 from patchcl_qupath.errors import GroundTruthError
-from patchcl_qupath.project.drawn import are_ours
+from patchcl_qupath.project.drawn import are_ours, nuclei_of_roi_class
 from patchcl_qupath.project.outlines import MAX_AREA_UM2
 from patchcl_qupath.segmentation.contours import pixel_polygons
 from patchcl_qupath.slides.pyramid import IMAGE_SUFFIXES
@@ -155,11 +156,12 @@ def _nuclei(path: Path, entry: ImageEntry) -> GroundTruth:
         )
     ignored = has_area & np.char.endswith(objects.classes, "*")  # as in QuPath
     tile = has_area & ~ignored & (objects.kinds == "tile")
+    pixel_um2 = math.prod(entry.mpp) if entry.mpp else 0.0
     ours = has_area & ~ignored & ~tile & are_ours(objects)
+    ours &= ~nuclei_of_roi_class(objects, (TO_CORRECT, CORRECTED), pixel_um2)
     polygons: Polygons = objects.areas[has_area & ~ignored & ~tile & ~ours]
     is_region = holds_several(polygons)
     # A region around one nucleus, or around none, shows by its size alone.
-    pixel_um2 = math.prod(entry.mpp) if entry.mpp else 0.0
     is_large = ~is_region & (shapely.area(polygons) * pixel_um2 > MAX_AREA_UM2)
     notes = [
         f"{words}: {count}"

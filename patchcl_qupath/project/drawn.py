@@ -257,7 +257,7 @@ class ExportedLabels:
         if objects is None:
             return Corrections()
         pixel_um2 = _pixel_um2(objects, mpp, fallback_mpp)
-        is_nucleus = _nuclei_of_roi_class(objects, roi_class, pixel_um2)
+        is_nucleus = nuclei_of_roi_class(objects, (roi_class,), pixel_um2)
         is_roi = _are_annotations(objects) & (objects.classes == class_name(roi_class))
         is_roi &= ~is_nucleus
         marked = objects.take(is_roi & ~shapely.is_missing(objects.areas))
@@ -291,7 +291,7 @@ class ExportedLabels:
         areas, pixel_um2 = self.objects.areas, _pixel_um2(self.objects)
         marked = (self.objects.classes == CORRECTED) & ~shapely.is_missing(areas)
         marked &= _are_annotations(self.objects)
-        marked &= ~_nuclei_of_roi_class(self.objects, CORRECTED, pixel_um2)
+        marked &= ~nuclei_of_roi_class(self.objects, (CORRECTED,), pixel_um2)
         rois, _ = rois_of(areas[marked], pixel_um2)
         return tuple(rois)
 
@@ -304,13 +304,19 @@ def are_ours(objects: Objects) -> NDArray[np.bool_]:
     return ours
 
 
-def _nuclei_of_roi_class(objects: Objects, roi_class: str, pixel_um2: float) -> NDArray[np.bool_]:
-    """(N,) which objects are outlines of nuclei in ROIs of a class, though they have that class, or
-    another one of ROIs: detections, which no ROI is, and annotations as small as nuclei."""
+def nuclei_of_roi_class(
+    objects: Objects, roi_classes: Sequence[str], pixel_um2: float
+) -> NDArray[np.bool_]:
+    """(N,) which objects are outlines of nuclei in ROIs of some classes, though they have one of
+    these, or another class of ROIs: detections, which no ROI is, and annotations as small as
+    nuclei.
+
+    ``pixel_um2`` is the area of a pixel at level 0, in µm².
+    """
     areas = np.where(shapely.is_missing(objects.areas), shapely.Polygon(), objects.areas)
-    is_annotation = _are_annotations(objects)
-    has_class = np.isin(objects.classes, (class_name(roi_class), TO_CORRECT, CORRECTED))
-    rois = areas[is_annotation & (objects.classes == class_name(roi_class))]
+    is_annotation, names = _are_annotations(objects), [*map(class_name, roi_classes)]
+    has_class = np.isin(objects.classes, (*names, TO_CORRECT, CORRECTED))
+    rois = areas[is_annotation & np.isin(objects.classes, names)]
     is_detection = ~is_annotation & (objects.kinds != "tile") & ~objects.whole_cells
     is_small = is_annotation & are_nuclei_in(areas, rois, areas[~has_class], pixel_um2)
     return np.asarray(has_class & (is_detection | is_small))
