@@ -14,6 +14,7 @@ import pytest
 import shapely
 import tifffile
 from click.testing import CliRunner
+from msgspec import structs
 from PIL import Image
 from results import result_of
 
@@ -500,6 +501,21 @@ def test_a_large_nucleus_in_ground_truth_is_one(ground_truth: Path) -> None:
         truth = read_ground_truth([path], replace(ENTRY, mpp=mpp))
         assert [*shapely.area(truth.polygons)] == [side**2]
         assert truth.note is None
+
+
+def test_background_with_a_number_of_its_own_is_no_nucleus(
+    project: Path, ground_truth: Path
+) -> None:
+    """A watershed numbers it as all else; in GeoJSON, such an area is left out, too."""
+    labels = np.where(LABELS > 0, LABELS, 1)
+    np.save(ground_truth / "a.npy", labels)
+    slide = structs.replace(result_of(0).slide, mpp=(1.5, 1.5))  # of 5,400 µm²
+    write_nuclei(project, 0, NUCLEI, slide=slide)
+    (image,) = json.loads(call("score", project, "--ground-truth", ground_truth, "--json").stdout)[
+        "images"
+    ]
+    assert (image["true_nuclei"], image["scores"]) == (3, pytest.approx(PERFECT))
+    assert image["note"] == "true contours left out since they are larger than 2,000 µm²: 1"
 
 
 def test_contours_outside_of_the_image_are_told_of(project: Path, ground_truth: Path) -> None:

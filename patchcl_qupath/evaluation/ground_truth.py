@@ -37,6 +37,7 @@ SUFFIXES = (*GEOJSON, ".png", ".tif", ".tiff", ".npy")
 # A mask of a few classes has many pieces of each value; a nucleus is seldom in several.
 MAX_CLASSES, MAX_PIECES = 10, 4
 MAX_PAGES = 1000  # of a TIFF with labels, which has one
+_LARGE = f"true contours left out since they are larger than {MAX_AREA_UM2:,.0f} µm²"
 _KINDS = f"a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 
@@ -105,12 +106,12 @@ def check_not_shared(
 def read_ground_truth(files: Sequence[Path], entry: ImageEntry) -> GroundTruth:
     """The true nuclei of an image from its ground-truth files, of which there must be one.
 
-    GeoJSON is in px at level 0; a polygon that contains several others, or is too large for a
-    nucleus where ``entry.mpp`` tells, is a region, and left out, as are objects without area, and
-    this program's own annotation and ROIs. Label images, integers with 0 for background, may be
-    finer or coarser than level 0 by an integer factor. Raises GroundTruthError for several files, a
-    damaged file, labels of another size, or a mask that does not separate nuclei; ImageError if the
-    image's size cannot be read.
+    GeoJSON is in px at level 0; a polygon that contains several others is a region, and left out,
+    as are objects without area, and this program's own annotation and ROIs. Label images, integers
+    with 0 for background, may be finer or coarser than level 0 by an integer factor. Of both, what
+    is too large for a nucleus is left out where ``entry.mpp`` tells. Raises GroundTruthError for
+    several files, a damaged file, labels of another size, or a mask that does not separate nuclei;
+    ImageError if the image's size cannot be read.
     """
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
@@ -123,7 +124,10 @@ def read_ground_truth(files: Sequence[Path], entry: ImageEntry) -> GroundTruth:
     labels = _labels(path, entry)
     _check_instances(labels, path, entry)
     scale = _scale(path, labels.shape[::-1], entry)
-    return GroundTruth(grid_to_level0(pixel_polygons(labels), (scale, scale)))
+    polygons = grid_to_level0(pixel_polygons(labels), (scale, scale))
+    is_large = _are_large(polygons, entry)  # such as background that has a number of its own
+    note = f"{_LARGE}: {np.count_nonzero(is_large)}" if is_large.any() else None
+    return GroundTruth(polygons[~is_large], note=note)
 
 
 def _name(file: Path) -> str:
@@ -156,13 +160,12 @@ def _nuclei(path: Path, entry: ImageEntry) -> GroundTruth:
         )
     ignored = has_area & np.char.endswith(objects.classes, "*")  # as in QuPath
     tile = has_area & ~ignored & (objects.kinds == "tile")
-    pixel_um2 = math.prod(entry.mpp) if entry.mpp else 0.0
     ours = has_area & ~ignored & ~tile & are_ours(objects)
-    ours &= ~nuclei_of_roi_class(objects, (TO_CORRECT, CORRECTED), pixel_um2)
+    ours &= ~nuclei_of_roi_class(objects, (TO_CORRECT, CORRECTED), _pixel_um2(entry))
     polygons: Polygons = objects.areas[has_area & ~ignored & ~tile & ~ours]
     is_region = holds_several(polygons)
     # A region around one nucleus, or around none, shows by its size alone.
-    is_large = ~is_region & (shapely.area(polygons) * pixel_um2 > MAX_AREA_UM2)
+    is_large = ~is_region & _are_large(polygons, entry)
     notes = [
         f"{words}: {count}"
         for words, count in (
@@ -170,10 +173,7 @@ def _nuclei(path: Path, entry: ImageEntry) -> GroundTruth:
                 "true contours left out since they contain several others, as regions do",
                 np.count_nonzero(is_region),
             ),
-            (
-                f"true contours left out since they are larger than {MAX_AREA_UM2:,.0f} µm²",
-                np.count_nonzero(is_large),
-            ),
+            (_LARGE, np.count_nonzero(is_large)),
             ("annotations of PatchCL and its ROIs left out", np.count_nonzero(ours)),
             ("objects without area left out, such as points and lines", (~has_area).sum()),
             ("objects left out of a class that QuPath ignores, such as Ignore*", ignored.sum()),
@@ -184,6 +184,16 @@ def _nuclei(path: Path, entry: ImageEntry) -> GroundTruth:
     return GroundTruth(
         polygons[~is_region & ~is_large], objects.areas[ignored], "; ".join(notes) or None
     )
+
+
+def _are_large(polygons: Polygons, entry: ImageEntry) -> NDArray[np.bool_]:
+    """(N,) which polygons (N,) at level 0 are too large for nuclei; none without a pixel size."""
+    return np.asarray(shapely.area(polygons) * _pixel_um2(entry) > MAX_AREA_UM2, dtype=bool)
+
+
+def _pixel_um2(entry: ImageEntry) -> float:
+    """The area of a pixel at level 0, in µm²; 0 where that is not known."""
+    return math.prod(entry.mpp) if entry.mpp else 0.0
 
 
 def _labels(path: Path, entry: ImageEntry) -> Labels:
