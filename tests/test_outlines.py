@@ -155,6 +155,25 @@ def test_detections_of_other_programs_are_those_that_the_export_lists(tmp_path: 
     assert places(found.nuclei) == {(60, 60)}
 
 
+@pytest.mark.parametrize("kind", ["annotation", "detection", "tile", "cell"])
+def test_whatever_has_an_ignored_class_is_ignored(tmp_path: Path, kind: str) -> None:
+    """As for `score`: superpixels that a classifier gave it, too. The export lists all tiles."""
+    area = feature(disc(400, 400, 40), "Ignore*", kind)
+    listed = [area["id"]] if kind == "tile" else []
+    objects = [area, feature(disc(390, 400)), *map(feature, grid())]
+    found = read(tmp_path, *objects, other_programs=listed)
+    assert found.left_out == {**NONE, "ignored": 2}
+    assert [shape.area for shape in found.ignored] == [disc(400, 400, 40).area]
+    assert places(found.nuclei) == places(grid())
+    entry = ImageEntry("1", "a.svs", tmp_path, size=(600, 600), mpp=(0.5, 0.5))
+    (ignored,) = read_ground_truth([tmp_path / "1.geojson"], entry).ignored
+    assert ignored.area == disc(400, 400, 40).area
+    if kind == "detection":  # of another program: a person corrects those of this one
+        found = read(tmp_path, *objects, other_programs=[area["id"]])
+        assert found.left_out == {**NONE, "other_programs": 1}
+        assert places(found.nuclei) == places([disc(390, 400), *grid()])
+
+
 def test_an_outline_of_several_pieces_is_a_nucleus_each(tmp_path: Path) -> None:
     """Crumbs beside a large piece are none; holes are filled."""
     two = disc(60, 60) | disc(140, 60) | disc(240, 60, 1.0)

@@ -111,13 +111,14 @@ def _kinds(objects: Objects) -> NDArray[np.str_]:
     listed = objects.more.get("other_programs")
     others = [id_ for id_ in listed if isinstance(id_, str)] if isinstance(listed, list) else []
     is_point = np.isin(shapely.get_type_id(objects.shapes), (0, 4))
+    is_tile = objects.kinds == "tile"  # which the export lists, too
     ignored = np.char.endswith(objects.classes, "*") & ~shapely.is_missing(objects.areas)
     found = np.full(len(objects.classes), "", dtype="U32")
     for kind, is_kind in (  # the last that fits counts
-        (Kind.IGNORED, ignored),
         (Kind.CELLS, objects.whole_cells),
-        (Kind.OTHERS, np.isin(objects.ids, np.array(others, dtype=str))),
-        (Kind.TILES, objects.kinds == "tile"),
+        (Kind.TILES, is_tile),
+        (Kind.IGNORED, ignored),
+        (Kind.OTHERS, np.isin(objects.ids, np.array(others, dtype=str)) & ~is_tile),
         (Kind.LINES, shapely.is_missing(objects.areas) & ~is_point),
         (Kind.POINTS, is_point),
     ):
