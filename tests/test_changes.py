@@ -20,7 +20,7 @@ from PIL import Image
 from patchcl_qupath import cli, pipeline
 from patchcl_qupath.config import TO_CORRECT
 from patchcl_qupath.correction.changes import begin, compare, finish, give, rois_wait
-from patchcl_qupath.datatypes import Box, CorrectionRoi, Corrections, Polygons
+from patchcl_qupath.datatypes import Box, CorrectionRoi, Corrections, FailedTile, Polygons
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
 from patchcl_qupath.report.views import _rois
 from patchcl_qupath.slides.slide import Slide
@@ -29,6 +29,7 @@ from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import (
     ChangeCounts,
     ChangesRecord,
+    RegionRecord,
     ResultRecord,
     RoiChangesRecord,
     RunRecord,
@@ -386,6 +387,25 @@ def test_a_roi_of_unknown_nuclei_is_not_counted(suggested: Project, refined: boo
     assert refined_with(suggested, (drawn, "mine")) == ([], (note,))
     both = refined_with(suggested, (drawn, "mine"), (GIVEN, "first"))
     assert both == ([(0, 0, 0, 2)], (note,))
+
+
+ELSEWHERE = RegionRecord(
+    geometry=json.loads(shapely.to_geojson(shapely.box(500, 500, 900, 900))), tissue_mm2=0.1
+)
+FAILED = FailedTile(x=0, y=0, width=120, height=400, reason="damaged")
+
+
+@pytest.mark.parametrize("last", [{"regions": (ELSEWHERE,)}, {"failed_tiles": (FAILED,)}])
+def test_a_roi_that_the_last_run_did_not_segment(suggested: Project, last: dict[str, Any]) -> None:
+    """What a person was given in a suggested ROI is known; in one that was drawn, nobody knows."""
+    import_now(suggested)
+    write(suggested, 0, nuclei("a", 0), made="2020-01-01T00:00:00+00:00", **last)
+    drawn = shapely.box(80, 80, 210, 210)
+    both = refined_with(suggested, (drawn, "mine"), (GIVEN, "first"))
+    note = NOTE.format(145, 145).partition(": ")[0] + ": the last run did not segment all of it"
+    assert both == ([(0, 0, 0, 2)], (note,))
+    # It is still known when it was used.
+    assert refined_with(suggested, (GIVEN, "first"), model="o") == ([(0, 0, 0, 2)], ())
 
 
 def test_a_drawn_roi_is_counted_in_the_first_round(suggested: Project) -> None:

@@ -105,11 +105,11 @@ def begin(
 ) -> dict[str, tuple[str, ...]]:
     """Save the corrected ROIs of ``images``, by id, for the refined model of digest ``model``.
 
-    ROIs where the model before segmented nothing, as outside of the regions of its run, are left
-    out; so are those of which nobody knows the nuclei that a person was given. Returns notes on the
-    latter, by image. What was saved of these images for another refined model is removed; that of
-    other images and of ROIs of another class than ``roi_class`` is kept, as a later model may be
-    refined with these again. Raises StorageError.
+    ROIs of which nobody knows the nuclei that a person was given are left out, as those that the
+    last run did not segment, outside of its regions say. Returns notes on these, by image. What was
+    saved of these images for another refined model is removed; that of other images and of ROIs of
+    another class than ``roi_class`` is kept, as a later model may be refined with these again.
+    Raises StorageError.
     """
     made = datetime.now(UTC).isoformat(timespec="seconds")
     roi_class = class_name(roi_class)
@@ -250,10 +250,10 @@ def _inside(contours: Polygons, roi: shapely.Geometry) -> Bools:
 def _rois(
     layout: Layout, image: str, labels: Corrections, known: Sequence[RoiChangesRecord]
 ) -> tuple[list[RoiChangesRecord], tuple[str, ...]]:
-    """The records of the corrected ROIs of an image in which the model before segmented nuclei.
+    """The records of the corrected ROIs of an image, for a refined model.
 
-    And a note on each that is left out, as the nuclei that a person was given are not ``known``.
-    What two ROIs share counts in the first one, from the left.
+    And a note on each that is left out, as the nuclei that a person was given are not ``known``,
+    nor are they those of the last run. What two ROIs share counts in the first one, from the left.
     """
     result = read_result(layout.result(image))
     if not isinstance(result, ResultRecord):
@@ -264,7 +264,6 @@ def _rois(
     except Exception:  # readers of damaged files raise anything; the refined model is saved by now
         logger.warning("%s is damaged: corrections are not counted there", layout.nuclei(image))
         return [], ()
-    regions = [from_object(region.geometry) for region in result.regions]
     size = result.slide.size
     whole = None if size is None else shapely.box(0, 0, *size)
     drawn, ignored = np.array(labels.nuclei, dtype=object), shapely.union_all(labels.ignored)
@@ -276,20 +275,29 @@ def _rois(
     for roi, id_ in sorted(rois, key=lambda pair: pair[0].bounds):
         if whole is not None:  # a picture of it ends there
             roi &= whole
-        if regions and not _covers(regions, roi):
-            continue
         area = roi - ignored - counted  # ROIs may overlap
-        given = _known(roi, area, id_, known)
-        given = on_disk if given is None else given
+        given, was_segmented = _known(roi, area, id_, known), _was_segmented(roi, result)
+        if given is None and was_segmented:
+            given = on_disk
         if given is None:
-            notes.append(
-                f"corrections in the ROI {place_text(*roi.centroid.coords[0])} are not counted: "
-                "its nuclei may be those of an earlier run than the last one"
-            )
-        else:
-            records.append(_before(roi, area, id_, given, drawn))
-            counted |= roi
+            place = place_text(*roi.centroid.coords[0])
+            why = "the last run did not segment all of it"
+            if was_segmented:
+                why = "its nuclei may be those of an earlier run than the last one"
+            notes.append(f"corrections in the ROI {place} are not counted: {why}")
+            continue
+        records.append(_before(roi, area, id_, given, drawn))
+        counted |= roi
     return records, tuple(notes)
+
+
+def _was_segmented(roi: shapely.Geometry, result: ResultRecord) -> bool:
+    """Whether a ROI lies in the analysis regions of a run, if any, and in no tile that failed."""
+    regions = [from_object(region.geometry) for region in result.regions]
+    failed = [shapely.box(t.x, t.y, t.x + t.width, t.y + t.height) for t in result.failed_tiles]
+    return (not regions or _covers(regions, roi)) and not any(
+        shapely.area(shapely.intersection(failed, roi))
+    )
 
 
 def _known(
