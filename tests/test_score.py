@@ -532,6 +532,24 @@ def test_contours_outside_of_the_image_are_told_of(project: Path, ground_truth: 
     assert f"a.svs is {WIDTH} x {HEIGHT} px, and all contours of its ground truth" in result.stderr
 
 
+def test_contours_are_outside_of_an_image_whose_size_the_run_found(
+    project: Path, ground_truth: Path
+) -> None:
+    """A project that `init` made, and QuPath has not saved, has no sizes."""
+    file = project / "project.qpproj"
+    content = json.loads(file.read_text("utf-8"))
+    for image in content["images"]:
+        del image["serverBuilder"]["metadata"]
+    file.write_text(json.dumps(content), "utf-8")
+    slide = structs.replace(result_of(0).slide, size=(WIDTH, HEIGHT))
+    write_nuclei(project, 0, NUCLEI, slide=slide)
+    moved = [shapely.affinity.translate(nucleus, WIDTH, 0) for nucleus in NUCLEI]
+    write_geojson(ground_truth / "a.geojson", moved)
+    result = call("score", project, "--ground-truth", ground_truth)
+    assert result.exit_code == 1
+    assert f"a.svs is {WIDTH} x {HEIGHT} px, and all contours of its ground truth" in result.stderr
+
+
 def test_nuclei_in_an_ignored_area_are_not_scored(project: Path, ground_truth: Path) -> None:
     """Whoever marks an area so does not say which nuclei are in it."""
     beside, within, half = (shapely.box(x, 60, x + 10, 70) for x in (10, 44, 35))

@@ -202,7 +202,9 @@ def _compare(project: Project, entry: ImageEntry, files: Sequence[Path]) -> _Com
     Raises ImageError, GroundTruthError.
     """
     nuclei, probability, regions, result = _segmented(project, entry)
-    ground_truth = read_ground_truth(files, replace(entry, mpp=result.slide.mpp))
+    # A project that `init` made has no size of an image until QuPath saves it.
+    entry = replace(entry, mpp=result.slide.mpp, size=entry.size or result.slide.size)
+    ground_truth = read_ground_truth(files, entry)
     true, notes = ground_truth.polygons, [ground_truth.note] if ground_truth.note else []
     if outside := _count_outside(true, entry):
         notes.append(f"true contours outside of the image, which count as missed: {outside}")
