@@ -119,6 +119,41 @@ def test_random_shapes_have_valid_contours():
     assert (shapely.area(polygons) > 0).all()
 
 
+# Confidence in 255ths: the ends of a C lie so near that its contour touches itself between them.
+ALMOST_A_RING = np.array(
+    [
+        [87, 38, 35, 24, 106, 168, 138, 157, 140, 44],
+        [92, 45, 64, 101, 152, 122, 124, 124, 124, 124],
+        [84, 55, 48, 103, 146, 138, 110, 124, 124, 124],
+        [96, 100, 97, 101, 176, 166, 113, 124, 88, 73],
+        [124, 73, 108, 177, 182, 188, 139, 119, 120, 124],
+        [92, 113, 118, 94, 141, 132, 127, 144, 111, 111],
+        [104, 93, 170, 145, 130, 124, 133, 145, 144, 123],
+        [113, 146, 144, 131, 143, 186, 189, 104, 67, 84],
+        [90, 141, 109, 136, 140, 188, 186, 83, 30, 74],
+        [107, 124, 105, 110, 171, 187, 151, 107, 54, 73],
+        [124, 94, 87, 90, 146, 143, 111, 105, 124, 103],
+        [122, 126, 92, 107, 105, 141, 158, 118, 124, 112],
+        [124, 96, 123, 124, 121, 92, 116, 124, 124, 124],
+    ],
+    np.float32,
+)
+
+
+def test_a_contour_that_closes_a_bay_has_no_hole_and_is_measured_as_it_is():
+    confidence = ALMOST_A_RING / np.float32(255)
+    labels = (confidence > 0.5).astype(np.int32)
+    labels[0] = 0  # of others
+    polygons = trace_contours(labels, confidence)
+    assert shapely.is_valid(polygons).all()
+    assert not shapely.get_num_interior_rings(polygons).any()
+    measured = shape_measurements(polygons)
+    assert measured["Area µm^2"] == pytest.approx(shapely.area(polygons))
+    assert measured["Length µm"] == pytest.approx(shapely.length(polygons))
+    hulls = shapely.area(shapely.convex_hull(polygons))
+    assert measured["Solidity"] == pytest.approx(shapely.area(polygons) / hulls)
+
+
 def test_labels_with_gaps_are_refused():
     with pytest.raises(ValueError, match="without gaps"):
         trace_contours(np.full((5, 5), 2, dtype=np.int32))

@@ -9,6 +9,7 @@ from scipy import ndimage
 from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.segmentation.instances import (
     _distance,
+    _elevation,
     _highest_near,
     _offsets,
     _smooth,
@@ -343,3 +344,24 @@ def test_elevations_are_smoothed_as_scipy_does(shape):
     kernel = np.concatenate([half[:0:-1], half])
     expected = ndimage.correlate1d(ndimage.correlate1d(values, kernel, axis=0), kernel, axis=1)
     np.testing.assert_allclose(_smooth(values, mask, half), expected * mask, rtol=1e-6)
+
+
+@pytest.mark.parametrize("smooth_um", [0.0, 0.01, 0.6])
+def test_no_pixel_outside_is_as_high_as_those_inside(smooth_um):
+    """Not where the network sees cores outside, either: a step to such a pixel would never end."""
+    rng = np.random.default_rng(8)
+    mask, core = rng.random((40, 50)) < 0.7, rng.random((40, 50)).astype(np.float32)
+    config = replace(CONFIG, smooth_um=smooth_um)
+    elevation = _elevation(mask, core, MPP, config)
+    assert elevation[mask].min() > 0
+    assert not elevation[~mask].any()
+    steps = _highest_near(elevation, mask, _offsets(1.5)).reshape(mask.shape)
+    assert mask.flat[steps[mask]].all()
+
+
+def test_without_smoothing_nuclei_are_found_where_cores_lie_outside():
+    confidence = discs((60, 80), [(30, 30, 8), (30, 44, 8)])
+    core = np.where(confidence > 0.5, 0.7, 1.0).astype(np.float32)
+    labels = instances(confidence, MPP, replace(CONFIG, smooth_um=0.0), core=core)
+    assert labels.max() == 2
+    np.testing.assert_array_equal(labels > 0, confidence > 0.5)

@@ -302,11 +302,15 @@ def _farthest(ring: NDArray[np.float64], start: int, end: int) -> int:
 
 
 def _tidy(polygons: Polygons) -> Polygons:
-    """Simplified contours of polygons that touch themselves then; of some, the largest part."""
+    """Simplified contours of polygons that touch themselves then; of some, the largest part.
+
+    What such a contour surrounds is a hole to GEOS, and is filled.
+    """
     simple = shapely.simplify(polygons, _SIMPLIFY_PX, preserve_topology=False)
     whole = shapely.get_type_id(simple) == shapely.GeometryType.POLYGON
     whole &= shapely.is_valid(simple) & (shapely.area(simple) > 0)
-    polygons = np.where(whole, simple, polygons)
+    polygons = polygons.copy()
+    polygons[whole] = shapely.polygons(shapely.get_exterior_ring(simple[whole]))
     for i in np.flatnonzero(~shapely.is_valid(polygons)):
         parts = shapely.get_parts(shapely.buffer(polygons[i], 0))
         polygons[i] = shapely.Polygon(parts[np.argmax(shapely.area(parts))].exterior)

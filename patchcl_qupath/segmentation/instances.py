@@ -173,10 +173,9 @@ def _elevation(
     depth = _distance(mask, config.max_depth_um / mpp)
     _raise(depth, mpp, config.max_depth_um, core, np.float32(config.core_um))
     sigma = config.scale * config.smooth_um / mpp
-    if sigma == 0:
-        return depth.astype(np.float32)
     x = np.arange(int(4 * sigma + 0.5) + 1)
-    taps = np.exp(-0.5 * (x / sigma) ** 2)
+    taps = np.exp(-0.5 * (x / sigma) ** 2) if sigma else np.ones(1)
+    # It also makes what is outside 0, where cores may be: no pixel inside steps there.
     return _smooth(depth, mask, taps / (2 * taps.sum() - taps[0]))
 
 
