@@ -73,6 +73,7 @@ from patchcl_qupath.storage.records import (
     RegionRecord,
     ResultRecord,
     SlideProvenance,
+    read_record,
 )
 from patchcl_qupath.timing import Seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
@@ -242,6 +243,7 @@ class Run:
     _stop: Stop = field(default_factory=Stop)
     _showing: threading.Lock = field(default_factory=threading.Lock)
     _asking_qupath: threading.Lock = field(default_factory=threading.Lock)
+    _made: dict[str, ResultRecord] = field(default_factory=dict)  # by the id of its image
 
     def __post_init__(self) -> None:
         check_resolution(self.model, self.config, self.model_name)
@@ -274,10 +276,18 @@ class Run:
         try:
             outcome = result.result()
         except Exception as error:
-            outcome = failed_image(entry, error)
+            outcome = failed_image(entry, error, self._written(entry))
         stages = ", ".join(f"{name} {s:.1f} s" for name, s in outcome.main_seconds.items())
         logger.info("%s: %.1f s: %s", entry.name, outcome.seconds, stages or "failed")
         return outcome
+
+    def _written(self, entry: ImageEntry) -> str | None:
+        """The folder of an image's nuclei, if this run has written them, whatever failed then."""
+        made = self._made.get(entry.id)
+        found = read_record(self.project.layout.result(entry.id), ResultRecord)
+        if made is None or found is None or (found.run, found.made) != (made.run, made.made):
+            return None
+        return str(self.project.layout.results(entry.id))
 
     def _timed_image(self, item: tuple[ImageEntry, Turn]) -> ImageOutcome:
         """The outcome of an image, and how long it took, other images beside it."""
@@ -303,6 +313,7 @@ class Run:
         with timed(seconds, "write"):
             answered = answer(segmented, entry, self.config.result)
             result = self._result(entry, segmented, answered)
+            self._made[entry.id] = result
             rois_wait = changes.rois_wait(self.project.layout, entry.id)
             with meanwhile(self._draw, segmented, result, seconds):
                 imported = self._write(entry, segmented, answered, result)

@@ -20,7 +20,7 @@ from survivor import left_by_run
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import EngineChoice
-from patchcl_qupath.errors import StorageError
+from patchcl_qupath.errors import ImageError, StorageError
 from patchcl_qupath.finished import _fits, _is_same_in_qupath, all_finished, is_reported
 from patchcl_qupath.project import open_project
 from patchcl_qupath.report.found import find_image
@@ -281,6 +281,42 @@ def test_a_run_that_a_full_disk_stopped_goes_on(
     assert [summary.positive_percent for summary in outcome.summaries] == [100]
     (again,) = finished(folder, config)
     assert again.summaries == outcome.summaries
+
+
+def test_nuclei_of_a_run_that_failed_after_them_are_no_earlier_ones(
+    folder: Path, model: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where QuPath had the image open; then the run fails before it has nuclei."""
+    project = open_project(folder, "files")
+    (entry,) = project.images()
+    other = replace(QUICK, result=replace(QUICK.result, class_name="X"))
+
+    def failed() -> tuple[ImageOutcome, list[str], str]:
+        """The outcome, what the report says of earlier runs, and the class of the nuclei."""
+        (outcome,) = pipeline.Run(
+            project=project, model=model, config=other, workers=client, progress=lambda _: None
+        ).images([entry])
+        assert outcome.problem is not None
+        assert finished(folder, other) is None
+        warnings = find_image(project, entry).warnings
+        result = read_record(project.layout.result(entry.id), ResultRecord)
+        assert result is not None
+        said = [one for one in warnings if "earlier" in one]
+        return outcome, said, result.config["result"]["class_name"]
+
+    def deny(*_: Any) -> None:
+        raise ImageError("QuPath changed the image")
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(pipeline, "answer", deny)
+        outcome, said, shown = failed()
+        assert (outcome.results, shown) == (None, "Nucleus")
+        assert said == ["the result of an earlier run is shown"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(pipeline, "write_uncertainty_grid", deny)
+        outcome, said, shown = failed()
+        assert (outcome.results, shown) == (str(project.layout.results(entry.id)), "X")
+        assert said == []
 
 
 def test_failed_tiles_are_tried_again(folder: Path) -> None:

@@ -128,14 +128,15 @@ def note(
     return "; ".join(notes) or None
 
 
-def failed_image(entry: ImageEntry, error: Exception) -> ImageOutcome:
-    """The outcome of an image that could not be segmented."""
+def failed_image(entry: ImageEntry, error: Exception, results: str | None = None) -> ImageOutcome:
+    """The outcome of an image that failed; ``results`` is the folder of its nuclei, if it did so
+    once these were written."""
     if not isinstance(error, FORESEEN):
         logger.error("%s: internal error", entry.name, exc_info=error)
     problem = reason_of(error)
     if entry.name not in problem:
         problem = f"{entry.name}: {problem}"
-    return ImageOutcome(id=entry.id, image=entry.name, problem=problem)
+    return ImageOutcome(id=entry.id, image=entry.name, problem=problem, results=results)
 
 
 def write_outcomes(

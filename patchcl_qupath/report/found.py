@@ -185,7 +185,7 @@ def _warnings(
     if isinstance(found, RemovedRecord):
         warnings.append("its nuclei were removed")
     if isinstance(found, ResultRecord):
-        if outcome and outcome.problem:
+        if outcome and outcome.problem and not outcome.results:
             warnings.append("the result of an earlier run is shown")
         if not found.slide.has_size(entry.mpp):
             warnings.append("its pixel size was changed since the run: run again")

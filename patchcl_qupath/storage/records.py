@@ -390,6 +390,8 @@ class ImageOutcome(
 ):
     """The outcome of one image in a run: ``problem`` is None unless it failed.
 
+    ``results`` is the folder of the nuclei that the run has written; of an image that failed, None
+    unless it did so later: as they were imported into QuPath, say.
     With ``failed_tiles``, the nuclei of all other tiles are written. ``seconds`` are wall time;
     ``main_seconds`` those of the run itself by stage (pictures are drawn while nuclei are written),
     ``worker_seconds`` the sums over workers.
