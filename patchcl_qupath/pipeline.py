@@ -37,6 +37,7 @@ from patchcl_qupath.execution.outcome import (
     failed_image,
     in_order,
     note,
+    package_versions,
     write_outcomes,
 )
 from patchcl_qupath.execution.pixel_store import PixelStore
@@ -591,6 +592,7 @@ class Run:
             positivity=answered.record,
             summaries=answered.summaries,
             files=(),
+            versions=package_versions(),
         )
 
     def _outcome(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from survivor import left_by_run
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import EngineChoice
 from patchcl_qupath.errors import ImageError, StorageError
+from patchcl_qupath.execution import outcome as outcome_module
 from patchcl_qupath.finished import _fits, _is_same_in_qupath, all_finished, is_reported
 from patchcl_qupath.project import open_project
-from patchcl_qupath.report.found import find_image
+from patchcl_qupath.report.found import find_image, find_runs
 from patchcl_qupath.status import image_status
-from patchcl_qupath.storage.records import ImageOutcome, ResultRecord, read_record
+from patchcl_qupath.storage.records import ImageOutcome, ResultRecord, RunRecord, read_record
 
 HEAVY = {
     "torch",
@@ -317,6 +319,25 @@ def test_nuclei_of_a_run_that_failed_after_them_are_no_earlier_ones(
         outcome, said, shown = failed()
         assert (outcome.results, shown) == (str(project.layout.results(entry.id)), "X")
         assert said == []
+
+
+def test_packages_are_those_that_made_the_nuclei(
+    folder: Path, model: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer ones, with which the run goes on for another image, did not make these."""
+    project = open_project(folder, "files")
+    (entry,) = project.images()
+    found = find_image(project, entry)
+    (before,) = find_runs(project, [found])
+    assert before.versions["torch"] == version("torch")
+    monkeypatch.setattr(outcome_module, "version", lambda _: "99")
+    assert run(folder, model, client).unchanged is True
+    record = read_record(project.layout.run_record(before.id), RunRecord)
+    assert record is not None
+    assert record.versions["torch"] == "99"
+    later = msgspec.structs.replace(found.result, versions=record.versions)
+    runs = find_runs(project, [find_image(project, entry), replace(found, result=later)])
+    assert [one.versions["torch"] for one in runs] == [version("torch"), "99"]
 
 
 def test_failed_tiles_are_tried_again(folder: Path) -> None:

@@ -147,10 +147,9 @@ def write_outcomes(
     outcomes: Sequence[ImageOutcome],
 ) -> None:
     """Record a run, with what became of its images so far; and that of the last image by itself."""
-    versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     record = RunRecord(
         **asdict(provenance),
-        versions=versions,
+        versions=package_versions(),
         training=training,
         images=list(outcomes),
     )
@@ -158,6 +157,11 @@ def write_outcomes(
         if not outcomes[-1].unchanged:
             write_record(layout.outcome(outcomes[-1].id), outcomes[-1])
         write_record(layout.run_record(run), record)
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that nuclei depend on, by name."""
+    return {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
 
 
 def _failed_tile(tile: Tile, slide: Slide, error: Exception) -> FailedTile:

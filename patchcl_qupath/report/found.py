@@ -210,18 +210,19 @@ def find_models(project: Project, images: list[FoundImage]) -> list[FoundModel]:
 def find_runs(project: Project, images: list[FoundImage]) -> list[FoundRun]:
     """The runs that made the nuclei which are there.
 
-    A run goes on with other settings that its tiles do not depend on, such as a class of nuclei:
-    that is another one here.
+    A run goes on with other settings that its tiles do not depend on, such as a class of nuclei, or
+    with other packages: that is another one here.
     """
     runs: dict[tuple[str, str], FoundRun] = {}
     for image in images:
         if image.result is None:
             continue
-        run = image.result.run
-        key = run, digest(image.result.config)
-        if key not in runs:
+        run, versions = image.result.run, image.result.versions
+        if not versions:  # of an earlier version
             record = read_record(project.layout.run_record(run), RunRecord)
             versions = record.versions if record else {}
+        key = run, digest([image.result.config, versions])
+        if key not in runs:
             runs[key] = FoundRun(id=run, result=image.result, versions=versions)
         runs[key].images.append(image.name)
     return list(runs.values())

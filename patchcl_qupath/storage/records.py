@@ -199,6 +199,8 @@ class ResultRecord(
     for people. ``positivity`` is there where nuclei have classes, and ``summaries``, the first of
     them that of the image, where these or regions were asked for. ``is_compartment_first`` is
     whether measurements in ``files`` have the names of QuPath 0.6; None of an earlier run.
+    ``versions`` are those of packages; earlier runs have them in run.json alone, which a later one
+    for other images writes anew.
     """
 
     run: str
@@ -221,6 +223,7 @@ class ResultRecord(
     summaries: tuple[Summary, ...] = ()
     files: tuple[str, ...]
     is_compartment_first: bool | None = None
+    versions: dict[str, str] = {}
 
     @property
     def drawn_from(self) -> str:
@@ -427,7 +430,8 @@ class ImageOutcome(
 class RunRecord(Provenance, frozen=True, kw_only=True):
     """runs/<run>/run.json: the provenance of a run, and the outcome of each image so far.
 
-    ``versions`` are those of libraries; ``training`` is the log of the model.
+    ``versions`` are those of libraries, when it was last continued; ``training`` is the log of the
+    model.
     """
 
     versions: dict[str, str]
