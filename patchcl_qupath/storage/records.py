@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from patchcl_qupath.datatypes import CorrectionRoi, FailedTile, StainVectors, place_text
+from patchcl_qupath.errors import StorageError
 from patchcl_qupath.storage.files import digest, read_json, write_json
 from patchcl_qupath.timing import Seconds
 
@@ -765,6 +766,28 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
         return None
 
 
+def read_kept(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
+    """The same of a file that must not be taken for missing: as if an image had no nuclei, or to be
+    written anew without what is in it.
+
+    Raises StorageError for one that is there, but cannot be read: it may be another person's, or a
+    network folder be gone for a moment.
+    """
+    try:
+        path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be read ({error.strerror or error}): do this again when it can be, or "
+            "ask for the permission"
+        ) from error
+    return read_record(path, kind)
+
+
 def read_result(path: Path) -> ResultRecord | RemovedRecord | None:
-    """The record in result.json, of nuclei or of their removal; None if there is neither."""
-    return read_record(path, ResultRecord) or read_record(path, RemovedRecord)
+    """The record in result.json, of nuclei or of their removal; None if there is neither.
+
+    Raises StorageError as ``read_kept``.
+    """
+    return read_kept(path, ResultRecord) or read_record(path, RemovedRecord)
