@@ -65,6 +65,7 @@ from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import check_writable
 from patchcl_qupath.storage.geojson import to_object
+from patchcl_qupath.storage.layout import TYPICAL
 from patchcl_qupath.storage.parquet import write_uncertainty_grid
 from patchcl_qupath.storage.records import (
     CDCLLog,
@@ -74,7 +75,9 @@ from patchcl_qupath.storage.records import (
     RegionRecord,
     ResultRecord,
     SlideProvenance,
+    TypicalRecord,
     read_record,
+    write_record,
 )
 from patchcl_qupath.timing import Seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
@@ -342,11 +345,10 @@ class Run:
         """Have workers find the nuclei of each tile that is missing, and grow them into cells if
         that is asked for."""
         image.check_unchanged()  # it may have waited for its turn
-        settings = (self.config.segment, self.engine)
-        typical = self.workers.call(typical_nuclei, image, self.model, *settings)
-        tiles = self._plan(image, typical)
         folder = self.project.layout.tiles(self.id_of_nuclei, image.id)
         store = TileStore.open(folder, image.fingerprint())
+        typical = self._typical(image, store)
+        tiles = self._plan(image, typical)
         missing = largest_first(store.missing(tiles))
         resumed = len(tiles) - len(missing)
         logger.info("%s: %d tiles, %d resumed from %s", entry.name, len(tiles), resumed, folder)
@@ -386,6 +388,19 @@ class Run:
         )
         assert len(segmented.tiles) + len(segmented.failed_tiles) == len(tiles), "a tile was lost"
         return segmented, seconds
+
+    def _typical(self, image: PreparedImage, store: TileStore) -> TypicalNuclei:
+        """The typical nuclei of an image: those by which its finished tiles were segmented.
+
+        On another machine, or by another version of torch, the last bits of probabilities differ,
+        and with a pixel what is measured: a run that goes on there would separate nuclei otherwise.
+        """
+        path, config = store.folder / TYPICAL, self.config.segment
+        if record := read_record(path, TypicalRecord):
+            return TypicalNuclei.of(record, config)
+        typical = self.workers.call(typical_nuclei, image, self.model, config, self.engine)
+        write_record(path, typical.record)
+        return typical
 
     def _plan(self, image: PreparedImage, typical: TypicalNuclei) -> list[Tile]:
         """The tiles of an image."""

@@ -26,6 +26,7 @@ from patchcl_qupath.execution import outcome as outcome_module
 from patchcl_qupath.finished import _fits, _is_same_in_qupath, all_finished, is_reported
 from patchcl_qupath.project import open_project
 from patchcl_qupath.report.found import find_image, find_runs
+from patchcl_qupath.segmentation.typical_nuclei import TypicalNuclei
 from patchcl_qupath.status import image_status
 from patchcl_qupath.storage.records import ImageOutcome, ResultRecord, RunRecord, read_record
 
@@ -338,6 +339,29 @@ def test_packages_are_those_that_made_the_nuclei(
     later = msgspec.structs.replace(found.result, versions=record.versions)
     runs = find_runs(project, [find_image(project, entry), replace(found, result=later)])
     assert [one.versions["torch"] for one in runs] == [version("torch"), "99"]
+
+
+def test_a_run_goes_on_by_the_typical_nuclei_of_its_finished_tiles(
+    folder: Path, model: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine, with a pixel that differs, there may be ten nuclei and not nine of them:
+    the diameter is measured, and not 7 µm."""
+    project, expected = open_project(folder, "files"), left_by_run(folder / "patchcl")
+    measured = pipeline.typical_nuclei
+    (store,) = project.layout.tiles_of_runs("1")
+
+    def otherwise(*arguments: Any) -> Any:
+        config, surest = measured(*arguments)
+        return TypicalNuclei(replace(config, nucleus_diameter_um=12.0), surest)
+
+    monkeypatch.setattr(pipeline, "typical_nuclei", otherwise)
+    _, *others = sorted((store / "tiles").iterdir())
+    for tile in others:
+        tile.unlink()
+    project.layout.outcome("1").unlink()
+    outcome = run(folder, model, client)
+    assert (outcome.tiles, outcome.tiles_resumed) == (1 + len(others), 1)
+    assert left_by_run(folder / "patchcl") == expected
 
 
 def test_failed_tiles_are_tried_again(folder: Path) -> None:

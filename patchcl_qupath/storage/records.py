@@ -716,6 +716,17 @@ class ImageSummary(Record, frozen=True, kw_only=True):
     problem: str | None = None
 
 
+class TypicalRecord(Record, frozen=True, kw_only=True):
+    """runs/<run>/<image>/typical.json: the typical nuclei by which the tiles beside it were made.
+
+    ``nucleus_diameter_um`` is 0 where there were too few to measure it. ``surest`` are the density
+    of red light, and its share, of the surest nuclei.
+    """
+
+    nucleus_diameter_um: float
+    surest: tuple[float, float] | None
+
+
 class RoisRecord(Record, frozen=True, kw_only=True, rename={"rois": "fields"}):
     """fields/<image>.json: the ROIs of an image to correct; ``made`` is UTC in ISO 8601."""
 
