@@ -37,6 +37,7 @@ from patchcl_qupath.execution.outcome import (
     failed_image,
     in_order,
     note,
+    package_versions,
     write_outcomes,
 )
 from patchcl_qupath.execution.pixel_store import PixelStore
@@ -64,6 +65,7 @@ from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import check_writable
 from patchcl_qupath.storage.geojson import to_object
+from patchcl_qupath.storage.layout import TYPICAL
 from patchcl_qupath.storage.parquet import write_uncertainty_grid
 from patchcl_qupath.storage.records import (
     CDCLLog,
@@ -73,6 +75,9 @@ from patchcl_qupath.storage.records import (
     RegionRecord,
     ResultRecord,
     SlideProvenance,
+    TypicalRecord,
+    read_record,
+    write_record,
 )
 from patchcl_qupath.timing import Seconds, timed
 from patchcl_qupath.training import cdcl, patchcl, selftrain
@@ -242,6 +247,7 @@ class Run:
     _stop: Stop = field(default_factory=Stop)
     _showing: threading.Lock = field(default_factory=threading.Lock)
     _asking_qupath: threading.Lock = field(default_factory=threading.Lock)
+    _made: dict[str, ResultRecord] = field(default_factory=dict)  # by the id of its image
 
     def __post_init__(self) -> None:
         check_resolution(self.model, self.config, self.model_name)
@@ -274,10 +280,18 @@ class Run:
         try:
             outcome = result.result()
         except Exception as error:
-            outcome = failed_image(entry, error)
+            outcome = failed_image(entry, error, self._written(entry))
         stages = ", ".join(f"{name} {s:.1f} s" for name, s in outcome.main_seconds.items())
         logger.info("%s: %.1f s: %s", entry.name, outcome.seconds, stages or "failed")
         return outcome
+
+    def _written(self, entry: ImageEntry) -> str | None:
+        """The folder of an image's nuclei, if this run has written them, whatever failed then."""
+        made = self._made.get(entry.id)
+        found = read_record(self.project.layout.result(entry.id), ResultRecord)
+        if made is None or found is None or (found.run, found.made) != (made.run, made.made):
+            return None
+        return str(self.project.layout.results(entry.id))
 
     def _timed_image(self, item: tuple[ImageEntry, Turn]) -> ImageOutcome:
         """The outcome of an image, and how long it took, other images beside it."""
@@ -303,6 +317,7 @@ class Run:
         with timed(seconds, "write"):
             answered = answer(segmented, entry, self.config.result)
             result = self._result(entry, segmented, answered)
+            self._made[entry.id] = result
             rois_wait = changes.rois_wait(self.project.layout, entry.id)
             with meanwhile(self._draw, segmented, result, seconds):
                 imported = self._write(entry, segmented, answered, result)
@@ -330,11 +345,10 @@ class Run:
         """Have workers find the nuclei of each tile that is missing, and grow them into cells if
         that is asked for."""
         image.check_unchanged()  # it may have waited for its turn
-        settings = (self.config.segment, self.engine)
-        typical = self.workers.call(typical_nuclei, image, self.model, *settings)
-        tiles = self._plan(image, typical)
         folder = self.project.layout.tiles(self.id_of_nuclei, image.id)
         store = TileStore.open(folder, image.fingerprint())
+        typical = self._typical(image, store)
+        tiles = self._plan(image, typical)
         missing = largest_first(store.missing(tiles))
         resumed = len(tiles) - len(missing)
         logger.info("%s: %d tiles, %d resumed from %s", entry.name, len(tiles), resumed, folder)
@@ -374,6 +388,19 @@ class Run:
         )
         assert len(segmented.tiles) + len(segmented.failed_tiles) == len(tiles), "a tile was lost"
         return segmented, seconds
+
+    def _typical(self, image: PreparedImage, store: TileStore) -> TypicalNuclei:
+        """The typical nuclei of an image: those by which its finished tiles were segmented.
+
+        On another machine, or by another version of torch, the last bits of probabilities differ,
+        and with a pixel what is measured: a run that goes on there would separate nuclei otherwise.
+        """
+        path, config = store.folder / TYPICAL, self.config.segment
+        if record := read_record(path, TypicalRecord):
+            return TypicalNuclei.of(record, config)
+        typical = self.workers.call(typical_nuclei, image, self.model, config, self.engine)
+        write_record(path, typical.record)
+        return typical
 
     def _plan(self, image: PreparedImage, typical: TypicalNuclei) -> list[Tile]:
         """The tiles of an image."""
@@ -580,6 +607,7 @@ class Run:
             positivity=answered.record,
             summaries=answered.summaries,
             files=(),
+            versions=package_versions(),
         )
 
     def _outcome(

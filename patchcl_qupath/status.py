@@ -61,6 +61,7 @@ def image_status(
     """The state of an image, from the files on disk.
 
     ``models`` are the digests of the project's present models by name, read if they are not given.
+    Raises StorageError for a result that is there, but cannot be read.
     """
     qupath = project.qupath_summary(entry)
     to_do = ImageStatus(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ from patchcl_qupath import cli, pipeline
 from patchcl_qupath.config import TO_CORRECT
 from patchcl_qupath.correction.changes import begin, compare, finish, give, rois_wait
 from patchcl_qupath.datatypes import Box, CorrectionRoi, Corrections, FailedTile, Polygons
+from patchcl_qupath.errors import StorageError
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
 from patchcl_qupath.report.views import _rois
 from patchcl_qupath.slides.slide import Slide
@@ -375,6 +377,33 @@ def test_another_suggestion_leaves_what_a_roi_was_given(suggested: Project) -> N
     give(suggested.layout, "1")
     assert refined_with(suggested, (GIVEN, "first")) == ([(0, 0, 0, 2)], ())
     assert refined_with(suggested, (GIVEN, "second")) == ([(0, 1, 0, 1)], ())
+
+
+def test_what_a_roi_was_given_is_not_written_over_unread(
+    suggested: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program has the file open, on Windows; or a network folder is gone for a moment."""
+    file, opened = suggested.layout.changes("1") / "changes.json", Path.open
+    before = file.read_bytes()
+
+    def deny(path: Path, *more: Any, **options: Any) -> Any:
+        if path == file:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path, *more, **options)
+
+    roi = CorrectionRoi("second", "ROI 1 of 1", "", x=200, y=80, width=120, height=120)
+    suggested.mark_rois(suggested.images()[0], [roi])
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", deny)
+        for write_over in (
+            lambda: give(suggested.layout, "1"),
+            lambda: refined_with(suggested, (GIVEN, "first")),
+        ):
+            with pytest.raises(StorageError, match=r"changes\.json cannot be read \(Input/output"):
+                write_over()
+    assert file.read_bytes() == before
+    give(suggested.layout, "1")
+    assert refined_with(suggested, (GIVEN, "first")) == ([(0, 0, 0, 2)], ())
 
 
 @pytest.mark.parametrize("refined", [True, False])

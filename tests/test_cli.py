@@ -512,6 +512,20 @@ def test_a_model_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatc
     assert "patchcl.pt may not be read from here: ask for the permission" in result.stderr
 
 
+def test_a_folder_that_may_not_be_looked_into_is_one_line(tmp_path, monkeypatch):
+    """Of what another person ran in a shared project."""
+
+    def deny(_):
+        raise PermissionError(errno.EACCES, "Permission denied", "/share/patchcl/results")
+
+    monkeypatch.setattr("patchcl_qupath.report.page.write_report", deny)
+    result = call("report", copy_sample(tmp_path / "project"), "--json")
+    assert result.exit_code == 1
+    reason = "/share/patchcl/results may not be read from here: ask for the permission"
+    assert result.stderr == f"Error: {reason}\n"
+    assert json.loads(result.stdout) == {"error": reason}
+
+
 def test_a_damaged_model_is_not_used(tmp_path):
     folder = tmp_path / "project"
     copy_sample(folder)

@@ -652,6 +652,7 @@ def test_workers_that_cannot_be_had_are_told_of_before_training(
     [
         ("jobqueue:\n\tslurm: {}\n", "Dask's settings cannot be read (A dask config file at '{}'"),
         ("distributed: {logging: 5}\n", "Dask's settings cannot be read (argument of type 'int'"),
+        ("distributed: {scheduler: 5}\n", "Dask's settings cannot be read ('int' object has no"),
         ("temporary-directory: 5\n", "no worker can be started here (expected str, bytes or os."),
     ],
 )

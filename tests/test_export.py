@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -296,6 +297,11 @@ def test_nuclei_of_a_run_before_one_that_failed_are_a_note(tmp_path: Path) -> No
     assert "a.svs: its last run" not in done.stderr
     statuses = image_statuses(project, project.images())
     assert [any("the disk is full" in one for one in s.changed) for s in statuses] == [False, True]
+    outcome = msgspec.structs.replace(outcome, results=str(project.layout.results(outcome.id)))
+    write_record(project.layout.outcome(outcome.id), outcome)
+    said = call(project.path, "--to", "csv").stderr
+    assert "b.svs: its last run failed after these nuclei: the disk is full" in said
+    assert "a run before" not in said
 
 
 def test_the_note_on_a_threshold_that_was_not_found_is_told(tmp_path: Path) -> None:

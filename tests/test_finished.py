@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from survivor import left_by_run
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import EngineChoice
-from patchcl_qupath.errors import StorageError
+from patchcl_qupath.errors import ImageError, StorageError
+from patchcl_qupath.execution import outcome as outcome_module
 from patchcl_qupath.finished import _fits, _is_same_in_qupath, all_finished, is_reported
 from patchcl_qupath.project import open_project
-from patchcl_qupath.report.found import find_image
+from patchcl_qupath.report.found import find_image, find_runs
+from patchcl_qupath.segmentation.typical_nuclei import TypicalNuclei
 from patchcl_qupath.status import image_status
-from patchcl_qupath.storage.records import ImageOutcome, ResultRecord, read_record
+from patchcl_qupath.storage.records import ImageOutcome, ResultRecord, RunRecord, read_record
 
 HEAVY = {
     "torch",
@@ -281,6 +284,84 @@ def test_a_run_that_a_full_disk_stopped_goes_on(
     assert [summary.positive_percent for summary in outcome.summaries] == [100]
     (again,) = finished(folder, config)
     assert again.summaries == outcome.summaries
+
+
+def test_nuclei_of_a_run_that_failed_after_them_are_no_earlier_ones(
+    folder: Path, model: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where QuPath had the image open; then the run fails before it has nuclei."""
+    project = open_project(folder, "files")
+    (entry,) = project.images()
+    other = replace(QUICK, result=replace(QUICK.result, class_name="X"))
+
+    def failed() -> tuple[ImageOutcome, list[str], str]:
+        """The outcome, what the report says of earlier runs, and the class of the nuclei."""
+        (outcome,) = pipeline.Run(
+            project=project, model=model, config=other, workers=client, progress=lambda _: None
+        ).images([entry])
+        assert outcome.problem is not None
+        assert finished(folder, other) is None
+        warnings = find_image(project, entry).warnings
+        result = read_record(project.layout.result(entry.id), ResultRecord)
+        assert result is not None
+        said = [one for one in warnings if "earlier" in one]
+        return outcome, said, result.config["result"]["class_name"]
+
+    def deny(*_: Any) -> None:
+        raise ImageError("QuPath changed the image")
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(pipeline, "answer", deny)
+        outcome, said, shown = failed()
+        assert (outcome.results, shown) == (None, "Nucleus")
+        assert said == ["the result of an earlier run is shown"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(pipeline, "write_uncertainty_grid", deny)
+        outcome, said, shown = failed()
+        assert (outcome.results, shown) == (str(project.layout.results(entry.id)), "X")
+        assert said == []
+
+
+def test_packages_are_those_that_made_the_nuclei(
+    folder: Path, model: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer ones, with which the run goes on for another image, did not make these."""
+    project = open_project(folder, "files")
+    (entry,) = project.images()
+    found = find_image(project, entry)
+    (before,) = find_runs(project, [found])
+    assert before.versions["torch"] == version("torch")
+    monkeypatch.setattr(outcome_module, "version", lambda _: "99")
+    assert run(folder, model, client).unchanged is True
+    record = read_record(project.layout.run_record(before.id), RunRecord)
+    assert record is not None
+    assert record.versions["torch"] == "99"
+    later = msgspec.structs.replace(found.result, versions=record.versions)
+    runs = find_runs(project, [find_image(project, entry), replace(found, result=later)])
+    assert [one.versions["torch"] for one in runs] == [version("torch"), "99"]
+
+
+def test_a_run_goes_on_by_the_typical_nuclei_of_its_finished_tiles(
+    folder: Path, model: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine, with a pixel that differs, there may be ten nuclei and not nine of them:
+    the diameter is measured, and not 7 µm."""
+    project, expected = open_project(folder, "files"), left_by_run(folder / "patchcl")
+    measured = pipeline.typical_nuclei
+    (store,) = project.layout.tiles_of_runs("1")
+
+    def otherwise(*arguments: Any) -> Any:
+        config, surest = measured(*arguments)
+        return TypicalNuclei(replace(config, nucleus_diameter_um=12.0), surest)
+
+    monkeypatch.setattr(pipeline, "typical_nuclei", otherwise)
+    _, *others = sorted((store / "tiles").iterdir())
+    for tile in others:
+        tile.unlink()
+    project.layout.outcome("1").unlink()
+    outcome = run(folder, model, client)
+    assert (outcome.tiles, outcome.tiles_resumed) == (1 + len(others), 1)
+    assert left_by_run(folder / "patchcl") == expected
 
 
 def test_failed_tiles_are_tried_again(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from patchcl_qupath.config import RENAMED, TABLES, Config, from_dict, to_dict
 from patchcl_qupath.datatypes import CorrectionRoi, FailedTile
+from patchcl_qupath.errors import StorageError
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.storage.records import (
@@ -253,6 +255,26 @@ def test_result_json_holds_nuclei_or_their_removal(file: Path) -> None:
     write_record(file, RemovedRecord(removed="2026-11-26T01:08:00+00:00"))
     assert json.loads(file.read_text("utf-8")) == REMOVED
     assert isinstance(read_result(file), RemovedRecord)
+
+
+def test_a_result_that_cannot_be_read_is_not_missing(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its image would be one without nuclei: in the state of the project, and in its report."""
+    write_record(file, msgspec.convert(RESULT, ResultRecord))
+
+    def deny(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", deny)
+        patched.setattr(Path, "read_text", deny)
+        with pytest.raises(
+            StorageError, match=r"record\.json cannot be read \(Permission denied\)"
+        ):
+            read_result(file)
+    assert isinstance(read_result(file), ResultRecord)
+    assert read_result(file / "in a file") is None
 
 
 def test_figures_are_drawn_from_all_that_a_run_id_does_not_say(file: Path) -> None:

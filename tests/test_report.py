@@ -26,7 +26,7 @@ from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.report import page as report_page
 from patchcl_qupath.report.charts import Mark, curves
 from patchcl_qupath.report.figures import CONTOUR_UNITS, _RunningHistogram, write_figures
-from patchcl_qupath.report.found import find_image, find_runs
+from patchcl_qupath.report.found import find_image, find_models, find_runs
 from patchcl_qupath.report.views import RunView
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.segmentation.uncertainty import merge_grids, sampling_points
@@ -303,6 +303,37 @@ def test_images_removed_or_still_to_do_say_so(copy):
     assert "not done yet" in page
     assert "broken.png cannot be read" in page
     assert "<b>0 of 3</b> images" in page
+
+
+def test_an_image_without_nuclei_has_no_notes_on_them(copy):
+    """As QuPath's process leaves it that removed them; or a person, to have room."""
+    (first, second, _), output = open_project(copy).images(), copy / "patchcl"
+    for entry in (first, second):
+        path = output / "report" / "outcomes" / f"{entry.id}.json"
+        content = json.loads(path.read_text("utf-8"))
+        path.write_text(json.dumps(content | {"note": "written as detections"}), "utf-8")
+    shutil.rmtree(output / "results" / first.id)
+    project = open_project(copy)
+    assert find_image(project, first).warnings == ("not done yet",)
+    assert "written as detections" in find_image(project, second).warnings
+    assert call("remove", copy, "--image", second.id).exit_code == 0
+    assert find_image(project, second).warnings == ("its nuclei were removed",)
+
+
+def test_training_is_not_shown_of_weights_that_were_copied_alone(copy, model):
+    """The record beside them is of the model that had their name."""
+    project, models = open_project(copy), copy / "patchcl" / "models"
+    images = [find_image(project, entry) for entry in project.images()]
+    (found,) = find_models(project, images)
+    assert (found.name, found.images) == ("patchcl", [images[0].name, HOSTILE])
+    weights = (models / "patchcl.pt").read_bytes()
+    other = replace(model, threshold=0.25)  # with a digest of its own
+    (models / "patchcl.pt").write_bytes(other.save(copy / "elsewhere", "patchcl").read_bytes())
+    assert find_models(project, images) == []
+    (models / "patchcl.pt").unlink()
+    assert [found.name for found in find_models(project, images)] == ["patchcl"]
+    (models / "patchcl.pt").write_bytes(weights)
+    assert [found.name for found in find_models(project, images)] == ["patchcl"]
 
 
 def test_damaged_files_leave_a_page(copy):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from results import result_of
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box, FailedTile, ImageEntry, Nuclei
+from patchcl_qupath.errors import GroundTruthError
 from patchcl_qupath.evaluation import pictures
 from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
 from patchcl_qupath.evaluation.metrics import Kind
@@ -375,6 +377,23 @@ def test_ground_truth_that_does_not_exist_is_refused(project: Path, tmp_path: Pa
     assert "none does not exist: give a file that ends in .geojson" in missing.output
     other = call("score", project, "--ground-truth", project / "project.qpproj")
     assert "project.qpproj cannot be the ground truth: give a file that ends in" in other.output
+
+
+@pytest.mark.parametrize("call_of_path", ["is_dir", "iterdir"])
+def test_ground_truth_that_may_not_be_looked_at_is_refused(
+    project: Path, ground_truth: Path, monkeypatch: pytest.MonkeyPatch, call_of_path: str
+) -> None:
+    """In a folder that another person alone may look into, or one itself."""
+
+    def deny(_: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    entries = open_project(project).images()
+    message = r"cannot be read: Permission denied; mend that, or ask for the permission"
+    monkeypatch.setattr(Path, call_of_path, deny)
+    with pytest.raises(GroundTruthError, match=message):
+        ground_truth_files(ground_truth, entries)
+    monkeypatch.undo()
 
 
 def test_two_ground_truth_files_of_one_image_are_refused(project: Path, ground_truth: Path) -> None:

@@ -400,6 +400,48 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["1"]
 
 
+def replace_folder(path, monkeypatch, between):
+    """Replace a folder, and call something between its two renames."""
+    rename = files.replace_file
+
+    def replace(new, other):
+        if other == path and new.name.endswith(".partial"):
+            between()
+        rename(new, other)
+
+    with monkeypatch.context() as patched, atomic_write(path) as new:
+        patched.setattr(files, "replace_file", replace)
+        new.mkdir()
+        (new / "new").touch()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("end", ["killed", "stopped", "Ctrl-C"])
+def test_a_folder_is_there_however_its_replacement_ends(tmp_path, monkeypatch, end):
+    """What nobody can make again, as nuclei that a person was given, must not go between two names:
+    with its process, with a call that is stopped, or with what is half-written at the end of it."""
+    path = tmp_path / "changes" / "1"
+    path.mkdir(parents=True)
+    (path / "old").touch()
+
+    def stop():
+        raise KeyboardInterrupt
+
+    if end == "killed":
+        process = os.fork()
+        if not process:
+            replace_folder(path, monkeypatch, lambda: os._exit(9))
+        assert os.waitpid(process, 0)[1] == 9 << 8
+        assert not path.exists()
+    else:
+        between = stop if end == "stopped" else files.remove_unfinished
+        with exclusive_lock(tmp_path), pytest.raises((KeyboardInterrupt, StorageError)):
+            replace_folder(path, monkeypatch, between)
+    with exclusive_lock(tmp_path):
+        assert [file.name for file in path.iterdir()] == ["old"]
+        assert [file.name for file in path.parent.iterdir()] == ["1"]
+
+
 def test_tiles_are_kept_where_their_plan_cannot_be_read_for_the_moment(tmp_path, monkeypatch):
     store = stored(tmp_path / "store", some_nuclei(1))
 

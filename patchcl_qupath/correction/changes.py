@@ -37,6 +37,7 @@ from patchcl_qupath.storage.records import (
     RoiChangesRecord,
     RoisRecord,
     RunRecord,
+    read_kept,
     read_record,
     read_result,
     write_record,
@@ -78,7 +79,7 @@ def give(layout: Layout, image: str) -> None:
             )
         )
     path = layout.changes(image) / CHANGES
-    record = read_record(path, ChangesRecord)
+    record = read_kept(path, ChangesRecord)
     record = record or ChangesRecord(model="", model_name="", made="", rois=())
     ids = {roi.id for roi in given}
     # A ROI that a person began to correct stays in the image beside those suggested later.
@@ -116,7 +117,7 @@ def begin(
     notes = {}
     for image in images:
         folder = layout.changes(image)
-        others = _by_class(read_record(folder / CHANGES, ChangesRecord), roi_class)
+        others = _by_class(read_kept(folder / CHANGES, ChangesRecord), roi_class)
         known = (*others.pop(roi_class, ()), *others.get(TO_CORRECT, ()))
         rois: list[RoiChangesRecord] = []
         if image in corrections:
@@ -158,7 +159,7 @@ def finish(layout: Layout, segmented: SegmentedImage, model: str, run: str) -> C
     """
     image = segmented.image
     folder = layout.changes(image.id)
-    record = read_record(folder / CHANGES, ChangesRecord)
+    record = read_kept(folder / CHANGES, ChangesRecord)
     if record is None or record.model != model or not record.rois:
         return None
     if not all(_is_segmented(roi, segmented) for roi in record.rois):

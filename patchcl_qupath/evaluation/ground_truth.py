@@ -58,11 +58,19 @@ def ground_truth_files(ground_truth: Path, entries: Sequence[ImageEntry]) -> dic
     """The ground-truth files of each image, by its id: those of a folder, or one file of one image.
 
     An image may have none. The whole name precedes the stem, of a file as of an image. Raises
-    GroundTruthError if no image has one.
+    GroundTruthError if no image has one, or where that cannot be told.
     """
-    if ground_truth.is_dir():
+    try:
+        inside = sorted(ground_truth.iterdir()) if ground_truth.is_dir() else None
+        is_file = ground_truth.is_file()
+    except OSError as error:
+        raise GroundTruthError(
+            f"{ground_truth} cannot be read: {error.strerror or error}; mend that, or ask for the "
+            "permission"
+        ) from error
+    if inside is not None:
         named: dict[str, list[Path]] = {}
-        for file in sorted(ground_truth.iterdir()):
+        for file in inside:
             named.setdefault(readable(_name(file)), []).append(file)
         named.pop("", None)
         whole = {entry.name for entry in entries}
@@ -76,7 +84,7 @@ def ground_truth_files(ground_truth: Path, entries: Sequence[ImageEntry]) -> dic
                 f"{entries[0].name}.geojson ({_KINDS})"
             )
         return found
-    if not ground_truth.is_file():
+    if not is_file:
         raise GroundTruthError(
             f"{ground_truth} does not exist: give {_KINDS}, or a folder of such files"
         )

@@ -128,14 +128,15 @@ def note(
     return "; ".join(notes) or None
 
 
-def failed_image(entry: ImageEntry, error: Exception) -> ImageOutcome:
-    """The outcome of an image that could not be segmented."""
+def failed_image(entry: ImageEntry, error: Exception, results: str | None = None) -> ImageOutcome:
+    """The outcome of an image that failed; ``results`` is the folder of its nuclei, if it did so
+    once these were written."""
     if not isinstance(error, FORESEEN):
         logger.error("%s: internal error", entry.name, exc_info=error)
     problem = reason_of(error)
     if entry.name not in problem:
         problem = f"{entry.name}: {problem}"
-    return ImageOutcome(id=entry.id, image=entry.name, problem=problem)
+    return ImageOutcome(id=entry.id, image=entry.name, problem=problem, results=results)
 
 
 def write_outcomes(
@@ -146,10 +147,9 @@ def write_outcomes(
     outcomes: Sequence[ImageOutcome],
 ) -> None:
     """Record a run, with what became of its images so far; and that of the last image by itself."""
-    versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     record = RunRecord(
         **asdict(provenance),
-        versions=versions,
+        versions=package_versions(),
         training=training,
         images=list(outcomes),
     )
@@ -157,6 +157,11 @@ def write_outcomes(
         if not outcomes[-1].unchanged:
             write_record(layout.outcome(outcomes[-1].id), outcomes[-1])
         write_record(layout.run_record(run), record)
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that nuclei depend on, by name."""
+    return {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
 
 
 def _failed_tile(tile: Tile, slide: Slide, error: Exception) -> FailedTile:

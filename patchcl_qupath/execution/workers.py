@@ -244,7 +244,7 @@ def open_workers(
         with _at_scheduler(scheduler) as workers:
             yield workers
         return
-    _check_temporary_files(dask)
+    _check_for_processes(dask)
     with dask.config.set(_SETTINGS):
         if cluster:
             with _in_queue(cluster, count or 1, notify) as workers:
@@ -263,7 +263,7 @@ def check_workers(scheduler: str | None = None, cluster: str | None = None) -> N
     if scheduler:
         _client_of(scheduler).close()
         return
-    _check_temporary_files(dask)
+    _check_for_processes(dask)
     if cluster:
         with job_cluster(cluster):
             user_name()
@@ -280,8 +280,13 @@ def _dask() -> Any:
     return dask
 
 
-def _check_temporary_files(dask: Any) -> None:
-    """Raise ConfigError where there is no folder for what workers and jobs write for a time."""
+def _check_for_processes(dask: Any) -> None:
+    """Raise ConfigError for settings that processes of workers cannot read, and where there is no
+    folder for what they and jobs write for a time."""
+    with reading_dask_settings():
+        # Each reads them again, by what distributed knows of earlier names: where that fails, it is
+        # a traceback of each, and all threads would be of this process.
+        dask.config.collect()
     try:
         if dask.config.get("temporary-directory", None) is None:
             with tempfile.TemporaryFile():

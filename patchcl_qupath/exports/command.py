@@ -212,7 +212,9 @@ def _notes(project: Project, entry: ImageEntry, found: ExportedImage) -> Iterato
             "missing, and their tissue counts in no density: run again"
         )
     outcome = read_record(project.layout.outcome(entry.id), ImageOutcome)
-    if outcome is not None and outcome.problem:
+    if outcome is not None and outcome.problem and outcome.results:
+        yield f"{entry.name}: its last run failed after these nuclei: {outcome.problem}"
+    elif outcome is not None and outcome.problem:
         yield (
             f"{entry.name}: its last run failed, and its nuclei are those of a run before: "
             f"{outcome.problem}"

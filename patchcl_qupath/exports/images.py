@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from patchcl_qupath import config
 from patchcl_qupath.answers.regions import Regions
 from patchcl_qupath.datatypes import DrawnRegion, ImageEntry
-from patchcl_qupath.errors import ImageError, is_damage
+from patchcl_qupath.errors import ImageError, StorageError, is_damage
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.drawn import OUR_REGION, counted_class, read_drawn
 from patchcl_qupath.project.names import in_qupath
@@ -119,10 +119,13 @@ def _taken(names: Sequence[str | None], numbers: NDArray[np.intp]) -> pa.Array:
 
 
 def exported_image(project: Project, entry: ImageEntry) -> ExportedImage | str:
-    """An image with its nuclei, or the reason why it has none. Raises ImageError for a damaged
-    file."""
+    """An image with its nuclei, or the reason why it has none. Raises ImageError for a file that is
+    damaged, or cannot be read."""
     layout = project.layout
-    result = read_result(layout.result(entry.id))
+    try:
+        result = read_result(layout.result(entry.id))
+    except StorageError as error:
+        raise ImageError(f"{entry.name}: {error}") from error
     if isinstance(result, RemovedRecord):
         return f"{entry.name}: its nuclei were removed"
     if result is None:

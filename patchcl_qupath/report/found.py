@@ -20,6 +20,7 @@ from patchcl_qupath.storage.records import (
     ResultRecord,
     RunRecord,
     Summary,
+    read_model_record,
     read_record,
     read_result,
 )
@@ -176,16 +177,16 @@ def _warnings(
 ) -> list[str]:
     """What a person should know of an image's nuclei, or why there are none."""
     warnings = [entry.problem] if entry.problem else []
-    if found is None and outcome is None and not warnings:
-        warnings.append("not done yet")
     if outcome and outcome.problem and outcome.problem not in warnings:
         warnings.append(f"failed: {outcome.problem}")
-    if outcome and outcome.note:
+    if found is None and not warnings:  # nor any more, whatever became of an earlier run
+        warnings.append("not done yet")
+    if isinstance(found, ResultRecord) and outcome and outcome.note:
         warnings.append(outcome.note)
     if isinstance(found, RemovedRecord):
         warnings.append("its nuclei were removed")
     if isinstance(found, ResultRecord):
-        if outcome and outcome.problem:
+        if outcome and outcome.problem and not outcome.results:
             warnings.append("the result of an earlier run is shown")
         if not found.slide.has_size(entry.mpp):
             warnings.append("its pixel size was changed since the run: run again")
@@ -197,10 +198,12 @@ def _warnings(
 
 
 def find_models(project: Project, images: list[FoundImage]) -> list[FoundModel]:
-    """The project's models, by name."""
+    """The project's models, by name; one whose weights are gone may still have made nuclei."""
     models = []
     for path in project.layout.model_records():
-        record = read_record(path, ModelRecord)
+        weights = path.with_suffix(".pt")
+        # Of weights that were copied here alone, it is the record of others.
+        record = read_model_record(weights) if weights.exists() else read_record(path, ModelRecord)
         if record is not None:
             used = [i.name for i in images if i.result and i.result.model == record.digest]
             models.append(FoundModel(path.stem, record, used))
@@ -210,18 +213,19 @@ def find_models(project: Project, images: list[FoundImage]) -> list[FoundModel]:
 def find_runs(project: Project, images: list[FoundImage]) -> list[FoundRun]:
     """The runs that made the nuclei which are there.
 
-    A run goes on with other settings that its tiles do not depend on, such as a class of nuclei:
-    that is another one here.
+    A run goes on with other settings that its tiles do not depend on, such as a class of nuclei, or
+    with other packages: that is another one here.
     """
     runs: dict[tuple[str, str], FoundRun] = {}
     for image in images:
         if image.result is None:
             continue
-        run = image.result.run
-        key = run, digest(image.result.config)
-        if key not in runs:
+        run, versions = image.result.run, image.result.versions
+        if not versions:  # of an earlier version
             record = read_record(project.layout.run_record(run), RunRecord)
             versions = record.versions if record else {}
+        key = run, digest([image.result.config, versions])
+        if key not in runs:
             runs[key] = FoundRun(id=run, result=image.result, versions=versions)
         runs[key].images.append(image.name)
     return list(runs.values())

@@ -27,6 +27,7 @@ from patchcl_qupath.segmentation.measurements import NuclearStain
 from patchcl_qupath.segmentation.probability import is_probable, nucleus_probability
 from patchcl_qupath.segmentation.unlikely import SurestNuclei
 from patchcl_qupath.slides.prepare import PreparedImage
+from patchcl_qupath.storage.records import TypicalRecord
 
 CROPS = 16  # that nuclei are looked for in
 _LEAST_NUCLEI = 10  # fewer say little
@@ -38,6 +39,23 @@ class TypicalNuclei(NamedTuple):
 
     config: SegmentConfig
     surest: SurestNuclei | None
+
+    @classmethod
+    def of(cls, record: TypicalRecord, config: SegmentConfig) -> TypicalNuclei:
+        """Those of a record, with the other settings of ``config``."""
+        surest = None
+        if record.surest is not None:
+            density, share = record.surest
+            surest = SurestNuclei(density=density, share=share)
+        config = replace(config, nucleus_diameter_um=record.nucleus_diameter_um)
+        return cls(config, surest)
+
+    @property
+    def record(self) -> TypicalRecord:
+        """The inverse of ``of``."""
+        surest = None if self.surest is None else (self.surest.density, self.surest.share)
+        diameter_um = self.config.nucleus_diameter_um
+        return TypicalRecord(nucleus_diameter_um=diameter_um, surest=surest)
 
 
 def typical_nuclei(

@@ -54,6 +54,7 @@ _ON_WINDOWS = {
 # Of a file system without locks, as Lustre may be mounted: it is used without.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
+_REPLACED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial\.old")  # a folder, until the new one is there
 _OF_SCRIPTS = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.partial$")  # a UUID of Java
 _WITHOUT_LOCK = {"exports", "errors"}  # folders that commands write to beside a run
 _OLD_S = 86400.0
@@ -149,8 +150,9 @@ def copy_once(path: Path, other: Path) -> None:
 def remove_partial_files(folder: Path) -> None:
     """Remove the temporary files of killed writers from a folder and its subfolders.
 
-    A Groovy script in QuPath takes no lock and may be writing, as ``export`` and ``score``: their
-    files are removed once old. ``report`` writes what a run does, too, and may have to be repeated.
+    A folder that one of them was replacing gets its name back, unless the new one has it. A Groovy
+    script in QuPath takes no lock and may be writing, as ``export`` and ``score``: their files are
+    removed once old. ``report`` writes what a run does, too, and may have to be repeated.
     """
     for leftover in [*folder.rglob("*.partial*")]:
         under_lock = _WITHOUT_LOCK.isdisjoint(leftover.relative_to(folder).parts)
@@ -158,7 +160,19 @@ def remove_partial_files(folder: Path) -> None:
         if not is_ours and not _OF_SCRIPTS.search(leftover.name):
             continue
         if (is_ours and under_lock) or _is_old(leftover):
-            _remove(leftover)
+            with suppress(OSError):  # else it stays: it may be the only one
+                _restore(leftover)
+                _remove(leftover)
+
+
+def _restore(leftover: Path) -> None:
+    """Rename a folder that was being replaced back, where the new one did not come.
+
+    Raises OSError.
+    """
+    replaced = _REPLACED.fullmatch(leftover.name)
+    if replaced and not (path := leftover.with_name(replaced[1])).exists():
+        replace_file(leftover, path)
 
 
 def _is_old(partial: Path) -> bool:
@@ -226,7 +240,7 @@ def _replace_folder(new: Path, path: Path) -> None:
         replace_file(path, old)
     try:
         replace_file(new, path)
-    except OSError:
+    except BaseException:  # Ctrl-C, too
         if old.exists():
             replace_file(old, path)
         raise

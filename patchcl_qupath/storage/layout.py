@@ -32,6 +32,7 @@ from patchcl_qupath.storage.files import readable
 RESULT, NUCLEI = "result.json", "nuclei.parquet"  # in an image's folder of results
 FIGURES = "figures.json"  # in its folder of figures
 CHANGES = "changes.json"  # in its folder of changes
+TYPICAL = "typical.json"  # in its folder of finished tiles
 
 _PORTS = [f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10)]
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *_PORTS}  # what Windows takes such a name for

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from patchcl_qupath.datatypes import CorrectionRoi, FailedTile, StainVectors, place_text
+from patchcl_qupath.errors import StorageError
 from patchcl_qupath.storage.files import digest, read_json, write_json
 from patchcl_qupath.timing import Seconds
 
@@ -199,6 +200,8 @@ class ResultRecord(
     for people. ``positivity`` is there where nuclei have classes, and ``summaries``, the first of
     them that of the image, where these or regions were asked for. ``is_compartment_first`` is
     whether measurements in ``files`` have the names of QuPath 0.6; None of an earlier run.
+    ``versions`` are those of packages; earlier runs have them in run.json alone, which a later one
+    for other images writes anew.
     """
 
     run: str
@@ -221,6 +224,7 @@ class ResultRecord(
     summaries: tuple[Summary, ...] = ()
     files: tuple[str, ...]
     is_compartment_first: bool | None = None
+    versions: dict[str, str] = {}
 
     @property
     def drawn_from(self) -> str:
@@ -391,6 +395,8 @@ class ImageOutcome(
 ):
     """The outcome of one image in a run: ``problem`` is None unless it failed.
 
+    ``results`` is the folder of the nuclei that the run has written; of an image that failed, None
+    unless it did so later: as they were imported into QuPath, say.
     With ``failed_tiles``, the nuclei of all other tiles are written. ``seconds`` are wall time;
     ``main_seconds`` those of the run itself by stage (pictures are drawn while nuclei are written),
     ``worker_seconds`` the sums over workers.
@@ -426,7 +432,8 @@ class ImageOutcome(
 class RunRecord(Provenance, frozen=True, kw_only=True):
     """runs/<run>/run.json: the provenance of a run, and the outcome of each image so far.
 
-    ``versions`` are those of libraries; ``training`` is the log of the model.
+    ``versions`` are those of libraries, when it was last continued; ``training`` is the log of the
+    model.
     """
 
     versions: dict[str, str]
@@ -710,6 +717,17 @@ class ImageSummary(Record, frozen=True, kw_only=True):
     problem: str | None = None
 
 
+class TypicalRecord(Record, frozen=True, kw_only=True):
+    """runs/<run>/<image>/typical.json: the typical nuclei by which the tiles beside it were made.
+
+    ``nucleus_diameter_um`` is 0 where there were too few to measure it. ``surest`` are the density
+    of red light, and its share, of the surest nuclei.
+    """
+
+    nucleus_diameter_um: float
+    surest: tuple[float, float] | None
+
+
 class RoisRecord(Record, frozen=True, kw_only=True, rename={"rois": "fields"}):
     """fields/<image>.json: the ROIs of an image to correct; ``made`` is UTC in ISO 8601."""
 
@@ -760,6 +778,28 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
         return None
 
 
+def read_kept(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
+    """The same of a file that must not be taken for missing: as if an image had no nuclei, or to be
+    written anew without what is in it.
+
+    Raises StorageError for one that is there, but cannot be read: it may be another person's, or a
+    network folder be gone for a moment.
+    """
+    try:
+        path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be read ({error.strerror or error}): do this again when it can be, or "
+            "ask for the permission"
+        ) from error
+    return read_record(path, kind)
+
+
 def read_result(path: Path) -> ResultRecord | RemovedRecord | None:
-    """The record in result.json, of nuclei or of their removal; None if there is neither."""
-    return read_record(path, ResultRecord) or read_record(path, RemovedRecord)
+    """The record in result.json, of nuclei or of their removal; None if there is neither.
+
+    Raises StorageError as ``read_kept``.
+    """
+    return read_kept(path, ResultRecord) or read_record(path, RemovedRecord)
