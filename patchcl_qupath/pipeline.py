@@ -247,7 +247,6 @@ class Run:
     _stop: Stop = field(default_factory=Stop)
     _showing: threading.Lock = field(default_factory=threading.Lock)
     _asking_qupath: threading.Lock = field(default_factory=threading.Lock)
-    _made: dict[str, ResultRecord] = field(default_factory=dict)  # by the id of its image
 
     def __post_init__(self) -> None:
         check_resolution(self.model, self.config, self.model_name)
@@ -257,7 +256,7 @@ class Run:
 
         While the tiles of one are with workers, the next is prepared, and the last one written.
         """
-        outcomes = []
+        outcomes, began = [], _now()
         self._stop.clear()
         assert self.id, "it is found here, before threads ask for it"
         at_once = self.workers.images_at_once()
@@ -266,7 +265,7 @@ class Run:
         threads = torch.get_num_threads()
         try:
             for entry, result in zip(entries, results, strict=True):
-                outcomes.append(self._outcome_of(entry, result))
+                outcomes.append(self._outcome_of(entry, result, began))
                 layout, training = self.project.layout, self.model.record.training
                 write_outcomes(layout, self.id, self.provenance, training, outcomes)
                 yield outcomes[-1]
@@ -275,21 +274,22 @@ class Run:
             # to one in which a person trains, too.
             torch.set_num_threads(threads)
 
-    def _outcome_of(self, entry: ImageEntry, result: Future[ImageOutcome]) -> ImageOutcome:
+    def _outcome_of(
+        self, entry: ImageEntry, result: Future[ImageOutcome], began: str
+    ) -> ImageOutcome:
         """The outcome of an image, or of its error, which must not cost the others."""
         try:
             outcome = result.result()
         except Exception as error:
-            outcome = failed_image(entry, error, self._written(entry))
+            outcome = failed_image(entry, error, self._written(entry, began))
         stages = ", ".join(f"{name} {s:.1f} s" for name, s in outcome.main_seconds.items())
         logger.info("%s: %.1f s: %s", entry.name, outcome.seconds, stages or "failed")
         return outcome
 
-    def _written(self, entry: ImageEntry) -> str | None:
-        """The folder of an image's nuclei, if this run has written them, whatever failed then."""
-        made = self._made.get(entry.id)
+    def _written(self, entry: ImageEntry, since: str) -> str | None:
+        """The folder of an image's nuclei, if this run wrote them ``since`` then."""
         found = read_record(self.project.layout.result(entry.id), ResultRecord)
-        if made is None or found is None or (found.run, found.made) != (made.run, made.made):
+        if found is None or found.run != self.id or found.made < since:
             return None
         return str(self.project.layout.results(entry.id))
 
@@ -317,7 +317,6 @@ class Run:
         with timed(seconds, "write"):
             answered = answer(segmented, entry, self.config.result)
             result = self._result(entry, segmented, answered)
-            self._made[entry.id] = result
             rois_wait = changes.rois_wait(self.project.layout, entry.id)
             with meanwhile(self._draw, segmented, result, seconds):
                 imported = self._write(entry, segmented, answered, result)
@@ -588,7 +587,7 @@ class Run:
         return ResultRecord(
             run=self.id,
             image=entry.name,
-            made=datetime.now(UTC).isoformat(timespec="seconds"),
+            made=_now(),
             **msgspec.structs.asdict(self.provenance),
             tissue_mm2=segmented.tissue_mm2() or 0.0,
             slide=SlideProvenance(
@@ -636,6 +635,11 @@ class Run:
             network_px=segmented.network_px,
             **{name: value for name, value in known.items() if value is not None},
         )
+
+
+def _now() -> str:
+    """The time, UTC in ISO 8601: later ones sort after earlier ones."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _write(
