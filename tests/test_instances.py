@@ -136,6 +136,24 @@ def test_nuclei_depend_on_no_pixel_beyond_the_margin(seed, typical_um):
     assert owned(part, 160 - margin) == found
 
 
+def test_a_nucleus_beside_a_fibre_that_a_tile_cuts_stays():
+    """The elevation of the fibre rises to the right, up to beyond where the tile is cut: the cut
+    one is hardly higher there than where the nucleus touches it."""
+    scene, core = np.full((2, 100, 500), 0.1, np.float32)
+    scene[46:56, 60:480] = 0.9
+    core[47:55, 60:480] = np.interp(np.arange(60, 480), [60, 300, 400], [0.6, 0.62, 1])
+    rows, cols = np.mgrid[:100, :500]
+    nucleus = (rows - 50.5) ** 2 + (cols - 51.5) ** 2 < 81
+    scene[nucleus], core[nucleus] = 0.9, 0.8
+    right = 70 + int(np.ceil(postprocessing_margin_um(CONFIG) / MPP))
+    assert right < 300
+    whole = instances(scene, MPP, CONFIG, core=core)
+    part = instances(scene[:, :right], MPP, CONFIG, core=core[:, :right])
+    assert whole[50, 51]
+    np.testing.assert_array_equal(part[:, :70] == part[50, 51], whole[:, :70] == whole[50, 51])
+    assert part[50, 51]
+
+
 def test_a_gap_that_the_border_of_a_tile_closes_is_no_hole():
     """Two rows of touching nuclei, a gap of a pixel between them, which is open far to the right:
     its area up to where a tile is cut off is that of a hole."""

@@ -25,7 +25,8 @@ from scipy.sparse.csgraph import connected_components
 from patchcl_qupath.compiled import compiled, take
 from patchcl_qupath.config import SegmentConfig
 
-# Largest height and width of what is joined, relative to ``max_diameter_um``. Two thirds of it lie
+# Largest height and width of what is joined, and of each part of what is merged, relative to
+# ``max_diameter_um``. Two thirds of it lie
 # beyond the centroid, and the neighbour that a nucleus may be joined to as far again: together the
 # two thirds of ``max_diameter_um`` that the margin of a tile holds.
 _MAX_JOINED = 0.4
@@ -43,7 +44,7 @@ def postprocessing_margin_um(config: SegmentConfig) -> float:
     search for a higher maximum extend a little beyond that. Whether a nucleus is joined to a
     neighbour depends on the whole neighbour, and whether a gap in it is a hole on the whole gap,
     but such pairs and holes are so small (``_MAX_JOINED``, ``_MAX_HOLE``) that they lie within the
-    same margin.
+    same margin; so does what is merged, but for a fibre, which is merged with nothing.
     """
     beyond = config.scale * (4 * config.smooth_um + config.marker_radius_um)
     beyond += 2 * config.open_radius_um
@@ -72,7 +73,8 @@ def instances(
     far = _disc(config.scale * config.marker_radius_um / mpp)
     basins, peak = _steepest_ascent(elevation, mask, _offsets(1.5), far)
     prominence = np.float32(config.scale * config.min_prominence_um)
-    basins = take(_merge_low_prominence(basins, peak, elevation, prominence), basins)
+    longest = np.float64(_MAX_JOINED * config.max_diameter_um / mpp)
+    basins = take(_merge_low_prominence(basins, peak, elevation, prominence, longest), basins)
     found = _Basins(*_sums(basins, len(peak), core))
     saddles = _saddles(basins, np.zeros_like(elevation) if core is None else core)
     into = _join_parts(found, saddles, peak, mpp, config)
@@ -402,13 +404,24 @@ def _merge_low_prominence(
     peak: NDArray[np.float32],
     elevation: NDArray[np.float32],
     min_prominence_um: np.float32,
+    longest_px: float,
 ) -> NDArray[np.int32]:
     """The basin (N + 1,) that each basin is merged into; itself, unless its prominence is low.
 
     The saddle between two basins is the highest pass along their common border. The prominence of a
-    maximum is its elevation above its highest saddle to a higher one.
+    maximum is its elevation above its highest saddle to a higher one. What is higher or wider than
+    ``longest_px``, such as a fibre, is merged with nothing: the border of a tile may cut it, and
+    its maximum may lie beyond.
     """
     rows, cols = basins.shape
+    ends = np.full((len(peak), 4), -(2**31), np.int32)  # the largest row, col, -row and -col
+    for row in range(rows):
+        for col in range(cols):
+            if basins[row, col]:
+                end = ends[basins[row, col]]
+                end[0], end[1] = row, max(end[1], col)
+                end[2], end[3] = max(end[2], -row), max(end[3], -col)
+    is_long = np.maximum(ends[:, 0] + ends[:, 2], ends[:, 1] + ends[:, 3]) + 1 > longest_px
     into = np.arange(len(peak)).astype(np.int32)
     saddle = np.full(len(peak), -np.inf, np.float32)
     for row in range(rows):
@@ -417,7 +430,7 @@ def _merge_low_prominence(
                 if r == rows or c == cols:
                     continue
                 low, high = basins[row, col], basins[r, c]
-                if not low or not high or low == high:
+                if not low or not high or low == high or is_long[low] or is_long[high]:
                     continue
                 if peak[low] > peak[high] or (peak[low] == peak[high] and low > high):
                     low, high = high, low
