@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, befo
 import hypothesis
 import pytest
 import qupath
+import torch
 from filelock import FileLock
 
 from patchcl_qupath import pipeline
@@ -25,7 +26,7 @@ from patchcl_qupath.project.jvm import Process
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = replace(
     Config(),
-    patchcl=replace(Config().patchcl, max_steps=160, cooldown_steps=60, crops=32),
+    patchcl=replace(Config().patchcl, max_steps=80, cooldown_steps=30, crops=20, batch=2),
     selftrain=replace(Config().selftrain, first_steps=60, steps=200, cdcl_steps=20),
     # After so few steps few nuclei are probable.
     segment=replace(Config().segment, min_probability=0.0, min_probability_of_pale=0.0),
@@ -38,7 +39,16 @@ hypothesis.settings.load_profile("same")
 os.environ["PATCHCL_QP_BACKEND"] = "files"  # tests of QuPath ask for paquo: it starts slowly
 
 # The longest files: side by side, the last one to begin would be waited for.
-LONGEST = ["cases", "docs", "refine", "survival", "machines", "library", "selftrain", "changes"]
+LONGEST = [
+    *("pipeline", "execution", "refine", "cells_run", "machines", "survival", "cases", "docs"),
+    *("cli", "patchcl", "instances", "library", "images_overlap", "selftrain", "regions"),
+]
+
+
+def pytest_configure() -> None:
+    """Share the cores among processes: threads of several would wait for each other."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
