@@ -154,6 +154,16 @@ def test_a_contour_that_closes_a_bay_has_no_hole_and_is_measured_as_it_is():
     assert measured["Solidity"] == pytest.approx(shapely.area(polygons) / hulls)
 
 
+def test_a_line_of_pixels_hardly_above_the_threshold_measures_nothing():
+    confidence = np.full((9, 30), 0.1, np.float32)
+    confidence[4, 5:25] = 0.5001
+    polygons = trace_contours((confidence > 0.5).astype(np.int32), confidence)
+    assert shapely.is_empty(polygons).all()
+    measured = shape_measurements(polygons)
+    for name in ("Area µm^2", "Length µm", "Circularity", "Solidity", "Max diameter µm"):
+        assert measured[name] == [0]
+
+
 def test_labels_with_gaps_are_refused():
     with pytest.raises(ValueError, match="without gaps"):
         trace_contours(np.full((5, 5), 2, dtype=np.int32))

@@ -504,16 +504,22 @@ def shape_measurements(polygons_um: Polygons) -> dict[str, NDArray[np.float64]]:
 
 
 def _shapes(rings_um: Rings) -> dict[str, NDArray[np.float64]]:
-    """As ``shape_measurements``, of contours."""
+    """As ``shape_measurements``, of contours; of an empty one, as a line of pixels hardly above the
+    threshold has, circularity and solidity are 0."""
     area, length, hulls = areas_of(rings_um), lengths_of(rings_um), hulls_of(rings_um)
     return {
         "Area µm^2": area,
         "Length µm": length,
-        "Circularity": 4 * np.pi * area / length**2,
-        "Solidity": area / areas_of(hulls),
+        "Circularity": _ratio(4 * np.pi * area, length**2),
+        "Solidity": _ratio(area, areas_of(hulls)),
         "Max diameter µm": 2 * _bounding_radii(hulls.xy, hulls.first),
         "Min diameter µm": _min_widths(hulls.xy, hulls.first),
     }
+
+
+def _ratio(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Parts (N,) of wholes (N,): 0 of nothing."""
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
 @compiled
@@ -526,8 +532,8 @@ def _bounding_radii(xy: NDArray[np.float64], first: NDArray[np.int64]) -> NDArra
     radii = np.empty(len(first) - 1)
     for i in range(len(radii)):
         points = xy[first[i] : first[i + 1]]
-        x, y, square = points[0, 0], points[0, 1], 0.0
-        for a in range(1, len(points)):
+        x, y, square = 0.0, 0.0, -1.0  # no circle yet
+        for a in range(len(points)):
             if _inside(points[a], x, y, square):
                 continue
             x, y, square = points[a, 0], points[a, 1], 0.0
@@ -538,7 +544,7 @@ def _bounding_radii(xy: NDArray[np.float64], first: NDArray[np.int64]) -> NDArra
                 for c in range(b):
                     if not _inside(points[c], x, y, square):
                         x, y, square = _through_three(points[a], points[b], points[c])
-        radii[i] = np.sqrt(square)
+        radii[i] = np.sqrt(max(square, 0.0))
     return radii
 
 
