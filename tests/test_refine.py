@@ -410,9 +410,13 @@ def test_what_another_person_deleted_beside_a_shared_strip_is_not_taught():
         assert sample.valid.sum() == pytest.approx((left | right).area, rel=0.01)
 
 
-@pytest.mark.parametrize("roi", [shapely.box(400, 500, 420, 900), shapely.box(-90, 0, -10, 90)])
-def test_a_roi_that_is_too_small_or_outside_is_refused(roi):
-    with pytest.raises(ImageError, match="less than 16 µm wide, or outside the image"):
+@pytest.mark.parametrize(
+    ("roi", "place"),
+    [(shapely.box(400, 500, 420, 900), "410, y 700"), (shapely.box(-90, 0, -10, 90), "-50, y 45")],
+)
+def test_a_roi_that_is_too_small_or_outside_is_refused(roi, place):
+    said = f"ROI at x {place} px is less than 16 µm wide, or outside the image: .* is a nucleus"
+    with pytest.raises(ImageError, match=said):
         labels.training_samples(prepared(), Corrections((roi,), (INSIDE,)))
 
 

@@ -229,9 +229,9 @@ def training_samples(image: PreparedImage, labels: Corrections) -> list[Training
         raise ImageError(f"{slide.name} shows no tissue, but has labelled ROIs: delete them")
     nuclei, ignored = _on_grid(labels.nuclei, slide), _on_grid(labels.ignored, slide)
     samples = []
-    for roi in labels.rois:
-        roi = on_grid(roi, slide)
-        box = _bounding_box(roi, slide)
+    for drawn in labels.rois:
+        roi = on_grid(drawn, slide)
+        box = _bounding_box(roi, slide, place_text(*shapely.centroid(drawn).coords[0]))
         inside = _pixels(roi, box)
         known = inside.copy()
         for area in ignored:
@@ -368,19 +368,20 @@ def _on_grid(areas: Sequence[shapely.Geometry], slide: Slide) -> Polygons:
     return np.array([level0_to_grid(area, slide.downsample) for area in areas], dtype=object)
 
 
-def _bounding_box(roi: shapely.Geometry, slide: Slide) -> Box:
+def _bounding_box(roi: shapely.Geometry, slide: Slide, place: str) -> Box:
     """The box of a ROI on the working grid. Raises ImageError if it is narrow, huge or outside."""
     x0, y0, x1, y1 = roi.bounds if roi.area else (0, 0, 0, 0)
     if min(x1 - x0, y1 - y0) * slide.mpp < MIN_ROI_UM:
         raise ImageError(
-            f"{slide.name}: a labelled ROI is less than {MIN_ROI_UM:g} µm wide, or outside the "
-            "image: draw it larger, 250 µm say"
+            f"{slide.name}: the labelled ROI {place} is less than {MIN_ROI_UM:g} µm wide, or "
+            "outside the image: draw it larger, 250 µm say; if it is a nucleus, give it the class "
+            "of nuclei"
         )
     mm2 = (x1 - x0) * (y1 - y0) * slide.mpp**2 / 1e6
     if mm2 > MAX_ROI_MM2:
         raise ImageError(
-            f"{slide.name}: a labelled ROI needs a box of {mm2:,.0f} mm², more than {MAX_ROI_MM2:g}"
-            ": draw smaller ones, 250 µm wide say"
+            f"{slide.name}: the labelled ROI {place} needs a box of {mm2:,.0f} mm², more than "
+            f"{MAX_ROI_MM2:g}: draw smaller ones, 250 µm wide say"
         )
     return Box(math.floor(y0), math.floor(x0), math.ceil(y1), math.ceil(x1))
 
