@@ -384,7 +384,7 @@ def test_each_tile_can_grow_once_when_the_last_tile_near_it_has_ended(tmp_path: 
             bottom, right = rng.integers((top + 1, left + 1), 81)
             box = Box(80 * row + top, 80 * col + left, 80 * row + bottom, 80 * col + right)
             tiles.append(Tile(row=row, col=col, read=box, write=box))
-    reach_px = 288  # of two nuclei 67 µm from their centroids, and what is between their contours
+    reach_px = 220  # of two nuclei 50 µm from their centroids, and what is between their contours
     near = {}
     for tile in tiles:
         beside = tile.write.grow(reach_px, Slide2000.shape)

@@ -27,9 +27,7 @@ from patchcl_qupath.slides.level_grid import GREY
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.storage.parquet import Table
 
-# No point of a contour is farther to a side of the nucleus's centroid: two thirds of the largest
-# ``max_diameter_um`` that settings may have.
-MAX_RADIUS_UM = 67.0
+MAX_RADIUS_UM = 50.0  # no point of a contour is farther from the nucleus's centroid
 _ROUNDING = 0.001  # of tissue: what is left of it beside failed tiles, whose borders are rounded
 
 
