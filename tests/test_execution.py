@@ -104,11 +104,13 @@ def refuse_broken(place: Path) -> None:
 
 
 def break_others(place: Path, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
-    """Fails in all processes but one, from the first tile on."""
+    """Fails in all processes but one, from the first tile on; that one waits for another."""
     if not is_first(place):
         (place / "broken").touch()
         raise OSError("no such file")
-    time.sleep(0.1)
+    deadline = time.monotonic() + 60  # on a busy machine another process may begin late
+    while not (place / "broken").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
     return one_nucleus(tile), UNCERTAINTY, {}
 
 

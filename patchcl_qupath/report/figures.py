@@ -252,7 +252,7 @@ def _write_fields_of_view(
     """Write a picture of each field of view that is shown; returns their records."""
     found = fields_of_view(uncertainty, _FOV_BINS)
     records = []
-    for number, (kind, i) in enumerate(_chosen(found)):
+    for number, (kind, i) in enumerate(_chosen(found, segmented.image.slide)):
         picture = f"field-{number}.jpg"
         box = _box(found, i, segmented.image.slide)
         (folder / picture).write_bytes(to_jpeg(segmented.pixels(box), _JPEG_QUALITY))
@@ -264,13 +264,13 @@ def _write_fields_of_view(
     return tuple(records)
 
 
-def _chosen(found: FieldsOfView) -> list[tuple[str, int]]:
+def _chosen(found: FieldsOfView, slide: Slide) -> list[tuple[str, int]]:
     """The densest field of view, the most uncertain one and typical ones: kind and index.
 
     Each is chosen once, and only those with enough tissue are, if there are any.
     """
     full = np.flatnonzero(found.tissue >= min(_FULL, found.tissue.max()))
-    density = found.nuclei[full] / found.tissue[full]
+    density = found.nuclei[full] / [_tissue_mm2(found, i, slide) for i in full.tolist()]
     ranks = {
         "densest": -density,
         "most uncertain": -found.entropy[full],
@@ -294,7 +294,6 @@ def _field_of_view(
     height, width = box.shape
     contours, cells = segmented.contours_in(box), segmented.contours_in(box, of_cells=True)
     frame = shapely.box(0, 0, width, height)
-    tissue_mm2 = _tissue_fraction(found, i, box, slide) * height * width * slide.mpp**2 / 1e6
     x, y = slide.downsample
     return FieldOfViewRecord(
         kind=kind,
@@ -305,17 +304,19 @@ def _field_of_view(
         height=height,
         um=round(width * slide.mpp),
         nuclei=int(shapely.contains(frame, shapely.centroid(contours)).sum()),
-        density=round(found.nuclei[i] / tissue_mm2),
+        density=round(found.nuclei[i] / _tissue_mm2(found, i, slide)),
         entropy=round(float(found.entropy[i]), 3),
         contours=[_units(contour) for contour in shapely.simplify(contours, _SIMPLIFY_PX)],
         cells=[_units(cell) for cell in shapely.simplify(cells, _SIMPLIFY_PX)],
     )
 
 
-def _tissue_fraction(found: FieldsOfView, i: int, box: Box, slide: Slide) -> float:
-    """The tissue fraction of the part of field of view ``i`` that is in the image, its ``box``."""
+def _tissue_mm2(found: FieldsOfView, i: int, slide: Slide) -> float:
+    """The tissue of the part of field of view ``i`` that is in the image, its ``_box``."""
+    box = _box(found, i, slide)
     points = found.tissue[i] * BIN_STEPS**2 * math.prod(_FOV_BINS)
-    return float(points / len(sampling_points(box, slide.mpp)[0]))
+    fraction = points / len(sampling_points(box, slide.mpp)[0])
+    return float(fraction * math.prod(box.shape) * slide.mpp**2 / 1e6)
 
 
 def _units(contour: shapely.Geometry) -> list[int]:
