@@ -13,7 +13,7 @@ arrays are converted by ``segmentation.rings.scaled``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -181,6 +181,12 @@ class FailedTile:
     width: int
     height: int
     reason: str
+
+
+def area_of_tiles(tiles: Iterable[FailedTile]) -> shapely.Geometry:
+    """The area of tiles that failed, at level 0; empty without any."""
+    corners = [(t.x, t.y, t.x + t.width, t.y + t.height) for t in tiles]
+    return shapely.union_all([shapely.box(*each) for each in corners])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ from patchcl_qupath.storage.records import (
     read_record,
     write_record,
 )
-from patchcl_qupath.timing import Seconds, timed
+from patchcl_qupath.timing import Seconds, timed, utc_now
 from patchcl_qupath.training import cdcl, patchcl, selftrain
 from patchcl_qupath.training.calibration import calibrated
 
@@ -256,7 +255,7 @@ class Run:
 
         While the tiles of one are with workers, the next is prepared, and the last one written.
         """
-        outcomes, began = [], _now()
+        outcomes, began = [], utc_now()
         self._stop.clear()
         assert self.id, "it is found here, before threads ask for it"
         at_once = self.workers.images_at_once()
@@ -587,7 +586,7 @@ class Run:
         return ResultRecord(
             run=self.id,
             image=entry.name,
-            made=_now(),
+            made=utc_now(),
             **msgspec.structs.asdict(self.provenance),
             tissue_mm2=segmented.tissue_mm2() or 0.0,
             slide=SlideProvenance(
@@ -635,11 +634,6 @@ class Run:
             network_px=segmented.network_px,
             **{name: value for name, value in known.items() if value is not None},
         )
-
-
-def _now() -> str:
-    """The time, UTC in ISO 8601: later ones sort after earlier ones."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _write(

@@ -1,12 +1,18 @@
-"""How long stages take."""
+"""What time it is, and how long stages take."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 Seconds = dict[str, float]  # by stage
+
+
+def utc_now() -> str:
+    """The time, UTC in ISO 8601, to the second: later ones sort after earlier ones."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 
 import msgspec
 import numpy as np
@@ -21,7 +20,14 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import TO_CORRECT
-from patchcl_qupath.datatypes import Box, Corrections, Polygons, grid_to_level0, place_text
+from patchcl_qupath.datatypes import (
+    Box,
+    Corrections,
+    Polygons,
+    area_of_tiles,
+    grid_to_level0,
+    place_text,
+)
 from patchcl_qupath.evaluation.metrics import MIN_IOU, Overlaps
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.slides.prepare import on_grid
@@ -42,6 +48,7 @@ from patchcl_qupath.storage.records import (
     read_result,
     write_record,
 )
+from patchcl_qupath.timing import utc_now
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +119,7 @@ def begin(
     another class than ``roi_class`` is kept, as a later model may be refined with these again.
     Raises StorageError.
     """
-    made = datetime.now(UTC).isoformat(timespec="seconds")
+    made = utc_now()
     roi_class = class_name(roi_class)
     notes = {}
     for image in images:
@@ -295,10 +302,8 @@ def _rois(
 def _was_segmented(roi: shapely.Geometry, result: ResultRecord) -> bool:
     """Whether a ROI lies in the analysis regions of a run, if any, and in no tile that failed."""
     regions = [from_object(region.geometry) for region in result.regions]
-    failed = [shapely.box(t.x, t.y, t.x + t.width, t.y + t.height) for t in result.failed_tiles]
-    return (not regions or _covers(regions, roi)) and not any(
-        shapely.area(shapely.intersection(failed, roi))
-    )
+    is_inside = not regions or _covers(regions, roi)
+    return is_inside and not (area_of_tiles(result.failed_tiles) & roi).area
 
 
 def _known(

@@ -10,7 +10,6 @@ import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -65,6 +64,7 @@ from patchcl_qupath.storage.records import (
     read_record,
     write_record,
 )
+from patchcl_qupath.timing import utc_now
 
 if TYPE_CHECKING:  # it loads pyarrow
     from patchcl_qupath.storage.parquet import Table
@@ -273,7 +273,7 @@ class FilesProject:
         file = self.layout.rois(entry.id)
         if not rois and not file.exists():
             return "no ROIs"
-        made = datetime.now(UTC).isoformat(timespec="seconds")
+        made = utc_now()
         write_record(file, RoisRecord(made=made, rois=tuple(rois)))
         return "import_nuclei.groovy now marks the ROIs in QuPath"
 

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -58,6 +57,7 @@ from patchcl_qupath.storage.records import (
     read_record,
     write_record,
 )
+from patchcl_qupath.timing import utc_now
 
 if TYPE_CHECKING:  # it loads pyarrow
     from patchcl_qupath.storage.parquet import Table
@@ -214,7 +214,7 @@ class PaquoProject:
             color=config.color,
         )
         counts = self._change(entry, question).counts
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        now = utc_now()
         about = {"image": entry.name, "run": run, "imported": now}
         saved = data_signature(self.files.data(entry))
         receipt = msgspec.convert(about | counts | {"data": saved}, ReceiptRecord)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,6 +42,7 @@ from patchcl_qupath.storage.parquet import (
     to_table,
 )
 from patchcl_qupath.storage.records import RemovedRecord, ResultRecord, write_record
+from patchcl_qupath.timing import utc_now
 
 NUCLEI_PER_FILE = 50_000
 _GZIP = 16 + 15  # of zlib: a gzip file, and the largest window
@@ -94,7 +94,7 @@ def write_results(
 
 def write_removed(folder: Path) -> None:
     """Replace ``folder`` by a record that its nuclei were removed, for the import script."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = utc_now()
     with atomic_write(folder) as new:
         new.mkdir()
         write_record(new / RESULT, RemovedRecord(removed=now))

@@ -26,9 +26,9 @@ from patchcl_qupath.compiled import compiled, take
 from patchcl_qupath.config import SegmentConfig
 
 # Largest height and width of what is joined, and of each part of what is merged, relative to
-# ``max_diameter_um``. Two thirds of it lie
-# beyond the centroid, and the neighbour that a nucleus may be joined to as far again: together the
-# two thirds of ``max_diameter_um`` that the margin of a tile holds.
+# ``max_diameter_um``. Two thirds of it lie beyond the centroid, and the neighbour that a nucleus
+# may be joined to as far again: together the two thirds of ``max_diameter_um`` that the margin of a
+# tile holds.
 _MAX_JOINED = 0.4
 # Largest height and width of a hole that is filled, relative to the same: beside a nucleus it lies
 # within that margin. A long gap that the border of a tile closes would be a hole there alone.

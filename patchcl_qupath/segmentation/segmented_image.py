@@ -18,6 +18,7 @@ from patchcl_qupath.datatypes import (
     Polygons,
     Tile,
     UncertaintyGrid,
+    area_of_tiles,
     grid_to_level0,
 )
 from patchcl_qupath.errors import SlideError
@@ -62,8 +63,7 @@ class SegmentedImage:
     @cached_property
     def failed_area(self) -> shapely.Geometry:
         """The area of failed tiles, at level 0; empty where none failed."""
-        corners = [(t.x, t.y, t.x + t.width, t.y + t.height) for t in self.failed_tiles]
-        return shapely.union_all([shapely.box(*each) for each in corners])
+        return area_of_tiles(self.failed_tiles)
 
     def tissue_mm2(self, region: shapely.Geometry | None = None) -> float | None:
         """Area of the tissue that was segmented in a region (level 0), in mm².
