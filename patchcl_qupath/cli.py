@@ -690,14 +690,11 @@ def _reporting_errors(as_json: bool) -> Iterator[None]:
     before = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
-    except (*FORESEEN, PermissionError) as error:
+    except FORESEEN as error:
         logger.debug("the command ends", exc_info=True)
-        reason = reason_of(error)
-        if isinstance(error, PermissionError):  # of a folder that its owner alone may look into
-            reason = f"{error.filename} may not be read from here: ask for the permission"
         if as_json:
-            console.print_json({"error": reason})
-        click.echo(f"Error: {reason}", err=True)
+            console.print_json({"error": reason_of(error)})
+        click.echo(f"Error: {reason_of(error)}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         _leave()

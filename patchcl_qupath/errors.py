@@ -65,7 +65,7 @@ class StorageError(PatchCLError):
 
 _LONGEST = 400  # characters of another program's error: some list all that can be meant
 
-FORESEEN = (PatchCLError, MemoryError)  # any other is an error of this program
+FORESEEN = (PatchCLError, MemoryError, PermissionError)  # any other is an error of this program
 
 
 def is_damage(error: Exception) -> bool:
@@ -85,6 +85,9 @@ def reason_of(error: Exception) -> str:
         return str(error)
     if isinstance(error, MemoryError):
         return too_little_memory("go on", error)
+    if isinstance(error, PermissionError) and error.filename:
+        # Such as a folder that its owner alone may look into: writers raise StorageError.
+        return f"{error.filename} may not be read from here: ask for the permission"
     return f"{type(error).__name__}: {error} (an internal error)"
 
 

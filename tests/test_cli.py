@@ -20,7 +20,9 @@ from survivor import left_by_run
 
 from patchcl_qupath import console, logs
 from patchcl_qupath.cli import main
+from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError
+from patchcl_qupath.execution.outcome import failed_image
 from patchcl_qupath.progress import Progress, Stage
 from patchcl_qupath.project import open_project
 
@@ -524,6 +526,10 @@ def test_a_folder_that_may_not_be_looked_into_is_one_line(tmp_path, monkeypatch)
     reason = "/share/patchcl/results may not be read from here: ask for the permission"
     assert result.stderr == f"Error: {reason}\n"
     assert json.loads(result.stdout) == {"error": reason}
+    # Of one image of a run, too.
+    entry = ImageEntry("1", "a.svs", Path("a.svs"))
+    error = PermissionError(errno.EACCES, "Permission denied", "/share/patchcl/results")
+    assert failed_image(entry, error).problem == f"a.svs: {reason}"
 
 
 def test_a_damaged_model_is_not_used(tmp_path):
