@@ -15,6 +15,7 @@ from test_network import selftraining_log
 from torch import Tensor
 
 from patchcl_qupath.config import Config, EngineChoice, SegmentConfig
+from patchcl_qupath.datatypes import Box
 from patchcl_qupath.models.model import Calibration, Confidence, Model, features_of
 from patchcl_qupath.models.network import NucleusNetwork, SegmentationNetwork
 from patchcl_qupath.segmentation.probability import (
@@ -83,6 +84,20 @@ def test_what_is_found_in_every_view_is_more_probable() -> None:
     is_dark = np.array([dark[labels == k].any() for k in range(1, 65)])
     assert probability[is_dark].min() > probability[~is_dark].max() + 0.2
     assert calibrated(model, crops, lambda *count: None).calibration == trained.calibration
+
+
+def test_nuclei_of_a_small_image_count_once_for_a_calibration() -> None:
+    """Each crop of a small image is all of it: of 16 nuclei, 96 seemed to be there."""
+    image, normaliser, _ = slide()
+    corner = image[:120, :120]
+    model = Model(network=_Threshold().eval(), config=TORCH)
+    same = crops_of([corner] * 6, normaliser)
+    apart = replace(same, boxes=tuple(Box(0, 120 * k, 120, 120 * k + 120) for k in range(6)))
+    nearly = replace(same, boxes=tuple(Box(0, 9 * k, 120, 9 * k + 120) for k in range(6)))
+    of_others = replace(same, slides=tuple("123456"))
+    for crops, is_enough in ((same, False), (nearly, False), (apart, True), (of_others, True)):
+        calibration = calibrated(model, crops, lambda *count: None).calibration
+        assert (calibration is not None) == is_enough
 
 
 def test_a_calibration_does_not_depend_on_the_settings_of_runs() -> None:

@@ -78,7 +78,8 @@ def with_diameter(
 ) -> SegmentConfig:
     """The settings with the typical diameter of the nuclei in what a model finds in some crops.
 
-    As they are where a person set one, or where there are few nuclei.
+    As they are where a person set one, or where few nuclei are found. Of a small image the crops
+    overlap, and a nucleus counts in each: few suffice there, as there are no others.
     """
     if config.nucleus_diameter_um:
         return config

@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import shapely
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -54,6 +55,7 @@ _RIDGE = 1e-3  # keeps the weights of the regression finite
 def calibrated(model: Model, crops: TrainingCrops, report: ShowCount) -> Model:
     """The model with a calibration, from some of the crops; as it is where these have few nuclei.
 
+    A nucleus counts once, of however many crops of a small image.
     Equal models and crops give equal calibrations on one machine's CPU.
     """
     chosen = crops.some(_CROPS)
@@ -74,11 +76,22 @@ def calibrated(model: Model, crops: TrainingCrops, report: ShowCount) -> Model:
         agreement.append(found[1])
         report(len(features), len(chosen))
     x, y = np.concatenate(features), np.concatenate(agreement)
-    if len(x) < _LEAST_NUCLEI:
+    if len(x) * _distinct(chosen) < _LEAST_NUCLEI:
         return model
     even = _EVEN_REFINED if isinstance(model.training, CDCLLog) else _EVEN
     right = 1 / (1 + np.exp(-_STEEPNESS * (y - even)))
     return replace(model, calibration=logistic_regression(x, right))
+
+
+def _distinct(crops: TrainingCrops) -> float:
+    """The fraction of the area of crops that is in no other one."""
+    covered = total = 0.0
+    for slide in dict.fromkeys(crops.slides):
+        boxes = [crops.boxes[i] for i in crops.of_slide(slide)]
+        squares = shapely.box(*np.transpose([(b.col0, b.row0, b.col1, b.row1) for b in boxes]))
+        covered += shapely.union_all(squares).area
+        total += shapely.area(squares).sum()
+    return covered / total
 
 
 def separation_of_slide(
