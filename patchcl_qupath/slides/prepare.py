@@ -240,7 +240,7 @@ class TrainingCrops:
         return [i for i, of in enumerate(self.slides) if of == slide]
 
     def some(self, most: int) -> TrainingCrops:
-        """At most so many of the crops, evenly spaced: some of each slide, where it can be."""
+        """At most so many of the crops, evenly spaced in their order."""
         indices = np.linspace(0, len(self) - 1, min(len(self), most)).astype(int)
         return self.select(indices.tolist())
 

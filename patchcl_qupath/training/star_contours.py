@@ -109,7 +109,7 @@ def with_star_contours(
 
     ``density`` (H, W) is the smoothed hematoxylin, ``steep`` its steepest edges by a Sobel filter.
     Contours have at least ``min_density`` within, ``areas_um2`` are the smallest and the largest;
-    none lies on pixels ``excluded`` (H, W).
+    less than a fifth of one lies on pixels ``excluded`` (H, W).
     """
     # A Sobel filter is 8 times the slope of a pixel; the fall is over 2 px.
     edges = np.asarray(density * (4 / steep), np.float32)
