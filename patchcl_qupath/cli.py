@@ -34,6 +34,7 @@ from patchcl_qupath.config import (
     ExportRows,
     load_config,
     read_settings,
+    to_dict,
     unlike_training,
 )
 from patchcl_qupath.errors import (
@@ -270,9 +271,9 @@ def refine(
         _check_training(project, name, reading.config, advice="leave that out of the settings")
         with _at_work(project), showing() as progress:
             start = Model.load(_existing_model(project, name))
-            config = replace(
-                start.config, engine=settings.engine, segment=settings.segment, cdcl=settings.cdcl
-            )
+            config = replace(start.config, engine=settings.engine, cdcl=settings.cdcl)
+            if "segment" in read_settings(reading.config):
+                config = replace(config, segment=settings.segment)
             start = replace(start, config=config)
             model, corrections = pipeline.refine_as(
                 new_name, project, entries, start, labels_from, progress, seed
@@ -494,8 +495,6 @@ def _check_training(
     project: Project, name: str, file: Path | None, *, seed: int | None = None, advice: str
 ) -> None:
     """Raise ConfigError where the model that there is was trained otherwise than is asked for."""
-    from patchcl_qupath.storage.records import read_model_record
-
     asked, options = read_settings(file), ""
     if file is not None:
         options += f" --config {file}"
@@ -504,9 +503,11 @@ def _check_training(
         options += f" --seed {seed}"
     if not asked:
         return
-    record = read_model_record(project.layout.model(name))
+    path = project.layout.model(name)
+    if not path.exists():
+        return
     try:
-        unlike = unlike_training(asked, record.config) if record else ""
+        unlike = unlike_training(asked, _training_of(path))
     except ConfigError:  # of a record that is damaged, or of another version: so is its model
         return
     if unlike:
@@ -514,6 +515,17 @@ def _check_training(
             f"the model {name} was trained with {unlike}: {advice}, or train another, by "
             f"`patchcl-qp train{options} --model NAME`"
         )
+
+
+def _training_of(weights: Path) -> dict[str, Any]:
+    """The settings that a model was trained with: by its record, or else by the weights alone."""
+    from patchcl_qupath.storage.records import read_model_record
+
+    if record := read_model_record(weights):
+        return record.config
+    from patchcl_qupath.models.model import Model  # which is slow to import
+
+    return to_dict(Model.load(weights).config)
 
 
 def _open(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from patchcl_qupath.config import (
 )
 from patchcl_qupath.correction import suggest as suggestions
 from patchcl_qupath.correction.suggest import Suggestion
-from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
+from patchcl_qupath.errors import ConfigError, ImageError, ModelError, ProjectError
 from patchcl_qupath.evaluation.score import ImageScore
 from patchcl_qupath.evaluation.score import score as score_images
 from patchcl_qupath.execution.workers import open_workers
@@ -39,7 +39,7 @@ from patchcl_qupath.status import ImageStatus, image_statuses
 from patchcl_qupath.storage.files import exclusive_lock
 from patchcl_qupath.storage.geojson import run_classes
 from patchcl_qupath.storage.parquet import Table, read_geoarrow
-from patchcl_qupath.storage.records import ImageOutcome, read_model_record
+from patchcl_qupath.storage.records import ImageOutcome
 
 Choice = TypeVar("Choice", ExportFormat, ExportRows)
 Settings = Config | Mapping[str, Any] | None  # None: the defaults
@@ -125,7 +125,7 @@ def segment(
     are none, and dictionaries without ``slide.mpp`` take that of the model; ``workers`` the number
     of threads, all usable cores where it is None. One image that fails does not stop the others:
     its outcome has a ``problem``. Resumes what was stopped. Raises ConfigError for settings of
-    another ``slide.mpp`` than the model's, and of another training.
+    another ``slide.mpp`` than the model's, and for dictionaries of another training.
 
     >>> outcome, = pq.segment(project, model)
     >>> outcome.problem is None, outcome.nuclei > 100
@@ -252,8 +252,7 @@ def refine(
     ...
     patchcl_qupath.errors.TrainingError: no image has an annotation of class PatchCL: corrected: ...
     """
-    record = read_model_record(project.layout.model(name))
-    if record is not None and record.digest == model.digest:
+    if _is_saved_as(project.layout.model(name), model):
         raise ConfigError(f"give the refined model another name than {name}")
     with _at_work(project) as project:
         refined, _ = pipeline.refine_as(
@@ -288,6 +287,13 @@ def _at_work(project: Project) -> Iterator[Project]:
     """
     with exclusive_lock(project.layout.root):
         yield project.reread()
+
+
+def _is_saved_as(path: Path, model: Model) -> bool:
+    """Whether a file of weights is there, and of that model: whatever lies beside it."""
+    with suppress(ModelError):
+        return Model.load(path).digest == model.digest
+    return False
 
 
 def _several(names: Sequence[str]) -> tuple[str, ...]:

@@ -67,9 +67,11 @@ def test_the_name_of_a_refined_model_is_checked_before_it_is_trained(folder, fin
         library.refine(project, fine_model, "a/b")
     path = fine_model.save(project.layout.model("fine").parent, "fine")
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match="give the refined model another name than fine"):
-        library.refine(project, fine_model, "fine")
-    assert path.read_bytes() == before
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="give the refined model another name than fine"):
+            library.refine(project, fine_model, "fine")
+        assert path.read_bytes() == before
+        path.with_suffix(".json").unlink(missing_ok=True)  # as of a model that was copied here
 
 
 def test_a_text_is_one_class_and_one_image(folder, fine_model, monkeypatch) -> None:

@@ -648,10 +648,15 @@ def test_a_seed_of_a_model_that_is_there_is_refused(folder, monkeypatch):
         ("[patchcl]\nexcess_weight = 3", "patchcl.local_contrast_weight 12.0, not 3.0"),  # of 0.1
     ],
 )
-def test_settings_of_another_training_are_refused(folder, settings, unlike, monkeypatch):
+@pytest.mark.parametrize("has_record", [True, False])
+def test_settings_of_another_training_are_refused(
+    folder, settings, unlike, has_record, monkeypatch
+):
     """They were ignored without a word where a model is there."""
     model = Model(network=NucleusNetwork(WIDTHS).eval(), config=Config())
-    model.save(folder / "patchcl" / "models", "patchcl")
+    path = model.save(folder / "patchcl" / "models", "patchcl")
+    if not has_record:  # of a model that was copied here alone
+        path.with_suffix(".json").unlink()
     file = folder / "settings.toml"
     file.write_text(settings, "utf-8")
 
@@ -696,24 +701,28 @@ def test_settings_of_the_same_training_are_taken(folder, monkeypatch):
     assert areas == [5, Config().segment.min_area_um2]
 
 
-def test_a_model_is_refined_by_the_engine_that_is_asked_for(folder, tmp_path, monkeypatch):
-    config = from_dict({"engine": "openvino", "cdcl": {"steps": 9}})
+def test_a_model_is_refined_with_the_settings_that_are_asked_for(folder, tmp_path, monkeypatch):
+    """Of [segment], it keeps its own where the file has no such table."""
+    given = {"engine": "openvino", "cdcl": {"steps": 9}, "segment": {"min_area_um2": 9}}
+    config = from_dict(given)
     network = NucleusNetwork(WIDTHS).eval()
     model = Model(network=network, config=config, training=selftraining_log())
     model.save(folder / "patchcl" / "models", "patchcl")
-    settings = tmp_path / "settings.toml"
-    settings.write_text('engine = "torch"\n[cdcl]\nsteps = 7\n')
-    given = []
+    some, more = tmp_path / "some.toml", tmp_path / "more.toml"
+    some.write_text('engine = "torch"\n[cdcl]\nsteps = 7\n')
+    more.write_text("[segment]\nmin_area_um2 = 5\n")
+    taken = []
 
     def refine(project, entries, start, *_):
-        given.append((start.config.engine, start.config.cdcl.steps))
+        config = start.config
+        taken.append((config.engine, config.cdcl.steps, config.segment.min_area_um2))
         return start, {}
 
     monkeypatch.setattr(pipeline, "refine", refine)
-    for options in ((), ("--config", str(settings))):
+    for options in ((), ("--config", str(some)), ("--config", str(more))):
         result = CliRunner().invoke(cli.main, ["refine", str(folder), *options])
         assert result.exit_code == 0, result.output
-    assert given == [("auto", CONFIG.steps), ("torch", 7)]
+    assert taken == [("auto", CONFIG.steps, 9), ("torch", 7, 9), ("auto", CONFIG.steps, 5)]
 
 
 def test_a_model_of_patchcl_alone_is_refused(folder, model):
