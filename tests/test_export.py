@@ -37,7 +37,7 @@ from patchcl_qupath.datatypes import FailedTile, Nuclei
 from patchcl_qupath.errors import ImageError, ProjectError
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.report.page import write_report
-from patchcl_qupath.status import image_statuses
+from patchcl_qupath.status import image_status, image_statuses
 from patchcl_qupath.storage.geojson import read_objects
 from patchcl_qupath.storage.records import ImageOutcome, PositivityRecord, write_record
 
@@ -592,6 +592,21 @@ def test_a_pixel_size_that_was_corrected_since_is_a_note(project: Project) -> No
         assert ("a, b.svs: its pixel size was changed since the run" in done.stderr) is changed
         page = write_report(open_project(project.path, "files")).read_text("utf-8")
         assert ("its pixel size was changed since the run" in page) is changed
+
+
+def test_a_slide_that_was_replaced_since_is_a_note(project: Project) -> None:
+    """One that is not there, or is a copy, is none."""
+    slide = project.images()[0].path
+    note = "a, b.svs: its slide file was replaced since the run"
+    for content, changed in ((None, False), (b"1", False), (b"another", True)):
+        if content is not None:
+            slide.write_bytes(content)  # the results are of a slide of 1 byte
+        assert (note in call(project.path, "--to", "csv").stderr) is changed
+        now = open_project(project.path, "files")
+        page = write_report(now).read_text("utf-8")
+        assert ("its slide file was replaced since the run" in page) is changed
+        entry, _ = now.images()
+        assert ("slide file" in image_status(now, entry).changed) is changed
 
 
 def test_images_without_cores_are_named(project: Project) -> None:

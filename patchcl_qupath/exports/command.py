@@ -34,6 +34,7 @@ from patchcl_qupath.exports.nuclei import NucleiTable
 from patchcl_qupath.exports.summaries import KINDS, summary_table
 from patchcl_qupath.exports.writing import write_csv, write_parquet
 from patchcl_qupath.project import Project
+from patchcl_qupath.project.changed import changed_since
 from patchcl_qupath.project.imported import imported_nuclei
 from patchcl_qupath.storage.files import digest
 from patchcl_qupath.storage.records import ImageOutcome, Record, read_record
@@ -201,11 +202,8 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
 def _notes(project: Project, entry: ImageEntry, found: ExportedImage) -> Iterator[str]:
     """What a person should know of the nuclei of an image."""
     yield from found.notes
-    if not found.result.slide.has_size(entry.mpp):
-        yield (
-            f"{entry.name}: its pixel size was changed since the run, and lengths, areas and "
-            "densities are those of before: run again"
-        )
+    for change in changed_since(entry, found.result):
+        yield f"{entry.name}: {change.in_words}"
     if failed := len(found.result.failed_tiles):
         yield (
             f"{entry.name}: {failed} of its tiles could not be segmented: their nuclei are "

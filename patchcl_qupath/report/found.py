@@ -7,6 +7,7 @@ from pathlib import Path
 
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
+from patchcl_qupath.project.changed import changed_since
 from patchcl_qupath.project.imported import imported_nuclei
 from patchcl_qupath.storage.files import digest
 from patchcl_qupath.storage.layout import CHANGES, FIGURES
@@ -188,8 +189,7 @@ def _warnings(
     if isinstance(found, ResultRecord):
         if outcome and outcome.problem and not outcome.results:
             warnings.append("the result of an earlier run is shown")
-        if not found.slide.has_size(entry.mpp):
-            warnings.append("its pixel size was changed since the run: run again")
+        warnings += [change.in_words for change in changed_since(entry, found)]
         if found.failed_tiles:
             total = f" of {outcome.tiles}" if outcome and outcome.tiles else ""
             reason = found.failed_tiles[0].reason
