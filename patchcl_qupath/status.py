@@ -78,7 +78,7 @@ def image_status(
         return msgspec.structs.replace(to_do, state="removed")
     failed = len(result.failed_tiles)
     models = _models(project) if models is None else models
-    changed = _changed(entry, result, models)
+    changed = _changed(project, entry, result, models)
     outcome = read_record(project.layout.outcome(entry.id), ImageOutcome)
     if outcome is not None and outcome.problem not in (None, entry.problem):
         changed.append(f"a run failed: {outcome.problem}")
@@ -99,9 +99,11 @@ def image_status(
     )
 
 
-def _changed(entry: ImageEntry, result: ResultRecord, models: Mapping[str, str]) -> list[str]:
+def _changed(
+    project: Project, entry: ImageEntry, result: ResultRecord, models: Mapping[str, str]
+) -> list[str]:
     """What changed since the nuclei were segmented."""
-    changed = [str(change) for change in changed_since(entry, result)]
+    changed = [str(change) for change in changed_since(project, entry, result)]
     if result.model not in models.values():
         changed.append("model retrained" if result.model_name in models else "model gone")
     if result.version != __version__:

@@ -36,10 +36,18 @@ from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import FailedTile, Nuclei
 from patchcl_qupath.errors import ImageError, ProjectError
 from patchcl_qupath.project import Project, open_project
+from patchcl_qupath.project.drawn import SELECTED
+from patchcl_qupath.report.found import find_image
 from patchcl_qupath.report.page import write_report
+from patchcl_qupath.slides.stain_vectors import H_DAB, H_E
 from patchcl_qupath.status import image_status, image_statuses
-from patchcl_qupath.storage.geojson import read_objects
-from patchcl_qupath.storage.records import ImageOutcome, PositivityRecord, write_record
+from patchcl_qupath.storage.geojson import read_objects, to_object
+from patchcl_qupath.storage.records import (
+    ImageOutcome,
+    PositivityRecord,
+    RegionRecord,
+    write_record,
+)
 
 GRADES = (0.2, 0.4, 0.6)
 
@@ -607,6 +615,80 @@ def test_a_slide_that_was_replaced_since_is_a_note(project: Project) -> None:
         assert ("its slide file was replaced since the run" in page) is changed
         entry, _ = now.images()
         assert ("slide file" in image_status(now, entry).changed) is changed
+
+
+def told(project: Project) -> list[str]:
+    """What was changed of the first image, as status has it; export and report tell the same."""
+    entry, _ = project.images()
+    changed = image_status(project, entry).changed
+    notes = call(project.path, "--to", "csv").stderr
+    warnings = find_image(project, entry).warnings
+    told = {"stain vectors": "its stain vectors were changed", "regions": "the regions of its run"}
+    for change, text in told.items():
+        assert (f"{entry.name}: {text}" in notes) is (change in changed)
+        assert any(text in warning for warning in warnings) is (change in changed)
+    return [change for change in changed if change in told]
+
+
+def test_stain_vectors_that_were_changed_since_are_a_note(project: Project) -> None:
+    """What QuPath rounds when it saves them is no change; what was not exported is not known."""
+    write(project, 0, nuclei("a"), stains=H_E)
+    path = project.layout.stains("1")
+    assert told(project) == []
+    path.parent.mkdir(parents=True)
+    for stains, digits, changed in (
+        (H_E, 5, False),
+        (H_E, 4, False),
+        (H_DAB, 5, True),
+        (replace(H_E, background=(240.0, 241.0, 240.0)), 5, True),
+        (replace(H_E, names=("Hematoxylin", "Eosin 2")), 5, True),
+    ):
+        vectors = [[round(number, digits) for number in vector] for vector in stains.vectors]
+        each = [
+            {"name": name, "vector": vector}
+            for name, vector in zip(stains.names, vectors, strict=True)
+        ]
+        own = {"type": "OTHER", "background": stains.background, "stains": each}
+        path.write_text(json.dumps(own))
+        assert (told(project) == ["stain vectors"]) is changed
+    path.write_text("{")  # the next run says so
+    assert told(project) == []
+    path.unlink()
+    summary = project.path.parent / "data" / "1" / "summary.json"
+    summary.parent.mkdir(parents=True)
+    summary.write_text('{"imageType": "BRIGHTFIELD_H_DAB"}')
+    assert told(project) == ["stain vectors"]
+    write(project, 0, nuclei("a"), stains=replace(H_DAB, background=(240.0, 240.0, 240.0)))
+    assert told(project) == []  # the image's own are in no file
+
+
+def test_regions_of_the_run_that_were_changed_since_are_a_note(project: Project) -> None:
+    tumour, other = DRAWN[:2]
+    second = replace(tumour, geometry=shapely.box(500, 0, 600, 100))
+    records = tuple(
+        RegionRecord(geometry=to_object(region.geometry), tissue_mm2=0.01)
+        for region in (tumour, second)
+    )
+    write(project, 0, nuclei("a"), within=["Tumor"], regions=records)
+    digits = replace(tumour, geometry=shapely.box(0, 0, 400.004, 999.996))
+    larger = replace(second, geometry=shapely.box(500, 0, 600, 102))
+    path = project.layout.regions("1")
+    for drawn, changed in (
+        ((tumour, second), False),
+        ((second, digits, other), False),
+        ((tumour, larger), True),
+        ((tumour,), True),
+        ((other,), True),
+    ):
+        export_drawn(path, drawn)
+        assert (told(project) == ["regions"]) is changed
+    path.unlink()
+    assert told(project) == []
+    write(project, 0, nuclei("a"), within=[SELECTED], regions=records)
+    export_drawn(path, (other,))  # what is selected is never saved
+    assert told(project) == []
+    write(project, 0, nuclei("a"))
+    assert told(project) == []
 
 
 def test_images_without_cores_are_named(project: Project) -> None:

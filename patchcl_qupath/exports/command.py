@@ -202,7 +202,7 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
 def _notes(project: Project, entry: ImageEntry, found: ExportedImage) -> Iterator[str]:
     """What a person should know of the nuclei of an image."""
     yield from found.notes
-    for change in changed_since(entry, found.result):
+    for change in changed_since(project, entry, found.result):
         yield f"{entry.name}: {change.in_words}"
     if failed := len(found.result.failed_tiles):
         yield (

@@ -128,7 +128,7 @@ def find_image(project: Project, entry: ImageEntry) -> FoundImage:
     outcome = read_record(layout.outcome(entry.id), ImageOutcome)
     pictures = layout.figures(entry.id)
     figures = read_record(pictures / FIGURES, FiguresRecord)
-    warnings = _warnings(entry, found, outcome)
+    warnings = _warnings(project, entry, found, outcome)
     folder = layout.changes(entry.id)
     if not isinstance(found, ResultRecord):
         return FoundImage(
@@ -172,6 +172,7 @@ def _are_of(figures: FiguresRecord, result: ResultRecord) -> bool:
 
 
 def _warnings(
+    project: Project,
     entry: ImageEntry,
     found: ResultRecord | RemovedRecord | None,
     outcome: ImageOutcome | None,
@@ -189,7 +190,7 @@ def _warnings(
     if isinstance(found, ResultRecord):
         if outcome and outcome.problem and not outcome.results:
             warnings.append("the result of an earlier run is shown")
-        warnings += [change.in_words for change in changed_since(entry, found)]
+        warnings += [change.in_words for change in changed_since(project, entry, found)]
         if found.failed_tiles:
             total = f" of {outcome.tiles}" if outcome and outcome.tiles else ""
             reason = found.failed_tiles[0].reason
