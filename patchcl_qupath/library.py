@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -183,7 +184,8 @@ def export(
     ``to`` is csv, parquet, geojson (for QuPath), visium-hd (for Space Ranger), spatialdata or
     anndata; ``per``, what a row of a table is: nucleus, image, region or core. ``output`` is a file
     for all images, if it has the suffix of the format, or a folder with a file for each; without
-    one, a file in the project's folder patchcl/exports. ``excel``: CSV as Excel opens it. Raises
+    one, a file in the project's folder patchcl/exports. ``excel``: CSV as Excel opens it. Images
+    without nuclei, which are left out, and the command's other notes are warnings. Raises
     ProjectError where there are no nuclei, ConfigError for what cannot be asked for, StorageError
     for a file that cannot be written; ImageError for an image whose nuclei cannot be read, once the
     others are exported.
@@ -199,6 +201,7 @@ def export(
         excel=excel,
     )
     exported = export_images(project, chosen_images(project, _several(images)), request)
+    _warn([*(f"left out: {reason}" for reason in exported.left_out), *exported.notes])
     if exported.problems:
         raise ImageError(exported.problems[0])
     return [Path(file.path) for file in exported.files]
@@ -211,7 +214,8 @@ def score(
 
     ``ground_truth`` is a folder of files named as the images (GeoJSON, or instance labels as PNG,
     TIFF or NPY), or the file of one image. With a folder ``pictures``, the errors of each image are
-    drawn into it. Raises GroundTruthError.
+    drawn into it. Images without ground truth, which are left out, are a warning. Raises
+    GroundTruthError where all are.
 
     >>> scored, = pq.score(project, "ground_truth")
     >>> sorted(scored.scores)
@@ -220,7 +224,9 @@ def score(
     ['right', 'badly_outlined', 'missed', 'merged', 'split', 'spurious']
     """
     folder = None if pictures is None else Path(pictures)
-    scored, _ = score_images(project, project.images(), Path(ground_truth), folder)
+    scored, without = score_images(project, project.images(), Path(ground_truth), folder)
+    if without:
+        _warn([f"without ground truth, left out: {', '.join(without)}"])
     return scored
 
 
@@ -288,6 +294,12 @@ def _at_work(project: Project) -> Iterator[Project]:
     """
     with exclusive_lock(project.layout.root):
         yield project.reread()
+
+
+def _warn(notes: Iterable[str]) -> None:
+    """Remarks for people, at the line of the script that called a function of this module."""
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
 
 
 def _several(names: Sequence[str]) -> tuple[str, ...]:
