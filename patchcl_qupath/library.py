@@ -1,6 +1,7 @@
 """The library: what a notebook or a script does with a project, in a dozen functions.
 
-``import patchcl_qupath as pq`` offers them. The examples run on a copy of the sample project.
+``import patchcl_qupath as pq`` offers them. Each sees the project as it is on disk by then. The
+examples run on a copy of the sample project.
 """
 
 from __future__ import annotations
@@ -158,6 +159,7 @@ def read_nuclei(project: Project, image: str) -> Table:
     >>> nuclei.column_names[:4]
     ['id', 'geometry', 'Area µm^2', 'Length µm']
     """
+    project = project.reread()
     entry, *others = chosen_images(project, [image])
     if others:
         ids = ", ".join(each.id for each in (entry, *others))
@@ -200,6 +202,7 @@ def export(
         output=None if output is None else Path(output),
         excel=excel,
     )
+    project = project.reread()
     exported = export_images(project, chosen_images(project, _several(images)), request)
     _warn([*(f"left out: {reason}" for reason in exported.left_out), *exported.notes])
     if exported.problems:
@@ -224,6 +227,7 @@ def score(
     ['right', 'badly_outlined', 'missed', 'merged', 'split', 'spurious']
     """
     folder = None if pictures is None else Path(pictures)
+    project = project.reread()
     scored, without = score_images(project, project.images(), Path(ground_truth), folder)
     if without:
         _warn([f"without ground truth, left out: {', '.join(without)}"])
@@ -274,6 +278,7 @@ def project_status(project: Project) -> list[ImageStatus]:
     >>> [(image.state, image.nuclei == outcome.nuclei) for image in pq.project_status(project)]
     [('done', True)]
     """
+    project = project.reread()
     return image_statuses(project, project.images())
 
 
@@ -283,7 +288,7 @@ def write_report(project: Project) -> Path:
     >>> pq.write_report(project).name
     'index.html'
     """
-    return write_page(project)
+    return write_page(project.reread())
 
 
 @contextmanager
