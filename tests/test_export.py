@@ -281,6 +281,25 @@ def test_the_name_of_a_file_does_not_depend_on_what_else_is_exported(tmp_path: P
     assert sorted(folder.glob("*.csv")) == sorted(folder / f"{one}.csv" for one in [*stems, "old"])
 
 
+@pytest.mark.parametrize(
+    ("to", "ending"), [("geojson", ".geojson"), ("visium-hd", ".nuclei.geojson")]
+)
+def test_files_of_images_that_were_renamed_since_are_a_note(
+    project: Project, to: str, ending: str
+) -> None:
+    """Also in the folder that is taken without --output."""
+    assert "earlier ones" not in call(project.path, "--to", to).stderr
+    content = project.path.read_text("utf-8")
+    project.path.write_text(content.replace('"b.svs"', '"new.svs"'), "utf-8")
+    done = call(project.path, "--to", to)
+    folder = project.layout.exports / to
+    assert {path.name for path in folder.iterdir()} == {
+        f"{name}{ending}" for name in ("a, b", "b", "new")
+    }
+    assert f"{folder} has files that this export did not write" in done.stderr
+    assert f"of earlier ones perhaps: b{ending}\n" in done.stderr
+
+
 def test_results_of_several_runs_are_a_note(tmp_path: Path) -> None:
     project = make_project(tmp_path / "made", ["a.svs", "b.svs"])
     for number in range(2):

@@ -52,6 +52,7 @@ _OTHER_SUFFIXES = (  # no folder has one
     *(".txt", ".xls", ".xlsx", ".xml", ".zip"),
 )
 _TABLES = (ExportFormat.CSV, ExportFormat.PARQUET)
+_IN_FOLDERS = (ExportFormat.GEOJSON, ExportFormat.VISIUM_HD)  # a file of each image, always
 TABLE_NAMES = {  # of files, by what a row is
     ExportRows.NUCLEUS: "nuclei",
     ExportRows.IMAGE: "images",
@@ -190,7 +191,7 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
             if rows >= _EXCEL_ROWS
         ]
     if len(entries) == len(all_entries):
-        notes += _others(request, [path for path, _ in written])
+        notes += _others(project, request, [path for path, _ in written])
     return Exported(
         files=tuple(ExportedFile(path=str(path), rows=rows) for path, rows in written),
         left_out=tuple(left_out),
@@ -224,11 +225,11 @@ def _notes(project: Project, entry: ImageEntry, found: ExportedImage) -> Iterato
         yield f"{entry.name}: not all of its nuclei are in QuPath: {imported.in_words}"
 
 
-def _others(request: Request, written: Sequence[Path]) -> list[str]:
+def _others(project: Project, request: Request, written: Sequence[Path]) -> list[str]:
     """A note on files beside those of all images, which are read together with them."""
-    if request.output is None or request.one_file:
+    if request.one_file or (request.output is None and request.to not in _IN_FOLDERS):
         return []
-    folder = request.output
+    folder = _folder(project, request)
     others = sorted({*folder.glob(f"*{request.suffix}")} - {*written})
     if not others:
         return []
@@ -303,7 +304,7 @@ def _table(
 
 def _geojson(project: Project, images: Sequence[ExportedImage], request: Request) -> list[_File]:
     """A file for each image."""
-    folder = request.output or project.layout.exports / "geojson"
+    folder = _folder(project, request)
     if request.one_file:
         if len(images) > 1:
             raise ConfigError(
@@ -318,6 +319,11 @@ def _geojson(project: Project, images: Sequence[ExportedImage], request: Request
         _File(path, [image], _of_one(write_qupath))
         for path, image in zip(paths, images, strict=True)
     ]
+
+
+def _folder(project: Project, request: Request) -> Path:
+    """Where the files of an export lie that has one for each image."""
+    return request.output or project.layout.exports / request.to
 
 
 def _of_one(
@@ -341,7 +347,7 @@ def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Reque
     """A file for each image, and another one for its cells, if it has some."""
     if request.one_file:
         raise ConfigError(f"{request.output} is one file: name a folder for those of Visium HD")
-    folder = request.output or project.layout.exports / "visium-hd"
+    folder = _folder(project, request)
     kinds = [
         (path, image, column)
         for image in images
