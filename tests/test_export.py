@@ -281,6 +281,26 @@ def test_the_name_of_a_file_does_not_depend_on_what_else_is_exported(tmp_path: P
     assert sorted(folder.glob("*.csv")) == sorted(folder / f"{one}.csv" for one in [*stems, "old"])
 
 
+def test_tables_of_all_kinds_are_in_one_folder(project: Project, tmp_path: Path) -> None:
+    """None replaces another, and none is told to be of an earlier export, but such a one is."""
+    endings = {
+        "nucleus": ".csv", "image": ".images.csv", "region": ".regions.csv", "core": ".cores.csv",
+    }  # fmt: skip
+    folder = tmp_path / "tables"
+    for _ in range(2):
+        for per, ending in endings.items():
+            done = call(project.path, "--to", "csv", "--per", per, "--output", folder)
+            assert "earlier" not in done.stderr
+            assert (folder / f"a, b{ending}").exists()
+    rows = {per: len(rows_of(folder / f"a, b{ending}")) for per, ending in endings.items()}
+    assert rows == {"nucleus": 5, "image": 1, "region": 2, "core": 1}
+    assert len([*folder.iterdir()]) == 8
+    for per, ending in endings.items():
+        (folder / f"old{ending}").touch()
+        done = call(project.path, "--to", "csv", "--per", per, "--output", folder)
+        assert f"of earlier ones perhaps: old{ending}\n" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("to", "ending"), [("geojson", ".geojson"), ("visium-hd", ".nuclei.geojson")]
 )

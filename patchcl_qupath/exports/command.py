@@ -230,7 +230,14 @@ def _others(project: Project, request: Request, written: Sequence[Path]) -> list
     if request.one_file or (request.output is None and request.to not in _IN_FOLDERS):
         return []
     folder = _folder(project, request)
-    others = sorted({*folder.glob(f"*{request.suffix}")} - {*written})
+    of_other_rows = {
+        path
+        for per in ExportRows
+        if per not in (ExportRows.NUCLEUS, request.per)
+        for path in folder.glob(f"*{_ending(request.suffix, per)}")
+    }
+    found = {*folder.glob(f"*{_ending(request.suffix, request.per)}")} - of_other_rows
+    others = sorted(found - {*written})
     if not others:
         return []
     named = names_text([path.name for path in others], _NAMED)
@@ -279,8 +286,14 @@ def _targets(
         return [(project.layout.exports / f"{name}{request.suffix}", images)]
     if request.one_file:
         return [(request.output, images)]
-    paths = [request.output / f"{image.file_name}{request.suffix}" for image in images]
+    ending = _ending(request.suffix, request.per)
+    paths = [request.output / f"{image.file_name}{ending}" for image in images]
     return [(path, [image]) for path, image in zip(paths, images, strict=True)]
+
+
+def _ending(suffix: str, per: ExportRows) -> str:
+    """How files of single images end: tables of nuclei and of regions may be in one folder."""
+    return suffix if per is ExportRows.NUCLEUS else f".{TABLE_NAMES[per]}{suffix}"
 
 
 def write_table(path: Path, images: Sequence[ExportedImage], request: Request) -> int:
