@@ -564,7 +564,9 @@ def test_an_image_without_nuclei_is_a_header(tmp_path: Path) -> None:
 
 def test_excel_leaves_texts_as_they_are(tmp_path: Path) -> None:
     changed = ["0012", "1-2", "2e5", "=1+1", "SEPT2", "@x", "5%", "(5)", "$ 5", "5 A", "9:30 pm"]
-    changed += ["OKT3", "3-Mai"]  # by an Excel that is not English
+    changed += ["Jan 5, 2020", "Jan. 5", "5 Jan, 2020", "5 %", "($5)"]
+    # By an Excel that is not English.
+    changed += ["OKT3", "3-Mai", "5. März", "5. März 2020", "5 €", "5€", "1.234,50 €"]
     names = [*changed, 'say "3"', "é 12", "5 AB", "A 5%"]
     project = make_project(tmp_path / "made", names)
     for number, name in enumerate(names):
