@@ -35,6 +35,7 @@ from patchcl_qupath import library
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import FailedTile, Nuclei
 from patchcl_qupath.errors import ImageError, ProjectError
+from patchcl_qupath.exports.images import ExportedImage, exported_image, told_apart
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.project.drawn import SELECTED
 from patchcl_qupath.report.found import find_image
@@ -279,6 +280,21 @@ def test_the_name_of_a_file_does_not_depend_on_what_else_is_exported(tmp_path: P
     done = call(project.path, "--to", "csv", "--output", folder)
     assert "did not write, of earlier ones perhaps: old.csv" in done.stderr
     assert sorted(folder.glob("*.csv")) == sorted(folder / f"{one}.csv" for one in [*stems, "old"])
+
+
+def test_the_name_of_an_element_does_not_depend_on_what_else_is_exported(tmp_path: Path) -> None:
+    """Files for SpatialData of single images can be joined: no two have an element of one name."""
+    project = make_project(tmp_path / "made", ["Fall ä.svs", "Fall ö.svs", "a.svs", "a_um.svs"])
+    entries = project.images()
+    images = []
+    for number, entry in enumerate(entries):
+        write(project, number, nuclei(entry.name))
+        image = exported_image(project, entry)
+        assert isinstance(image, ExportedImage)
+        images.append(image)
+    together = [image.element_name for image in told_apart(images, entries)]
+    assert together == ["Fall__-1", "Fall__-2", "a-3", "a_um-4"]
+    assert [told_apart([image], entries)[0].element_name for image in images] == together
 
 
 def test_tables_of_all_kinds_are_in_one_folder(project: Project, tmp_path: Path) -> None:
