@@ -83,7 +83,7 @@ nuclei = pq.read_nuclei(project, "slide.svs")
 
 In a script, put the calls below `if __name__ == "__main__":`, because five or more workers are
 divided among processes, which import the script. All errors are subclasses of
-`patchcl_qupath.errors.PatchCLError`.
+`patchcl_qupath.errors.PatchCLError`. What a command prints as a note is a `UserWarning`.
 
 Where other programs use the cores, too, start Python on Linux with `OMP_WAIT_POLICY=PASSIVE` in the
 environment, as the command does for itself. Otherwise torch's threads wait by spinning, and

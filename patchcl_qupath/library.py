@@ -1,11 +1,13 @@
 """The library: what a notebook or a script does with a project, in a dozen functions.
 
-``import patchcl_qupath as pq`` offers them. The examples run on a copy of the sample project.
+``import patchcl_qupath as pq`` offers them. Each sees the project as it is on disk by then. The
+examples run on a copy of the sample project.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +159,7 @@ def read_nuclei(project: Project, image: str) -> Table:
     >>> nuclei.column_names[:4]
     ['id', 'geometry', 'Area µm^2', 'Length µm']
     """
+    project = project.reread()
     entry, *others = chosen_images(project, [image])
     if others:
         ids = ", ".join(each.id for each in (entry, *others))
@@ -183,7 +186,8 @@ def export(
     ``to`` is csv, parquet, geojson (for QuPath), visium-hd (for Space Ranger), spatialdata or
     anndata; ``per``, what a row of a table is: nucleus, image, region or core. ``output`` is a file
     for all images, if it has the suffix of the format, or a folder with a file for each; without
-    one, a file in the project's folder patchcl/exports. ``excel``: CSV as Excel opens it. Raises
+    one, a file in the project's folder patchcl/exports. ``excel``: CSV as Excel opens it. Images
+    without nuclei, which are left out, and the command's other notes are warnings. Raises
     ProjectError where there are no nuclei, ConfigError for what cannot be asked for, StorageError
     for a file that cannot be written; ImageError for an image whose nuclei cannot be read, once the
     others are exported.
@@ -198,7 +202,9 @@ def export(
         output=None if output is None else Path(output),
         excel=excel,
     )
+    project = project.reread()
     exported = export_images(project, chosen_images(project, _several(images)), request)
+    _warn([*(f"left out: {reason}" for reason in exported.left_out), *exported.notes])
     if exported.problems:
         raise ImageError(exported.problems[0])
     return [Path(file.path) for file in exported.files]
@@ -211,7 +217,8 @@ def score(
 
     ``ground_truth`` is a folder of files named as the images (GeoJSON, or instance labels as PNG,
     TIFF or NPY), or the file of one image. With a folder ``pictures``, the errors of each image are
-    drawn into it. Raises GroundTruthError.
+    drawn into it. Images without ground truth, which are left out, are a warning. Raises
+    GroundTruthError where all are.
 
     >>> scored, = pq.score(project, "ground_truth")
     >>> sorted(scored.scores)
@@ -220,7 +227,10 @@ def score(
     ['right', 'badly_outlined', 'missed', 'merged', 'split', 'spurious']
     """
     folder = None if pictures is None else Path(pictures)
-    scored, _ = score_images(project, project.images(), Path(ground_truth), folder)
+    project = project.reread()
+    scored, without = score_images(project, project.images(), Path(ground_truth), folder)
+    if without:
+        _warn([f"without ground truth, left out: {', '.join(without)}"])
     return scored
 
 
@@ -267,6 +277,7 @@ def project_status(project: Project) -> list[ImageStatus]:
     >>> [(image.state, image.nuclei == outcome.nuclei) for image in pq.project_status(project)]
     [('done', True)]
     """
+    project = project.reread()
     return image_statuses(project, project.images())
 
 
@@ -276,7 +287,7 @@ def write_report(project: Project) -> Path:
     >>> pq.write_report(project).name
     'index.html'
     """
-    return write_page(project)
+    return write_page(project.reread())
 
 
 @contextmanager
@@ -294,6 +305,12 @@ def _is_saved_as(path: Path, model: Model) -> bool:
     with suppress(ModelError):
         return Model.load(path).digest == model.digest
     return False
+
+
+def _warn(notes: Iterable[str]) -> None:
+    """Remarks for people, at the line of the script that called a function of this module."""
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
 
 
 def _several(names: Sequence[str]) -> tuple[str, ...]:

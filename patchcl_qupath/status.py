@@ -9,8 +9,8 @@ import msgspec
 from patchcl_qupath import __version__
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
+from patchcl_qupath.project.changed import changed_since
 from patchcl_qupath.project.imported import imported_nuclei
-from patchcl_qupath.slides.signature import slide_signature
 from patchcl_qupath.storage.records import (
     ImageOutcome,
     Imported,
@@ -78,7 +78,7 @@ def image_status(
         return msgspec.structs.replace(to_do, state="removed")
     failed = len(result.failed_tiles)
     models = _models(project) if models is None else models
-    changed = _changed(entry, result, models)
+    changed = _changed(project, entry, result, models)
     outcome = read_record(project.layout.outcome(entry.id), ImageOutcome)
     if outcome is not None and outcome.problem not in (None, entry.problem):
         changed.append(f"a run failed: {outcome.problem}")
@@ -99,27 +99,16 @@ def image_status(
     )
 
 
-def _changed(entry: ImageEntry, result: ResultRecord, models: Mapping[str, str]) -> list[str]:
+def _changed(
+    project: Project, entry: ImageEntry, result: ResultRecord, models: Mapping[str, str]
+) -> list[str]:
     """What changed since the nuclei were segmented."""
-    changed = []
-    if not entry.problem:
-        if not _is_same_file(entry, result):
-            changed.append("slide file")
-        if not result.slide.has_size(entry.mpp):
-            changed.append("pixel size")
+    changed = [str(change) for change in changed_since(project, entry, result)]
     if result.model not in models.values():
         changed.append("model retrained" if result.model_name in models else "model gone")
     if result.version != __version__:
         changed.append(f"version, was {result.version}")
     return changed
-
-
-def _is_same_file(entry: ImageEntry, result: ResultRecord) -> bool:
-    """Whether the slide's file is still that of the nuclei; not where it cannot be read."""
-    try:
-        return slide_signature(entry.path).is_of(result.slide.file)
-    except OSError:
-        return False
 
 
 def _models(project: Project) -> dict[str, str]:

@@ -86,6 +86,16 @@ def test_a_nucleus_at_a_threshold_is_above_it() -> None:
     assert positive.tolist() == [False, True, True, True, True, True, False, False]
 
 
+def test_a_nucleus_at_any_threshold_is_above_it() -> None:
+    """Values have the digits of 32 bits: that of 0.35 is below the threshold, and the same."""
+    for hundredths in range(1, 201):
+        threshold = hundredths / 100
+        at = np.float32(threshold)
+        values = np.array([np.nextafter(at, np.float32(0)), at], np.float32)
+        assert rule(threshold).codes(values).tolist() == [0, 1]
+        assert rule(threshold / 2, threshold, 9).codes(values).tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     "text", ["0.2", "dab=", "dab=x", "dab=0.2,0.4", "dab=0.4,0.2,0.6", "=0.2", "dab=nan", "Auto"]
 )

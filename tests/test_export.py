@@ -35,11 +35,20 @@ from patchcl_qupath import library
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import FailedTile, Nuclei
 from patchcl_qupath.errors import ImageError, ProjectError
+from patchcl_qupath.exports.images import ExportedImage, exported_image, told_apart
 from patchcl_qupath.project import Project, open_project
+from patchcl_qupath.project.drawn import SELECTED
+from patchcl_qupath.report.found import find_image
 from patchcl_qupath.report.page import write_report
-from patchcl_qupath.status import image_statuses
-from patchcl_qupath.storage.geojson import read_objects
-from patchcl_qupath.storage.records import ImageOutcome, PositivityRecord, write_record
+from patchcl_qupath.slides.stain_vectors import H_DAB, H_E
+from patchcl_qupath.status import image_status, image_statuses
+from patchcl_qupath.storage.geojson import read_objects, to_object
+from patchcl_qupath.storage.records import (
+    ImageOutcome,
+    PositivityRecord,
+    RegionRecord,
+    write_record,
+)
 
 GRADES = (0.2, 0.4, 0.6)
 
@@ -271,6 +280,60 @@ def test_the_name_of_a_file_does_not_depend_on_what_else_is_exported(tmp_path: P
     done = call(project.path, "--to", "csv", "--output", folder)
     assert "did not write, of earlier ones perhaps: old.csv" in done.stderr
     assert sorted(folder.glob("*.csv")) == sorted(folder / f"{one}.csv" for one in [*stems, "old"])
+
+
+def test_the_name_of_an_element_does_not_depend_on_what_else_is_exported(tmp_path: Path) -> None:
+    """Files for SpatialData of single images can be joined: no two have an element of one name."""
+    project = make_project(tmp_path / "made", ["Fall ä.svs", "Fall ö.svs", "a.svs", "a_um.svs"])
+    entries = project.images()
+    images = []
+    for number, entry in enumerate(entries):
+        write(project, number, nuclei(entry.name))
+        image = exported_image(project, entry)
+        assert isinstance(image, ExportedImage)
+        images.append(image)
+    together = [image.element_name for image in told_apart(images, entries)]
+    assert together == ["Fall__-1", "Fall__-2", "a-3", "a_um-4"]
+    assert [told_apart([image], entries)[0].element_name for image in images] == together
+
+
+def test_tables_of_all_kinds_are_in_one_folder(project: Project, tmp_path: Path) -> None:
+    """None replaces another, and none is told to be of an earlier export, but such a one is."""
+    endings = {
+        "nucleus": ".csv", "image": ".images.csv", "region": ".regions.csv", "core": ".cores.csv",
+    }  # fmt: skip
+    folder = tmp_path / "tables"
+    for _ in range(2):
+        for per, ending in endings.items():
+            done = call(project.path, "--to", "csv", "--per", per, "--output", folder)
+            assert "earlier" not in done.stderr
+            assert (folder / f"a, b{ending}").exists()
+    rows = {per: len(rows_of(folder / f"a, b{ending}")) for per, ending in endings.items()}
+    assert rows == {"nucleus": 5, "image": 1, "region": 2, "core": 1}
+    assert len([*folder.iterdir()]) == 8
+    for per, ending in endings.items():
+        (folder / f"old{ending}").touch()
+        done = call(project.path, "--to", "csv", "--per", per, "--output", folder)
+        assert f"of earlier ones perhaps: old{ending}\n" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("to", "ending"), [("geojson", ".geojson"), ("visium-hd", ".nuclei.geojson")]
+)
+def test_files_of_images_that_were_renamed_since_are_a_note(
+    project: Project, to: str, ending: str
+) -> None:
+    """Also in the folder that is taken without --output."""
+    assert "earlier ones" not in call(project.path, "--to", to).stderr
+    content = project.path.read_text("utf-8")
+    project.path.write_text(content.replace('"b.svs"', '"new.svs"'), "utf-8")
+    done = call(project.path, "--to", to)
+    folder = project.layout.exports / to
+    assert {path.name for path in folder.iterdir()} == {
+        f"{name}{ending}" for name in ("a, b", "b", "new")
+    }
+    assert f"{folder} has files that this export did not write" in done.stderr
+    assert f"of earlier ones perhaps: b{ending}\n" in done.stderr
 
 
 def test_results_of_several_runs_are_a_note(tmp_path: Path) -> None:
@@ -517,7 +580,9 @@ def test_an_image_without_nuclei_is_a_header(tmp_path: Path) -> None:
 
 def test_excel_leaves_texts_as_they_are(tmp_path: Path) -> None:
     changed = ["0012", "1-2", "2e5", "=1+1", "SEPT2", "@x", "5%", "(5)", "$ 5", "5 A", "9:30 pm"]
-    changed += ["OKT3", "3-Mai"]  # by an Excel that is not English
+    changed += ["Jan 5, 2020", "Jan. 5", "5 Jan, 2020", "5 %", "($5)"]
+    # By an Excel that is not English.
+    changed += ["OKT3", "3-Mai", "5. März", "5. März 2020", "5 €", "5€", "1.234,50 €"]
     names = [*changed, 'say "3"', "é 12", "5 AB", "A 5%"]
     project = make_project(tmp_path / "made", names)
     for number, name in enumerate(names):
@@ -592,6 +657,95 @@ def test_a_pixel_size_that_was_corrected_since_is_a_note(project: Project) -> No
         assert ("a, b.svs: its pixel size was changed since the run" in done.stderr) is changed
         page = write_report(open_project(project.path, "files")).read_text("utf-8")
         assert ("its pixel size was changed since the run" in page) is changed
+
+
+def test_a_slide_that_was_replaced_since_is_a_note(project: Project) -> None:
+    """One that is not there, or is a copy, is none."""
+    slide = project.images()[0].path
+    note = "a, b.svs: its slide file was replaced since the run"
+    for content, changed in ((None, False), (b"1", False), (b"another", True)):
+        if content is not None:
+            slide.write_bytes(content)  # the results are of a slide of 1 byte
+        assert (note in call(project.path, "--to", "csv").stderr) is changed
+        now = open_project(project.path, "files")
+        page = write_report(now).read_text("utf-8")
+        assert ("its slide file was replaced since the run" in page) is changed
+        entry, _ = now.images()
+        assert ("slide file" in image_status(now, entry).changed) is changed
+
+
+def told(project: Project) -> list[str]:
+    """What was changed of the first image, as status has it; export and report tell the same."""
+    entry, _ = project.images()
+    changed = image_status(project, entry).changed
+    notes = call(project.path, "--to", "csv").stderr
+    warnings = find_image(project, entry).warnings
+    told = {"stain vectors": "its stain vectors were changed", "regions": "the regions of its run"}
+    for change, text in told.items():
+        assert (f"{entry.name}: {text}" in notes) is (change in changed)
+        assert any(text in warning for warning in warnings) is (change in changed)
+    return [change for change in changed if change in told]
+
+
+def test_stain_vectors_that_were_changed_since_are_a_note(project: Project) -> None:
+    """What QuPath rounds when it saves them is no change; what was not exported is not known."""
+    write(project, 0, nuclei("a"), stains=H_E)
+    path = project.layout.stains("1")
+    assert told(project) == []
+    path.parent.mkdir(parents=True)
+    for stains, digits, changed in (
+        (H_E, 5, False),
+        (H_E, 4, False),
+        (H_DAB, 5, True),
+        (replace(H_E, background=(240.0, 241.0, 240.0)), 5, True),
+        (replace(H_E, names=("Hematoxylin", "Eosin 2")), 5, True),
+    ):
+        vectors = [[round(number, digits) for number in vector] for vector in stains.vectors]
+        each = [
+            {"name": name, "vector": vector}
+            for name, vector in zip(stains.names, vectors, strict=True)
+        ]
+        own = {"type": "OTHER", "background": stains.background, "stains": each}
+        path.write_text(json.dumps(own))
+        assert (told(project) == ["stain vectors"]) is changed
+    path.write_text("{")  # the next run says so
+    assert told(project) == []
+    path.unlink()
+    summary = project.path.parent / "data" / "1" / "summary.json"
+    summary.parent.mkdir(parents=True)
+    summary.write_text('{"imageType": "BRIGHTFIELD_H_DAB"}')
+    assert told(project) == ["stain vectors"]
+    write(project, 0, nuclei("a"), stains=replace(H_DAB, background=(240.0, 240.0, 240.0)))
+    assert told(project) == []  # the image's own are in no file
+
+
+def test_regions_of_the_run_that_were_changed_since_are_a_note(project: Project) -> None:
+    tumour, other = DRAWN[:2]
+    second = replace(tumour, geometry=shapely.box(500, 0, 600, 100))
+    records = tuple(
+        RegionRecord(geometry=to_object(region.geometry), tissue_mm2=0.01)
+        for region in (tumour, second)
+    )
+    write(project, 0, nuclei("a"), within=["Tumor"], regions=records)
+    digits = replace(tumour, geometry=shapely.box(0, 0, 400.004, 999.996))
+    larger = replace(second, geometry=shapely.box(500, 0, 600, 102))
+    path = project.layout.regions("1")
+    for drawn, changed in (
+        ((tumour, second), False),
+        ((second, digits, other), False),
+        ((tumour, larger), True),
+        ((tumour,), True),
+        ((other,), True),
+    ):
+        export_drawn(path, drawn)
+        assert (told(project) == ["regions"]) is changed
+    path.unlink()
+    assert told(project) == []
+    write(project, 0, nuclei("a"), within=[SELECTED], regions=records)
+    export_drawn(path, (other,))  # what is selected is never saved
+    assert told(project) == []
+    write(project, 0, nuclei("a"))
+    assert told(project) == []
 
 
 def test_images_without_cores_are_named(project: Project) -> None:

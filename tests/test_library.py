@@ -12,7 +12,7 @@ import shapely
 import torch
 from click.testing import CliRunner
 from conftest import copy_sample
-from exported import AREAS, make_project, nuclei, write
+from exported import AREAS, make_project, nuclei, rows_of, write
 from slides import write_tiff
 
 import patchcl_qupath
@@ -115,6 +115,41 @@ def test_nuclei_of_one_of_two_images_of_a_name_are_read_by_its_id(folder) -> Non
         library.read_nuclei(project, "7")
     with pytest.raises(ProjectError, match="no image other"):
         library.read_nuclei(project, "other")
+
+
+def test_reading_functions_see_a_project_that_was_changed_since_it_was_opened(tmp_path) -> None:
+    """An image was renamed in QuPath, between two cells of a notebook."""
+    project = make_project(tmp_path / "made", ["a.svs"])
+    write(project, 0, nuclei("a"))
+    project.path.write_text(project.path.read_text("utf-8").replace("a.svs", "new.svs"), "utf-8")
+    assert library.read_nuclei(project, "new.svs").num_rows == len(AREAS)
+    (table,) = library.export(project)
+    assert {row["Image"] for row in rows_of(table)} == {"new.svs"}
+    truth = tmp_path / "new.geojson"
+    truth.write_text(shapely.to_geojson(shapely.box(95, 95, 105, 105)))
+    (scored,) = library.score(project, truth)
+    (status,) = library.project_status(project)
+    assert scored.image == status.image == "new.svs"
+    assert "new.svs" in library.write_report(project).read_text("utf-8")
+
+
+def test_what_a_command_notes_is_a_warning_of_the_caller(tmp_path) -> None:
+    project = make_project(tmp_path / "made", ["a.svs", "b.svs", "c.svs"])
+    write(project, 0, nuclei("a"))
+    write(project, 1, nuclei("b"), run="another")
+    with pytest.warns() as caught:
+        (table,) = library.export(project)
+    assert {row["Image"] for row in rows_of(table)} == {"a.svs", "b.svs"}
+    left_out, runs = (str(warning.message) for warning in caught)
+    assert left_out == "left out: c.svs has no nuclei: segment it first"
+    assert runs.startswith("nuclei of these images are of 2 runs")
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    (truth / "b.geojson").write_text(shapely.to_geojson(shapely.box(95, 95, 105, 105)))
+    with pytest.warns(UserWarning, match=r"^without ground truth, left out: a\.svs, c\.svs$") as of:
+        (scored,) = library.score(project, truth)
+    assert scored.image == "b.svs"
+    assert {warning.filename for warning in [*caught, *of]} == {__file__}
 
 
 def test_threads_that_begin_after_a_run_have_all_cores(tmp_path) -> None:

@@ -204,6 +204,21 @@ def test_area_of_tissue_in_a_region(scale: float) -> None:
     assert tissue_area_px(tissue, 16, shape, None) == 300 * 100 * 256
 
 
+def test_tissue_of_parts_far_apart_is_that_of_each() -> None:
+    """Two small squares at the ends of a large slide, and of the first a third on tissue."""
+    tissue = np.zeros((2500, 2500), dtype=bool)
+    tissue[:, :100] = True  # of 1600 px
+    parts = shapely.box(1580, 80, 1640, 140), shapely.box(39_000, 39_000, 39_060, 39_060)
+    shape, on_tissue = (40_000, 40_000), pytest.approx(20 * 60, rel=0.02)
+    both = shapely.union_all(parts)
+    assert tissue_area_px(tissue, 16, shape, parts[0]) == on_tissue
+    assert tissue_area_px(tissue, 16, shape, parts[1]) == 0
+    assert tissue_area_px(tissue, 16, shape, both) == on_tissue
+    with_a_line = shapely.GeometryCollection([*parts, shapely.LineString([(0, 0), (9, 9)])])
+    assert tissue_area_px(tissue, 16, shape, with_a_line) == on_tissue  # where two regions touch
+    assert tissue_area_px(tissue, 16, shape, shapely.Polygon()) == 0
+
+
 @pytest.mark.parametrize("scale", [0.5, 20])
 def test_tissue_fills_a_region(scale: float) -> None:
     """Its area is that of the region, to the last digit, as in QuPath."""

@@ -8,7 +8,8 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from patchcl_qupath.errors import GroundTruthError
 from patchcl_qupath.evaluation import pictures
 from patchcl_qupath.evaluation.ground_truth import ground_truth_files, read_ground_truth
 from patchcl_qupath.evaluation.metrics import Kind
+from patchcl_qupath.evaluation.score import BINS, _Compared, _reliability
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.storage.records import RegionRecord
 
@@ -133,6 +135,14 @@ def test_ground_truth_of_every_kind_is_read(project: Path, ground_truth: Path, n
     assert image["scores"] == outcome["mean"] == pytest.approx(PERFECT)
     assert (image["problem"], image["note"]) == (None, None)
     assert outcome["without"] == ["b.svs"]
+
+
+def test_a_probability_at_the_edge_of_two_bins_is_in_the_upper_one() -> None:
+    """That of 0.9 in 32 bits is below 0.9, and printed as 0.9."""
+    at = np.float32(BINS)
+    overlaps = SimpleNamespace(predicted_iou=np.ones(len(at)))
+    bins = _reliability(cast(_Compared, SimpleNamespace(probability=at, overlaps=overlaps)))
+    assert [(each.low, each.nuclei) for each in bins] == [(low, 1) for low in BINS]
 
 
 def test_kinds_of_error_are_counted(project: Path, ground_truth: Path) -> None:

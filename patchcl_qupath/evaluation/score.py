@@ -179,7 +179,7 @@ def _added(bins: Sequence[Bin]) -> Bin:
 def _reliability(compared: _Compared) -> tuple[Bin, ...]:
     """How often the nuclei of each bin of detection probability are right."""
     right = compared.overlaps.predicted_iou > MIN_IOU
-    of_bin = np.digitize(compared.probability, BINS) - 1
+    of_bin = np.digitize(compared.probability, np.asarray(BINS, np.float32)) - 1
     bins = []
     for k, (low, high) in enumerate(pairwise((*BINS, 1.0))):
         here = of_bin == k

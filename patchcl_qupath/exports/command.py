@@ -34,6 +34,7 @@ from patchcl_qupath.exports.nuclei import NucleiTable
 from patchcl_qupath.exports.summaries import KINDS, summary_table
 from patchcl_qupath.exports.writing import write_csv, write_parquet
 from patchcl_qupath.project import Project
+from patchcl_qupath.project.changed import changed_since
 from patchcl_qupath.project.imported import imported_nuclei
 from patchcl_qupath.storage.files import digest
 from patchcl_qupath.storage.records import ImageOutcome, Record, read_record
@@ -51,6 +52,7 @@ _OTHER_SUFFIXES = (  # no folder has one
     *(".txt", ".xls", ".xlsx", ".xml", ".zip"),
 )
 _TABLES = (ExportFormat.CSV, ExportFormat.PARQUET)
+_IN_FOLDERS = (ExportFormat.GEOJSON, ExportFormat.VISIUM_HD)  # a file of each image, always
 TABLE_NAMES = {  # of files, by what a row is
     ExportRows.NUCLEUS: "nuclei",
     ExportRows.IMAGE: "images",
@@ -189,7 +191,7 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
             if rows >= _EXCEL_ROWS
         ]
     if len(entries) == len(all_entries):
-        notes += _others(request, [path for path, _ in written])
+        notes += _others(project, request, [path for path, _ in written])
     return Exported(
         files=tuple(ExportedFile(path=str(path), rows=rows) for path, rows in written),
         left_out=tuple(left_out),
@@ -201,11 +203,8 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
 def _notes(project: Project, entry: ImageEntry, found: ExportedImage) -> Iterator[str]:
     """What a person should know of the nuclei of an image."""
     yield from found.notes
-    if not found.result.slide.has_size(entry.mpp):
-        yield (
-            f"{entry.name}: its pixel size was changed since the run, and lengths, areas and "
-            "densities are those of before: run again"
-        )
+    for change in changed_since(project, entry, found.result):
+        yield f"{entry.name}: {change.in_words}"
     if failed := len(found.result.failed_tiles):
         yield (
             f"{entry.name}: {failed} of its tiles could not be segmented: their nuclei are "
@@ -226,12 +225,19 @@ def _notes(project: Project, entry: ImageEntry, found: ExportedImage) -> Iterato
         yield f"{entry.name}: not all of its nuclei are in QuPath: {imported.in_words}"
 
 
-def _others(request: Request, written: Sequence[Path]) -> list[str]:
+def _others(project: Project, request: Request, written: Sequence[Path]) -> list[str]:
     """A note on files beside those of all images, which are read together with them."""
-    if request.output is None or request.one_file:
+    if request.one_file or (request.output is None and request.to not in _IN_FOLDERS):
         return []
-    folder = request.output
-    others = sorted({*folder.glob(f"*{request.suffix}")} - {*written})
+    folder = _folder(project, request)
+    of_other_rows = {
+        path
+        for per in ExportRows
+        if per not in (ExportRows.NUCLEUS, request.per)
+        for path in folder.glob(f"*{_ending(request.suffix, per)}")
+    }
+    found = {*folder.glob(f"*{_ending(request.suffix, request.per)}")} - of_other_rows
+    others = sorted(found - {*written})
     if not others:
         return []
     named = names_text([path.name for path in others], _NAMED)
@@ -280,8 +286,14 @@ def _targets(
         return [(project.layout.exports / f"{name}{request.suffix}", images)]
     if request.one_file:
         return [(request.output, images)]
-    paths = [request.output / f"{image.file_name}{request.suffix}" for image in images]
+    ending = _ending(request.suffix, request.per)
+    paths = [request.output / f"{image.file_name}{ending}" for image in images]
     return [(path, [image]) for path, image in zip(paths, images, strict=True)]
+
+
+def _ending(suffix: str, per: ExportRows) -> str:
+    """How files of single images end: tables of nuclei and of regions may be in one folder."""
+    return suffix if per is ExportRows.NUCLEUS else f".{TABLE_NAMES[per]}{suffix}"
 
 
 def write_table(path: Path, images: Sequence[ExportedImage], request: Request) -> int:
@@ -305,7 +317,7 @@ def _table(
 
 def _geojson(project: Project, images: Sequence[ExportedImage], request: Request) -> list[_File]:
     """A file for each image."""
-    folder = request.output or project.layout.exports / "geojson"
+    folder = _folder(project, request)
     if request.one_file:
         if len(images) > 1:
             raise ConfigError(
@@ -320,6 +332,11 @@ def _geojson(project: Project, images: Sequence[ExportedImage], request: Request
         _File(path, [image], _of_one(write_qupath))
         for path, image in zip(paths, images, strict=True)
     ]
+
+
+def _folder(project: Project, request: Request) -> Path:
+    """Where the files of an export lie that has one for each image."""
+    return request.output or project.layout.exports / request.to
 
 
 def _of_one(
@@ -343,7 +360,7 @@ def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Reque
     """A file for each image, and another one for its cells, if it has some."""
     if request.one_file:
         raise ConfigError(f"{request.output} is one file: name a folder for those of Visium HD")
-    folder = request.output or project.layout.exports / "visium-hd"
+    folder = _folder(project, request)
     kinds = [
         (path, image, column)
         for image in images

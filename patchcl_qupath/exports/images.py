@@ -46,7 +46,7 @@ class ExportedImage:
     """An image with nuclei.
 
     ``name_in_tables`` ends with the id where another image has the same name, and so does
-    ``file_name``, which has no suffix (``told_apart``).
+    ``file_name``, which has no suffix, and ``element_name``, in SpatialData (``told_apart``).
     ``nuclei`` is their file, ``columns`` the names in it, ``folder`` the folder of that file;
     ``regions`` are those that the run counted nuclei in. ``notes`` are for people. Tables have the
     names of ``qupath_version``, that of the project.
@@ -56,6 +56,7 @@ class ExportedImage:
     name: str
     name_in_tables: str
     file_name: str
+    element_name: str
     result: ResultRecord
     folder: Path
     nuclei: Path
@@ -141,6 +142,7 @@ def exported_image(project: Project, entry: ImageEntry) -> ExportedImage | str:
         name=entry.name,
         name_in_tables=entry.name,
         file_name=entry.name,
+        element_name=entry.name,
         result=result,
         folder=layout.results(entry.id),
         nuclei=nuclei,
@@ -195,7 +197,7 @@ def _same(region: DrawnRegion, summary: Summary) -> bool:
 def told_apart(
     images: Iterable[ExportedImage], entries: Sequence[ImageEntry]
 ) -> list[ExportedImage]:
-    """The images, with names in tables and of files that no two of ``entries`` have.
+    """The images, with names in tables, of files and elements that no two of ``entries`` have.
 
     These are all of the project, whichever are exported, so that exports can be kept side by side.
     """
@@ -203,14 +205,26 @@ def told_apart(
     in_tables = distinct(names, [f" ({entry.id})" for entry in entries], key=str)
     # As far as any system takes it, and without its suffix.
     stems = [file_name(_SUFFIX.sub("", name)) or "image" for name in names]
-    of_files = distinct(stems, [f"-{entry.id}" for entry in entries])
+    endings = [f"-{entry.id}" for entry in entries]
+    of_files = distinct(stems, endings)
+    of_elements = _element_names(of_files, endings)
     number = {entry.id: i for i, entry in enumerate(entries)}
     return [
         replace(
-            image, name_in_tables=in_tables[number[image.id]], file_name=of_files[number[image.id]]
+            image,
+            name_in_tables=in_tables[number[image.id]],
+            file_name=of_files[number[image.id]],
+            element_name=of_elements[number[image.id]],
         )
         for image in images
     ]
+
+
+def _element_names(names: Sequence[str], endings: Sequence[str]) -> list[str]:
+    """Names (N,) of letters, digits, ``.``, ``_`` and ``-``, as SpatialData asks for."""
+    plain = [re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip("_.") or "image" for name in names]
+    # A name that ends with _um may be that of another image's coordinate system in µm.
+    return distinct(plain, endings, key=lambda name: re.sub("(_um|_file)+$", "", name.casefold()))
 
 
 def distinct(

@@ -5,7 +5,6 @@ Of all images together, in memory: one row each for a nucleus, with its measurem
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale, Translation
 
 from patchcl_qupath import __version__
-from patchcl_qupath.exports.images import ExportedImage, distinct
+from patchcl_qupath.exports.images import ExportedImage
 from patchcl_qupath.exports.nuclei import (
     CENTROIDS,
     NucleiTable,
@@ -55,7 +54,8 @@ def write_spatialdata(path: Path, images: Sequence[ExportedImage]) -> int:
     """
     shapes: dict[str, Any] = {}
     regions = []
-    for name, image in zip(element_names(images), images, strict=True):
+    for image in images:
+        name = image.element_name
         drawn = {"nuclei": NUCLEUS} | ({"cells": CELL} if CELL in image.columns else {})
         for kind, column in drawn.items():
             frame = _shapes(image, column)
@@ -67,20 +67,6 @@ def write_spatialdata(path: Path, images: Sequence[ExportedImage]) -> int:
     with atomic_write(path) as temporary:
         data.write(temporary)
     return sum(len(table) for table in tables.values())
-
-
-def element_names(images: Sequence[ExportedImage]) -> list[str]:
-    """A name of letters, digits, ``.``, ``_`` and ``-`` for each image, as SpatialData asks for."""
-    names = [
-        "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in name).lstrip(
-            "_."
-        )
-        or "image"
-        for name in (image.file_name for image in images)
-    ]
-    endings = [f"-{image.id}" for image in images]
-    # A name that ends with _um may be that of another image's coordinate system in µm.
-    return distinct(names, endings, key=lambda name: re.sub("(_um|_file)+$", "", name.casefold()))
 
 
 def _anndata(images: Sequence[ExportedImage]) -> anndata.AnnData:

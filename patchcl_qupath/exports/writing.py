@@ -21,10 +21,10 @@ _MONTH = (
     "ene|abr|ago|dic|gen|mag|giu|lug|set|ott|fev|out|maj)[a-z]*"
 )
 # Texts that Excel would calculate, or change into a number, a date or a time: 0012, 1-2, 2e5, 5%,
-# (5), $5, 5 A, =A1, SEPT2.
+# (5), $5, 5 €, 5 A, =A1, SEPT2, Jan 5, 2020, 5. März.
 _CHANGED = (
-    r"(?i)^\s*([=+\-@\t]|[($€£]?\s*[0-9][0-9\s.,:/e+\-]*[%)]?(\s[ap]m?)?\s*$|true$|false$|"
-    rf"[0-9]{{1,4}}[-/ .]?{_MONTH}([-/ .]|$)|{_MONTH}[-/ .]?[0-9]{{1,4}}$)"
+    r"(?i)^\s*([=+\-@\t]|[($€£]*\s*[0-9][0-9\s.,:/e+\-]*[%)$€£]*(\s[ap]m?)?\s*$|true$|false$|"
+    rf"[0-9]{{1,4}}[-/ .]*{_MONTH}([-/ .,]|$)|{_MONTH}[-/ .]*[0-9]{{1,4}}(,? *[0-9]{{1,4}})?$)"
 )
 
 

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 import shapely
 
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, BackendKind, ResultConfig
-from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
+from patchcl_qupath.datatypes import (
+    CorrectionRoi,
+    Corrections,
+    ImageEntry,
+    Nuclei,
+    QuPathSummary,
+    StainVectors,
+)
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.drawn import (
     ExportedLabels,
@@ -163,10 +170,9 @@ class FilesProject:
 
         Without an export, an image whose type is H-DAB in QuPath has QuPath's default stains.
         """
-        file = self.layout.stains(entry.id)
-        stains, note = read_stains(file, entry.name), None
+        file, note = self.layout.stains(entry.id), None
         is_current = self.is_current(file, entry)
-        if stains is not None and not is_current:
+        if read_stains(file, entry.name) is not None and not is_current:
             note = (
                 "its stains were exported before it was last saved in QuPath: if they changed "
                 "since, run groovy/export_regions.groovy and then this again"
@@ -176,9 +182,14 @@ class FilesProject:
                 "its own stain vectors in QuPath were not exported, and QuPath's default ones are "
                 "measured: for its own, run groovy/export_regions.groovy and then this again"
             )
-        if stains is None and self._image_type(entry.id) == "BRIGHTFIELD_H_DAB":
-            stains = H_DAB
+        stains = self.exported_stains(entry)
         return replace(entry, stains=stains, note=_all_notes(entry.note, note))
+
+    def exported_stains(self, entry: ImageEntry) -> StainVectors | None:
+        """The stains that were exported; else QuPath's default ones of an image of type H-DAB."""
+        stains = read_stains(self.layout.stains(entry.id), entry.name)
+        is_dab = self._image_type(entry.id) == "BRIGHTFIELD_H_DAB"
+        return H_DAB if stains is None and is_dab else stains
 
     def is_current(self, file: Path, entry: ImageEntry) -> bool:
         """Whether an exported file exists, and is newer than the last save of its image.

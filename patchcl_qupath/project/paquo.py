@@ -21,7 +21,14 @@ import msgspec
 import shapely
 
 from patchcl_qupath.config import CORRECTED, TMA_CORES, BackendKind, ResultConfig, from_dict
-from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
+from patchcl_qupath.datatypes import (
+    CorrectionRoi,
+    Corrections,
+    ImageEntry,
+    Nuclei,
+    QuPathSummary,
+    StainVectors,
+)
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.drawn import SELECTED, read_drawn
 from patchcl_qupath.project.files import JAVA_OBJECTS, FilesProject
@@ -143,6 +150,10 @@ class PaquoProject:
         if self.files.data(entry).exists() and not self.files.is_current(file, entry):
             self._read(entry, partial(ExportStains, file=file))
         return self.files.with_stains(entry)
+
+    def exported_stains(self, entry: ImageEntry) -> StainVectors | None:
+        """The stains that were last exported, of which QuPath is not asked."""
+        return self.files.exported_stains(entry)
 
     def corrections(self, entry: ImageEntry, roi_class: str) -> Corrections:
         """The ROIs that are saved, and the nuclei in them; or those exported since then."""

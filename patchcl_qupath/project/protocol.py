@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Protocol
 import shapely
 
 from patchcl_qupath.config import BackendKind, ResultConfig
-from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
+from patchcl_qupath.datatypes import (
+    CorrectionRoi,
+    Corrections,
+    ImageEntry,
+    Nuclei,
+    QuPathSummary,
+    StainVectors,
+)
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import Imported, RegionSummary, ResultRecord
 
@@ -78,6 +85,13 @@ class Project(Protocol):
         """The image with the ``stains`` that a person set in QuPath, if any, and a ``note``.
 
         Raises ImageError for stain vectors that are linearly dependent.
+        """
+
+    def exported_stains(self, entry: ImageEntry) -> StainVectors | None:
+        """The stains of an image as they were last exported, read without starting QuPath.
+
+        Without an export, QuPath's default ones of an image of type H-DAB; else None. Raises
+        ImageError for a file that is damaged.
         """
 
     def corrections(self, entry: ImageEntry, roi_class: str) -> Corrections:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
+from patchcl_qupath.project.changed import changed_since
 from patchcl_qupath.project.imported import imported_nuclei
 from patchcl_qupath.storage.files import digest
 from patchcl_qupath.storage.layout import CHANGES, FIGURES
@@ -127,7 +128,7 @@ def find_image(project: Project, entry: ImageEntry) -> FoundImage:
     outcome = read_record(layout.outcome(entry.id), ImageOutcome)
     pictures = layout.figures(entry.id)
     figures = read_record(pictures / FIGURES, FiguresRecord)
-    warnings = _warnings(entry, found, outcome)
+    warnings = _warnings(project, entry, found, outcome)
     folder = layout.changes(entry.id)
     if not isinstance(found, ResultRecord):
         return FoundImage(
@@ -171,6 +172,7 @@ def _are_of(figures: FiguresRecord, result: ResultRecord) -> bool:
 
 
 def _warnings(
+    project: Project,
     entry: ImageEntry,
     found: ResultRecord | RemovedRecord | None,
     outcome: ImageOutcome | None,
@@ -188,8 +190,7 @@ def _warnings(
     if isinstance(found, ResultRecord):
         if outcome and outcome.problem and not outcome.results:
             warnings.append("the result of an earlier run is shown")
-        if not found.slide.has_size(entry.mpp):
-            warnings.append("its pixel size was changed since the run: run again")
+        warnings += [change.in_words for change in changed_since(project, entry, found)]
         if found.failed_tiles:
             total = f" of {outcome.tiles}" if outcome and outcome.tiles else ""
             reason = found.failed_tiles[0].reason

@@ -160,13 +160,21 @@ def tissue_area_px(
             for side, count in zip(shape, tissue.shape, strict=True)
         )
         return float(heights @ tissue @ widths)
-    if not region.area:
-        return 0.0
+    # Each part by itself: in a box around parts that lie far apart, each would have a few points.
+    parts = [part for part in shapely.get_parts(region) if part.area]
+    samples = AREA_SAMPLES / max(1, len(parts))
+    return sum((_part_area_px(tissue, tissue_px, part, samples) for part in parts), 0.0)
+
+
+def _part_area_px(
+    tissue: NDArray[np.bool_], tissue_px: int, region: shapely.Geometry, samples: float
+) -> float:
+    """The area of tissue in a region of one part, sampled at so many points, about."""
     x0, y0, x1, y1 = (bound / tissue_px for bound in region.bounds)
     row, col = math.floor(y0), math.floor(x0)
     around = tissue[row : math.ceil(y1), col : math.ceil(x1)]
-    # Sampled at points: many for each px of the mask where the region is small.
-    n = int(np.clip(math.sqrt(AREA_SAMPLES / max(1, around.size)), 1, 64))
+    # Many for each px of the mask where the region is small.
+    n = int(np.clip(math.sqrt(samples / max(1, around.size)), 1, 64))
     x = ((np.arange(around.shape[1] * n) + 0.5) / n + col) * tissue_px
     inside_count = tissue_count = 0
     for line in range(around.shape[0] * n):
