@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 import shapely
 
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, BackendKind, ResultConfig
-from patchcl_qupath.datatypes import CorrectionRoi, Corrections, ImageEntry, Nuclei, QuPathSummary
+from patchcl_qupath.datatypes import (
+    CorrectionRoi,
+    Corrections,
+    ImageEntry,
+    Nuclei,
+    QuPathSummary,
+    StainVectors,
+)
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.drawn import (
     ExportedLabels,
@@ -176,8 +183,7 @@ class FilesProject:
                 "its own stain vectors in QuPath were not exported, and QuPath's default ones are "
                 "measured: for its own, run groovy/export_regions.groovy and then this again"
             )
-        if stains is None and self._image_type(entry.id) == "BRIGHTFIELD_H_DAB":
-            stains = H_DAB
+        stains = stains or self._stains_of_type(entry.id)
         return replace(entry, stains=stains, note=_all_notes(entry.note, note))
 
     def is_current(self, file: Path, entry: ImageEntry) -> bool:
@@ -360,6 +366,7 @@ class FilesProject:
             series_name=image.series_name,
             use_bounds=image.use_bounds,
             problem=problem,
+            stains=self._stains_of_type(image.id),
         )
         return self._with_shown_pixel_size(entry)
 
@@ -387,6 +394,10 @@ class FilesProject:
         """The image type that a person set in QuPath, from its summary."""
         found = self._summary(id_).get("imageType")
         return None if found is None else str(found)
+
+    def _stains_of_type(self, id_: str) -> StainVectors | None:
+        """The stains that the type of an image tells, where they are not those of H&E."""
+        return H_DAB if self._image_type(id_) == "BRIGHTFIELD_H_DAB" else None
 
     def _summary(self, id_: str) -> dict[str, Any]:
         """The summary that QuPath writes beside an image's objects; empty if never saved."""
