@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from slides import check_boxes, scene, shrunk, whole, write_series, write_svs, write_tiff
+from slides import check_boxes, scene, shrunk, tissue, whole, write_series, write_svs, write_tiff
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config
@@ -686,6 +686,59 @@ def test_a_much_larger_image_is_read_wherever_it_is(tmp_path: Path) -> None:
     assert slide.size == (512, 384)
     assert slide.levels == ((512, 384), (256, 192))
     np.testing.assert_array_equal(slide.read(whole(slide)), pixels)
+
+
+@pytest.mark.parametrize("subfiletype", [0, 2])
+@pytest.mark.parametrize("tile", [TILE, None])
+def test_a_page_of_half_the_size_that_shows_something_else_is_an_image_of_its_own(
+    tmp_path: Path, subfiletype: int, tile: int | None
+) -> None:
+    """Also one that is nearly all glass, and its own levels are its own."""
+    pixels, other = scene(512, 384, (0.5, 0.5)), np.full((192, 256, 3), 245, np.uint8)
+    other[100:140, 30:80] = (200, 120, 180)
+    pages = [pixels, other, shrunk(other, 2)]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        for page in pages:
+            tiff.write(
+                page,
+                photometric="rgb",
+                tile=tile and (tile, tile),
+                compression="deflate",
+                subfiletype=subfiletype,
+                metadata=None,
+            )
+
+    def read(**known: Any) -> tuple[Any, NDArray[np.uint8]]:
+        slide = Slide.open(entry(tmp_path / "a.tif", fallback_mpp=0.5, **known), 1.0)
+        return slide.levels, slide.read(whole(slide))
+
+    for known, levels, expected in (
+        ({}, ((512, 384),), pixels),
+        ({"size": (512, 384)}, ((512, 384),), pixels),
+        ({"size": (256, 192)}, ((256, 192), (128, 96)), other),
+        ({"series": 1}, ((256, 192), (128, 96)), other),
+    ):
+        found = read(**known)
+        assert found[0] == levels
+        np.testing.assert_allclose(found[1], shrunk(expected, 2).astype(int), atol=1)
+
+
+@pytest.mark.parametrize("quality", [None, 60])
+def test_plain_pages_that_show_the_same_are_levels(tmp_path: Path, quality: int | None) -> None:
+    """Also ones that take each second pixel, and are compressed hard."""
+    pixels = tissue(700, 900)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        for step in (1, 2, 4):
+            tiff.write(
+                np.ascontiguousarray(pixels[::step, ::step]),
+                photometric="rgb",
+                tile=(TILE, TILE),
+                compression="jpeg" if quality else "deflate",
+                compressionargs={"level": quality} if quality else None,
+                metadata=None,
+            )
+    slide = Slide.open(entry(tmp_path / "a.tif", fallback_mpp=0.5))
+    assert slide.levels == ((900, 700), (450, 350), (225, 175))
 
 
 def test_levels_may_be_in_any_order(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from patchcl_qupath.slides.level import (
     shown,
 )
 from patchcl_qupath.slides.pixel_size import tiff_pixel_sizes
+from patchcl_qupath.slides.plain_pages import images
 from patchcl_qupath.slides.tiled_page import HalfPage, TiledPage, tiled_pages
 
 MAX_LOOK_PX = 16_000_000  # of a level whose alpha is looked at as a whole
@@ -48,11 +49,12 @@ _BY_TEXT = ("is_ome", "is_philips", "is_imagej", "is_svs", "is_shaped", "is_qpi"
 
 def open_tiff(path: Path, selection: Selection) -> Pyramid:
     """The image of a TIFF that ``selection`` names. May raise any exception."""
-    slide, all_series = _open(path)
+    slide, found = _open(path)
     try:
         tiff = slide.ts_tifffile
         if tiff.is_scn or tiff.is_bif:
             raise MissingReaderError("Leica SCN and Ventana BIF need OpenSlide")
+        all_series = images(found, _arrays)
         number = _choose(all_series, selection)
         series = all_series[number]
         arrays = _arrays(series)
@@ -72,8 +74,10 @@ def open_tiff(path: Path, selection: Selection) -> Pyramid:
 
 
 def _open(path: Path) -> tuple[TiffSlide, Sequence[TiffPageSeries]]:
-    """An open file and its images. Raises AmbiguousPathError for a path that tiffslide takes for
-    two."""
+    """An open file and its images, as tifffile finds them.
+
+    Raises AmbiguousPathError for a path that tiffslide takes for two.
+    """
     if "::" in str(path):
         raise AmbiguousPathError(path)
     slide = TiffSlide(path)
