@@ -439,6 +439,18 @@ def test_pixels_that_are_changed_in_place_change_the_signature(
     assert not after.is_of(before)
 
 
+def test_pixels_that_are_changed_in_place_are_read(tmp_path: Path) -> None:
+    """By the slide that another process has opened, too, and of a level of one chunk."""
+    path = write_ome_zarr(tmp_path / "a.zarr", scene(512, 512, MPP), MPP, (1, 8))
+    before = opened(path, 4.0)
+    old = before.read(whole(before))
+    for number in ("0", "1"):
+        zarr.open_array(str(path / number))[:] = 100
+    after = pickle.loads(pickle.dumps(opened(path, 4.0)))
+    assert old.mean() > 150
+    np.testing.assert_array_equal(after.read(whole(after)), np.full_like(old, 100))
+
+
 def test_chunks_that_went_missing_change_the_signature(tmp_path: Path) -> None:
     path = write_ome_zarr(tmp_path / "a.zarr", scene(200, 100, MPP), MPP)
     before = slide_signature(path)

@@ -36,18 +36,20 @@ MAX_HELD_BYTES = 3 * MAX_IN_MEMORY_PX  # of all open files together, or of the l
 _Version = tuple[tuple[int, ...], ...]
 
 _opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
-_opened: dict[tuple[Path, Selection, _Version], Pyramid] = {}  # the one that was read last, last
+_opened: dict[
+    tuple[Path, Selection, int | None, _Version], Pyramid
+] = {}  # the one that was read last, last
 
 
-def open_pyramid(path: Path, selection: Selection = ANY) -> Pyramid:
+def open_pyramid(path: Path, selection: Selection = ANY, sample: int | None = None) -> Pyramid:
     """The open file of a path: one per process, shared by its threads. May raise any exception.
 
     A file that was replaced is opened again, and one that was removed raises: workers are
-    long-lived.
+    long-lived. So is a folder with another ``sample`` of its chunks, which no time or size tells.
     """
     stats = slide_files(path).values()
     version = tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
-    key = path, selection, version
+    key = path, selection, sample, version
     with _opening:
         pyramid = _opened.pop(key) if key in _opened else _open(path, selection)
         _opened[key] = pyramid

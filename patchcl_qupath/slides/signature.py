@@ -42,7 +42,7 @@ def slide_signature(path: Path) -> FileSignature:
     who changes pixels need not write the metadata anew. Raises OSError.
     """
     files = slide_files(path)
-    sample = _checksum_of_chunks(path) if path.is_dir() else _checksum_of_files([*files])
+    sample = sample_of_chunks(path) if path.is_dir() else _checksum_of_files([*files])
     return msgspec.structs.replace(_size_and_time(files), sample=sample)
 
 
@@ -138,8 +138,13 @@ def _checksum(path: Path, blocks: int, checksum: int = 0) -> int:
     return checksum
 
 
-def _checksum_of_chunks(folder: Path) -> int | None:
-    """The CRC-32 of some chunks of an OME-Zarr; None where its metadata are none."""
+def sample_of_chunks(folder: Path) -> int | None:
+    """The CRC-32 of some chunks of an OME-Zarr; None where its metadata are none, and of a file.
+
+    Raises OSError.
+    """
+    if not folder.is_dir():
+        return None
     try:
         paths = _some_chunks(_finest_level(folder))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
