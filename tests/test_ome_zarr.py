@@ -439,6 +439,25 @@ def test_pixels_that_are_changed_in_place_change_the_signature(
     assert not after.is_of(before)
 
 
+@pytest.mark.parametrize("names", [("0", "1"), ("a", "b")])
+@pytest.mark.parametrize("changed", [0, 1])
+def test_pixels_of_any_image_of_several_change_the_signature(
+    tmp_path: Path, names: tuple[str, str], changed: int
+) -> None:
+    """Which of them is read depends on the project; they may have any names."""
+    path = tmp_path / "a.zarr"
+    attributes = {"bioformats2raw.layout": 3}
+    root = zarr.open_group(str(path), mode="w", zarr_format=2, attributes=attributes)
+    root.create_group("OME", attributes={"series": [*names]})
+    for name, side in zip(names, (100, 300), strict=True):
+        write_ome_zarr(path / name, scene(side, side, MPP), MPP, (1, 2))
+    before = slide_signature(path)
+    assert before.sample is not None
+    zarr.open_array(str(path / names[changed] / "0"))[:] = 243
+    assert not slide_signature(path).is_of(before)
+    assert (opened(path, MPP[0], series=changed).read(Box(0, 0, 9, 9)) == 243).all()
+
+
 def test_pixels_that_are_changed_in_place_are_read(tmp_path: Path) -> None:
     """By the slide that another process has opened, too, and of a level of one chunk."""
     path = write_ome_zarr(tmp_path / "a.zarr", scene(512, 512, MPP), MPP, (1, 8))
