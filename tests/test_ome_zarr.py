@@ -181,6 +181,19 @@ def test_missing_chunks_are_drawn_from_a_finer_level_and_else_glass(
     np.testing.assert_allclose(coarse.read(whole(coarse)), expected, atol=1)  # of halves
 
 
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_copy_without_any_chunk_of_level_0_is_no_glass(tmp_path: Path, version: str) -> None:
+    path = write_ome_zarr(tmp_path / "a.zarr", scene(400, 300, MPP), MPP, (1, 2), version=version)
+    chunks = path / "0" / ("c" if version == "0.5" else "")
+    for channel in "012":
+        shutil.rmtree(chunks / channel)
+    with pytest.raises(SlideError, match=r"cannot be read \(it holds no pixels\): .*copy the file"):
+        opened(path)
+    (chunks / "0" / "0").mkdir(parents=True)  # as of a copy that was stopped
+    with pytest.raises(SlideError, match="it holds no pixels"):
+        opened(path)
+
+
 @pytest.mark.parametrize("fill", [0, 255])
 @pytest.mark.parametrize("index_location", ["start", "end"])
 def test_chunks_that_are_missing_in_a_shard_are_missing(

@@ -285,6 +285,17 @@ class _Plane:
         return self.folder / self.array.metadata.encode_chunk_key(key)
 
 
+def _has_chunks(folder: Path | str) -> bool:
+    """Whether the folder of an array has any file but metadata. Raises OSError."""
+    with os.scandir(folder) as entries:
+        return any(
+            _has_chunks(entry.path)
+            if entry.is_dir()
+            else entry.name != "zarr.json" and not entry.name.startswith(".")
+            for entry in entries
+        )
+
+
 def _is_file(path: Path) -> bool:
     """Whether there is such a file. Raises OSError where that cannot be found out, as a disk fails:
     from Python 3.14 on, ``Path.is_file`` says that there is none."""
@@ -341,6 +352,8 @@ def _level(plane: _Plane, downsample: Pair | None, finer: Sequence[Level]) -> Le
 
     ``downsample`` is that of the metadata, which is used if the size of the level agrees.
     """
+    if not finer and not _has_chunks(plane.folder):
+        raise ValueError("it holds no pixels")
     shape, chunk = plane.shape[:2], plane.chunk
     scale = level_scale(shape, finer)
     if downsample is not None and _agrees(downsample, shape, finer):
