@@ -38,7 +38,6 @@ from patchcl_qupath.segmentation.segment_tile import (
 )
 from patchcl_qupath.segmentation.tiling import plan
 from patchcl_qupath.segmentation.typical_nuclei import typical_nuclei
-from patchcl_qupath.slides import tiff
 from patchcl_qupath.slides.pixel_size import in_um, positive
 from patchcl_qupath.slides.prepare import PreparedImage, prepare
 from patchcl_qupath.slides.signature import slide_signature
@@ -268,23 +267,21 @@ def test_alpha_that_is_0_all_over_means_nothing(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("is_erased", [True, False])
-def test_the_alpha_of_a_large_level_is_that_of_its_corners_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_erased: bool
+@pytest.mark.parametrize("tile", [(256, 256), None])
+def test_the_alpha_of_a_large_level_is_that_of_any_place(
+    tmp_path: Path, is_erased: bool, tile: tuple[int, int] | None
 ) -> None:
-    monkeypatch.setattr(tiff, "MAX_LOOK_PX", 1_000_000)
-    pixels = np.full((2600, 2100, 3), 200, np.uint8)
-    alpha = np.zeros(pixels.shape[:2], np.uint8)
-    if is_erased:  # in the middle, and in one corner
-        alpha[:] = 255
-        alpha[250:2350, 40:2060] = alpha[:700, :700] = 0
+    side = 4200
+    rgba = np.full((side, side, 4), (200, 120, 180, 0), np.uint8)
+    if is_erased:  # all but two pieces
+        rgba[3100:3400, 900:1600, 3] = rgba[2500:2600, 2700:3400, 3] = 255
     kind: dict[str, Any] = {"photometric": "rgb", "extrasamples": ["unassalpha"]}
-    rgba, tile = np.dstack([pixels, alpha]), (256, 256)
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, rgba, tile=tile, compression="deflate", metadata=None, **kind)
     slide = Slide.open(entry(path, fallback_mpp=0.5))
-    middle, border = slide.read(Box(1000, 1000, 1010, 1010)), slide.read(Box(2500, 0, 2510, 10))
-    assert (middle == (255 if is_erased else 200)).all()
-    assert (border == 200).all()
+    erased, left = slide.read(Box(1900, 1900, 1910, 1910)), slide.read(Box(3200, 1000, 3210, 1010))
+    assert (erased == (255 if is_erased else (200, 120, 180))).all()
+    assert (left == (200, 120, 180)).all()
 
 
 # Missing and damaged tiles
