@@ -626,6 +626,25 @@ def test_a_resolution_that_is_no_number(tmp_path: Path, value: tuple[int, int], 
     assert Slide.open(entry(path, fallback_mpp=0.25)).mpp_source == "--mpp"
 
 
+@pytest.mark.parametrize(
+    ("unit", "um"), [("mm", 1e3), ("MM", 1e3), ("Mm", None), ("pm", 1e-6), ("Pm", None), ("UM", 1)]
+)
+def test_a_megametre_is_no_millimetre(tmp_path: Path, unit: str, um: float | None) -> None:
+    """Nor in ImageJ."""
+    assert in_um("0.5", unit) == (um and pytest.approx(0.5 * um))
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        scene(128, 128, (0.5, 0.5)),
+        photometric="rgb",
+        description=f"ImageJ=1.53t\nunit={unit}\n",
+        metadata=None,
+        resolution=(2 * (um or 1e3), 2 * (um or 1e3)),
+        resolutionunit="NONE",
+    )
+    slide = Slide.open(entry(tmp_path / "a.tif", fallback_mpp=0.25))
+    assert slide.mpp_source == ("--mpp" if um is None else "ImageJ")
+
+
 @given(st.text() | st.floats() | st.none(), st.text())
 def test_no_text_is_a_wrong_length(value: object, unit: str) -> None:
     for length in (positive(value), in_um(value, unit), in_um(value, "µm")):
