@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -456,6 +457,16 @@ def test_images_that_are_not_rgb(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (64, 64)).save(path)
     with pytest.raises(SlideError, match="not RGB"):
         Slide.open(entry(path, fallback_mpp=0.5))
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_png_of_16_bits_is_refused_as_a_tiff_is(tmp_path: Path, channels: int) -> None:
+    pixels = np.full((64, 64, channels), 3000, np.uint16)  # of 12 bits
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(pixels))
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", metadata=None)
+    for name in ("a.png", "a.tif"):
+        with pytest.raises(SlideError, match=r"not 8-bit RGB: .*16.*OME-TIFF \(rendered RGB\)"):
+            Slide.open(entry(tmp_path / name, fallback_mpp=0.5))
 
 
 def test_images_that_are_cut_off(tmp_path: Path, sample_project: Path) -> None:

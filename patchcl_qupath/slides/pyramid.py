@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,9 +101,20 @@ def _open_with_pillow(path: Path) -> Pyramid:
         with Image.open(path) as image:
             if image.mode not in ("RGB", "RGBA", "P"):
                 raise ValueError(f"not RGB: mode {image.mode}")
+            if _has_16_bits(image):
+                raise ValueError("not 8-bit RGB: 16 bits a channel")
             check_memory(image.width * image.height)
             pixels = _rgb(image)
     return Pyramid([Level(pixels, (1, 1), (1.0, 1.0))])
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether the file has 16 bits a channel, of which Pillow reads the upper 8 as RGB.
+
+    Of 12 bits in 16, as cameras have, these are nearly black.
+    """
+    tiles: Any = getattr(image, "tile", ())  # of what is not decoded yet
+    return any(tile[3] in ("RGB;16B", "RGBA;16B") for tile in tiles)
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
