@@ -626,6 +626,17 @@ def test_a_resolution_that_is_no_number(tmp_path: Path, value: tuple[int, int], 
     assert Slide.open(entry(path, fallback_mpp=0.25)).mpp_source == "--mpp"
 
 
+@pytest.mark.parametrize(("type_", "px_per_cm"), [("f", 2e4), ("d", 2e4), ("I", 20000), ("f", 0)])
+def test_a_resolution_may_be_no_fraction(tmp_path: Path, type_: str, px_per_cm: float) -> None:
+    path = write_tiff(tmp_path / "a.tif", scene(128, 128, (0.5, 0.5)), (0.25, 0.25))
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        for name in ("XResolution", "YResolution"):
+            tiff.pages[0].tags[name].overwrite(px_per_cm, dtype=type_)
+    slide = Slide.open(entry(path, fallback_mpp=0.125))
+    assert slide.mpp_source == ("TIFF resolution" if px_per_cm else "--mpp")
+    assert slide.mpp_level0 == pytest.approx((0.5, 0.5) if px_per_cm else (0.125, 0.125))
+
+
 @pytest.mark.parametrize(
     ("unit", "um"), [("mm", 1e3), ("MM", 1e3), ("Mm", None), ("pm", 1e-6), ("Pm", None), ("UM", 1)]
 )

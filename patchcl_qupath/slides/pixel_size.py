@@ -207,8 +207,12 @@ def _whole(value: object) -> int:
 
 
 def _length(page: TiffPage, tag: int, um: float) -> float | None:
-    """The side of a px in µm, from a resolution in px per ``um`` µm."""
+    """The side of a px in µm, from a resolution in px per ``um`` µm.
+
+    It is a fraction; some programs write a plain number.
+    """
     value = page.tags.valueof(tag)
-    if not isinstance(value, tuple) or len(value) != 2 or not all(value):
+    if not isinstance(value, tuple) or len(value) not in (1, 2) or not all(value):
         return None
-    return positive(um * value[1] / value[0])
+    px, per = (*value, 1)[:2]
+    return positive(um * per / px) if isinstance(px, int | float) else None
