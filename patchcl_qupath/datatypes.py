@@ -130,7 +130,8 @@ class ImageEntry:
     is the reason why the image cannot be segmented, with advice; ``note`` a remark for people.
     ``regions`` are the analysis regions, one geometry for each annotation. ``drawn`` are the
     annotations and TMA cores to count nuclei in.
-    ``stains`` are the stain vectors that are set in QuPath, where they are known.
+    ``stains`` are the stain vectors that are set in QuPath, where they are known; QuPath's default
+    ones where its type alone is, and is not H&E.
     """
 
     id: str

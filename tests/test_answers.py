@@ -281,6 +281,14 @@ def test_stains_are_known_by_their_vectors() -> None:
     assert (dab_of(turned), hematoxylin_of(turned)) == ("Ki-67", "Haematoxylin")
     assert (dab_of(H_DAB), hematoxylin_of(H_DAB)) == ("DAB", "Hematoxylin")
     assert (dab_of(H_E), hematoxylin_of(H_E)) == (None, "Hematoxylin")
+    (hematoxylin, dab), eosin = H_DAB.vectors, H_E.vectors[1]
+    third = StainVectors(
+        kind=StainKind.OTHER, names=("DAB", "Red", "Blue"), vectors=(dab, eosin, hematoxylin)
+    )
+    assert (dab_of(third), hematoxylin_of(third)) == ("DAB", "Blue")
+    unnamed = replace(third, kind=StainKind.H_DAB, names=("Red", "Brown", "Blue"))
+    unnamed = replace(unnamed, vectors=(eosin, dab, hematoxylin))
+    assert (dab_of(unnamed), hematoxylin_of(unnamed)) == ("Brown", "Blue")
 
 
 SQUARE = shapely.box(0, 0, 100, 100)

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from slides import check_boxes, scene, shrunk, whole, write_series, write_svs, write_tiff
+from slides import check_boxes, scene, shrunk, tissue, whole, write_series, write_svs, write_tiff
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config
@@ -38,7 +38,6 @@ from patchcl_qupath.segmentation.segment_tile import (
 )
 from patchcl_qupath.segmentation.tiling import plan
 from patchcl_qupath.segmentation.typical_nuclei import typical_nuclei
-from patchcl_qupath.slides import tiff
 from patchcl_qupath.slides.pixel_size import in_um, positive
 from patchcl_qupath.slides.prepare import PreparedImage, prepare
 from patchcl_qupath.slides.signature import slide_signature
@@ -268,23 +267,21 @@ def test_alpha_that_is_0_all_over_means_nothing(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("is_erased", [True, False])
-def test_the_alpha_of_a_large_level_is_that_of_its_corners_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_erased: bool
+@pytest.mark.parametrize("tile", [(256, 256), None])
+def test_the_alpha_of_a_large_level_is_that_of_any_place(
+    tmp_path: Path, is_erased: bool, tile: tuple[int, int] | None
 ) -> None:
-    monkeypatch.setattr(tiff, "MAX_LOOK_PX", 1_000_000)
-    pixels = np.full((2600, 2100, 3), 200, np.uint8)
-    alpha = np.zeros(pixels.shape[:2], np.uint8)
-    if is_erased:  # in the middle, and in one corner
-        alpha[:] = 255
-        alpha[250:2350, 40:2060] = alpha[:700, :700] = 0
+    side = 4200
+    rgba = np.full((side, side, 4), (200, 120, 180, 0), np.uint8)
+    if is_erased:  # all but two pieces
+        rgba[3100:3400, 900:1600, 3] = rgba[2500:2600, 2700:3400, 3] = 255
     kind: dict[str, Any] = {"photometric": "rgb", "extrasamples": ["unassalpha"]}
-    rgba, tile = np.dstack([pixels, alpha]), (256, 256)
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, rgba, tile=tile, compression="deflate", metadata=None, **kind)
     slide = Slide.open(entry(path, fallback_mpp=0.5))
-    middle, border = slide.read(Box(1000, 1000, 1010, 1010)), slide.read(Box(2500, 0, 2510, 10))
-    assert (middle == (255 if is_erased else 200)).all()
-    assert (border == 200).all()
+    erased, left = slide.read(Box(1900, 1900, 1910, 1910)), slide.read(Box(3200, 1000, 3210, 1010))
+    assert (erased == (255 if is_erased else (200, 120, 180))).all()
+    assert (left == (200, 120, 180)).all()
 
 
 # Missing and damaged tiles
@@ -629,6 +626,36 @@ def test_a_resolution_that_is_no_number(tmp_path: Path, value: tuple[int, int], 
     assert Slide.open(entry(path, fallback_mpp=0.25)).mpp_source == "--mpp"
 
 
+@pytest.mark.parametrize(("type_", "px_per_cm"), [("f", 2e4), ("d", 2e4), ("I", 20000), ("f", 0)])
+def test_a_resolution_may_be_no_fraction(tmp_path: Path, type_: str, px_per_cm: float) -> None:
+    path = write_tiff(tmp_path / "a.tif", scene(128, 128, (0.5, 0.5)), (0.25, 0.25))
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        for name in ("XResolution", "YResolution"):
+            tiff.pages[0].tags[name].overwrite(px_per_cm, dtype=type_)
+    slide = Slide.open(entry(path, fallback_mpp=0.125))
+    assert slide.mpp_source == ("TIFF resolution" if px_per_cm else "--mpp")
+    assert slide.mpp_level0 == pytest.approx((0.5, 0.5) if px_per_cm else (0.125, 0.125))
+
+
+@pytest.mark.parametrize(
+    ("unit", "um"), [("mm", 1e3), ("MM", 1e3), ("Mm", None), ("pm", 1e-6), ("Pm", None), ("UM", 1)]
+)
+def test_a_megametre_is_no_millimetre(tmp_path: Path, unit: str, um: float | None) -> None:
+    """Nor in ImageJ."""
+    assert in_um("0.5", unit) == (um and pytest.approx(0.5 * um))
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        scene(128, 128, (0.5, 0.5)),
+        photometric="rgb",
+        description=f"ImageJ=1.53t\nunit={unit}\n",
+        metadata=None,
+        resolution=(2 * (um or 1e3), 2 * (um or 1e3)),
+        resolutionunit="NONE",
+    )
+    slide = Slide.open(entry(tmp_path / "a.tif", fallback_mpp=0.25))
+    assert slide.mpp_source == ("--mpp" if um is None else "ImageJ")
+
+
 @given(st.text() | st.floats() | st.none(), st.text())
 def test_no_text_is_a_wrong_length(value: object, unit: str) -> None:
     for length in (positive(value), in_um(value, unit), in_um(value, "µm")):
@@ -686,6 +713,59 @@ def test_a_much_larger_image_is_read_wherever_it_is(tmp_path: Path) -> None:
     assert slide.size == (512, 384)
     assert slide.levels == ((512, 384), (256, 192))
     np.testing.assert_array_equal(slide.read(whole(slide)), pixels)
+
+
+@pytest.mark.parametrize("subfiletype", [0, 2])
+@pytest.mark.parametrize("tile", [TILE, None])
+def test_a_page_of_half_the_size_that_shows_something_else_is_an_image_of_its_own(
+    tmp_path: Path, subfiletype: int, tile: int | None
+) -> None:
+    """Also one that is nearly all glass, and its own levels are its own."""
+    pixels, other = scene(512, 384, (0.5, 0.5)), np.full((192, 256, 3), 245, np.uint8)
+    other[100:140, 30:80] = (200, 120, 180)
+    pages = [pixels, other, shrunk(other, 2)]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        for page in pages:
+            tiff.write(
+                page,
+                photometric="rgb",
+                tile=tile and (tile, tile),
+                compression="deflate",
+                subfiletype=subfiletype,
+                metadata=None,
+            )
+
+    def read(**known: Any) -> tuple[Any, NDArray[np.uint8]]:
+        slide = Slide.open(entry(tmp_path / "a.tif", fallback_mpp=0.5, **known), 1.0)
+        return slide.levels, slide.read(whole(slide))
+
+    for known, levels, expected in (
+        ({}, ((512, 384),), pixels),
+        ({"size": (512, 384)}, ((512, 384),), pixels),
+        ({"size": (256, 192)}, ((256, 192), (128, 96)), other),
+        ({"series": 1}, ((256, 192), (128, 96)), other),
+    ):
+        found = read(**known)
+        assert found[0] == levels
+        np.testing.assert_allclose(found[1], shrunk(expected, 2).astype(int), atol=1)
+
+
+@pytest.mark.parametrize("quality", [None, 60])
+def test_plain_pages_that_show_the_same_are_levels(tmp_path: Path, quality: int | None) -> None:
+    """Also ones that take each second pixel, and are compressed hard."""
+    pixels = tissue(700, 900)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        for step in (1, 2, 4):
+            tiff.write(
+                np.ascontiguousarray(pixels[::step, ::step]),
+                photometric="rgb",
+                tile=(TILE, TILE),
+                compression="jpeg" if quality else "deflate",
+                compressionargs={"level": quality} if quality else None,
+                metadata=None,
+            )
+    slide = Slide.open(entry(tmp_path / "a.tif", fallback_mpp=0.5))
+    assert slide.levels == ((900, 700), (450, 350), (225, 175))
 
 
 def test_levels_may_be_in_any_order(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import zarr
 from click.testing import CliRunner
-from slides import check_boxes, scene, shrunk, whole, write_ome_zarr
+from slides import check_boxes, scene, shrunk, tissue, whole, write_ome_zarr
 from zarr.codecs import GzipCodec
 from zarr.storage import LocalStore
 
@@ -72,13 +72,13 @@ def test_pixels_and_pixel_size_are_those_that_were_written(
 
 def test_shards_are_read_by_their_chunks(tmp_path: Path) -> None:
     pixels = scene(500, 300, MPP)
+    pixels[256:] = 255
     path = write_ome_zarr(
         tmp_path / "a.zarr", pixels, MPP, (1, 2), version="0.5", chunk_px=32, shard_px=128
     )
     shutil.rmtree(path / "1" / "c" / "0" / "0")  # the first row of shards, and of level 0 ...
     shutil.rmtree(path / "0" / "c" / "0" / "2")  # ... the last one
     slide = opened(path, 0.25)
-    pixels[256:] = 255
     np.testing.assert_array_equal(slide.read(whole(slide)), pixels)
     coarse = opened(path, 0.5)
     got = coarse.read(Box(0, 0, 120, 250))
@@ -167,18 +167,53 @@ def test_missing_chunks_are_drawn_from_a_finer_level_and_else_glass(
     tmp_path: Path, fill: int
 ) -> None:
     pixels = scene(400, 300, MPP)
+    pixels[64:128, 128:192] = 255
     path = write_ome_zarr(tmp_path / "a.zarr", pixels, MPP, (1, 2), fill=fill)
     for channel in "012":
-        (path / "0" / channel / "1" / "2").unlink()
+        (path / "0" / channel / "1" / "2").unlink(missing_ok=True)
         (path / "1" / channel / "1" / "1").unlink()
         (path / "1" / channel / "0" / "0").unlink()
-    pixels[64:128, 128:192] = 255
     fine, coarse = opened(path, 0.25), opened(path, 0.5)
     np.testing.assert_array_equal(fine.read(whole(fine)), pixels)
     np.testing.assert_array_equal(fine.read(Box(100, 130, 120, 150)), pixels[100:120, 130:150])
-    expected = shrunk(scene(400, 300, MPP), 2)
-    expected[64:128, 64:128] = shrunk(pixels, 2)[64:128, 64:128]
+    expected = shrunk(pixels, 2)
     np.testing.assert_allclose(coarse.read(whole(coarse)), expected, atol=1)  # of halves
+
+
+@pytest.mark.parametrize("unscanned", [0, 255, 243])
+def test_a_chunk_that_never_arrived_is_damaged_and_one_of_glass_is_missing(
+    tmp_path: Path, unscanned: int
+) -> None:
+    """As a coarser level shows; so what is lost of an incomplete copy fails, and is reported."""
+    pixels = tissue(512, 512)
+    pixels[:128, :256] = unscanned
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels, MPP, (1, 2, 4))
+    for channel in "012":
+        for row, col in ((0, 1), (1, 2), (5, 1), (7, 7)):
+            (path / "0" / channel / str(row) / str(col)).unlink(missing_ok=True)
+        (path / "1" / channel / "2" / "0").unlink()  # of what is lost: the next level tells
+        for number, place in ((1, "3"), (2, "1")):  # missing in all levels
+            (path / str(number) / channel / place / place).unlink()
+    slide = opened(path, 0.25)
+    assert (slide.read(Box(0, 64, 64, 128)) == 255).all()
+    assert (slide.read(Box(64, 128, 128, 192)) == 255).all()
+    assert (slide.read(Box(448, 448, 512, 512)) == 255).all()
+    np.testing.assert_array_equal(slide.read(Box(128, 0, 320, 512)), pixels[128:320])
+    with pytest.raises(DamagedError, match=r"a chunk is missing where a coarser .*copy the file"):
+        slide.read(Box(330, 80, 340, 90))
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_copy_without_any_chunk_of_level_0_is_no_glass(tmp_path: Path, version: str) -> None:
+    path = write_ome_zarr(tmp_path / "a.zarr", scene(400, 300, MPP), MPP, (1, 2), version=version)
+    chunks = path / "0" / ("c" if version == "0.5" else "")
+    for channel in "012":
+        shutil.rmtree(chunks / channel)
+    with pytest.raises(SlideError, match=r"cannot be read \(it holds no pixels\): .*copy the file"):
+        opened(path)
+    (chunks / "0" / "0").mkdir(parents=True)  # as of a copy that was stopped
+    with pytest.raises(SlideError, match="it holds no pixels"):
+        opened(path)
 
 
 @pytest.mark.parametrize("fill", [0, 255])
@@ -188,6 +223,7 @@ def test_chunks_that_are_missing_in_a_shard_are_missing(
 ) -> None:
     """zarr leaves out chunks that hold the fill value alone."""
     pixels = scene(400, 300, MPP)
+    pixels[64:96, 160:192] = 255
     path = write_ome_zarr(
         tmp_path / "a.zarr",
         pixels,
@@ -204,7 +240,6 @@ def test_chunks_that_are_missing_in_a_shard_are_missing(
     fine, coarse = opened(path, 0.25), opened(path, 0.5)
     expected = shrunk(pixels, 2)
     np.testing.assert_allclose(coarse.read(whole(coarse)), expected, atol=1)  # of halves
-    pixels[64:96, 160:192] = 255
     np.testing.assert_array_equal(fine.read(whole(fine)), pixels)
     np.testing.assert_array_equal(fine.read(Box(80, 150, 90, 170)), pixels[80:90, 150:170])
 
@@ -437,6 +472,37 @@ def test_pixels_that_are_changed_in_place_change_the_signature(
     after = slide_signature(path)
     assert (after.bytes, after.modified_ns) == (before.bytes, before.modified_ns)
     assert not after.is_of(before)
+
+
+@pytest.mark.parametrize("names", [("0", "1"), ("a", "b")])
+@pytest.mark.parametrize("changed", [0, 1])
+def test_pixels_of_any_image_of_several_change_the_signature(
+    tmp_path: Path, names: tuple[str, str], changed: int
+) -> None:
+    """Which of them is read depends on the project; they may have any names."""
+    path = tmp_path / "a.zarr"
+    attributes = {"bioformats2raw.layout": 3}
+    root = zarr.open_group(str(path), mode="w", zarr_format=2, attributes=attributes)
+    root.create_group("OME", attributes={"series": [*names]})
+    for name, side in zip(names, (100, 300), strict=True):
+        write_ome_zarr(path / name, scene(side, side, MPP), MPP, (1, 2))
+    before = slide_signature(path)
+    assert before.sample is not None
+    zarr.open_array(str(path / names[changed] / "0"))[:] = 243
+    assert not slide_signature(path).is_of(before)
+    assert (opened(path, MPP[0], series=changed).read(Box(0, 0, 9, 9)) == 243).all()
+
+
+def test_pixels_that_are_changed_in_place_are_read(tmp_path: Path) -> None:
+    """By the slide that another process has opened, too, and of a level of one chunk."""
+    path = write_ome_zarr(tmp_path / "a.zarr", scene(512, 512, MPP), MPP, (1, 8))
+    before = opened(path, 4.0)
+    old = before.read(whole(before))
+    for number in ("0", "1"):
+        zarr.open_array(str(path / number))[:] = 100
+    after = pickle.loads(pickle.dumps(opened(path, 4.0)))
+    assert old.mean() > 150
+    np.testing.assert_array_equal(after.read(whole(after)), np.full_like(old, 100))
 
 
 def test_chunks_that_went_missing_change_the_signature(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -28,7 +29,7 @@ from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import DamagedError, ImageError, SlideError
 from patchcl_qupath.slides import pyramid
 from patchcl_qupath.slides.pyramid import open_pyramid
-from patchcl_qupath.slides.signature import slide_signature
+from patchcl_qupath.slides.signature import slide_files, slide_signature
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tiled_page import TiledPage
 from patchcl_qupath.storage.records import FileSignature
@@ -458,6 +459,16 @@ def test_images_that_are_not_rgb(tmp_path: Path, mode: str) -> None:
         Slide.open(entry(path, fallback_mpp=0.5))
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_png_of_16_bits_is_refused_as_a_tiff_is(tmp_path: Path, channels: int) -> None:
+    pixels = np.full((64, 64, channels), 3000, np.uint16)  # of 12 bits
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(pixels))
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", metadata=None)
+    for name in ("a.png", "a.tif"):
+        with pytest.raises(SlideError, match=r"not 8-bit RGB: .*16.*OME-TIFF \(rendered RGB\)"):
+            Slide.open(entry(tmp_path / name, fallback_mpp=0.5))
+
+
 def test_images_that_are_cut_off(tmp_path: Path, sample_project: Path) -> None:
     content = (sample_project / "CMU-1-Small-Region.svs").read_bytes()
     svs, png = tmp_path / "cut.svs", tmp_path / "cut.png"
@@ -495,3 +506,58 @@ def test_pixels_that_are_damaged_are_not_read_as_black(
 def test_an_image_with_a_problem_is_not_opened(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="is a rotated view"):
         Slide.open(entry(tmp_path / "a.svs", problem="a.svs is a rotated view"))
+
+
+def write_part(path: Path, pixels: NDArray[np.uint8], xml: str, *, is_big: bool) -> None:
+    tifffile.imwrite(
+        path,
+        pixels,
+        photometric="rgb",
+        tile=(64, 64),
+        compression="deflate",
+        description=xml.encode(),
+        metadata=None,
+        bigtiff=is_big,
+        byteorder=">" if is_big else "<",
+    )
+
+
+@pytest.mark.parametrize("is_big", [False, True])
+def test_an_ome_tiff_is_known_by_all_files_that_it_names(tmp_path: Path, is_big: bool) -> None:
+    """But not by a file whose name it had before it was renamed."""
+    first, second = scene(200, 128, (0.5, 0.5)), scene(300, 128, (0.5, 0.5))
+    image = (
+        '<Image ID="Image:{0}"><Pixels ID="Pixels:{0}" DimensionOrder="XYCZT" Type="uint8" '
+        'SizeX="{1}" SizeY="128" SizeC="3" SizeZ="1" SizeT="1" PhysicalSizeX="0.5" '
+        'PhysicalSizeY="0.5"><Channel ID="C:{0}" SamplesPerPixel="3"/><TiffData IFD="0" '
+        'PlaneCount="1"><UUID FileName="{2}">urn:uuid:{3}</UUID></TiffData></Pixels></Image>'
+    )
+    images = image.format(0, 200, "before.ome.tif", 1) + image.format(
+        1, 300, "b &amp; c.ome.tif", 2
+    )
+    ome = (
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:{}">{}</OME>'
+    )
+    path, other = tmp_path / "a.ome.tif", tmp_path / "b & c.ome.tif"
+    write_part(path, first, ome.format(1, images), is_big=is_big)
+    write_part(other, second, ome.format(2, images), is_big=is_big)
+    (tmp_path / "before.ome.tif").write_bytes(b"of another slide")
+    slide = Slide.open(entry(path, series=1))
+    np.testing.assert_array_equal(slide.read(whole(slide)), second)
+    assert [*slide_files(path)] == [path, other]
+    before, stat = slide_signature(path), other.stat()
+    write_part(other, np.ascontiguousarray(second[::-1]), ome.format(2, images), is_big=is_big)
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert not slide_signature(path).has_content_of(before)
+    (tmp_path / "before.ome.tif").unlink()
+    other.unlink()
+    assert [*slide_files(path)] == [path]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"II", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff", b"MM\0+" * 5]
+)
+def test_a_damaged_tiff_names_no_other_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.ome.tif"
+    path.write_bytes(content)
+    assert [*slide_files(path)] == [path]

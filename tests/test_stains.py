@@ -13,16 +13,22 @@ import numpy as np
 import pytest
 import qupath
 from conftest import QUICK
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config, StainChoice
-from patchcl_qupath.datatypes import StainKind, StainVectors
+from patchcl_qupath.datatypes import Box, StainKind, StainVectors
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project import open_project
+from patchcl_qupath.project.create import NewImage, init_project
 from patchcl_qupath.project.jvm import Process
 from patchcl_qupath.project.paquo import PaquoProject
+from patchcl_qupath.segmentation.measurements import NuclearStain
+from patchcl_qupath.slides.prepare import PreparedImage, prepare
 from patchcl_qupath.slides.stain_vectors import H_DAB, H_E, stains_to_measure
-from patchcl_qupath.slides.stains import densities
+from patchcl_qupath.slides.stains import StainNormaliser, densities
 from patchcl_qupath.storage.parquet import read_nuclei
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +241,57 @@ def test_a_run_measures_exported_stains_and_no_old_tiles(
 
     export(folder, replace(OWN, vectors=OWN.vectors[:1] * 2))
     assert "vectors are parallel" in measured()[0].problem
+
+
+def write_slide_with_few_positive_nuclei(path: Path) -> NDArray[np.bool_]:
+    """Tissue in hematoxylin, of which 0.4 % is brown; where that is (H, W)."""
+    hematoxylin, dab = (np.array(vector) for vector in H_DAB.vectors)
+    rows, cols = np.ogrid[:512, :512]
+    blue, brown = np.zeros((512, 512), bool), np.zeros((512, 512), bool)
+    for row in range(32, 512, 64):
+        for col in range(32, 512, 64):
+            disc = (rows - row) ** 2 + (cols - col) ** 2 <= 10**2
+            (brown if (row, col) in ((160, 160), (288, 352), (352, 224)) else blue)[disc] = True
+    density = np.where(blue, 0.45, 0.07)[..., None] * hematoxylin
+    density[brown] = 1.0 * dab
+    pixels = 243 * 10**-density + np.random.default_rng(0).normal(0, 3, density.shape)
+    Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)).save(path)
+    return brown
+
+
+def test_few_positive_nuclei_count_where_the_image_is_said_to_have_dab(tmp_path: Path) -> None:
+    """By its type in QuPath, which training sees, too, or by the settings for all images."""
+    brown = write_slide_with_few_positive_nuclei(tmp_path / "a.png")
+    assert 0.003 < brown.mean() < 0.005
+    labels, count = ndimage.label(brown)
+    path = init_project(tmp_path / "p", [NewImage.of_file(tmp_path / "a.png", 0.5)])
+    h_dab = replace(QUICK, slide=replace(QUICK.slide, stain=StainChoice.H_DAB))
+
+    def found(config: Config = QUICK) -> tuple[PreparedImage, list[bool]]:
+        image = prepare(open_project(path, "files").images()[0], config)
+        rgb = image.slide.read(Box(0, 0, *image.slide.shape))
+        stain = NuclearStain.of(labels.astype(np.int32), rgb, 0.5, config.segment)
+        assert image.normaliser is not None
+        return image, stain.is_enough(config.segment, image.normaliser.has_brown).tolist()
+
+    unknown, kept = found()
+    assert kept == [False] * count
+    assert unknown.normaliser == StainNormaliser.fit(unknown.typical_crops())
+    declared, kept = found(h_dab)
+    assert kept == [True] * count
+    data = tmp_path / "p" / "data" / "1"
+    data.mkdir(parents=True)
+    (data / "summary.json").write_text('{"imageType": "BRIGHTFIELD_H_DAB"}')
+    assert found()[1] == [True] * count
+    assert found()[0].normaliser == declared.normaliser
+    # What is brown looks to the network as on a slide that is full of it, and noise is no stain.
+    of_stain = declared.normaliser.apply(declared.slide.read(Box(0, 0, 512, 512)))[..., 2]
+    assert of_stain[brown].min() > 0.8
+    assert np.abs(of_stain[~brown]).max() < 0.2
+    assert (declared.normaliser.low, declared.normaliser.high[:2]) == (
+        unknown.normaliser.low,
+        unknown.normaliser.high[:2],
+    )
 
 
 # ---------------------------------------------------------------- with a QuPath

@@ -57,6 +57,35 @@ def test_tissue_is_found_whole_and_specks_are_not() -> None:
     assert tissue_mask(thumbnail, 8.0, min_tissue_um2=5_000)[25, 205]
 
 
+@pytest.mark.parametrize("white", [(235, 226, 208), (225, 215, 200), (205, 235, 224)])
+def test_glass_with_a_tint_is_no_tissue(white: tuple[int, ...]) -> None:
+    """The same pixels are tissue as on white glass, which is none."""
+    stained = np.zeros((200, 300), bool)
+    stained[50:110, 60:150] = True
+    masks = []
+    for colour in ((243, 243, 240), white):
+        thumbnail = glass(white=colour).astype(float)
+        thumbnail[stained] *= np.array((200, 130, 180)) / 243
+        masks.append(tissue_mask(thumbnail.round().astype(np.uint8), 16.0))
+    assert masks[1][stained].all()
+    assert masks[1].mean() < 0.12
+    np.testing.assert_array_equal(*masks)
+
+
+def test_pale_tissue_without_glass_is_no_tinted_glass() -> None:
+    """Of an image that is too large for a crop: its brightest pixels are pink, as no glass is."""
+    pale = glass(white=(232, 205, 222))
+    pale[20:60, 30:90] = (190, 120, 170)
+    assert tissue_mask(pale, 16.0).all()
+
+
+def test_pale_warm_tissue_without_glass_is_no_tinted_glass() -> None:
+    """Its brightest pixels are as warm as glass may be whose tint makes no tissue of it."""
+    pale = glass(white=(214, 205, 196))
+    pale[::8, ::8] = (224, 221, 214)
+    assert tissue_mask(pale, 16.0).all()
+
+
 def test_a_crop_without_glass_is_all_tissue() -> None:
     noise = np.random.default_rng(0).normal(0, 8, (32, 32, 3))
     assert tissue_mask((np.array(PINK) + noise).astype(np.uint8), 8.0).all()

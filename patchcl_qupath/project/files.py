@@ -187,9 +187,8 @@ class FilesProject:
 
     def exported_stains(self, entry: ImageEntry) -> StainVectors | None:
         """The stains that were exported; else QuPath's default ones of an image of type H-DAB."""
-        stains = read_stains(self.layout.stains(entry.id), entry.name)
-        is_dab = self._image_type(entry.id) == "BRIGHTFIELD_H_DAB"
-        return H_DAB if stains is None and is_dab else stains
+        own = read_stains(self.layout.stains(entry.id), entry.name)
+        return own or self._stains_of_type(entry.id)
 
     def is_current(self, file: Path, entry: ImageEntry) -> bool:
         """Whether an exported file exists, and is newer than the last save of its image.
@@ -371,6 +370,7 @@ class FilesProject:
             series_name=image.series_name,
             use_bounds=image.use_bounds,
             problem=problem,
+            stains=self._stains_of_type(image.id),
         )
         return self._with_shown_pixel_size(entry)
 
@@ -398,6 +398,10 @@ class FilesProject:
         """The image type that a person set in QuPath, from its summary."""
         found = self._summary(id_).get("imageType")
         return None if found is None else str(found)
+
+    def _stains_of_type(self, id_: str) -> StainVectors | None:
+        """The stains that the type of an image tells, where they are not those of H&E."""
+        return H_DAB if self._image_type(id_) == "BRIGHTFIELD_H_DAB" else None
 
     def _summary(self, id_: str) -> dict[str, Any]:
         """The summary that QuPath writes beside an image's objects; empty if never saved."""

@@ -7,7 +7,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ShardingCodec, ShardingCodecIndexLocation
 from zarr.storage import LocalStore
 
+from patchcl_qupath.errors import is_damage
 from patchcl_qupath.slides.chunks import ChunkedPixels, drawn_from
 from patchcl_qupath.slides.level import (
     Level,
@@ -29,6 +30,7 @@ from patchcl_qupath.slides.level import (
     shown,
 )
 from patchcl_qupath.slides.pixel_size import Pair, PixelSize, PixelSizeSource, in_um
+from patchcl_qupath.slides.void import MAX_VOID
 from patchcl_qupath.storage.files import is_too_long
 
 _AXES = "tczyx"  # of versions that do not name them
@@ -36,6 +38,11 @@ _COLOURS = ["FF0000", "00FF00", "0000FF"]
 _INDEX_ENTRY_BYTES = 16  # offset and length of a chunk in a shard
 _NOT_IN_SHARD = b"\xff" * _INDEX_ENTRY_BYTES  # in place of them
 _CHECKSUM_BYTES = 4  # at the end of a shard's index
+
+# Of the place of a missing chunk in a coarser level: what is lighter is glass, what is black was
+# left out there, too; and how much of it may be neither, as compression and borders make it.
+_MIN_LIGHT = 195
+_MIN_STAINED = 0.25
 
 Json = Mapping[str, Any]
 
@@ -58,11 +65,15 @@ def _pyramid(folder: Path, selection: Selection) -> Pyramid:
     _check_colours(_metadata(group))
     image = _multiscale(group)
     frames = [_Frame.of(image, dataset) for dataset in image["datasets"]]
+    planes = [
+        (_Plane.of(folder, _array(group, dataset), _axes(image)), frame.downsample(frames[0]))
+        for dataset, frame in zip(image["datasets"], frames, strict=True)
+        if frame.begins_with(frames[0])
+    ]
     levels: list[Level] = []
-    for dataset, frame in zip(image["datasets"], frames, strict=True):
-        if frame.begins_with(frames[0]):
-            plane = _Plane.of(folder, _array(group, dataset), _axes(image))
-            levels.append(_level(plane, frame.downsample(frames[0]), levels))
+    for number_of_level, (plane, downsample) in enumerate(planes):
+        coarser = [] if number_of_level else [other for other, _ in planes[1:]]
+        levels.append(_level(plane, downsample, levels, coarser))
     return Pyramid(levels, tuple(_pixel_sizes(image, frames[0])), number=number)
 
 
@@ -285,6 +296,17 @@ class _Plane:
         return self.folder / self.array.metadata.encode_chunk_key(key)
 
 
+def _has_chunks(folder: Path | str) -> bool:
+    """Whether the folder of an array has any file but metadata. Raises OSError."""
+    with os.scandir(folder) as entries:
+        return any(
+            _has_chunks(entry.path)
+            if entry.is_dir()
+            else entry.name != "zarr.json" and not entry.name.startswith(".")
+            for entry in entries
+        )
+
+
 def _is_file(path: Path) -> bool:
     """Whether there is such a file. Raises OSError where that cannot be found out, as a disk fails:
     from Python 3.14 on, ``Path.is_file`` says that there is none."""
@@ -324,23 +346,72 @@ def _is_in_shard(path: Path, number: int, count: int, codec: ShardingCodec) -> b
 class _Missing:
     """Which chunks (chunk rows, chunk columns) of a level are missing, looked up as it is sliced.
 
-    A whole table would take minutes where a slide has a million files on a network.
+    A whole table would take minutes where a slide has a million files on a network. Of level 0, the
+    ``coarser`` levels tell chunks of glass from those that never arrived, as in a copy that was
+    stopped: ``arrived`` are the chunks that were looked at.
     """
 
     plane: _Plane
+    coarser: Sequence[_Plane]
+    arrived: dict[tuple[int, int], bool] = field(default_factory=dict)
 
     def __getitem__(self, at: tuple[slice, slice]) -> NDArray[np.bool_]:
-        """A part of the table."""
+        """A part of the table. Raises ValueError for a chunk that never arrived."""
         rows, cols = (range(part.start, part.stop) for part in at)
-        found = [not self.plane.is_stored(row, col) for row, col in product(rows, cols)]
+        found = [self._is_missing(row, col) for row, col in product(rows, cols)]
         return np.array(found, dtype=bool).reshape(len(rows), len(cols))
 
+    def _is_missing(self, row: int, col: int) -> bool:
+        if self.plane.is_stored(row, col):
+            return False
+        if self.coarser:
+            if (row, col) not in self.arrived:
+                self.arrived[row, col] = not self._is_tissue(row, col)
+            if not self.arrived[row, col]:
+                raise ValueError("a chunk is missing where a coarser level shows tissue")
+        return True
 
-def _level(plane: _Plane, downsample: Pair | None, finer: Sequence[Level]) -> Level:
-    """One level of an image, of which the ``finer`` ones are open.
+    def _is_tissue(self, row: int, col: int) -> bool:
+        """Whether a coarser level, the finest that has such a place, shows tissue in a chunk's."""
+        for plane in self.coarser:
+            spans = [
+                _span(number, side, n, m)
+                for number, side, n, m in zip(
+                    (row, col), self.plane.chunk, self.plane.shape[:2], plane.shape[:2], strict=True
+                )
+            ]
+            chunks = [
+                range(span.start // side, -(-span.stop // side))
+                for span, side in zip(spans, plane.chunk, strict=True)
+            ]
+            if all(plane.is_stored(*chunk) for chunk in product(*chunks)):
+                try:
+                    pixels = plane[spans[0], spans[1]]
+                except Exception as error:  # decoders raise anything
+                    if not is_damage(error):
+                        raise
+                    continue
+                is_stained = (pixels.min(axis=2) < _MIN_LIGHT) & (pixels.max(axis=2) > MAX_VOID)
+                return bool(is_stained.mean() > _MIN_STAINED)
+        return False
+
+
+def _span(number: int, side: int, n: int, m: int) -> slice:
+    """The px of a level of ``m`` px that lie in a chunk of one of ``n`` px, on an axis; one at
+    least."""
+    first = min(m - 1, -(-number * side * m // n))
+    return slice(first, max(first + 1, min(m, (number + 1) * side * m // n)))
+
+
+def _level(
+    plane: _Plane, downsample: Pair | None, finer: Sequence[Level], coarser: Sequence[_Plane]
+) -> Level:
+    """One level of an image, of which the ``finer`` ones are open; level 0 has ``coarser`` ones.
 
     ``downsample`` is that of the metadata, which is used if the size of the level agrees.
     """
+    if not finer and not _has_chunks(plane.folder):
+        raise ValueError("it holds no pixels")
     shape, chunk = plane.shape[:2], plane.chunk
     scale = level_scale(shape, finer)
     if downsample is not None and _agrees(downsample, shape, finer):
@@ -349,7 +420,7 @@ def _level(plane: _Plane, downsample: Pair | None, finer: Sequence[Level]) -> Le
         stored=plane,
         chunk=chunk,
         to_rgb=np.asarray,
-        missing=_Missing(plane),
+        missing=_Missing(plane, coarser),
         finer=drawn_from(finer[-1], shape, scale) if finer else None,
     )
     if chunk[0] >= shape[0] and chunk[1] >= shape[1]:

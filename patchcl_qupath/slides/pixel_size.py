@@ -76,6 +76,7 @@ _UM = {  # of units in OME-XML, OME-Zarr, ImageJ and QuPath
     "ft": 25.4e3 * 12,
     "pt": 25.4e3 / 72,
 }
+_LARGER = {"Mm", "Pm"}  # units of OME-XML that differ from smaller ones in case alone
 _UM_OF_TIFF = {2: 25.4e3, 3: 1e4, 4: 1e3, 5: 1.0}  # ResolutionUnit: inch, cm, mm, µm
 
 
@@ -117,8 +118,14 @@ def positive(text: object) -> float | None:
 
 def in_um(value: object, unit: str) -> float | None:
     """A length in µm; None for one that is not a positive number of a known unit."""
-    number, um = positive(value), _UM.get(unit.strip().lower())
+    number, um = positive(value), _um(unit)
     return None if number is None or um is None else number * um
+
+
+def _um(unit: str) -> float | None:
+    """How many µm a unit has, in capitals or not; None for one that is not known."""
+    name = unit.strip()
+    return None if name in _LARGER else _UM.get(name.lower())
 
 
 def _first(pairs: Iterator[Pair | None]) -> Pair | None:
@@ -191,7 +198,7 @@ def _of_imagej(text: str, page: TiffPage) -> Pair | None:
         return None
     unit = re.search(r"^unit=(.*)$", text, re.MULTILINE)
     name = unit[1].strip().replace("\\u00B5", "µ").replace("\\u00b5", "µ") if unit else ""
-    um = _UM.get(name.lower())
+    um = _um(name)
     return None if um is None else _both(*(_length(page, tag, um) for tag in (282, 283)))
 
 
@@ -200,8 +207,12 @@ def _whole(value: object) -> int:
 
 
 def _length(page: TiffPage, tag: int, um: float) -> float | None:
-    """The side of a px in µm, from a resolution in px per ``um`` µm."""
+    """The side of a px in µm, from a resolution in px per ``um`` µm.
+
+    It is a fraction; some programs write a plain number.
+    """
     value = page.tags.valueof(tag)
-    if not isinstance(value, tuple) or len(value) != 2 or not all(value):
+    if not isinstance(value, tuple) or len(value) not in (1, 2) or not all(value):
         return None
-    return positive(um * value[1] / value[0])
+    px, per = (*value, 1)[:2]
+    return positive(um * per / px) if isinstance(px, int | float) else None

@@ -20,7 +20,7 @@ from patchcl_qupath.overlap import Stop, overlapped, usable_cores
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.slides.signature import quick_signature, slide_signature
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.slides.stain_vectors import stains_to_measure
+from patchcl_qupath.slides.stain_vectors import dab_of, stains_to_measure
 from patchcl_qupath.slides.stains import StainNormaliser, colour_densities, is_green_ink
 from patchcl_qupath.slides.tissue import (
     check_brightfield,
@@ -158,6 +158,8 @@ def _digits(length: float) -> float:
 def prepare(entry: ImageEntry, config: Config) -> PreparedImage:
     """Open an image, find its tissue, and fit its stain normaliser to random crops of it.
 
+    It has brown nuclei where its type in QuPath, or the settings, say so, be they ever so few.
+
     Raises ImageError for an image that cannot be used.
     """
     slide = Slide.open(entry, config.slide.mpp)
@@ -185,7 +187,7 @@ def prepare(entry: ImageEntry, config: Config) -> PreparedImage:
     density = _stained_densities(crops)
     return replace(
         image,
-        normaliser=StainNormaliser.fit(crops),
+        normaliser=StainNormaliser.fit(crops, has_dab=dab_of(image.stains) is not None),
         is_green=bool(density.size and is_green_ink(*density).mean() > 0.5),
         is_grey=bool(
             density.size and np.median(np.ptp(density, axis=0) / density.mean(axis=0)) < _GREY

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,18 +37,20 @@ MAX_HELD_BYTES = 3 * MAX_IN_MEMORY_PX  # of all open files together, or of the l
 _Version = tuple[tuple[int, ...], ...]
 
 _opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
-_opened: dict[tuple[Path, Selection, _Version], Pyramid] = {}  # the one that was read last, last
+_opened: dict[
+    tuple[Path, Selection, int | None, _Version], Pyramid
+] = {}  # the one that was read last, last
 
 
-def open_pyramid(path: Path, selection: Selection = ANY) -> Pyramid:
+def open_pyramid(path: Path, selection: Selection = ANY, sample: int | None = None) -> Pyramid:
     """The open file of a path: one per process, shared by its threads. May raise any exception.
 
     A file that was replaced is opened again, and one that was removed raises: workers are
-    long-lived.
+    long-lived. So is a folder with another ``sample`` of its chunks, which no time or size tells.
     """
     stats = slide_files(path).values()
     version = tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
-    key = path, selection, version
+    key = path, selection, sample, version
     with _opening:
         pyramid = _opened.pop(key) if key in _opened else _open(path, selection)
         _opened[key] = pyramid
@@ -98,9 +101,20 @@ def _open_with_pillow(path: Path) -> Pyramid:
         with Image.open(path) as image:
             if image.mode not in ("RGB", "RGBA", "P"):
                 raise ValueError(f"not RGB: mode {image.mode}")
+            if _has_16_bits(image):
+                raise ValueError("not 8-bit RGB: 16 bits a channel")
             check_memory(image.width * image.height)
             pixels = _rgb(image)
     return Pyramid([Level(pixels, (1, 1), (1.0, 1.0))])
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether the file has 16 bits a channel, of which Pillow reads the upper 8 as RGB.
+
+    Of 12 bits in 16, as cameras have, these are nearly black.
+    """
+    tiles: Any = getattr(image, "tile", ())  # of what is not decoded yet
+    return any(tile[3] in ("RGB;16B", "RGBA;16B") for tile in tiles)
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:

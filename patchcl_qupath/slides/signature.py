@@ -2,7 +2,7 @@
 
 Size and time alone do not do: archives keep times in steps of two seconds, and uncompressed images
 of equal dimensions have equal sizes. Nor does the file that a project names: of MRXS, VMS and
-DICOM, other files beside it hold the pixels.
+DICOM, other files beside it hold the pixels, and some of them of an OME-TIFF of several files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from patchcl_qupath.slides.ome_files import SUFFIXES, named_files
 from patchcl_qupath.storage.files import content_file, read_json
 from patchcl_qupath.storage.records import FileSignature
 
@@ -42,7 +43,7 @@ def slide_signature(path: Path) -> FileSignature:
     who changes pixels need not write the metadata anew. Raises OSError.
     """
     files = slide_files(path)
-    sample = _checksum_of_chunks(path) if path.is_dir() else _checksum_of_files([*files])
+    sample = sample_of_chunks(path) if path.is_dir() else _checksum_of_files([*files])
     return msgspec.structs.replace(_size_and_time(files), sample=sample)
 
 
@@ -66,7 +67,7 @@ def slide_files(path: Path) -> dict[Path, os.stat_result]:
 
 
 def _others(path: Path) -> Iterable[Path]:
-    """The files that hold the pixels of a slide, where its own does not."""
+    """The files that hold pixels of a slide, where its own does not hold them all."""
     suffix = path.suffix.lower()
     if suffix == ".mrxs":
         inside = _inside(path.with_suffix(""))
@@ -76,6 +77,8 @@ def _others(path: Path) -> Iterable[Path]:
     if suffix == ".dcm":
         series = _series_of(path)
         return [file for file in _inside(path.parent) if series and _series_of(file) == series]
+    if suffix in SUFFIXES and path.is_file():
+        return named_files(path)
     return ()
 
 
@@ -138,10 +141,15 @@ def _checksum(path: Path, blocks: int, checksum: int = 0) -> int:
     return checksum
 
 
-def _checksum_of_chunks(folder: Path) -> int | None:
-    """The CRC-32 of some chunks of an OME-Zarr; None where its metadata are none."""
+def sample_of_chunks(folder: Path) -> int | None:
+    """The CRC-32 of some chunks of an OME-Zarr; None where its metadata are none, and of a file.
+
+    Raises OSError.
+    """
+    if not folder.is_dir():
+        return None
     try:
-        paths = _some_chunks(_finest_level(folder))
+        paths = [path for level in _finest_levels(folder) for path in _some_chunks(level)]
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return None
     checksum = 0
@@ -153,17 +161,37 @@ def _checksum_of_chunks(folder: Path) -> int | None:
     return checksum
 
 
-def _finest_level(folder: Path) -> Path:
-    """The finest level of an OME-Zarr's first image. Raises any exception for other metadata.
+def _finest_levels(folder: Path) -> list[Path]:
+    """The finest level of each image of an OME-Zarr. Raises any exception for other metadata.
 
-    Metadata are read here without zarr: to import it takes longer than ``status`` has.
+    Which of several is read, the project says, or the file. Metadata are read here without zarr: to
+    import it takes longer than ``status`` has.
     """
-    for image in (folder, folder / "0"):  # in which bioformats2raw has it
-        attributes = read_json(image / ".zattrs") or _json(image / "zarr.json")["attributes"]
-        metadata = attributes.get("ome", attributes)
-        if "multiscales" in metadata:
-            return image / str(metadata["multiscales"][0]["datasets"][0]["path"])
-    raise LookupError("no multiscales")
+    metadata = _metadata(folder)
+    images = [folder] if "multiscales" in metadata else _images(folder)
+    levels = [
+        image / str(found["multiscales"][0]["datasets"][0]["path"])
+        for image in images
+        if "multiscales" in (found := _metadata(image))
+    ]
+    if not levels:
+        raise LookupError("no multiscales")
+    return levels
+
+
+def _images(folder: Path) -> list[Path]:
+    """Where bioformats2raw has the images of a folder: those it lists, else those with a number."""
+    listed = _metadata(folder / "OME").get("series")
+    return [folder / str(name) for name in listed or range(len(_inside(folder)))]
+
+
+def _metadata(group: Path) -> dict[str, Any]:
+    """The OME metadata of a group; empty where it has none."""
+    attributes = read_json(group / ".zattrs") or (read_json(group / "zarr.json") or {}).get(
+        "attributes", {}
+    )
+    found: dict[str, Any] = attributes.get("ome", attributes)
+    return found
 
 
 def _some_chunks(level: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from patchcl_qupath.slides.level import Pyramid, Selection, unreadable
 from patchcl_qupath.slides.level_grid import LevelGrid, Overview
 from patchcl_qupath.slides.pixel_size import MPP_RANGE, Pair, PixelSize, PixelSizeSource
 from patchcl_qupath.slides.pyramid import forget_pyramids, open_pyramid
-from patchcl_qupath.slides.signature import slide_signature
+from patchcl_qupath.slides.signature import sample_of_chunks, slide_signature
 from patchcl_qupath.slides.void import VoidMask, void_blocks
 from patchcl_qupath.storage.files import is_file, is_too_long, too_long
 from patchcl_qupath.storage.records import FileSignature
@@ -38,9 +38,9 @@ class Slide:
     ``size`` is (width, height) of level 0, without what lies outside of the bounds; ``mpp_level0``
     (x, y) µm/px there, and ``mpp_source`` where that is given; ``downsample`` (x, y) level-0 px per
     working px. Of the file: which image was asked for (``selection``) and which it is, from 0
-    (``number``), ``origin`` (x, y) of the bounds in px, and the size (width, height) of each of its
-    pyramid ``levels``. Pixels in ``void`` are read as glass: a slide that is just opened has none,
-    see ``without_void``.
+    (``number``), ``origin`` (x, y) of the bounds in px, the size (width, height) of each of its
+    pyramid ``levels``, and of a folder a ``sample`` of its chunks as it was opened. Pixels in
+    ``void`` are read as glass: a slide that is just opened has none, see ``without_void``.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Slide:
     selection: Selection
     number: int
     mpp_source: PixelSizeSource
+    sample: int | None = None
     void: VoidMask | None = None
 
     def __post_init__(self) -> None:
@@ -92,8 +93,8 @@ class Slide:
                 f"{entry.name} is not at {entry.path}: open the project in QuPath and fix its path"
             )
         try:
-            selection = Selection.of(entry)
-            pyramid = open_pyramid(entry.path, selection)
+            selection, sample = Selection.of(entry), sample_of_chunks(entry.path)
+            pyramid = open_pyramid(entry.path, selection, sample)
             pyramid.check_readable()
         except Exception as error:
             raise unreadable(entry.name, error) from error
@@ -110,6 +111,7 @@ class Slide:
             selection=selection,
             number=pyramid.number,
             mpp_source=pixel_size.source,
+            sample=sample,
         )
 
     @property
@@ -228,7 +230,7 @@ class Slide:
     def _pyramid(self) -> Pyramid:
         """The open file. Raises SlideError."""
         try:
-            return open_pyramid(self.path, self.selection)
+            return open_pyramid(self.path, self.selection, self.sample)
         except FileNotFoundError as error:
             raise SlideError(
                 f"{self.name} is not at {self.path}, as seen from {platform.node()}: bring it "

@@ -5,6 +5,8 @@ Apart from ``slides.stains``, which compiles loops: commands that read no pixel 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from patchcl_qupath.config import StainChoice
@@ -41,11 +43,11 @@ def stains_to_measure(own: StainVectors | None, choice: StainChoice) -> StainVec
 
 
 def hematoxylin_of(stains: StainVectors) -> str:
-    """The name of the stain that is hematoxylin: of the first two, that with the nearer vector.
+    """The name of the stain that is hematoxylin: that with the nearest vector.
 
     A person may name stains at will, and give them in any order.
     """
-    return stains.names[_nearest(stains, _HEMATOXYLIN)]
+    return _nearest(stains, _HEMATOXYLIN, stains.names)
 
 
 def dab_of(stains: StainVectors) -> str | None:
@@ -53,14 +55,19 @@ def dab_of(stains: StainVectors) -> str | None:
     named = [name for name in stains.names if "dab" in name.lower()]
     if named:
         return named[0]
-    is_there = stains.kind is StainKind.H_DAB
-    return stains.names[1 - _nearest(stains, _HEMATOXYLIN)] if is_there else None
+    if stains.kind is not StainKind.H_DAB:
+        return None
+    hematoxylin = hematoxylin_of(stains)
+    return _nearest(stains, _DAB, [name for name in stains.names if name != hematoxylin])
 
 
-def _nearest(stains: StainVectors, vector: tuple[float, float, float]) -> int:
-    """Which of the first two stains has the smaller angle to a vector."""
-    two = np.array(stains.vectors[:2])
-    return int(np.argmax(two @ vector / np.linalg.norm(two, axis=1)))
+def _nearest(stains: StainVectors, vector: tuple[float, float, float], names: Sequence[str]) -> str:
+    """Which of some of the stains has the smallest angle to a vector."""
+    cosines = {
+        name: np.dot(own, vector) / np.linalg.norm(own)
+        for name, own in zip(stains.names, stains.vectors, strict=True)
+    }
+    return max(names, key=lambda name: float(cosines[name]))
 
 
 def without_rounding(stains: StainVectors) -> StainVectors:

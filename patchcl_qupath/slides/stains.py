@@ -153,6 +153,11 @@ _BROWN = 2.0
 STAIN_RANGE = (-0.2, 1.3)  # of normalised stains
 
 
+def _least_brown(eosin: float) -> float:
+    """The 99th percentile of the residual of a brown slide at least, given that of eosin."""
+    return max(_BROWN, eosin)
+
+
 @dataclass(frozen=True)
 class StainNormaliser:
     """The percentile stain normaliser of one slide: the range of each stain, scaled to [0, 1].
@@ -164,19 +169,25 @@ class StainNormaliser:
     high: tuple[float, float, float]
 
     @classmethod
-    def fit(cls, crops: Iterable[NDArray[np.uint8]]) -> StainNormaliser:
-        """Fit to tissue crops (H, W, 3) of one slide: the 2nd and 99th percentile of each stain."""
+    def fit(cls, crops: Iterable[NDArray[np.uint8]], *, has_dab: bool = False) -> StainNormaliser:
+        """Fit to tissue crops (H, W, 3) of one slide: the 2nd and 99th percentile of each stain.
+
+        Where a person says that it ``has_dab``, the residual has the range of a brown chromogen:
+        fewer than one pixel in a hundred may be brown, which no percentile shows.
+        """
         pixels = np.concatenate([unmix_hed(crop).reshape(-1, 3) for crop in crops])
         low, high = np.percentile(pixels, [2, 99], axis=0)
         low, high = np.maximum(low, _LEAST_LOW), np.maximum(high, _LEAST_HIGH)
         high = np.maximum(high, low + _LEAST_RANGE)
+        if has_dab:
+            high[2] = max(_least_brown(high[1]), high[2])
         return cls(tuple(low.tolist()), tuple(high.tolist()))
 
     @property
     def has_brown(self) -> bool:
         """Whether the slide has a brown chromogen, DAB for one, in place of eosin."""
         _, eosin, residual = self.high
-        return residual > max(_BROWN, eosin)
+        return residual >= _least_brown(eosin)
 
     def apply(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
         """From RGB (..., 3) to normalised hematoxylin, eosin, residual (..., 3) in [-0.2, 1.3]."""

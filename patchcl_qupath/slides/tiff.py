@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from tifffile import TiffPageSeries
 from tiffslide import TiffSlide
 
+from patchcl_qupath.datatypes import Box
 from patchcl_qupath.errors import is_damage
-from patchcl_qupath.slides.chunks import ChunkedPixels, drawn_from
+from patchcl_qupath.slides.chunks import ChunkedPixels, cut, drawn_from
 from patchcl_qupath.slides.colour import ToRGB, alpha_is_unused, to_rgb
 from patchcl_qupath.slides.level import (
     AmbiguousPathError,
@@ -36,10 +37,10 @@ from patchcl_qupath.slides.level import (
     shown,
 )
 from patchcl_qupath.slides.pixel_size import tiff_pixel_sizes
+from patchcl_qupath.slides.plain_pages import images
 from patchcl_qupath.slides.tiled_page import HalfPage, TiledPage, tiled_pages
 
-MAX_LOOK_PX = 16_000_000  # of a level whose alpha is looked at as a whole
-_LOOK_SIDE_PX = 640  # of each of nine windows in a larger one
+_LOOK_SIDE_PX = 2048  # about, of the blocks in which alpha is looked for
 
 # Kinds of TIFF whose images tifffile finds by parsing text: with text that does not parse, the
 # images are found by their pages alone.
@@ -48,11 +49,12 @@ _BY_TEXT = ("is_ome", "is_philips", "is_imagej", "is_svs", "is_shaped", "is_qpi"
 
 def open_tiff(path: Path, selection: Selection) -> Pyramid:
     """The image of a TIFF that ``selection`` names. May raise any exception."""
-    slide, all_series = _open(path)
+    slide, found = _open(path)
     try:
         tiff = slide.ts_tifffile
         if tiff.is_scn or tiff.is_bif:
             raise MissingReaderError("Leica SCN and Ventana BIF need OpenSlide")
+        all_series = images(found, _arrays)
         number = _choose(all_series, selection)
         series = all_series[number]
         arrays = _arrays(series)
@@ -72,8 +74,10 @@ def open_tiff(path: Path, selection: Selection) -> Pyramid:
 
 
 def _open(path: Path) -> tuple[TiffSlide, Sequence[TiffPageSeries]]:
-    """An open file and its images. Raises AmbiguousPathError for a path that tiffslide takes for
-    two."""
+    """An open file and its images, as tifffile finds them.
+
+    Raises AmbiguousPathError for a path that tiffslide takes for two.
+    """
     if "::" in str(path):
         raise AmbiguousPathError(path)
     slide = TiffSlide(path)
@@ -154,35 +158,26 @@ def _arrays(series: TiffPageSeries) -> Sequence[Any]:
 
 
 def _has_alpha(coarsest: Any) -> bool:
-    """Whether the alpha of an image means anything, as its coarsest level shows."""
+    """Whether the alpha of an image means anything, as its coarsest level shows.
+
+    All of that is looked at, until there is some: whatever else a person left may be erased.
+    """
     if coarsest.ndim != 3 or coarsest.shape[2] != 4:
         return False
-    windows, damaged = _windows(coarsest.shape[:2]), 0
-    for window in windows:
+    rows, cols = coarsest.shape[:2]
+    sides = [side * max(1, _LOOK_SIDE_PX // side) for side in coarsest.chunks[:2]]
+    is_readable = False
+    for part in cut(Box(0, 0, rows, cols), (sides[0], sides[1])):
         try:
-            if not alpha_is_unused(np.asarray(coarsest[window])):
-                return True
+            samples = np.asarray(coarsest[part.row0 : part.row1, part.col0 : part.col1])
         except Exception as error:  # decoders raise anything
             if not is_damage(error):
                 raise
-            damaged += 1
-    return damaged == len(windows)
-
-
-def _windows(shape: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """Where the alpha of a level of ``shape`` is looked at.
-
-    In all of it, or where that is large, in its corners, the middles of its sides and its own: any
-    one of them may be erased.
-    """
-    if math.prod(shape) <= MAX_LOOK_PX:
-        return [(slice(shape[0]), slice(shape[1]))]
-    last_row, last_col = (max(0, side - _LOOK_SIDE_PX) for side in shape)
-    return [
-        (slice(row, row + _LOOK_SIDE_PX), slice(col, col + _LOOK_SIDE_PX))
-        for row in (0, last_row // 2, last_row)
-        for col in (0, last_col // 2, last_col)
-    ]
+            continue
+        if not alpha_is_unused(samples):
+            return True
+        is_readable = True
+    return not is_readable
 
 
 def _level(array: Any, convert: ToRGB, series: TiffPageSeries, finer: Sequence[Level]) -> Level:

@@ -61,9 +61,10 @@ def tissue_mask(
         return np.zeros_like(void)
     brightest = np.percentile(thumbnail[~void], 99, axis=0)  # (3,)
     is_crop = thumbnail[..., 0].size * mpp**2 <= MAX_CROP_UM2
-    if is_crop and _is_pink(brightest):
+    is_pink = _is_pink(brightest)
+    if is_crop and is_pink:
         return np.asarray(~void)
-    white = np.maximum(brightest, MIN_WHITE)
+    white = _white(brightest, may_be_tissue=is_crop or is_pink)
     density = np.log10(white / np.maximum(thumbnail, 1))  # (h, w, 3)
     colour = density.max(axis=2) - density.min(axis=2)
     tissue = ((colour > MIN_COLOUR) | (density.mean(axis=2) > MIN_DENSITY)) & ~void
@@ -75,6 +76,20 @@ def tissue_mask(
     tissue = remove_small_objects(tissue, max_size=speck_px)
     tissue = remove_small_holes(tissue, max_size=speck_px)
     return np.asarray(_dilated(tissue, GROW_UM / mpp) & ~void)
+
+
+def _white(brightest: NDArray[np.float64], *, may_be_tissue: bool) -> NDArray[np.float64]:
+    """The intensity of glass (R, G, B), from that of the brightest pixels.
+
+    Each channel is as bright as that of glass at least, where the brightest pixels are no tissue
+    then. Where they would be, and cannot be that of pale tissue, it is glass with a tint, of the
+    lamp or the mounting medium, which is no stain.
+    """
+    white = np.maximum(brightest, MIN_WHITE)
+    density = np.log10(white / np.maximum(brightest, 1))
+    if may_be_tissue or density.max() - density.min() <= MIN_COLOUR:
+        return np.asarray(white)
+    return np.asarray(brightest * max(1.0, MIN_WHITE / brightest.max()))
 
 
 def _is_pink(brightest: NDArray[np.float64]) -> bool:
