@@ -746,7 +746,7 @@ def _leave() -> NoReturn:
     from patchcl_qupath.storage.files import remove_unfinished
 
     remove_unfinished()
-    os.write(2, b"\nStopped. The same command resumes from here.\n")
+    os.write(2, b"\nStopped. The same command resumes finished tiles; a training starts anew.\n")
     remove_unfinished()  # what another thread has begun since
     os._exit(130)
 
