@@ -43,6 +43,7 @@ from patchcl_qupath.errors import (
     ImageError,
     PatchCLError,
     ProjectError,
+    quoted,
     reason_of,
 )
 from patchcl_qupath.options import (
@@ -199,7 +200,7 @@ def train(*, common: Common, reading: Reading, name: str, seed: int | None) -> N
                 {"model": str(path), "digest": model.digest, "training": model.record.training}
             )
         else:
-            click.echo(f"Model: {path}\nNext:  patchcl-qp run {common.project_path} --model {name}")
+            console.print_trained(path, common.project_path, name)
 
 
 @main.command()
@@ -284,9 +285,7 @@ def refine(
             console.print_json({"model": str(path), "digest": model.digest, "corrected": corrected})
         else:
             console.print_corrected(corrected)
-            click.echo(
-                f"Model: {path}\nNext:  patchcl-qp run {common.project_path} --model {new_name}"
-            )
+            console.print_trained(path, common.project_path, new_name)
 
 
 @main.command()
@@ -316,7 +315,8 @@ def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
                 "no project was made: none of the files is an image that can be used"
             )
         project = init_project(folder, new)
-        click.echo(f"Project: {project} ({len(new)} images)\nNext:    patchcl-qp run {project}")
+        count = f"{len(new)} image{'s' * (len(new) != 1)}"
+        click.echo(f"Project: {project} ({count})\nNext:    patchcl-qp run {quoted(project)}")
     sys.exit(1 if failed else 0)
 
 
@@ -497,7 +497,7 @@ def _check_training(
     """Raise ConfigError where the model that there is was trained otherwise than is asked for."""
     asked, options = read_settings(file), ""
     if file is not None:
-        options += f" --config {file}"
+        options += f" --config {quoted(file)}"
     if seed is not None:
         asked["patchcl"] = {**asked.get("patchcl", {}), "seed": seed}
         options += f" --seed {seed}"
@@ -639,9 +639,9 @@ def _existing_model(project: Project, name: str) -> Path:
         hint = f"do you mean {by_lower[near[0]]}?"
     else:
         hint = f"it has {', '.join(names[:10]) or 'none'}."
-    advice = f"to have another, `patchcl-qp train {project.path} --model {name}`"
+    advice = f"to have another, `patchcl-qp train {quoted(project.path)} --model {name}`"
     if name == _REFINED_MODEL:  # a training without labels under its name would be mistaken for it
-        advice = f"`patchcl-qp refine {project.path}` makes this one of corrected ROIs"
+        advice = f"`patchcl-qp refine {quoted(project.path)}` makes this one of corrected ROIs"
     raise ConfigError(
         f"no model {name} in {project.path}: {hint} Only the model {DEFAULT_MODEL} is trained by "
         f"itself: {advice}"

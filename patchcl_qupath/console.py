@@ -14,6 +14,7 @@ import click
 from msgspec import UNSET
 
 from patchcl_qupath.config import CORRECTED
+from patchcl_qupath.errors import quoted
 from patchcl_qupath.progress import Progress, ShowProgress
 
 if TYPE_CHECKING:
@@ -203,9 +204,14 @@ def _print_places(project: Project, report: Path | None) -> None:
         click.echo("Next:    open the project in QuPath, and look at the nuclei that were added")
     else:
         click.echo(
-            f"Next:    patchcl-qp scripts {project.path}, then open the project in\n"
+            f"Next:    patchcl-qp scripts {quoted(project.path)}, then open the project in\n"
             "         QuPath: Automate > Project scripts > import_nuclei, Run > Run for project"
         )
+
+
+def print_trained(model: Path, project: Path, name: str) -> None:
+    """Where a new model is, and the command that segments a project with it."""
+    click.echo(f"Model: {model}\nNext:  patchcl-qp run {quoted(project)} --model {quoted(name)}")
 
 
 def _print_failure(outcome: ImageOutcome) -> None:
@@ -338,7 +344,7 @@ def _print_steps(project: Project) -> None:
     steps = [
         "in QuPath, correct every nucleus in these ROIs",
         f"set the class of each ROI that is corrected to '{CORRECTED}', and save",
-        f"patchcl-qp refine {project.path}",
+        f"patchcl-qp refine {quoted(project.path)}",
     ]
     if not project.backend.writes_into_qupath:
         steps.insert(0, "in QuPath, run groovy/import_nuclei.groovy for the project")

@@ -21,7 +21,7 @@ from survivor import left_by_run
 from patchcl_qupath import console, logs
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import ImageEntry
-from patchcl_qupath.errors import ConfigError
+from patchcl_qupath.errors import ConfigError, quoted
 from patchcl_qupath.execution.outcome import failed_image
 from patchcl_qupath.progress import Progress, Stage
 from patchcl_qupath.project import open_project
@@ -243,7 +243,7 @@ def test_init_leaves_out_what_is_no_image(tmp_path, crop):
     made = call("init", tmp_path / "project", broken, crop, "--mpp", "0.5")
     assert made.exit_code == 1
     assert "Failed: broken.png cannot be read" in made.stderr
-    assert "project.qpproj (1 images)" in made.stdout
+    assert "project.qpproj (1 image)" in made.stdout
     assert [i.name for i in open_project(tmp_path / "project").images()] == [crop.name]
     alone = call("init", tmp_path / "none", broken)
     assert alone.exit_code == 1
@@ -286,7 +286,7 @@ def test_init_takes_a_file_once_however_it_is_named(tmp_path, crop):
     other = crop.parent / ".." / crop.parent.name / crop.name
     made = call("init", tmp_path / "project", crop, other, crop, "--mpp", "0.5")
     assert made.exit_code == 0, made.output
-    assert "project.qpproj (1 images)" in made.stdout
+    assert "project.qpproj (1 image)" in made.stdout
     assert [i.path for i in open_project(tmp_path / "project").images()] == [crop]
 
 
@@ -563,3 +563,23 @@ def test_openvino_is_not_asked_for_a_gpu(monkeypatch):
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 2
     assert "OpenVINO runs on CPUs: leave out --device cuda, or use --engine torch" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "printed"),
+    [
+        ("/a/b/project.qpproj", "/a/b/project.qpproj"),
+        (r"C:\slides\ö-1.svs", r"C:\slides\ö-1.svs"),
+        ("/a b/project.qpproj", '"/a b/project.qpproj"'),
+        (r"C:\a (copy)\b", r'"C:\a (copy)\b"'),
+        ("a&b", '"a&b"'),
+    ],
+)
+def test_paths_in_commands_are_quoted_where_a_shell_would_part_them(path, printed):
+    assert quoted(path) == printed
+
+
+def test_init_prints_a_command_that_can_be_copied(tmp_path, crop):
+    made = call("init", tmp_path / "my slides", crop, "--mpp", "0.5")
+    path = tmp_path / "my slides" / "project.qpproj"
+    assert made.stdout.splitlines()[-1] == f'Next:    patchcl-qp run "{path}"'

@@ -15,7 +15,7 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.errors import ProjectError, quoted
 from patchcl_qupath.project.arguments import ServerArguments, parse_arguments
 from patchcl_qupath.storage.files import ZARR_METADATA, readable
 
@@ -99,8 +99,8 @@ def project_file(path: Path) -> Path:
             names = ", ".join(file.name for file in found)
             raise ProjectError(f"{path} holds several projects: name one of them, {names}")
         raise ProjectError(
-            f"{path} holds no project (.qpproj): make one of images with `patchcl-qp init {path} "
-            "IMAGE...`, or name another folder"
+            f"{path} holds no project (.qpproj): make one of images with `patchcl-qp init "
+            f"{quoted(path)} IMAGE...`, or name another folder"
         )
     if path.suffix.lower() != ".qpproj":
         raise ProjectError(
