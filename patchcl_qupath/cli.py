@@ -291,7 +291,11 @@ def refine(
 @main.command()
 @click.argument("folder", metavar="DIR", type=options.PATH)
 @click.argument("images", metavar="IMAGE...", type=options.PATH, nargs=-1, required=True)
-@click.option("--mpp", type=options.PixelSize(), help="Pixel size in µm.")
+@click.option(
+    "--mpp",
+    type=options.PixelSize(),
+    help="Pixel size, in µm, of images that have none in their file.",
+)
 @options.verbose
 def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
     """Make a QuPath project in DIR out of image files. Images stay where they are.

@@ -242,12 +242,12 @@ def test_init_leaves_out_what_is_no_image(tmp_path, crop):
     broken.write_bytes(b"no image")
     made = call("init", tmp_path / "project", broken, crop, "--mpp", "0.5")
     assert made.exit_code == 1
-    assert "Failed: broken.png cannot be read" in made.stderr
+    assert f"Failed: {broken} cannot be read" in made.stderr
     assert "project.qpproj (1 image)" in made.stdout
     assert [i.name for i in open_project(tmp_path / "project").images()] == [crop.name]
     alone = call("init", tmp_path / "none", broken)
     assert alone.exit_code == 1
-    assert "Failed: broken.png cannot be read" in alone.stderr
+    assert f"Failed: {broken} cannot be read" in alone.stderr
     assert "no project was made: none of the files" in alone.stderr
     assert not (tmp_path / "none").exists()
 
@@ -583,3 +583,13 @@ def test_init_prints_a_command_that_can_be_copied(tmp_path, crop):
     made = call("init", tmp_path / "my slides", crop, "--mpp", "0.5")
     path = tmp_path / "my slides" / "project.qpproj"
     assert made.stdout.splitlines()[-1] == f'Next:    patchcl-qp run "{path}"'
+
+
+def test_init_says_what_is_wrong_with_a_path(tmp_path, crop):
+    said = call("init", tmp_path / "project", tmp_path / "missing.png", tmp_path, crop).stderr
+    assert said.splitlines()[:3] == [
+        f"Failed: {tmp_path / 'missing.png'} does not exist, or may not be read: check the path",
+        f"Failed: {tmp_path} is a folder, and no OME-Zarr: name the image files in it",
+        f"Failed: {crop} has no pixel size: pass --mpp (0.25 for most scans at 40x), or set it in "
+        "QuPath (Image tab, double-click 'Pixel width')",
+    ]
