@@ -189,7 +189,8 @@ def _print_unchanged(outcomes: Sequence[ImageOutcome]) -> None:
     if outcomes:
         nuclei = sum(outcome.nuclei for outcome in outcomes)
         click.echo(
-            f"Nothing to do for {len(outcomes):,} images with {nuclei:,} nuclei: finished before "
+            f"Nothing to do for {count_of(len(outcomes), 'image')} with "
+            f"{count_of(nuclei, 'nucleus', 'nuclei')}: finished before "
             "by this model with these settings"
         )
 
@@ -271,7 +272,9 @@ def _print_others(statuses: Sequence[ImageStatus]) -> None:
     for state, alike in states.items():
         first = alike[0].state
         such_as = "" if first == state else f", such as: {first}"
-        click.echo(f"{len(alike):,} images: {state if first == state else 'not usable'}{such_as}")
+        click.echo(
+            f"{count_of(len(alike), 'image')}: {state if first == state else 'not usable'}{such_as}"
+        )
     if states:
         click.echo("All images: patchcl-qp status --all, or --json")
 
@@ -464,6 +467,11 @@ def report_export(project: Project, exported: Exported, *, as_json: bool) -> Non
         click.echo(f"Failed: {problem}", err=True)
     for note in exported.notes:
         click.echo(f"Note: {note}", err=True)
+
+
+def count_of(number: int, one: str, several: str = "") -> str:
+    """A number and the noun that it counts."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

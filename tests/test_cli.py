@@ -20,11 +20,13 @@ from survivor import left_by_run
 
 from patchcl_qupath import console, logs
 from patchcl_qupath.cli import main
+from patchcl_qupath.config import BackendKind
 from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.errors import ConfigError, quoted
 from patchcl_qupath.execution.outcome import failed_image
 from patchcl_qupath.progress import Progress, Stage
 from patchcl_qupath.project import open_project
+from patchcl_qupath.project.protocol import Backend
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample_project"
@@ -593,3 +595,20 @@ def test_init_says_what_is_wrong_with_a_path(tmp_path, crop):
         f"Failed: {crop} has no pixel size: pass --mpp (0.25 for most scans at 40x), or set it in "
         "QuPath (Image tab, double-click 'Pixel width')",
     ]
+
+
+def test_one_is_not_several():
+    assert console.count_of(1, "image") == "1 image"
+    assert console.count_of(1_200, "nucleus", "nuclei") == "1,200 nuclei"
+
+
+@pytest.mark.parametrize(
+    ("backend", "line"),
+    [
+        (Backend(kind=BackendKind.FILES), "to files"),
+        (Backend(kind=BackendKind.FILES, reason="since there is none"), "to files, since there is"),
+        (Backend(kind=BackendKind.PAQUO, reason="with QuPath 0.5"), "by paquo, with QuPath 0.5"),
+    ],
+)
+def test_how_nuclei_are_written_is_said(backend, line):
+    assert backend.in_words("to").startswith(line)

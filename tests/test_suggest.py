@@ -255,6 +255,17 @@ def test_a_slide_of_glass_has_no_roi(path: Path) -> None:
     assert "no ROI is 50% tissue with 10 nuclei" in call("suggest", path, status=1).output
 
 
+@pytest.mark.parametrize(("side_px", "is_small"), [(360, True), (364, False)])  # of 512
+def test_images_smaller_than_a_roi_are_said_to_be(path: Path, side_px: int, is_small: bool) -> None:
+    test_a_slide_of_glass_has_no_roi(path)
+    record = path.parent / "patchcl" / "results" / "1" / "result.json"
+    content = json.loads(record.read_text("utf-8"))
+    content["slide"]["size"] = [side_px, side_px]
+    record.write_text(json.dumps(content), "utf-8")
+    said = call("suggest", path, status=1).output
+    assert ("each image is smaller than 50% of a ROI" in said) == is_small
+
+
 def test_status_lists_changes_since_the_run(path: Path) -> None:
     def changed() -> Any:
         (row,) = json.loads(call("status", path, "--json").stdout)["images"]
