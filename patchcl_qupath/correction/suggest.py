@@ -271,8 +271,13 @@ def _is_small(project: Project, entry: ImageEntry, candidates: Candidates) -> bo
     if not isinstance(result, ResultRecord) or result.slide.size is None:
         return False
     left, top, right, bottom = candidates.boxes[0].bounds
-    (width, height), roi = result.slide.size, (right - left, bottom - top)
-    return bool(min(1.0, width / roi[0]) * min(1.0, height / roi[1]) < MIN_TISSUE)
+    return not has_room(result.slide.size, (right - left, bottom - top))
+
+
+def has_room(size: tuple[int, int], roi: tuple[float, float]) -> bool:
+    """Whether an image (width, height) can hold the least tissue of a ROI of such a size."""
+    width, height = (min(1.0, side / whole) for side, whole in zip(size, roi, strict=True))
+    return bool(width * height >= MIN_TISSUE)
 
 
 def _candidates(project: Project, entry: ImageEntry, slide: int) -> Candidates:

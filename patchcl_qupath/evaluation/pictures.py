@@ -1,8 +1,8 @@
 """Pictures of an image's errors: what is right, badly outlined, missed, merged, split, spurious.
 
 True nuclei are drawn with their true outlines, spurious ones with the predicted outlines, each kind
-in its colour; predicted nuclei that are neither right nor spurious are thin and dark blue. A large image
-is shown where its true nuclei are.
+in its colour; predicted nuclei that are neither right nor spurious are thin and dark blue. A large
+image is shown where its true nuclei are.
 """
 
 from __future__ import annotations
