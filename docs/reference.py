@@ -61,8 +61,11 @@ beside its weights in `patchcl/models`.
 
 A model keeps `recipe` and the settings of `patchcl` and `selftrain` with which it was trained: a
 file with others is refused. To change these, pass `--retrain`, or another name with `--model`.
-Settings of `slide` and `segment` apply to the run. `refine` takes `engine`, those of `cdcl`,
-and `segment` where the file has that table; all others are those of the model that it begins with.
+Settings of `slide` and `segment` apply to the run. `refine` takes `engine` and those of `cdcl`, and
+of `segment` where the file has that table; all others are those of the model that it begins with.
+
+To use a model on another project, copy its two files, `NAME.pt` and `NAME.json`, from
+`patchcl/models` into that folder of the other project, and pass `--model NAME` to `run`.
 """
 
 

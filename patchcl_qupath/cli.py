@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import _thread
 import atexit
-import difflib
 import gc
 import logging
 import os
@@ -26,6 +25,8 @@ import click
 from patchcl_qupath import __version__, console, options
 from patchcl_qupath.config import (
     CORRECTED,
+    DEFAULT_MODEL,
+    REFINED_MODEL,
     TMA_CORES,
     BackendKind,
     Config,
@@ -43,6 +44,7 @@ from patchcl_qupath.errors import (
     ImageError,
     PatchCLError,
     ProjectError,
+    quoted,
     reason_of,
 )
 from patchcl_qupath.options import (
@@ -63,8 +65,6 @@ if TYPE_CHECKING:
     from patchcl_qupath.storage.records import ImageOutcome, ImageSummary
 
 logger = logging.getLogger("patchcl_qupath.cli")  # which may be run as __main__
-DEFAULT_MODEL = "patchcl"  # the one model that `run` trains by itself
-_REFINED_MODEL = "refined"  # how `refine` names its model
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -145,7 +145,7 @@ def run(
         if not retrain:
             advice = "pass --retrain to train it anew"
             _check_training(project, name, reading.config, seed=overrides.seed, advice=advice)
-        click.echo(f"Nuclei are written by {project.backend}", err=True)
+        click.echo(f"Nuclei are written {project.backend.in_words('to')}", err=True)
         from patchcl_qupath.finished import all_finished, is_reported
         from patchcl_qupath.storage.geojson import run_classes
 
@@ -199,7 +199,7 @@ def train(*, common: Common, reading: Reading, name: str, seed: int | None) -> N
                 {"model": str(path), "digest": model.digest, "training": model.record.training}
             )
         else:
-            click.echo(f"Model: {path}\nNext:  patchcl-qp run {common.project_path} --model {name}")
+            console.print_trained(path, common.project_path, name)
 
 
 @main.command()
@@ -223,7 +223,7 @@ def suggest(*, common: Common, writing: Writing, count: int) -> None:
     """
     with _reporting_errors(common.as_json):
         project, entries = _open(common, writing=writing)
-        click.echo(f"ROIs are marked by {project.backend}", err=True)
+        click.echo(f"ROIs are marked {project.backend.in_words('in')}", err=True)
         from patchcl_qupath.correction.suggest import suggest as suggest_rois
 
         with _at_work(project):
@@ -244,7 +244,7 @@ def suggest(*, common: Common, writing: Writing, count: int) -> None:
     help=f"Class of the ROIs in which every nucleus was corrected; default: {CORRECTED}.",
 )
 @click.option("--model", "name", default=DEFAULT_MODEL, help="Name of the model to refine.")
-@click.option("--as", "new_name", default=_REFINED_MODEL, help="Name of the refined model.")
+@click.option("--as", "new_name", default=REFINED_MODEL, help="Name of the refined model.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the training.")
 @options.progress
 def refine(
@@ -267,10 +267,11 @@ def refine(
         from patchcl_qupath import pipeline
         from patchcl_qupath.correction.labels import corrected_images
         from patchcl_qupath.models.model import Model
+        from patchcl_qupath.project.models import existing_model
 
         _check_training(project, name, reading.config, advice="leave that out of the settings")
         with _at_work(project), showing() as progress:
-            start = Model.load(_existing_model(project, name))
+            start = Model.load(existing_model(project, name))
             config = replace(start.config, engine=settings.engine, cdcl=settings.cdcl)
             if "segment" in read_settings(reading.config):
                 config = replace(config, segment=settings.segment)
@@ -284,15 +285,17 @@ def refine(
             console.print_json({"model": str(path), "digest": model.digest, "corrected": corrected})
         else:
             console.print_corrected(corrected)
-            click.echo(
-                f"Model: {path}\nNext:  patchcl-qp run {common.project_path} --model {new_name}"
-            )
+            console.print_trained(path, common.project_path, new_name)
 
 
 @main.command()
 @click.argument("folder", metavar="DIR", type=options.PATH)
 @click.argument("images", metavar="IMAGE...", type=options.PATH, nargs=-1, required=True)
-@click.option("--mpp", type=options.PixelSize(), help="Pixel size in µm.")
+@click.option(
+    "--mpp",
+    type=options.PixelSize(),
+    help="Pixel size, in µm, of images that have none in their file.",
+)
 @options.verbose
 def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
     """Make a QuPath project in DIR out of image files. Images stay where they are.
@@ -316,7 +319,8 @@ def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
                 "no project was made: none of the files is an image that can be used"
             )
         project = init_project(folder, new)
-        click.echo(f"Project: {project} ({len(new)} images)\nNext:    patchcl-qp run {project}")
+        count = console.count_of(len(new), "image")
+        click.echo(f"Project: {project} ({count})\nNext:    patchcl-qp run {quoted(project)}")
     sys.exit(1 if failed else 0)
 
 
@@ -383,7 +387,7 @@ def remove(*, common: Common, writing: Writing) -> None:
     """Remove the nuclei of `run` from PROJECT, except those that a person changed."""
     with _reporting_errors(common.as_json):
         project, entries = _open(common, writing=writing)
-        click.echo(f"Nuclei are removed by {project.backend}", err=True)
+        click.echo(f"Nuclei are removed {project.backend.in_words('from')}", err=True)
         with _at_work(project):
             rows = [_removed(project, entry, common.as_json) for entry in entries]
         if common.as_json:
@@ -402,7 +406,7 @@ def summarise(*, common: Common, writing: Writing) -> None:
     """
     with _reporting_errors(common.as_json):
         project, entries = _open(common, writing=writing)
-        click.echo(f"Nuclei are counted by {project.backend}", err=True)
+        click.echo(f"Nuclei are counted {project.backend.in_words('in')}", err=True)
         with _at_work(project):
             summaries = [_summarised(project, entry) for entry in entries]
         console.report_summaries(project, summaries, as_json=common.as_json)
@@ -497,7 +501,7 @@ def _check_training(
     """Raise ConfigError where the model that there is was trained otherwise than is asked for."""
     asked, options = read_settings(file), ""
     if file is not None:
-        options += f" --config {file}"
+        options += f" --config {quoted(file)}"
     if seed is not None:
         asked["patchcl"] = {**asked.get("patchcl", {}), "seed": seed}
         options += f" --seed {seed}"
@@ -598,6 +602,7 @@ def _load_or_train(
     """
     from patchcl_qupath import pipeline
     from patchcl_qupath.models.model import Model
+    from patchcl_qupath.project.models import existing_model
 
     missing_default = name == DEFAULT_MODEL and not project.layout.model(name).exists()
     if retrain or missing_default:
@@ -605,7 +610,7 @@ def _load_or_train(
         if within:
             _check_regions(project, entries, within)
         return pipeline.train_as(name, project, entries, settings, progress)
-    path = _existing_model(project, name)
+    path = existing_model(project, name)
     model = Model.load(path)
     pipeline.check_resolution(model, settings, name)  # before workers are started for it
     logger.info("model %s loaded: %s", name, path)
@@ -625,27 +630,6 @@ def _check_regions(
         else:
             return
     raise ImageError("no image has a region to segment in: " * (len(problems) > 1) + problems[0])
-
-
-def _existing_model(project: Project, name: str) -> Path:
-    """The file of a model. Raises ConfigError for a name that no model has, with the nearest."""
-    path = project.layout.model(name)
-    if path.exists():
-        return path
-    names = [found.stem for found in project.layout.model_records() if found.stem != name]
-    by_lower = {other.lower(): other for other in names}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    if near:
-        hint = f"do you mean {by_lower[near[0]]}?"
-    else:
-        hint = f"it has {', '.join(names[:10]) or 'none'}."
-    advice = f"to have another, `patchcl-qp train {project.path} --model {name}`"
-    if name == _REFINED_MODEL:  # a training without labels under its name would be mistaken for it
-        advice = f"`patchcl-qp refine {project.path}` makes this one of corrected ROIs"
-    raise ConfigError(
-        f"no model {name} in {project.path}: {hint} Only the model {DEFAULT_MODEL} is trained by "
-        f"itself: {advice}"
-    )
 
 
 def _write_report(project: Project) -> Path | None:
@@ -746,7 +730,7 @@ def _leave() -> NoReturn:
     from patchcl_qupath.storage.files import remove_unfinished
 
     remove_unfinished()
-    os.write(2, b"\nStopped. The same command resumes from here.\n")
+    os.write(2, b"\nStopped. The same command resumes finished tiles; a training starts anew.\n")
     remove_unfinished()  # what another thread has begun since
     os._exit(130)
 

@@ -44,6 +44,8 @@ CELL = "cell"  # QuPath's type of objects with a nucleus within
 # QuPath classes of correction ROIs; groovy/import_nuclei.groovy has them, too.
 TO_CORRECT = "PatchCL: correct here"  # suggested
 CORRECTED = "PatchCL: corrected"  # a person says that it is done
+DEFAULT_MODEL = "patchcl"  # the one model that `run` trains by itself
+REFINED_MODEL = "refined"  # how `refine` names its model
 
 AUTO_POSITIVE = "auto"  # --positive: the threshold is found on the slide
 NEGATIVE, POSITIVE = "Negative", "Positive"  # last names of QuPath's intensity classes
@@ -979,12 +981,27 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     general: dict[str, Any] = {name: values[name] for name in values if name not in TABLES}
     for name in general:
         if name not in ("recipe", "engine"):
-            raise ConfigError(f"unknown table [{name}]: the tables are {', '.join(TABLES)}")
+            raise ConfigError(_unknown(name, values[name]))
     start = Config(**general)
     tables: dict[str, Any] = {
         name: _with_values(getattr(start, name), values[name]) for name in TABLES if name in values
     }
     return dataclasses.replace(start, **tables)
+
+
+def _names_of(kind: type[Settings]) -> set[str]:
+    """The names of the settings of a table."""
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def _unknown(name: str, value: Any) -> str:
+    """What to tell a person of an unknown name outside of all tables."""
+    if not isinstance(value, Mapping):
+        homes = [table for table, kind in TABLES.items() if name in _names_of(kind)]
+        if homes:
+            return f"{name} is in no table: put it under [{'] or ['.join(homes)}]"
+        return f"unknown setting {name}: the settings outside of tables are recipe and engine"
+    return f"unknown table [{name}]: the tables are {', '.join(TABLES)}"
 
 
 def unlike_training(asked: Mapping[str, Any], trained: Mapping[str, Any]) -> str:

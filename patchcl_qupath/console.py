@@ -14,6 +14,7 @@ import click
 from msgspec import UNSET
 
 from patchcl_qupath.config import CORRECTED
+from patchcl_qupath.errors import quoted
 from patchcl_qupath.progress import Progress, ShowProgress
 
 if TYPE_CHECKING:
@@ -188,7 +189,8 @@ def _print_unchanged(outcomes: Sequence[ImageOutcome]) -> None:
     if outcomes:
         nuclei = sum(outcome.nuclei for outcome in outcomes)
         click.echo(
-            f"Nothing to do for {len(outcomes):,} images with {nuclei:,} nuclei: finished before "
+            f"Nothing to do for {count_of(len(outcomes), 'image')} with "
+            f"{count_of(nuclei, 'nucleus', 'nuclei')}: finished before "
             "by this model with these settings"
         )
 
@@ -203,9 +205,14 @@ def _print_places(project: Project, report: Path | None) -> None:
         click.echo("Next:    open the project in QuPath, and look at the nuclei that were added")
     else:
         click.echo(
-            f"Next:    patchcl-qp scripts {project.path}, then open the project in\n"
+            f"Next:    patchcl-qp scripts {quoted(project.path)}, then open the project in\n"
             "         QuPath: Automate > Project scripts > import_nuclei, Run > Run for project"
         )
+
+
+def print_trained(model: Path, project: Path, name: str) -> None:
+    """Where a new model is, and the command that segments a project with it."""
+    click.echo(f"Model: {model}\nNext:  patchcl-qp run {quoted(project)} --model {quoted(name)}")
 
 
 def _print_failure(outcome: ImageOutcome) -> None:
@@ -265,7 +272,9 @@ def _print_others(statuses: Sequence[ImageStatus]) -> None:
     for state, alike in states.items():
         first = alike[0].state
         such_as = "" if first == state else f", such as: {first}"
-        click.echo(f"{len(alike):,} images: {state if first == state else 'not usable'}{such_as}")
+        click.echo(
+            f"{count_of(len(alike), 'image')}: {state if first == state else 'not usable'}{such_as}"
+        )
     if states:
         click.echo("All images: patchcl-qp status --all, or --json")
 
@@ -338,7 +347,7 @@ def _print_steps(project: Project) -> None:
     steps = [
         "in QuPath, correct every nucleus in these ROIs",
         f"set the class of each ROI that is corrected to '{CORRECTED}', and save",
-        f"patchcl-qp refine {project.path}",
+        f"patchcl-qp refine {quoted(project.path)}",
     ]
     if not project.backend.writes_into_qupath:
         steps.insert(0, "in QuPath, run groovy/import_nuclei.groovy for the project")
@@ -458,6 +467,11 @@ def report_export(project: Project, exported: Exported, *, as_json: bool) -> Non
         click.echo(f"Failed: {problem}", err=True)
     for note in exported.notes:
         click.echo(f"Note: {note}", err=True)
+
+
+def count_of(number: int, one: str, several: str = "") -> str:
+    """A number and the noun that it counts."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

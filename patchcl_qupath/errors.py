@@ -12,6 +12,8 @@ PatchCLError
 └── StorageError      results cannot be written here
 """
 
+import re
+
 
 class PatchCLError(Exception):
     """The root: whatever the package raises for the user to read."""
@@ -63,6 +65,7 @@ class StorageError(PatchCLError):
     """Results cannot be written here."""
 
 
+_PLAIN = re.compile(r"[\w@%+=:,./\\~-]+")  # of a path that no shell takes for more
 _LONGEST = 400  # characters of another program's error: some list all that can be meant
 
 FORESEEN = (PatchCLError, MemoryError, PermissionError)  # any other is an error of this program
@@ -95,6 +98,12 @@ def too_little_memory(task: str, error: MemoryError) -> str:
     """What to tell a person of a ``task`` for which there was no memory."""
     reason = f" ({error})" if str(error) else ""
     return f"too little memory to {task}{reason}: close other programs, or use fewer --workers"
+
+
+def quoted(path: object) -> str:
+    """A path as a command in a message has it: in double quotes where a shell would part it."""
+    text = str(path)
+    return text if _PLAIN.fullmatch(text) else f'"{text}"'
 
 
 def one_line(error: BaseException) -> str:

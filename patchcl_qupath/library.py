@@ -35,6 +35,7 @@ from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import ShowProgress, hide_progress
 from patchcl_qupath.project import NewImage, Project, chosen_images, init_project
 from patchcl_qupath.project import open_project as open_backend
+from patchcl_qupath.project.models import existing_model
 from patchcl_qupath.report.page import write_report as write_page
 from patchcl_qupath.slides.openslide import one_of_each_slide
 from patchcl_qupath.status import ImageStatus, image_statuses
@@ -62,7 +63,7 @@ def open_project(path: str | Path, backend: str = "files", qupath: Path | None =
 
 
 def create_project(
-    folder: str | Path, images: Sequence[str | Path], mpp: float | None = None
+    folder: str | Path, images: str | Path | Sequence[str | Path], mpp: float | None = None
 ) -> Project:
     """Create a QuPath project of image files, which stay where they are.
 
@@ -74,7 +75,8 @@ def create_project(
     >>> project.path.name
     'project.qpproj'
     """
-    new = [NewImage.of_file(image, mpp) for image in one_of_each_slide(map(Path, images))]
+    paths = [Path(images)] if isinstance(images, str | Path) else [*map(Path, images)]
+    new = [NewImage.of_file(image, mpp) for image in one_of_each_slide(paths)]
     return open_project(init_project(Path(folder), new))
 
 
@@ -104,12 +106,17 @@ def train(
 
 
 def load_model(project: Project, name: str = "patchcl") -> Model:
-    """Load a model that was trained for a project. Raises ModelError.
+    """Load a model that was trained for a project.
+
+    Raises ModelError, also where there is none of that name.
 
     >>> pq.load_model(project).digest == model.digest
     True
     """
-    return Model.load(project.layout.model(name))
+    try:
+        return Model.load(existing_model(project, name))
+    except ConfigError as error:
+        raise ModelError(str(error)) from error
 
 
 def segment(
@@ -133,6 +140,10 @@ def segment(
     >>> outcome.problem is None, outcome.nuclei > 100
     (True, True)
     """
+    if not isinstance(model, Model):
+        raise ConfigError(f"{model!r} is not a model: pass pq.load_model(project, NAME)")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers are 1 or more, not {workers}: leave them out for all cores")
     with _at_work(project) as project, open_workers(workers) as found:
         run = pipeline.Run(
             project=project,

@@ -29,7 +29,7 @@ from patchcl_qupath.correction.labels import (
     with_copies,
 )
 from patchcl_qupath.datatypes import Corrections, ImageEntry, Tile
-from patchcl_qupath.errors import ConfigError, ModelError
+from patchcl_qupath.errors import ConfigError, ImageError, ModelError
 from patchcl_qupath.execution.map_tiles import TileWork, map_tiles
 from patchcl_qupath.execution.outcome import (
     TileProgress,
@@ -333,9 +333,18 @@ class Run:
             if self.region_classes:
                 entry = self.project.with_regions(entry, self.region_classes)
             if counted := [*cores, *self.config.result.summarise]:
-                entry = self.project.with_drawn(entry, counted)
+                entry = self._with_drawn(entry, counted)
             self._show(Progress(stage=Stage.FINDING_TISSUE, image=entry.name))
             return self.project.with_stains(entry)
+
+    def _with_drawn(self, entry: ImageEntry, classes: Sequence[str]) -> ImageEntry:
+        """The image with the annotations to count in. Raises ImageError, with what else can be."""
+        try:
+            return self.project.with_drawn(entry, classes)
+        except ImageError as error:
+            if not self.config.result.summarise:  # of a TMA, the cores are what is segmented
+                raise
+            raise ImageError(f"{error}; or leave out --summarise") from error
 
     def _segment(
         self, entry: ImageEntry, image: PreparedImage, turn: Turn
@@ -519,7 +528,7 @@ class Run:
         result: ResultRecord,
     ) -> Imported | None:
         """Show that the nuclei are written, and do it."""
-        nuclei = f"{segmented.count:,} nuclei"
+        nuclei = f"{segmented.count:,} {'nucleus' if segmented.count == 1 else 'nuclei'}"
         self._show(Progress(stage=Stage.WRITING, image=entry.name, detail=nuclei))
         write = partial(_write, self.project, entry, segmented, answered, self.config, result)
         with self._in_qupath:

@@ -20,11 +20,13 @@ from survivor import left_by_run
 
 from patchcl_qupath import console, logs
 from patchcl_qupath.cli import main
+from patchcl_qupath.config import BackendKind
 from patchcl_qupath.datatypes import ImageEntry
-from patchcl_qupath.errors import ConfigError
+from patchcl_qupath.errors import ConfigError, quoted
 from patchcl_qupath.execution.outcome import failed_image
 from patchcl_qupath.progress import Progress, Stage
 from patchcl_qupath.project import open_project
+from patchcl_qupath.project.protocol import Backend
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample_project"
@@ -242,12 +244,12 @@ def test_init_leaves_out_what_is_no_image(tmp_path, crop):
     broken.write_bytes(b"no image")
     made = call("init", tmp_path / "project", broken, crop, "--mpp", "0.5")
     assert made.exit_code == 1
-    assert "Failed: broken.png cannot be read" in made.stderr
-    assert "project.qpproj (1 images)" in made.stdout
+    assert f"Failed: {broken} cannot be read" in made.stderr
+    assert "project.qpproj (1 image)" in made.stdout
     assert [i.name for i in open_project(tmp_path / "project").images()] == [crop.name]
     alone = call("init", tmp_path / "none", broken)
     assert alone.exit_code == 1
-    assert "Failed: broken.png cannot be read" in alone.stderr
+    assert f"Failed: {broken} cannot be read" in alone.stderr
     assert "no project was made: none of the files" in alone.stderr
     assert not (tmp_path / "none").exists()
 
@@ -286,7 +288,7 @@ def test_init_takes_a_file_once_however_it_is_named(tmp_path, crop):
     other = crop.parent / ".." / crop.parent.name / crop.name
     made = call("init", tmp_path / "project", crop, other, crop, "--mpp", "0.5")
     assert made.exit_code == 0, made.output
-    assert "project.qpproj (1 images)" in made.stdout
+    assert "project.qpproj (1 image)" in made.stdout
     assert [i.path for i in open_project(tmp_path / "project").images()] == [crop]
 
 
@@ -563,3 +565,50 @@ def test_openvino_is_not_asked_for_a_gpu(monkeypatch):
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 2
     assert "OpenVINO runs on CPUs: leave out --device cuda, or use --engine torch" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "printed"),
+    [
+        ("/a/b/project.qpproj", "/a/b/project.qpproj"),
+        (r"C:\slides\ö-1.svs", r"C:\slides\ö-1.svs"),
+        ("/a b/project.qpproj", '"/a b/project.qpproj"'),
+        (r"C:\a (copy)\b", r'"C:\a (copy)\b"'),
+        ("a&b", '"a&b"'),
+    ],
+)
+def test_paths_in_commands_are_quoted_where_a_shell_would_part_them(path, printed):
+    assert quoted(path) == printed
+
+
+def test_init_prints_a_command_that_can_be_copied(tmp_path, crop):
+    made = call("init", tmp_path / "my slides", crop, "--mpp", "0.5")
+    path = tmp_path / "my slides" / "project.qpproj"
+    assert made.stdout.splitlines()[-1] == f'Next:    patchcl-qp run "{path}"'
+
+
+def test_init_says_what_is_wrong_with_a_path(tmp_path, crop):
+    said = call("init", tmp_path / "project", tmp_path / "missing.png", tmp_path, crop).stderr
+    assert said.splitlines()[:3] == [
+        f"Failed: {tmp_path / 'missing.png'} does not exist, or may not be read: check the path",
+        f"Failed: {tmp_path} is a folder, and no OME-Zarr: name the image files in it",
+        f"Failed: {crop} has no pixel size: pass --mpp (0.25 for most scans at 40x), or set it in "
+        "QuPath (Image tab, double-click 'Pixel width')",
+    ]
+
+
+def test_one_is_not_several():
+    assert console.count_of(1, "image") == "1 image"
+    assert console.count_of(1_200, "nucleus", "nuclei") == "1,200 nuclei"
+
+
+@pytest.mark.parametrize(
+    ("backend", "line"),
+    [
+        (Backend(kind=BackendKind.FILES), "to files"),
+        (Backend(kind=BackendKind.FILES, reason="since there is none"), "to files, since there is"),
+        (Backend(kind=BackendKind.PAQUO, reason="with QuPath 0.5"), "by paquo, with QuPath 0.5"),
+    ],
+)
+def test_how_nuclei_are_written_is_said(backend, line):
+    assert backend.in_words("to").startswith(line)

@@ -29,6 +29,12 @@ def test_toml(tmp_path):
     ("text", "message"),
     [
         ("[slides]\nmpp = 1", r"unknown table \[slides\]: the tables are slide,"),
+        (
+            "min_area_um2 = 8",
+            r"min_area_um2 is in no table: put it under \[selftrain\] or \[segment\]$",
+        ),
+        ("mpp = 1", r"put it under \[slide\]$"),
+        ("magic = 1", "unknown setting magic: the settings outside of tables are recipe and"),
         ("[slide]\nmmp = 1", "unknown setting slide.mmp: do you mean mpp"),
         ("[slide]\nmpp = 'fine'", "slide.mpp = 'fine': expected float"),
         ("[slide]\nmpp = -1", "slide.mpp = -1: expected float >= 0.05"),

@@ -130,7 +130,7 @@ def test_nothing_heavy_is_imported_to_find_nothing_to_do(folder: Path, tmp_path:
     settings.write_text("\n".join(lines))
     (folder / "patchcl" / "report" / "index.html").write_text("a report")
     text, modules = call("run", folder, "--backend", "files", "--config", settings)
-    assert "Nothing to do for 1 images with" in text
+    assert "Nothing to do for 1 image with" in text
     assert not HEAVY & modules
     text, _ = call("run", folder, "--backend", "files", "--config", settings, "--json")
     (image,) = json.loads(text[text.index("{") :])["images"]

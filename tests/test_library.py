@@ -19,7 +19,7 @@ import patchcl_qupath
 from patchcl_qupath import library
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import Config, from_dict
-from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
+from patchcl_qupath.errors import ConfigError, ImageError, ModelError, ProjectError
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.pipeline import Run
@@ -208,3 +208,30 @@ def test_examples_run(tmp_path, monkeypatch) -> None:
         runner.run(example, clear_globs=False)
         names = example.globs
     assert runner.summarize().failed == 0
+
+
+def test_what_cannot_be_meant_is_said(folder, fine_model) -> None:
+    project = library.open_project(folder)
+    with pytest.raises(ModelError, match=r"no model refined in .* makes this one of corrected"):
+        library.load_model(project, "refined")
+    with pytest.raises(ConfigError, match=r"^'patchcl' is not a model: pass pq\.load_model\("):
+        library.segment(project, "patchcl")
+    with pytest.raises(ConfigError, match="workers are 1 or more, not 0"):
+        library.segment(project, fine_model, workers=0)
+    assert repr(fine_model) == f"<Model NucleusNetwork {fine_model.digest[:12]}>"
+
+
+def test_a_text_is_one_image_of_a_new_project(tmp_path) -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    slide = write_tiff(tmp_path / "a.tif", pixels, (0.5, 0.5))
+    for number, images in enumerate((slide, str(slide), [slide])):
+        project = library.create_project(tmp_path / str(number), images)
+        assert [image.path for image in project.images()] == [slide]
+
+
+def test_regions_that_were_not_exported_can_be_left_out(folder, fine_model) -> None:
+    settings = {"result": {"summarise": ["Tumor"]}}
+    project = library.open_project(folder)
+    (outcome,) = library.segment(project, fine_model, settings=settings, workers=1)
+    assert "its annotations were not exported" in outcome.problem
+    assert outcome.problem.endswith("then run again; or leave out --summarise")

@@ -17,7 +17,7 @@ from slides import scene
 import patchcl_qupath.project.files as project_files
 import patchcl_qupath.storage.files as storage_files
 from patchcl_qupath.datatypes import ImageEntry
-from patchcl_qupath.errors import ProjectError, SlideError, StorageError
+from patchcl_qupath.errors import ProjectError, SlideError, StorageError, quoted
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.project.create import to_uri
 from patchcl_qupath.project.qpproj import path_of_uri
@@ -275,9 +275,13 @@ def test_fluorescence_set_by_a_person_is_refused(tmp_path: Path) -> None:
 
 def test_paths_that_are_not_projects_are_refused(tmp_path: Path, sample_project: Path) -> None:
     slide = sample_project / "CMU-1-Small-Region.svs"
-    with pytest.raises(ProjectError, match=r"not a QuPath project: .*init DIR CMU-1-Small-Region"):
+    with pytest.raises(ProjectError, match=r"not a QuPath project: .*init DIR ") as no_project:
         open_project(slide)
-    with pytest.raises(ProjectError, match="does not exist"):
+    assert str(no_project.value).endswith(f"`patchcl-qp init DIR {quoted(slide)}`")
+    (tmp_path / "README.md").write_text("text", "utf-8")
+    with pytest.raises(ProjectError, match=r"README\.md is neither .* or of its folder$"):
+        open_project(tmp_path / "README.md")
+    with pytest.raises(ProjectError, match=r"does not exist: give .*\.qpproj, or of its folder$"):
         open_project(tmp_path / "none.qpproj")
     with pytest.raises(
         ProjectError, match=r"holds no project \(.qpproj\): make one of .* init .* or name"

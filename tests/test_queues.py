@@ -186,7 +186,7 @@ def test_ctrl_c_cancels_the_jobs(queue: Queue, model: pipeline.Model, folder: Pa
         assert queue.jobs == 2
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == 130
-        assert "The same command resumes from here" in process.stderr.read()
+        assert "The same command resumes finished tiles" in process.stderr.read()
     until(lambda: queue.jobs == 0)  # which is not yet their time limit
 
 

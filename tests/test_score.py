@@ -205,6 +205,12 @@ def drawn(tmp_path: Path, ground_truth: Path) -> Path:
     return folder
 
 
+def test_colours_of_errors_are_told_apart() -> None:
+    colours = np.array([*pictures.COLOURS.values(), pictures._NEITHER], dtype=float)
+    apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
+    assert apart[~np.eye(len(colours), dtype=bool)].min() > 60
+
+
 def test_errors_are_drawn_in_the_colour_of_their_kind(drawn: Path, ground_truth: Path) -> None:
     result = call("score", drawn, "--ground-truth", ground_truth, "--json", "--pictures")
     assert result.exit_code == 0, result.output

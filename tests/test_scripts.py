@@ -159,7 +159,7 @@ def test_qupath_runs_patchcl_once_and_shows_all_images(
     assert (ran["status"], ran["exit_status"]) == ("done", 0)
     assert ran["command"][0] == str(Path(sys.executable).with_name("patchcl-qp"))
     assert "zwei ö.svs: segmenting: " in log
-    assert log.count("Nuclei are written by files") == 1
+    assert log.count("Nuclei are written to files") == 1
     assert "zwei ö.svs" in (output / "run.log").read_text("utf-8")
     for number in ("1", "2"):
         imported = json.loads((output / "imported" / f"{number}.json").read_text("utf-8"))
@@ -218,7 +218,7 @@ def test_rois_are_suggested_and_refine_the_model(project: Path, model: pipeline.
     assert receipt(project)["command"][1:] == [
         *("suggest", str(project), "--backend", "files", "--rois", "2")
     ]
-    assert log.count("ROIs are marked by files") == 1
+    assert log.count("ROIs are marked in files") == 1
     for number in ("1", "2"):
         imported = json.loads((output / "imported" / f"{number}.json").read_text("utf-8"))
         rois = json.loads((output / "fields" / f"{number}.json").read_text("utf-8"))["fields"]

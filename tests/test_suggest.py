@@ -22,7 +22,7 @@ from results import result_of
 from patchcl_qupath import pipeline
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, ObjectType
-from patchcl_qupath.correction.suggest import Candidates, choose, suggest
+from patchcl_qupath.correction.suggest import Candidates, choose, has_room, suggest
 from patchcl_qupath.datatypes import CorrectionRoi, ImageEntry, Nuclei
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.project.jvm import Process
@@ -253,6 +253,12 @@ def test_a_slide_of_glass_has_no_roi(path: Path) -> None:
     found = read_uncertainty_grid(uncertainty)
     write_uncertainty_grid(uncertainty, replace(found, points=found.points // 3))
     assert "no ROI is 50% tissue with 10 nuclei" in call("suggest", path, status=1).output
+
+
+def test_an_image_smaller_than_half_a_roi_has_no_room() -> None:
+    assert has_room((364, 364), (512, 512))
+    assert not has_room((360, 360), (512, 512))
+    assert not has_room((100, 5000), (512, 512))
 
 
 def test_status_lists_changes_since_the_run(path: Path) -> None:

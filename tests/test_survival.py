@@ -116,7 +116,7 @@ def interrupted(folder: Path, stage: str, *options: str) -> int:
         os.killpg(process.pid, signal.SIGINT)
         status = process.wait(timeout=2)  # what is asked of it
         printed = process.stderr.read()  # by the last of its processes, too
-        assert "The same command resumes from here" in printed
+        assert "The same command resumes finished tiles" in printed
         assert "Traceback" not in printed
     assert not [*folder.rglob("*.partial")]
     return status

@@ -127,6 +127,11 @@ def suggest(project: Project, entries: Sequence[ImageEntry], count: int) -> Sugg
     candidates = Candidates.concatenate(found.candidates)
     chosen = choose(candidates, count, found.corrected)
     if not chosen:
+        if found.too_small(project):
+            raise ProjectError(
+                f"each image is smaller than {MIN_TISSUE:.0%} of a ROI, a square of 256 µm: add "
+                "larger images, or draw ROIs yourself"
+            )
         raise ProjectError(
             f"no ROI is {MIN_TISSUE:.0%} tissue with {MIN_NUCLEI} nuclei or more, and apart from "
             "those that are corrected: add slides with more tissue, or draw ROIs yourself"
@@ -252,6 +257,27 @@ class _Found:
                 "; ".join(found.problems) or "no nuclei yet: do `patchcl-qp run` first"
             )
         return found
+
+    def too_small(self, project: Project) -> bool:
+        """Whether no image has room for enough tissue: then it is not tissue that is missing."""
+        pairs = zip(self.entries, self.candidates, strict=True)
+        small = [_is_small(project, entry, part) for entry, part in pairs if len(part)]
+        return bool(small) and all(small)
+
+
+def _is_small(project: Project, entry: ImageEntry, candidates: Candidates) -> bool:
+    """Whether an image is smaller than the tissue that a ROI must have."""
+    result = read_result(project.layout.result(entry.id))
+    if not isinstance(result, ResultRecord) or result.slide.size is None:
+        return False
+    left, top, right, bottom = candidates.boxes[0].bounds
+    return not has_room(result.slide.size, (right - left, bottom - top))
+
+
+def has_room(size: tuple[int, int], roi: tuple[float, float]) -> bool:
+    """Whether an image (width, height) can hold the least tissue of a ROI of such a size."""
+    width, height = (min(1.0, side / whole) for side, whole in zip(size, roi, strict=True))
+    return bool(width * height >= MIN_TISSUE)
 
 
 def _candidates(project: Project, entry: ImageEntry, slide: int) -> Candidates:

@@ -1,8 +1,8 @@
 """Pictures of an image's errors: what is right, badly outlined, missed, merged, split, spurious.
 
 True nuclei are drawn with their true outlines, spurious ones with the predicted outlines, each kind
-in its colour; predicted nuclei that are neither right nor spurious are thin and grey. A large image
-is shown where its true nuclei are.
+in its colour; predicted nuclei that are neither right nor spurious are thin and dark blue. A large
+image is shown where its true nuclei are.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLOURS = {
     Kind.SPLIT: (255, 255, 255),
     Kind.SPURIOUS: (213, 94, 0),
 }
-_NEITHER = (225, 225, 225)
+_NEITHER = (0, 114, 178)
 _ZOOM = 2  # picture px per working px
 _WHOLE_PX = 1536  # longest side, in working px, of what is shown in one piece
 _FIELD_PX = 512  # side of each field of a larger image

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from patchcl_qupath.config import ExportFormat, ExportRows
 from patchcl_qupath.datatypes import ImageEntry, names_text
-from patchcl_qupath.errors import ConfigError, ImageError, ProjectError
+from patchcl_qupath.errors import ConfigError, ImageError, ProjectError, quoted
 from patchcl_qupath.exports.geojson import (
     cells_file,
     is_export,
@@ -169,7 +169,7 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
     if not images:
         reason = f" ({'; '.join(problems + left_out)})" if len(entries) == 1 or problems else ""
         raise ProjectError(
-            f"{project.path} has no nuclei to export{reason}: patchcl-qp run {project.path}"
+            f"{project.path} has no nuclei to export{reason}: patchcl-qp run {quoted(project.path)}"
         )
     runs = {(image.result.run, digest(image.result.config)) for image in images}
     if len(runs) > 1:

@@ -93,7 +93,7 @@ def features_of(
     return np.stack([*odds, lacks, size, size**2], axis=-1)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Model:
     """A trained network, with all that is needed to use it, and the settings that made it.
 
@@ -110,6 +110,10 @@ class Model:
     threshold: float = 0.5
     calibration: Calibration | None = None
     training: TrainingLog | None = None
+
+    def __repr__(self) -> str:
+        """The network and the beginning of the digest: those of its layers fill pages."""
+        return f"<Model {type(self.network).__name__} {self.digest[:12]}>"
 
     @property
     def mpp(self) -> float:

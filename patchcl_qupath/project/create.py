@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from patchcl_qupath.datatypes import ImageEntry
-from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.errors import ProjectError, SlideError
 from patchcl_qupath.project.qpproj import project_files
-from patchcl_qupath.storage.files import absolute, write_json
+from patchcl_qupath.storage.files import absolute, is_file, is_too_long, write_json
 from patchcl_qupath.storage.layout import Layout
 
 QUPATH_VERSION = "0.5.1"  # whose format is written; 0.4 and later read it
@@ -39,16 +40,29 @@ class NewImage:
 
     @classmethod
     def of_file(cls, path: Path, mpp: float | None) -> NewImage:
-        """An image file; ``mpp`` is its pixel size, in µm, if it has none. Raises SlideError."""
+        """An image file; ``mpp`` is its pixel size, in µm, if it has none.
+
+        Raises SlideError, which names the path as given.
+        """
         from patchcl_qupath.slides.slide import Slide  # loads the readers of all formats
 
-        slide = Slide.open(ImageEntry("", path.name, absolute(path), fallback_mpp=mpp))
+        if not is_file(path) and not is_too_long(absolute(path)):
+            raise SlideError(_not_a_file(path))
+        slide = Slide.open(ImageEntry("", str(path), absolute(path), fallback_mpp=mpp))
         return cls(
             path=slide.path,
             levels=slide.levels,
             mpp=None if slide.calibrated else slide.mpp_level0,
             is_first=slide.number == 0,
         )
+
+
+def _not_a_file(path: Path) -> str:
+    """What to tell a person of a path that is not that of a file or an OME-Zarr."""
+    with suppress(OSError, ValueError):  # no permission, too long, or no path at all
+        if path.is_dir():
+            return f"{path} is a folder, and no OME-Zarr: name the image files in it"
+    return f"{path} does not exist, or may not be read: check the path"
 
 
 def init_project(folder: Path, images: Sequence[NewImage]) -> Path:

@@ -30,7 +30,7 @@ def find_qupath(qupath: Path | None = None) -> str:
         names = [jar.name for jar in app.iterdir()]
     except ValueError as error:
         raise ProjectError(
-            "no QuPath in the usual places: pass --qupath DIR, or set PAQUO_QUPATH_DIR"
+            "there is no QuPath in the usual places: pass --qupath DIR, or set PAQUO_QUPATH_DIR"
         ) from error
     except OSError as error:
         given = settings["qupath_dir"] or settings["jvm_path_override"]

@@ -35,6 +35,11 @@ class Backend:
     def __str__(self) -> str:
         return f"{self.kind}, {self.reason}" if self.reason else str(self.kind)
 
+    def in_words(self, preposition: str) -> str:
+        """How something is done: by QuPath; or, after the ``preposition``, in files, and why."""
+        how = f"by {self.kind}" if self.writes_into_qupath else f"{preposition} files"
+        return f"{how}, {self.reason}" if self.reason else how
+
     @property
     def writes_into_qupath(self) -> bool:
         """Whether nuclei are in QuPath's images without an import by a person."""

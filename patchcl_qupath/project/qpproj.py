@@ -15,13 +15,14 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.errors import ProjectError, quoted
 from patchcl_qupath.project.arguments import ServerArguments, parse_arguments
 from patchcl_qupath.storage.files import ZARR_METADATA, readable
 
 BIO_FORMATS = "BioFormatsServerBuilder"
 MICROMETRES = {"µm", "μm", "um"}  # the micro sign, and the Greek letter
 
+_GIVE = "give the path of a project.qpproj, or of its folder"
 _SIDES = ("pixelWidth", "pixelHeight")
 
 # Names in messages of QuPath's builders that change pixels or coordinates.
@@ -86,7 +87,7 @@ def project_file(path: Path) -> Path:
     try:
         mode = path.stat().st_mode  # is_dir and exists say no to any error, from Python 3.14 on
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise ProjectError(f"{path} does not exist: give the path of a project.qpproj") from error
+        raise ProjectError(f"{path} does not exist: {_GIVE}") from error
     except OSError as error:
         raise ProjectError(
             f"{path} cannot be read: {error.strerror}; mend that, or ask for the permission"
@@ -99,13 +100,17 @@ def project_file(path: Path) -> Path:
             names = ", ".join(file.name for file in found)
             raise ProjectError(f"{path} holds several projects: name one of them, {names}")
         raise ProjectError(
-            f"{path} holds no project (.qpproj): make one of images with `patchcl-qp init {path} "
-            "IMAGE...`, or name another folder"
+            f"{path} holds no project (.qpproj): make one of images with `patchcl-qp init "
+            f"{quoted(path)} IMAGE...`, or name another folder"
         )
     if path.suffix.lower() != ".qpproj":
+        from patchcl_qupath.slides.pyramid import IMAGE_SUFFIXES  # slow to import
+
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise ProjectError(f"{path} is neither a QuPath project nor an image: {_GIVE}")
         raise ProjectError(
-            f"{path.name} is not a QuPath project: make one of images with "
-            f"`patchcl-qp init DIR {path.name}`"
+            f"{path} is not a QuPath project: make one of images with "
+            f"`patchcl-qp init DIR {quoted(path)}`"
         )
     return path
 

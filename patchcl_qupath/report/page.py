@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from patchcl_qupath.config import INTENSITY_COLOURS
-from patchcl_qupath.errors import ProjectError
+from patchcl_qupath.errors import ProjectError, quoted
 from patchcl_qupath.project import Project
 from patchcl_qupath.report import training_views, views
 from patchcl_qupath.report.density_map import DENSITY_COLOURS
@@ -47,7 +47,7 @@ def write_report(project: Project) -> Path:
     layout = project.layout
     if not (layout.root / "results").exists() and not layout.report.exists():
         raise ProjectError(
-            f"{project.path} has no results to report: patchcl-qp run {project.path}"
+            f"{project.path} has no results to report: patchcl-qp run {quoted(project.path)}"
         )
     models, runs = find_models(project, images), find_runs(project, images)
     page = (

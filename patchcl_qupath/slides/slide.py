@@ -294,8 +294,8 @@ def _pixel_size(entry: ImageEntry, of_file: tuple[PixelSize, ...]) -> PixelSize:
             f"give one from {least} to {most} µm"
         )
     raise SlideError(
-        f"{entry.name} has {found}: set it in QuPath (Image tab, double-click 'Pixel width'), "
-        "or pass --mpp 0.25"
+        f"{entry.name} has {found}: pass --mpp (0.25 for most scans at 40x), or set it in QuPath "
+        "(Image tab, double-click 'Pixel width')"
     )
 
 
