@@ -50,6 +50,7 @@ import java.security.MessageDigest
 import java.time.LocalDateTime
 import java.time.OffsetDateTime
 import java.time.format.DateTimeFormatter
+import java.util.concurrent.TimeUnit
 import java.util.stream.IntStream
 import javafx.application.Platform
 import org.locationtech.jts.algorithm.locate.IndexedPointInAreaLocator
@@ -102,6 +103,9 @@ if (imageData == null || entry == null) {
 }
 String name = entry.getImageName()
 Path folder = Paths.get(QP.buildPathInProject(folderName))
+Path backups = folder.resolve('backups').resolve(entry.getID())
+if (isUnread(imageData, entry))
+    throw new IOException("${name}: ${keepUnread(entry, backups)}")
 Path resultFile = folder.resolve('results').resolve(entry.getID()).resolve('result.json')
 if (!Files.exists(resultFile)) {
     logger.warn("No nuclei for ${name}: run 'patchcl-qp run' on this project first (looked for ${resultFile}).")
@@ -116,7 +120,6 @@ boolean inWindow = QuPathGUI.getInstance() != null
 String otherImage = findOtherImage(imageData, results.result)
 if (otherImage != null)
     throw new IOException("${name}: ${otherImage}")
-Path backups = folder.resolve('backups').resolve(entry.getID())
 def planned = { boolean keep ->
     planReplacement(imageData, entry, results.nuclei, results.result, results.suggested, maxOverlap, backups, keep)
 }
@@ -522,6 +525,58 @@ static ImageResults readResults(String image, Path resultFile, Path roisFile) {
                 "'patchcl-qp run' again.")
     }
     return results
+}
+
+/**
+ * Whether QuPath shows an image without what its file of objects holds: a file that
+ * it cannot read it takes for none, and of one that was cut off it may read a part.
+ */
+@CompileStatic
+static boolean isUnread(ImageData<?> imageData, ProjectImageEntry<?> entry) {
+    // QuPath itself reads the second one where saving the first one was cut off.
+    List<Path> files = ['data.qpdata', 'data.qpdata.bkp'].collect { String name -> entry.getEntryPath().resolve(name) }
+            .findAll { Path file -> Files.exists(file) }
+    if (files.isEmpty())
+        return false
+    String path = imageData.getLastSavedPath()   // that of the file that was read
+    return path == null || !isWhole(files.find { Path file -> file.toString() == path } ?: files.first())
+}
+
+/** Whether a file of QuPath's objects is whole, by both its ends: those of Java's objects, the last one 'EOF'. */
+@CompileStatic
+static boolean isWhole(Path file) {
+    byte[] ends = new byte[10]
+    new RandomAccessFile(file.toFile(), 'r').withCloseable { RandomAccessFile data ->
+        if (data.length() < ends.length)
+            return
+        data.readFully(ends, 0, 4)
+        data.seek(data.length() - 6)
+        data.readFully(ends, 4, 6)
+    }
+    return HexFormat.of().formatHex(ends) == 'aced0005' + '740003454f46'
+}
+
+/**
+ * Copies the files of an image that QuPath shows without what they hold, and says what to do. Where nothing is done to
+ * the image, 'Run for project' saves it all the same, in their place.
+ */
+@CompileStatic
+static String keepUnread(ProjectImageEntry<?> entry, Path backups) {
+    Files.createDirectories(backups)
+    for (String name : ['data.qpdata', 'data.qpdata.bkp']) {
+        Path file = entry.getEntryPath().resolve(name)
+        if (!Files.exists(file))
+            continue
+        Path copy = backups.resolve("${name}.${Files.getLastModifiedTime(file).to(TimeUnit.NANOSECONDS)}.damaged")
+        if (Files.exists(copy))
+            continue
+        Path temporary = copy.resolveSibling("${copy.getFileName()}.${UUID.randomUUID()}.partial")
+        Files.copy(file, temporary, StandardCopyOption.COPY_ATTRIBUTES)
+        Files.move(temporary, copy)
+    }
+    return "${entry.getEntryPath().resolve('data.qpdata')} is damaged, or was written after the image was opened: " +
+            'QuPath shows the image without what is in it, and nothing was changed. Open the image again. If its ' +
+            "objects are not there, restore the file, or move it away. A copy is in ${backups}"
 }
 
 /**

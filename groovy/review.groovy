@@ -342,9 +342,8 @@ class Review {
             List<CorrectionRoi> suggested = suggestedRois(entry)
             if (!isOpen && suggested.isEmpty() && !isListed(entry))
                 return []
-            PathObjectHierarchy hierarchy = isOpen ? open.getHierarchy() :
-                    entry.hasImageData() ? entry.readHierarchy() : new PathObjectHierarchy()
-            return sorted(inImage(entry, hierarchy) + suggested.findAll { roi ->
+            PathObjectHierarchy hierarchy = isOpen ? open.getHierarchy() : savedObjects(entry)
+            return hierarchy == null ? [] : sorted(inImage(entry, hierarchy) + suggested.findAll { roi ->
                 !hierarchy.getAnnotationObjects().any { it.getID().toString() == roi.id }
             })
         }
@@ -363,6 +362,28 @@ class Review {
         index = rois.findIndexOf { it.id == id && (image == null || it.image == image) }
         if (index < 0)
             index = rois.findIndexOf { !it.corrected }
+    }
+
+    /** The objects of an image as it was saved; null where they cannot be read: it costs no other image. */
+    private static PathObjectHierarchy savedObjects(ProjectImageEntry<?> entry) {
+        PathObjectHierarchy found = null
+        Path data = dataOf(entry)
+        try {
+            if (!Files.exists(data))
+                return new PathObjectHierarchy()
+            if (isWhole(data))   // in a file that was cut off, QuPath's reader never ends
+                found = entry.readHierarchy()
+        } catch (Exception e) {
+            LoggerFactory.getLogger('review').error('Not read', e)
+        }
+        if (found == null)
+            LoggerFactory.getLogger('review').warn("${entry.getImageName()}: its ROIs are not listed, as ${data} is " +
+                    'damaged: restore it, or move it away.')
+        return found
+    }
+
+    private static Path dataOf(ProjectImageEntry<?> entry) {
+        return entry.getEntryPath().resolve('data.qpdata')
     }
 
     /** Whether QuPath's summary of an image, which is quickly read, counts annotations of one of the classes. */
@@ -495,7 +516,7 @@ class Review {
     }
 
     private FileTime getLastSaved() {
-        Path data = project.getEntry(imageData).getEntryPath().resolve('data.qpdata')
+        Path data = dataOf(project.getEntry(imageData))
         return Files.exists(data) ? Files.getLastModifiedTime(data) : null
     }
 
@@ -842,8 +863,38 @@ class Review {
         ProjectImageEntry<?> entry = project.getEntry(changed)
         if (entry == null)
             return   // an image of another project
+        if (isUnread(changed, entry))
+            throw new IOException("${dataOf(entry)} is damaged, or was written after the image was opened")
         entry.saveImageData(changed)
         project.syncChanges()
+    }
+
+    /**
+     * Whether QuPath shows an image without what its file of objects holds, as in import_nuclei.groovy: a file that it
+     * cannot read it takes for none, and of one that was cut off it may read a part.
+     */
+    static boolean isUnread(ImageData<?> imageData, ProjectImageEntry<?> entry) {
+        // QuPath itself reads the second one where saving the first one was cut off.
+        List<Path> files = [dataOf(entry), dataOf(entry).resolveSibling('data.qpdata.bkp')].findAll { Path file ->
+            Files.exists(file)
+        }
+        if (files.isEmpty())
+            return false
+        String path = imageData.getLastSavedPath()   // that of the file that was read
+        return path == null || !isWhole(files.find { Path file -> file.toString() == path } ?: files.first())
+    }
+
+    /** Whether a file of QuPath's objects is whole, by both its ends: those of Java's objects, the last one 'EOF'. */
+    static boolean isWhole(Path file) {
+        byte[] ends = new byte[10]
+        new RandomAccessFile(file.toFile(), 'r').withCloseable { RandomAccessFile data ->
+            if (data.length() < ends.length)
+                return
+            data.readFully(ends, 0, 4)
+            data.seek(data.length() - 6)
+            data.readFully(ends, 4, 6)
+        }
+        return HexFormat.of().formatHex(ends) == 'aced0005' + '740003454f46'
     }
 
     // ------------------------------------------------ what is remembered

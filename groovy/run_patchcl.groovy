@@ -280,8 +280,10 @@ void exportStains(Task task) {
         else if (task.subcommand == 'run' && isNewer(other.getEntryPath().resolve('data.qpdata'), file))
             try {
                 def saved = other.readImageData()
+                saved.getServer().close()   // what was read of it stays
+                if (exporting.isUnread(saved, other))
+                    throw new IOException("${other.getEntryPath().resolve('data.qpdata')} is damaged.")
                 exporting.exportStains(saved, file)
-                saved.getServer().close()
             } catch (Exception e) {   // patchcl-qp says what is wrong with an image, and goes on with the others
                 LoggerFactory.getLogger('run_patchcl').warn("${other.getImageName()}: its stains cannot be read: " +
                         e.getMessage())
