@@ -400,9 +400,7 @@ class Review {
     /** The ROIs that were suggested for an image and are not imported. A person deleted those that were. */
     private List<CorrectionRoi> suggestedRois(ProjectImageEntry<?> entry) {
         Path file = folder.resolve('fields').resolve(entry.getID() + '.json')
-        Path receipt = folder.resolve('imported').resolve(entry.getID() + '.json')
-        if (!Files.exists(file) || Files.exists(receipt) &&
-                Files.getLastModifiedTime(receipt) >= Files.getLastModifiedTime(file))
+        if (!Files.exists(file) || isImportedSince(file, entry) && !isUnsaved(entry))
             return []
         return readJson(file)?.getAsJsonArray('fields')?.collect {
             JsonObject roi = it.getAsJsonObject()
@@ -952,12 +950,36 @@ class Review {
         return content
     }
 
-    /** Whether an image has results that are not imported. */
+    /** Whether an image has results that are not imported, or were imported and not saved. */
     boolean isWaiting(ProjectImageEntry<?> entry) {
-        Path result = folder.resolve('results').resolve(entry.getID()).resolve('result.json')
-        Path receipt = folder.resolve('imported').resolve(entry.getID() + '.json')
-        return Files.exists(result) && (!Files.exists(receipt) ||
-                Files.getLastModifiedTime(result) > Files.getLastModifiedTime(receipt))
+        return Files.exists(resultOf(entry)) && (!isImported(entry) || isUnsaved(entry))
+    }
+
+    /** Whether the results of an image were imported, saved or not. */
+    boolean isImported(ProjectImageEntry<?> entry) {
+        return isImportedSince(resultOf(entry), entry)
+    }
+
+    private Path resultOf(ProjectImageEntry<?> entry) {
+        return folder.resolve('results').resolve(entry.getID()).resolve('result.json')
+    }
+
+    private Path receiptOf(ProjectImageEntry<?> entry) {
+        return folder.resolve('imported').resolve(entry.getID() + '.json')
+    }
+
+    private boolean isImportedSince(Path file, ProjectImageEntry<?> entry) {
+        Path receipt = receiptOf(entry)
+        return Files.exists(receipt) && Files.getLastModifiedTime(receipt) >= Files.getLastModifiedTime(file)
+    }
+
+    /** Whether the last import was left to a person to save, and is not saved: the image is open, or was closed. */
+    private boolean isUnsaved(ProjectImageEntry<?> entry) {
+        JsonObject receipt = readJson(receiptOf(entry))
+        if (!receipt?.has('saved') || receipt.get('saved').getAsBoolean())
+            return false
+        Path data = dataOf(entry)
+        return !Files.exists(data) || Files.getLastModifiedTime(data) < Files.getLastModifiedTime(receiptOf(entry))
     }
 
     // ------------------------------------------------ what the refined model changed
@@ -1520,7 +1542,7 @@ class ReviewWindow {
             }
             importWhereOpen(entry)
         }
-        if (review.isWaiting(entry))   // a person was asked about nuclei that would be lost
+        if (!review.isImported(entry))   // a person was asked about nuclei that would be lost
             throw new IllegalStateException("Nothing was changed in ${entry.getImageName()}: the script " +
                     'import nuclei imports its nuclei.')
     }
@@ -1548,7 +1570,7 @@ class ReviewWindow {
 
     private void importAndSave(ProjectImageEntry<?> entry, ImageData<?> imageData, Map<String, Object> variables) {
         scripts.run('import_nuclei.groovy', review.project, imageData, variables)
-        if (!review.isWaiting(entry))
+        if (review.isImported(entry))
             review.saveWithProject(imageData)
     }
 
