@@ -75,6 +75,13 @@ static Map<String, Integer> exportRegions(ImageData<?> imageData, List<PathObjec
     return all.countBy { it.isTMACore() ? 'TMA cores' : it.getPathClass()?.toString() ?: 'no class' }
 }
 
+/** The selected annotations in a file that was exported: nobody knows them of an image that is not open. */
+static List<PathObject> selectedIn(Path file) {
+    return !Files.exists(file) ? [] : PathIO.readObjects(file).findAll {
+        it.getPathClass()?.toString() == '(selected)'
+    }
+}
+
 /**
  * The lines of the marks of each import, the last one first, from that whose objects are there, as in
  * import_nuclei.groovy: QuPath's 'Undo' of imports restores the objects, but not the property.

@@ -261,33 +261,42 @@ void exportDrawings(Task task) {
     if (task.oneImage)
         runBeside('export_regions.groovy')
     else
-        exportStains(task)
+        exportImages(task)
     if (task.subcommand != 'run')
         runBeside('export_labels.groovy')
 }
 
 /**
- * Exports the stains and the pixel size of the open image as they are now; for a run, also the stains of the others as
- * they were saved.
+ * Exports the stains and the pixel size of the open image as they are now, and for a run its annotations, which may be
+ * asked for among the options; for a run, also those of the other images as they were saved.
  */
-void exportStains(Task task) {
+void exportImages(Task task) {
     String name = 'export_regions.groovy'
     def exporting = new GroovyClassLoader(getClass().getClassLoader()).parseClass(Files.readString(beside(name)), name)
     for (other in task.project.getImageList()) {
-        Path file = task.folder.resolve('stains').resolve(other.getID() + '.json')
-        if (other.getID() == task.entry.getID())
-            exporting.exportStains(task.imageData, file, exporting.pixelSizeOf(task.imageData))
-        else if (task.subcommand == 'run' && isNewer(other.getEntryPath().resolve('data.qpdata'), file))
-            try {
-                def saved = other.readImageData()
-                saved.getServer().close()   // what was read of it stays
-                if (exporting.isUnread(saved, other))
-                    throw new IOException("${other.getEntryPath().resolve('data.qpdata')} is damaged.")
-                exporting.exportStains(saved, file)
-            } catch (Exception e) {   // patchcl-qp says what is wrong with an image, and goes on with the others
-                LoggerFactory.getLogger('run_patchcl').warn("${other.getImageName()}: its stains cannot be read: " +
-                        e.getMessage())
-            }
+        Path regions = task.folder.resolve('regions').resolve(other.getID() + '.geojson')
+        Path stains = task.folder.resolve('stains').resolve(other.getID() + '.json')
+        Path data = other.getEntryPath().resolve('data.qpdata')
+        if (other.getID() == task.entry.getID() && !exporting.isUnread(task.imageData, other)) {
+            if (task.subcommand == 'run')
+                runBeside(name)
+            else
+                exporting.exportStains(task.imageData, stains, exporting.pixelSizeOf(task.imageData))
+            continue
+        }
+        if (task.subcommand != 'run' || !(isNewer(data, stains) || isNewer(data, regions)))
+            continue
+        try {
+            def saved = other.readImageData()
+            saved.getServer().close()   // what was read of it stays
+            if (exporting.isUnread(saved, other))
+                throw new IOException("${data} is damaged.")
+            exporting.exportRegions(saved, exporting.selectedIn(regions), regions)
+            exporting.exportStains(saved, stains)
+        } catch (Exception e) {   // patchcl-qp says what is wrong with an image, and goes on with the others
+            LoggerFactory.getLogger('run_patchcl').warn("${other.getImageName()}: its annotations and stains cannot " +
+                    "be read: ${e.getMessage()}")
+        }
     }
 }
 

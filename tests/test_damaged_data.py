@@ -125,6 +125,6 @@ def test_stains_that_cannot_be_read_are_not_taken_for_none(path: Path, tmp_path:
     with pytest.raises(AssertionError) as failed:  # as the command failed
         qupath.run_script(path, script, "-i", WHOLE)
     for name in DAMAGED:
-        assert f"{name}: its stains cannot be read: " in str(failed.value)
+        assert f"{name}: its annotations and stains cannot be read: " in str(failed.value)
     stains = path.parent / "patchcl" / "stains"
     assert [file.name for file in stains.iterdir()] == [f"{len(DAMAGED) + 1}.json"]
