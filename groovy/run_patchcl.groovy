@@ -433,15 +433,15 @@ static String importedInWords(Task task) {
 
 /** Which ROIs were suggested, and how to correct them. Files call ROIs 'fields', as version 0.1 did. */
 static String correctionSteps(Task task, boolean shown) {
-    Map<String, Integer> rois = task.project.getImageList().collectEntries {
+    List<Map> images = task.project.getImageList().collect {   // a list: several may have one name
         Path file = task.folder.resolve('fields').resolve(it.getID() + '.json')
         int count = !Files.exists(file) ? 0 :
                 JsonParser.parseString(Files.readString(file)).getAsJsonObject().getAsJsonArray('fields').size()
-        [it.getImageName(), count]
-    }.findAll { name, count -> count > 0 }
-    boolean elsewhere = !shown || !(rois.keySet() - task.entry.getImageName()).isEmpty()
+        [id: it.getID(), name: it.getImageName(), rois: count]
+    }.findAll { it.rois > 0 }
+    boolean elsewhere = !shown || images.any { it.id != task.entry.getID() }
     return "Suggested ROIs, of class 'PatchCL: correct here':\n\n" +
-            rois.collect { name, count -> "${name}: ${count}" }.join('\n') +
+            images.collect { "${it.name}: ${it.rois}" }.join('\n') +
             (elsewhere ? '\n\nIn other images, the script import nuclei shows them.' : '') +
             '\n\n1. In each ROI, correct every nucleus, also on its border.' +
             "\n2. Set the class of a finished ROI to 'PatchCL: corrected', and save the image." +

@@ -514,3 +514,26 @@ def test_a_run_of_all_images_has_their_annotations(project: Path, session: qupat
     ]
     assert exported[0] == [("Tumor", "not saved"), ("Tumor", "saved")]
     assert exported[1] == [("(selected)", "earlier"), ("Tumor", "saved")]
+
+
+@pytest.mark.qupath
+def test_suggested_rois_of_images_of_one_name_are_listed(
+    project: Path, session: qupath.Session
+) -> None:
+    for number, count in [("1", 2), ("2", 3)]:
+        file = project.parent / "patchcl" / "fields" / f"{number}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"fields": [{}] * count}), "utf-8")
+    steps = in_qupath(
+        session,
+        project,
+        """
+        project.getImageList()*.setImageName('equal')
+        def task = loader.loadClass('Task').getDeclaredConstructor().newInstance()
+        task.project = project
+        task.entry = project.getImageList()[1]
+        task.folder = java.nio.file.Paths.get('PROJECT').resolveSibling('patchcl')
+        def found = functions.correctionSteps(task, true)
+        """,
+    )
+    assert "equal: 2\nequal: 3\n\nIn other images, the script import nuclei shows them." in steps
