@@ -47,6 +47,7 @@ import java.nio.file.Path
 import java.nio.file.Paths
 import java.nio.file.StandardCopyOption
 import java.security.MessageDigest
+import java.text.Normalizer
 import java.time.LocalDateTime
 import java.time.OffsetDateTime
 import java.time.format.DateTimeFormatter
@@ -1766,12 +1767,18 @@ static List<PathObject> countedAnnotations(ImageData<?> imageData, Marks marks, 
 static List<PathObject> drawnOf(JsonElement names, ImageData<?> imageData) {
     Set<String> classes = new HashSet<>()
     for (JsonElement name : names == null ? new JsonArray() : names.getAsJsonArray())
-        classes.add(String.valueOf(PathClass.fromString(name.getAsString())))
+        classes.add(composed(PathClass.fromString(name.getAsString())))
     if (classes.isEmpty())
         return []
     return imageData.getHierarchy().getAnnotationObjects().toList().findAll { PathObject annotation ->
-        classes.contains(String.valueOf(annotation.getPathClass())) && annotation.getROI()?.isArea()
+        classes.contains(composed(annotation.getPathClass())) && annotation.getROI()?.isArea()
     }
+}
+
+/** The name of a class, however a person wrote it: macOS has letters with accents in two parts. */
+@CompileStatic
+static String composed(PathClass name) {
+    return Normalizer.normalize(String.valueOf(name), Normalizer.Form.NFC)
 }
 
 /** The cores of the TMA grid that are not missing, where the last run was within these; else none. */

@@ -21,6 +21,7 @@ import java.nio.file.Files
 import java.nio.file.Path
 import java.nio.file.Paths
 import java.nio.file.StandardCopyOption
+import java.text.Normalizer
 import java.time.Instant
 import java.util.concurrent.FutureTask
 import java.util.concurrent.TimeUnit
@@ -42,6 +43,7 @@ import qupath.lib.gui.dialogs.Dialogs
 import qupath.lib.images.ImageData
 import qupath.lib.io.GsonTools
 import qupath.lib.objects.PathObject
+import qupath.lib.objects.classes.PathClass
 import qupath.lib.projects.Project
 import qupath.lib.projects.ProjectImageEntry
 import qupath.lib.roi.interfaces.ROI
@@ -163,9 +165,16 @@ static List<PathObject> regionsOf(Task task) {
         return null
     Collection<PathObject> all = task.within.isEmpty() ? QP.getSelectedObjects() :
             task.imageData.getHierarchy().getAnnotationObjects().findAll {
-                it.getPathClass()?.toString() in task.within
+                it.getPathClass() != null && composed(it.getPathClass()) in task.within.collect { name ->
+                    composed(PathClass.fromString(name))
+                }
             }
     return all.findAll { it.isAnnotation() && it.getROI()?.isArea() }.toList()
+}
+
+/** The name of a class, however a person wrote it: macOS has letters with accents in two parts. */
+static String composed(PathClass name) {
+    return Normalizer.normalize(name.toString(), Normalizer.Form.NFC)
 }
 
 /** What a run replaces of the nuclei in the image, for a person to agree to; null if there is nothing to replace. */

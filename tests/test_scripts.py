@@ -537,3 +537,26 @@ def test_suggested_rois_of_images_of_one_name_are_listed(
         """,
     )
     assert "equal: 2\nequal: 3\n\nIn other images, the script import nuclei shows them." in steps
+
+
+@pytest.mark.qupath
+def test_classes_are_found_however_they_are_written(project: Path, session: qupath.Session) -> None:
+    """A name from macOS has letters of two parts, one from a command whole ones."""
+    found = in_qupath(
+        session,
+        project,
+        """
+        def parts = java.text.Normalizer.normalize('Größe', java.text.Normalizer.Form.NFD)
+        draw('mine', parts, 20, 20, 200, 200)
+        draw('other', 'Tumor', 20, 20, 200, 200)
+        def task = loader.loadClass('Task').getDeclaredConstructor().newInstance()
+        task.what = 'annotations'
+        task.within = ['Größe']
+        task.imageData = image
+        def importing = loader.parseClass(new File('FOLDER', 'import_nuclei.groovy'))
+        def names = com.google.gson.JsonParser.parseString('["Größe"]').getAsJsonArray()
+        def both = [functions.regionsOf(task), importing.drawnOf(names, image)]
+        def found = both*.collect { it.getName() }
+        """,
+    )
+    assert found == [["mine"], ["mine"]]
