@@ -48,8 +48,10 @@ if (imageData == null || entry == null) {
     logger.warn('Open an image of a project first.')
     return
 }
-int batchIndex = (getBinding().getVariables()[ScriptAttributes.BATCH_INDEX] ?: 0) as int
-for (other in batchIndex > 0 ? [entry] : QP.getProject().getImageList())   // the first of a batch does all
+Map variables = getBinding().getVariables()
+// The first of a batch does all; so does one for which run_patchcl.groovy asks, as that cannot be opened.
+boolean isForAll = ((variables[ScriptAttributes.BATCH_INDEX] ?: 0) as int) == 0 || variables['patchcl_all_images']
+for (other in isForAll ? QP.getProject().getImageList() : [entry])
     try {
         Path file = Paths.get(QP.buildPathInProject(folderName, 'labels', other.getID() + '.geojson'))
         Map<String, Integer> counts = exportImage(other, other.getID() == entry.getID() ? imageData : null, roiClass,

@@ -271,8 +271,10 @@ void exportDrawings(Task task) {
         runBeside('export_regions.groovy')
     else
         exportImages(task)
-    if (task.subcommand != 'run')
+    if (task.subcommand != 'run') {
+        getBinding().setVariable('patchcl_all_images', true)
         runBeside('export_labels.groovy')
+    }
 }
 
 /**

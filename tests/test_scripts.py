@@ -560,3 +560,25 @@ def test_classes_are_found_however_they_are_written(project: Path, session: qupa
         """,
     )
     assert found == [["mine"], ["mine"]]
+
+
+@pytest.mark.qupath
+def test_rois_of_all_images_are_exported_where_the_first_cannot_be_opened(
+    project: Path, session: qupath.Session
+) -> None:
+    """Then the script runs for the second one of the batch first."""
+    session.run(project, ROI)
+    command = project.parent / "failing"
+    write_failing(command)
+    script = project.parent / "scripts" / "run_patchcl.groovy"
+    settings(script, command=f"'{command}'", what="'refine'")
+    in_qupath(
+        session,
+        project,
+        """
+        image = project.getImageList()[1].readImageData()
+        def found = run(1, 2)
+        """,
+    )
+    labels = project.parent / "patchcl" / "labels"
+    assert sorted(path.name for path in labels.iterdir()) == ["1.geojson", "2.geojson"]
