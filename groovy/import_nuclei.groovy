@@ -1781,6 +1781,31 @@ static String composed(PathClass name) {
     return Normalizer.normalize(String.valueOf(name), Normalizer.Form.NFC)
 }
 
+/** The annotations that were selected for a run within these: those in the place of its regions, of any class. */
+@CompileStatic
+static List<PathObject> selectedFor(JsonObject result, ImageData<?> imageData) {
+    boolean withinSelected = result?.has('within') && result.has('regions') &&
+            result.getAsJsonArray('within').any { JsonElement name -> name.getAsString() == '(selected)' }
+    if (!withinSelected)
+        return []
+    List<ROI> regions = result.getAsJsonArray('regions').collect { JsonElement region ->
+        (ROI) GsonTools.getInstance().fromJson(region.getAsJsonObject().get('geometry'), ROI)
+    }
+    return imageData.getHierarchy().getAnnotationObjects().toList().findAll { PathObject annotation ->
+        ROI roi = annotation.getROI()
+        roi?.isArea() && regions.any { ROI region ->
+            isInPlace(roi, region.getCentroidX(), region.getCentroidY(), region.getArea())
+        }
+    }
+}
+
+/** Whether a contour has a centroid and an area, but for what becomes of it in files: ellipses become polygons. */
+@CompileStatic
+static boolean isInPlace(ROI roi, double x, double y, double area) {
+    return Math.abs(x - roi.getCentroidX()) < 1 && Math.abs(y - roi.getCentroidY()) < 1 &&
+            Math.abs(area / roi.getArea() - 1) < 0.01d
+}
+
 /** The cores of the TMA grid that are not missing, where the last run was within these; else none. */
 @CompileStatic
 static List<PathObject> countedCores(ImageData<?> imageData, JsonObject result) {
@@ -1810,7 +1835,8 @@ static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObj
         tallies[counted] = new Tally()
     boolean withForeign = result != null && overlapping(result) == 'keep'
     // Regions of the run, however small, are no nuclei.
-    Set<PathObject> asked = (annotations + drawnOf(result?.get('within'), imageData)).toSet()
+    Set<PathObject> asked = (annotations + drawnOf(result?.get('within'), imageData) +
+            selectedFor(result, imageData)).toSet()
     PresentNuclei present = nucleiPresent(imageData, marks, asked, withForeign)
     boolean whole = new Areas(regions).isWhole(imageData.getServer().getWidth(), imageData.getServer().getHeight())
     if (whole)
@@ -1872,9 +1898,8 @@ static void refreshTissueOfCounted(List<PathObject> counted, JsonObject result) 
         JsonObject summary = summaries[region.getID().toString()]
         ROI roi = region.getROI()
         boolean same = summary?.has('tissue_mm2') && summary.has('area_px') &&
-                Math.abs(summary.get('x').getAsDouble() - roi.getCentroidX()) < 1 &&
-                Math.abs(summary.get('y').getAsDouble() - roi.getCentroidY()) < 1 &&
-                Math.abs(summary.get('area_px').getAsDouble() / roi.getArea() - 1) < 0.01d   // ellipses become polygons
+                isInPlace(roi, summary.get('x').getAsDouble(), summary.get('y').getAsDouble(),
+                        summary.get('area_px').getAsDouble())
         setOrForget(region, 'PatchCL: Tissue mm^2', same ? summary.get('tissue_mm2').getAsDouble() : Double.NaN)
     }
 }
