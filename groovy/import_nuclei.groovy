@@ -1252,6 +1252,11 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
     existing.outside.each { PathObject nucleus, Additions additions ->
         after.put(nucleus.getID(), withLock(marks.nuclei.get(nucleus.getID()), additions?.hasLock))
     }
+    added.reshapable.each { PathObject detection, PathObject annotation ->
+        String mark = after.get(detection.getID())
+        if (mark != null)
+            after.put(detection.getID(), markOfAnnotation(mark, detection, annotation, plan.given))
+    }
     PathObject[] nuclei = added.nuclei.toArray(new PathObject[0])
     String[] digests = new String[nuclei.length]   // as a run made them, without what they take over
     IntStream.range(0, nuclei.length).parallel().forEach { int k -> digests[k] = digestAndCentroid(nuclei[k]) }
@@ -1274,6 +1279,18 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
     for (PathObject region : added.regions)
         after[region.getID()] = digestAndCentroid(region) + ' region'
     return after
+}
+
+/**
+ * The mark of a nucleus that was a detection and becomes an annotation: it tells both apart, so that the annotation
+ * would count as changed by a person. That of a nucleus that a person changed stays.
+ */
+@CompileStatic
+static String markOfAnnotation(String mark, PathObject detection, PathObject annotation, Given given) {
+    String className = ([String.valueOf(detection.getPathClass())] + given.classes).find { String name ->
+        hasItsContour(detection, mark, name)
+    }
+    return className == null ? mark : pristineDigest(annotation, className) + mark.substring(mark.indexOf(' '))
 }
 
 /** The mark of a nucleus, with a note of whether it has the lock of a command: it may soon be one of few. */

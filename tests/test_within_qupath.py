@@ -57,3 +57,27 @@ def test_a_selected_annotation_is_no_nucleus(path: Path, session: qupath.Session
     )
     (region,) = [each for each in objects if each["name"] == "PatchCL"]
     assert region["measurements"]["PatchCL: Nuclei"] == 1
+
+
+def test_nuclei_of_an_unchanged_roi_outside_of_a_run_are_replaced_later(
+    path: Path, session: qupath.Session
+) -> None:
+    """In the ROI they became annotations; nobody changed these."""
+    found = qupath.nuclei(10, 10, "a")
+    imported(path, session, found, "one")
+    roi = {"id": "00000000-0000-0000-0000-000000000001", "name": "ROI 1 of 1", "description": ""}
+    roi |= {"x": 220, "y": 220, "width": 120, "height": 120}
+    rois = path.parent / "patchcl" / "fields" / "1.json"
+    rois.parent.mkdir()
+    rois.write_text(json.dumps({"made": "", "fields": [roi]}), "utf-8")
+    inside = shapely.box(0, 0, 100, 500)
+    here = shapely.intersects(found.polygons, inside)
+    objects = imported(path, session, found[here], "two", inside)
+    nuclei = [each for each in objects if "index" in each["measurements"]]
+    assert sum(each["is_annotation"] for each in nuclei) == 9
+    rois.unlink()
+    objects = imported(path, session, qupath.nuclei(10, 10, "a", run=2), "three")
+    nuclei = [each for each in objects if "index" in each["measurements"]]
+    assert len(nuclei) == len(found)
+    assert not any(each["is_annotation"] for each in nuclei)
+    assert not any(each["name"] == "ROI 1 of 1" for each in objects)
