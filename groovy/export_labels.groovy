@@ -48,8 +48,10 @@ if (imageData == null || entry == null) {
     logger.warn('Open an image of a project first.')
     return
 }
-int batchIndex = (getBinding().getVariables()[ScriptAttributes.BATCH_INDEX] ?: 0) as int
-for (other in batchIndex > 0 ? [entry] : QP.getProject().getImageList())   // the first of a batch does all
+Map variables = getBinding().getVariables()
+// The first of a batch does all; so does one for which run_patchcl.groovy asks, as that cannot be opened.
+boolean isForAll = ((variables[ScriptAttributes.BATCH_INDEX] ?: 0) as int) == 0 || variables['patchcl_all_images']
+for (other in isForAll ? QP.getProject().getImageList() : [entry])
     try {
         Path file = Paths.get(QP.buildPathInProject(folderName, 'labels', other.getID() + '.geojson'))
         Map<String, Integer> counts = exportImage(other, other.getID() == entry.getID() ? imageData : null, roiClass,
@@ -62,13 +64,20 @@ for (other in batchIndex > 0 ? [entry] : QP.getProject().getImageList())   // th
 
 /** Exports an image of the project: as it is 'open', or as it was saved. */
 static Map<String, Integer> exportImage(ProjectImageEntry<?> entry, ImageData<?> open, String roiClass, Path file) {
+    Path data = entry.getEntryPath().resolve('data.qpdata')
+    IOException unread = new IOException("${data} is damaged, or was written after the image was opened. Open the " +
+            'image again. If its objects are not there, restore the file, or move it away.')
+    if (open == null ? Files.exists(data) && !isWhole(data) : isUnread(open, entry))
+        throw unread
     if (open != null)
         return exportLabels(open.getHierarchy(), imported(open), roiClass, file)
-    PathObjectHierarchy hierarchy = entry.readHierarchy()
+    PathObjectHierarchy hierarchy = entry.readHierarchy()   // which never ends in a file that was cut off
     if (!hierarchy.getAnnotationObjects().any { isOfClass(it, roiClass) })
         return exportLabels(hierarchy, imported(null), roiClass, file)
     ImageData<?> saved = entry.readImageData()   // which takes longer, and needs the slide
     try {
+        if (isUnread(saved, entry))
+            throw unread
         return exportLabels(hierarchy, imported(saved), roiClass, file)
     } finally {
         saved.getServer().close()
@@ -139,6 +148,33 @@ static List<String> marksOfImports(ImageData<?> imageData) {
     Set<String> all = found.flatten().toSet() as Set<String>
     int now = found.findIndexOf { Set<String> ids -> ids.containsAll(all) }
     return imports.drop(Math.max(0, now))   // where there is none, a person brought some back
+}
+
+/**
+ * Whether QuPath shows an image without what its file of objects holds, as in import_nuclei.groovy: a file that it
+ * cannot read it takes for none, and of one that was cut off it may read a part.
+ */
+static boolean isUnread(ImageData<?> imageData, ProjectImageEntry<?> entry) {
+    // QuPath itself reads the second one where saving the first one was cut off.
+    List<Path> files = ['data.qpdata', 'data.qpdata.bkp'].collect { String name -> entry.getEntryPath().resolve(name) }
+            .findAll { Path file -> Files.exists(file) }
+    if (files.isEmpty())
+        return false
+    String path = imageData.getLastSavedPath()   // that of the file that was read
+    return path == null || !isWhole(files.find { Path file -> file.toString() == path } ?: files.first())
+}
+
+/** Whether a file of QuPath's objects is whole, by both its ends: those of Java's objects, the last one 'EOF'. */
+static boolean isWhole(Path file) {
+    byte[] ends = new byte[10]
+    new RandomAccessFile(file.toFile(), 'r').withCloseable { RandomAccessFile data ->
+        if (data.length() < ends.length)
+            return
+        data.readFully(ends, 0, 4)
+        data.seek(data.length() - 6)
+        data.readFully(ends, 4, 6)
+    }
+    return HexFormat.of().formatHex(ends) == 'aced0005' + '740003454f46'
 }
 
 /** Whether an annotation is of a class, however a person wrote its name. */

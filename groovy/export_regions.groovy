@@ -26,6 +26,7 @@ import qupath.lib.io.PathIO
 import qupath.lib.objects.PathObject
 import qupath.lib.objects.PathObjects
 import qupath.lib.objects.classes.PathClass
+import qupath.lib.projects.ProjectImageEntry
 import qupath.lib.scripting.QP
 
 // ---------------------------------------------------------------- settings
@@ -40,6 +41,10 @@ if (imageData == null || entry == null) {
     logger.warn('Open an image of a project first, or choose Run > Run for project.')
     return
 }
+if (isUnread(imageData, entry))
+    throw new IOException("${entry.getImageName()}: its annotations were not exported: " +
+            "${entry.getEntryPath().resolve('data.qpdata')} is damaged, or was written after the image was opened. " +
+            'Open the image again. If its objects are not there, restore the file, or move it away.')
 
 List<PathObject> selected = QP.getSelectedObjects().findAll { it.isAnnotation() && it.getROI()?.isArea() }.collect {
     PathObjects.createAnnotationObject(it.getROI(), PathClass.fromString(selectedClass))
@@ -70,6 +75,13 @@ static Map<String, Integer> exportRegions(ImageData<?> imageData, List<PathObjec
     return all.countBy { it.isTMACore() ? 'TMA cores' : it.getPathClass()?.toString() ?: 'no class' }
 }
 
+/** The selected annotations in a file that was exported: nobody knows them of an image that is not open. */
+static List<PathObject> selectedIn(Path file) {
+    return !Files.exists(file) ? [] : PathIO.readObjects(file).findAll {
+        it.getPathClass()?.toString() == '(selected)'
+    }
+}
+
 /**
  * The lines of the marks of each import, the last one first, from that whose objects are there, as in
  * import_nuclei.groovy: QuPath's 'Undo' of imports restores the objects, but not the property.
@@ -88,6 +100,33 @@ static List<String> marksOfImports(ImageData<?> imageData) {
     Set<String> all = found.flatten().toSet() as Set<String>
     int now = found.findIndexOf { Set<String> ids -> ids.containsAll(all) }
     return imports.drop(Math.max(0, now))   // where there is none, a person brought some back
+}
+
+/**
+ * Whether QuPath shows an image without what its file of objects holds, as in import_nuclei.groovy: a file that it
+ * cannot read it takes for none, and of one that was cut off it may read a part.
+ */
+static boolean isUnread(ImageData<?> imageData, ProjectImageEntry<?> entry) {
+    // QuPath itself reads the second one where saving the first one was cut off.
+    List<Path> files = ['data.qpdata', 'data.qpdata.bkp'].collect { String name -> entry.getEntryPath().resolve(name) }
+            .findAll { Path file -> Files.exists(file) }
+    if (files.isEmpty())
+        return false
+    String path = imageData.getLastSavedPath()   // that of the file that was read
+    return path == null || !isWhole(files.find { Path file -> file.toString() == path } ?: files.first())
+}
+
+/** Whether a file of QuPath's objects is whole, by both its ends: those of Java's objects, the last one 'EOF'. */
+static boolean isWhole(Path file) {
+    byte[] ends = new byte[10]
+    new RandomAccessFile(file.toFile(), 'r').withCloseable { RandomAccessFile data ->
+        if (data.length() < ends.length)
+            return
+        data.readFully(ends, 0, 4)
+        data.seek(data.length() - 6)
+        data.readFully(ends, 4, 6)
+    }
+    return HexFormat.of().formatHex(ends) == 'aced0005' + '740003454f46'
 }
 
 /** The sides of a pixel in µm, as QuPath shows them, saved or not; null if it has none. */

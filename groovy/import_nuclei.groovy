@@ -47,9 +47,11 @@ import java.nio.file.Path
 import java.nio.file.Paths
 import java.nio.file.StandardCopyOption
 import java.security.MessageDigest
+import java.text.Normalizer
 import java.time.LocalDateTime
 import java.time.OffsetDateTime
 import java.time.format.DateTimeFormatter
+import java.util.concurrent.TimeUnit
 import java.util.stream.IntStream
 import javafx.application.Platform
 import org.locationtech.jts.algorithm.locate.IndexedPointInAreaLocator
@@ -102,6 +104,9 @@ if (imageData == null || entry == null) {
 }
 String name = entry.getImageName()
 Path folder = Paths.get(QP.buildPathInProject(folderName))
+Path backups = folder.resolve('backups').resolve(entry.getID())
+if (isUnread(imageData, entry))
+    throw new IOException("${name}: ${keepUnread(entry, backups)}")
 Path resultFile = folder.resolve('results').resolve(entry.getID()).resolve('result.json')
 if (!Files.exists(resultFile)) {
     logger.warn("No nuclei for ${name}: run 'patchcl-qp run' on this project first (looked for ${resultFile}).")
@@ -116,7 +121,6 @@ boolean inWindow = QuPathGUI.getInstance() != null
 String otherImage = findOtherImage(imageData, results.result)
 if (otherImage != null)
     throw new IOException("${name}: ${otherImage}")
-Path backups = folder.resolve('backups').resolve(entry.getID())
 def planned = { boolean keep ->
     planReplacement(imageData, entry, results.nuclei, results.result, results.suggested, maxOverlap, backups, keep)
 }
@@ -522,6 +526,58 @@ static ImageResults readResults(String image, Path resultFile, Path roisFile) {
                 "'patchcl-qp run' again.")
     }
     return results
+}
+
+/**
+ * Whether QuPath shows an image without what its file of objects holds: a file that
+ * it cannot read it takes for none, and of one that was cut off it may read a part.
+ */
+@CompileStatic
+static boolean isUnread(ImageData<?> imageData, ProjectImageEntry<?> entry) {
+    // QuPath itself reads the second one where saving the first one was cut off.
+    List<Path> files = ['data.qpdata', 'data.qpdata.bkp'].collect { String name -> entry.getEntryPath().resolve(name) }
+            .findAll { Path file -> Files.exists(file) }
+    if (files.isEmpty())
+        return false
+    String path = imageData.getLastSavedPath()   // that of the file that was read
+    return path == null || !isWhole(files.find { Path file -> file.toString() == path } ?: files.first())
+}
+
+/** Whether a file of QuPath's objects is whole, by both its ends: those of Java's objects, the last one 'EOF'. */
+@CompileStatic
+static boolean isWhole(Path file) {
+    byte[] ends = new byte[10]
+    new RandomAccessFile(file.toFile(), 'r').withCloseable { RandomAccessFile data ->
+        if (data.length() < ends.length)
+            return
+        data.readFully(ends, 0, 4)
+        data.seek(data.length() - 6)
+        data.readFully(ends, 4, 6)
+    }
+    return HexFormat.of().formatHex(ends) == 'aced0005' + '740003454f46'
+}
+
+/**
+ * Copies the files of an image that QuPath shows without what they hold, and says what to do. Where nothing is done to
+ * the image, 'Run for project' saves it all the same, in their place.
+ */
+@CompileStatic
+static String keepUnread(ProjectImageEntry<?> entry, Path backups) {
+    Files.createDirectories(backups)
+    for (String name : ['data.qpdata', 'data.qpdata.bkp']) {
+        Path file = entry.getEntryPath().resolve(name)
+        if (!Files.exists(file))
+            continue
+        Path copy = backups.resolve("${name}.${Files.getLastModifiedTime(file).to(TimeUnit.NANOSECONDS)}.damaged")
+        if (Files.exists(copy))
+            continue
+        Path temporary = copy.resolveSibling("${copy.getFileName()}.${UUID.randomUUID()}.partial")
+        Files.copy(file, temporary, StandardCopyOption.COPY_ATTRIBUTES)
+        Files.move(temporary, copy)
+    }
+    return "${entry.getEntryPath().resolve('data.qpdata')} is damaged, or was written after the image was opened: " +
+            'QuPath shows the image without what is in it, and nothing was changed. Open the image again. If its ' +
+            "objects are not there, restore the file, or move it away. A copy is in ${backups}"
 }
 
 /**
@@ -1196,6 +1252,11 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
     existing.outside.each { PathObject nucleus, Additions additions ->
         after.put(nucleus.getID(), withLock(marks.nuclei.get(nucleus.getID()), additions?.hasLock))
     }
+    added.reshapable.each { PathObject detection, PathObject annotation ->
+        String mark = after.get(detection.getID())
+        if (mark != null)
+            after.put(detection.getID(), markOfAnnotation(mark, detection, annotation, plan.given))
+    }
     PathObject[] nuclei = added.nuclei.toArray(new PathObject[0])
     String[] digests = new String[nuclei.length]   // as a run made them, without what they take over
     IntStream.range(0, nuclei.length).parallel().forEach { int k -> digests[k] = digestAndCentroid(nuclei[k]) }
@@ -1218,6 +1279,18 @@ static Map<UUID, String> marksAfter(Replacement plan, Marks marks, Marks decided
     for (PathObject region : added.regions)
         after[region.getID()] = digestAndCentroid(region) + ' region'
     return after
+}
+
+/**
+ * The mark of a nucleus that was a detection and becomes an annotation: it tells both apart, so that the annotation
+ * would count as changed by a person. That of a nucleus that a person changed stays.
+ */
+@CompileStatic
+static String markOfAnnotation(String mark, PathObject detection, PathObject annotation, Given given) {
+    String className = ([String.valueOf(detection.getPathClass())] + given.classes).find { String name ->
+        hasItsContour(detection, mark, name)
+    }
+    return className == null ? mark : pristineDigest(annotation, className) + mark.substring(mark.indexOf(' '))
 }
 
 /** The mark of a nucleus, with a note of whether it has the lock of a command: it may soon be one of few. */
@@ -1711,12 +1784,43 @@ static List<PathObject> countedAnnotations(ImageData<?> imageData, Marks marks, 
 static List<PathObject> drawnOf(JsonElement names, ImageData<?> imageData) {
     Set<String> classes = new HashSet<>()
     for (JsonElement name : names == null ? new JsonArray() : names.getAsJsonArray())
-        classes.add(String.valueOf(PathClass.fromString(name.getAsString())))
+        classes.add(composed(PathClass.fromString(name.getAsString())))
     if (classes.isEmpty())
         return []
     return imageData.getHierarchy().getAnnotationObjects().toList().findAll { PathObject annotation ->
-        classes.contains(String.valueOf(annotation.getPathClass())) && annotation.getROI()?.isArea()
+        classes.contains(composed(annotation.getPathClass())) && annotation.getROI()?.isArea()
     }
+}
+
+/** The name of a class, however a person wrote it: macOS has letters with accents in two parts. */
+@CompileStatic
+static String composed(PathClass name) {
+    return Normalizer.normalize(String.valueOf(name), Normalizer.Form.NFC)
+}
+
+/** The annotations that were selected for a run within these: those in the place of its regions, of any class. */
+@CompileStatic
+static List<PathObject> selectedFor(JsonObject result, ImageData<?> imageData) {
+    boolean withinSelected = result?.has('within') && result.has('regions') &&
+            result.getAsJsonArray('within').any { JsonElement name -> name.getAsString() == '(selected)' }
+    if (!withinSelected)
+        return []
+    List<ROI> regions = result.getAsJsonArray('regions').collect { JsonElement region ->
+        (ROI) GsonTools.getInstance().fromJson(region.getAsJsonObject().get('geometry'), ROI)
+    }
+    return imageData.getHierarchy().getAnnotationObjects().toList().findAll { PathObject annotation ->
+        ROI roi = annotation.getROI()
+        roi?.isArea() && regions.any { ROI region ->
+            isInPlace(roi, region.getCentroidX(), region.getCentroidY(), region.getArea())
+        }
+    }
+}
+
+/** Whether a contour has a centroid and an area, but for what becomes of it in files: ellipses become polygons. */
+@CompileStatic
+static boolean isInPlace(ROI roi, double x, double y, double area) {
+    return Math.abs(x - roi.getCentroidX()) < 1 && Math.abs(y - roi.getCentroidY()) < 1 &&
+            Math.abs(area / roi.getArea() - 1) < 0.01d
 }
 
 /** The cores of the TMA grid that are not missing, where the last run was within these; else none. */
@@ -1748,7 +1852,8 @@ static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObj
         tallies[counted] = new Tally()
     boolean withForeign = result != null && overlapping(result) == 'keep'
     // Regions of the run, however small, are no nuclei.
-    Set<PathObject> asked = (annotations + drawnOf(result?.get('within'), imageData)).toSet()
+    Set<PathObject> asked = (annotations + drawnOf(result?.get('within'), imageData) +
+            selectedFor(result, imageData)).toSet()
     PresentNuclei present = nucleiPresent(imageData, marks, asked, withForeign)
     boolean whole = new Areas(regions).isWhole(imageData.getServer().getWidth(), imageData.getServer().getHeight())
     if (whole)
@@ -1810,9 +1915,8 @@ static void refreshTissueOfCounted(List<PathObject> counted, JsonObject result) 
         JsonObject summary = summaries[region.getID().toString()]
         ROI roi = region.getROI()
         boolean same = summary?.has('tissue_mm2') && summary.has('area_px') &&
-                Math.abs(summary.get('x').getAsDouble() - roi.getCentroidX()) < 1 &&
-                Math.abs(summary.get('y').getAsDouble() - roi.getCentroidY()) < 1 &&
-                Math.abs(summary.get('area_px').getAsDouble() / roi.getArea() - 1) < 0.01d   // ellipses become polygons
+                isInPlace(roi, summary.get('x').getAsDouble(), summary.get('y').getAsDouble(),
+                        summary.get('area_px').getAsDouble())
         setOrForget(region, 'PatchCL: Tissue mm^2', same ? summary.get('tissue_mm2').getAsDouble() : Double.NaN)
     }
 }

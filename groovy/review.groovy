@@ -342,9 +342,8 @@ class Review {
             List<CorrectionRoi> suggested = suggestedRois(entry)
             if (!isOpen && suggested.isEmpty() && !isListed(entry))
                 return []
-            PathObjectHierarchy hierarchy = isOpen ? open.getHierarchy() :
-                    entry.hasImageData() ? entry.readHierarchy() : new PathObjectHierarchy()
-            return sorted(inImage(entry, hierarchy) + suggested.findAll { roi ->
+            PathObjectHierarchy hierarchy = isOpen ? open.getHierarchy() : savedObjects(entry)
+            return hierarchy == null ? [] : sorted(inImage(entry, hierarchy) + suggested.findAll { roi ->
                 !hierarchy.getAnnotationObjects().any { it.getID().toString() == roi.id }
             })
         }
@@ -365,6 +364,28 @@ class Review {
             index = rois.findIndexOf { !it.corrected }
     }
 
+    /** The objects of an image as it was saved; null where they cannot be read: it costs no other image. */
+    private static PathObjectHierarchy savedObjects(ProjectImageEntry<?> entry) {
+        PathObjectHierarchy found = null
+        Path data = dataOf(entry)
+        try {
+            if (!Files.exists(data))
+                return new PathObjectHierarchy()
+            if (isWhole(data))   // in a file that was cut off, QuPath's reader never ends
+                found = entry.readHierarchy()
+        } catch (Exception e) {
+            LoggerFactory.getLogger('review').error('Not read', e)
+        }
+        if (found == null)
+            LoggerFactory.getLogger('review').warn("${entry.getImageName()}: its ROIs are not listed, as ${data} is " +
+                    'damaged: restore it, or move it away.')
+        return found
+    }
+
+    private static Path dataOf(ProjectImageEntry<?> entry) {
+        return entry.getEntryPath().resolve('data.qpdata')
+    }
+
     /** Whether QuPath's summary of an image, which is quickly read, counts annotations of one of the classes. */
     private boolean isListed(ProjectImageEntry<?> entry) {
         if (!entry.hasImageData())
@@ -379,9 +400,7 @@ class Review {
     /** The ROIs that were suggested for an image and are not imported. A person deleted those that were. */
     private List<CorrectionRoi> suggestedRois(ProjectImageEntry<?> entry) {
         Path file = folder.resolve('fields').resolve(entry.getID() + '.json')
-        Path receipt = folder.resolve('imported').resolve(entry.getID() + '.json')
-        if (!Files.exists(file) || Files.exists(receipt) &&
-                Files.getLastModifiedTime(receipt) >= Files.getLastModifiedTime(file))
+        if (!Files.exists(file) || isImportedSince(file, entry) && !isUnsaved(entry))
             return []
         return readJson(file)?.getAsJsonArray('fields')?.collect {
             JsonObject roi = it.getAsJsonObject()
@@ -495,7 +514,7 @@ class Review {
     }
 
     private FileTime getLastSaved() {
-        Path data = project.getEntry(imageData).getEntryPath().resolve('data.qpdata')
+        Path data = dataOf(project.getEntry(imageData))
         return Files.exists(data) ? Files.getLastModifiedTime(data) : null
     }
 
@@ -842,8 +861,38 @@ class Review {
         ProjectImageEntry<?> entry = project.getEntry(changed)
         if (entry == null)
             return   // an image of another project
+        if (isUnread(changed, entry))
+            throw new IOException("${dataOf(entry)} is damaged, or was written after the image was opened")
         entry.saveImageData(changed)
         project.syncChanges()
+    }
+
+    /**
+     * Whether QuPath shows an image without what its file of objects holds, as in import_nuclei.groovy: a file that it
+     * cannot read it takes for none, and of one that was cut off it may read a part.
+     */
+    static boolean isUnread(ImageData<?> imageData, ProjectImageEntry<?> entry) {
+        // QuPath itself reads the second one where saving the first one was cut off.
+        List<Path> files = [dataOf(entry), dataOf(entry).resolveSibling('data.qpdata.bkp')].findAll { Path file ->
+            Files.exists(file)
+        }
+        if (files.isEmpty())
+            return false
+        String path = imageData.getLastSavedPath()   // that of the file that was read
+        return path == null || !isWhole(files.find { Path file -> file.toString() == path } ?: files.first())
+    }
+
+    /** Whether a file of QuPath's objects is whole, by both its ends: those of Java's objects, the last one 'EOF'. */
+    static boolean isWhole(Path file) {
+        byte[] ends = new byte[10]
+        new RandomAccessFile(file.toFile(), 'r').withCloseable { RandomAccessFile data ->
+            if (data.length() < ends.length)
+                return
+            data.readFully(ends, 0, 4)
+            data.seek(data.length() - 6)
+            data.readFully(ends, 4, 6)
+        }
+        return HexFormat.of().formatHex(ends) == 'aced0005' + '740003454f46'
     }
 
     // ------------------------------------------------ what is remembered
@@ -901,12 +950,36 @@ class Review {
         return content
     }
 
-    /** Whether an image has results that are not imported. */
+    /** Whether an image has results that are not imported, or were imported and not saved. */
     boolean isWaiting(ProjectImageEntry<?> entry) {
-        Path result = folder.resolve('results').resolve(entry.getID()).resolve('result.json')
-        Path receipt = folder.resolve('imported').resolve(entry.getID() + '.json')
-        return Files.exists(result) && (!Files.exists(receipt) ||
-                Files.getLastModifiedTime(result) > Files.getLastModifiedTime(receipt))
+        return Files.exists(resultOf(entry)) && (!isImported(entry) || isUnsaved(entry))
+    }
+
+    /** Whether the results of an image were imported, saved or not. */
+    boolean isImported(ProjectImageEntry<?> entry) {
+        return isImportedSince(resultOf(entry), entry)
+    }
+
+    private Path resultOf(ProjectImageEntry<?> entry) {
+        return folder.resolve('results').resolve(entry.getID()).resolve('result.json')
+    }
+
+    private Path receiptOf(ProjectImageEntry<?> entry) {
+        return folder.resolve('imported').resolve(entry.getID() + '.json')
+    }
+
+    private boolean isImportedSince(Path file, ProjectImageEntry<?> entry) {
+        Path receipt = receiptOf(entry)
+        return Files.exists(receipt) && Files.getLastModifiedTime(receipt) >= Files.getLastModifiedTime(file)
+    }
+
+    /** Whether the last import was left to a person to save, and is not saved: the image is open, or was closed. */
+    private boolean isUnsaved(ProjectImageEntry<?> entry) {
+        JsonObject receipt = readJson(receiptOf(entry))
+        if (!receipt?.has('saved') || receipt.get('saved').getAsBoolean())
+            return false
+        Path data = dataOf(entry)
+        return !Files.exists(data) || Files.getLastModifiedTime(data) < Files.getLastModifiedTime(receiptOf(entry))
     }
 
     // ------------------------------------------------ what the refined model changed
@@ -1469,7 +1542,7 @@ class ReviewWindow {
             }
             importWhereOpen(entry)
         }
-        if (review.isWaiting(entry))   // a person was asked about nuclei that would be lost
+        if (!review.isImported(entry))   // a person was asked about nuclei that would be lost
             throw new IllegalStateException("Nothing was changed in ${entry.getImageName()}: the script " +
                     'import nuclei imports its nuclei.')
     }
@@ -1497,7 +1570,7 @@ class ReviewWindow {
 
     private void importAndSave(ProjectImageEntry<?> entry, ImageData<?> imageData, Map<String, Object> variables) {
         scripts.run('import_nuclei.groovy', review.project, imageData, variables)
-        if (!review.isWaiting(entry))
+        if (review.isImported(entry))
             review.saveWithProject(imageData)
     }
 

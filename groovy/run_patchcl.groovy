@@ -21,6 +21,7 @@ import java.nio.file.Files
 import java.nio.file.Path
 import java.nio.file.Paths
 import java.nio.file.StandardCopyOption
+import java.text.Normalizer
 import java.time.Instant
 import java.util.concurrent.FutureTask
 import java.util.concurrent.TimeUnit
@@ -42,6 +43,7 @@ import qupath.lib.gui.dialogs.Dialogs
 import qupath.lib.images.ImageData
 import qupath.lib.io.GsonTools
 import qupath.lib.objects.PathObject
+import qupath.lib.objects.classes.PathClass
 import qupath.lib.projects.Project
 import qupath.lib.projects.ProjectImageEntry
 import qupath.lib.roi.interfaces.ROI
@@ -163,9 +165,16 @@ static List<PathObject> regionsOf(Task task) {
         return null
     Collection<PathObject> all = task.within.isEmpty() ? QP.getSelectedObjects() :
             task.imageData.getHierarchy().getAnnotationObjects().findAll {
-                it.getPathClass()?.toString() in task.within
+                it.getPathClass() != null && composed(it.getPathClass()) in task.within.collect { name ->
+                    composed(PathClass.fromString(name))
+                }
             }
     return all.findAll { it.isAnnotation() && it.getROI()?.isArea() }.toList()
+}
+
+/** The name of a class, however a person wrote it: macOS has letters with accents in two parts. */
+static String composed(PathClass name) {
+    return Normalizer.normalize(name.toString(), Normalizer.Form.NFC)
 }
 
 /** What a run replaces of the nuclei in the image, for a person to agree to; null if there is nothing to replace. */
@@ -261,31 +270,44 @@ void exportDrawings(Task task) {
     if (task.oneImage)
         runBeside('export_regions.groovy')
     else
-        exportStains(task)
-    if (task.subcommand != 'run')
+        exportImages(task)
+    if (task.subcommand != 'run') {
+        getBinding().setVariable('patchcl_all_images', true)
         runBeside('export_labels.groovy')
+    }
 }
 
 /**
- * Exports the stains and the pixel size of the open image as they are now; for a run, also the stains of the others as
- * they were saved.
+ * Exports the stains and the pixel size of the open image as they are now, and for a run its annotations, which may be
+ * asked for among the options; for a run, also those of the other images as they were saved.
  */
-void exportStains(Task task) {
+void exportImages(Task task) {
     String name = 'export_regions.groovy'
     def exporting = new GroovyClassLoader(getClass().getClassLoader()).parseClass(Files.readString(beside(name)), name)
     for (other in task.project.getImageList()) {
-        Path file = task.folder.resolve('stains').resolve(other.getID() + '.json')
-        if (other.getID() == task.entry.getID())
-            exporting.exportStains(task.imageData, file, exporting.pixelSizeOf(task.imageData))
-        else if (task.subcommand == 'run' && isNewer(other.getEntryPath().resolve('data.qpdata'), file))
-            try {
-                def saved = other.readImageData()
-                exporting.exportStains(saved, file)
-                saved.getServer().close()
-            } catch (Exception e) {   // patchcl-qp says what is wrong with an image, and goes on with the others
-                LoggerFactory.getLogger('run_patchcl').warn("${other.getImageName()}: its stains cannot be read: " +
-                        e.getMessage())
-            }
+        Path regions = task.folder.resolve('regions').resolve(other.getID() + '.geojson')
+        Path stains = task.folder.resolve('stains').resolve(other.getID() + '.json')
+        Path data = other.getEntryPath().resolve('data.qpdata')
+        if (other.getID() == task.entry.getID() && !exporting.isUnread(task.imageData, other)) {
+            if (task.subcommand == 'run')
+                runBeside(name)
+            else
+                exporting.exportStains(task.imageData, stains, exporting.pixelSizeOf(task.imageData))
+            continue
+        }
+        if (task.subcommand != 'run' || !(isNewer(data, stains) || isNewer(data, regions)))
+            continue
+        try {
+            def saved = other.readImageData()
+            saved.getServer().close()   // what was read of it stays
+            if (exporting.isUnread(saved, other))
+                throw new IOException("${data} is damaged.")
+            exporting.exportRegions(saved, exporting.selectedIn(regions), regions)
+            exporting.exportStains(saved, stains)
+        } catch (Exception e) {   // patchcl-qp says what is wrong with an image, and goes on with the others
+            LoggerFactory.getLogger('run_patchcl').warn("${other.getImageName()}: its annotations and stains cannot " +
+                    "be read: ${e.getMessage()}")
+        }
     }
 }
 
@@ -422,15 +444,15 @@ static String importedInWords(Task task) {
 
 /** Which ROIs were suggested, and how to correct them. Files call ROIs 'fields', as version 0.1 did. */
 static String correctionSteps(Task task, boolean shown) {
-    Map<String, Integer> rois = task.project.getImageList().collectEntries {
+    List<Map> images = task.project.getImageList().collect {   // a list: several may have one name
         Path file = task.folder.resolve('fields').resolve(it.getID() + '.json')
         int count = !Files.exists(file) ? 0 :
                 JsonParser.parseString(Files.readString(file)).getAsJsonObject().getAsJsonArray('fields').size()
-        [it.getImageName(), count]
-    }.findAll { name, count -> count > 0 }
-    boolean elsewhere = !shown || !(rois.keySet() - task.entry.getImageName()).isEmpty()
+        [id: it.getID(), name: it.getImageName(), rois: count]
+    }.findAll { it.rois > 0 }
+    boolean elsewhere = !shown || images.any { it.id != task.entry.getID() }
     return "Suggested ROIs, of class 'PatchCL: correct here':\n\n" +
-            rois.collect { name, count -> "${name}: ${count}" }.join('\n') +
+            images.collect { "${it.name}: ${it.rois}" }.join('\n') +
             (elsewhere ? '\n\nIn other images, the script import nuclei shows them.' : '') +
             '\n\n1. In each ROI, correct every nucleus, also on its border.' +
             "\n2. Set the class of a finished ROI to 'PatchCL: corrected', and save the image." +

@@ -42,6 +42,9 @@ if (script == null)
 def importing = new GroovyClassLoader(getClass().getClassLoader())
         .parseClass(Files.readString(script), 'import_nuclei.groovy')
 
+if (importing.isUnread(imageData, entry))
+    throw new IOException("${entry.getImageName()}: " +
+            importing.keepUnread(entry, Paths.get(QP.buildPathInProject(folderName, 'backups', entry.getID()))))
 Path resultFile = Paths.get(QP.buildPathInProject(folderName, 'results', entry.getID(), 'result.json'))
 def result = Files.exists(resultFile) ? JsonParser.parseString(Files.readString(resultFile)).getAsJsonObject() : null
 def regions = importing.summarise(imageData, entry, result)

@@ -316,12 +316,16 @@ class Run:
         with timed(seconds, "write"):
             answered = answer(segmented, entry, self.config.result)
             result = self._result(entry, segmented, answered)
-            rois_wait = changes.rois_wait(self.project.layout, entry.id)
+            layout, summary = self.project.layout, self.project.qupath_summary(entry)
+            rois_wait = changes.rois_wait(layout, entry.id)
+            rois_are_unsaved = changes.rois_are_unsaved(layout, entry.id, summary)
             with meanwhile(self._draw, segmented, result, seconds):
                 imported = self._write(entry, segmented, answered, result)
             if rois_wait:  # they are imported with the new nuclei
-                changes.give(self.project.layout, entry.id)
-            changed = changes.finish(self.project.layout, segmented, self.model.digest, result.run)
+                changes.give(layout, entry.id)
+            elif rois_are_unsaved:
+                changes.forget(layout, entry.id)
+            changed = changes.finish(layout, segmented, self.model.digest, result.run)
         known = {"imported": imported, "corrections": changed}
         times = {"main_seconds": seconds, "worker_seconds": worker_seconds}
         return self._outcome(entry, segmented, answered, result, **known, **times)

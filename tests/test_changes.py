@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,15 @@ from PIL import Image
 
 from patchcl_qupath import cli, pipeline
 from patchcl_qupath.config import TO_CORRECT
-from patchcl_qupath.correction.changes import begin, compare, finish, give, rois_wait
+from patchcl_qupath.correction.changes import (
+    begin,
+    compare,
+    finish,
+    forget,
+    give,
+    rois_are_unsaved,
+    rois_wait,
+)
 from patchcl_qupath.datatypes import Box, CorrectionRoi, Corrections, FailedTile, Polygons
 from patchcl_qupath.errors import StorageError
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
@@ -31,6 +40,7 @@ from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import (
     ChangeCounts,
     ChangesRecord,
+    ReceiptRecord,
     RegionRecord,
     ResultRecord,
     RoiChangesRecord,
@@ -406,6 +416,54 @@ def test_what_a_roi_was_given_is_not_written_over_unread(
     assert refined_with(suggested, (GIVEN, "first")) == ([(0, 0, 0, 2)], ())
 
 
+def left_to_save(project: Project, *, rois: int, data_s: int, shown: int = 0) -> None:
+    """A receipt of an import that a person was to save, and data saved some seconds after it."""
+    import_now(project)
+    receipt = project.layout.receipt("1")
+    imported_ns = receipt.stat().st_mtime_ns
+    record = ReceiptRecord(
+        image="a.svs", run="run", imported="", saved=False, added=2, left_out=0, removed=0, kept=0,
+        rois=rois, rois_kept=1 - rois,
+    )  # fmt: skip
+    write_record(receipt, record)
+    data = project.data(project.images()[0])
+    data.parent.mkdir(parents=True, exist_ok=True)
+    data.write_bytes(b"old")
+    counts = {"annotationClassificationCounts": {TO_CORRECT: shown}}
+    data.with_name("summary.json").write_text(json.dumps({"hierarchy": counts}), "utf-8")
+    for path, seconds in (receipt, 0), (data, data_s):
+        os.utime(path, ns=(imported_ns + seconds * 10**9,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("saved", "is_known"),
+    [
+        ({"rois": 1, "data_s": -60}, False),  # it may have been closed without saving
+        ({"rois": 1, "data_s": 60}, True),
+        ({"rois": 0, "data_s": -60, "shown": 1}, True),  # an earlier import was saved with them
+        ({"rois": 0, "data_s": -60}, False),  # nor was the import before
+    ],
+)
+def test_of_an_import_that_nobody_saved_no_nuclei_are_known(
+    suggested: Project, saved: dict[str, int], is_known: bool
+) -> None:
+    left_to_save(suggested, **saved)
+    layout, summary = suggested.layout, suggested.qupath_summary(suggested.images()[0])
+    assert not rois_wait(layout, "1")
+    assert rois_are_unsaved(layout, "1", summary) != is_known
+    if not is_known:
+        forget(layout, "1")  # as a run does
+    run_again(suggested, 1)
+    note = NOTE.format(140, 140)
+    expected = ([(0, 0, 0, 2)], ()) if is_known else ([], (note,))
+    assert refined_with(suggested, (GIVEN, "first")) == expected
+    assert refined_with(suggested, (GIVEN, "first"), model="o") == expected
+    roi = CorrectionRoi("second", "ROI 1 of 1", "", x=500, y=80, width=120, height=120)
+    suggested.mark_rois(suggested.images()[0], [roi])
+    give(suggested.layout, "1")  # the nuclei on disk are those of before this suggestion
+    assert refined_with(suggested, (GIVEN, "first"), model="p") == expected
+
+
 @pytest.mark.parametrize("refined", [True, False])
 def test_a_roi_of_unknown_nuclei_is_not_counted(suggested: Project, refined: bool) -> None:
     """A person drew it, before the last run or after it."""
@@ -532,6 +590,20 @@ def test_rois_that_wait_are_given_the_nuclei_of_the_next_run(story: tuple[Path, 
     assert shapely.box(x, y, x + side, y + side).contains(shapely.box(150, 200, 450, 400))
     assert all(contour in waiting.before for contour in roi.after)
     assert not all(contour in waiting.before for contour in roi.before)
+
+
+def test_a_run_after_an_import_that_nobody_saved(story: tuple[Path, str], tmp_path: Path) -> None:
+    """Its nuclei are given to who imports the ROIs again, and not to who has them open still."""
+    folder = tmp_path / "project"
+    shutil.copytree(story[0], folder)
+    project = open_project(folder, "files")
+    left_to_save(project, rois=1, data_s=-60)
+    result = CliRunner().invoke(cli.main, ["run", str(folder), "--backend", "files"])
+    assert result.exit_code == 0, result.output
+    record = read_record(project.layout.changes("1") / "changes.json", ChangesRecord)
+    assert record is not None
+    (roi,) = record.others[TO_CORRECT]
+    assert (roi.is_known, roi.before) == (False, [])
 
 
 def test_a_run_of_the_refined_model_says_what_it_corrects(story: tuple[Path, str]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +306,40 @@ def test_it_goes_through_all_images_and_remembers_where_it_was(
     for saved in session.run(project, classes).values():
         assert saved.count("PatchCL: corrected") == 1
         assert "PatchCL: correct here" not in saved
+
+
+def test_an_import_that_nobody_saved_is_to_be_done_again(
+    session: qupath.Session, project: Path
+) -> None:
+    """The image of the first ROI was saved after it, that of the second one was closed without."""
+    patchcl = project.parent / "patchcl"
+    roi = {"id": str(uuid.uuid4()), "name": "ROI 9 of 9", "description": ""}
+    roi |= {"x": 800, "y": 800, "width": 100, "height": 100}
+    for number, saved_s in [("1", 60), ("2", -60)]:
+        data = project.parent / "data" / number / "data.qpdata"
+        for path, content, seconds in [
+            (patchcl / "fields" / f"{number}.json", {"fields": [roi]}, -20),
+            (patchcl / "results" / number / "result.json", {}, -10),
+            (patchcl / "imported" / f"{number}.json", {"saved": False}, 0),
+            (data, None, saved_s),
+        ]:
+            if content is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(content), "utf-8")
+            os.utime(path, (1_700_000_000 + seconds,) * 2)
+    listed, waiting, imported = review(
+        session,
+        project,
+        """
+        def listed = review.rois.findAll { it.name == 'ROI 9 of 9' }
+        lines << listed.collect { [it.imageName, it.waiting] }
+        lines << project.getImageList().collect { review.isWaiting(it) }
+        lines << project.getImageList().collect { review.isImported(it) }
+        """,
+    )
+    assert listed == [["two.svs", True]]
+    assert waiting == [False, True]
+    assert imported == [True, True]
 
 
 def test_what_is_locked_for_a_roi_is_not_locked_once_a_person_saved(

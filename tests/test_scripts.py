@@ -350,7 +350,7 @@ def test_a_run_of_all_images_has_their_stains(project: Path, session: qupath.Ses
             assert stained.stains is not None
             assert stained.stains.background == (240, 241, 242)
             assert stained.stains.vectors[0] == pytest.approx((0.6, 0.7, 0.3873), abs=1e-3)
-    assert "lost.svs: its stains cannot be read: " in str(failed.value)
+    assert "lost.svs: its annotations and stains cannot be read: " in str(failed.value)
 
 
 # Batches of the project in one QuPath: of images by their indices, and what each of them says.
@@ -430,3 +430,155 @@ def test_rois_are_exported_of_all_images_but_those_whose_slide_is_lost(
     assert sorted(path.name for path in labels.iterdir()) == ["1.geojson", "3.geojson"]
     assert log.count("1 ROIs with 1 contours exported to") == 2
     assert "zwei ö.svs: its ROIs were not exported: " in log
+
+
+# The scripts' own functions, and a run of a script for an image of the project, in one QuPath.
+IN_QUPATH = (
+    qupath.DRAW_RECTANGLES.replace("hierarchy", "image.getHierarchy()")
+    + """
+if (entry.getImageName() != 'one.svs')
+    return '[]'
+def project = qupath.lib.projects.ProjectIO.loadProject(
+        new File('PROJECT'), java.awt.image.BufferedImage)
+def loader = new GroovyClassLoader(getClass().getClassLoader())
+def script = new File('FOLDER', 'run_patchcl.groovy')
+def functions = loader.parseClass(script)
+image = project.getImageList()[0].readImageData()
+def run = { int index, int size ->
+    def attributes = qupath.lib.scripting.ScriptAttributes
+    def variables = [(attributes.FILE_PATH): script.path, (attributes.BATCH_SIZE): size,
+                     (attributes.BATCH_INDEX): index]
+    qupath.lib.scripting.QP.setBatchProjectAndImage(project, image)
+    try {
+        new GroovyShell(getClass().getClassLoader(), new Binding(variables)).evaluate(script)
+    } catch (IOException e) {   // of the command, which fails
+        e.getMessage()
+    } finally {
+        qupath.lib.scripting.QP.resetBatchProjectAndImage()
+    }
+}
+"""
+)
+
+
+def in_qupath(session: qupath.Session, project: Path, script: str) -> Any:
+    """What a Groovy script returns that sees ``IN_QUPATH``; 'found' is what it returns."""
+    text = IN_QUPATH + script + "groovy.json.JsonOutput.toJson(found)"
+    folder = str(project.parent / "scripts")
+    text = text.replace("PROJECT", str(project)).replace("FOLDER", folder)
+    return session.run(project, text)["one.svs"]
+
+
+@pytest.mark.qupath
+def test_a_run_of_all_images_has_their_annotations(project: Path, session: qupath.Session) -> None:
+    """Those of the open image, saved or not, and those of others that were saved since."""
+    session.run(
+        project,
+        qupath.DRAW_RECTANGLES
+        + """
+        draw('saved', 'Tumor', 20, 20, 200, 200)
+        entry.saveImageData(imageData)
+        '1'
+        """,
+    )
+    regions = project.parent / "patchcl" / "regions"
+    regions.mkdir(parents=True)
+    square = {"type": "Polygon", "coordinates": [[[0, 0], [9, 0], [9, 9], [0, 9], [0, 0]]]}
+    about = {"objectType": "annotation", "name": "earlier"}
+    for name, old in [("(selected)", "2"), ("Tumor", "2")]:
+        about["classification"] = {"name": name, "color": [1, 2, 3]}
+        feature = {"type": "Feature", "geometry": square, "properties": dict(about)}
+        file = regions / f"{old}.geojson"
+        before = json.loads(file.read_text())["features"] if file.exists() else []
+        file.write_text(json.dumps({"type": "FeatureCollection", "features": [*before, feature]}))
+    os.utime(regions / "2.geojson", (0, 0))
+    command = project.parent / "failing"
+    write_failing(command)
+    script = project.parent / "scripts" / "run_patchcl.groovy"
+    settings(script, command=f"'{command}'", what="'project'")
+    failed = in_qupath(
+        session,
+        project,
+        """
+        draw('not saved', 'Tumor', 300, 20, 200, 200)
+        def found = run(0, 1)
+        """,
+    )
+    assert failed.startswith("patchcl-qp failed.")
+    exported = [
+        sorted(
+            (f["properties"]["classification"]["name"], f["properties"].get("name"))
+            for f in json.loads((regions / f"{number}.geojson").read_text("utf-8"))["features"]
+        )
+        for number in (1, 2)
+    ]
+    assert exported[0] == [("Tumor", "not saved"), ("Tumor", "saved")]
+    assert exported[1] == [("(selected)", "earlier"), ("Tumor", "saved")]
+
+
+@pytest.mark.qupath
+def test_suggested_rois_of_images_of_one_name_are_listed(
+    project: Path, session: qupath.Session
+) -> None:
+    for number, count in [("1", 2), ("2", 3)]:
+        file = project.parent / "patchcl" / "fields" / f"{number}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"fields": [{}] * count}), "utf-8")
+    steps = in_qupath(
+        session,
+        project,
+        """
+        project.getImageList()*.setImageName('equal')
+        def task = loader.loadClass('Task').getDeclaredConstructor().newInstance()
+        task.project = project
+        task.entry = project.getImageList()[1]
+        task.folder = java.nio.file.Paths.get('PROJECT').resolveSibling('patchcl')
+        def found = functions.correctionSteps(task, true)
+        """,
+    )
+    assert "equal: 2\nequal: 3\n\nIn other images, the script import nuclei shows them." in steps
+
+
+@pytest.mark.qupath
+def test_classes_are_found_however_they_are_written(project: Path, session: qupath.Session) -> None:
+    """A name from macOS has letters of two parts, one from a command whole ones."""
+    found = in_qupath(
+        session,
+        project,
+        """
+        def parts = java.text.Normalizer.normalize('Größe', java.text.Normalizer.Form.NFD)
+        draw('mine', parts, 20, 20, 200, 200)
+        draw('other', 'Tumor', 20, 20, 200, 200)
+        def task = loader.loadClass('Task').getDeclaredConstructor().newInstance()
+        task.what = 'annotations'
+        task.within = ['Größe']
+        task.imageData = image
+        def importing = loader.parseClass(new File('FOLDER', 'import_nuclei.groovy'))
+        def names = com.google.gson.JsonParser.parseString('["Größe"]').getAsJsonArray()
+        def both = [functions.regionsOf(task), importing.drawnOf(names, image)]
+        def found = both*.collect { it.getName() }
+        """,
+    )
+    assert found == [["mine"], ["mine"]]
+
+
+@pytest.mark.qupath
+def test_rois_of_all_images_are_exported_where_the_first_cannot_be_opened(
+    project: Path, session: qupath.Session
+) -> None:
+    """Then the script runs for the second one of the batch first."""
+    session.run(project, ROI)
+    command = project.parent / "failing"
+    write_failing(command)
+    script = project.parent / "scripts" / "run_patchcl.groovy"
+    settings(script, command=f"'{command}'", what="'refine'")
+    in_qupath(
+        session,
+        project,
+        """
+        image = project.getImageList()[1].readImageData()
+        def found = run(1, 2)
+        """,
+    )
+    labels = project.parent / "patchcl" / "labels"
+    assert sorted(path.name for path in labels.iterdir()) == ["1.geojson", "2.geojson"]

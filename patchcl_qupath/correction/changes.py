@@ -24,6 +24,7 @@ from patchcl_qupath.datatypes import (
     Box,
     Corrections,
     Polygons,
+    QuPathSummary,
     area_of_tiles,
     grid_to_level0,
     place_text,
@@ -39,6 +40,7 @@ from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import (
     ChangeCounts,
     ChangesRecord,
+    ReceiptRecord,
     ResultRecord,
     RoiChangesRecord,
     RoisRecord,
@@ -100,6 +102,37 @@ def rois_wait(layout: Layout, image: str) -> bool:
     rois, receipt = layout.rois(image), layout.receipt(image)
     imported_ns = receipt.stat().st_mtime_ns if receipt.exists() else 0
     return rois.exists() and rois.stat().st_mtime_ns > imported_ns
+
+
+def rois_are_unsaved(layout: Layout, image: str, summary: QuPathSummary) -> bool:
+    """Whether ROIs were imported into an image that was not saved with them, as far as files tell.
+
+    An import that found ROIs in the image added none: these may be in the image as it is saved.
+    """
+    receipt = read_record(layout.receipt(image), ReceiptRecord)
+    if receipt is None or summary.is_saved:
+        return False
+    return receipt.rois > 0 or summary.to_correct + summary.corrected == 0
+
+
+def forget(layout: Layout, image: str) -> None:
+    """Note that nobody knows which nuclei a person has in the suggested ROIs of an image.
+
+    For a run after an import that is not saved: the image may be closed without, and the ROIs
+    imported again with the nuclei of the run; or it is open, and saved later. Raises StorageError.
+    """
+    suggested = read_record(layout.rois(image), RoisRecord)
+    path = layout.changes(image) / CHANGES
+    record = read_kept(path, ChangesRecord)
+    if suggested is None or record is None:
+        return
+    ids = {roi.id for roi in suggested.rois}
+    rois = tuple(
+        msgspec.structs.replace(roi, is_known=False, before=[]) if roi.id in ids else roi
+        for roi in record.others.get(TO_CORRECT, ())
+    )
+    others = {**record.others, TO_CORRECT: rois}
+    write_record(path, msgspec.structs.replace(record, others=others), compact=True)
 
 
 def begin(
@@ -284,9 +317,10 @@ def _rois(
         if whole is not None:  # a picture of it ends there
             roi &= whole
         area = roi - ignored - counted  # ROIs may overlap
-        given, was_segmented = _known(roi, area, id_, known), _was_segmented(roi, result)
-        if given is None and was_segmented:
-            given = on_disk
+        was_segmented, before = _was_segmented(roi, result), _known(roi, area, id_, known)
+        given = on_disk if was_segmented else None
+        if before is not None:
+            given = _contours(before.before) if before.is_known else None
         if given is None:
             place = place_text(*roi.centroid.coords[0])
             why = "the last run did not segment all of it"
@@ -308,8 +342,8 @@ def _was_segmented(roi: shapely.Geometry, result: ResultRecord) -> bool:
 
 def _known(
     roi: shapely.Geometry, area: shapely.Geometry, id_: str, known: Sequence[RoiChangesRecord]
-) -> Polygons | None:
-    """The nuclei that a person was given to correct in a ROI; None where they are not ``known``.
+) -> RoiChangesRecord | None:
+    """The record of the nuclei that a person was given to correct in a ROI; None without one.
 
     Of a ROI that was suggested, or used before, they are those of then: an import changes nothing
     in a ROI, and the last run may be that of another model, all of whose contours differ a little.
@@ -322,7 +356,7 @@ def _known(
         else:  # of an earlier version
             is_it = np.allclose(box, roi.bounds, atol=_SAME_PLACE_PX, rtol=0)
         if is_it:
-            return _contours(each.before)
+            return each
     return None
 
 

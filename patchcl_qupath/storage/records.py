@@ -344,10 +344,12 @@ class RoiChangesRecord(ChangeCounts, frozen=True, kw_only=True):
     without what it shares with a ROI before it.
     Contours are [x, y, x, y, ...] at level 0: of the model ``before``, as a person ``corrected``
     them, and of the refined model (``after``). ``picture`` is a file in the same folder, of the box
-    at the working resolution. ``id`` is that in QuPath; empty where nobody knows it.
+    at the working resolution. ``id`` is that in QuPath; empty where nobody knows it. Of nuclei that
+    are not ``is_known``, nobody knows which ones a person was given.
     """
 
     id: str = ""
+    is_known: bool = True
     x: float
     y: float
     width: float
