@@ -873,9 +873,9 @@ class Review {
      */
     static boolean isUnread(ImageData<?> imageData, ProjectImageEntry<?> entry) {
         // QuPath itself reads the second one where saving the first one was cut off.
-        List<Path> files = [dataOf(entry), dataOf(entry).resolveSibling('data.qpdata.bkp')].findAll { Path file ->
-            Files.exists(file)
-        }
+        List<Path> files = ['data.qpdata', 'data.qpdata.bkp'].collect { String name ->
+            entry.getEntryPath().resolve(name)
+        }.findAll { Path file -> Files.exists(file) }
         if (files.isEmpty())
             return false
         String path = imageData.getLastSavedPath()   // that of the file that was read

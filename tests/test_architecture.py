@@ -162,11 +162,20 @@ def test_functions_that_scripts_have_in_common_are_alike() -> None:
 
     None reads the property by itself, of which QuPath's Undo leaves the last import.
     """
-    copies = []
-    for path in sorted((ROOT / "groovy").glob("*.groovy")):
-        text = path.read_text("utf-8")
-        function = r"(?ms)^( *)static List<String> marksOfImports\(.*?^\1}$"
-        copies += [textwrap.dedent(found[0]) for found in re.finditer(function, text)]
-        assert "getProperty('patchcl.imported')" not in re.sub(function, "", text), path.name
-    assert len(copies) == 5
-    assert len(set(copies)) == 1
+    texts = {path: path.read_text("utf-8") for path in sorted((ROOT / "groovy").glob("*.groovy"))}
+    in_common = {
+        r"List<String> marksOfImports\(": 5,
+        r"boolean isUnread\(": 4,
+        r"boolean isWhole\(Path": 4,
+    }
+    for name, count in in_common.items():
+        function = rf"(?ms)^( *)static {name}.*?^\1}}$"
+        copies = [
+            textwrap.dedent(found[0])
+            for text in texts.values()
+            for found in re.finditer(function, text)
+        ]
+        assert (len(copies), len(set(copies))) == (count, 1), name
+    marks = r"(?ms)^( *)static List<String> marksOfImports\(.*?^\1}$"
+    for path, text in texts.items():
+        assert "getProperty('patchcl.imported')" not in re.sub(marks, "", text), path.name
