@@ -299,7 +299,7 @@ def test_remove_leaves_a_record_for_the_import(path: Path) -> None:
     remove = ["remove", str(path), "--backend", "files"]
     shown = CliRunner().invoke(main, remove)
     assert (shown.exit_code, shown.stdout) == (0, "a.svs: no nuclei\n")
-    assert shown.stderr == "Nuclei are removed by files\n"
+    assert shown.stderr == "Nuclei are removed from files\n"
     files = open_project(path, "files")
     (entry,) = files.images()
     files.write(entry, [FEW], ResultConfig(), result_of(len(FEW)))
