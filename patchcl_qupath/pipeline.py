@@ -317,14 +317,10 @@ class Run:
             answered = answer(segmented, entry, self.config.result)
             result = self._result(entry, segmented, answered)
             layout, summary = self.project.layout, self.project.qupath_summary(entry)
-            rois_wait = changes.rois_wait(layout, entry.id)
-            rois_are_unsaved = changes.rois_are_unsaved(layout, entry.id, summary)
+            note_rois = changes.at_import(layout, entry.id, summary)
             with meanwhile(self._draw, segmented, result, seconds):
                 imported = self._write(entry, segmented, answered, result)
-            if rois_wait:  # they are imported with the new nuclei
-                changes.give(layout, entry.id)
-            elif rois_are_unsaved:
-                changes.forget(layout, entry.id)
+            note_rois()
             changed = changes.finish(layout, segmented, self.model.digest, result.run)
         known = {"imported": imported, "corrections": changed}
         times = {"main_seconds": seconds, "worker_seconds": worker_seconds}

@@ -4,6 +4,7 @@ discs in known places."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +241,13 @@ def crops_of(
     normaliser: StainNormaliser | None = None,
     slides: Sequence[str] = (),
 ) -> TrainingCrops:
-    """Whole images as training crops, of slides of these ids, or of one."""
+    """Whole images as training crops, of slides of these ids, or of one, where they lie apart."""
     count, normaliser = len(images), normaliser or StainNormaliser.fit(images)
-    boxes = tuple(Box(0, 0, *image.shape[:2]) for image in images)
+    sizes = [image.shape[:2] for image in images]
+    last = accumulate(cols for _, cols in sizes)
+    boxes = tuple(
+        Box(0, end - cols, rows, end) for (rows, cols), end in zip(sizes, last, strict=True)
+    )
     return TrainingCrops(
         tuple(images), (normaliser,) * count, tuple(slides) or ("1",) * count, boxes
     )

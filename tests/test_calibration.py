@@ -91,8 +91,8 @@ def test_nuclei_of_a_small_image_count_once_for_a_calibration() -> None:
     image, normaliser, _ = slide()
     corner = image[:120, :120]
     model = Model(network=_Threshold().eval(), config=TORCH)
-    same = crops_of([corner] * 6, normaliser)
-    apart = replace(same, boxes=tuple(Box(0, 120 * k, 120, 120 * k + 120) for k in range(6)))
+    apart = crops_of([corner] * 6, normaliser)
+    same = replace(apart, boxes=(Box(0, 0, 120, 120),) * 6)
     nearly = replace(same, boxes=tuple(Box(0, 9 * k, 120, 9 * k + 120) for k in range(6)))
     of_others = replace(same, slides=tuple("123456"))
     for crops, is_enough in ((same, False), (nearly, False), (apart, True), (of_others, True)):

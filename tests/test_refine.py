@@ -792,8 +792,8 @@ def test_the_same_slide_twice_with_other_nuclei_is_refused(folder, model):
     [
         (1.0, (), "has 1 µm/px, too coarse for labelled ROIs: the model reads 0.5 µm/px"),
         (None, ("--mpp", "0.8"), "has 0.8 µm/px, too coarse"),
-        (None, (), "has no pixel size: set it in QuPath"),
-        (352.8, (), "has a pixel size of 352.8 µm, which cannot be: set it in QuPath"),
+        (None, (), "has no pixel size: pass --mpp"),
+        (352.8, (), "has a pixel size of 352.8 µm, which cannot be: pass --mpp"),
     ],
 )
 def test_rois_of_a_coarser_slide_are_refused(tmp_path, model, mpp, option, message):

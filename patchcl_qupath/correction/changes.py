@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -95,6 +96,16 @@ def give(layout: Layout, image: str) -> None:
     earlier = [roi for roi in record.others.get(TO_CORRECT, ()) if roi.id not in ids]
     others = {**record.others, TO_CORRECT: (*earlier, *given)}
     write_record(path, msgspec.structs.replace(record, others=others), compact=True)
+
+
+def at_import(layout: Layout, image: str, summary: QuPathSummary) -> Callable[[], None]:
+    """What to note of the suggested ROIs of an image once its nuclei are written, to be asked for
+    before: which nuclei a person is given there, or that nobody knows. It raises StorageError."""
+    if rois_wait(layout, image):  # they are imported with the new nuclei
+        return partial(give, layout, image)
+    if rois_are_unsaved(layout, image, summary):
+        return partial(forget, layout, image)
+    return lambda: None
 
 
 def rois_wait(layout: Layout, image: str) -> bool:
