@@ -989,9 +989,9 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     return dataclasses.replace(start, **tables)
 
 
-def _names_of(kind: type[Settings]) -> set[str]:
+def _names_of(kind: type[Settings] | Settings) -> list[str]:
     """The names of the settings of a table."""
-    return {field.name for field in dataclasses.fields(kind)}
+    return [entry.name for entry in dataclasses.fields(kind)]
 
 
 def _unknown(name: str, value: Any) -> str:
@@ -1069,7 +1069,7 @@ def _with_values(table: Settings, values: Any) -> Settings:
     if not isinstance(values, Mapping):
         raise ConfigError(f"[{table.table}] must be a table")
     renamed = RENAMED.get(table.table, {})
-    known = [entry.name for entry in dataclasses.fields(table)]
+    known = _names_of(table)
     new = {renamed.get(name, str(name)): value for name, value in values.items()}
     for name in new:
         if name not in known:

@@ -170,9 +170,10 @@ class FilesProject:
 
         Without an export, an image whose type is H-DAB in QuPath has QuPath's default stains.
         """
-        file, note = self.layout.stains(entry.id), None
+        file = self.layout.stains(entry.id)
+        own, note = read_stains(file, entry.name), None
         is_current = self.is_current(file, entry)
-        if read_stains(file, entry.name) is not None and not is_current:
+        if own is not None and not is_current:
             note = (
                 "its stains were exported before it was last saved in QuPath: if they changed "
                 "since, run groovy/export_regions.groovy and then this again"
@@ -182,13 +183,13 @@ class FilesProject:
                 "its own stain vectors in QuPath were not exported, and QuPath's default ones are "
                 "measured: for its own, run groovy/export_regions.groovy and then this again"
             )
-        stains = self.exported_stains(entry)
+        stains = own or _stains_of_type(self._image_type(entry.id))
         return replace(entry, stains=stains, note=_all_notes(entry.note, note))
 
     def exported_stains(self, entry: ImageEntry) -> StainVectors | None:
         """The stains that were exported; else QuPath's default ones of an image of type H-DAB."""
         own = read_stains(self.layout.stains(entry.id), entry.name)
-        return own or self._stains_of_type(entry.id)
+        return own or _stains_of_type(self._image_type(entry.id))
 
     def is_current(self, file: Path, entry: ImageEntry) -> bool:
         """Whether an exported file exists, and is newer than the last save of its image.
@@ -355,8 +356,8 @@ class FilesProject:
 
     def _entry(self, image: StoredImage) -> ImageEntry:
         found = self._locator.locate(image.path) if image.path else Location()
-        problem = image.problem
-        if problem is None and self._image_type(image.id) == "FLUORESCENCE":
+        problem, image_type = image.problem, self._image_type(image.id)
+        if problem is None and image_type == "FLUORESCENCE":
             problem = not_brightfield(image.name)
         if problem is None and found.path is None:
             problem = _lost(image, found, self.path.parent)
@@ -370,7 +371,7 @@ class FilesProject:
             series_name=image.series_name,
             use_bounds=image.use_bounds,
             problem=problem,
-            stains=self._stains_of_type(image.id),
+            stains=_stains_of_type(image_type),
         )
         return self._with_shown_pixel_size(entry)
 
@@ -399,13 +400,14 @@ class FilesProject:
         found = self._summary(id_).get("imageType")
         return None if found is None else str(found)
 
-    def _stains_of_type(self, id_: str) -> StainVectors | None:
-        """The stains that the type of an image tells, where they are not those of H&E."""
-        return H_DAB if self._image_type(id_) == "BRIGHTFIELD_H_DAB" else None
-
     def _summary(self, id_: str) -> dict[str, Any]:
         """The summary that QuPath writes beside an image's objects; empty if never saved."""
         return read_json(self.path.parent / "data" / id_ / "summary.json") or {}
+
+
+def _stains_of_type(image_type: str | None) -> StainVectors | None:
+    """The stains that the type of an image tells, where they are not those of H&E."""
+    return H_DAB if image_type == "BRIGHTFIELD_H_DAB" else None
 
 
 def _found(path: Path) -> Path:

@@ -22,7 +22,7 @@ def existing_model(project: Project, name: str) -> Path:
         hint = f"do you mean {by_lower[near[0]]}?"
     else:
         hint = f"it has {', '.join(names[:10]) or 'none'}."
-    advice = f"to have another, `patchcl-qp train {quoted(project.path)} --model {name}`"
+    advice = f"to have another, `patchcl-qp train {quoted(project.path)} --model {quoted(name)}`"
     if name == REFINED_MODEL:  # a training without labels under its name would be mistaken for it
         advice = f"`patchcl-qp refine {quoted(project.path)}` makes this one of corrected ROIs"
     raise ConfigError(

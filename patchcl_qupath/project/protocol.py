@@ -33,12 +33,15 @@ class Backend:
     reason: str = ""
 
     def __str__(self) -> str:
-        return f"{self.kind}, {self.reason}" if self.reason else str(self.kind)
+        return self._with_reason(str(self.kind))
 
     def in_words(self, preposition: str) -> str:
         """How something is done: by QuPath; or, after the ``preposition``, in files, and why."""
         how = f"by {self.kind}" if self.writes_into_qupath else f"{preposition} files"
-        return f"{how}, {self.reason}" if self.reason else how
+        return self._with_reason(how)
+
+    def _with_reason(self, text: str) -> str:
+        return f"{text}, {self.reason}" if self.reason else text
 
     @property
     def writes_into_qupath(self) -> bool:

@@ -47,11 +47,11 @@ def _parted(series: TiffPageSeries, arrays: Arrays) -> list[TiffPageSeries]:
     parts = [[(first, pixels[0])]]
     for page in zip(others, pixels[1:], strict=True):
         is_said = _is_said_to_be_a_level(page[0])
-        whole = next((part for part in parts if is_said or _is_like(page[1], part[-1][1])), None)
-        if whole is None:
+        image = next((part for part in parts if is_said or _is_like(page[1], part[-1][1])), None)
+        if image is None:
             parts.append([page])
         else:
-            whole.append(page)
+            image.append(page)
     for part in parts:
         part[0][0].levels[:] = [level for level, _ in part]
     return [part[0][0] for part in parts]
