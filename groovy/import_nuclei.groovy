@@ -827,7 +827,8 @@ static Additions additionsTo(PathObject nucleus, boolean hasClass, Marks marks, 
 /** Whether a run looked for a nucleus: its centroid is in a region of the run. */
 @CompileStatic
 static boolean isInScope(PathObject nucleus, Areas scope) {
-    // By its parent, too: pixels decide in a run, and the centroid of a contour on the border may be outside.
+    // By its parent, too: in a run of an earlier version pixels decided, and the centroid of a contour on the border may
+    // be outside.
     PathObject parent = nucleus.getParent()
     return !scope.holding(centroidOf(nucleus)).isEmpty() ||
             parent != null && scope.objects.any { PathObject region -> region.getID() == parent.getID() }
@@ -1671,8 +1672,8 @@ static PathObject smaller(PathObject one, PathObject other) {
 }
 
 /**
- * The regions that hold the centroid of an object. A run decides by pixels: the contour of a nucleus on the border can
- * have its centroid outside of all regions, and then belongs to one that it meets.
+ * The regions that hold the centroid of an object. In a run of an earlier version pixels decided: the contour of a
+ * nucleus on the border can have its centroid outside of all regions, and then belongs to one that it meets.
  */
 @CompileStatic
 static List<PathObject> regionsOf(PathObject pathObject, Areas regions) {

@@ -7,7 +7,7 @@ PatchCLError
 │   └── SlideError    its pixels cannot be opened or read
 │       └── DamagedError    they cannot be decoded, or not as RGB
 ├── ModelError        a model is missing, damaged or of another kind
-├── TrainingError     the images given have nothing to train on
+├── TrainingError     nothing can be learnt from the images given
 ├── GroundTruthError  the ground truth is missing, damaged or of another image
 └── StorageError      results cannot be written here
 """
@@ -54,7 +54,7 @@ class ModelError(PatchCLError):
 
 
 class TrainingError(PatchCLError):
-    """The images given have nothing to train on."""
+    """Nothing can be learnt from the images given, or not with these settings."""
 
 
 class GroundTruthError(PatchCLError):

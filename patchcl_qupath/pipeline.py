@@ -54,6 +54,7 @@ from patchcl_qupath.segmentation.grow_tile import CellContext, NucleiOfTiles, gr
 from patchcl_qupath.segmentation.segment_tile import (
     TileContext,
     check_machine,
+    near_region,
     postprocessing_margin_px,
     segment_tile,
 )
@@ -418,7 +419,7 @@ class Run:
             tissue_px=image.tissue_px,
             tile_px=self.config.slide.tile_px,
             halo_px=self.model.receptive_radius_px + margin_px,
-            region=image.region,
+            region=near_region(image),
             divisor=self.model.divisor,
         )
 

@@ -344,14 +344,6 @@ def test_cores_that_overlap_are_told_of() -> None:
     assert regions.partly_overlapping() == [(0, 1)]
 
 
-def test_a_nucleus_on_the_border_of_a_core_belongs_to_the_nearest() -> None:
-    """Of a core alone: an annotation was drawn, and its border is meant."""
-    cores = [shapely.Point(100, 100).buffer(50), shapely.Point(300, 100).buffer(50)]
-    regions = Regions([region(core, "", is_core=True) for core in cores] + [region(SQUARE)])
-    xy = np.array([[100, 155], [245, 100], [200, 100], [100, 100], [-3, 50]], float)
-    assert regions.parent(xy).tolist() == [0, 1, -1, 0, -1]
-
-
 def nuclei(*centres: tuple[float, float], classes: Sequence[str] | None = None) -> Nuclei:
     """Squares of 4 px, of areas 1, 2, 3, ..."""
     count = len(centres)

@@ -253,6 +253,11 @@ def test_blank_images_are_an_error():
         trained(config(), [np.full((100, 100, 3), 240, dtype=np.uint8)])
 
 
+def test_a_training_that_diverges_is_an_error():
+    with pytest.raises(TrainingError, match=r"diverged.*lower patchcl\.learning_rate"):
+        trained(config(learning_rate=1e30))
+
+
 def test_a_map_that_is_the_same_everywhere_is_not_chosen(monkeypatch):
     """It has no correlation with hematoxylin, which no other map must lose for."""
     scores = np.array([-0.4, np.nan, 0.2, 0.1], np.float32), np.ones(4, np.float32)

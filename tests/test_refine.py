@@ -252,6 +252,22 @@ def test_rounds_without_labels_end_where_nothing_is_sure():
     assert none.training.unlabelled_cdcl == []
 
 
+def test_trainings_that_diverge_are_errors():
+    """Else a model would be saved that finds nothing."""
+    rng = np.random.default_rng(0)
+    labels = np.zeros((64, 64), np.int32)
+    labels[8:24, 8:24] = 1
+    samples = [TrainingSample(rng.random((64, 64, 3), np.float32), targets(labels, labels == 0))]
+    brief = replace(Config().selftrain, steps=4, widths=(2, 2, 2), learning_rate=1e35)
+    with pytest.raises(TrainingError, match=r"diverged: lower selftrain\.learning_rate"):
+        selftrain.train_on(samples, brief, 0, lambda *_: None)
+    config = replace(Config(), cdcl=replace(CONFIG, steps=4, learning_rate=1e35))
+    network = NucleusNetwork((2, 2, 2)).eval()
+    start = Model(network=network, config=config, training=selftraining_log())
+    with pytest.raises(TrainingError, match=r"diverged: lower cdcl\.learning_rate"):
+        cdcl.refine(start, samples, lambda _: samples, lambda: samples, lambda *_: None)
+
+
 def test_a_refined_model_is_the_same_with_any_number_of_cores(monkeypatch):
     """Batches are made one after the other, or ahead: their random numbers are those of a step."""
     rng = np.random.default_rng(0)

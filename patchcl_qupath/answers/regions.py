@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from patchcl_qupath.datatypes import DrawnRegion, Polygons, place_text
 
 Centroids = NDArray[np.float64]  # (N, 2): x and y, level 0
-_NEAR_PX = 16.0  # a contour's centroid and that of the pixels it was traced around are nearer
 _PARTLY = 0.001  # of the smaller area: two regions that share less touch, or share a border
 
 
@@ -61,8 +60,6 @@ class Regions:
         shapely.prepare(self.geometries)  # once: it is kept with them
         points = shapely.points(centroids)
         region, point = shapely.STRtree(points).query(self.geometries, predicate="intersects")
-        if self.is_core.any():
-            region, point = self._with_nearest_core(points, region, point)
         return region, point
 
     def parent(self, centroids: Centroids) -> NDArray[np.intp]:
@@ -82,23 +79,6 @@ class Regions:
     @cached_property
     def _areas(self) -> NDArray[np.float64]:
         return np.asarray(shapely.area(self.geometries), np.float64)
-
-    def _with_nearest_core(
-        self, points: Polygons, region: NDArray[np.intp], point: NDArray[np.intp]
-    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """The pairs, with the nearest core of each point in none.
-
-        A run within cores decides by pixels: a contour on the border can have its centroid outside.
-        """
-        in_core = np.zeros(len(points), dtype=bool)
-        in_core[point[self.is_core[region]]] = True
-        if in_core.all():
-            return region, point
-        cores, outside = np.flatnonzero(self.is_core), np.flatnonzero(~in_core)
-        near, core = shapely.STRtree(self.geometries[cores]).query_nearest(
-            points[outside], max_distance=_NEAR_PX, all_matches=False
-        )
-        return np.append(region, cores[core]), np.append(point, outside[near])
 
     def shares_in(self, area: shapely.Geometry) -> NDArray[np.float64]:
         """The share (N,) of each region that lies in an area: 1 up to rounding is 1, 0 is none."""

@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+import shapely
 import torch
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import SegmentConfig
-from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
+from patchcl_qupath.datatypes import Nuclei, Polygons, Tile, UncertaintyGrid
 from patchcl_qupath.execution.pixel_store import PixelStore
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
@@ -29,16 +30,26 @@ from patchcl_qupath.segmentation.uncertainty import (
 from patchcl_qupath.segmentation.unlikely import are_unlikely
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
-from patchcl_qupath.slides.tissue import inside, inside_region
+from patchcl_qupath.slides.tissue import inside, inside_region, part_of_region
 from patchcl_qupath.storage.records import FileSignature
 from patchcl_qupath.timing import Seconds, timed
 
 Pixels = NDArray[np.int64]  # (N,) rows or columns of pixels of the working grid
+# The centroid of a nucleus's pixels, by which a tile owns it, is nearer than this to that of its
+# contour, by which it lies in a region: it is compact, and the contour has no holes.
+_CENTROIDS_APART_UM = 4.0
 
 
 def postprocessing_margin_px(config: SegmentConfig, slide: Slide) -> int:
     """How far from its write box post-processing needs a tile's probabilities, in working px."""
     return math.ceil(postprocessing_margin_um(config) / slide.mpp)
+
+
+def near_region(image: PreparedImage) -> shapely.Geometry | None:
+    """Where tiles own the nuclei of the analysis region, on the working grid; None: everywhere."""
+    if image.region is None:
+        return None
+    return image.region.buffer(_CENTROIDS_APART_UM / image.slide.mpp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +144,7 @@ def _measure(
     """The nuclei (N,) that the tile owns, at level 0; and the pixels with their centroids."""
     image, settings, tile = context.image, context.typical.config, predicted.tile
     rows, cols = centroids(labels, tile)
-    owned = tile.write.holds(rows, cols) & _in_tissue(image, tile.write, rows, cols)
+    owned = tile.write.holds(rows, cols) & inside(image.tissue, image.tissue_px, rows, cols)
     stain = NuclearStain.of(labels, predicted.rgb, image.slide.mpp, settings)
     has_brown = image.normaliser is not None and image.normaliser.has_brown
     owned &= stain.is_enough(settings, has_brown)
@@ -155,18 +166,21 @@ def _measure(
     )
     compact = nuclei.measurements["Solidity"] >= settings.min_solidity  # strands are not
     at_level0 = to_level0(nuclei[compact], image.slide.downsample, image.id)
-    return at_level0, rows[owned][compact], cols[owned][compact]
+    rows, cols = rows[owned][compact], cols[owned][compact]
+    here = _in_analysis_region(image, tile, at_level0.polygons)
+    return at_level0[here], rows[here], cols[here]
 
 
-def _in_tissue(image: PreparedImage, box: Box, rows: Pixels, cols: Pixels) -> NDArray[np.bool_]:
-    """(N,) whether pixels lie on tissue and, where there are analysis regions, in those.
-
-    Of pixels outside ``box``, the answer is not defined.
-    """
-    in_tissue = inside(image.tissue, image.tissue_px, rows, cols)
-    if image.region is not None:
-        in_tissue &= inside_region(image.region, box, rows, cols)
-    return in_tissue
+def _in_analysis_region(
+    image: PreparedImage, tile: Tile, contours: Polygons
+) -> NDArray[np.bool_]:
+    """(N,) whether the centroids of contours, at level 0, lie in the analysis region, its border
+    included: as QuPath has it, and ``answers.regions``, which counts in the same regions."""
+    if image.region is None:
+        return np.ones(len(contours), dtype=bool)
+    xy = shapely.get_coordinates(shapely.centroid(contours)) / image.slide.downsample
+    part = part_of_region(image.region, tile.read)
+    return np.asarray(shapely.intersects_xy(part, xy), dtype=bool)
 
 
 def _uncertainty_grid(
@@ -175,8 +189,10 @@ def _uncertainty_grid(
     """The uncertainty grid of a tile's write box; ``nucleus_*`` (N,) are of its centroids."""
     tile, slide = predicted.tile, image.slide
     rows, cols = sampling_points(tile.write, slide.mpp)
-    in_tissue = _in_tissue(image, tile.write, rows, cols)
-    rows, cols = rows[in_tissue], cols[in_tissue]
+    counts = inside(image.tissue, image.tissue_px, rows, cols)
+    if image.region is not None:
+        counts &= inside_region(image.region, tile.write, rows, cols)
+    rows, cols = rows[counts], cols[counts]
     at = rows - tile.read.row0, cols - tile.read.col0
     entropy = predictive_entropy(predicted.probability[at])
     px, (x, y) = bin_px(slide.mpp), slide.downsample

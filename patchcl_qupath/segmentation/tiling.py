@@ -11,6 +11,7 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import Box, Tile
+from patchcl_qupath.slides.tissue import part_of_region
 
 
 def plan(
@@ -68,8 +69,7 @@ def _cropped(box: Box, tissue: NDArray[np.bool_], tissue_px: int) -> Box | None:
 
 def bounds(region: shapely.Geometry, box: Box) -> Box | None:
     """The smallest part of a box with all its part of a region; None where there is none."""
-    # GEOS's clip_by_rect loses parts of polygons that have corners on the rectangle.
-    part = shapely.intersection(region, shapely.box(box.col0, box.row0, box.col1, box.row1))
+    part = part_of_region(region, box)
     if not part.area:
         return None
     x0, y0, x1, y1 = part.bounds

@@ -153,10 +153,17 @@ def inside_region(
     region: shapely.Geometry, box: Box, rows: NDArray[np.int64], cols: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
     """Whether the centres of pixels (n,) of a box of the grid lie in a region: (n,) bool."""
-    # GEOS builds an index of points in the geometry, which is not thread-safe. So each tile has a
-    # geometry of its own, which is smaller, too.
-    part = shapely.intersection(region, shapely.box(box.col0, box.row0, box.col1, box.row1))
-    return np.asarray(shapely.contains_xy(part, cols + 0.5, rows + 0.5))
+    return np.asarray(shapely.contains_xy(part_of_region(region, box), cols + 0.5, rows + 0.5))
+
+
+def part_of_region(region: shapely.Geometry, box: Box) -> shapely.Geometry:
+    """The part of a region that lies in a box of the grid.
+
+    GEOS builds an index of points in a geometry, which is not thread-safe: so each tile has one of
+    its own, which is smaller, too.
+    """
+    # GEOS's clip_by_rect loses parts of polygons that have corners on the rectangle.
+    return shapely.intersection(region, shapely.box(box.col0, box.row0, box.col1, box.row1))
 
 
 def tissue_area_px(

@@ -44,6 +44,7 @@ from patchcl_qupath.training.supervision import (
     TrainingSample,
     augment_stains,
     bce_dice_loss,
+    check_finite,
     distillation_loss,
     ema_model,
     made_ahead,
@@ -227,7 +228,8 @@ class _Student:
     ) -> tuple[SegmentationNetwork, list[dict[str, float]]]:
         """The average after all steps, and the losses of each by name.
 
-        ``also`` are parameters that are trained beside those of the network.
+        ``also`` are parameters that are trained beside those of the network. Raises TrainingError
+        where the training diverges.
         """
         settings = self._settings
         optimizer = torch.optim.AdamW(
@@ -239,8 +241,10 @@ class _Student:
         log: list[dict[str, float]] = []
         for step, batch in enumerate(made_ahead(batches, self._steps)):
             of_step = losses(step, batch)
+            loss = torch.stack([*of_step.values()]).sum()
+            check_finite(loss, "cdcl.learning_rate")
             optimizer.zero_grad()
-            torch.stack([*of_step.values()]).sum().backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             scheduler.step()
             self._mean.update_parameters(self.network)

@@ -43,7 +43,7 @@ from patchcl_qupath.training.contrast import (
 )
 from patchcl_qupath.training.halves import Halves
 from patchcl_qupath.training.pseudo_labels import otsu
-from patchcl_qupath.training.supervision import mixed_precision, random_window
+from patchcl_qupath.training.supervision import check_finite, mixed_precision, random_window
 
 _SHOWN_PX = 192  # side of the crop that the report shows the channels of
 _VALIDATION_CROPS = 32  # crops on which channel and threshold are chosen
@@ -70,7 +70,7 @@ def train(
     Crops may differ in size; those narrower than a patch are left out. Equal crops, settings and
     numbers of threads give equal weights on one machine's CPU. With the measures of the paper,
     there are several starts (``_best_start``); ``watch`` is called with each snapshot of them.
-    Raises TrainingError where nothing can be learnt from the crops.
+    Raises TrainingError where nothing can be learnt from the crops, or the training diverges.
     """
     settings = config.patchcl
     wide = [min(image.shape[:2]) >= settings.patch_px for image in crops.images]
@@ -176,6 +176,7 @@ def _steps(crops: TrainingCrops, config: Config, seed: int) -> Iterator[_Trained
             x = _batch(crops, settings, rng).to(device())  # (B, 3, S, S)
             parts = halves.each(logits_of, x)
             logits = torch.cat([part.detach() for part in parts]).requires_grad_()
+            check_finite(logits, "patchcl.learning_rate")
             prediction = torch.sigmoid(logits)  # (B, C, S, S)
             index = draw_patches(prediction.detach(), settings, generator)  # (B, C, n)
             if as_published:

@@ -55,6 +55,7 @@ from patchcl_qupath.training.supervision import (
     TrainingSample,
     augment_stains,
     bce_dice_loss,
+    check_finite,
     ema_model,
     made_ahead,
     mixed_precision,
@@ -87,7 +88,7 @@ def train(crops: TrainingCrops, teacher: Model, progress: ShowProgress) -> Model
     second. A first network that finds far less than it was taught teaches none. The second one is
     returned, after CDCL on those nuclei that are probable enough.
     Equal crops, teachers and numbers of threads give equal weights on one machine's CPU. Raises
-    TrainingError where no nucleus is pseudo-labelled.
+    TrainingError where no nucleus is pseudo-labelled, or the training diverges.
     """
     config, settings = teacher.config, teacher.config.selftrain
     assert isinstance(teacher.training, PatchCLLog), "self-training begins with PatchCL"
@@ -164,7 +165,8 @@ def train_on(
 ) -> Trained:
     """Train a network on samples alone; its weights are averaged over the last steps.
 
-    Equal arguments and numbers of threads give equal weights on one machine's CPU.
+    Equal arguments and numbers of threads give equal weights on one machine's CPU. Raises
+    TrainingError where it diverges.
     """
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
@@ -193,6 +195,7 @@ def train_on(
         average.update_parameters(network)
         losses.append(loss.detach())
         report(step + 1, settings.steps)
+    check_finite(torch.stack(losses), "selftrain.learning_rate")
     averaged = average.module
     assert isinstance(averaged, NucleusNetwork)
     return Trained(

@@ -18,6 +18,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from patchcl_qupath.errors import TrainingError
 from patchcl_qupath.models.engines import multiplies_bfloat16
 from patchcl_qupath.models.network import device
 from patchcl_qupath.overlap import Stop, overlapped, usable_cores
@@ -94,6 +95,15 @@ def distillation_loss(logits: Tensor, probability: Tensor, target: Tensor) -> Te
     answer = torch.where(target[:, _VALID:] > 0, target[:, :_VALID], probability)
     bce = F.binary_cross_entropy_with_logits(logits, answer, reduction="none")
     return bce.mean(dim=(0, 2, 3)).sum()
+
+
+def check_finite(values: Tensor, setting: str) -> None:
+    """Raise TrainingError where losses or logits are no numbers: then no weight is one any more.
+
+    ``setting`` is the learning rate that was too high. Such a model would find nothing, in silence.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise TrainingError(f"the training diverged: lower {setting}, or leave it out")
 
 
 def mixed_precision(wanted: bool = True) -> torch.autocast:
