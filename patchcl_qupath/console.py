@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 from msgspec import UNSET
@@ -111,21 +112,22 @@ def report_run(
         page = None if report is None else str(report)
         print_json({"project": str(project.path), "images": outcomes, "report": page})
         return
+    names = _names(outcomes)
     if done := [outcome for outcome in outcomes if not outcome.problem]:
-        _print_done([outcome for outcome in done if outcome.unchanged is not True])
+        _print_done([outcome for outcome in done if outcome.unchanged is not True], names)
         _print_unchanged([outcome for outcome in done if outcome.unchanged is True])
         _print_places(project, report)
     for outcome in outcomes:
-        _print_failure(outcome)
+        _print_failure(outcome, names[outcome.id])
 
 
-def _print_done(outcomes: Sequence[ImageOutcome]) -> None:
+def _print_done(outcomes: Sequence[ImageOutcome], names: Mapping[str, str]) -> None:
     """A row for each image that was segmented, and notes on them."""
     if not outcomes:
         return
     rows = [
         [
-            outcome.image,
+            names[outcome.id],
             f"{outcome.tissue_mm2:.2f}",
             f"{outcome.nuclei:,}",
             f"{outcome.seconds:.1f}",
@@ -137,20 +139,20 @@ def _print_done(outcomes: Sequence[ImageOutcome]) -> None:
     print_table(["image", "tissue mm²", "nuclei", "seconds", "tiles", "resumed"], rows)
     for outcome in outcomes:
         if outcome.imported:
-            click.echo(f"In QuPath: {outcome.image}: {outcome.imported.in_words}")
-    _print_answers(outcomes)
+            click.echo(f"In QuPath: {names[outcome.id]}: {outcome.imported.in_words}")
+    _print_answers(outcomes, names)
     corrections = [outcome.corrections for outcome in outcomes if outcome.corrections]
     if corrections:
         click.echo(f"Corrections: {corrections[0].total(corrections).in_words}")
     for outcome in outcomes:
         if outcome.note:
-            click.echo(f"Note: {outcome.image}: {outcome.note}")
+            click.echo(f"Note: {names[outcome.id]}: {outcome.note}")
 
 
-def _print_answers(outcomes: Sequence[ImageOutcome]) -> None:
+def _print_answers(outcomes: Sequence[ImageOutcome], names: Mapping[str, str]) -> None:
     """A row for each image, region and core that was summarised, and how nuclei were classified."""
     summaries = [
-        (outcome.image, summary) for outcome in outcomes for summary in outcome.summaries or ()
+        (names[outcome.id], summary) for outcome in outcomes for summary in outcome.summaries or ()
     ]
     if summaries:
         rows = [
@@ -174,7 +176,8 @@ def _print_answers(outcomes: Sequence[ImageOutcome]) -> None:
             limits = ", ".join(f"{threshold:g}" for threshold in rule.thresholds)
             how = "found on the slide" if rule.found else "given"
             how = "QuPath's usual one" if rule.note else how
-            click.echo(f"Positive: {outcome.image}: {rule.measurement} of at least {limits}, {how}")
+            image = names[outcome.id]
+            click.echo(f"Positive: {image}: {rule.measurement} of at least {limits}, {how}")
 
 
 def _print_used(titles: list[str], rows: list[list[Any]], optional: int) -> None:
@@ -215,14 +218,14 @@ def print_trained(model: Path, project: Path, name: str) -> None:
     click.echo(f"Model: {model}\nNext:  patchcl-qp run {quoted(project)} --model {quoted(name)}")
 
 
-def _print_failure(outcome: ImageOutcome) -> None:
+def _print_failure(outcome: ImageOutcome, name: str) -> None:
     """What failed of an image, if anything did."""
     if outcome.problem:
         click.echo(f"Failed: {outcome.problem}", err=True)
     if outcome.failed_tiles:
         first, count = outcome.failed_tiles[0], len(outcome.failed_tiles)
         click.echo(
-            f"Failed: {outcome.image}: {count} of {outcome.tiles} tiles were left out, as its "
+            f"Failed: {name}: {count} of {outcome.tiles} tiles were left out, as its "
             f"preview shows; the first of {first.width} x {first.height} px at x={first.x} "
             f"y={first.y}: {first.reason}. Run again to try them again",
             err=True,
@@ -241,9 +244,10 @@ def report_statuses(
         shown = [status for status in statuses if status.nuclei is not None or status.rois]
         others = [status for status in statuses if status.nuclei is None and not status.rois]
         shown, others = shown[:_ROWS_OF_MANY], shown[_ROWS_OF_MANY:] + others
+    names = _names(statuses)
     rows = [
         [
-            status.image,
+            names[status.id],
             status.state,
             None if status.nuclei is None else f"{status.nuclei:,}",
             status.made and status.made[:16].replace("T", " "),
@@ -258,7 +262,7 @@ def report_statuses(
         print_table(titles, rows)
     for status in shown:
         if status.imported and not others:
-            click.echo(f"In QuPath: {status.image}: {status.imported.in_words}")
+            click.echo(f"In QuPath: {names[status.id]}: {status.imported.in_words}")
     _print_others(others)
 
 
@@ -284,9 +288,10 @@ def report_summaries(project: Project, summaries: Sequence[ImageSummary], *, as_
     if as_json:
         print_json({"project": str(project.path), "images": summaries})
         return
+    names = _names(summaries)
     rows = [
         [
-            summary.image,
+            names[summary.id],
             region.name,
             f"{region.nuclei:,}",
             None if region.area_mm2 is None else f"{region.area_mm2:.2f}",
@@ -328,9 +333,10 @@ def report_suggestion(
 
 def _print_rois(rois: Sequence[SuggestedRoi]) -> None:
     """A row for each ROI, with the fraction of its nuclei that is expected to be wrong."""
+    names = _names(rois)
     rows = [
         [
-            one.image,
+            names[one.id],
             one.roi.name,
             round(one.roi.x),
             round(one.roi.y),
@@ -359,11 +365,12 @@ def _print_steps(project: Project) -> None:
 
 def print_corrected(images: Sequence[CorrectedImage]) -> None:
     """What was read from the corrected ROIs of each image, and what was left out."""
+    names = _names(images)
     for image in images:
-        click.echo(f"Corrected: {image.image}: {image.in_words}")
+        click.echo(f"Corrected: {names[image.id]}: {image.in_words}")
     for image in images:
         for note in image.notes:
-            click.echo(f"Note: {image.image}: {note}")
+            click.echo(f"Note: {names[image.id]}: {note}")
 
 
 def report_scores(
@@ -413,8 +420,9 @@ def _print_scores(scored: Sequence[ImageScore]) -> None:
     """A row for each image, and the means."""
     from patchcl_qupath.evaluation.score import SCORES, mean
 
+    names = _names(scored)
     rows = [
-        [image.image, f"{image.nuclei:,}", f"{image.true_nuclei:,}", *_figures(image.scores)]
+        [names[image.id], f"{image.nuclei:,}", f"{image.true_nuclei:,}", *_figures(image.scores)]
         for image in scored
     ]
     titles = ["image", "nuclei", "true nuclei", *SCORES.values()]
@@ -426,7 +434,10 @@ def _print_kinds(scored: Sequence[ImageScore]) -> None:
     from patchcl_qupath.evaluation.score import kinds_in_total, per_100_true
 
     total, rates = kinds_in_total(scored), per_100_true(scored)
-    rows = [[image.image, *(f"{count:,}" for count in image.kinds.values())] for image in scored]
+    names = _names(scored)
+    rows = [
+        [names[image.id], *(f"{count:,}" for count in image.kinds.values())] for image in scored
+    ]
     rows.append(["total", *(f"{count:,}" for count in total.values())])
     if rates:
         rows.append(["per 100 true", *(f"{rate:.1f}" for rate in rates.values())])
@@ -467,6 +478,23 @@ def report_export(project: Project, exported: Exported, *, as_json: bool) -> Non
         click.echo(f"Failed: {problem}", err=True)
     for note in exported.notes:
         click.echo(f"Note: {note}", err=True)
+
+
+class _OfImage(Protocol):
+    """What is shown of an image."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def image(self) -> str: ...
+
+
+def _names(shown: Sequence[_OfImage]) -> dict[str, str]:
+    """The names of images by their ids, which end with the id where several have one name."""
+    names = {each.id: each.image for each in shown}
+    counts = Counter(names.values())
+    return {id_: f"{name} ({id_})" if counts[name] > 1 else name for id_, name in names.items()}
 
 
 def count_of(number: int, one: str, several: str = "") -> str:

@@ -393,6 +393,7 @@ class Run:
             failed_tiles=in_order([tile for each in progress for tile in each.failed]),
             resumed=resumed,
             network_px=sum(math.prod(tile.read.shape) for tile in missing),
+            max_diameter_um=self.config.segment.max_diameter_um,
         )
         assert len(segmented.tiles) + len(segmented.failed_tiles) == len(tiles), "a tile was lost"
         return segmented, seconds
@@ -462,7 +463,14 @@ class Run:
 
         The cells of a tile grow once all nuclei near it are known.
         """
-        nuclei = NucleiOfTiles(find.store, tiles, image.slide, self.config.cells, find.tiles)
+        nuclei = NucleiOfTiles(
+            find.store,
+            tiles,
+            image.slide,
+            self.config.cells,
+            missing=find.tiles,
+            max_diameter_um=self.config.segment.max_diameter_um,
+        )
         made_from = {**image.fingerprint(), "nuclei": [tile.name for tile in tiles]}
         store = TileStore.open(self.project.layout.tiles(self.id, image.id), made_from)
         changing = [*find.tiles, *store.left_out(tiles)]  # beside them, other cells grow

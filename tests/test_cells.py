@@ -373,7 +373,12 @@ def test_a_tile_is_given_its_neighbours_nuclei(tmp_path: Path) -> None:
     assert shapely.equals(from_table(table).polygons, contours[tiles[0]]).all()
 
 
-def test_each_tile_can_grow_once_when_the_last_tile_near_it_has_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("diameter_um", "reach_px"), [(30, 198), (60, 368)])
+def test_each_tile_can_grow_once_when_the_last_tile_near_it_has_ended(
+    tmp_path: Path, diameter_um: float, reach_px: int
+) -> None:
+    """It reaches as far as two nuclei with that diagonal, and what is between their contours."""
+
     class Slide2000(Slide100):
         shape = (2000, 2000)
 
@@ -384,13 +389,19 @@ def test_each_tile_can_grow_once_when_the_last_tile_near_it_has_ended(tmp_path: 
             bottom, right = rng.integers((top + 1, left + 1), 81)
             box = Box(80 * row + top, 80 * col + left, 80 * row + bottom, 80 * col + right)
             tiles.append(Tile(row=row, col=col, read=box, write=box))
-    reach_px = 220  # of two nuclei 50 µm from their centroids, and what is between their contours
     near = {}
     for tile in tiles:
         beside = tile.write.grow(reach_px, Slide2000.shape)
         near[tile] = [other for other in tiles if other.write.meets(beside)]
     missing = [tiles[k] for k in rng.permutation(len(tiles))[:300].tolist()]
-    find = NucleiOfTiles(TileStore(tmp_path), tiles, Slide2000(), CellConfig(expand_um=4), missing)  # type: ignore[arg-type]
+    find = NucleiOfTiles(
+        TileStore(tmp_path),
+        tiles,
+        Slide2000(),  # type: ignore[arg-type]
+        CellConfig(expand_um=4),
+        missing,
+        max_diameter_um=diameter_um,
+    )
     assert {tile: find.tiles_near(tile) for tile in tiles} == near
     named, wait = [tile for tile in tiles if find.can_grow(tile)], {*missing}
     assert named == [tile for tile in tiles if wait.isdisjoint(near[tile])]

@@ -27,6 +27,7 @@ from patchcl_qupath.execution.outcome import failed_image
 from patchcl_qupath.progress import Progress, Stage
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.protocol import Backend
+from patchcl_qupath.status import ImageStatus
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample_project"
@@ -104,6 +105,17 @@ def test_verbose_logs_on_standard_error(before, after, level):
     failed = call(*before, "status", "nowhere.qpproj", "--json", *after)
     assert "error" in json.loads(failed.stdout)
     assert ("Traceback" in failed.stderr) == (level == "DEBUG")
+
+
+def test_images_of_one_name_are_shown_with_their_ids(capsys):
+    images = [("3", "a.svs"), ("5", "a.svs"), ("7", "b.svs")]
+    statuses = [ImageStatus(id=id_, image=name, state="to do") for id_, name in images]
+    project = open_project(SAMPLE, backend="files")
+    console.report_statuses(project, statuses, as_json=False)
+    shown = capsys.readouterr().out
+    assert "a.svs (3)" in shown
+    assert "a.svs (5)" in shown
+    assert "b.svs (" not in shown
 
 
 def test_logs_do_not_disturb_progress_for_programs(capsys):

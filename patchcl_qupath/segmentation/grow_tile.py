@@ -16,7 +16,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.config import CellConfig
+from patchcl_qupath.config import CellConfig, SegmentConfig
 from patchcl_qupath.datatypes import Box, Tile, UncertaintyGrid
 from patchcl_qupath.execution.pixel_store import PixelStore
 from patchcl_qupath.execution.tile_store import TileStore
@@ -32,7 +32,7 @@ from patchcl_qupath.segmentation.rings import (
     scaled,
     taken,
 )
-from patchcl_qupath.segmentation.segmented_image import MAX_RADIUS_UM
+from patchcl_qupath.segmentation.segmented_image import max_radius_um
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.parquet import NOT_MEASURED, NUCLEUS, Table, outer_points_of, with_cells
@@ -69,7 +69,7 @@ class NucleiOfTiles:
     """Finds the nuclei of a tile, and those of its neighbours that are near them.
 
     Cells of a tile can grow when ``tiles_near`` it have ``ended``, itself among them: in the store
-    are the nuclei of each, or it failed.
+    are the nuclei of each, or it failed. No nucleus is higher or wider than ``max_diameter_um``.
     """
 
     def __init__(
@@ -79,12 +79,14 @@ class NucleiOfTiles:
         slide: Slide,
         config: CellConfig,
         missing: Iterable[Tile] = (),
+        max_diameter_um: float = SegmentConfig().max_diameter_um,
     ) -> None:
         self._store, self._tiles, self._slide = store, tiles, slide
         boxes = [(t.write.row0, t.write.col0, t.write.row1, t.write.col1) for t in tiles]
         sides = np.array(boxes, np.int64).reshape(-1, 4).T
         self._places = shapely.STRtree(shapely.box(*sides))  # x and y are rows and columns
         self._near_um = _near_um(slide, config)
+        self._reach_um = 2 * max_radius_um(max_diameter_um) + self._near_um
         self._missing = {tile.name for tile in missing}
         self._failed: set[str] = set()
         self._contours = lru_cache(_REMEMBERED)(self._read)
@@ -110,7 +112,7 @@ class NucleiOfTiles:
 
     def tiles_near(self, tile: Tile) -> list[Tile]:
         """The tiles that may own a nucleus near those of a tile, and itself."""
-        reach_px = math.ceil((2 * MAX_RADIUS_UM + self._near_um) / min(self._slide.grid_mpp))
+        reach_px = math.ceil(self._reach_um / min(self._slide.grid_mpp))
         beside = tile.write.grow(reach_px, self._slide.shape)
         place = shapely.box(beside.row0, beside.col0, beside.row1, beside.col1)
         near = [self._tiles[n] for n in np.sort(self._places.query(place)).tolist()]

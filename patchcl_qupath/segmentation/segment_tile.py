@@ -171,9 +171,7 @@ def _measure(
     return at_level0[here], rows[here], cols[here]
 
 
-def _in_analysis_region(
-    image: PreparedImage, tile: Tile, contours: Polygons
-) -> NDArray[np.bool_]:
+def _in_analysis_region(image: PreparedImage, tile: Tile, contours: Polygons) -> NDArray[np.bool_]:
     """(N,) whether the centroids of contours, at level 0, lie in the analysis region, its border
     included: as QuPath has it, and ``answers.regions``, which counts in the same regions."""
     if image.region is None:

@@ -11,6 +11,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.datatypes import (
     Box,
     FailedTile,
@@ -28,8 +29,13 @@ from patchcl_qupath.slides.level_grid import GREY
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.storage.parquet import Table
 
-MAX_RADIUS_UM = 50.0  # no point of a contour is farther from the nucleus's centroid
+_BESIDE_UM = 2.0  # of a contour beside the pixels of its nucleus, at most
 _ROUNDING = 0.001  # of tissue: what is left of it beside failed tiles, whose borders are rounded
+
+
+def max_radius_um(max_diameter_um: float) -> float:
+    """How far from its centroid a nucleus reaches that is no higher or wider than a diameter."""
+    return math.sqrt(2) * max_diameter_um + _BESIDE_UM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +46,8 @@ class SegmentedImage:
     not grow with the slide.
 
     ``tiles`` are the finished tiles; ``resumed`` how many of them an earlier run finished;
-    ``network_px`` the working pixels that the network was run on for the others.
+    ``network_px`` the working pixels that the network was run on for the others. No nucleus is
+    higher or wider than ``max_diameter_um``.
     """
 
     image: PreparedImage
@@ -49,6 +56,7 @@ class SegmentedImage:
     failed_tiles: tuple[FailedTile, ...] = ()
     resumed: int = 0
     network_px: int = 0
+    max_diameter_um: float = SegmentConfig().max_diameter_um
 
     @cached_property
     def count(self) -> int:
@@ -129,7 +137,7 @@ class SegmentedImage:
     def _tiles_near(self, box: Box) -> list[Tile]:
         """The tiles that may own a nucleus with a part in a box of the working grid."""
         slide = self.image.slide
-        reach = box.grow(math.ceil(MAX_RADIUS_UM / slide.mpp), slide.shape)
+        reach = box.grow(math.ceil(max_radius_um(self.max_diameter_um) / slide.mpp), slide.shape)
         return [tile for tile in self.tiles if tile.write.meets(reach)]
 
     def pixels(self, box: Box) -> NDArray[np.uint8]:
