@@ -94,7 +94,7 @@ def train(
     ``Progress``. Takes two to nine minutes on two cores with the default settings. Raises
     TrainingError; ConfigError for the name of a refined model.
 
-    >>> steps = {"first_steps": 40, "steps": 120, "cdcl_steps": 10, "batch": 4}
+    >>> steps = {"first_steps": 20, "steps": 80, "cdcl_steps": 5, "crop_px": 64}
     >>> quick = {"patchcl": {"max_steps": 60, "batch": 2, "crops": 16}, "selftrain": steps}
     >>> model = pq.train(project, settings=quick)
     >>> model.mpp

@@ -51,9 +51,11 @@ batch = 2
 first_steps = 40
 steps = 120
 batch = 4
+crop_px = 64
 cdcl_steps = 10
 [cdcl]
 steps = 10
+crop_px = 64
 distillation_steps = 10
 """
 

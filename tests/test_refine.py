@@ -40,6 +40,7 @@ SAMPLE = Path(__file__).parent.parent / "sample_project"
 SLIDE = SAMPLE / "CMU-1-Small-Region.svs"
 CONFIG = CDCLConfig()
 WIDTHS = Config().selftrain.widths
+BRIEF = replace(Config().selftrain, steps=120, crop_px=64, widths=(8, 12, 16))  # for discs
 
 
 # ---------------------------------------------------------------- losses
@@ -113,8 +114,8 @@ def test_corrections_improve_a_model_beyond_its_pseudo_labels():
         large.append(np.where(keep[ground_truth], ground_truth, 0).astype(np.int32))
     config = replace(
         Config(),
-        selftrain=replace(Config().selftrain, steps=120, widths=(8, 12, 16)),
-        cdcl=replace(CONFIG, steps=80, pseudo_weight=0.0, distillation_steps=40),
+        selftrain=BRIEF,
+        cdcl=replace(CONFIG, steps=80, crop_px=64, pseudo_weight=0.0, distillation_steps=40),
     )
     training_samples = [
         TrainingSample(normaliser.apply(i), targets(t, t == 0))
@@ -170,8 +171,7 @@ def test_a_network_is_fitted_to_a_roi_and_held_elsewhere():
         TrainingSample(normaliser.apply(i), targets(t, t == 0))
         for i, t in zip(images, ground_truths, strict=True)
     ]
-    brief = replace(Config().selftrain, steps=120, widths=(8, 12, 16))
-    trained = selftrain.train_on(samples, brief, 0, lambda *_: None)
+    trained = selftrain.train_on(samples, BRIEF, 0, lambda *_: None)
     # Stains of the image that is corrected are like no other: a network can tell it from these.
     odd = samples[0]._replace(stains=samples[0].stains[..., ::-1].copy())
     odd = odd._replace(target=targets(np.zeros_like(ground_truths[0]), ground_truths[0] >= 0))
@@ -179,9 +179,9 @@ def test_a_network_is_fitted_to_a_roi_and_held_elsewhere():
 
     def changes(weight):
         """The mean probability where nothing is, before and after; and by how much others change"""
-        few = replace(CONFIG, rounds=1, steps=1)
+        few = replace(CONFIG, rounds=1, steps=1, crop_px=64)
         settings = replace(few, distillation_steps=100, distillation_weight=weight)
-        config = replace(Config(), selftrain=brief, cdcl=settings)
+        config = replace(Config(), selftrain=BRIEF, cdcl=settings)
         start = Model(network=trained.network, config=config, training=selftraining_log())
         fitted = cdcl.refine(start, [odd], lambda _: samples, lambda: tissue, lambda *_: None)
         stains = torch.tensor(np.stack([odd.stains, samples[1].stains])).permute(0, 3, 1, 2)

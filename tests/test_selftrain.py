@@ -324,7 +324,9 @@ def test_a_network_is_trained_on_the_pseudo_labels_of_patchcl():
     images, ground_truths = nuclei_images(9)
     normaliser = StainNormaliser.fit(images)
     crops = crops_of(images[:8], normaliser)
-    quick = replace(CONFIG, first_steps=100, steps=150, cdcl_steps=12, widths=(8, 12, 16))
+    quick = replace(
+        CONFIG, first_steps=100, steps=150, cdcl_steps=12, crop_px=64, widths=(8, 12, 16)
+    )
     config = replace(BY_TORCH, selftrain=quick)
     teacher = Model(network=Prediction(), config=config, training=patchcl_log())
     steps = []
