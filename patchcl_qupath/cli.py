@@ -44,6 +44,7 @@ from patchcl_qupath.errors import (
     ImageError,
     PatchCLError,
     ProjectError,
+    count_of,
     quoted,
     reason_of,
 )
@@ -319,7 +320,7 @@ def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
                 "no project was made: none of the files is an image that can be used"
             )
         project = init_project(folder, new)
-        count = console.count_of(len(new), "image")
+        count = count_of(len(new), "image")
         click.echo(f"Project: {project} ({count})\nNext:    patchcl-qp run {quoted(project)}")
     sys.exit(1 if failed else 0)
 

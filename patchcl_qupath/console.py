@@ -15,7 +15,7 @@ import click
 from msgspec import UNSET
 
 from patchcl_qupath.config import CORRECTED
-from patchcl_qupath.errors import quoted
+from patchcl_qupath.errors import count_of, quoted
 from patchcl_qupath.progress import Progress, ShowProgress
 
 if TYPE_CHECKING:
@@ -495,11 +495,6 @@ def _names(shown: Sequence[_OfImage]) -> dict[str, str]:
     names = {each.id: each.image for each in shown}
     counts = Counter(names.values())
     return {id_: f"{name} ({id_})" if counts[name] > 1 else name for id_, name in names.items()}
-
-
-def count_of(number: int, one: str, several: str = "") -> str:
-    """A number and the noun that it counts."""
-    return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -106,6 +106,11 @@ def quoted(path: object) -> str:
     return text if _PLAIN.fullmatch(text) else f'"{text}"'
 
 
+def count_of(number: int, one: str, several: str = "") -> str:
+    """A number and the noun that it counts: 1 image, 2,000 images."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
 def one_line(error: BaseException) -> str:
     """The text of another program's error, or of the one that caused it, for a message of ours."""
     while error.__cause__ is not None:

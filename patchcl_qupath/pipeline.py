@@ -29,7 +29,7 @@ from patchcl_qupath.correction.labels import (
     with_copies,
 )
 from patchcl_qupath.datatypes import Corrections, ImageEntry, Tile
-from patchcl_qupath.errors import ConfigError, ImageError, ModelError
+from patchcl_qupath.errors import ConfigError, ImageError, ModelError, count_of
 from patchcl_qupath.execution.map_tiles import TileWork, map_tiles
 from patchcl_qupath.execution.outcome import (
     TileProgress,
@@ -537,7 +537,7 @@ class Run:
         result: ResultRecord,
     ) -> Imported | None:
         """Show that the nuclei are written, and do it."""
-        nuclei = f"{segmented.count:,} {'nucleus' if segmented.count == 1 else 'nuclei'}"
+        nuclei = count_of(segmented.count, "nucleus", "nuclei")
         self._show(Progress(stage=Stage.WRITING, image=entry.name, detail=nuclei))
         write = partial(_write, self.project, entry, segmented, answered, self.config, result)
         with self._in_qupath:

@@ -22,7 +22,7 @@ from patchcl_qupath import console, logs
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import BackendKind
 from patchcl_qupath.datatypes import ImageEntry
-from patchcl_qupath.errors import ConfigError, quoted
+from patchcl_qupath.errors import ConfigError, count_of, quoted
 from patchcl_qupath.execution.outcome import failed_image
 from patchcl_qupath.progress import Progress, Stage
 from patchcl_qupath.project import open_project
@@ -610,8 +610,8 @@ def test_init_says_what_is_wrong_with_a_path(tmp_path, crop):
 
 
 def test_one_is_not_several():
-    assert console.count_of(1, "image") == "1 image"
-    assert console.count_of(1_200, "nucleus", "nuclei") == "1,200 nuclei"
+    assert count_of(1, "image") == "1 image"
+    assert count_of(1_200, "nucleus", "nuclei") == "1,200 nuclei"
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,15 @@ def test_one_geojson_is_the_ground_truth_of_one_image(project: Path, tmp_path: P
     assert refused.exit_code == 1
     assert "ground truth of one image: say which one with --image" in refused.output
     result = call("score", project, "--ground-truth", results, "--image", "a.svs", "--json")
-    assert json.loads(result.stdout)["mean"] == pytest.approx(PERFECT)
+    printed = json.loads(result.stdout)
+    assert printed["mean"] == pytest.approx(PERFECT)
+    # It may be that of another image.
+    assert printed["images"][0]["note"] == f"compared with {results.name}, which is named otherwise"
+    for name in ("a", "a.svs"):
+        named = tmp_path / f"{name}.geojson"
+        write_geojson(named)
+        result = call("score", project, "--ground-truth", named, "--image", "a.svs", "--json")
+        assert json.loads(result.stdout)["images"][0]["note"] is None
 
 
 def test_the_table_has_images_and_their_mean(project: Path, ground_truth: Path) -> None:

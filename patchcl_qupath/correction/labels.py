@@ -22,7 +22,7 @@ from patchcl_qupath.datatypes import (
     level0_to_grid,
     place_text,
 )
-from patchcl_qupath.errors import ConfigError, ImageError, TrainingError
+from patchcl_qupath.errors import ConfigError, ImageError, TrainingError, count_of
 from patchcl_qupath.evaluation.metrics import MIN_IOU
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.progress import ShowCount
@@ -75,9 +75,9 @@ class CorrectedImage(Record, frozen=True, kw_only=True, rename={"rois": "fields"
             for kind, count in self.left_out.items()
             if count
         ]
-        return f"{self.rois:,} ROI{'s' * (self.rois != 1)} with {self.nuclei:,} nuclei" + (
-            f"; no nuclei, left out: {', '.join(left_out)}" if left_out else ""
-        )
+        others = f"; no nuclei, left out: {', '.join(left_out)}" if left_out else ""
+        nuclei = count_of(self.nuclei, "nucleus", "nuclei")
+        return f"{count_of(self.rois, 'ROI')} with {nuclei}{others}"
 
 
 def read_corrected(

@@ -138,6 +138,11 @@ def read_ground_truth(files: Sequence[Path], entry: ImageEntry) -> GroundTruth:
     return GroundTruth(polygons[~is_large], note=note)
 
 
+def is_named_as(file: Path, entry: ImageEntry) -> bool:
+    """Whether a ground-truth file has the name of an image, or its stem."""
+    return readable(_name(file)) in (entry.name, _stem(entry))
+
+
 def _name(file: Path) -> str:
     """The name of a ground-truth file without its suffix; empty for other files."""
     for suffix in SUFFIXES:

@@ -16,6 +16,7 @@ from patchcl_qupath.errors import ConfigError, GroundTruthError, ImageError, Pat
 from patchcl_qupath.evaluation.ground_truth import (
     check_not_shared,
     ground_truth_files,
+    is_named_as,
     read_ground_truth,
 )
 from patchcl_qupath.evaluation.metrics import MIN_IOU, Kind, Overlaps
@@ -206,6 +207,8 @@ def _compare(project: Project, entry: ImageEntry, files: Sequence[Path]) -> _Com
     entry = replace(entry, mpp=result.slide.mpp, size=entry.size or result.slide.size)
     ground_truth = read_ground_truth(files, entry)
     true, notes = ground_truth.polygons, [ground_truth.note] if ground_truth.note else []
+    if not is_named_as(files[0], entry):  # as the one file that was given for the one image
+        notes.append(f"compared with {files[0].name}, which is named otherwise")
     if outside := _count_outside(true, entry):
         notes.append(f"true contours outside of the image, which count as missed: {outside}")
     if regions:
