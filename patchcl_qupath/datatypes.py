@@ -56,6 +56,15 @@ class Box:
         rows = self.row0 < other.row1 and other.row0 < self.row1
         return rows and self.col0 < other.col1 and other.col0 < self.col1
 
+    def common(self, other: Box) -> Box:
+        """The pixels of both boxes, which have some in common."""
+        return Box(
+            max(self.row0, other.row0),
+            max(self.col0, other.col0),
+            min(self.row1, other.row1),
+            min(self.col1, other.col1),
+        )
+
     def grow(self, margin: int, within: tuple[int, int]) -> Box:
         """The box grown by ``margin`` px on each side, clipped to an image of shape ``within``."""
         return Box(

@@ -53,8 +53,8 @@ from patchcl_qupath.report.figures import write_pictures
 from patchcl_qupath.segmentation.grow_tile import CellContext, NucleiOfTiles, grow_tile
 from patchcl_qupath.segmentation.segment_tile import (
     TileContext,
+    beside_region_px,
     check_machine,
-    near_region,
     postprocessing_margin_px,
     segment_tile,
 )
@@ -420,8 +420,9 @@ class Run:
             tissue_px=image.tissue_px,
             tile_px=self.config.slide.tile_px,
             halo_px=self.model.receptive_radius_px + margin_px,
-            region=near_region(image),
+            region=image.region,
             divisor=self.model.divisor,
+            beside_px=beside_region_px(image.slide),
         )
 
     def _pixels(

@@ -160,12 +160,13 @@ def test_write_boxes_partition_the_tissue_and_read_boxes_hold_the_halo(
     divisor: int,
 ) -> None:
     shape, tissue, tissue_px = grid
-    wanted, region = on_pixels(grid), None
+    wanted, region, beside_px = on_pixels(grid), None, 0
     if data.draw(st.booleans(), label="with a region"):
         part = data.draw(boxes_in(shape))
-        wanted &= filled(shape, part)
+        beside_px = data.draw(st.integers(0, 20), label="px beside it")
+        wanted &= filled(shape, part.grow(beside_px, shape))
         region = shapely.box(part.col0, part.row0, part.col1, part.row1)
-    tiles = plan(shape, tissue, tissue_px, tile_px, halo_px, region, divisor)
+    tiles = plan(shape, tissue, tissue_px, tile_px, halo_px, region, divisor, beside_px)
     owners = np.zeros(shape, dtype=int)
     for tile in tiles:
         owners += filled(shape, tile.write)

@@ -45,11 +45,9 @@ def postprocessing_margin_px(config: SegmentConfig, slide: Slide) -> int:
     return math.ceil(postprocessing_margin_um(config) / slide.mpp)
 
 
-def near_region(image: PreparedImage) -> shapely.Geometry | None:
-    """Where tiles own the nuclei of the analysis region, on the working grid; None: everywhere."""
-    if image.region is None:
-        return None
-    return image.region.buffer(_CENTROIDS_APART_UM / image.slide.mpp)
+def beside_region_px(slide: Slide) -> int:
+    """How far beside an analysis region a tile may own a nucleus that lies in it, in working px."""
+    return math.ceil(_CENTROIDS_APART_UM / slide.mpp)
 
 
 @dataclass(frozen=True, kw_only=True)
