@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import shapely
@@ -23,6 +24,7 @@ from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import Nuclei
 from patchcl_qupath.exports.images import ExportedImage
 from patchcl_qupath.project import Project
+from patchcl_qupath.storage.records import ResultRecord, read_record, write_record
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other programs
 
@@ -102,6 +104,22 @@ def test_no_image_has_the_frame_of_another_in_um(tmp_path: Path) -> None:
     for system in data.coordinate_systems:
         assert len(data.filter_by_coordinate_system(system).shapes) == 1
     assert {"b_um", "b_um_um"} < set(data.coordinate_systems)
+
+
+def test_a_slide_that_begins_within_its_file_has_the_frame_of_that_too(project: Project) -> None:
+    """As an MRXS, of which QuPath shows what was scanned alone."""
+    spatialdata, anndata = pytest.importorskip("spatialdata"), pytest.importorskip("anndata")
+    path = project.layout.result(project.images()[1].id)
+    record = read_record(path, ResultRecord)
+    assert record is not None
+    slide = msgspec.structs.replace(record.slide, origin=(300, 40))
+    write_record(path, msgspec.structs.replace(record, slide=slide))
+    data = spatialdata.read_zarr(*exported(project, "--to", "spatialdata"))
+    assert sorted(data.coordinate_systems) == ["a__1", "a__1_um", "b", "b_file", "b_um"]
+    middles = spatialdata.transform(data["b_nuclei"], to_coordinate_system="b_file").centroid
+    assert [*zip(middles.x, middles.y, strict=True)] == [(400, 140), (440, 140)]
+    origins = anndata.read_h5ad(*exported(project, "--to", "anndata")).uns["patchcl"]["origin"]
+    assert {image: origin.tolist() for image, origin in origins.items()} == {"2": [300, 40]}
 
 
 def test_cells_are_shapes_of_their_own(project: Project) -> None:
