@@ -103,6 +103,12 @@ def refuse_broken(place: Path) -> None:
         raise ConfigError("its disk is gone")
 
 
+def die_elsewhere(home: int) -> None:
+    """A check that no worker survives, as where its memory ends when it imports torch."""
+    if os.getpid() != home:
+        os._exit(1)
+
+
 def break_others(place: Path, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Seconds]:
     """Fails in all processes but one, from the first tile on; that one waits for another."""
     if not is_first(place):
@@ -448,6 +454,49 @@ def test_worker_that_lost_what_tiles_share_is_given_it_again(tmp_path: Path) -> 
     assert (tmp_path / "forgot").exists()
     assert failed == {}
     assert store.missing(TILES) == []
+
+
+def test_workers_that_die_as_they_begin_are_not_waited_for_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask starts each of them anew, again and again."""
+    monkeypatch.setattr(admission, "_LOSS_S", 0.0)
+    monkeypatch.setattr(admission, "_MOST_LOSSES", 2)
+    with (
+        processes() as cluster,
+        open_workers(scheduler=cluster.scheduler_address) as workers,
+        pytest.raises(ImageError, match=r"workers end as they begin.* give them more memory"),
+    ):
+        segment(workers, slow, None, tmp_path, check=partial(die_elsewhere, os.getpid()))
+
+
+def test_workers_without_memory_are_not_waited_for_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask pauses them, as what they take is not its own to free."""
+    monkeypatch.setattr("patchcl_qupath.execution.map_tiles._STILL_S", 1.0)
+    with (
+        dask.config.set({"distributed.worker.memory.terminate": False}),
+        processes(memory_limit="50 MB") as cluster,
+        open_workers(scheduler=cluster.scheduler_address) as workers,
+        pytest.raises(ImageError, match="no more tasks, as their memory is nearly full: give them"),
+    ):
+        segment(workers, slow, None, tmp_path)
+
+
+def test_a_large_crowd_that_leaves_at_once_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the network of all workers fails for a moment."""
+    workers: Any = SimpleNamespace(are_elsewhere=True, present=dict)
+    found = admission.Admission(workers=workers, check=lambda: None, make=lambda: None)
+    monkeypatch.setattr(admission, "_MOST_LOSSES", 2)
+    for leaving in range(9):
+        asked: Any = {f"tcp://{leaving}": None}
+        found._asked.update(asked)
+        found.update()
+    monkeypatch.setattr(admission, "_LOSS_S", 0.0)
+    found._asked.update(asked)
+    with pytest.raises(ImageError, match="workers end as they begin"):
+        found.update()
 
 
 def test_workers_of_another_version_are_refused(

@@ -336,7 +336,7 @@ def test_two_nodes_of_slurm(
     pytest.importorskip("dask_jobqueue")
     job = {
         "cores": 1,
-        "memory": "1GB",
+        "memory": "2GB",
         "walltime": "00:05:00",
         "interface": "eth0",
         "log-directory": str(tmp_path / "slurm"),

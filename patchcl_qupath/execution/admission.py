@@ -8,6 +8,7 @@ tiles faster than the others finish theirs, or find other nuclei.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,11 +18,13 @@ from uuid import uuid4
 
 from patchcl_qupath import __version__
 from patchcl_qupath.errors import ImageError, PatchCLError
-from patchcl_qupath.execution.workers import FIRST, Workers, fetched
+from patchcl_qupath.execution.workers import FIRST, WORKERS_DIE, Workers, fetched
 
 logger = logging.getLogger(__name__)
 
 _GRACE_S = 10.0  # for a worker that can be used to join, where the others cannot
+_MOST_LOSSES = 5  # of workers that were asked, in a row
+_LOSS_S = 10.0  # in which there is one: where the network fails, all of them leave
 
 # Evaluated on a worker by Python's own eval, as this package may not be there.
 _NODE_AND_VERSION = (
@@ -74,6 +77,8 @@ class Admission:
     _asked: dict[str, _Asked] = field(default_factory=dict)
     _held: dict[str, Any] = field(default_factory=dict)  # futures: what they hold stays
     _alone_since: float | None = None
+    _losses: int = 0
+    _last_loss: float = -math.inf
 
     @property
     def is_pending(self) -> bool:
@@ -109,10 +114,18 @@ class Admission:
             held.release()
 
     def _forget(self, present: dict[str, int]) -> None:
+        if self._asked.keys() - present.keys():
+            self._note_loss()
         tables: list[dict[str, Any]] = [self.admitted, self.refused, self._asked, self._held]
         for known in tables:
             for address in known.keys() - present.keys():
                 del known[address]
+
+    def _note_loss(self) -> None:
+        """A worker left before it could be used: its memory may end as it imports torch."""
+        now = time.monotonic()
+        if now > self._last_loss + _LOSS_S:
+            self._losses, self._last_loss = self._losses + 1, now
 
     def _begin(self, address: str) -> None:
         first = _Step.VERSION if self.workers.are_elsewhere else _Step.HOLD
@@ -138,10 +151,15 @@ class Admission:
         if asked.step is _Step.HOLD and asked.answer.status == "finished":
             self._held[address] = asked.answer  # which is not to come here
             self.admitted[address] = threads
+            self._losses = 0
             return
+        from distributed import KilledWorker
+
         match asked.step, fetched(asked.answer):
             case _, None:
                 pass
+            case _, KilledWorker():
+                self._note_loss()
             case _, Exception() as error:
                 self._refuse(address, f"{asked.name} is not used: {type(error).__name__}: {error}")
             case _Step.VERSION, (str(node), version):
@@ -168,6 +186,8 @@ class Admission:
 
     def _check_hope(self) -> None:
         """Raise ImageError after a while in which no worker can be used."""
+        if self._losses >= _MOST_LOSSES and not self.admitted:
+            raise ImageError(WORKERS_DIE)
         if self.admitted or self._asked or not self.refused:
             self._alone_since = None
         elif self._alone_since is None:

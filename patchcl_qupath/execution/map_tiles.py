@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import pickle
 import threading
+import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 Context = TypeVar("Context")
 TileTask = Callable[[Context, Any], tuple[Nuclei | Table, UncertaintyGrid, Seconds]]
 
+_STILL_S = 300.0  # without an answer of a worker, after which it is seen whether they work at all
 _AHEAD = 3  # tiles for each worker thread: enough to keep it busy, few to keep memory flat
 
 
@@ -74,7 +76,7 @@ def map_tiles(
     on each worker of another machine, and raises PatchCLError where that one cannot work on the
     tiles. ``before_storing`` is called before each tile is stored; what it raises ends the map.
 
-    Raises ImageError if the scheduler goes away, or where no worker is left that can work on them;
+    Raises ImageError if the scheduler goes away, or where no worker can work on them any more;
     ConfigError where no jobs can be had any more.
     """
     from distributed.client import ClosedClientError
@@ -135,6 +137,7 @@ class _TileQueue:
     _running: Any = None  # as_completed of the futures
     _failed: list[tuple[_Given, Exception]] = field(default_factory=list)
     _losses: Counter[tuple[int, str]] = field(default_factory=Counter)  # of whole crews
+    _last_answer: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         from distributed import as_completed
@@ -171,6 +174,9 @@ class _TileQueue:
         if crew:
             self._give(crew)
         yield from self._take()
+        if time.monotonic() > self._last_answer + _STILL_S:
+            self.admission.workers.check_memory()
+            self._last_answer = time.monotonic()
 
     def cancel(self) -> None:
         """Have workers forget what they were given."""
@@ -232,6 +238,7 @@ class _TileQueue:
             if future not in self._given:  # it was taken back
                 continue
             given = self._given.pop(future)
+            self._last_answer = time.monotonic()
             match _outcome(future):
                 case None:
                     logger.info("tile %s was lost with its worker", given.tile.name)

@@ -28,6 +28,14 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # at a tile, before it is left out
 WORKER_DIED = "its worker died each time: give workers more memory, or fewer threads"
+WORKERS_DIE = (
+    "workers end as they begin, one after the other: give them more memory (2 GB and more), or see "
+    "what they print; finished tiles are kept"
+)
+WORKERS_PAUSE = (
+    "Dask gives its workers no more tasks, as their memory is nearly full: give them more (2 GB "
+    "and more), or fewer threads; finished tiles are kept"
+)
 
 FIRST = 10  # priority of what tiles wait for
 _MAX_IMAGES = 8  # under way at once; each takes some memory
@@ -144,6 +152,12 @@ class Workers:
         with self._lock:
             self._note(now)
         return now
+
+    def check_memory(self) -> None:
+        """Raise ImageError where all workers that are there are paused: they begin no task."""
+        there = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        if there and all(worker["status"] == "paused" for worker in there):
+            raise ImageError(WORKERS_PAUSE)
 
     def _note(self, now: dict[str, int]) -> None:
         """Log which workers came and went."""
