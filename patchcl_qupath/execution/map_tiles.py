@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 Context = TypeVar("Context")
 TileTask = Callable[[Context, Any], tuple[Nuclei | Table, UncertaintyGrid, Seconds]]
 
-_STILL_S = 300.0  # without an answer of a worker, after which it is seen whether they work at all
+_STILL_S = 120.0  # without an answer of a worker, after which it is seen whether they work at all
 _AHEAD = 3  # tiles for each worker thread: enough to keep it busy, few to keep memory flat
 
 
