@@ -611,7 +611,7 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def jobs(**settings: Any) -> Any:
     """As in ~/.config/dask/jobqueue.yaml."""
     loopback = "lo" if sys.platform == "linux" else "lo0"
-    job = {"cores": 1, "memory": "1GB", "interface": loopback, **settings}
+    job = {"cores": 1, "memory": "2GB", "interface": loopback, **settings}
     pytest.importorskip("dask_jobqueue")  # which brings settings of its own
     return dask.config.set({f"jobqueue.{kind}.{k}": v for kind in CLUSTERS for k, v in job.items()})
 
