@@ -827,8 +827,8 @@ static Additions additionsTo(PathObject nucleus, boolean hasClass, Marks marks, 
 /** Whether a run looked for a nucleus: its centroid is in a region of the run. */
 @CompileStatic
 static boolean isInScope(PathObject nucleus, Areas scope) {
-    // By its parent, too: in a run of an earlier version pixels decided, and the centroid of a contour on the border may
-    // be outside.
+    // By its parent, too: in a run of an earlier version pixels decided, and the centroid of a contour on the border
+    // may be outside.
     PathObject parent = nucleus.getParent()
     return !scope.holding(centroidOf(nucleus)).isEmpty() ||
             parent != null && scope.objects.any { PathObject region -> region.getID() == parent.getID() }
