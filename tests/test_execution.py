@@ -620,7 +620,7 @@ def jobs(**settings: Any) -> Any:
     ("kind", "line"),
     [
         ("slurm", "#SBATCH --cpus-per-task=1"),
-        ("pbs", "#PBS -l select=1:ncpus=1:mem=954MB"),
+        ("pbs", "#PBS -l select=1:ncpus=1:mem=1908MB"),
         ("lsf", "#BSUB -n 1"),
         ("sge", "#$ -N dask-worker"),
     ],
