@@ -157,7 +157,8 @@ def write(
         entry = project.with_regions(entry, [TMA_CORES])
         geometries = [json.loads(shapely.to_geojson(core)) for core in entry.regions]
         regions = tuple(RegionRecord(geometry=one, tissue_mm2=0.0) for one in geometries)
-        found = found[shapely.intersects(shapely.union_all(entry.regions), found.polygons)]
+        cores = shapely.union_all(entry.regions)
+        found = found[shapely.intersects(cores, shapely.centroid(found.polygons))]
     if counted := [*[TMA_CORES] * tma, *classes]:
         entry = project.with_drawn(entry, counted)
     result = msgspec.structs.replace(
