@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -492,9 +491,11 @@ class _OfImage(Protocol):
 
 def _names(shown: Sequence[_OfImage]) -> dict[str, str]:
     """The names of images by their ids, which end with the id where several have one name."""
+    from patchcl_qupath.datatypes import distinct_names
+
     names = {each.id: each.image for each in shown}
-    counts = Counter(names.values())
-    return {id_: f"{name} ({id_})" if counts[name] > 1 else name for id_, name in names.items()}
+    endings = [f" ({id_})" for id_ in names]
+    return dict(zip(names, distinct_names([*names.values()], endings, key=str), strict=True))
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -13,7 +13,8 @@ arrays are converted by ``segmentation.rings.scaled``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -348,6 +349,33 @@ def names_text(names: Sequence[str], most: int) -> str:
     """The first names of a list, ``most`` of them, and how many more there are."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def distinct_names(
+    names: Sequence[str], endings: Sequence[str], key: Callable[[str], str] = str.casefold
+) -> list[str]:
+    """Names (N,) that have no ``key`` in common: as files, no two that differ by case alone.
+
+    One that another name has, too, gets its ending (N,), of which no two are equal.
+    """
+    found, shared = list(names), set[int]()
+    while True:
+        count = Counter(map(key, found))
+        more = {i for i, name in enumerate(found) if count[key(name)] > 1} - shared
+        if not more:
+            return found
+        # With its ending, a name may be that of yet another image: slide-1 of slide, number 1.
+        shared |= more
+        for i in more:
+            found[i] = names[i] + endings[i]
+
+
+def centroids_of(contours: Polygons) -> NDArray[np.float64]:
+    """The centroids (N, 2) of contours (N,), in their frame.
+
+    As in QuPath, they tell in which regions nuclei lie.
+    """
+    return np.asarray(shapely.get_coordinates(shapely.centroid(contours)), np.float64)
 
 
 def tile_to_grid(polygons: Polygons, tile: Tile) -> Polygons:

@@ -20,10 +20,10 @@ from patchcl_qupath.answers.positivity import (
     h_score,
     positive_percent,
 )
-from patchcl_qupath.answers.regions import Regions, centroids_of
+from patchcl_qupath.answers.regions import Regions
 from patchcl_qupath.answers.summary import Extent, summarise
 from patchcl_qupath.config import Config, ResultConfig, from_dict, parse_positive, to_dict
-from patchcl_qupath.datatypes import DrawnRegion, Nuclei, StainKind, StainVectors
+from patchcl_qupath.datatypes import DrawnRegion, Nuclei, StainKind, StainVectors, centroids_of
 from patchcl_qupath.errors import ConfigError, ImageError
 from patchcl_qupath.segmentation.measurements import measurement_names
 from patchcl_qupath.slides.stain_vectors import H_DAB, H_E, dab_of, hematoxylin_of
@@ -342,6 +342,14 @@ def test_cores_that_overlap_are_told_of() -> None:
     both = np.array([[155.0, 100.5]])
     assert [i for i in range(4) if members(regions, i, both)] == [0, 1]
     assert regions.partly_overlapping() == [(0, 1)]
+
+
+def test_a_nucleus_whose_centroid_is_beside_a_core_is_in_none() -> None:
+    """As in QuPath; a run within cores leaves it out."""
+    cores = [shapely.Point(100, 100).buffer(50), shapely.Point(300, 100).buffer(50)]
+    regions = Regions([region(core, "", is_core=True) for core in cores] + [region(SQUARE)])
+    xy = np.array([[100, 155], [245, 100], [200, 100], [100, 100], [-3, 50]], float)
+    assert regions.parent(xy).tolist() == [-1, -1, -1, 0, -1]
 
 
 def nuclei(*centres: tuple[float, float], classes: Sequence[str] | None = None) -> Nuclei:

@@ -16,10 +16,9 @@ from exported import rows_of
 from test_regions import HOLED, SMALL, TUMOR, export, feature
 
 from patchcl_qupath import pipeline
-from patchcl_qupath.answers.regions import centroids_of
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import TMA_CORES, Config
-from patchcl_qupath.datatypes import Tile
+from patchcl_qupath.datatypes import Tile, centroids_of
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project import open_project
 from patchcl_qupath.report.found import find_image

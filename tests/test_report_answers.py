@@ -15,9 +15,8 @@ from exported import DRAWN, export_drawn, make_project, nuclei, rows_of, write
 from PIL import Image
 
 from patchcl_qupath.answers.positivity import Positivity
-from patchcl_qupath.answers.regions import centroids_of
 from patchcl_qupath.cli import main
-from patchcl_qupath.datatypes import Box, DrawnRegion
+from patchcl_qupath.datatypes import Box, DrawnRegion, centroids_of
 from patchcl_qupath.pipeline import Model
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
 from patchcl_qupath.report import downloads

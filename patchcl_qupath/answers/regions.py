@@ -20,11 +20,6 @@ Centroids = NDArray[np.float64]  # (N, 2): x and y, level 0
 _PARTLY = 0.001  # of the smaller area: two regions that share less touch, or share a border
 
 
-def centroids_of(contours: Polygons) -> Centroids:
-    """The centroids (N, 2) of contours (N,), in their frame."""
-    return np.asarray(shapely.get_coordinates(shapely.centroid(contours)), np.float64)
-
-
 @dataclass(frozen=True)
 class Regions:
     """The regions that were drawn in an image, in their order."""

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchcl_qupath.answers.positivity import allred_score, h_score, positive_percent
-from patchcl_qupath.answers.regions import Regions, centroids_of
-from patchcl_qupath.datatypes import Nuclei
+from patchcl_qupath.answers.regions import Regions
+from patchcl_qupath.datatypes import Nuclei, centroids_of
 from patchcl_qupath.storage.records import ClassSummary, Quartiles, Summary
 
 _MAIN = ("area µm^2", "area ratio", "circularity")  # the main measurements, beside means of stains

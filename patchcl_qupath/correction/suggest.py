@@ -19,10 +19,16 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.answers.regions import centroids_of
 from patchcl_qupath.config import CORRECTED
 from patchcl_qupath.correction.changes import give
-from patchcl_qupath.datatypes import CorrectionRoi, ImageEntry, Nuclei, Polygons, UncertaintyGrid
+from patchcl_qupath.datatypes import (
+    CorrectionRoi,
+    ImageEntry,
+    Nuclei,
+    Polygons,
+    UncertaintyGrid,
+    centroids_of,
+)
 from patchcl_qupath.errors import ImageError, PatchCLError, ProjectError
 from patchcl_qupath.project import Project
 from patchcl_qupath.segmentation.measurements import PROBABILITY

@@ -16,7 +16,7 @@ import shapely
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from patchcl_qupath.datatypes import Box, ImageEntry, Polygons, grid_to_level0
+from patchcl_qupath.datatypes import Box, ImageEntry, Polygons, centroids_of, grid_to_level0
 from patchcl_qupath.evaluation.metrics import MIN_IOU, Kind, Overlaps
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import atomic_write
@@ -84,7 +84,7 @@ def _shown(slide: Slide, nuclei: Polygons, true: Polygons) -> list[Box]:
     if max(right - left, bottom - top) <= _WHOLE_PX - 2 * _MARGIN_PX:
         around = Box(math.floor(top), math.floor(left), math.ceil(bottom), math.ceil(right))
         return [around.grow(_MARGIN_PX, slide.shape)]
-    return _fullest_fields(shapely.get_coordinates(shapely.centroid(wanted)), slide.shape)
+    return _fullest_fields(centroids_of(wanted), slide.shape)
 
 
 def _fullest_fields(centroids: NDArray[np.float64], shape: tuple[int, int]) -> list[Box]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath import config
 from patchcl_qupath.answers.regions import Regions
-from patchcl_qupath.datatypes import DrawnRegion, ImageEntry
+from patchcl_qupath.datatypes import DrawnRegion, ImageEntry, distinct_names
 from patchcl_qupath.errors import ImageError, StorageError, is_damage
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.drawn import OUR_REGION, counted_class, read_drawn
@@ -202,11 +201,11 @@ def told_apart(
     These are all of the project, whichever are exported, so that exports can be kept side by side.
     """
     names = [entry.name for entry in entries]
-    in_tables = distinct(names, [f" ({entry.id})" for entry in entries], key=str)
+    in_tables = distinct_names(names, [f" ({entry.id})" for entry in entries], key=str)
     # As far as any system takes it, and without its suffix.
     stems = [file_name(_SUFFIX.sub("", name)) or "image" for name in names]
     endings = [f"-{entry.id}" for entry in entries]
-    of_files = distinct(stems, endings)
+    of_files = distinct_names(stems, endings)
     of_elements = _element_names(of_files, endings)
     number = {entry.id: i for i, entry in enumerate(entries)}
     return [
@@ -224,26 +223,9 @@ def _element_names(names: Sequence[str], endings: Sequence[str]) -> list[str]:
     """Names (N,) of letters, digits, ``.``, ``_`` and ``-``, as SpatialData asks for."""
     plain = [re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip("_.") or "image" for name in names]
     # A name that ends with _um may be that of another image's coordinate system in µm.
-    return distinct(plain, endings, key=lambda name: re.sub("(_um|_file)+$", "", name.casefold()))
-
-
-def distinct(
-    names: Sequence[str], endings: Sequence[str], key: Callable[[str], str] = str.casefold
-) -> list[str]:
-    """Names (N,) that have no ``key`` in common: as files, no two that differ by case alone.
-
-    One that another name has, too, gets its ending (N,), of which no two are equal.
-    """
-    found, shared = list(names), set[int]()
-    while True:
-        count = Counter(map(key, found))
-        more = {i for i, name in enumerate(found) if count[key(name)] > 1} - shared
-        if not more:
-            return found
-        # With its ending, a name may be that of yet another image: slide-1 of slide, number 1.
-        shared |= more
-        for i in more:
-            found[i] = names[i] + endings[i]
+    return distinct_names(
+        plain, endings, key=lambda name: re.sub("(_um|_file)+$", "", name.casefold())
+    )
 
 
 class DamagedNucleiError(ImageError):

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from patchcl_qupath.answers.regions import centroids_of
+from patchcl_qupath.datatypes import centroids_of
 from patchcl_qupath.exports.images import ExportedImage, damaged
 from patchcl_qupath.storage.parquet import (
     CELL,

@@ -11,8 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from patchcl_qupath.answers.positivity import Positivity
-from patchcl_qupath.answers.regions import centroids_of
-from patchcl_qupath.datatypes import Box, UncertaintyGrid, name_of_nucleus
+from patchcl_qupath.datatypes import Box, UncertaintyGrid, centroids_of, name_of_nucleus
 from patchcl_qupath.report.density_map import bin_picture
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.storage.records import ClassHistograms, PositivityFigures

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import SegmentConfig
-from patchcl_qupath.datatypes import Nuclei, Polygons, Tile, UncertaintyGrid
+from patchcl_qupath.datatypes import Nuclei, Polygons, Tile, UncertaintyGrid, centroids_of
 from patchcl_qupath.execution.pixel_store import PixelStore
 from patchcl_qupath.models import engines
 from patchcl_qupath.models.engines import EngineKind
@@ -174,7 +174,7 @@ def _in_analysis_region(image: PreparedImage, tile: Tile, contours: Polygons) ->
     included: as QuPath has it, and ``answers.regions``, which counts in the same regions."""
     if image.region is None:
         return np.ones(len(contours), dtype=bool)
-    xy = shapely.get_coordinates(shapely.centroid(contours)) / image.slide.downsample
+    xy = centroids_of(contours) / image.slide.downsample
     part = part_of_region(image.region, tile.read)
     return np.asarray(shapely.intersects_xy(part, xy), dtype=bool)
 
