@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -30,7 +29,6 @@ import shapely
 import torch
 from click.testing import CliRunner
 from distributed import LocalCluster, get_worker
-from distributed.comm import inproc
 
 from patchcl_qupath import cli, logs, pipeline
 from patchcl_qupath.config import CLUSTERS, Config
@@ -484,6 +482,23 @@ def test_workers_without_memory_are_not_waited_for_for_good(
         segment(workers, slow, None, tmp_path)
 
 
+@pytest.mark.parametrize("count", [2, 6])
+def test_workers_of_this_machine_that_ended_are_not_waited_for_for_good(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads of this process, which nothing starts anew, or processes that cannot be started."""
+    monkeypatch.setattr(execution_workers, "_NO_WORKER_S", 1.0)
+    monkeypatch.setattr(execution_workers, "_FETCH_S", 0.5)
+    message = r"all workers on this machine ended.* run again.*finished tiles are kept"
+    with open_workers(count) as workers:
+        cluster = workers.client.cluster
+        with pytest.raises(ImageError, match=message):
+            segment(workers, slow, None, tmp_path, on_done=lambda _: cluster.scale(0))
+        if workers.are_processes:
+            with pytest.raises(ImageError, match=message):
+                workers.call(len, "abc")
+
+
 def test_a_large_crowd_that_leaves_at_once_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the network of all workers fails for a moment."""
     workers: Any = SimpleNamespace(are_elsewhere=True, present=dict)
@@ -750,18 +765,26 @@ def test_a_machine_without_temporary_files_is_told_of_before_training(
         check_workers()
 
 
-def test_a_machine_without_a_network_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline() -> str:
-        text = (
-            "Couldn't detect a suitable IP address for reaching '8.8.8.8', defaulting to hostname"
-        )
-        warnings.warn(text, RuntimeWarning, stacklevel=1)  # an error in tests
-        return "127.0.0.1"
+OFFLINE = """
+import warnings
+from distributed.comm import inproc
+from patchcl_qupath.execution.workers import open_workers
 
-    monkeypatch.setattr(inproc.global_manager, "_ip", None)  # else it is known
-    monkeypatch.setattr(inproc, "get_ip", offline)
-    with open_workers(1) as workers:
-        assert workers.call(len, "abc") == 3
+def offline():
+    text = "Couldn't detect a suitable IP address for reaching '8.8.8.8', defaulting to hostname"
+    warnings.warn(text, RuntimeWarning, stacklevel=1)
+    return "127.0.0.1"
+
+inproc.get_ip = offline
+with open_workers(1) as workers:
+    print(workers.call(len, "abc"))
+"""
+
+
+def test_a_machine_without_a_network_is_not_warned_of() -> None:
+    """In a process of its own: under another address, workers that are open here would close."""
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", OFFLINE]
+    assert subprocess.check_output(command, text=True) == "3\n"
 
 
 def test_threads_do_all_where_no_process_can_be_started(

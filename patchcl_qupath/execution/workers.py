@@ -40,6 +40,7 @@ WORKERS_PAUSE = (
 FIRST = 10  # priority of what tiles wait for
 _MAX_IMAGES = 8  # under way at once; each takes some memory
 _CALL_S = 0.02  # between looks at a call
+_PRESENT_S = 1.0  # between looks at who is there to make it
 
 Result = TypeVar("Result")
 
@@ -47,7 +48,7 @@ _THREADS = 4  # in one process
 _NEW_OBJECTS = 50_000  # of Python, after which it looks for unused ones
 _ANSWER = "10s"  # for a scheduler to answer
 _FETCH_S = 30.0  # for what a task found to come here
-_NO_WORKER_S = 300.0  # for a worker to come, where it is others who start them
+_NO_WORKER_S = 300.0  # for a worker to come, where this program asks for none
 
 _GONE = (
     "the Dask scheduler went away: start it and its workers again, or mend the network, then run "
@@ -129,8 +130,12 @@ class Workers:
         from distributed import KilledWorker
 
         future = self.client.submit(_boxed, function, *arguments, pure=False, priority=FIRST)
+        looked = time.monotonic()
         while not future.done():
             self.poll()
+            if time.monotonic() > looked + _PRESENT_S:
+                self.present()
+                looked = time.monotonic()
             time.sleep(_CALL_S)
         found = fetched(future)
         if found is None:
@@ -146,7 +151,7 @@ class Workers:
     def present(self) -> dict[str, int]:
         """By address, how many threads the workers have that are there now; they come and go.
 
-        Raises ImageError where there was none for minutes, and nobody is asked for one.
+        Raises ImageError where there was none for minutes, and no queue is asked for one.
         """
         now: dict[str, int] = self.client.nthreads()
         with self._lock:
@@ -165,8 +170,9 @@ class Workers:
             logger.info("worker %s joined, with %d threads", address, now[address])
         for address in self._threads.keys() - now.keys():
             logger.info("worker %s left", address)
-        if self.scheduler and not now:
-            self._check_patience(self.scheduler)
+        in_queue = self.are_elsewhere and not self.scheduler  # where a job may wait for hours
+        if not now and not in_queue:
+            self._check_patience()
         self._threads.clear()
         self._threads.update(now)
 
@@ -176,16 +182,16 @@ class Workers:
             self._warned.add(warning)
             logger.warning(warning)
 
-    def _check_patience(self, scheduler: str) -> None:
+    def _check_patience(self) -> None:
         """Raise ImageError where there was no worker for too long."""
+        where = f"at {self.scheduler}" if self.scheduler else "on this machine"
+        minutes = _NO_WORKER_S / 60
         if self._threads or not self._last_left:
             self._last_left[:] = [time.monotonic()]
-            minutes = _NO_WORKER_S / 60
-            logger.warning(
-                "no worker is left at %s: waiting %.0f minutes for one", scheduler, minutes
-            )
+            logger.warning("no worker is left %s: waiting %.0f minutes for one", where, minutes)
         if time.monotonic() > self._last_left[0] + _NO_WORKER_S:
-            raise ImageError(f"{no_worker(scheduler)}; finished tiles are kept")
+            found = no_worker(self.scheduler) if self.scheduler else _workers_ended()
+            raise ImageError(f"{found}; finished tiles are kept")
 
 
 def no_worker(scheduler: str) -> str:
@@ -193,6 +199,14 @@ def no_worker(scheduler: str) -> str:
     return (
         f"there was no worker at {scheduler} for {_NO_WORKER_S / 60:.0f} minutes: start one with "
         f"'dask worker {scheduler}', or mend the network, then run again"
+    )
+
+
+def _workers_ended() -> str:
+    """What to do where those of this machine ended, and Dask starts no others."""
+    return (
+        f"all workers on this machine ended, and none came for {_NO_WORKER_S / 60:.0f} minutes: "
+        "run again, with fewer of them (--workers 1) where that happens again"
     )
 
 
