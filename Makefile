@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/patchcl-qp run sample_project/project.qpproj
 
 test: install
-	$(BIN)/pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --max-worker-restart=1
 
 check: install
 	$(BIN)/ruff check .
