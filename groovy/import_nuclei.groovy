@@ -83,6 +83,7 @@ import qupath.lib.objects.hierarchy.TMAGrid
 import qupath.lib.projects.Project
 import qupath.lib.projects.ProjectImageEntry
 import qupath.lib.regions.ImagePlane
+import qupath.lib.roi.GeometryTools
 import qupath.lib.roi.PolygonROI
 import qupath.lib.roi.ROIs
 import qupath.lib.roi.RectangleROI
@@ -1807,14 +1808,20 @@ static List<PathObject> selectedFor(JsonObject result, ImageData<?> imageData) {
             result.getAsJsonArray('within').any { JsonElement name -> name.getAsString() == '(selected)' }
     if (!withinSelected)
         return []
-    List<ROI> regions = result.getAsJsonArray('regions').collect { JsonElement region ->
-        (ROI) GsonTools.getInstance().fromJson(region.getAsJsonObject().get('geometry'), ROI)
-    }
+    List<ROI> regions = regionsOfRun(result)
     return imageData.getHierarchy().getAnnotationObjects().toList().findAll { PathObject annotation ->
         ROI roi = annotation.getROI()
         roi?.isArea() && regions.any { ROI region ->
             isInPlace(roi, region.getCentroidX(), region.getCentroidY(), region.getArea())
         }
+    }
+}
+
+/** The regions of a run that was limited to some. */
+@CompileStatic
+static List<ROI> regionsOfRun(JsonObject result) {
+    return result.getAsJsonArray('regions').collect { JsonElement region ->
+        (ROI) GsonTools.getInstance().fromJson(region.getAsJsonObject().get('geometry'), ROI)
     }
 }
 
@@ -1877,8 +1884,11 @@ static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObj
     refreshTissueOfCounted(cores + annotations, result)
     boolean graded = tallies.values().any { Tally tally -> tally.isGraded() } || hasGrades(result)
     tallies.each { PathObject region, Tally tally -> measure(region, tally, graded, imageData) }
-    for (PathObject region : tallies.keySet())
-        forgetUnknownDensity(region, result)
+    if (result != null) {
+        Geometry segmented = segmentedIn(imageData, result)
+        for (PathObject region : tallies.keySet())
+            forgetUnknownDensity(region, segmented, result)
+    }
     imageData.getHierarchy().fireObjectMeasurementsChangedEvent(imageData, tallies.keySet().toList())
     return tallies.keySet().toList()
 }
@@ -1923,22 +1933,35 @@ static void refreshTissueOfCounted(List<PathObject> counted, JsonObject result) 
     }
 }
 
-/** Takes the density of 0 from a region none of whose tissue was segmented, as its tiles failed: it is not known. */
+/** Where the last run looked for nuclei: its regions, or the whole image. */
 @CompileStatic
-static void forgetUnknownDensity(PathObject region, JsonObject result) {
+static Geometry segmentedIn(ImageData<?> imageData, JsonObject result) {
+    if (!result.has('regions')) {
+        def server = imageData.getServer()
+        ROI whole = ROIs.createRectangleROI(0, 0, server.getWidth(), server.getHeight(), ImagePlane.getDefaultPlane())
+        return whole.getGeometry()
+    }
+    return GeometryTools.union(regionsOfRun(result).collect { ROI region -> region.getGeometry() })
+}
+
+/** Takes the density of 0 from a region none of which was segmented, or none of whose tissue: it is not known. */
+@CompileStatic
+static void forgetUnknownDensity(PathObject region, Geometry segmented, JsonObject result) {
     MeasurementList measured = region.getMeasurementList()
     double tissue = measured.get('PatchCL: Tissue mm^2')   // NaN where there is none
     if (measured.get('PatchCL: Nuclei') > 0 || (!Double.isNaN(tissue) && tissue > 0))
         return
     Geometry shape = region.getROI().getGeometry()
-    for (JsonElement one : result?.getAsJsonArray('holes') ?: new JsonArray()) {
+    boolean isKnown = shape.relate(segmented, 'T********')   // their inner parts meet: not their borders alone
+    for (JsonElement one : result.getAsJsonArray('holes') ?: new JsonArray()) {
         JsonObject tile = one.getAsJsonObject()
         ROI failed = ROIs.createRectangleROI(
                 tile.get('x').getAsDouble(), tile.get('y').getAsDouble(),
                 tile.get('width').getAsDouble(), tile.get('height').getAsDouble(), ImagePlane.getDefaultPlane())
-        if (shape.intersects(failed.getGeometry()))
-            setOrForget(region, 'PatchCL: Nuclei per mm^2', Double.NaN)
+        isKnown &= !shape.intersects(failed.getGeometry())
     }
+    if (!isKnown)
+        setOrForget(region, 'PatchCL: Nuclei per mm^2', Double.NaN)
 }
 
 /** The centroid of an object, or of the nucleus of a cell. QuPath's own takes long: it looks for crossings, too. */

@@ -112,22 +112,31 @@ def rule(*thresholds: float) -> Positivity:
 
 
 def summaries_of(
-    entry: ImageEntry, found: Nuclei, positivity: Positivity, failed: tuple[FailedTile, ...] = ()
+    entry: ImageEntry,
+    found: Nuclei,
+    positivity: Positivity,
+    failed: tuple[FailedTile, ...] = (),
+    region: shapely.Geometry | None = None,
 ) -> tuple[Summary, ...]:
-    """Of regions that a failed tile touches, nothing was segmented."""
+    """Of regions that a failed tile touches, or outside that of the run, nothing was segmented."""
     regions = Regions(entry.drawn)
     holes = shapely.union_all(
         [shapely.box(t.x, t.y, t.x + t.width, t.y + t.height) for t in failed]
     )
+    segmented = [
+        not geometry.intersects(holes)
+        and (region is None or geometry.intersection(region).area > 0)
+        for geometry in regions.geometries
+    ]
     extents = [
         Extent(
-            area_mm2=None if geometry.intersects(holes) else 1.0,
-            tissue_mm2=None if geometry.intersects(holes) else 0.5,
+            area_mm2=1.0 if is_segmented else None,
+            tissue_mm2=0.5 if is_segmented else None,
             x=geometry.centroid.x,
             y=geometry.centroid.y,
             area_px=geometry.area,
         )
-        for geometry in regions.geometries
+        for geometry, is_segmented in zip(regions.geometries, segmented, strict=True)
     ]
     return summarise(
         [found],
@@ -146,6 +155,7 @@ def write(
     within: tuple[str, ...] = (),
     tma: bool = False,
     failed: tuple[FailedTile, ...] = (),
+    region: shapely.Geometry | None = None,
 ) -> tuple[Any, ResultRecord]:
     """Write classified nuclei as a run does; -> what became of them, and the record."""
     positivity = rule(*thresholds)
@@ -153,6 +163,9 @@ def write(
     (entry,) = project.images()
     config = ResultConfig(positive=f"dab={','.join(map(str, thresholds))}", summarise=classes)
     regions: tuple[RegionRecord, ...] = ()
+    if region is not None:
+        geometry = json.loads(shapely.to_geojson(region))
+        regions = (RegionRecord(geometry=geometry, tissue_mm2=0.5),)
     if tma:
         entry = project.with_regions(entry, [TMA_CORES])
         geometries = [json.loads(shapely.to_geojson(core)) for core in entry.regions]
@@ -168,7 +181,7 @@ def write(
         regions=regions,
         config=to_dict(Config(result=config)),
         positivity=positivity.record,
-        summaries=summaries_of(entry, found, positivity, failed),
+        summaries=summaries_of(entry, found, positivity, failed, region),
         failed_tiles=failed,
     )
     return project.write(entry, [found], config, result), result
@@ -288,14 +301,22 @@ def test_annotations_are_measured(import_: Importer, path: Path, session: qupath
     assert regions["left"]["h_score"] == pytest.approx(100 * (41 + 2 * 21) / 105)
 
 
+BROKEN = FailedTile(x=2000, y=0, width=220, height=400, reason="broken")
+BESIDE = shapely.box(0, 0, 2100, 2967)  # it shares a border with 'right'
+
+
 @pytest.mark.qupath
-def test_the_density_where_tiles_failed_is_not_known(
-    import_: Importer, path: Path, session: qupath.Session
+@pytest.mark.parametrize(
+    "asked",
+    [{"failed": (BROKEN,)}, {"region": BESIDE, "within": ("Area",)}],
+    ids=["failed", "outside"],
+)
+def test_the_density_where_nothing_was_segmented_is_not_known(
+    import_: Importer, path: Path, session: qupath.Session, asked: dict[str, Any]
 ) -> None:
     """Not 0: neither after the import nor after the nuclei are counted anew."""
     session.run(path, DRAW)
-    tile = FailedTile(x=2000, y=0, width=220, height=400, reason="broken")
-    result = import_(0.2, 0.4, 0.6, classes=("Tumor", "Stroma"), failed=(tile,))
+    result = import_(0.2, 0.4, 0.6, classes=("Tumor", "Stroma"), **asked)
     by_name = {one.name: one for one in result.summaries}
     assert by_name["right"].per_mm2 is None
     for script in (None, "summarise.groovy"):

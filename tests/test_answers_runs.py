@@ -127,7 +127,7 @@ def test_every_annotation_is_counted(folder: Path, model: pipeline.Model, client
     assert tumor.area_mm2 == pytest.approx(HOLED.area * 0.499e-3**2, rel=1e-3)
     part = shapely.box(1600, 1900, 2220, 2050).area
     assert regions[3].area_mm2 == pytest.approx(part * 0.499e-3**2, rel=1e-3)
-    assert (regions[4].area_mm2, regions[4].per_mm2) == (0, 0)
+    assert (regions[4].area_mm2, regions[4].per_mm2) == (None, None)  # not 0: nobody looked there
     note = str(outcome.note)
     assert "no annotation of class Necrosis" in note
     assert "regions lie outside the image: Stroma at x 5500, y 45 px" in note
@@ -136,6 +136,15 @@ def test_every_annotation_is_counted(folder: Path, model: pipeline.Model, client
 
     outcome, _ = run(folder, model, client, "Tumor", summarise=("Tumor", "Stroma"))
     assert "only what lies in the regions of the run was segmented" in str(outcome.note)
+
+    right, bottom = SMALL.bounds[2:]
+    beside = shapely.box(right, bottom - 200, right + 200, bottom)
+    export(folder, feature(SMALL, "Tumor"), feature(beside, "Stroma"))
+    _, result = run(folder, model, client, "Tumor", summarise=("Tumor", "Stroma"))
+    assert result is not None
+    _, tumor, stroma = result.summaries
+    assert tumor.per_mm2 == tumor.nuclei / (tumor.tissue_mm2 or 0) > 0
+    assert (stroma.nuclei, stroma.per_mm2, stroma.tissue_mm2, stroma.area_mm2) == (0, *[None] * 3)
 
 
 def segment_but(context: TileContext, tile: Tile) -> Any:
@@ -224,7 +233,7 @@ def core(x: float, y: float, label: str, **more: Any) -> dict[str, Any]:
 
 
 def test_cores_are_segmented_alone(folder: Path, model: pipeline.Model, client: Any) -> None:
-    """Those that are missing are not; one without tissue has a row of zeros."""
+    """Those that are missing are not; of one outside of the image, nothing is known."""
     export(
         folder,
         core(1800, 2300, "A-1", metadata={"Case ID": "7"}),
@@ -242,7 +251,7 @@ def test_cores_are_segmented_alone(folder: Path, model: pipeline.Model, client: 
     assert (rows[0].case_id, rows[0].id) == ("7", "id of A-1")
     assert min(rows[0].nuclei, rows[1].nuclei) > 10
     assert sum(row.nuclei for row in rows[:3]) == image.nuclei == result.nuclei
-    assert (rows[2].nuclei, rows[2].tissue_mm2, rows[2].per_mm2) == (0, 0, 0)
+    assert (rows[2].nuclei, rows[2].tissue_mm2, rows[2].per_mm2) == (0, None, None)
     assert image.tissue_mm2 == pytest.approx(sum(row.tissue_mm2 or 0 for row in rows[:3]), rel=0.02)
     assert len(result.regions) == 3
 

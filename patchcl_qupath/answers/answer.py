@@ -104,9 +104,14 @@ def _extents(segmented: SegmentedImage, entry: ImageEntry) -> Iterator[Extent]:
 
 
 def _extent(segmented: SegmentedImage, region: shapely.Geometry | None = None) -> Extent:
-    """What was segmented of a region (level 0), or of the image; unknown if all tissue failed."""
-    tissue_mm2 = segmented.tissue_mm2(region)
-    area_mm2 = None if tissue_mm2 is None else segmented.area_mm2(region)
+    """What was segmented of a region (level 0), or of the image.
+
+    Unknown where that is nothing, or where all its tissue failed: a density of 0 would say that no
+    nuclei were found there.
+    """
+    area_mm2, tissue_mm2 = segmented.area_mm2(region), segmented.tissue_mm2(region)
+    if not area_mm2 or tissue_mm2 is None:
+        return Extent()
     return Extent(area_mm2=area_mm2, tissue_mm2=tissue_mm2)
 
 
