@@ -6,7 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,7 +41,8 @@ def progress_lines() -> Iterator[ShowProgress]:
 
     def show(progress: Progress) -> None:
         step = {"stage": progress.label, "done": progress.done, "total": progress.total or 0}
-        click.echo(json.dumps(step), err=True)
+        with suppress(OSError):  # nobody reads them any more: that must not cost the nuclei
+            click.echo(json.dumps(step), err=True)
 
     yield show
 

@@ -213,6 +213,18 @@ def test_what_ends_the_map_keeps_finished_tiles(client: Any, tmp_path: Path) -> 
     assert len(store.missing(TILES)) == len(TILES) - 1
 
 
+def test_an_error_of_what_shows_progress_is_none_of_the_scheduler(
+    client: Any, tmp_path: Path
+) -> None:
+    """As where nobody reads the lines any more."""
+
+    def fail(_: Tile) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        segment(client, slow, None, tmp_path, on_done=fail)
+
+
 def test_a_work_goes_on_with_the_tiles_that_the_one_before_names(
     client: Any, tmp_path: Path
 ) -> None:
@@ -482,6 +494,37 @@ def test_workers_without_memory_are_not_waited_for_for_good(
         segment(workers, slow, None, tmp_path)
 
 
+def pause(dask_worker: Any) -> None:
+    """Have Dask find that the memory of a worker is nearly full."""
+    dask_worker.memory_manager.memory_pause_fraction = 1e-9
+
+
+def be_at(address: str) -> None:
+    """A check that one worker passes."""
+    if get_worker().address != address:
+        raise ConfigError("it has no such slide")
+
+
+@pytest.mark.parametrize("other", ["idle", "refused"])
+def test_a_worker_without_memory_is_not_waited_for_beside_others(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps the tile that it was given last, or never answers whether it can be used."""
+    monkeypatch.setattr("patchcl_qupath.execution.map_tiles._STILL_S", 2.0)
+    with (
+        dask.config.set({"distributed.worker.memory.terminate": False}),
+        processes(memory_limit="8 GB") as cluster,
+        open_workers(scheduler=cluster.scheduler_address) as workers,
+    ):
+        first, *_ = workers.client.nthreads()
+        paused = partial(workers.client.run, pause, workers=[first])
+        check = partial(be_at, first) if other == "refused" else lambda: None
+        if other == "refused":
+            paused()
+        with pytest.raises(ImageError, match="no more tasks, as their memory is nearly full: give"):
+            segment(workers, slow, None, tmp_path, on_done=lambda _: paused(), check=check)
+
+
 @pytest.mark.parametrize("count", [2, 6])
 def test_workers_of_this_machine_that_ended_are_not_waited_for_for_good(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -575,7 +618,14 @@ def test_workers_and_failed_tiles_are_logged(
     assert f"tile 00000-00005 failed {ATTEMPTS} times: attempt 3" in text
 
 
-def test_scheduler_that_dies_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_scheduler_that_dies_or_is_suspended_is_named(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-Z in its terminal, after which its connections stay."""
+    if sys.platform == "win32":
+        pytest.skip("there are no such signals")
+    monkeypatch.setattr(execution_workers, "_FETCH_S", 2.0)
     where = tmp_path / "scheduler.json"
     shared = ["--scheduler-file", str(where), "--no-dashboard"]
     commands = [["dask_scheduler", "--port", "0"], ["dask_worker", "--no-nanny"]]
@@ -592,9 +642,10 @@ def test_scheduler_that_dies_is_named(tmp_path: Path) -> None:
             dask.config.set({"distributed.comm.timeouts.connect": "2s"}),  # looked for that long
             open_workers(scheduler=address) as client,
         ):
+            end = partial(started[0].send_signal, getattr(signal, how))
             for folder in (tmp_path, tmp_path / "next image"):
                 with pytest.raises(ImageError, match="the Dask scheduler went away: start it"):
-                    segment(client, slow, None, folder, on_done=lambda _: started[0].kill())
+                    segment(client, slow, None, folder, on_done=lambda _: end())
     finally:
         for process in started:
             process.kill()

@@ -79,8 +79,6 @@ def map_tiles(
     Raises ImageError if the scheduler goes away, or where no worker can work on them any more;
     ConfigError where no jobs can be had any more.
     """
-    from distributed.client import ClosedClientError
-
     shared = [(work.task, work.context) for work in works]
     packed = zlib.compress(pickle.dumps(shared), level=1)
     make = partial(_Shared, packed, logs.level_shown())
@@ -109,8 +107,6 @@ def map_tiles(
                     queue.waiting[n + 1].extend(following)
             if queue.are_few:
                 on_few()
-    except (OSError, ClosedClientError) as error:  # of Dask: those of writing have become ours
-        raise scheduler_gone() from error
     finally:
         queue.cancel()
     return total
@@ -165,8 +161,17 @@ class _TileQueue:
     def advance(self) -> Iterator[tuple[int, Tile, Any]]:
         """Give tiles to workers, wait for a moment, and yield tiles that are done or given up.
 
-        Each comes with the number of its work, and with what ``_do`` returned, or an error.
+        Each comes with the number of its work, and with what ``_do`` returned, or an error. Raises
+        ImageError if the scheduler goes away.
         """
+        from distributed.client import ClosedClientError
+
+        try:
+            yield from self._advance()
+        except (OSError, ClosedClientError) as error:
+            raise scheduler_gone() from error
+
+    def _advance(self) -> Iterator[tuple[int, Tile, Any]]:
         self.admission.update()
         crew = frozenset(self.admission.admitted)
         yield from self._judge_failed()

@@ -47,7 +47,7 @@ Result = TypeVar("Result")
 _THREADS = 4  # in one process
 _NEW_OBJECTS = 50_000  # of Python, after which it looks for unused ones
 _ANSWER = "10s"  # for a scheduler to answer
-_FETCH_S = 30.0  # for what a task found to come here
+_FETCH_S = 30.0  # for what a task found, or who is there, to come here
 _NO_WORKER_S = 300.0  # for a worker to come, where this program asks for none
 
 _GONE = (
@@ -151,17 +151,28 @@ class Workers:
     def present(self) -> dict[str, int]:
         """By address, how many threads the workers have that are there now; they come and go.
 
-        Raises ImageError where there was none for minutes, and no queue is asked for one.
+        Raises ImageError where there was none for minutes, and no queue is asked for one; or where
+        the scheduler does not answer.
         """
-        now: dict[str, int] = self.client.nthreads()
+        now = self._asked_for()
         with self._lock:
             self._note(now)
         return now
 
+    def _asked_for(self) -> dict[str, int]:
+        """What the scheduler says of workers: one that is suspended keeps its connection."""
+        for _ in range(2):  # in one of them, it may be this process that was suspended
+            with suppress(TimeoutError):
+                found: dict[str, int] = self.client.nthreads(callback_timeout=_FETCH_S)
+                return found
+        raise scheduler_gone()
+
     def check_memory(self) -> None:
-        """Raise ImageError where all workers that are there are paused: they begin no task."""
-        there = self.client.scheduler_info(n_workers=-1)["workers"].values()
-        if there and all(worker["status"] == "paused" for worker in there):
+        """Raise ImageError where some are paused, which begin no task, and none is at work."""
+        there = self.client.scheduler_info(n_workers=-1)["workers"]
+        paused = {address for address, worker in there.items() if worker["status"] == "paused"}
+        busy = {address for address, tasks in self.client.processing().items() if tasks}
+        if paused and busy <= paused:
             raise ImageError(WORKERS_PAUSE)
 
     def _note(self, now: dict[str, int]) -> None:
