@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from patchcl_qupath import __version__, console, options
 from patchcl_qupath.config import (
@@ -146,6 +147,7 @@ def run(
         if not retrain:
             advice = "pass --retrain to train it anew"
             _check_training(project, name, reading.config, seed=overrides.seed, advice=advice)
+        _note_refined(project, name)
         click.echo(f"Nuclei are written {project.backend.in_words('to')}", err=True)
         from patchcl_qupath.finished import all_finished, is_reported
         from patchcl_qupath.storage.geojson import run_classes
@@ -244,8 +246,20 @@ def suggest(*, common: Common, writing: Writing, count: int) -> None:
     metavar="CLASS",
     help=f"Class of the ROIs in which every nucleus was corrected; default: {CORRECTED}.",
 )
-@click.option("--model", "name", default=DEFAULT_MODEL, help="Name of the model to refine.")
-@click.option("--as", "new_name", default=REFINED_MODEL, help="Name of the refined model.")
+@click.option(
+    "--model",
+    "name",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    help="Name of the model to refine.",
+)
+@click.option(
+    "--as",
+    "new_name",
+    default=REFINED_MODEL,
+    show_default=True,
+    help="Name of the refined model; one that is there is replaced.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the training.")
 @options.progress
 def refine(
@@ -271,6 +285,8 @@ def refine(
         from patchcl_qupath.project.models import existing_model
 
         _check_training(project, name, reading.config, advice="leave that out of the settings")
+        if project.layout.model(new_name).exists():
+            _note(f"the model {new_name} of before is replaced; --as NAME keeps both")
         with _at_work(project), showing() as progress:
             start = Model.load(existing_model(project, name))
             config = replace(start.config, engine=settings.engine, cdcl=settings.cdcl)
@@ -291,7 +307,7 @@ def refine(
 
 @main.command()
 @click.argument("folder", metavar="DIR", type=options.PATH)
-@click.argument("images", metavar="IMAGE...", type=options.PATH, nargs=-1, required=True)
+@click.argument("images", metavar="IMAGE...", type=options.FILE, nargs=-1, required=True)
 @click.option(
     "--mpp",
     type=options.PixelSize(),
@@ -489,6 +505,36 @@ def doctor(qupath: Path | None, as_json: bool) -> None:
 # ------------------------------------------------------------------ steps of commands
 
 
+def _note(text: str) -> None:
+    """What a person should know before the work begins."""
+    click.echo(f"Note: {text}", err=True)
+
+
+def _note_refined(project: Project, name: str) -> None:
+    """Say that there is a refined model, where none was asked for by its name."""
+    source = click.get_current_context().get_parameter_source("name")
+    is_asked_for = source is not None and source is not ParameterSource.DEFAULT
+    if not is_asked_for and project.layout.model(REFINED_MODEL).exists():
+        _note(
+            f"the model {name} segments, not the refined one, which takes --model {REFINED_MODEL}"
+        )
+
+
+def _note_other_sizes(entries: Sequence[ImageEntry], mpp: float) -> None:
+    """Say that --mpp is not that of images whose pixel size QuPath has."""
+    from patchcl_qupath.slides.pixel_size import PixelSize, PixelSizeSource
+    from patchcl_qupath.storage.records import are_one_size
+
+    known = [PixelSize(PixelSizeSource.QUPATH, entry.mpp) for entry in entries if entry.mpp]
+    others = [size for size in known if size.is_usable and not are_one_size(size.mpp, (mpp, mpp))]
+    if others:
+        sizes = ", ".join(sorted({str(size) for size in others}))
+        _note(
+            f"--mpp is not used of {count_of(len(others), 'image')} with another pixel size in "
+            f"QuPath ({sizes} µm): set it there where it is wrong"
+        )
+
+
 def _check_engine(settings: Config) -> None:
     """Raise ConfigError where the engine and --device exclude each other."""
     on_gpu = click.get_current_context().meta[options.DEVICE] == "cuda"
@@ -545,6 +591,8 @@ def _open(
     logger.info("%s: %d images, backend %s", project.path, len(entries), project.backend)
     if not entries:
         raise ProjectError(f"{path} has no images: add some in QuPath first")
+    if reading.mpp is not None:
+        _note_other_sizes(entries, reading.mpp)
     return project, [replace(entry, fallback_mpp=reading.mpp) for entry in entries]
 
 

@@ -830,6 +830,11 @@ class ResultConfig(Settings):
         object.__setattr__(self, "class_name", ": ".join(class_parts(self.class_name)))
         if not self.class_name or not self.class_name.isprintable():
             raise ConfigError("result.class_name must be a name such as Nucleus")
+        if self.class_name in (TO_CORRECT, CORRECTED) or self.class_name.endswith("*"):
+            raise ConfigError(
+                f"{self.class_name} cannot be the class of nuclei: it is that of ROIs to correct, "
+                "or one that QuPath ignores, with * at its end: pass another with --class-name"
+            )
         if not self.positive:
             return
         parse_positive(self.positive)
@@ -1038,7 +1043,9 @@ def read_settings(path: Path | None) -> dict[str, Any]:
         raise ConfigError(
             f"{path} cannot be read: {error.strerror or error}; name a file of settings, as TOML"
         ) from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not in UTF-8: save it in that encoding") from error
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}: correct it") from error
 
 

@@ -404,9 +404,10 @@ def report_scores(
         _print_scores(done)
         _print_kinds(done)
         _print_reliability(done)
+    names = _names(scored)
     for image in scored:
         if image.note:
-            click.echo(f"Note: {image.image}: {image.note}")
+            click.echo(f"Note: {names[image.id]}: {image.note}")
     if drawn := [Path(image.picture) for image in scored if image.picture]:
         click.echo(f"Look at: {drawn[0].parent}")
     if without:

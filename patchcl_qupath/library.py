@@ -246,12 +246,16 @@ def score(
 
 
 def suggest(project: Project, count: int = 6) -> Suggestion:
-    """Mark the ROIs of a project that are most worth a correction. Raises ProjectError.
+    """Mark the ROIs of a project that are most worth a correction.
+
+    Raises ProjectError where none can be chosen, ConfigError for a count below 1.
 
     >>> suggestion = pq.suggest(project, count=2)
     >>> len(suggestion.rois)
     2
     """
+    if count < 1:
+        raise ConfigError(f"{count} ROIs cannot be chosen: ask for 1 or more")
     with _at_work(project) as project:
         return suggestions.suggest(project, project.images(), count)
 

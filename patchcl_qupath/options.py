@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Showing = Callable[[], AbstractContextManager[ShowProgress]]
 Command = Callable[..., None]
 PATH = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, readable=False)  # what cannot be read is told of, one by one
 _SHOWING = {"bars": console.progress_bars, "json": console.progress_lines}
 _VERBOSITY = "patchcl_qupath.verbosity"  # of click's context
 DEVICE = "patchcl_qupath.device"

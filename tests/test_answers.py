@@ -22,7 +22,15 @@ from patchcl_qupath.answers.positivity import (
 )
 from patchcl_qupath.answers.regions import Regions
 from patchcl_qupath.answers.summary import Extent, summarise
-from patchcl_qupath.config import Config, ResultConfig, from_dict, parse_positive, to_dict
+from patchcl_qupath.config import (
+    CORRECTED,
+    TO_CORRECT,
+    Config,
+    ResultConfig,
+    from_dict,
+    parse_positive,
+    to_dict,
+)
 from patchcl_qupath.datatypes import DrawnRegion, Nuclei, StainKind, StainVectors, centroids_of
 from patchcl_qupath.errors import ConfigError, ImageError
 from patchcl_qupath.segmentation.measurements import measurement_names
@@ -124,6 +132,9 @@ def test_two_spellings_of_a_class_are_one() -> None:
     assert from_dict(to_dict(Config(result=settings))).result == settings
     with pytest.raises(ConfigError, match="must be a name such as Nucleus"):
         ResultConfig(class_name=" : ")
+    for name in (TO_CORRECT, CORRECTED, "Ignore*"):
+        with pytest.raises(ConfigError, match=r"cannot be the class of nuclei: it is that of ROIs"):
+            ResultConfig(class_name=name)
 
 
 def find(

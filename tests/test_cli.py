@@ -609,6 +609,29 @@ def test_init_says_what_is_wrong_with_a_path(tmp_path, crop):
     ]
 
 
+def test_init_goes_on_after_a_file_that_may_not_be_read(tmp_path, crop, monkeypatch):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"")
+    may_read = os.access
+    monkeypatch.setattr(  # root may read all
+        os, "access", lambda path, *rest, **more: Path(path) != secret and may_read(path, *rest)
+    )
+    made = call("init", tmp_path / "project", secret, crop, "--mpp", "0.5")
+    assert made.exit_code == 1
+    assert f"Failed: {secret}" in made.stderr
+    assert "(1 image)" in made.stdout
+
+
+def test_a_pixel_size_that_is_not_used_is_told(tmp_path, crop):
+    """It is for images without one, and QuPath has that of the first command."""
+    call("init", tmp_path / "project", crop, "--mpp", "0.25")
+    missing = ["run", tmp_path / "project", "--model", "none"]
+    said = call(*missing, "--mpp", "0.5").stderr
+    message = "Note: --mpp is not used of 1 image with another pixel size in QuPath (0.25 µm): set"
+    assert message in said
+    assert "--mpp is not used" not in call(*missing, "--mpp", "0.25").stderr
+
+
 def test_one_is_not_several():
     assert count_of(1, "image") == "1 image"
     assert count_of(1_200, "nucleus", "nuclei") == "1,200 nuclei"

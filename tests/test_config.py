@@ -52,6 +52,14 @@ def test_bad_settings_are_refused(tmp_path, text, message):
         load_config(file)
 
 
+def test_settings_in_another_encoding_are_refused(tmp_path):
+    """As what PowerShell writes with >."""
+    file = tmp_path / "settings.toml"
+    file.write_text("[slide]\nmpp = 0.5\n", "utf-16")
+    with pytest.raises(ConfigError, match="is not in UTF-8: save it in that encoding"):
+        load_config(file)
+
+
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no file .*none\.toml: name one"):
         load_config(tmp_path / "none.toml")

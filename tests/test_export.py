@@ -248,6 +248,12 @@ def test_images_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert [row["Image"] for row in rows] == [name for name in expected for _ in range(2)]
     rows = rows_of(exported(project, "--to", "csv", "--per", "image")[0])
     assert [row["Image"] for row in rows] == expected
+    for entry in project.images()[1:]:
+        outcome = ImageOutcome(id=entry.id, image=entry.name, problem="the disk is full")
+        write_record(project.layout.outcome(entry.id), outcome)
+    said = call(project.path, "--to", "csv").stderr
+    assert "Note: a.svs (2): its last run failed" in said
+    assert "Note: b.svs: its last run failed" in said
 
 
 def test_a_name_with_an_id_is_not_that_of_another_image(tmp_path: Path) -> None:

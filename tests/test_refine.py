@@ -765,13 +765,19 @@ def test_refine_run_and_status_from_the_command_line(folder, model):
     before = (folder / "patchcl" / "models" / "patchcl.pt").read_bytes()
     shown = call("refine", folder, "--labels-from", "Done", "--config", settings)
     assert "--model refined" in shown.stdout
+    assert "is replaced" not in shown.stderr
     assert f"Corrected: {SLIDE.name}: 1 ROI with 2 nuclei; no nuclei, left out: 1 line" in (
         shown.stdout
     )
     assert (folder / "patchcl" / "models" / "patchcl.pt").read_bytes() == before
-    call("run", folder, "--model", "refined")
+    by_default = "Note: the model patchcl segments, not the refined one, which takes --model ref"
+    assert by_default in call("run", folder).stderr
+    for name in ("patchcl", "refined"):
+        assert by_default not in call("run", folder, "--model", name).stderr
     (row,) = json.loads(call("status", folder, "--json").stdout)["images"]
     assert (row["state"], row["model"]) == ("done", "refined")
+    again = call("refine", folder, "--labels-from", "Done", "--config", settings)
+    assert "Note: the model refined of before is replaced; --as NAME keeps both" in again.stderr
 
     same = CliRunner().invoke(
         cli.main, ["refine", str(folder), "--labels-from", "A", "--as", "PatchCL"]

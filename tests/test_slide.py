@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
@@ -366,6 +367,19 @@ def test_another_user_may_not_read_a_slide(tmp_path: Path) -> None:
     os.utime(path, ns=(1, 1))  # it is opened again
     with pytest.raises(SlideError, match=r"may not be read by the user of .*: give that user the"):
         slide.check_same(FileSignature(bytes=0, modified_ns=0))
+
+
+def test_a_slide_without_permission_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiff(tmp_path / "a.tif", scene(300, 300, (0.5, 0.5)), (0.5, 0.5))
+
+    def refuse(*_: object) -> None:  # root may read all
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("patchcl_qupath.slides.slide.open_pyramid", refuse)
+    with pytest.raises(SlideError, match=r"a\.tif may not be read from here: ask for the perm"):
+        Slide.open(entry(path))
 
 
 def test_a_process_that_only_opens_slides_decodes_in_two_threads(tmp_path: Path) -> None:

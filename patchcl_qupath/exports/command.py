@@ -151,10 +151,9 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
     ProjectError where none of them has nuclei; ConfigError for what cannot be asked for;
     StorageError for a file that cannot be written.
     """
-    images: list[ExportedImage] = []
+    exported: list[ExportedImage] = []
     left_out: list[str] = []
     problems: list[str] = []
-    notes: list[str] = []
     for entry in entries:
         try:
             found = exported_image(project, entry)
@@ -164,13 +163,16 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
         if isinstance(found, str):
             left_out.append(found)
             continue
-        images.append(found)
-        notes += _notes(project, entry, found)
-    if not images:
+        exported.append(found)
+    if not exported:
         reason = f" ({'; '.join(problems + left_out)})" if len(entries) == 1 or problems else ""
         raise ProjectError(
             f"{project.path} has no nuclei to export{reason}: patchcl-qp run {quoted(project.path)}"
         )
+    all_entries = project.images()
+    images = told_apart(exported, all_entries)
+    of_id = {entry.id: entry for entry in entries}
+    notes = [note for image in images for note in _notes(project, of_id[image.id], image)]
     runs = {(image.result.run, digest(image.result.config)) for image in images}
     if len(runs) > 1:
         notes.append(
@@ -180,8 +182,7 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
     if request.per in (ExportRows.REGION, ExportRows.CORE):
         notes += _not_counted(images, request.per)
     written: list[tuple[Path, int]] = []
-    all_entries = project.images()
-    for file in _FILES[request.to](project, told_apart(images, all_entries), request):
+    for file in _FILES[request.to](project, images, request):
         written += _written(file, problems)
     if request.excel:
         notes += [
@@ -202,27 +203,28 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
 
 def _notes(project: Project, entry: ImageEntry, found: ExportedImage) -> Iterator[str]:
     """What a person should know of the nuclei of an image."""
+    name = found.name_in_tables
     yield from found.notes
     for change in changed_since(project, entry, found.result):
-        yield f"{entry.name}: {change.in_words}"
+        yield f"{name}: {change.in_words}"
     if failed := len(found.result.failed_tiles):
         yield (
-            f"{entry.name}: {failed} of its tiles could not be segmented: their nuclei are "
+            f"{name}: {failed} of its tiles could not be segmented: their nuclei are "
             "missing, and their tissue counts in no density: run again"
         )
     outcome = read_record(project.layout.outcome(entry.id), ImageOutcome)
     if outcome is not None and outcome.problem and outcome.results:
-        yield f"{entry.name}: its last run failed after these nuclei: {outcome.problem}"
+        yield f"{name}: its last run failed after these nuclei: {outcome.problem}"
     elif outcome is not None and outcome.problem:
         yield (
-            f"{entry.name}: its last run failed, and its nuclei are those of a run before: "
+            f"{name}: its last run failed, and its nuclei are those of a run before: "
             f"{outcome.problem}"
         )
     if found.result.positivity is not None and found.result.positivity.note:
-        yield f"{entry.name}: {found.result.positivity.note}"
+        yield f"{name}: {found.result.positivity.note}"
     imported = imported_nuclei(project, entry)
     if imported is not None and imported.left_out:
-        yield f"{entry.name}: not all of its nuclei are in QuPath: {imported.in_words}"
+        yield f"{name}: not all of its nuclei are in QuPath: {imported.in_words}"
 
 
 def _others(project: Project, request: Request, written: Sequence[Path]) -> list[str]:
@@ -263,7 +265,9 @@ def _not_counted(images: Sequence[ExportedImage], per: ExportRows) -> list[str]:
     """A note where some images, or all, have no row in a table of regions or cores."""
     kinds = [{summary.kind for summary in image.result.summaries} for image in images]
     without = [
-        image.name for image, found in zip(images, kinds, strict=True) if KINDS[per] not in found
+        image.name_in_tables
+        for image, found in zip(images, kinds, strict=True)
+        if KINDS[per] not in found
     ]
     if not without:
         return []

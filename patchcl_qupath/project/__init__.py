@@ -51,6 +51,8 @@ def chosen_images(project: Project, names: Collection[str]) -> list[ImageEntry]:
     "id:3" is the image of the id 3, whatever the names are. Raises ProjectError for a name that no
     image has, and for one that is the id of another image.
     """
+    if not all(isinstance(name, str) for name in names):
+        raise ProjectError("images are chosen by their names or ids, which are text")
     entries, wanted = project.images(), set(map(readable, names))
     by_id = {entry.id: entry.name for entry in entries}
     chosen_names = wanted & {entry.name for entry in entries}

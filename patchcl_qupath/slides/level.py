@@ -177,6 +177,8 @@ def unreadable(name: str, error: Exception) -> SlideError:
         return SlideError(
             f"{name} cannot be read: rename the folder or file that has :: in its name"
         )
+    if isinstance(error, PermissionError):
+        return SlideError(f"{name} may not be read from here: ask for the permission")
     message = (
         f"{name} cannot be read ({reason}): if QuPath shows it, export it as OME-TIFF (rendered "
         "RGB) and add that; if not, copy the file again"
