@@ -495,6 +495,20 @@ def test_a_roi_that_the_last_run_did_not_segment(suggested: Project, last: dict[
     assert refined_with(suggested, (GIVEN, "first"), model="o") == ([(0, 0, 0, 2)], ())
 
 
+@pytest.mark.parametrize("last", [{"regions": (ELSEWHERE,)}, {"failed_tiles": (FAILED,)}])
+def test_a_roi_that_was_suggested_where_the_run_did_not_look(
+    tmp_path: Path, last: dict[str, Any]
+) -> None:
+    """QuPath has nuclei of an earlier run there, or none: nobody added what a person has."""
+    project = make_project(tmp_path / "made", ["a.svs"])
+    write(project, 0, nuclei("a", 0), made="2020-01-01T00:00:00+00:00", **last)
+    roi = CorrectionRoi("first", "ROI 1 of 1", "", x=80, y=80, width=120, height=120)
+    project.mark_rois(project.images()[0], [roi])
+    give(project.layout, "1")
+    note = NOTE.format(140, 140).partition(": ")[0] + ": the last run did not segment all of it"
+    assert refined_with(project, (GIVEN, "first")) == ([], (note,))
+
+
 def test_a_drawn_roi_is_counted_in_the_first_round(suggested: Project) -> None:
     """Beside suggested ones; and again after the run of the refined model."""
     drawn = shapely.box(80, 80, 210, 210)

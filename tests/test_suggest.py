@@ -22,7 +22,13 @@ from results import result_of
 from patchcl_qupath import pipeline
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import CORRECTED, TO_CORRECT, ObjectType
-from patchcl_qupath.correction.suggest import Candidates, choose, has_room, suggest
+from patchcl_qupath.correction.suggest import (
+    Candidates,
+    _acquisition_scores,
+    choose,
+    has_room,
+    suggest,
+)
 from patchcl_qupath.datatypes import CorrectionRoi, ImageEntry, Nuclei
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.project.jvm import Process
@@ -58,6 +64,7 @@ def grid(rows: int, cols: int, slide: int = 0, seed: int = 0, **columns: float) 
         "wrong": rng.uniform(0.2, 0.4, count),
         "hematoxylin": rng.uniform(0.2, 0.6, count),
         "area": rng.uniform(20, 60, count),
+        "whole": np.ones(count, dtype=bool),
     }
     return Candidates(**values | {name: np.full(count, v) for name, v in columns.items()})
 
@@ -85,6 +92,23 @@ def test_rois_full_of_tissue_are_preferred_on_each_slide() -> None:
     biopsy = grid(2, 2, slide=1, tissue=0.55)
     both = Candidates.concatenate([candidates, biopsy])
     assert 1 in both.slides[choose(both, 2)]
+
+
+def test_rois_that_the_run_looked_at_as_a_whole_are_preferred() -> None:
+    """A person would have to outline all nuclei in the rest, and corrections do not count there."""
+    candidates = grid(9, 9)
+    candidates.tissue[:] = 0.6
+    candidates.tissue[[20, 60]], candidates.wrong[[20, 60]] = 1.0, 0.9
+    candidates.whole[[20, 60]] = False
+    candidates.tissue[[0, 40]] = 0.8
+    assert sorted(choose(candidates, 2)) == [0, 40]
+    assert len(choose(grid(3, 3, whole=False), 2)) == 2
+
+
+def test_equal_fractions_are_of_equal_rank() -> None:
+    """Else a duplicate's ROIs, which come later, would be worth more."""
+    candidates = grid(2, 2, wrong=0.3)
+    assert _acquisition_scores(candidates).tolist() == [1.0] * 4
 
 
 def test_rois_never_overlap_or_touch_and_may_be_fewer() -> None:

@@ -72,9 +72,12 @@ def give(layout: Layout, image: str) -> None:
         return
     nuclei = read_nuclei(layout.nuclei(image)).polygons
     tree = shapely.STRtree(nuclei)
+    result = read_result(layout.result(image))
     given = []
     for roi in suggested.rois:
         box = shapely.box(roi.x, roi.y, roi.x + roi.width, roi.y + roi.height)
+        # Where the last run did not look, QuPath has nuclei of an earlier one, or none.
+        is_known = isinstance(result, ResultRecord) and bool(were_segmented([box], result)[0])
         near = made_valid(nuclei[np.sort(tree.query(box))])
         given.append(
             RoiChangesRecord(
@@ -84,8 +87,9 @@ def give(layout: Layout, image: str) -> None:
                 width=roi.width,
                 height=roi.height,
                 geometry=to_object(box),
-                before=_numbers(near[shapely.intersects(near, box)]),
+                before=_numbers(near[shapely.intersects(near, box)]) if is_known else [],
                 corrected=[],
+                is_known=is_known,
             )
         )
     path = layout.changes(image) / CHANGES
@@ -328,7 +332,8 @@ def _rois(
         if whole is not None:  # a picture of it ends there
             roi &= whole
         area = roi - ignored - counted  # ROIs may overlap
-        was_segmented, before = _was_segmented(roi, result), _known(roi, area, id_, known)
+        was_segmented = bool(were_segmented([roi], result)[0])
+        before = _known(roi, area, id_, known)
         given = on_disk if was_segmented else None
         if before is not None:
             given = _contours(before.before) if before.is_known else None
@@ -344,11 +349,21 @@ def _rois(
     return records, tuple(notes)
 
 
-def _was_segmented(roi: shapely.Geometry, result: ResultRecord) -> bool:
-    """Whether a ROI lies in the analysis regions of a run, if any, and in no tile that failed."""
-    regions = [from_object(region.geometry) for region in result.regions]
-    is_inside = not regions or _covers(regions, roi)
-    return is_inside and not (area_of_tiles(result.failed_tiles) & roi).area
+def were_segmented(rois: Sequence[shapely.Geometry] | Polygons, result: ResultRecord) -> Bools:
+    """(N,) whether a run looked at all of ROIs that lies in the image: they are in its analysis
+    regions, if there are some, and in no tile that failed."""
+    inside = np.asarray(rois, dtype=object)
+    if result.slide.size is not None:
+        inside = shapely.intersection(inside, shapely.box(0, 0, *result.slide.size))
+    found = np.ones(len(inside), dtype=bool)
+    if result.regions:
+        region = shapely.union_all([from_object(each.geometry) for each in result.regions])
+        shapely.prepare(region)
+        found &= shapely.covers(region, inside)
+    if result.failed_tiles:
+        failed = area_of_tiles(result.failed_tiles)
+        found &= shapely.area(shapely.intersection(inside, failed)) == 0
+    return found
 
 
 def _known(

@@ -20,7 +20,7 @@ import shapely
 from numpy.typing import NDArray
 
 from patchcl_qupath.config import CORRECTED
-from patchcl_qupath.correction.changes import give
+from patchcl_qupath.correction.changes import give, were_segmented
 from patchcl_qupath.datatypes import (
     CorrectionRoi,
     ImageEntry,
@@ -54,7 +54,8 @@ class Candidates:
     ``slides`` are numbers of slides from 0; ``boxes`` are at level 0; ``tissue`` is the tissue
     fraction; ``entropy`` the mean predictive entropy of tissue, in bits; ``nuclei`` the number of
     nuclei, ``wrong`` the fraction of them that is expected to be wrong, ``hematoxylin`` their mean
-    optical density, ``area`` their median area in µm².
+    optical density, ``area`` their median area in µm². ``whole`` is whether the run looked at all
+    of them that lies in the image.
     """
 
     slides: Integers
@@ -65,6 +66,7 @@ class Candidates:
     wrong: Floats
     hematoxylin: Floats
     area: Floats
+    whole: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -176,9 +178,9 @@ def choose(
     """The ``count`` rows, or as many as there are, that are most worth correcting, best first.
 
     Greedily, the row with the greatest product of acquisition score and distance to the features
-    of the rows chosen before: of the slides with fewest ROIs, and of their candidates with
-    FULL_TISSUE if there are any. ROIs touch neither each other nor those that are ``corrected``:
-    pairs of slide number and geometry. Deterministic.
+    of the rows chosen before: of the slides with fewest ROIs, and of their candidates that the run
+    looked at as a whole, and with FULL_TISSUE, if there are any. ROIs touch neither each other nor
+    those that are ``corrected``: pairs of slide number and geometry. Deterministic.
     """
     free = candidates.usable
     if not free.any():
@@ -200,8 +202,8 @@ def choose(
     chosen: list[int] = []
     while len(chosen) < count and free.any():
         pool = free & (on_slide[candidates.slides] == on_slide[candidates.slides[free]].min())
-        full = pool & (candidates.tissue >= FULL_TISSUE)
-        pool = full if full.any() else pool
+        for preferred in (candidates.whole, candidates.tissue >= FULL_TISSUE):
+            pool = pool & preferred if (pool & preferred).any() else pool
         distance = np.where(np.isinf(nearest), 1.0, nearest + 1e-9)  # equal features: by score
         best = int(np.argmax(np.where(pool, acquisition * distance, -1.0)))
         take(int(candidates.slides[best]), candidates.boxes[best], features[best])
@@ -211,8 +213,8 @@ def choose(
 
 def _acquisition_scores(candidates: Candidates) -> Floats:
     """(N,) in (0, 1]: the rank of the fraction of nuclei that is expected to be wrong."""
-    rank = np.argsort(np.argsort(candidates.wrong, kind="stable"))
-    return np.asarray((rank + 1) / len(candidates))
+    rank = np.searchsorted(np.sort(candidates.wrong), candidates.wrong, side="right")
+    return np.asarray(rank / len(candidates))
 
 
 def _features(candidates: Candidates) -> Floats:
@@ -245,12 +247,13 @@ class _Found:
         sources = dict.fromkeys(entry.source for entry in entries)
         slides = {source: k for k, source in enumerate(sources)}
         for entry in entries:
-            if not isinstance(read_result(project.layout.result(entry.id)), ResultRecord):
+            result = read_result(project.layout.result(entry.id))
+            if not isinstance(result, ResultRecord):
                 found.without.append(entry.name)
                 continue
             slide = slides[entry.source]
             try:
-                candidates = _candidates(project, entry, slide)
+                candidates = _candidates(project, entry, slide, result)
                 corrected = project.corrected_rois(entry)
             except PatchCLError as error:
                 found.problems.append(str(error))
@@ -286,7 +289,9 @@ def has_room(size: tuple[int, int], roi: tuple[float, float]) -> bool:
     return bool(width * height >= MIN_TISSUE)
 
 
-def _candidates(project: Project, entry: ImageEntry, slide: int) -> Candidates:
+def _candidates(
+    project: Project, entry: ImageEntry, slide: int, result: ResultRecord
+) -> Candidates:
     """The candidates of one image.
 
     Raises ImageError if its nuclei or its uncertainty grid cannot be read, or are of two runs.
@@ -309,7 +314,7 @@ def _candidates(project: Project, entry: ImageEntry, slide: int) -> Candidates:
             f"{entry.name}: its nuclei and their uncertainty grid are of different runs: do "
             "`patchcl-qp run` again"
         )
-    return _candidates_from(slide, uncertainty, nuclei)
+    return _candidates_from(slide, uncertainty, nuclei, result)
 
 
 def _no_candidates() -> Candidates:
@@ -323,26 +328,31 @@ def _no_candidates() -> Candidates:
         wrong=floats,
         hematoxylin=floats,
         area=floats,
+        whole=np.empty(0, dtype=bool),
     )
 
 
-def _candidates_from(slide: int, uncertainty: UncertaintyGrid, nuclei: Nuclei) -> Candidates:
+def _candidates_from(
+    slide: int, uncertainty: UncertaintyGrid, nuclei: Nuclei, result: ResultRecord
+) -> Candidates:
     """The fields of view of an image as candidates, with the measurements of their nuclei."""
     fovs = fields_of_view(uncertainty)
     width, height = fovs.size
+    boxes = shapely.box(fovs.x, fovs.y, fovs.x + width, fovs.y + height)
     inside = _nuclei_inside(fovs, nuclei)
     missing = np.zeros(len(nuclei), dtype=np.float32)  # for stains without hematoxylin
     found = [nuclei.of_nucleus(name) for name in (PROBABILITY, HEMATOXYLIN, AREA)]
     probability, hematoxylin, area = (missing if values is None else values for values in found)
     return Candidates(
         slides=np.full(len(fovs), slide),
-        boxes=shapely.box(fovs.x, fovs.y, fovs.x + width, fovs.y + height),
+        boxes=boxes,
         tissue=fovs.tissue,
         entropy=fovs.entropy,
         nuclei=fovs.nuclei,
         wrong=np.array([1 - probability[i].mean() if len(i) else 0.0 for i in inside], float),
         hematoxylin=np.array([hematoxylin[i].mean() if len(i) else 0.0 for i in inside], float),
         area=np.array([np.median(area[i]) if len(i) else 0.0 for i in inside], float),
+        whole=were_segmented(boxes, result),
     )
 
 
@@ -362,12 +372,13 @@ def _nuclei_inside(fovs: FieldsOfView, nuclei: Nuclei) -> list[NDArray[np.intp]]
 def _suggested(*, entry: ImageEntry, candidates: Candidates, row: int, name: str) -> SuggestedRoi:
     x0, y0, x1, y1 = (round(value, 2) for value in candidates.boxes[row].bounds)
     wrong, nuclei = float(candidates.wrong[row]), int(candidates.nuclei[row])
+    partly = "" if candidates.whole[row] else "A part of the ROI was not segmented. "
     roi = CorrectionRoi(
         id=str(uuid.uuid4()),  # a ROI that a person deleted may be suggested again
         name=name,
         description=(
-            f"Of {nuclei} nuclei, {wrong:.0%} are expected to be wrong. Correct every nucleus that "
-            f"reaches into the ROI, then set the ROI's class to '{CORRECTED}'."
+            f"Of {nuclei} nuclei, {wrong:.0%} are expected to be wrong. {partly}Correct every "
+            f"nucleus that reaches into the ROI, then set the ROI's class to '{CORRECTED}'."
         ),
         x=x0,
         y=y0,
