@@ -83,7 +83,6 @@ import qupath.lib.objects.hierarchy.TMAGrid
 import qupath.lib.projects.Project
 import qupath.lib.projects.ProjectImageEntry
 import qupath.lib.regions.ImagePlane
-import qupath.lib.roi.GeometryTools
 import qupath.lib.roi.PolygonROI
 import qupath.lib.roi.ROIs
 import qupath.lib.roi.RectangleROI
@@ -1868,26 +1867,30 @@ static List<PathObject> countNuclei(ImageData<?> imageData, Marks marks, JsonObj
     if (whole)
         for (PathObject nucleus : present.onBorder + present.others)
             tallies[regions.first()].add(nucleus)
-    for (Areas areas : [new Areas(whole ? [] as List<PathObject> : regions), new Areas(cores)]) {
-        for (PathObject nucleus : areas.isEmpty() ? [] as List<PathObject> : present.onBorder)
-            for (PathObject region : regionsOf(nucleus, areas))
-                tallies[region].add(nucleus)
-        for (PathObject nucleus : areas.isEmpty() ? [] as List<PathObject> : present.others)
-            for (PathObject region : areas.holding(centroidOf(nucleus)))
-                tallies[region].add(nucleus)
-    }
-    Areas drawn = new Areas(annotations)
-    if (!drawn.isEmpty())
-        for (PathObject nucleus : present.onBorder + present.others)
-            for (PathObject annotation : drawn.holding(centroidOf(nucleus)))
-                tallies[annotation].add(nucleus)
+    Areas ours = new Areas(whole ? [] as List<PathObject> : regions)
+    for (PathObject nucleus : ours.isEmpty() ? [] as List<PathObject> : present.onBorder)
+        for (PathObject region : regionsOf(nucleus, ours))
+            tallies[region].add(nucleus)
+    for (PathObject nucleus : ours.isEmpty() ? [] as List<PathObject> : present.others)
+        for (PathObject region : ours.holding(centroidOf(nucleus)))
+            tallies[region].add(nucleus)
+    // Beside cores and annotations there are nuclei of other runs, which may touch them.
+    for (Areas areas : [new Areas(cores), new Areas(annotations)])
+        for (PathObject nucleus : areas.isEmpty() ? [] as List<PathObject> : present.onBorder + present.others)
+            for (PathObject counted : areas.holding(centroidOf(nucleus)))
+                tallies[counted].add(nucleus)
     refreshTissueOfCounted(cores + annotations, result)
     boolean graded = tallies.values().any { Tally tally -> tally.isGraded() } || hasGrades(result)
     tallies.each { PathObject region, Tally tally -> measure(region, tally, graded, imageData) }
     if (result != null) {
-        Geometry segmented = segmentedIn(imageData, result)
-        for (PathObject region : tallies.keySet())
-            forgetUnknownDensity(region, segmented, result)
+        List<PreparedGeometry> failed = failedIn(result)
+        List<PreparedGeometry> segmented = segmentedIn(imageData, result)
+        for (PathObject region : regions)   // which a run segmented, this one or an earlier one
+            if (!(tissueOf(region) > 0) && meet(region, failed))
+                forgetDensityOfNone(region)
+        for (PathObject counted : cores + annotations)
+            if (Double.isNaN(tissueOf(counted)) && (!meet(counted, segmented) || meet(counted, failed)))
+                forgetDensityOfNone(counted)
     }
     imageData.getHierarchy().fireObjectMeasurementsChangedEvent(imageData, tallies.keySet().toList())
     return tallies.keySet().toList()
@@ -1935,33 +1938,43 @@ static void refreshTissueOfCounted(List<PathObject> counted, JsonObject result) 
 
 /** Where the last run looked for nuclei: its regions, or the whole image. */
 @CompileStatic
-static Geometry segmentedIn(ImageData<?> imageData, JsonObject result) {
-    if (!result.has('regions')) {
-        def server = imageData.getServer()
-        ROI whole = ROIs.createRectangleROI(0, 0, server.getWidth(), server.getHeight(), ImagePlane.getDefaultPlane())
-        return whole.getGeometry()
-    }
-    return GeometryTools.union(regionsOfRun(result).collect { ROI region -> region.getGeometry() })
+static List<PreparedGeometry> segmentedIn(ImageData<?> imageData, JsonObject result) {
+    def server = imageData.getServer()
+    ROI whole = ROIs.createRectangleROI(0, 0, server.getWidth(), server.getHeight(), ImagePlane.getDefaultPlane())
+    List<ROI> regions = result.has('regions') ? regionsOfRun(result) : [whole]
+    return regions.collect { ROI region -> PreparedGeometryFactory.prepare(region.getGeometry()) }
 }
 
-/** Takes the density of 0 from a region none of which was segmented, or none of whose tissue: it is not known. */
+/** The tiles of the last run that failed. */
 @CompileStatic
-static void forgetUnknownDensity(PathObject region, Geometry segmented, JsonObject result) {
-    MeasurementList measured = region.getMeasurementList()
-    double tissue = measured.get('PatchCL: Tissue mm^2')   // NaN where there is none
-    if (measured.get('PatchCL: Nuclei') > 0 || (!Double.isNaN(tissue) && tissue > 0))
-        return
-    Geometry shape = region.getROI().getGeometry()
-    boolean isKnown = shape.relate(segmented, 'T********')   // their inner parts meet: not their borders alone
-    for (JsonElement one : result.getAsJsonArray('holes') ?: new JsonArray()) {
+static List<PreparedGeometry> failedIn(JsonObject result) {
+    return (result.getAsJsonArray('holes') ?: new JsonArray()).collect { JsonElement one ->
         JsonObject tile = one.getAsJsonObject()
         ROI failed = ROIs.createRectangleROI(
                 tile.get('x').getAsDouble(), tile.get('y').getAsDouble(),
                 tile.get('width').getAsDouble(), tile.get('height').getAsDouble(), ImagePlane.getDefaultPlane())
-        isKnown &= !shape.intersects(failed.getGeometry())
+        PreparedGeometryFactory.prepare(failed.getGeometry())
     }
-    if (!isKnown)
-        setOrForget(region, 'PatchCL: Nuclei per mm^2', Double.NaN)
+}
+
+/** Whether an object shares more than a border with others. An outline that crosses itself is mended by shrinking. */
+@CompileStatic
+static boolean meet(PathObject object, List<PreparedGeometry> others) {
+    Geometry inner = object.getROI().getGeometry().buffer(-0.5d)
+    return others.any { PreparedGeometry other -> other.intersects(inner) }
+}
+
+/** The area of tissue in mm^2; not a number where it is not known. */
+@CompileStatic
+static double tissueOf(PathObject object) {
+    return object.getMeasurementList().get('PatchCL: Tissue mm^2')
+}
+
+/** Takes a density of 0, which would say that somebody looked. */
+@CompileStatic
+static void forgetDensityOfNone(PathObject object) {
+    if (object.getMeasurementList().get('PatchCL: Nuclei') == 0d)
+        setOrForget(object, 'PatchCL: Nuclei per mm^2', Double.NaN)
 }
 
 /** The centroid of an object, or of the nucleus of a cell. QuPath's own takes long: it looks for crossings, too. */
@@ -2053,10 +2066,8 @@ static void measure(PathObject region, Tally tally, boolean graded, ImageData<?>
         measured.put('PatchCL: Area mm^2', area)
     }
     measured.put('PatchCL: Nuclei', tally.nuclei)
-    if (area > 0)
-        measured.put('PatchCL: Nuclei per mm^2', tally.nuclei / area)
-    else if (tally.nuclei == 0)
-        measured.put('PatchCL: Nuclei per mm^2', 0)
+    double densityOfNone = tally.nuclei == 0 ? 0d : Double.NaN
+    setOrForget(region, 'PatchCL: Nuclei per mm^2', area > 0 ? tally.nuclei / area : densityOfNone)
     double known = tally.classified > 0 ? 1d : Double.NaN
     setOrForget(region, 'PatchCL: Negative', known * tally.negative)
     setOrForget(region, 'PatchCL: Positive', known * tally.positive)

@@ -514,8 +514,8 @@ class Review {
     }
 
     private FileTime getLastSaved() {
-        Path data = dataOf(project.getEntry(imageData))
-        return Files.exists(data) ? Files.getLastModifiedTime(data) : null
+        Path data = imageId == null ? null : dataOf(project.getEntry(imageData))   // it may be removed from the project
+        return data != null && Files.exists(data) ? Files.getLastModifiedTime(data) : null
     }
 
     /** Unlocks what was locked, and forgets it, unless a person may have saved it locked. */
@@ -845,7 +845,7 @@ class Review {
      * person saved it locked by QuPath's own command.
      */
     void save() {
-        if (imageData == null || !imageData.isChanged() && (!locked[imageId] || lastSaved == savedUnlocked))
+        if (imageId == null || !imageData.isChanged() && (!locked[imageId] || lastSaved == savedUnlocked))
             return
         release()
         try {
@@ -1288,10 +1288,11 @@ class ReviewWindow {
                 Double.isInfinite(Review.confidence(review.nucleus)) ? '; this one was drawn' :
                         String.format('; this one: confidence %.2f', Review.confidence(review.nucleus))))
         message.setText(text ?: '')
-        changes.setText(review.changesInWords() ?: '')
+        String changed = review.changesInWords()
+        changes.setText(changed ?: '')
         refineButton.setDisable(done == 0 || busy)
         stage.sizeToScene()   // for longer texts
-        refineButton.setDefaultButton(review.left == 0 && review.changesInWords() == null)   // for Enter
+        refineButton.setDefaultButton(review.left == 0 && changed == null)   // for Enter
     }
 
     // ------------------------------------------------ ROIs
@@ -1303,7 +1304,8 @@ class ReviewWindow {
         ProjectImageEntry<?> entry = review.entryOf(roi)
         if (!isOpen(roi)) {
             saving { saveOpen() }
-            gui.openImageEntry(entry)
+            if (entry != null)   // its image is still in the project
+                gui.openImageEntry(entry)
         }
         if (!isOpen(roi)) {
             show("${roi.imageName} cannot be opened. K goes to the next ROI.")

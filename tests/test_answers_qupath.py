@@ -55,6 +55,35 @@ entry.saveImageData(imageData)
 '1'
 """
 )
+DRAW_CROSSING = (
+    qupath.DRAW_RECTANGLES
+    + """
+import qupath.lib.io.GsonTools
+import qupath.lib.roi.interfaces.ROI
+
+// Two parts that overlap, as no brush draws it: a file may have it.
+def json = '{"type": "MultiPolygon", "coordinates": [' +
+    '[[[500, 500], [600, 500], [600, 600], [500, 600], [500, 500]]], ' +
+    '[[[550, 550], [650, 550], [650, 650], [550, 650], [550, 550]]]]}'
+def roi = GsonTools.getInstance().fromJson(json, ROI)
+assert !roi.getGeometry().isValid()
+def crossing = PathObjects.createAnnotationObject(roi, PathClass.fromString('Tumor'))
+crossing.setName('crossing')
+hierarchy.addObject(crossing)
+draw('bare', 'Tumor', 700, 500, 100, 100)
+entry.saveImageData(imageData)
+'1'
+"""
+)
+DRAW_NUCLEI = (
+    qupath.DRAW_RECTANGLES
+    + """
+draw('one', 'Nucleus', 710, 510, 10, 10)
+draw('other', 'Nucleus', 730, 510, 10, 10)
+entry.saveImageData(imageData)
+'1'
+"""
+)
 GRID = """
 import qupath.lib.objects.PathObjects
 import qupath.lib.objects.hierarchy.DefaultTMAGrid
@@ -118,7 +147,8 @@ def summaries_of(
     failed: tuple[FailedTile, ...] = (),
     region: shapely.Geometry | None = None,
 ) -> tuple[Summary, ...]:
-    """Of regions that a failed tile touches, or outside that of the run, nothing was segmented."""
+    """Of regions that a failed tile touches, or outside that of the run, nothing was segmented. In
+    what is called bare there is no tissue."""
     regions = Regions(entry.drawn)
     holes = shapely.union_all(
         [shapely.box(t.x, t.y, t.x + t.width, t.y + t.height) for t in failed]
@@ -131,12 +161,14 @@ def summaries_of(
     extents = [
         Extent(
             area_mm2=1.0 if is_segmented else None,
-            tissue_mm2=0.5 if is_segmented else None,
+            tissue_mm2=0.5 * (one.name != "bare") if is_segmented else None,
             x=geometry.centroid.x,
             y=geometry.centroid.y,
             area_px=geometry.area,
         )
-        for geometry, is_segmented in zip(regions.geometries, segmented, strict=True)
+        for one, geometry, is_segmented in zip(
+            entry.drawn, regions.geometries, segmented, strict=True
+        )
     ]
     return summarise(
         [found],
@@ -316,6 +348,7 @@ def test_the_density_where_nothing_was_segmented_is_not_known(
 ) -> None:
     """Not 0: neither after the import nor after the nuclei are counted anew."""
     session.run(path, DRAW)
+    session.run(path, DRAW_CROSSING)
     result = import_(0.2, 0.4, 0.6, classes=("Tumor", "Stroma"), **asked)
     by_name = {one.name: one for one in result.summaries}
     assert by_name["right"].per_mm2 is None
@@ -327,6 +360,13 @@ def test_the_density_where_nothing_was_segmented_is_not_known(
         assert shown["right"]["PatchCL: Nuclei"] == 0
         assert "PatchCL: Nuclei per mm^2" not in shown["right"]
         assert shown["left"]["PatchCL: Nuclei per mm^2"] == pytest.approx(by_name["left"].per_mm2)
+        for name in ("bare", "crossing"):
+            assert shown[name]["PatchCL: Nuclei per mm^2"] == by_name[name].per_mm2 == 0
+    session.run(path, DRAW_NUCLEI)  # in what counts as no tissue
+    log = qupath.run_script(path, ROOT / "groovy" / "summarise.groovy")
+    shown = {one["name"]: one["measurements"] for one in objects(session, path) if one["name"]}
+    assert shown["bare"]["PatchCL: Nuclei"] == 2, log
+    assert "PatchCL: Nuclei per mm^2" not in shown["bare"]
 
 
 @pytest.mark.qupath
@@ -370,6 +410,21 @@ def test_what_is_counted_no_more_has_no_numbers(
     assert counted() == {"PatchCL", "right", "A-1", "B-2"}
     import_(0.5, run=3)
     assert counted() == {"PatchCL"}
+
+
+@pytest.mark.qupath
+def test_nuclei_of_an_earlier_run_beside_cores_are_not_counted(
+    import_: Importer, path: Path, session: qupath.Session
+) -> None:
+    """Though some touch a core: their centroids are outside."""
+    session.run(path, GRID)
+    import_(0.2)
+    result = import_(0.2, tma=True, run=2)
+    shown = objects(session, path)
+    measured = {one["name"]: one["measurements"] for one in shown}
+    for core in result.summaries[1:]:
+        assert measured[core.name]["PatchCL: Nuclei"] == core.nuclei
+    assert len([one for one in shown if "index" in one["measurements"]]) > result.nuclei
 
 
 @pytest.mark.qupath
