@@ -877,6 +877,17 @@ def test_tissue_of_no_known_stain_is_noted(
     assert shown == message
 
 
+@pytest.mark.parametrize("mpp", [0.5, 1.0, 2.0])
+def test_pixels_that_are_too_coarse_for_nuclei_are_noted(
+    tmp_path: Path, square: NDArray[np.uint8], mpp: float
+) -> None:
+    Image.fromarray(square).save(tmp_path / "a.png")
+    image = prepare(entry(tmp_path / "a.png", fallback_mpp=mpp), Config())
+    shown = note(entry(tmp_path / "a.png"), image, 5, has_tissue=True, settings=Config())
+    message = "pixels of 2 µm: too coarse to tell nuclei apart, or to count them"
+    assert shown == (message if mpp == 2 else None)
+
+
 # Small things
 
 

@@ -125,6 +125,17 @@ def test_without_transformations_levels_are_placed_by_their_size(tmp_path: Path)
         np.testing.assert_array_equal(slide.read(whole(slide)), shrunk(pixels, 4))
 
 
+def test_a_ratio_of_sizes_is_no_scale(tmp_path: Path) -> None:
+    """Level 2 is a quarter of level 0, but for what did not fit: its scale is not 4.03."""
+    pixels = scene(403, 301, MPP)
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels, MPP, (1, 4), axes="yxc")
+    datasets = zarr.open_group(str(path)).attrs.asdict()["multiscales"][0]["datasets"]
+    ratio = [MPP[1] * 301 / 75, MPP[0] * 403 / 100, 1.0]
+    datasets[1]["coordinateTransformations"] = [{"type": "scale", "scale": ratio}]
+    slide = opened(edited(path, datasets=datasets), 1.0)
+    np.testing.assert_array_equal(slide.read(Box(0, 0, 75, 100)), shrunk(pixels, 4)[:75, :100])
+
+
 def test_levels_that_begin_elsewhere_are_left_out(tmp_path: Path) -> None:
     pixels = scene(400, 300, MPP)
     path = write_ome_zarr(tmp_path / "a.zarr", pixels, MPP, (1, 2, 4))

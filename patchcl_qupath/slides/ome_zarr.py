@@ -408,13 +408,15 @@ def _level(
 ) -> Level:
     """One level of an image, of which the ``finer`` ones are open; level 0 has ``coarser`` ones.
 
-    ``downsample`` is that of the metadata, which is used if the size of the level agrees.
+    ``downsample`` is that of the metadata, which is used if the size of the level agrees, and would
+    not be a whole number: writers give the ratio of two sizes, of which one was rounded.
     """
     if not finer and not _has_chunks(plane.folder):
         raise ValueError("it holds no pixels")
     shape, chunk = plane.shape[:2], plane.chunk
     scale = level_scale(shape, finer)
-    if downsample is not None and _agrees(downsample, shape, finer):
+    is_whole = all(map(float.is_integer, scale))
+    if downsample is not None and not is_whole and _agrees(downsample, shape, finer):
         scale = downsample
     pixels = ChunkedPixels(
         stored=plane,
