@@ -20,7 +20,7 @@ from patchcl_qupath.storage.files import digest, read_json, write_json
 from patchcl_qupath.timing import Seconds
 
 _SAME_SIZE = 1e-3  # of pixels, relative: QuPath and we may read a file's in other digits
-TILE_FORMAT = 10  # version of the content of a finished tile
+TILE_FORMAT = 11  # version of the content of a finished tile
 
 
 class Record(msgspec.Struct, frozen=True):
