@@ -15,6 +15,7 @@ from msgspec.structs import asdict
 from patchcl_qupath.config import Config, ObjectType
 from patchcl_qupath.datatypes import FailedTile, ImageEntry, Tile
 from patchcl_qupath.errors import FORESEEN, ImageError, SlideError, StorageError, reason_of
+from patchcl_qupath.slides.pixel_size import PixelSize
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.layout import Layout
@@ -121,7 +122,7 @@ def note(
         if image.is_grey:
             notes.append("most of it is grey: found by shape, with stains that are not told apart")
         if max(image.slide.mpp_level0) > COARSE_UM:
-            size = " x ".join(dict.fromkeys(f"{side:.4g}" for side in image.slide.mpp_level0))
+            size = PixelSize(image.slide.mpp_source, image.slide.mpp_level0)
             notes.append(f"pixels of {size} µm: too coarse to tell nuclei apart, or to count them")
         if not count:
             notes.append("no nucleus found in its tissue")
