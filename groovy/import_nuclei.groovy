@@ -2060,7 +2060,7 @@ static List<PathObject> drawnNuclei(List<PathObject> drawn, PresentNuclei presen
 static void measure(PathObject region, Tally tally, boolean graded, ImageData<?> imageData) {
     def pixels = imageData.getServer().getPixelCalibration()
     def measured = region.getMeasurementList()
-    double area = measured.get('PatchCL: Tissue mm^2')   // NaN where there is none
+    double area = tissueOf(region)
     if (Double.isNaN(area) && pixels.hasPixelSizeMicrons()) {
         area = region.getROI().getScaledArea(pixels.getPixelWidthMicrons(), pixels.getPixelHeightMicrons()) / 1e6
         measured.put('PatchCL: Area mm^2', area)

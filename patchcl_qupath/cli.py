@@ -513,8 +513,7 @@ def _note(text: str) -> None:
 def _note_refined(project: Project, name: str) -> None:
     """Say that there is a refined model, where none was asked for by its name."""
     source = click.get_current_context().get_parameter_source("name")
-    is_asked_for = source is not None and source is not ParameterSource.DEFAULT
-    if not is_asked_for and project.layout.model(REFINED_MODEL).exists():
+    if source is ParameterSource.DEFAULT and project.layout.model(REFINED_MODEL).exists():
         _note(
             f"the model {name} segments, not the refined one, which takes --model {REFINED_MODEL}"
         )

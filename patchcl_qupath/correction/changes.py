@@ -73,11 +73,13 @@ def give(layout: Layout, image: str) -> None:
     nuclei = read_nuclei(layout.nuclei(image)).polygons
     tree = shapely.STRtree(nuclei)
     result = read_result(layout.result(image))
+    boxes = [shapely.box(r.x, r.y, r.x + r.width, r.y + r.height) for r in suggested.rois]
+    # Where the last run did not look, QuPath has nuclei of an earlier one, or none.
+    known = [False] * len(boxes)
+    if isinstance(result, ResultRecord):
+        known = were_segmented(boxes, result).tolist()
     given = []
-    for roi in suggested.rois:
-        box = shapely.box(roi.x, roi.y, roi.x + roi.width, roi.y + roi.height)
-        # Where the last run did not look, QuPath has nuclei of an earlier one, or none.
-        is_known = isinstance(result, ResultRecord) and bool(were_segmented([box], result)[0])
+    for roi, box, is_known in zip(suggested.rois, boxes, known, strict=True):
         near = made_valid(nuclei[np.sort(tree.query(box))])
         given.append(
             RoiChangesRecord(
@@ -326,13 +328,14 @@ def _rois(
     on_disk = nuclei if _are_first(layout, image, result) else None
     records, notes = [], []
     counted = shapely.Polygon()
-    rois = zip(labels.rois, labels.ids or [""] * len(labels.rois), strict=True)
+    ids = labels.ids or [""] * len(labels.rois)
+    segmented = were_segmented(labels.rois, result).tolist()
+    rois = zip(labels.rois, ids, segmented, strict=True)
     # By place: QuPath may list them in another order when they are read again.
-    for roi, id_ in sorted(rois, key=lambda pair: pair[0].bounds):
+    for roi, id_, was_segmented in sorted(rois, key=lambda each: each[0].bounds):
         if whole is not None:  # a picture of it ends there
             roi &= whole
         area = roi - ignored - counted  # ROIs may overlap
-        was_segmented = bool(were_segmented([roi], result)[0])
         before = _known(roi, area, id_, known)
         given = on_disk if was_segmented else None
         if before is not None:

@@ -203,7 +203,8 @@ def choose(
     while len(chosen) < count and free.any():
         pool = free & (on_slide[candidates.slides] == on_slide[candidates.slides[free]].min())
         for preferred in (candidates.whole, candidates.tissue >= FULL_TISSUE):
-            pool = pool & preferred if (pool & preferred).any() else pool
+            better = pool & preferred
+            pool = better if better.any() else pool
         distance = np.where(np.isinf(nearest), 1.0, nearest + 1e-9)  # equal features: by score
         best = int(np.argmax(np.where(pool, acquisition * distance, -1.0)))
         take(int(candidates.slides[best]), candidates.boxes[best], features[best])

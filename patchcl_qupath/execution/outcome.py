@@ -24,7 +24,7 @@ from patchcl_qupath.storage.records import ImageOutcome, Provenance, RunRecord, 
 logger = logging.getLogger(__name__)
 
 GIVE_UP = 10  # tiles of an image, if none of it succeeds
-COARSE_UM = 1.5  # of a pixel: a picture at 2 µm had 1.2 times the nuclei of the same one at 1 µm
+COARSE_UM = 1.5  # of a pixel, of which a nucleus is a few wide: others are found than at 0.5 µm
 _PACKAGES = (
     "torch",
     "numpy",
