@@ -165,6 +165,11 @@ class ImageEntry:
         """The file, and which of its images this is: equal for entries of one slide."""
         return self.path.resolve(), self.series, self.series_name
 
+    @property
+    def pixels(self) -> tuple[object, ...]:
+        """What is read of that: equal for an image and its duplicates in QuPath."""
+        return *self.source, self.size, self.mpp, self.use_bounds
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnRegion:

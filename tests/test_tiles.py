@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,22 @@ def test_usable_images_yield_the_crops_of_the_others(tmp_path: Path) -> None:
     assert crops.slides == ("0",) * 12
     assert len({(box.row0, box.col0) for box in crops.boxes}) > 6
     assert shown[-1] == (1, 1)
+
+
+@pytest.mark.parametrize("seed", range(4))  # of the order
+def test_duplicates_of_an_image_yield_no_crops_of_their_own(tmp_path: Path, seed: int) -> None:
+    for name in ("one.png", "other.png"):
+        Image.fromarray(tissue_scene(200, 300)).save(tmp_path / name)
+    entries = [
+        ImageEntry(str(i), name, tmp_path / name, mpp=(0.5, 0.5))
+        for i, name in enumerate(["one.png"] * 5 + ["other.png"])
+    ]
+    entries[0] = replace(entries[0], problem="it is rotated")
+    patchcl = PatchCLConfig(crops=12, source_px=64, slides=2, seed=seed)
+    crops = training_crops(entries, Config(patchcl=patchcl), lambda *_: None)
+    assert len({*crops.slides}) == 2
+    assert crops.slides.count("5") == 6
+    assert "0" not in crops.slides
 
 
 def test_inside_finds_pixels_in_the_mask() -> None:

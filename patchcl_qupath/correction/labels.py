@@ -256,18 +256,14 @@ def with_copies(
     QuPath duplicates an image, for another person to correct. Crops of either have the corrected
     ROIs of both, or a nucleus that was deleted in one would be taught by the other.
     """
-
-    def pixels(entry: ImageEntry) -> tuple[object, ...]:
-        return *entry.source, entry.size, entry.mpp, entry.use_bounds
-
     by_id = {image.id: (image, labels) for image, labels in images}
     drawn: dict[tuple[object, ...], list[LabelledImage]] = {}
     for entry in entries:
         if entry.id in by_id:
-            drawn.setdefault(pixels(entry), []).append(by_id[entry.id])
+            drawn.setdefault(entry.pixels, []).append(by_id[entry.id])
     found = []
     for entry in entries:
-        own_first = sorted(drawn.get(pixels(entry), ()), key=lambda each: each[0].id != entry.id)
+        own_first = sorted(drawn.get(entry.pixels, ()), key=lambda each: each[0].id != entry.id)
         if own_first:
             labels = functools.reduce(_joined, (labels for _, labels in own_first))
             found.append((replace(own_first[0][0], id=entry.id), labels))

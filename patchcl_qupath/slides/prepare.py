@@ -274,11 +274,17 @@ def training_crops(
 ) -> TrainingCrops:
     """Random tissue crops of up to ``config.patchcl.slides`` images, some read at once.
 
-    Images that cannot be used are left out, and more crops of the others are read. Raises
-    TrainingError, with the reasons, if none is left.
+    Of an image and its duplicates in QuPath one is read. Images that cannot be used are left out,
+    and more crops of the others are read. Raises TrainingError, with the reasons, if none is left.
     """
     settings = config.patchcl
-    wanted = min(len(entries), settings.slides)
+    order = np.random.default_rng(settings.seed).permutation(len(entries))
+    different: dict[object, ImageEntry] = {}
+    for i in order:
+        # A duplicate that is rotated cannot be used, but the image can.
+        different.setdefault((entries[i].pixels, entries[i].problem), entries[i])
+    shuffled = [*different.values()]
+    wanted = min(len(shuffled), settings.slides)
     crops_each = math.ceil(settings.crops / max(1, wanted))
     images: list[NDArray[np.uint8]] = []
     normalisers: list[StainNormaliser] = []
@@ -286,8 +292,6 @@ def training_crops(
     boxes: list[Box] = []
     problems: list[str] = []
     usable: list[ImageEntry] = []
-    order = np.random.default_rng(settings.seed).permutation(len(entries))
-    shuffled = [entries[i] for i in order]
     at_once = max(1, min(wanted, usable_cores(), _READ_AT_ONCE))
     read = partial(_crops_of, config=config, count=crops_each)
     show_count(0, wanted)
