@@ -166,7 +166,11 @@ def sleep_tile(seconds: float, tile: Tile) -> tuple[Nuclei, UncertaintyGrid, Sec
     """In place of segmenting a tile."""
     rng = np.random.default_rng(tile.col)
     time.sleep(seconds * max(0.1, 1 + TILES_SPREAD * rng.standard_normal()))
-    return Nuclei.concatenate([]), UncertaintyGrid((64.0, 64.0), *np.zeros((5, 1), np.int64)), {}
+    return (
+        Nuclei(np.empty(0, dtype=object)),
+        UncertaintyGrid((64.0, 64.0), *np.zeros((5, 1), np.int64)),
+        {},
+    )
 
 
 def slept(count: int, slides: int, times: Times) -> float:

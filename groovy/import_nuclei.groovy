@@ -268,15 +268,16 @@ class Metadata {
 
     private static final Method READ = method('getUnmodifiableMetadataMap')
     private static final Method STORE = method('storeMetadataValue', String, String)
+    private static final Method PUBLIC = method('getMetadata')   // in QuPath 0.4 there is none
 
     static Map<String, String> of(PathObject pathObject) {
-        return (Map<String, String>) (READ == null ? pathObject.getMetadata() : READ.invoke(pathObject))
+        return (Map<String, String>) (READ ?: PUBLIC).invoke(pathObject)
     }
 
     static void put(PathObject pathObject, Map<String, String> values) {
         values.each { String key, String value ->
             if (STORE == null)
-                pathObject.getMetadata().put(key, value)
+                ((Map<String, String>) PUBLIC.invoke(pathObject)).put(key, value)
             else
                 STORE.invoke(pathObject, key, value)
         }

@@ -48,6 +48,7 @@ import javafx.scene.layout.Region
 import javafx.scene.layout.VBox
 import javafx.stage.Stage
 import javafx.stage.Window
+import javafx.stage.WindowEvent
 import org.locationtech.jts.algorithm.MinimumBoundingCircle
 import org.locationtech.jts.geom.Geometry
 import org.locationtech.jts.geom.Polygon
@@ -136,15 +137,16 @@ class Metadata {
 
     private static final Method READ = method('getUnmodifiableMetadataMap')
     private static final Method STORE = method('storeMetadataValue', String, String)
+    private static final Method PUBLIC = method('getMetadata')   // in QuPath 0.4 there is none
 
     static Map<String, String> of(PathObject pathObject) {
-        return (Map<String, String>) (READ == null ? pathObject.getMetadata() : READ.invoke(pathObject))
+        return (Map<String, String>) (READ ?: PUBLIC).invoke(pathObject)
     }
 
     static void put(PathObject pathObject, Map<String, String> values) {
         values.each { String key, String value ->
             if (STORE == null)
-                pathObject.getMetadata().put(key, value)
+                ((Map<String, String>) PUBLIC.invoke(pathObject)).put(key, value)
             else
                 STORE.invoke(pathObject, key, value)
         }
@@ -1115,6 +1117,8 @@ class ReviewWindow {
     private boolean asked = false   // whether to refine with some ROIs only
     private List<Closure<?>> restoring = []
     private final EventHandler<KeyEvent> keys = { KeyEvent event -> handle(event) } as EventHandler<KeyEvent>
+    // QuPath 0.6 and later keep what is shown for the next session, and would keep what a review hides.
+    private final EventHandler<WindowEvent> quitting = { close() } as EventHandler<WindowEvent>
 
     ReviewWindow(QuPathGUI gui, Review review, OtherScripts scripts) {
         this.gui = gui
@@ -1141,7 +1145,7 @@ class ReviewWindow {
     /** Opens the window in place of one that is open, at the ROI where the review was. */
     void open() {
         Window.getWindows().findAll { it instanceof Stage && it.getTitle() == TITLE }.each {
-            it.fireEvent(new javafx.stage.WindowEvent(it, javafx.stage.WindowEvent.WINDOW_CLOSE_REQUEST))
+            it.fireEvent(new WindowEvent(it, WindowEvent.WINDOW_CLOSE_REQUEST))
         }
         // The script editor, from which this was started, covers the image. What is in it stays there.
         Window.getWindows().findAll { it instanceof Stage && it.getTitle()?.startsWith('Script Editor') }.each {
@@ -1159,6 +1163,7 @@ class ReviewWindow {
         stage.toFront()
         // At last: nobody would take them away if something failed before, and QuPath's window would lose these keys.
         [stage, gui.getStage()].each { it.getScene().addEventFilter(KeyEvent.ANY, keys) }
+        gui.getStage().addEventFilter(WindowEvent.WINDOW_CLOSE_REQUEST, quitting)
         String nucleus = review.rememberedNucleus()
         go(Math.max(0, review.index))
         if (isShown()) {
@@ -1169,6 +1174,7 @@ class ReviewWindow {
 
     private void close() {
         gui.getStage().getScene().removeEventFilter(KeyEvent.ANY, keys)
+        gui.getStage().removeEventFilter(WindowEvent.WINDOW_CLOSE_REQUEST, quitting)
         viewer.getCustomOverlayLayers().remove(overlay)
         restoring.reverse().each { it.call() }
         saving { saveOpen() }   // not an image that a person closed: it may have other nuclei by now
@@ -1197,12 +1203,25 @@ class ReviewWindow {
     /** Shows nuclei as contours without names, above all else; what was set before is restored at the end. */
     private void arrange() {
         OverlayOptions options = viewer.getOverlayOptions()
-        [
+        List<List<?>> wanted = [
             [options.showAnnotationsProperty(), true], [options.fillAnnotationsProperty(), false],
             [options.showNamesProperty(), false], [options.showDetectionsProperty(), false],
             [options.showPixelClassificationProperty(), false], [options.opacityProperty(), 1f],
             [PathPrefs.autoSetAnnotationClassProperty(), PathPrefs.autoSetAnnotationClassProperty().get()],
-        ].each { property, value ->
+        ]
+        boolean showsSelected = options.metaClass.respondsTo(options, 'selectedClassVisibilityModeProperty')
+        if (showsSelected) {   // since QuPath 0.6: or all classes but those that are selected
+            def mode = options.selectedClassVisibilityModeProperty()
+            wanted << [mode, mode.getValue().getClass().valueOf('HIDE_SELECTED')]
+        }
+        Set<PathClass> hidden = showsSelected ? options.selectedClassesProperty() : options.hiddenClassesProperty()
+        List<PathClass> hiddenBefore = new ArrayList<>(hidden)
+        restoring << {
+            hidden.clear()
+            hidden.addAll(hiddenBefore)
+        }
+        hidden.clear()
+        wanted.each { property, value ->
             def before = property.getValue()
             restoring << { property.setValue(before) }
             property.setValue(value)

@@ -39,7 +39,6 @@ import javafx.stage.Stage
 import org.slf4j.Logger
 import org.slf4j.LoggerFactory
 import qupath.lib.gui.QuPathGUI
-import qupath.lib.gui.dialogs.Dialogs
 import qupath.lib.images.ImageData
 import qupath.lib.io.GsonTools
 import qupath.lib.objects.PathObject
@@ -82,7 +81,7 @@ reporting(watched && asked == null) {
     check(task)
     String before = watched && asked == null && task.subcommand == 'run' ?
             replacedInWords(imageData, regionsOf(task)) : null
-    if (before != null && !Dialogs.showConfirmDialog('PatchCL', before))
+    if (before != null && !dialogs().showConfirmDialog('PatchCL', before))
         return
     // For the whole project it is started once: for the first image of this batch.
     TaskOutcome outcome = !task.oneImage && batch != null ? outcomeOfBatch(task, batch) : null
@@ -372,7 +371,7 @@ void showResult(Task task, TaskOutcome outcome, boolean watched, boolean asked) 
     if (task.subcommand == 'run' && !found)
         throw new IOException("No nuclei for ${task.entry.getImageName()}: see why in ${task.log}.")
     if (watched && !asked)
-        Dialogs.showMessageDialog('PatchCL', nextStep(task, shown))
+        dialogs().showMessageDialog('PatchCL', nextStep(task, shown))
 }
 
 /** Does something, and shows errors to a person; else QuPath logs them, and goes on with the next image. */
@@ -382,7 +381,7 @@ static void reporting(boolean watched, Closure<?> work) {
     } catch (IOException | IllegalArgumentException | IllegalStateException e) {
         if (!watched)
             throw e
-        Dialogs.showErrorMessage('PatchCL', e.getMessage())
+        dialogs().showErrorMessage('PatchCL', e.getMessage())
     }
 }
 
@@ -459,6 +458,17 @@ static String correctionSteps(Task task, boolean shown) {
             '\n3. Run this script again, and refine the model with the corrected ROIs.'
 }
 
+/** QuPath's dialogs: of 0.5 and later, or of 0.4. */
+static Class<?> dialogs() {
+    return ['qupath.fx.dialogs.Dialogs', 'qupath.lib.gui.dialogs.Dialogs'].findResult { name ->
+        try {
+            QuPathGUI.class.getClassLoader().loadClass(name)
+        } catch (ClassNotFoundException ignored) {
+            null
+        }
+    }
+}
+
 /** The choice of a person, as in the settings; null if the dialog was closed. */
 static String ask(List<String> within) {
     Map<String, String> choices = [
@@ -470,7 +480,7 @@ static String ask(List<String> within) {
         'Refine the model with the corrected ROIs'     : 'refine',
     ]
     List<String> names = choices.keySet() as List
-    return choices[Dialogs.showChoiceDialog('PatchCL', '', names, names.first())]
+    return choices[dialogs().showChoiceDialog('PatchCL', '', names, names.first())]
 }
 
 /** The patchcl-qp that the settings name, else that of PATH, else one in a usual place. */

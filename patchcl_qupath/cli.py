@@ -69,7 +69,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("patchcl_qupath.cli")  # which may be run as __main__
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The commands, whose arguments are as they were given: on Windows, click takes any with a
+    ``*`` or a bracket for files, also names of classes, and in quotes."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        return super().main(*arguments, **{"windows_expand_args": False, **options})
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 @options.verbose
 def main() -> None:
@@ -325,7 +333,7 @@ def init(folder: Path, images: tuple[Path, ...], mpp: float | None) -> None:
         from patchcl_qupath.slides.openslide import one_of_each_slide
 
         new, failed = [], 0
-        for path in one_of_each_slide(images):
+        for path in one_of_each_slide(options.expanded(images)):
             try:
                 new.append(NewImage.of_file(path, mpp))
             except ImageError as error:  # the other images go on

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from patchcl_qupath.storage.records import ImageOutcome, ImageSummary
 
 _BARS = 8  # progress bars on the screen at once
+_STAGE_S = 2.0  # after a line, before one of another stage
+_LINE_S = 30.0  # before one of the same
 _ROWS = 40  # of a table of images, before most are only counted
 _NARROWEST = 8  # characters of a text in a table
 _ROWS_OF_MANY = 15  # of those with nuclei then: all is on one screen
@@ -49,7 +53,8 @@ def progress_lines() -> Iterator[ShowProgress]:
 
 @contextmanager
 def progress_bars() -> Iterator[ShowProgress]:
-    """Bars on standard error: what is done, how fast, how long still."""
+    """Bars on standard error: what is done, how fast, how long still; lines where that is no
+    terminal, but a file, or a pipe as that of Git Bash: bars would be shown at the end alone."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -60,6 +65,10 @@ def progress_bars() -> Iterator[ShowProgress]:
     from rich.progress import Progress as RichProgress
     from rich.table import Column
 
+    terminal = Console(stderr=True)
+    if not terminal.is_terminal:
+        yield _Lines().show
+        return
     whole = Column(no_wrap=True)
     with RichProgress(
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
@@ -67,12 +76,29 @@ def progress_bars() -> Iterator[ShowProgress]:
         MofNCompleteColumn(table_column=whole),
         TextColumn("{task.fields[rate]}", table_column=whole),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=whole),
-        console=Console(stderr=True),
+        console=terminal,
         expand=True,
     ) as bars:
         stages = _Bars(bars)
         yield stages.show
         stages.end_uncounted()
+
+
+class _Lines:
+    """A line as each stage begins, and some while it goes on; not one for each of many images."""
+
+    def __init__(self) -> None:
+        self.label, self.shown = "", -math.inf
+
+    def show(self, progress: Progress) -> None:
+        """Print how far a stage is, unless a line was printed just before."""
+        pause = _STAGE_S if progress.label != self.label else _LINE_S
+        if (now := time.monotonic()) < self.shown + pause:
+            return
+        self.label, self.shown = progress.label, now
+        count = f": {progress.done:,} of {progress.total:,}" if progress.total else ""
+        with suppress(OSError):  # as of progress_lines
+            click.echo(f"{progress.label}{count}", err=True)
 
 
 class _Bars:

@@ -24,7 +24,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-Polygons = NDArray[np.object_]  # (N,) of shapely.Polygon
+Polygons = NDArray[np.object_]  # (N,) of shapely.Polygon; of what a person drew, MultiPolygon, too
 Labels = NDArray[np.integer[Any]]  # (H, W): 0 is background, each other value is one nucleus
 
 
@@ -296,35 +296,10 @@ class Nuclei:
         """
         return self.measurements.get(name_of_nucleus(name, self.measurements))
 
-    @staticmethod
-    def concatenate(parts: Sequence[Nuclei]) -> Nuclei:
-        """All nuclei of ``parts``, in that order; the parts have the same measurements.
-
-        Either all have classes, or none has.
-        """
-        if not parts:
-            return Nuclei(np.empty(0, dtype=object))
-        return Nuclei(
-            np.concatenate([part.polygons for part in parts]),
-            {
-                name: np.concatenate([part.measurements[name] for part in parts])
-                for name in parts[0].measurements
-            },
-            np.concatenate([part.uuids for part in parts]),
-            _joined([part.cells for part in parts]),
-            _joined([part.classes for part in parts]),
-        )
-
 
 def name_of_nucleus(name: str, names: Collection[str]) -> str:
     """What a measurement of nuclei is called among others: ``Nucleus: `` before it for cells."""
     return name if name in names else f"Nucleus: {name}"
-
-
-def _joined(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
-    """A column (N,) of all parts; None if one has none."""
-    known = [part for part in parts if part is not None]
-    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,9 @@ def _engine() -> Finding:
         return Finding("engine", f"{found}, OpenVINO {version('openvino')}")
     if device().type != "cpu":
         return Finding("engine", found)
-    return Finding("engine", found, "pip install openvino: runs take about half the time")
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")  # it was measured there
+    advice = "pip install openvino: runs take about half the time" if is_x86 else ""
+    return Finding("engine", found, advice)
 
 
 def _gpu() -> Finding:

@@ -13,6 +13,7 @@ PatchCLError
 """
 
 import re
+from pathlib import PureWindowsPath
 
 
 class PatchCLError(Exception):
@@ -65,7 +66,7 @@ class StorageError(PatchCLError):
     """Results cannot be written here."""
 
 
-_PLAIN = re.compile(r"[\w@%+=:,./\\~-]+")  # of a path that no shell takes for more
+_PLAIN = re.compile(r"[\w@%+=:,./~-]+")  # of a path that no shell takes for more
 _LONGEST = 400  # characters of another program's error: some list all that can be meant
 
 FORESEEN = (PatchCLError, MemoryError, PermissionError)  # any other is an error of this program
@@ -101,8 +102,11 @@ def too_little_memory(task: str, error: MemoryError) -> str:
 
 
 def quoted(path: object) -> str:
-    """A path as a command in a message has it: in double quotes where a shell would part it."""
-    text = str(path)
+    """A path as a command in a message has it: in double quotes where a shell would part it.
+
+    On Windows with slashes, which all of its shells take: Git Bash drops backslashes.
+    """
+    text = path.as_posix() if isinstance(path, PureWindowsPath) else str(path)
     return text if _PLAIN.fullmatch(text) else f'"{text}"'
 
 

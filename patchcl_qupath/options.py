@@ -36,11 +36,35 @@ if TYPE_CHECKING:
 
 Showing = Callable[[], AbstractContextManager[ShowProgress]]
 Command = Callable[..., None]
-PATH = click.Path(path_type=Path)
-FILE = click.Path(path_type=Path, readable=False)  # what cannot be read is told of, one by one
+WINDOWS = os.name == "nt"
+
+
+class _OfUser(click.Path):
+    """A path; one that begins with ~ is in the user's folder, which a shell of Windows leaves."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(Path(value).expanduser() if WINDOWS else value, param, ctx)
+
+
+PATH = _OfUser(path_type=Path)
+FILE = _OfUser(path_type=Path, readable=False)  # what cannot be read is told of, one by one
 _SHOWING = {"bars": console.progress_bars, "json": console.progress_lines}
 _VERBOSITY = "patchcl_qupath.verbosity"  # of click's context
 DEVICE = "patchcl_qupath.device"
+
+
+def expanded(files: Sequence[Path]) -> list[Path]:
+    """Files; on Windows, whose shells leave that to programs, those that names with wildcards stand
+    for. A name that stands for none, or is that of a file itself, stays.
+    """
+    if not WINDOWS:
+        return [*files]
+    found = list[Path]()
+    for file in files:
+        pattern = str(file.relative_to(file.anchor))
+        named = [] if file.exists() else sorted(Path(file.anchor).glob(pattern))
+        found += named or [file]
+    return found
 
 
 class Renamed(click.Option):

@@ -8,7 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PureWindowsPath
 
 import click
 import numpy as np
@@ -18,7 +19,7 @@ from conftest import copy_sample
 from PIL import Image
 from survivor import left_by_run
 
-from patchcl_qupath import console, logs
+from patchcl_qupath import console, logs, options
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import BackendKind
 from patchcl_qupath.datatypes import ImageEntry
@@ -151,6 +152,52 @@ with console.progress_bars() as show:
     assert line, shown
     assert "segmenting" not in re.split(r"\r|\x1b\[2K", line[1])[-1] + line[2]
     assert "2/9" in shown
+
+
+def test_where_no_terminal_is_progress_is_lines(capsys, monkeypatch):
+    """As in a file, or in Git Bash, whose windows are pipes to programs of Windows."""
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with console.progress_bars() as show:
+        for second in range(100):
+            now = 100.0 + second
+            show(Progress(stage=Stage.TRAINING_NETWORK, done=second, total=1200))
+            assert capsys.readouterr().err == (
+                "" if second % 30 else f"training the segmentation network: {second} of 1,200\n"
+            )
+        for image in range(6):
+            now += 1.5
+            show(Progress(stage=Stage.FINDING_TISSUE, image=f"{image}.svs"))
+        shown = capsys.readouterr().err.splitlines()
+    assert shown == [f"{image}.svs: finding tissue" for image in (0, 2, 4)]
+
+
+def test_arguments_are_as_they_are_given(tmp_path, monkeypatch):
+    """On Windows, too, where click would take the class Region* for files in the folder."""
+    monkeypatch.setattr("click.core.os.name", "nt")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Region1").touch()
+    arguments = ["run", "missing.qpproj", "--within", "Region*", "-h"]
+    monkeypatch.setattr(sys, "argv", ["patchcl-qp", *arguments])
+    seen = []
+    monkeypatch.setattr("click.Group.parse_args", lambda _, __, given: seen.append(given) or [])
+    with suppress(SystemExit):
+        main()
+    assert seen == [arguments]
+
+
+def test_names_with_wildcards_are_files_on_windows(tmp_path, monkeypatch):
+    for name in ("a.svs", "b.svs", "c[1].svs", "c1.svs"):
+        (tmp_path / name).touch()
+    given = [tmp_path / name for name in ("[ab].svs", "c[1].svs", "*.tif")]
+    monkeypatch.setattr(options, "WINDOWS", False)
+    assert options.expanded(given) == given
+    monkeypatch.setattr(options, "WINDOWS", True)
+    assert [path.name for path in options.expanded(given)] == [
+        *("a.svs", "b.svs", "c[1].svs", "*.tif")
+    ]
+    monkeypatch.chdir(tmp_path)
+    assert options.expanded([Path("?.svs")]) == [Path("a.svs"), Path("b.svs")]
 
 
 def test_import_has_no_side_effect():
@@ -583,7 +630,9 @@ def test_openvino_is_not_asked_for_a_gpu(monkeypatch):
     ("path", "printed"),
     [
         ("/a/b/project.qpproj", "/a/b/project.qpproj"),
-        (r"C:\slides\ö-1.svs", r"C:\slides\ö-1.svs"),
+        (r"C:\slides\ö-1.svs", r'"C:\slides\ö-1.svs"'),
+        (PureWindowsPath(r"C:\slides\ö-1.svs"), "C:/slides/ö-1.svs"),
+        (PureWindowsPath(r"\\server\my slides\b"), '"//server/my slides/b"'),
         ("/a b/project.qpproj", '"/a b/project.qpproj"'),
         (r"C:\a (copy)\b", r'"C:\a (copy)\b"'),
         ("a&b", '"a&b"'),

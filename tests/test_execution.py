@@ -24,6 +24,7 @@ from typing import Any
 import dask
 import distributed
 import numpy as np
+import psutil
 import pytest
 import shapely
 import torch
@@ -751,6 +752,21 @@ def test_jobs_of_a_user_without_a_name(
         check_workers(cluster="slurm")
     with jobs(), pytest.raises(ConfigError, match=message), open_workers(1, cluster="slurm"):
         pass
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_workers_of_this_machine_listen_to_it_alone(count: int) -> None:
+    """Else a firewall asks, and other machines may read of a run."""
+    with open_workers(count):
+        own = psutil.Process()
+        sockets = [
+            each
+            for process in (own, *own.children(recursive=True))
+            for each in process.net_connections("inet")
+            if each.status == psutil.CONN_LISTEN
+        ]
+        assert {each.laddr.ip for each in sockets} <= {"127.0.0.1", "::1"}
+        assert sockets
 
 
 @pytest.mark.parametrize("options", [["--cluster", "lsf"], ["--scheduler", "tcp://127.0.0.1:1"]])

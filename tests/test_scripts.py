@@ -97,16 +97,19 @@ def test_a_project_that_cannot_be_written_to(
     assert script.read_text() == "of an earlier version"
 
 
+@pytest.mark.parametrize("scheme", ["of Python", "of the user"])
 def test_the_command_of_a_python_outside_of_an_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
-    """On Windows, it is not beside Python, but in a folder of its own."""
+    """On Windows, it is not beside Python, but in a folder of its own, or one of the user's."""
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     name = "patchcl-qp.exe" if os.name == "nt" else "patchcl-qp"
     folder = tmp_path / "Scripts"
     folder.mkdir()
     (folder / name).touch()
-    monkeypatch.setattr(scripts.sysconfig, "get_path", lambda _: str(folder))
+    paths = {"of Python": tmp_path / "none", "of the user": tmp_path / "none", scheme: folder}
+    monkeypatch.setattr(scripts.sysconfig, "get_preferred_scheme", lambda kind: f"of the {kind}")
+    monkeypatch.setattr(scripts.sysconfig, "get_path", lambda _, of="of Python": str(paths[of]))
     copy_scripts(tmp_path / "project.qpproj")
     text = (tmp_path / "scripts" / "run_patchcl.groovy").read_text("utf-8")
     assert re.search(r"String command = '.*Scripts.*patchcl-qp", text)

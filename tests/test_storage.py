@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from patchcl_qupath.storage.files import (
     atomic_write,
     copy_once,
     exclusive_lock,
+    remove_file,
+    remove_folder,
     remove_partial_files,
     write_bytes,
     writing,
@@ -347,6 +350,36 @@ def test_windows_says_no_to_what_is_open_in_another_program(tmp_path, monkeypatc
         raise missing
     with pytest.raises(StorageError, match="No such file"), writing(tmp_path):
         raise missing
+
+
+def test_windows_removes_what_is_open_in_another_program_once_that_closes_it(tmp_path, monkeypatch):
+    def denied(_, *arguments, **options):
+        left.append(0)
+        if len(left) < 4:
+            raise PermissionError(errno.EACCES, "it is open")
+        return
+
+    monkeypatch.setattr(files, "WINDOWS", True)
+    for function, remove in [("rmtree", remove_folder), ("unlink", remove_file)]:
+        left: list[int] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil if function == "rmtree" else Path, function, denied)
+            remove(tmp_path)
+        assert len(left) == 4
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_disk_that_cannot_be_waited_for_is_written_to(tmp_path, monkeypatch, code):
+    def fail(_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    write_bytes(tmp_path / "a.parquet", b"new")
+    assert (tmp_path / "a.parquet").read_bytes() == b"new"
+    code = errno.EIO
+    with pytest.raises(StorageError, match=r"a\.parquet"):
+        write_bytes(tmp_path / "a.parquet", b"newer")
+    assert (tmp_path / "a.parquet").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("named", [0, 1], ids=["filename", "filename2"])

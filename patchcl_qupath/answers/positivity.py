@@ -155,7 +155,7 @@ def _words(name: str) -> set[str]:
 
     With cells it is `DAB: Nucleus: Mean`, or `Nucleus: DAB OD mean`.
     """
-    plain = re.sub(r"[µμ]m|\^?2\b", "", name.lower().replace("um", "µm"))
+    plain = re.sub(r"[µμ]m(\^?2)?\b", "", name.lower().replace("um", "µm"))
     return set(re.findall(r"[^\W_]+", plain)) - _IMPLIED
 
 

@@ -57,11 +57,6 @@ class Regions:
         region, point = shapely.STRtree(points).query(self.geometries, predicate="intersects")
         return region, point
 
-    def parent(self, centroids: Centroids) -> NDArray[np.intp]:
-        """The smallest region (N,) that holds each centroid; -1 where none does."""
-        region, point = self.pairs(centroids)
-        return self.smallest(region, point, len(centroids))
-
     def smallest(
         self, region: NDArray[np.intp], point: NDArray[np.intp], count: int
     ) -> NDArray[np.intp]:

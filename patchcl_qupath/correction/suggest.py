@@ -73,8 +73,8 @@ class Candidates:
 
     @property
     def density(self) -> Floats:
-        """(N,) nuclei per ROI of tissue alone."""
-        return np.asarray(self.nuclei / self.tissue)
+        """(N,) nuclei per ROI of tissue alone; with less tissue than a ROI must have, of that."""
+        return np.asarray(self.nuclei / np.maximum(self.tissue, MIN_TISSUE))
 
     @property
     def usable(self) -> NDArray[np.bool_]:

@@ -7,7 +7,6 @@ tiles faster than the others finish theirs, or find other nuclei.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -19,8 +18,6 @@ from uuid import uuid4
 from patchcl_qupath import __version__
 from patchcl_qupath.errors import ImageError, PatchCLError
 from patchcl_qupath.execution.workers import FIRST, WORKERS_DIE, Workers, fetched
-
-logger = logging.getLogger(__name__)
 
 _GRACE_S = 10.0  # for a worker that can be used to join, where the others cannot
 _MOST_LOSSES = 5  # of workers that were asked, in a row

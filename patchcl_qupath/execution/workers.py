@@ -438,7 +438,9 @@ def _started(count: int, threads: int, **options: Any) -> Any:
         return LocalCluster(
             n_workers=count,
             threads_per_worker=threads,
-            dashboard_address="127.0.0.1:0",  # None takes port 8787 on all interfaces
+            # None takes port 8787 on all interfaces; workers of this process would listen on all.
+            dashboard_address="127.0.0.1:0",
+            worker_dashboard_address="127.0.0.1:0",
             memory_limit=0,
             silence_logs=logging.CRITICAL,
             **options,

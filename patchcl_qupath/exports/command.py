@@ -36,7 +36,7 @@ from patchcl_qupath.exports.writing import write_csv, write_parquet
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.changed import changed_since
 from patchcl_qupath.project.imported import imported_nuclei
-from patchcl_qupath.storage.files import digest
+from patchcl_qupath.storage.files import digest, remove_file
 from patchcl_qupath.storage.records import ImageOutcome, Record, read_record
 
 _SUFFIXES = {
@@ -374,7 +374,7 @@ def _visium_hd(project: Project, images: Sequence[ExportedImage], request: Reque
     written = {path for path, _, _ in kinds}
     for path in sorted(cells_file(folder, image) for image in images):
         if path not in written and is_export(path):  # of a run before, which made cells
-            path.unlink()
+            remove_file(path)
     return [
         _File(path, [image], _of_one(partial(write_visium_hd, column=column)))
         for path, image, column in kinds

@@ -232,8 +232,11 @@ class DamagedNucleiError(ImageError):
     """A file of nuclei cannot be read; ``image`` is the id of their image."""
 
     def __init__(self, message: str, image: str) -> None:
-        super().__init__(message)
+        super().__init__(message, image)
         self.image = image
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def damaged(

@@ -65,23 +65,21 @@ def read_regions(
     Classes have QuPath's names (``Tumor: Positive``). Raises ImageError if the image has none of
     the ``classes``, and for a file that is missing or damaged.
     """
-    found: dict[str, list[shapely.Geometry]] = {}
-    for region in read_drawn(path, image):
-        if region.class_name or region.is_core:
-            found.setdefault(_class_of(region), []).append(region.geometry)
-    wanted = {name: found[class_name(name)] for name in classes if class_name(name) in found}
+    drawn = read_drawn(path, image)
+    wanted = of_classes(drawn, classes)
     if not wanted and TMA_CORES in classes:
         raise ImageError(
             f"{image} has no TMA grid with a core that is not missing: make one in QuPath (TMA > "
             f"TMA dearrayer), save the image, {_EXPORT}; or leave the image out with --image"
         )
     if not wanted:
+        found = {region.class_name for region in drawn if not region.is_core} - {""}
         raise ImageError(
             f"{image} has no annotation of class {' or '.join(classes)} (it has "
             f"{classes_text(found)}): draw one, save the image, {_EXPORT}; or leave the image out "
             "with --image"
         )
-    return wanted
+    return {name: [region.geometry for region in regions] for name, regions in wanted.items()}
 
 
 def classes_text(found: Collection[str]) -> str:

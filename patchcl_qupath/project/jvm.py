@@ -139,9 +139,7 @@ Question = Write | Remove | Summarise | Export | ExportStains
 class Done:
     """The numbers of objects that were found, added, left out and why, removed and kept.
 
-    ``seconds`` are those of each step.
-
-    Of an ``Export``: the number of annotations of each class, or of ROIs and nuclei.
+    ``seconds`` are those of each step; ``regions`` those of a ``Summarise``.
     """
 
     counts: dict[str, int]
@@ -324,18 +322,19 @@ class _QuPath:
     def answer(self, question: Question, pipe: Connection) -> Done:
         self._began = time.perf_counter()
         self.saving = False
+        counts, regions = dict[str, int](), tuple[RegionSummary, ...]()
         if isinstance(question, Write):
             counts = self._write(question, pipe)
         elif isinstance(question, Remove):
             counts = self._remove(question, pipe)
         elif isinstance(question, Summarise):
-            return self._summarise(question)
+            regions = self._summarise(question)
         elif isinstance(question, ExportStains):
-            counts = self._export_stains(question)
+            self._export_stains(question)
         else:
-            counts = self._export(question)
+            self._export(question)
         seconds, self.seconds = self.seconds, {}
-        return Done(counts, seconds)
+        return Done(counts, seconds, regions)
 
     def _script(self, name: str) -> Any:
         """The compiled class of a Groovy script; only those that are needed are loaded."""
@@ -389,7 +388,7 @@ class _QuPath:
         none = self._class("java.util.ArrayList")()
         return self._replace(question.image, pipe, entry, image_data, none, result, None)
 
-    def _summarise(self, question: Summarise) -> Done:
+    def _summarise(self, question: Summarise) -> tuple[RegionSummary, ...]:
         _, entry, image_data = self._open(question.image)
         file = question.results / "result.json"
         result = self._json(file) if file.exists() else None
@@ -414,27 +413,25 @@ class _QuPath:
             self._save(question.image, entry, image_data)
         image_data.getServer().close()
         self._lap("summarise")
-        return Done({}, regions=tuple(found))
+        return tuple(found)
 
-    def _export(self, question: Export) -> dict[str, int]:
+    def _export(self, question: Export) -> None:
         _, _, image_data = self._open(question.image)
         file = self._class("java.io.File")(str(question.file)).toPath()
         if question.roi_class is None:
             none = self._class("java.util.ArrayList")()
-            counts = self._regions.exportRegions(image_data, none, file)
+            self._regions.exportRegions(image_data, none, file)
         else:
             ours = self._labels.imported(image_data)
             hierarchy = image_data.getHierarchy()
-            counts = self._labels.exportLabels(hierarchy, ours, question.roi_class, file)
+            self._labels.exportLabels(hierarchy, ours, question.roi_class, file)
         image_data.getServer().close()
-        return {str(name): int(count) for name, count in counts.items()}
 
-    def _export_stains(self, question: ExportStains) -> dict[str, int]:
+    def _export_stains(self, question: ExportStains) -> None:
         _, _, image_data = self._open(question.image)
         file = self._class("java.io.File")(str(question.file)).toPath()
         self._regions.exportStains(image_data, file)
         image_data.getServer().close()
-        return {}
 
     def _open(self, image: Image) -> tuple[Any, Any, Any]:
         """The project, the entry, and the ImageData: Java's objects.
@@ -447,9 +444,10 @@ class _QuPath:
         moved = self._class("java.util.HashMap")()
         for uri in entry.getURIs():
             moved.put(uri, self._class("java.io.File")(str(image.slide)).toURI())
-        entry.updateURIs(moved)
         try:
+            entry.updateURIs(moved)
             image_data = entry.readImageData()
+            image_data.getServer()  # which QuPath 0.6 and later open when it is first asked for
         except Exception as error:  # Java's
             raise ImageError(
                 f"QuPath cannot open {image.slide} ({error}): open the image in QuPath to see why"

@@ -48,6 +48,7 @@ from patchcl_qupath.project.jvm import (
 from patchcl_qupath.project.protocol import Backend
 from patchcl_qupath.storage.files import (
     copy_once,
+    discard,
     remove_file,
     remove_folder,
     replace_file,
@@ -331,9 +332,9 @@ class PaquoProject:
         """Restore an image's data on an error; back them up before our first write."""
         before = data.with_name(data.name + ".patchcl-before")
         signature = data_signature(data)
-        existed = signature is not None
         with writing(before):  # and QuPath can write there, too
             before.parent.mkdir(parents=True, exist_ok=True)
+            existed = _is_there(data)
         if existed:
             copy_once(data, self.layout.backups(entry.id) / data.name)
             with writing(before):
@@ -347,11 +348,11 @@ class PaquoProject:
             if existed:
                 replace_file(before, data)
             else:
-                data.unlink(missing_ok=True)
+                remove_file(data)
             _last_version(data).unlink(missing_ok=True)
             raise
         finally:
-            before.unlink(missing_ok=True)  # it remains if both are names of one file
+            discard(before)  # it remains if both are names of one file
 
     def _keep_other_save(self, entry: ImageEntry, data: Path, before: FileSignature | None) -> None:
         """Copy an image's data that somebody saved meanwhile to where our copies are."""
@@ -361,6 +362,16 @@ class PaquoProject:
         kept = self.layout.backups(entry.id) / f"{data.name}.{now.modified_ns}"
         copy_once(data, kept)
         logger.warning("%s: what was saved meanwhile is in %s", entry.name, kept)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file exists. Raises OSError where that cannot be told, as on a network folder that
+    is gone for a moment: what is taken for missing is removed when something fails."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _last_version(data: Path) -> Path:

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from patchcl_qupath.errors import ProjectError, quoted
 from patchcl_qupath.project.arguments import ServerArguments, parse_arguments
-from patchcl_qupath.storage.files import ZARR_METADATA, readable
+from patchcl_qupath.storage.files import WINDOWS, ZARR_METADATA, readable
 
 BIO_FORMATS = "BioFormatsServerBuilder"
 MICROMETRES = {"µm", "μm", "um"}  # the micro sign, and the Greek letter
@@ -84,6 +84,8 @@ def project_file(path: Path) -> Path:
 
     Raises ProjectError.
     """
+    if WINDOWS and '"' in str(path):  # "C:\my project\" ends with one, to Windows
+        raise ProjectError(f"{path} has a quotation mark: leave out the backslash at the end")
     try:
         mode = path.stat().st_mode  # is_dir and exists say no to any error, from Python 3.14 on
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:

@@ -142,7 +142,7 @@ class _Table:
     def close(self) -> None:
         self._background.wait()
         if self._writer is None:
-            self._write(to_table(Nuclei.concatenate([])))
+            self._write(to_table(Nuclei(np.empty(0, dtype=object))))
         assert self._writer is not None
         self._writer.close()
         if self._file is not None:

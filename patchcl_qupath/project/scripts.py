@@ -67,9 +67,11 @@ def _keep(path: Path) -> Path:
 def _this_command() -> str:
     """The patchcl-qp of this environment, '' if it was not installed as a command."""
     name = "patchcl-qp.exe" if os.name == "nt" else "patchcl-qp"
-    # Outside of a virtual environment, Windows has a folder for commands beside Python's.
-    folders = Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))
-    found = (folder / name for folder in folders if (folder / name).is_file())
+    # Outside of a virtual environment, Windows has a folder for commands beside Python's; and pip
+    # installs into one of the user where it may not write there.
+    of_user = sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))
+    folders = (str(Path(sys.executable).parent), sysconfig.get_path("scripts"), of_user)
+    found = (Path(folder, name) for folder in folders if Path(folder, name).is_file())
     return str(next(found, ""))
 
 

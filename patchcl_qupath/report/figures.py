@@ -302,7 +302,7 @@ def _field_of_view(
         y=round(box.row0 * y),
         width=width,
         height=height,
-        um=round(width * slide.mpp),
+        um=round(width * slide.grid_mpp[0]),
         nuclei=int(shapely.contains(frame, shapely.centroid(contours)).sum()),
         density=round(found.nuclei[i] / _tissue_mm2(found, i, slide)),
         entropy=round(float(found.entropy[i]), 3),

@@ -314,5 +314,6 @@ def training_crops(
         return training_crops(usable, config, show_count)
     show_count(len(usable), len(usable))
     if not usable:
-        raise TrainingError("no image to train on: " + "; ".join(problems[:5]))
+        reasons = "; ".join(problems[:5]) or "add some to the project in QuPath"
+        raise TrainingError(f"no image to train on: {reasons}")
     return TrainingCrops(tuple(images), tuple(normalisers), tuple(slides), tuple(boxes))

@@ -13,8 +13,9 @@ import shutil
 import time
 import unicodedata
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -32,7 +33,10 @@ ZARR_METADATA = ("zarr.json", ".zattrs", ".zgroup")  # of version 3, and of vers
 _PARQUET_END = b"PAR1"
 
 WINDOWS = os.name == "nt"
-_BUSY_S = 2.0  # for another program to close a file: a virus scanner opens each new one
+# For other programs to close a file, or all in a folder: a virus scanner opens each new one, and
+# what keeps a copy in a cloud reads it.
+_BUSY_S = 2.0
+_BUSY_FOLDER_S = 30.0
 _LONGEST = 259  # characters of a path on Windows, unless long paths are turned on
 
 _MAKE_ROOM = "make room and run again, finished tiles are kept"
@@ -53,6 +57,8 @@ _ON_WINDOWS = {
 }
 # Of a file system without locks, as Lustre may be mounted: it is used without.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NO_LOCKS_ON_WINDOWS = {1, 50}  # ERROR_INVALID_FUNCTION, ERROR_NOT_SUPPORTED
+_NO_FLUSH = {errno.EINVAL, *_NO_LOCKS}  # of one that cannot wait for its disk, as of some clouds
 
 _REPLACED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial\.old")  # a folder, until the new one is there
 _OF_SCRIPTS = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.partial$")  # a UUID of Java
@@ -107,7 +113,7 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[Path]:
                 replace_file(temporary, path)
             logger.debug("wrote %s", path)
         finally:
-            _remove(temporary)
+            discard(temporary)
 
 
 def _flush(path: Path) -> None:
@@ -125,6 +131,9 @@ def _fsync(path: Path, flags: int) -> None:
     file = os.open(path, flags)
     try:
         os.fsync(file)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
     finally:
         os.close(file)
 
@@ -162,7 +171,7 @@ def remove_partial_files(folder: Path) -> None:
         if (is_ours and under_lock) or _is_old(leftover):
             with suppress(OSError):  # else it stays: it may be the only one
                 _restore(leftover)
-                _remove(leftover)
+                discard(leftover)
 
 
 def _restore(leftover: Path) -> None:
@@ -186,7 +195,7 @@ def check_writable(folder: Path) -> None:
     """Raise StorageError if a folder cannot be written to, before there are results to lose."""
     with atomic_write(folder / "writable") as temporary:
         temporary.touch()
-    (folder / "writable").unlink()
+    discard(folder / "writable")
 
 
 @contextmanager
@@ -207,7 +216,8 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
                 f"another patchcl-qp is at work in {folder}: wait until it is done, or stop it"
             ) from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            on_windows = getattr(error, "winerror", None) in _NO_LOCKS_ON_WINDOWS
+            if not on_windows and error.errno not in _NO_LOCKS:
                 raise
     _locked.add(folder)
     try:
@@ -221,12 +231,18 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
 def replace_file(path: Path, other: Path) -> None:
     """Rename a file or folder to ``other``, in place of a file that is there.
 
-    Windows refuses that while another program has one of them open: then it is tried for some time.
+    Windows refuses that while another program has one of them open, or a file in them: then it is
+    tried for some time.
     """
-    deadline = time.monotonic() + _BUSY_S
+    _patiently(lambda: path.replace(other), _BUSY_FOLDER_S if path.is_dir() else _BUSY_S)
+
+
+def _patiently(change: Callable[[], object], seconds: float) -> None:
+    """Make a change of files, on Windows again while another program has one of them open."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
-            path.replace(other)
+            change()
             return
         except PermissionError:
             if not WINDOWS or time.monotonic() > deadline:
@@ -244,23 +260,23 @@ def _replace_folder(new: Path, path: Path) -> None:
         if old.exists():
             replace_file(old, path)
         raise
-    _remove(old)
+    discard(old)
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder and all that is in it, if it is there. Raises StorageError."""
     with writing(folder):
         if folder.exists():
-            shutil.rmtree(folder)
+            _patiently(partial(shutil.rmtree, folder), _BUSY_FOLDER_S)
 
 
 def remove_file(path: Path) -> None:
     """Remove a file, if it is there. Raises StorageError."""
     with writing(path):
-        path.unlink(missing_ok=True)
+        _patiently(partial(path.unlink, missing_ok=True), _BUSY_S)
 
 
-def _remove(path: Path) -> None:
+def discard(path: Path) -> None:
     """Remove a file or folder if that is possible: what is left is removed by a later run.
 
     Another thread may have it open, on Windows; another person's may not be removed.
