@@ -33,6 +33,7 @@ from patchcl_qupath.correction.changes import (
 from patchcl_qupath.datatypes import Box, CorrectionRoi, Corrections, FailedTile, Polygons
 from patchcl_qupath.errors import StorageError
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
+from patchcl_qupath.project.results import write_removed
 from patchcl_qupath.report.views import _rois
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.layout import Layout
@@ -515,6 +516,43 @@ def test_a_drawn_roi_is_counted_in_the_first_round(suggested: Project) -> None:
     assert refined_with(suggested, (drawn, "mine")) == ([(0, 0, 0, 2)], ())
     run_again(suggested, 1, refined=True)
     assert refined_with(suggested, (drawn, "mine"), model="o") == ([(0, 0, 0, 2)], ())
+
+
+@pytest.mark.parametrize(
+    ("run", "rois_kept", "left_out", "counted"),
+    [("", 0, 0, True), ("again", 0, 0, False), ("", 1, 0, False), ("", 0, 4, False)],
+)
+def test_a_drawn_roi_has_the_nuclei_of_the_last_import(
+    tmp_path: Path, run: str, rois_kept: int, left_out: int, counted: bool
+) -> None:
+    """Not those of a later run; and one that was there at an import keeps those of before."""
+    project = make_project(tmp_path / "made", ["a.svs"])
+    write(project, 0, nuclei("a", 2))
+    result = read_record(project.layout.result("1"), ResultRecord)
+    assert result is not None
+    none = {"removed": 0, "kept": 0, "rois": 0}
+    receipt = ReceiptRecord(
+        image="a.svs", run=run or result.run, imported="2026-01-01T00:00:00Z", added=2,
+        left_out=left_out, left_out_rois=left_out, rois_kept=rois_kept, **none,
+    )  # fmt: skip
+    write_record(project.layout.receipt("1"), receipt)
+    found = refined_with(project, (GIVEN, "mine"))
+    assert found == (([(0, 0, 0, 2)], ()) if counted else ([], (NOTE.format(140, 140),)))
+
+
+def test_a_roi_counts_once_the_nuclei_of_its_image_are_removed(tmp_path: Path) -> None:
+    """A person was given some when the model was refined for the first time; then they go."""
+    project = make_project(tmp_path / "made", ["a.svs"])
+    write(project, 0, nuclei("a", 2))
+    drawn = shapely.box(80, 80, 210, 210)
+    assert refined_with(project, (drawn, "mine")) == ([(0, 0, 0, 2)], ())
+    write_removed(project.layout.results("1"))
+    assert refined_with(project, (drawn, "mine"), model="o") == ([(0, 0, 0, 2)], ())
+    run_again(project, 1)
+    other = shapely.box(0, 0, 60, 60)  # beside it, of no suggestion
+    found, notes = refined_with(project, (drawn, "mine"), (other, "new"), model="p")
+    assert found == [(0, 0, 0, 0), (0, 0, 0, 2)]
+    assert notes == ()
 
 
 def test_a_file_of_before_has_no_ids(suggested: Project) -> None:

@@ -14,6 +14,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -311,25 +312,23 @@ def _rois(
     """The records of the corrected ROIs of an image, for a refined model.
 
     And a note on each that is left out, as the nuclei that a person was given are not ``known``,
-    nor are they those of the last run. What two ROIs share counts in the first one, from the left.
+    nor are they those of the last run. Known ones count without nuclei of a run, too, which may be
+    removed. What two ROIs share counts in the first one, from the left.
     """
-    result = read_result(layout.result(image))
-    if not isinstance(result, ResultRecord):
-        return [], ()
-    try:
-        # Contours are rounded to 0.01 px, which may have folded one.
-        nuclei = made_valid(read_nuclei(layout.nuclei(image)).polygons)
-    except Exception:  # readers of damaged files raise anything; the refined model is saved by now
-        logger.warning("%s is damaged: corrections are not counted there", layout.nuclei(image))
-        return [], ()
-    size = result.slide.size
-    whole = None if size is None else shapely.box(0, 0, *size)
+    found = read_result(layout.result(image))
+    result = found if isinstance(found, ResultRecord) else None
+    on_disk = whole = None
+    segmented = [False] * len(labels.rois)
+    if result is not None:
+        segmented = were_segmented(labels.rois, result).tolist()
+        if result.slide.size is not None:
+            whole = shapely.box(0, 0, *result.slide.size)
+        if _are_first(layout, image, result):
+            on_disk = _on_disk(layout.nuclei(image))
     drawn, ignored = np.array(labels.nuclei, dtype=object), shapely.union_all(labels.ignored)
-    on_disk = nuclei if _are_first(layout, image, result) else None
     records, notes = [], []
     counted = shapely.Polygon()
     ids = labels.ids or [""] * len(labels.rois)
-    segmented = were_segmented(labels.rois, result).tolist()
     rois = zip(labels.rois, ids, segmented, strict=True)
     # By place: QuPath may list them in another order when they are read again.
     for roi, id_, was_segmented in sorted(rois, key=lambda each: each[0].bounds):
@@ -341,6 +340,8 @@ def _rois(
         if before is not None:
             given = _contours(before.before) if before.is_known else None
         if given is None:
+            if result is None:  # nobody was given any
+                continue
             place = place_text(*roi.centroid.coords[0])
             why = "the last run did not segment all of it"
             if was_segmented:
@@ -350,6 +351,16 @@ def _rois(
         records.append(_before(roi, area, id_, given, drawn))
         counted |= roi
     return records, tuple(notes)
+
+
+def _on_disk(path: Path) -> Polygons | None:
+    """The nuclei of the last run of an image; None where their file is damaged."""
+    try:
+        # Contours are rounded to 0.01 px, which may have folded one.
+        return made_valid(read_nuclei(path).polygons)
+    except Exception:  # readers of damaged files raise anything; the refined model is saved by now
+        logger.warning("%s is damaged: corrections are not counted there", path)
+        return None
 
 
 def were_segmented(rois: Sequence[shapely.Geometry] | Polygons, result: ResultRecord) -> Bools:
@@ -397,10 +408,16 @@ def _are_first(layout: Layout, image: str, result: ResultRecord) -> bool:
     """Whether all ROIs of an image must have been given the nuclei on disk, as far as files tell.
 
     A ROI that was there before a run keeps the nuclei of the run before. There was one before if
-    the nuclei are those of a refined model, or were found after ROIs were suggested.
+    the nuclei are those of a refined model, or were found after ROIs were suggested, or if the last
+    import found one. Nuclei that were not imported nobody was given.
     """
     run = read_record(layout.run_record(result.run), RunRecord)
     suggested = read_record(layout.rois(image), RoisRecord)
+    receipt = read_record(layout.receipt(image), ReceiptRecord)
+    if receipt is not None:
+        had_rois = receipt.rois_kept > 0 or receipt.left_out_rois > 0
+        if had_rois or receipt.run != result.run:
+            return False
     is_refined = run is not None and "refined_from" in run.training
     return not is_refined and (suggested is None or result.made <= suggested.made)
 

@@ -27,12 +27,18 @@ GIVE_UP = 10  # tiles of an image, if none of it succeeds
 COARSE_UM = 1.5  # of a pixel, of which a nucleus is a few wide: others are found than at 0.5 µm
 _PACKAGES = (
     "torch",
+    "openvino",
     "numpy",
     "numba",
     "scipy",
+    "scikit-image",
     "shapely",
     "tiffslide",
     "tifffile",
+    "openslide-python",
+    "openslide-bin",
+    "imagecodecs",
+    "simplejpeg",
     "zarr",
     "dask",
 )
