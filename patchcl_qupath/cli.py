@@ -58,7 +58,7 @@ from patchcl_qupath.options import (
     Showing,
     Writing,
 )
-from patchcl_qupath.progress import ShowProgress
+from patchcl_qupath.progress import Progress, ShowProgress, Stage
 
 if TYPE_CHECKING:
     from patchcl_qupath.datatypes import ImageEntry
@@ -637,7 +637,12 @@ def _segmented(
             region_classes=within,
             model_name=name,
         )
-        return list(this_run.images(entries))
+        outcomes = []
+        for outcome in this_run.images(entries):
+            outcomes.append(outcome)
+            if len(entries) > 1:
+                progress(Progress(stage=Stage.IMAGES, done=len(outcomes), total=len(entries)))
+        return outcomes
 
 
 def _load_or_train(

@@ -17,7 +17,7 @@ from msgspec import UNSET
 
 from patchcl_qupath.config import CORRECTED
 from patchcl_qupath.errors import count_of, quoted
-from patchcl_qupath.progress import Progress, ShowProgress
+from patchcl_qupath.progress import Progress, ShowProgress, Stage
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -125,8 +125,9 @@ class _Bars:
 
     def _begin(self, label: str) -> None:
         self.end_uncounted()
-        if len(self.tasks) == _BARS:
-            self.bars.remove_task(self.tasks.pop(next(iter(self.tasks))))
+        if len(self.tasks) == _BARS:  # the oldest goes, but not that of all images
+            oldest = next(label for label in self.tasks if label != Stage.IMAGES)
+            self.bars.remove_task(self.tasks.pop(oldest))
         self.tasks[label] = self.bars.add_task(label, total=None, rate="")
 
 

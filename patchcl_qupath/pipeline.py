@@ -37,7 +37,8 @@ from patchcl_qupath.execution.outcome import (
     in_order,
     note,
     package_versions,
-    write_outcomes,
+    write_outcome,
+    write_run,
 )
 from patchcl_qupath.execution.pixel_store import PixelStore
 from patchcl_qupath.execution.tile_store import TileStore
@@ -84,6 +85,8 @@ from patchcl_qupath.training import cdcl, patchcl, selftrain
 from patchcl_qupath.training.calibration import calibrated
 
 logger = logging.getLogger(__name__)
+
+_RECORD_S = 10.0  # between two records of a run
 
 
 def train(entries: Sequence[ImageEntry], config: Config, progress: ShowProgress) -> Model:
@@ -256,9 +259,10 @@ class Run:
 
         While the tiles of one are with workers, the next is prepared, and the last one written.
         """
-        outcomes, began = [], utc_now()
+        outcomes, began = list[ImageOutcome](), utc_now()
+        recorded, recorded_at = 0, -math.inf
         self._stop.clear()
-        assert self.id, "it is found here, before threads ask for it"
+        _ = self.id  # it is found here, before threads ask for it
         at_once = self.workers.images_at_once()
         items = [*zip(entries, turns(len(entries)), strict=True)]
         results = overlapped(self._timed_image, items, at_once, self._stop)
@@ -266,13 +270,23 @@ class Run:
         try:
             for entry, result in zip(entries, results, strict=True):
                 outcomes.append(self._outcome_of(entry, result, began))
-                layout, training = self.project.layout, self.model.record.training
-                write_outcomes(layout, self.id, self.provenance, training, outcomes)
+                write_outcome(self.project.layout, outcomes[-1])
+                # All of them each time would be hours of writing for thousands of images.
+                if time.monotonic() > recorded_at + _RECORD_S:
+                    self._record(outcomes)
+                    recorded, recorded_at = len(outcomes), time.monotonic()
                 yield outcomes[-1]
         finally:
+            if len(outcomes) > recorded:
+                self._record(outcomes)
             # Threads that segment tiles set it to 1, and torch gives that to all that begin later:
             # to one in which a person trains, too.
             torch.set_num_threads(threads)
+
+    def _record(self, outcomes: Sequence[ImageOutcome]) -> None:
+        """Record the run, with what became of its images so far."""
+        training = self.model.record.training
+        write_run(self.project.layout, self.id, self.provenance, training, outcomes)
 
     def _outcome_of(
         self, entry: ImageEntry, result: Future[ImageOutcome], began: str

@@ -22,6 +22,7 @@ class Stage(StrEnum):
     SEGMENTING = "segmenting"
     GROWING_CELLS = "growing cells"
     WRITING = "writing"
+    IMAGES = "images"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -271,7 +271,8 @@ def test_a_run_that_a_full_disk_stopped_goes_on(
 
     with monkeypatch.context() as stopped:
         stopped.setattr(pipeline, "write_pictures", full)
-        stopped.setattr(pipeline, "write_outcomes", lambda *_: None)
+        stopped.setattr(pipeline, "write_outcome", lambda *_: None)
+        stopped.setattr(pipeline, "write_run", lambda *_: None)
         with pytest.raises(AssertionError, match="no space left"):
             run(folder, model, client, config)
     assert finished(folder, config) is None
@@ -331,7 +332,7 @@ def test_packages_are_those_that_made_the_nuclei(
     found = find_image(project, entry)
     (before,) = find_runs(project, [found])
     assert before.versions["torch"] == version("torch")
-    monkeypatch.setattr(outcome_module, "version", lambda _: "99")
+    monkeypatch.setattr(outcome_module, "package_versions", lambda: {"torch": "99"})
     assert run(folder, model, client).unchanged is True
     record = read_record(project.layout.run_record(before.id), RunRecord)
     assert record is not None

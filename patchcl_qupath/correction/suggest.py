@@ -24,16 +24,14 @@ from patchcl_qupath.correction.changes import give, were_segmented
 from patchcl_qupath.datatypes import (
     CorrectionRoi,
     ImageEntry,
-    Nuclei,
     Polygons,
     UncertaintyGrid,
-    centroids_of,
 )
 from patchcl_qupath.errors import ImageError, PatchCLError, ProjectError
 from patchcl_qupath.project import Project
 from patchcl_qupath.segmentation.measurements import PROBABILITY
 from patchcl_qupath.segmentation.uncertainty import FieldsOfView, fields_of_view
-from patchcl_qupath.storage.parquet import read_nuclei, read_uncertainty_grid
+from patchcl_qupath.storage.parquet import read_measured, read_uncertainty_grid
 from patchcl_qupath.storage.records import Record, ResultRecord, read_result
 
 FULL_TISSUE = 0.75  # tissue fraction of ROIs that are preferred
@@ -41,7 +39,7 @@ MIN_TISSUE = 0.5  # tissue fraction of ROIs on slides that have none with FULL_T
 MIN_NUCLEI = 10  # with fewer, corrections may leave a ROI without nuclei, which cannot be used
 MIN_GAP_PX = 1.0  # at level 0; ROIs that are nearer touch
 MAX_FEATURE = 3.0  # standard deviations at which features are clipped
-HEMATOXYLIN, AREA = "Hematoxylin: Mean", "Area µm^2"  # measurements of nuclei
+_MEASURED = (PROBABILITY, "Hematoxylin: Mean", "Area µm^2")  # of nuclei
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -301,8 +299,8 @@ def _candidates(
         raise ImageError(entry.problem)
     file = project.layout.uncertainty(entry.id)
     try:
-        nuclei = read_nuclei(project.layout.nuclei(entry.id))
-        uncertainty = read_uncertainty_grid(file) if len(nuclei) else None
+        centroids, measured = read_measured(project.layout.nuclei(entry.id), _MEASURED)
+        uncertainty = read_uncertainty_grid(file) if len(centroids) else None
     except Exception as error:  # readers of damaged files raise anything
         raise ImageError(
             f"{entry.name}: its nuclei or their uncertainty grid ({file}) cannot be read: remove "
@@ -310,12 +308,12 @@ def _candidates(
         ) from error
     if uncertainty is None:
         return _no_candidates()
-    if uncertainty.nuclei.sum() != len(nuclei):
+    if uncertainty.nuclei.sum() != len(centroids):
         raise ImageError(
             f"{entry.name}: its nuclei and their uncertainty grid are of different runs: do "
             "`patchcl-qp run` again"
         )
-    return _candidates_from(slide, uncertainty, nuclei, result)
+    return _candidates_from(slide, uncertainty, centroids, measured, result)
 
 
 def _no_candidates() -> Candidates:
@@ -334,16 +332,22 @@ def _no_candidates() -> Candidates:
 
 
 def _candidates_from(
-    slide: int, uncertainty: UncertaintyGrid, nuclei: Nuclei, result: ResultRecord
+    slide: int,
+    uncertainty: UncertaintyGrid,
+    centroids: Floats,
+    measured: dict[str, NDArray[np.float32]],
+    result: ResultRecord,
 ) -> Candidates:
-    """The fields of view of an image as candidates, with the measurements of their nuclei."""
+    """The fields of view of an image as candidates.
+
+    ``centroids`` (N, 2) are those of its nuclei, ``measured`` (N,) their measurements by name.
+    """
     fovs = fields_of_view(uncertainty)
     width, height = fovs.size
     boxes = shapely.box(fovs.x, fovs.y, fovs.x + width, fovs.y + height)
-    inside = _nuclei_inside(fovs, nuclei)
-    missing = np.zeros(len(nuclei), dtype=np.float32)  # for stains without hematoxylin
-    found = [nuclei.of_nucleus(name) for name in (PROBABILITY, HEMATOXYLIN, AREA)]
-    probability, hematoxylin, area = (missing if values is None else values for values in found)
+    inside = _nuclei_inside(fovs, centroids)
+    missing = np.zeros(len(centroids), dtype=np.float32)  # for stains without hematoxylin
+    probability, hematoxylin, area = (measured.get(name, missing) for name in _MEASURED)
     return Candidates(
         slides=np.full(len(fovs), slide),
         boxes=boxes,
@@ -357,11 +361,11 @@ def _candidates_from(
     )
 
 
-def _nuclei_inside(fovs: FieldsOfView, nuclei: Nuclei) -> list[NDArray[np.intp]]:
+def _nuclei_inside(fovs: FieldsOfView, centroids: Floats) -> list[NDArray[np.intp]]:
     """For each field of view, the rows of the nuclei that have their centroid in it."""
     width, height = fovs.size
     cols, rows = np.rint(fovs.x / width).astype(int), np.rint(fovs.y / height).astype(int)
-    places = np.floor(centroids_of(nuclei.polygons) / fovs.size).astype(int)
+    places = np.floor(centroids / fovs.size).astype(int)
     across = max(cols.max(), places[:, 0].max()) + 1
     fov_of = places[:, 1] * across + places[:, 0]
     order = np.argsort(fov_of, kind="stable")

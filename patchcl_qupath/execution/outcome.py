@@ -7,7 +7,8 @@ import platform
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from msgspec.structs import asdict
@@ -150,14 +151,21 @@ def failed_image(entry: ImageEntry, error: Exception, results: str | None = None
     return ImageOutcome(id=entry.id, image=entry.name, problem=problem, results=results)
 
 
-def write_outcomes(
+def write_outcome(layout: Layout, outcome: ImageOutcome) -> None:
+    """Record what became of an image, unless it stayed as it was."""
+    with suppress(StorageError):  # an image on a full disk has said so already
+        if not outcome.unchanged:
+            write_record(layout.outcome(outcome.id), outcome)
+
+
+def write_run(
     layout: Layout,
     run: str,
     provenance: Provenance,
     training: dict[str, Any],
     outcomes: Sequence[ImageOutcome],
 ) -> None:
-    """Record a run, with what became of its images so far; and that of the last image by itself."""
+    """Record a run, with what became of its images so far."""
     record = RunRecord(
         **asdict(provenance),
         versions=package_versions(),
@@ -165,14 +173,17 @@ def write_outcomes(
         images=list(outcomes),
     )
     with suppress(StorageError):  # an image on a full disk has said so already
-        if not outcomes[-1].unchanged:
-            write_record(layout.outcome(outcomes[-1].id), outcomes[-1])
         write_record(layout.run_record(run), record)
 
 
+@cache
 def package_versions() -> dict[str, str]:
-    """The versions of Python and of the packages that nuclei depend on, by name."""
-    return {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    """The versions of Python and of the packages that nuclei depend on, as far as they are here."""
+    found = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found | {"python": platform.python_version()}
 
 
 def _failed_tile(tile: Tile, slide: Slide, error: Exception) -> FailedTile:

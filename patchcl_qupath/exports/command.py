@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -52,6 +53,7 @@ _OTHER_SUFFIXES = (  # no folder has one
     *(".txt", ".xls", ".xlsx", ".xml", ".zip"),
 )
 _TABLES = (ExportFormat.CSV, ExportFormat.PARQUET)
+_FOR_PYTHON = (ExportFormat.SPATIALDATA, ExportFormat.ANNDATA)
 _IN_FOLDERS = (ExportFormat.GEOJSON, ExportFormat.VISIUM_HD)  # a file of each image, always
 TABLE_NAMES = {  # of files, by what a row is
     ExportRows.NUCLEUS: "nuclei",
@@ -151,6 +153,8 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
     ProjectError where none of them has nuclei; ConfigError for what cannot be asked for;
     StorageError for a file that cannot be written.
     """
+    if request.to in _FOR_PYTHON:
+        _spatial(request)  # before all images are looked at
     exported: list[ExportedImage] = []
     left_out: list[str] = []
     problems: list[str] = []
@@ -386,15 +390,21 @@ def _for_python(project: Project, images: Sequence[ExportedImage], request: Requ
     targets = _targets(project, images, request, TABLE_NAMES[ExportRows.NUCLEUS])
     for path, _ in targets:
         _check_replaceable(path)
+    spatial = _spatial(request)
+    is_anndata = request.to is ExportFormat.ANNDATA
+    write = spatial.write_anndata if is_anndata else spatial.write_spatialdata
+    return [_File(path, of_file, write) for path, of_file in targets]
+
+
+def _spatial(request: Request) -> ModuleType:
+    """What writes for SpatialData and AnnData. Raises ConfigError where these are not installed."""
     try:
         from patchcl_qupath.exports import spatial
     except ImportError as error:
         raise ConfigError(
             f"--to {request.to} needs {error.name}: pip install 'patchcl-qupath[spatial]'"
         ) from error
-    is_anndata = request.to is ExportFormat.ANNDATA
-    write = spatial.write_anndata if is_anndata else spatial.write_spatialdata
-    return [_File(path, of_file, write) for path, of_file in targets]
+    return spatial
 
 
 def _check_replaceable(path: Path) -> None:

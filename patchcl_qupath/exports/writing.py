@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from patchcl_qupath.storage.files import atomic_write
 
+_ROW_GROUP = 65_536  # rows, at least
 _MARK = b"\xef\xbb\xbf"  # of UTF-8, by which Excel knows it
 # Excel knows months by the language of the system: OKT3 is a date in German.
 _MONTH = (
@@ -55,10 +56,22 @@ def write_parquet(path: Path, schema: pa.Schema, batches: Iterable[pa.Table]) ->
         temporary.open("wb") as file,
         pq.ParquetWriter(file, schema, compression="zstd") as writer,
     ):
-        for batch in batches:
-            writer.write_table(batch)
-            rows += len(batch)
+        for group in _joined(batches):
+            writer.write_table(group)
+            rows += len(group)
     return rows
+
+
+def _joined(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Tables, small ones together: each becomes a row group, and readers look at all of these."""
+    waiting: list[pa.Table] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= _ROW_GROUP:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def _header(names: list[str]) -> bytes:

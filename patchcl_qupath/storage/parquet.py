@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +14,13 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
-from patchcl_qupath.datatypes import Nuclei, Polygons, UncertaintyGrid
+from patchcl_qupath.datatypes import (
+    Nuclei,
+    Polygons,
+    UncertaintyGrid,
+    centroids_of,
+    name_of_nucleus,
+)
 from patchcl_qupath.storage.files import atomic_write
 
 Table: TypeAlias = pa.Table
@@ -192,6 +198,27 @@ def read_table(
 def read_nuclei(path: Path) -> Nuclei:
     """The nuclei of a parquet file. Any error may come of one that is damaged."""
     return from_table(read_table(parquet_source(path)))
+
+
+def read_measured(
+    path: Path, names: Sequence[str]
+) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float32]]]:
+    """The centroids (N, 2) of nuclei, px at level 0, and those of some measurements (N,) that there
+    are: a row group at a time, as all polygons of a slide take gigabytes.
+
+    Any error may come of a file that is damaged.
+    """
+    centroids, found = [np.empty((0, 2))], dict[str, list[NDArray[np.float32]]]()
+    with pq.ParquetFile(parquet_source(path), page_checksum_verification=True) as file:
+        known = file.schema_arrow.names
+        columns = {name: name_of_nucleus(name, known) for name in names}
+        columns = {name: column for name, column in columns.items() if column in known}
+        for number in range(file.num_row_groups):
+            table = file.read_row_group(number, [NUCLEUS, *columns.values()], use_threads=False)
+            centroids.append(centroids_of(polygons_of(table)))
+            for name, column in columns.items():
+                found.setdefault(name, []).append(table[column].to_numpy())
+    return np.concatenate(centroids), {name: np.concatenate(each) for name, each in found.items()}
 
 
 def read_geoarrow(path: Path) -> Table:
