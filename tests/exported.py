@@ -109,6 +109,7 @@ def write(
                 x=g.centroid.x,
                 y=g.centroid.y,
                 area_px=g.area,
+                bounds=g.bounds,
             )
             for g in regions.geometries
         ]

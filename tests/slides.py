@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tifffile
 import zarr
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from patchcl_qupath.datatypes import Box, ImageEntry
+from patchcl_qupath.datatypes import Box, ImageEntry, Nuclei
 from patchcl_qupath.slides.level import Level
 from patchcl_qupath.slides.prepare import TrainingCrops
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.stains import StainNormaliser
+from patchcl_qupath.storage.parquet import from_table, to_table
 
 # (x, y, radius) in µm, from the top left corner; no symmetry maps them onto each other.
 DISCS_UM = ((30.0, 20.0, 4.0), (80.0, 25.0, 5.0), (45.0, 70.0, 6.0), (110.0, 60.0, 3.0))
@@ -268,3 +270,8 @@ def check_boxes(slide: Slide, count: int = 8) -> None:
         np.testing.assert_array_equal(
             slide.read(Box(row0, col0, row1, col1)), everything[row0:row1, col0:col1]
         )
+
+
+def joined(parts: Sequence[Nuclei]) -> Nuclei:
+    """All nuclei of ``parts``, in that order; the parts have the same columns."""
+    return from_table(pa.concat_tables([*map(to_table, parts)]))

@@ -443,9 +443,6 @@ def test_classes_are_a_column_of_their_own() -> None:
     assert back.classes.tolist() == ["Nucleus: 1+", "Nucleus: Negative"]
     assert list(back.measurements) == list(found.measurements)
     assert "Classification" not in to_table(nuclei((1, 1))).column_names
-    both = Nuclei.concatenate([found[1:], found[:0], found[:1]])
-    assert both.classes is not None
-    assert both.classes.tolist() == ["Nucleus: Negative", "Nucleus: 1+"]
     empty = from_table(to_table(found[:0]))
     assert empty.classes is not None
     assert len(empty.classes) == 0

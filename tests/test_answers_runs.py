@@ -256,6 +256,18 @@ def test_cores_are_segmented_alone(folder: Path, model: pipeline.Model, client: 
     assert len(result.regions) == 3
 
 
+def test_of_a_core_outside_of_the_regions_of_a_run_nothing_is_known(
+    folder: Path, model: pipeline.Model, client: Any
+) -> None:
+    export(folder, core(1800, 2300, "A-1"), core(1900, 400, "A-2"), feature(TUMOR, "Tumor"))
+    outcome, result = run(folder, model, client, "Tumor", summarise=(TMA_CORES,))
+    assert result is not None
+    _, inside, outside = result.summaries
+    assert inside.tissue_mm2 is not None
+    assert (outside.nuclei, outside.area_mm2, outside.per_mm2) == (0, None, None)
+    assert "only what lies in the regions of the run was segmented" in (outcome.note or "")
+
+
 @pytest.mark.parametrize(
     ("features", "message"),
     [

@@ -22,7 +22,7 @@ import qupath
 import shapely
 from qupath import by_index, nuclei
 from results import result_of
-from slides import write_tiff
+from slides import joined, write_tiff
 
 from patchcl_qupath.config import Config, ObjectType, ResultConfig, to_dict
 from patchcl_qupath.datatypes import Nuclei
@@ -181,7 +181,7 @@ def found_by(run: int, image: str) -> tuple[Nuclei, ResultConfig, tuple[RegionRe
         measured = {**large.measurements, "index": np.array([LARGE], dtype=np.float32)}
         around = shapely.box(x - 15, y - 15, x + 15, y + 15)
         id_ = np.array(["9" * 8 + "-1111-4111-8111-111111111111"])
-        found = Nuclei.concatenate([found, Nuclei(np.array([around]), measured, id_)])
+        found = joined([found, Nuclei(np.array([around]), measured, id_)])
     return found, config, ()
 
 

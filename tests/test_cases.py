@@ -21,7 +21,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from slides import check_boxes, scene, shrunk, tissue, whole, write_series, write_svs, write_tiff
+from slides import (
+    check_boxes,
+    joined,
+    scene,
+    shrunk,
+    tissue,
+    whole,
+    write_series,
+    write_svs,
+    write_tiff,
+)
 
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import Config
@@ -94,7 +104,7 @@ def segmented(model: pipeline.Model, image: PreparedImage) -> tuple[Nuclei, list
             found.append(segment_tile(context, tile)[0])
         except SlideError:
             failed.append(tile)
-    return Nuclei.concatenate(found), failed
+    return joined(found), failed
 
 
 def nuclei_of(model: pipeline.Model, path: Path, **known: Any) -> Nuclei:

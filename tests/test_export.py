@@ -225,14 +225,15 @@ def test_numbers_of_rows_are_those_of_their_nuclei(project: Project) -> None:
         assert 100 * positive / len(inside) == float(region["Nucleus: Positive %"])
 
 
-@pytest.mark.parametrize("kind", ["larger", "a ring"])
+@pytest.mark.parametrize("kind", ["larger", "a ring", "turned"])
 def test_a_region_that_was_reshaped_about_its_centroid_is_another(
     kind: str, project: Project
 ) -> None:
     region = DRAWN[0]
     larger = shapely.affinity.scale(region.geometry, 1.5, 1.5)
     ring = region.geometry - shapely.affinity.scale(region.geometry, 0.5, 0.5)
-    changed = replace(region, geometry=larger if kind == "larger" else ring)
+    turned = shapely.affinity.rotate(region.geometry, 30, "centroid")
+    changed = replace(region, geometry={"larger": larger, "a ring": ring, "turned": turned}[kind])
     assert changed.geometry.centroid.distance(region.geometry.centroid) < 1e-6
     export_drawn(project.layout.regions(project.images()[0].id), (changed, *DRAWN[1:]))
     done = call(project.path, "--to", "csv")

@@ -40,6 +40,25 @@ TUMOR = shapely.MultiPolygon([HOLED, SMALL])
 STROMA = shapely.box(200, 1900, 900, 2500)
 
 
+def islands(side: float, count: int) -> shapely.Geometry:
+    """Squares in rows, 40 px apart, as a pixel classifier makes annotations of single pixels."""
+    x, y = np.divmod(np.arange(count), 100)
+    return shapely.MultiPolygon([*shapely.box(40 * x, 40 * y, 40 * x + side, 40 * y + side)])
+
+
+@pytest.mark.parametrize("side", [0.5, 3, 6])
+@pytest.mark.parametrize("count", [1, 10_000])
+def test_islands_that_lie_between_samples_are_tissue_where_they_are(
+    side: float, count: int
+) -> None:
+    tissue = np.zeros((250, 250), dtype=bool)  # of 16 px
+    tissue[:, 0::2] = True
+    region = islands(side, count)
+    expected = sum(part.area for part in region.geoms if int(part.bounds[0] / 16) % 2 == 0)
+    found = tissue_area_px(tissue, 16, (4000, 4000), region)
+    assert found == pytest.approx(expected, rel=0.02)
+
+
 def feature(geometry: shapely.Geometry, name: str | None) -> dict[str, Any]:
     """An annotation as QuPath exports it."""
     properties: dict[str, Any] = {"objectType": "annotation"}

@@ -98,9 +98,10 @@ def _extents(segmented: SegmentedImage, entry: ImageEntry) -> Iterator[Extent]:
     within = shapely.union_all(entry.regions) if entry.regions else None
     for region in entry.drawn:
         geometry = region.geometry
-        part = geometry if within is None or region.is_core else geometry & within
+        part = geometry if within is None else geometry & within
         x, y = geometry.centroid.coords[0]
-        yield replace(_extent(segmented, part), x=x, y=y, area_px=geometry.area)
+        place = {"x": x, "y": y, "area_px": geometry.area, "bounds": geometry.bounds}
+        yield replace(_extent(segmented, part), **place)
 
 
 def _extent(segmented: SegmentedImage, region: shapely.Geometry | None = None) -> Extent:
@@ -133,9 +134,7 @@ def _notes(regions: Regions, segmented: SegmentedImage, entry: ImageEntry) -> It
         yield f"regions reach beyond the image, only their part in it counts: {_named(partly)}"
     if entry.regions:
         shares_segmented = regions.shares_in(shapely.union_all(entry.regions))
-        if missed := _labels(
-            regions, (shares > 0) & (shares_segmented < shares) & ~regions.is_core
-        ):
+        if missed := _labels(regions, (shares > 0) & (shares_segmented < shares)):
             yield (
                 "only what lies in the regions of the run was segmented, and counts, of "
                 f"{_named(missed)}"

@@ -20,7 +20,8 @@ _MAIN = ("area µm^2", "area ratio", "circularity")  # the main measurements, be
 class Extent:
     """How large an image or a region is, in mm²: all of it, and the tissue in it; None if unknown.
 
-    ``x`` and ``y`` are its centroid, ``area_px`` its area at level 0; None of an image.
+    ``x`` and ``y`` are its centroid, ``area_px`` its area, and ``bounds`` (x0, y0, x1, y1), all at
+    level 0; None of an image.
     """
 
     area_mm2: float | None = None
@@ -28,6 +29,7 @@ class Extent:
     x: float | None = None
     y: float | None = None
     area_px: float | None = None
+    bounds: tuple[float, float, float, float] | None = None
 
 
 def is_main(measurement: str) -> bool:
@@ -129,6 +131,7 @@ class _Counted:
             x=extent.x,
             y=extent.y,
             area_px=extent.area_px,
+            bounds=extent.bounds,
             area_mm2=extent.area_mm2,
             tissue_mm2=extent.tissue_mm2,
             nuclei=len(codes),

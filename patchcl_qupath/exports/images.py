@@ -183,14 +183,19 @@ def _regions(path: Path, image: str, result: ResultRecord) -> tuple[Regions, tup
 
 
 def _same(region: DrawnRegion, summary: Summary) -> bool:
-    """Whether a region is the one that was summarised, in the same place and as large."""
+    """Whether a region is the one that was summarised, in the same place, as large and as turned.
+
+    Earlier versions kept no bounds.
+    """
     if (region.class_name, region.name) != (summary.class_name, summary.name):
         return False
     x, y = region.geometry.centroid.coords[0]
     near = summary.x is not None and abs(summary.x - x) < 1 and abs((summary.y or 0) - y) < 1
     area, before = region.geometry.area, summary.area_px
     as_large = before is None or abs(area - before) <= _SAME_AREA * before
-    return near and as_large and region.is_core == (summary.kind == "core")
+    bounds = summary.bounds
+    as_turned = bounds is None or np.allclose(bounds, region.geometry.bounds, rtol=0, atol=1)
+    return near and as_large and as_turned and region.is_core == (summary.kind == "core")
 
 
 def told_apart(

@@ -163,6 +163,7 @@ def _measure(
         stains=image.stains,
     )
     compact = nuclei.measurements["Solidity"] >= settings.min_solidity  # strands are not
+    compact &= nuclei.measurements["Area µm^2"] > 0  # a line has no centroid
     at_level0 = to_level0(nuclei[compact], image.slide.downsample, image.id)
     rows, cols = rows[owned][compact], cols[owned][compact]
     here = _in_analysis_region(image, tile, at_level0.polygons)

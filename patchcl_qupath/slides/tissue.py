@@ -203,5 +203,8 @@ def _part_area_px(
         found = shapely.contains_xy(region, x, ((line + 0.5) / n + row) * tissue_px)
         inside_count += int(np.count_nonzero(found))
         tissue_count += int(np.count_nonzero(found & np.repeat(around[line // n], n)))
+    if not inside_count:  # it lies between the points, as an island of a few pixels may
+        x_px, y_px = np.floor(shapely.point_on_surface(region).coords[0] / np.float64(tissue_px))
+        return float(region.area * bool(tissue[int(y_px) :, int(x_px) :][:1, :1].any()))
     # As a share of the region: tissue is not larger than the region that it fills.
-    return float(region.area * tissue_count / max(1, inside_count))
+    return float(region.area * tissue_count / inside_count)

@@ -125,9 +125,10 @@ class Summary(Record, frozen=True, kw_only=True, omit_defaults=True):
     """What is in an image, an annotation or a TMA core, its ``kind``: image, region or core.
 
     ``name`` is that of an image or an annotation, or the label of a core; ``class_name`` and ``id``
-    are those of the object in QuPath; ``x`` and ``y`` its centroid and ``area_px`` its area, at
-    level 0, None of an image. ``area_mm2`` is that of its part that was segmented, ``tissue_mm2``
-    that of the tissue in it; None where it is not known, or where all tissue is in failed tiles.
+    are those of the object in QuPath; ``x`` and ``y`` its centroid, ``area_px`` its area, and
+    ``bounds`` (x0, y0, x1, y1), at level 0, None of an image. ``area_mm2`` is that of its part that
+    was segmented, ``tissue_mm2`` that of the tissue in it; None where it is not known, or where all
+    tissue is in failed tiles.
 
     ``nuclei`` counts all whose centroid lies in it; ``own`` those of them that lie in no smaller
     region. ``classes`` has the numbers by class, also those of classes without a nucleus.
@@ -144,6 +145,7 @@ class Summary(Record, frozen=True, kw_only=True, omit_defaults=True):
     x: float | None = None
     y: float | None = None
     area_px: float | None = None
+    bounds: tuple[float, float, float, float] | None = None
     area_mm2: float | None = None
     tissue_mm2: float | None = None
     nuclei: int
