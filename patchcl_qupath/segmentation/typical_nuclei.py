@@ -8,11 +8,11 @@ regions as in the whole image, and in any tiling.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from patchcl_qupath.segmentation.probability import is_probable, nucleus_probabi
 from patchcl_qupath.segmentation.unlikely import SurestNuclei
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.storage.records import TypicalRecord
+
+Result = TypeVar("Result")
 
 CROPS = 16  # that nuclei are looked for in
 _LEAST_NUCLEI = 10  # fewer say little
@@ -65,11 +67,11 @@ def typical_nuclei(
     if image.normaliser is None:
         return TypicalNuclei(config, None)
     crops = [*islice(image.typical_crops(), CROPS)]
-    found = [*mapped(partial(_found, image, model, engine), crops)]
+    found = _each_once(partial(_found, image, model, engine), crops)
     config = with_diameter(config, model, found, image.slide.mpp)
     if model.calibration is None:
         return TypicalNuclei(config, None)
-    of_crops = [*mapped(partial(_stains, image, model, config), crops, found)]
+    of_crops = _each_once(partial(_stains, image, model, config), crops, found)
     return TypicalNuclei(config, SurestNuclei.of(*np.concatenate(of_crops, axis=1)))
 
 
@@ -84,12 +86,26 @@ def with_diameter(
     if config.nucleus_diameter_um:
         return config
     separate = partial(instances, mpp=mpp, config=config, threshold=model.threshold)
-    labels = mapped(lambda maps: separate(maps.nucleus, core=maps.core), found)
-    areas = np.concatenate([np.bincount(each.ravel())[1:] for each in labels])
+
+    def areas_of(maps: Confidence) -> NDArray[np.intp]:
+        return np.bincount(separate(maps.nucleus, core=maps.core).ravel())[1:]
+
+    areas = np.concatenate(_each_once(areas_of, found))
     if len(areas) < _LEAST_NUCLEI:
         return config
     typical_um = math.sqrt(4 / math.pi * typical_area(areas)) * mpp
     return replace(config, nucleus_diameter_um=round(typical_um, 1))
+
+
+def _each_once(function: Callable[..., Result], *items: Sequence[Any]) -> list[Result]:
+    """What a function returns of items: once of those that are the same objects, as the crops of an
+    image that is no larger than one."""
+    keys = [tuple(map(id, each)) for each in zip(*items, strict=True)]
+    distinct = dict(zip(keys, zip(*items, strict=True), strict=True))
+    results = dict(
+        zip(distinct, mapped(function, *zip(*distinct.values(), strict=True)), strict=True)
+    )
+    return [results[key] for key in keys]
 
 
 def typical_area(areas: NDArray[np.generic]) -> float:

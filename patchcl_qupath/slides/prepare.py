@@ -86,9 +86,12 @@ class PreparedImage:
         """
         rng, shape = np.random.default_rng(seed), self.slide.shape
         damaged, count = None, 0
+        read: dict[Box, NDArray[np.uint8]] = {}  # in a small image, many boxes are the same
         for box in sample_boxes(self.tissue, self.tissue_px, shape, side_px, n, rng):
             try:
-                crop = self.slide.read(box)
+                crop = read.get(box)
+                if crop is None:
+                    crop = read[box] = self.slide.read(box)
             except DamagedError as error:
                 damaged = error
                 continue
