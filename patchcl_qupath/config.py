@@ -521,8 +521,9 @@ class CDCLConfig(Settings):
     min_probability_of_several: Annotated[
         float,
         fraction(
-            "The same of what is large and not convex, as several nuclei in one are; between both, "
-            "it is unlabelled, and the background around it is not (paper: none)"
+            "Minimum probability of what is large and not convex, as several nuclei in one are, to "
+            "be a pseudo-label; from `min_probability` to this it is unlabelled, and the "
+            "background around it is not (paper: none)"
         ),
     ] = 0.8
     min_solidity: Annotated[
@@ -548,7 +549,7 @@ class CDCLConfig(Settings):
     contrast_weight: Annotated[float, setting("Weight of the cross-patch dense contrast", ge=0)] = (
         0.1
     )
-    temperature: Annotated[float, setting("Temperature of that contrast", gt=0)] = 0.1
+    temperature: Annotated[float, setting("Temperature of the patch contrast", gt=0)] = 0.1
     dimensions: Annotated[
         int, setting("Dimensions of the projection in which patches are compared", ge=1)
     ] = 16
@@ -577,7 +578,7 @@ class CDCLConfig(Settings):
         ),
     ] = 1200
     distillation_weight: Annotated[
-        float, setting("Weight of the loss that holds it there", ge=0)
+        float, setting("Weight of the distillation loss outside of corrected ROIs", ge=0)
     ] = 3.0
 
     def __post_init__(self) -> None:
@@ -615,8 +616,8 @@ class SegmentConfig(Settings):
     min_hematoxylin_on_glass: Annotated[
         float,
         setting(
-            "The same where more than `max_glass` of the surroundings is glass: membranes of fat "
-            "cells have less",
+            "Minimum mean optical density of hematoxylin where more than `max_glass` of the "
+            "surroundings is glass; membranes of fat cells have less",
             ge=0,
         ),
     ] = 0.3
@@ -637,8 +638,9 @@ class SegmentConfig(Settings):
     min_probability_of_palest: Annotated[
         float,
         fraction(
-            "The same of what absorbs half as much red light as the palest of these, or has two "
-            "thirds of their share of red in all light that is absorbed"
+            "Minimum probability of what absorbs half as much red light as the palest of the "
+            "surest nuclei of its image, or has two thirds of their share of red in all light that "
+            "is absorbed"
         ),
     ] = 0.9
     max_hole_um2: Annotated[
@@ -695,14 +697,16 @@ class SegmentConfig(Settings):
     join_ellipse: Annotated[
         float,
         setting(
-            "What that gains if their union is an ellipse and they had no overlap with theirs",
+            "Added to `join_diameter`, times how much more the union of the neighbours is an "
+            "ellipse than they are",
             ge=0,
         ),
     ] = 3.0
     join_core: Annotated[
         float,
         setting(
-            "What it gains if the core probability is 1 on their border; all three 0 join none",
+            "Added to `join_diameter`, times the core probability on the border of the "
+            "neighbours; with all three 0, none are joined",
             ge=0,
         ),
     ] = 0.6

@@ -15,6 +15,7 @@ from patchcl_qupath.models.engines import EngineKind
 from patchcl_qupath.models.model import Confidence
 from patchcl_qupath.project import open_project
 from patchcl_qupath.segmentation.typical_nuclei import (
+    _each_once,
     typical_area,
     typical_nuclei,
     with_diameter,
@@ -85,3 +86,18 @@ def test_an_image_has_one_typical_diameter_in_any_region(
     sized, surest = typical_nuclei(whole, without, config, EngineKind.TORCH)
     assert sized == found.config
     assert surest is None
+
+
+def test_what_is_the_same_is_looked_at_once() -> None:
+    one, other = np.zeros(3), np.zeros(3)
+    asked = []
+
+    def number(first: object, second: object) -> int:
+        asked.append((first, second))
+        return len(asked)
+
+    found = _each_once(number, [one, other, one, one], [one, one, one, other])
+    assert found[0] == found[2]
+    assert len({*found}) == 3
+    assert len(asked) == 3
+    assert _each_once(number, []) == []

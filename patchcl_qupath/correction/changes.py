@@ -31,6 +31,7 @@ from patchcl_qupath.datatypes import (
     grid_to_level0,
     place_text,
 )
+from patchcl_qupath.errors import StorageError
 from patchcl_qupath.evaluation.metrics import MIN_IOU, Overlaps
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
 from patchcl_qupath.slides.prepare import on_grid
@@ -71,7 +72,11 @@ def give(layout: Layout, image: str) -> None:
     suggested = read_record(layout.rois(image), RoisRecord)
     if suggested is None or not suggested.rois:
         return
-    nuclei = read_nuclei(layout.nuclei(image)).polygons
+    path = layout.nuclei(image)
+    try:
+        nuclei = read_nuclei(path).polygons
+    except Exception as error:  # readers of damaged files raise anything
+        raise StorageError(f"{path} cannot be read: run again, then suggest again") from error
     tree = shapely.STRtree(nuclei)
     result = read_result(layout.result(image))
     boxes = [shapely.box(r.x, r.y, r.x + r.width, r.y + r.height) for r in suggested.rois]

@@ -49,9 +49,9 @@ _PACKAGES = (
 class TileProgress:
     """How many of an image's tiles are done, and which failed.
 
-    ``show`` is called with (done, total) after each, once the progress ``after`` which this one
-    comes is over; ``reopen`` raises SlideError for a slide that was there when the run began, and
-    is not any more.
+    ``show`` is called with (done, total) after each tile, but not before the progress ``after``, of
+    an earlier stage, has ended; ``reopen`` raises SlideError for a slide that was there when the
+    run began, and is not any more.
     """
 
     image: PreparedImage

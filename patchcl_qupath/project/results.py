@@ -77,13 +77,19 @@ def write_results(
             qupath_version=qupath_version,
         )
         table = _Table(new / NUCLEI, tabulating)
-        for batch in batches:
-            nuclei = to_table(batch) if isinstance(batch, Nuclei) else batch
-            table.add(nuclei)
-            formatting.start(chunks.add, nuclei)
-        formatting.wait()
-        table.close()
-        chunks.close()
+        try:
+            for batch in batches:
+                nuclei = to_table(batch) if isinstance(batch, Nuclei) else batch
+                table.add(nuclei)
+                formatting.start(chunks.add, nuclei)
+            formatting.wait()
+            table.finish()
+            chunks.finish()
+        finally:  # Windows removes no folder with a file that is open
+            for background in (formatting, tabulating, compressing):
+                background.shutdown()
+            table.close()
+            chunks.close()
         written = msgspec.structs.replace(
             result,
             files=tuple(chunks.names),
@@ -139,12 +145,15 @@ class _Table:
             )
         self._writer.write_table(table)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self._background.wait()
         if self._writer is None:
             self._write(to_table(Nuclei(np.empty(0, dtype=object))))
-        assert self._writer is not None
-        self._writer.close()
+        self.close()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
         if self._file is not None:
             self._file.close()
 
@@ -217,10 +226,14 @@ class _Chunks:
         }
         return json.dumps(content, ensure_ascii=False)[:-1]
 
-    def close(self) -> None:
+    def finish(self) -> None:
         if self._file is not None:
             self._compress(b"\n]}\n")
             self._background.wait()
+            self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
             self._file.close()
             self._file = None
 
@@ -230,7 +243,7 @@ class _Chunks:
         self._background.start(self._file.write, text)
 
     def _next_file(self) -> _Members:
-        self.close()
+        self.finish()
         name = f"nuclei-{len(self.names):03d}.geojson.gz"
         file = _Members(self._folder / name)
         file.write(b'{"type": "FeatureCollection", "features": [\n')

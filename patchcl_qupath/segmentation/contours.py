@@ -88,6 +88,13 @@ def trace_contours(
     return polygons
 
 
+def solidities(labels: NDArray[np.int32]) -> NDArray[np.float64]:
+    """The solidity (N,) of labels 1..N (H, W): their area, over that of their convex hull, px."""
+    area = np.bincount(labels.ravel())[1:]
+    hulls = shapely.convex_hull(trace_contours(labels))
+    return np.asarray(area / np.maximum(shapely.area(hulls), 1))
+
+
 @compiled
 def _to_threshold(
     middle: NDArray[np.float64],

@@ -84,7 +84,7 @@ def calibrated(model: Model, crops: TrainingCrops, report: ShowCount) -> Model:
 
 
 def _distinct(crops: TrainingCrops) -> float:
-    """The fraction of the area of crops that is in no other one."""
+    """The area that crops cover, over the sum of their areas: 1 where none overlap."""
     covered = total = 0.0
     for slide in dict.fromkeys(crops.slides):
         boxes = [crops.boxes[i] for i in crops.of_slide(slide)]

@@ -17,14 +17,13 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import shapely
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from patchcl_qupath.compiled import compiled, take
 from patchcl_qupath.config import SegmentConfig, SelfTrainConfig
 from patchcl_qupath.overlap import mapped
-from patchcl_qupath.segmentation.contours import trace_contours
+from patchcl_qupath.segmentation.contours import solidities
 from patchcl_qupath.segmentation.instances import instances, large_pieces
 from patchcl_qupath.segmentation.measurements import means, runs_of
 from patchcl_qupath.segmentation.typical_nuclei import typical_area
@@ -329,14 +328,6 @@ def component_scores(
     scores = np.zeros(len(area))
     scores[possible] = area[possible] * convex * edge[possible] ** 3
     return scores
-
-
-def solidities(nuclei: NDArray[np.int32]) -> NDArray[np.float64]:
-    """The solidity (N,) of nuclei 1..N (H, W): their area, over that of their convex hull."""
-    area = np.bincount(nuclei.ravel())[1:]
-    return np.asarray(
-        area / np.maximum(shapely.area(shapely.convex_hull(trace_contours(nuclei))), 1)
-    )
 
 
 def are_several(

@@ -20,7 +20,7 @@ from scipy import ndimage
 from skimage.draw import polygon
 
 from patchcl_qupath.compiled import compiled
-from patchcl_qupath.segmentation.contours import trace_contours
+from patchcl_qupath.segmentation.contours import solidities
 
 _RAYS = 32
 _ANGLES = 2 * np.pi * np.arange(_RAYS) / _RAYS
@@ -252,8 +252,7 @@ def _component_scores(labels: NDArray[np.int32], edges: Map, mpp: float) -> NDAr
     centres = np.array(ndimage.center_of_mass(labels > 0, labels, np.arange(1, count + 1)))
     fall = _component_falls(labels, edges, centres, _RADII_UM[1] * 2 / mpp, _SIN, _COS)
     area = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    solidity = area / shapely.area(shapely.convex_hull(trace_contours(labels)))
-    return _scores(np.asarray(area * mpp**2), np.asarray(solidity), fall)
+    return _scores(np.asarray(area * mpp**2), solidities(labels), fall)
 
 
 @compiled

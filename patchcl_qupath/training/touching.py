@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from patchcl_qupath.training.pseudo_labels import PseudoLabels, Stains, keep_labels, solidities
+from patchcl_qupath.segmentation.contours import solidities
+from patchcl_qupath.training.pseudo_labels import PseudoLabels, Stains, keep_labels
 
 _MARGIN_PX = 2  # around a nucleus that is copied
 _MIN_SOLIDITY = 0.9  # of a nucleus that is copied
