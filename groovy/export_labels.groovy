@@ -18,6 +18,7 @@
 import com.google.gson.JsonObject
 import com.google.gson.JsonParser
 import java.nio.charset.StandardCharsets
+import java.nio.file.AccessDeniedException
 import java.nio.file.Files
 import java.nio.file.Path
 import java.nio.file.Paths
@@ -216,9 +217,24 @@ static Map<String, Integer> exportLabels(PathObjectHierarchy hierarchy, Imported
     Files.createDirectories(file.getParent())
     Path temporary = file.resolveSibling("${file.getFileName()}.${UUID.randomUUID()}.partial")
     Files.writeString(temporary, GsonTools.getInstance().toJson(content))
-    Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+    moveOver(temporary, file)
     int contours = objects.count { PathObjectTools.getROI(it, true).isArea() }
     return [rois: rois.size(), nuclei: contours - others.size()]
+}
+
+/** Renames a file in place of another: again, for two seconds, where Windows says that a program has one of them open,
+ * as a virus scanner that looks at each new file. */
+static void moveOver(Path temporary, Path file) {
+    for (int attempt = 0; ; attempt++) {
+        try {
+            Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+            return
+        } catch (AccessDeniedException e) {
+            if (attempt == 20 || !System.getProperty('os.name').startsWith('Windows'))
+                throw e
+            Thread.sleep(100)
+        }
+    }
 }
 
 /** Objects as GeoJSON. */

@@ -15,6 +15,7 @@
  * Needs QuPath 0.4 or later.
  */
 
+import java.nio.file.AccessDeniedException
 import java.nio.file.Files
 import java.nio.file.Path
 import java.nio.file.Paths
@@ -157,10 +158,25 @@ static void exportStains(ImageData<?> imageData, Path file, List<Double> pixelSi
     }
 }
 
+/** Renames a file in place of another: again, for two seconds, where Windows says that a program has one of them open,
+ * as a virus scanner that looks at each new file. */
+static void moveOver(Path temporary, Path file) {
+    for (int attempt = 0; ; attempt++) {
+        try {
+            Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+            return
+        } catch (AccessDeniedException e) {
+            if (attempt == 20 || !System.getProperty('os.name').startsWith('Windows'))
+                throw e
+            Thread.sleep(100)
+        }
+    }
+}
+
 /** Writes a file atomically. */
 static void write(Path file, Closure<?> content) {
     Files.createDirectories(file.getParent())
     Path temporary = file.resolveSibling("${file.getFileName()}.${UUID.randomUUID()}.partial")
     Files.newOutputStream(temporary).withCloseable(content)
-    Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+    moveOver(temporary, file)
 }

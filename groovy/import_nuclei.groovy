@@ -42,6 +42,7 @@ import groovy.transform.CompileStatic
 import java.lang.reflect.Method
 import java.nio.ByteBuffer
 import java.nio.charset.StandardCharsets
+import java.nio.file.AccessDeniedException
 import java.nio.file.Files
 import java.nio.file.Path
 import java.nio.file.Paths
@@ -2175,6 +2176,22 @@ static void writeGiven(ImageData<?> imageData, Given given) {
             given.measurements.collect { String name -> 'measurement ' + name }).join('\n'))
 }
 
+/** Renames a file in place of another: again, for two seconds, where Windows says that a program has one of them open,
+ * as a virus scanner that looks at each new file. */
+@CompileStatic
+static void moveOver(Path temporary, Path file) {
+    for (int attempt = 0; ; attempt++) {
+        try {
+            Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+            return
+        } catch (AccessDeniedException e) {
+            if (attempt == 20 || !System.getProperty('os.name').startsWith('Windows'))
+                throw e
+            Thread.sleep(100)
+        }
+    }
+}
+
 /** Writes objects to a file that can be dragged into QuPath. */
 @CompileStatic
 static void writeObjects(Path file, Collection<PathObject> objects) {
@@ -2183,14 +2200,14 @@ static void writeObjects(Path file, Collection<PathObject> objects) {
     Files.newOutputStream(temporary).withCloseable { OutputStream stream ->
         PathIO.exportObjectsAsGeoJSON(stream, objects, PathIO.GeoJsonExportOptions.FEATURE_COLLECTION)
     }
-    Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+    moveOver(temporary, file)
 }
 
 static void writeReceipt(Path file, Map receipt) {
     Files.createDirectories(file.getParent())
     Path temporary = file.resolveSibling("${file.getFileName()}.${UUID.randomUUID()}.partial")
     Files.writeString(temporary, GsonTools.getInstance(true).toJson(receipt))
-    Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+    moveOver(temporary, file)
 }
 
 @CompileStatic

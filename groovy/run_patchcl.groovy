@@ -17,6 +17,7 @@
 
 import com.google.gson.JsonParser
 import java.nio.charset.StandardCharsets
+import java.nio.file.AccessDeniedException
 import java.nio.file.Files
 import java.nio.file.Path
 import java.nio.file.Paths
@@ -563,10 +564,25 @@ static void stop(Process process) {
         all.each { it.destroyForcibly() }
 }
 
+/** Renames a file in place of another: again, for two seconds, where Windows says that a program has one of them open,
+ * as a virus scanner that looks at each new file. */
+static void moveOver(Path temporary, Path file) {
+    for (int attempt = 0; ; attempt++) {
+        try {
+            Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+            return
+        } catch (AccessDeniedException e) {
+            if (attempt == 20 || !System.getProperty('os.name').startsWith('Windows'))
+                throw e
+            Thread.sleep(100)
+        }
+    }
+}
+
 static void writeReceipt(Path file, Map receipt) {
     Path temporary = file.resolveSibling("${file.getFileName()}.${UUID.randomUUID()}.partial")
     Files.writeString(temporary, GsonTools.getInstance(true).toJson(receipt))
-    Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+    moveOver(temporary, file)
 }
 
 

@@ -264,6 +264,7 @@ def test_folders_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
         (["--rotate", "ROTATE_NONE", "--order", "RGB"], None, None, True),
         (["--classname", OPENSLIDE, "--background-color=white", ""], None, None, True),
         (["-s", "1", "--series=1"], 1, None, True),
+        (["--icc-profile"], None, None, True),
     ],
 )
 def test_arguments_in_all_spellings(
@@ -300,6 +301,15 @@ def test_arguments_that_change_the_image_are_refused(
     assert f"image 1 is opened in QuPath with {words}" in one_line(refused.problem)
     assert "export it as OME-TIFF" in one_line(refused.problem)
     assert used.problem is None
+
+
+def test_a_colour_profile_of_qupath_is_noted(tmp_path: Path) -> None:
+    uri = touch(tmp_path / "a.svs").as_uri()
+    path = write_project(tmp_path, "", builder(uri, args=["--icc-profile"]), builder(uri))
+    applied, raw = open_project(path).images()
+    assert applied.problem is None
+    assert "optical densities are those of the colours in the file" in (applied.note or "")
+    assert raw.note is None
 
 
 def test_series_and_name_are_those_of_the_entry(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The arguments with which QuPath opens an image, in all spellings that QuPath takes.
 
 Read in QuPath's source: BioFormatsArgs and ServerArgs, which picocli parses, and OpenSlide's
-``--no-crop``.
+``--no-crop`` and, since QuPath 0.7, ``--icc-profile``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 _SHORT = {"-s": "--series", "-n": "--name"}
-_FLAGS = {"--no-crop"}
+_FLAGS = {"--no-crop", "--icc-profile"}
 _VALUES = {"--series", "--name", "--rotate", "--order", "--classname", "--background-color"}
 _UNCHANGED = {"--rotate": {"ROTATE_NONE", "NONE", "0"}, "--order": {"RGB", ""}}
 
@@ -21,13 +21,15 @@ class ServerArguments:
     """What the arguments of an image ask for.
 
     ``series`` is the number of the image in its file, ``series_name`` its name, None where the
-    arguments do not name it. ``crop`` is whether OpenSlide's bounds are applied. ``problems`` are
+    arguments do not name it. ``crop`` is whether OpenSlide's bounds are applied, ``icc_profile``
+    whether QuPath applies the colour profile of the scanner. ``problems`` are
     arguments that change the pixels, or whose meaning cannot be known, as they are written.
     """
 
     series: int | None = None
     series_name: str | None = None
     crop: bool = True
+    icc_profile: bool = False
     problems: tuple[str, ...] = field(default=())
 
 
@@ -52,6 +54,7 @@ def parse_arguments(args: Sequence[str]) -> ServerArguments:
         series=number,
         series_name=(name or None) if number is None else None,  # the number wins, as in QuPath
         crop="--no-crop" not in found,
+        icc_profile="--icc-profile" in found,
         problems=tuple(problems),
     )
 

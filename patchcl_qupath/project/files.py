@@ -371,6 +371,7 @@ class FilesProject:
             series_name=image.series_name,
             use_bounds=image.use_bounds,
             problem=problem,
+            note=image.note,
             stains=_stains_of_type(image_type),
         )
         return self._with_shown_pixel_size(entry)
@@ -393,7 +394,7 @@ class FilesProject:
                 f"its pixel size is {own} µm, as exported from QuPath, where {saved} µm are saved: "
                 "save the image there, or export it again"
             )
-        return replace(entry, mpp=shown, note=note)
+        return replace(entry, mpp=shown, note=_all_notes(entry.note, note))
 
     def _image_type(self, id_: str) -> str | None:
         """The image type that a person set in QuPath, from its summary."""

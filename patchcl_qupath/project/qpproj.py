@@ -47,7 +47,8 @@ class StoredImage:
     ``path`` is that of its file when the project was saved; None if ``uri`` is not that of a file.
     ``mpp`` is (x, y) µm/px and ``size`` (width, height) at level 0, None if QuPath has none.
     ``series`` and ``series_name`` name one of several images of the file, or are None. ``problem``
-    is the reason why such an image cannot be used, wherever its file is, or None.
+    is the reason why such an image cannot be used, wherever its file is, or None; ``note`` a remark
+    for people.
     """
 
     id: str
@@ -60,6 +61,7 @@ class StoredImage:
     series_name: str | None
     use_bounds: bool
     problem: str | None
+    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +183,12 @@ def not_brightfield(name: str) -> str:
     )
 
 
+_RAW_COLOURS = (
+    "QuPath applies the colour profile of its scanner, which is not done here: optical densities "
+    "are those of the colours in the file"
+)
+
+
 def _is_entry(entry: Any) -> bool:
     """Whether an entry has anything of the format that is read, rather than of an older one."""
     return isinstance(entry, dict) and ("entryID" in entry or "serverBuilder" in entry)
@@ -219,6 +227,7 @@ def _image(number: int, entry: Any) -> StoredImage:
         series_name=arguments.series_name,
         use_bounds=openslide and arguments.crop,
         problem=problem,
+        note=_RAW_COLOURS if arguments.icc_profile else None,
     )
 
 
