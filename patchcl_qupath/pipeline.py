@@ -12,13 +12,13 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 import torch
 
 from patchcl_qupath import memory
-from patchcl_qupath.answers.answer import Answer, answer, check
+from patchcl_qupath.answers.answer import Answer, answer, check_answerable
 from patchcl_qupath.config import TMA_CORES, Config, Recipe
 from patchcl_qupath.correction import changes
 from patchcl_qupath.correction.labels import (
@@ -28,20 +28,15 @@ from patchcl_qupath.correction.labels import (
     training_samples,
     with_copies,
 )
-from patchcl_qupath.datatypes import Corrections, ImageEntry, Tile
+from patchcl_qupath.datatypes import Corrections, ImageEntry
 from patchcl_qupath.errors import ConfigError, ImageError, ModelError, count_of
-from patchcl_qupath.execution.map_tiles import TileWork, map_tiles
 from patchcl_qupath.execution.outcome import (
-    TileProgress,
     failed_image,
-    in_order,
     note,
     package_versions,
     write_outcome,
     write_run,
 )
-from patchcl_qupath.execution.pixel_store import PixelStore
-from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.execution.workers import Workers
 from patchcl_qupath.finished import finished_outcome, provenance_of, run_id
 from patchcl_qupath.models import engines
@@ -51,22 +46,11 @@ from patchcl_qupath.overlap import Stop, Turn, meanwhile, overlapped, turns, usa
 from patchcl_qupath.progress import Progress, ShowProgress, Stage, counter
 from patchcl_qupath.project import Project
 from patchcl_qupath.report.figures import write_pictures
-from patchcl_qupath.segmentation.grow_tile import CellContext, NucleiOfTiles, grow_tile
-from patchcl_qupath.segmentation.segment_tile import (
-    TileContext,
-    beside_region_px,
-    check_machine,
-    postprocessing_margin_px,
-    segment_tile,
-)
+from patchcl_qupath.segmentation.image_tiles import ImageTiles
 from patchcl_qupath.segmentation.segmented_image import SegmentedImage
-from patchcl_qupath.segmentation.tiling import largest_first, plan
-from patchcl_qupath.segmentation.typical_nuclei import TypicalNuclei, typical_nuclei
 from patchcl_qupath.slides.prepare import PreparedImage, prepare, training_crops
-from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import check_writable
 from patchcl_qupath.storage.geojson import to_object
-from patchcl_qupath.storage.layout import TYPICAL
 from patchcl_qupath.storage.parquet import write_uncertainty_grid
 from patchcl_qupath.storage.records import (
     CDCLLog,
@@ -76,15 +60,15 @@ from patchcl_qupath.storage.records import (
     RegionRecord,
     ResultRecord,
     SlideProvenance,
-    TypicalRecord,
     read_record,
-    write_record,
 )
 from patchcl_qupath.timing import Seconds, timed, utc_now
 from patchcl_qupath.training import cdcl, patchcl, selftrain
 from patchcl_qupath.training.calibration import calibrated
 
 logger = logging.getLogger(__name__)
+
+Known = TypeVar("Known")
 
 _RECORD_S = 10.0  # between two records of a run
 
@@ -324,7 +308,7 @@ class Run:
         entry = self._with_regions_and_stains(entry)
         with timed(seconds, "prepare"):
             image = self.workers.call(prepare, entry, self.config)
-            check(image, entry, self.config)
+            check_answerable(image, entry, self.config)
         turn.wait(self._stop)
         with timed(seconds, "tiles"):
             segmented, worker_seconds = self._segment(entry, image, turn)
@@ -337,9 +321,10 @@ class Run:
                 imported = self._write(entry, segmented, answered, result)
             note_rois()
             changed = changes.finish(layout, segmented, self.model.digest, result.run)
-        known = {"imported": imported, "corrections": changed}
+        outcome = self._outcome(entry, segmented, answered, result)
+        known = {"imported": _or_unset(imported), "corrections": _or_unset(changed)}
         times = {"main_seconds": seconds, "worker_seconds": worker_seconds}
-        return self._outcome(entry, segmented, answered, result, **known, **times)
+        return msgspec.structs.replace(outcome, **known, **times)
 
     def _with_regions_and_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with what a person set in QuPath."""
@@ -366,183 +351,19 @@ class Run:
     ) -> tuple[SegmentedImage, Seconds]:
         """Have workers find the nuclei of each tile that is missing, and grow them into cells if
         that is asked for."""
-        image.check_unchanged()  # it may have waited for its turn
-        folder = self.project.layout.tiles(self.id_of_nuclei, image.id)
-        store = TileStore.open(folder, image.fingerprint())
-        typical = self._typical(image, store)
-        tiles = self._plan(image, typical)
-        missing = largest_first(store.missing(tiles))
-        resumed = len(tiles) - len(missing)
-        logger.info("%s: %d tiles, %d resumed from %s", entry.name, len(tiles), resumed, folder)
-        progress = [self._tile_progress(entry, image, len(tiles), resumed, Stage.SEGMENTING)]
-        pixels = self._pixels(image, missing, store)
-        find: TileWork[Any] = TileWork(
-            task=segment_tile,
-            context=self._context(image, typical, pixels) if missing else None,
-            tiles=missing,
-            store=store,
-            on_done=progress[0].one_more,
-            on_failed=progress[0].one_failed,
-        )
-        works = [find]
-        if self.config.cells.are_grown:
-            works, progress = self._with_cells(entry, image, tiles, find, progress[0], pixels)
-        for each in progress:
-            each.tell()
-        check = partial(check_machine, engine=self.engine) if missing else Slide.check_same
-        seconds = map_tiles(
-            *works,
-            workers=self.workers.until(self._stop.check),
-            on_few=turn.pass_on,
-            check=partial(check, replace(image.slide, void=None), image.file),
-            # Else a tile of another file would be resumed once the first one is back.
-            before_storing=image.check_not_replaced,
-        )
-        pixels.remove()
-        image.check_unchanged()
-        segmented = SegmentedImage(
-            image=image,
-            store=works[-1].store,
-            tiles=works[-1].store.finished(tiles),
-            failed_tiles=in_order([tile for each in progress for tile in each.failed]),
-            resumed=resumed,
-            network_px=sum(math.prod(tile.read.shape) for tile in missing),
-            max_diameter_um=self.config.segment.max_diameter_um,
-        )
-        assert len(segmented.tiles) + len(segmented.failed_tiles) == len(tiles), "a tile was lost"
-        return segmented, seconds
-
-    def _typical(self, image: PreparedImage, store: TileStore) -> TypicalNuclei:
-        """The typical nuclei of an image: those by which its finished tiles were segmented.
-
-        On another machine, or by another version of torch, the last bits of probabilities differ,
-        and with a pixel what is measured: a run that goes on there would separate nuclei otherwise.
-        """
-        path, config = store.folder / TYPICAL, self.config.segment
-        if record := read_record(path, TypicalRecord):
-            return TypicalNuclei.of(record, config)
-        typical = self.workers.call(typical_nuclei, image, self.model, config, self.engine)
-        write_record(path, typical.record)
-        return typical
-
-    def _plan(self, image: PreparedImage, typical: TypicalNuclei) -> list[Tile]:
-        """The tiles of an image."""
-        margin_px = postprocessing_margin_px(typical.config, image.slide)
-        return plan(
-            shape=image.slide.shape,
-            tissue=image.tissue,
-            tissue_px=image.tissue_px,
-            tile_px=self.config.slide.tile_px,
-            halo_px=self.model.receptive_radius_px + margin_px,
-            region=image.region,
-            divisor=self.model.divisor,
-            beside_px=beside_region_px(image.slide),
-        )
-
-    def _pixels(
-        self, image: PreparedImage, missing: Sequence[Tile], store: TileStore
-    ) -> PixelStore:
-        """Where the pixels of missing tiles are kept, for cells alone."""
-        pixels = PixelStore.of(store.folder, image.fingerprint())
-        grows = self.config.cells.are_grown
-        # A run that was stopped left them, and may have had other settings.
-        for left in PixelStore.all_in(self.project.layout.tiles_of_runs(image.id)):
-            if left != pixels or not grows:
-                left.remove()
-        if grows:
-            pixels.make_room(missing)
-        return pixels
-
-    def _context(
-        self, image: PreparedImage, typical: TypicalNuclei, pixels: PixelStore
-    ) -> TileContext:
-        """What workers need to segment tiles."""
-        return TileContext(
+        tiles = ImageTiles(
+            entry=entry,
             image=image,
             model=self.model,
-            typical=typical,
+            config=self.config,
             engine=self.engine,
-            pixels=pixels,
+            layout=self.project.layout,
+            run=self.id,
+            run_of_nuclei=self.id_of_nuclei,
+            workers=self.workers.until(self._stop.check),
+            show=self._show,
         )
-
-    def _with_cells(
-        self,
-        entry: ImageEntry,
-        image: PreparedImage,
-        tiles: Sequence[Tile],
-        find: TileWork[Any],
-        finding: TileProgress,
-        pixels: PixelStore,
-    ) -> tuple[list[TileWork[Any]], list[TileProgress]]:
-        """The work that finds nuclei, and that which grows them; and the progress of both.
-
-        The cells of a tile grow once all nuclei near it are known.
-        """
-        nuclei = NucleiOfTiles(
-            find.store,
-            tiles,
-            image.slide,
-            self.config.cells,
-            missing=find.tiles,
-            max_diameter_um=self.config.segment.max_diameter_um,
-        )
-        made_from = {**image.fingerprint(), "nuclei": [tile.name for tile in tiles]}
-        store = TileStore.open(self.project.layout.tiles(self.id, image.id), made_from)
-        changing = [*find.tiles, *store.left_out(tiles)]  # beside them, other cells grow
-        store.remove({near for tile in changing for near in nuclei.tiles_near(tile)})
-        store.leave_none_out()
-        missing = set(store.missing(tiles))
-        done = len(tiles) - len(missing)
-        growing = self._tile_progress(entry, image, len(tiles), done, Stage.GROWING_CELLS, finding)
-
-        def not_found(tile: Tile, error: Exception) -> None:
-            finding.one_failed(tile, error)
-            store.leave_out(tile)
-            nuclei.failed(tile)
-            growing.one_less()
-
-        def grown(tile: Tile) -> None:
-            pixels.forget(tile)
-            growing.one_more(tile)
-
-        def not_grown(tile: Tile, error: Exception) -> None:
-            find.store.check(tile)  # a worker can only say that it fails
-            growing.one_failed(tile, error)
-
-        find = replace(
-            find,
-            on_failed=not_found,
-            then=lambda tile: [each for each in nuclei.ended(tile) if each in missing],
-        )
-        grow = TileWork(
-            task=grow_tile,
-            context=CellContext(image=image, config=self.config.cells, pixels=pixels),
-            tiles=[tile for tile in tiles if tile in missing and nuclei.can_grow(tile)],
-            prepared=nuclei,
-            store=store,
-            on_done=grown,
-            on_failed=not_grown,
-        )
-        return [find, grow], [finding, growing]
-
-    def _tile_progress(
-        self,
-        entry: ImageEntry,
-        image: PreparedImage,
-        total: int,
-        done: int,
-        stage: Stage,
-        after: TileProgress | None = None,
-    ) -> TileProgress:
-        """What follows a stage from tile to tile; it is shown ``after`` another one is over."""
-        return TileProgress(
-            image=image,
-            total=total,
-            done=done,
-            show=counter(self._show, stage, entry.name),
-            reopen=partial(Slide.open, entry, self.config.slide.mpp),
-            after=after,
-        )
+        return tiles.segmented(on_few=turn.pass_on)
 
     def _write(
         self,
@@ -647,12 +468,10 @@ class Run:
         segmented: SegmentedImage,
         answered: Answer,
         result: ResultRecord,
-        **known: Any,
     ) -> ImageOutcome:
-        """What to tell a person of the image; of what is ``known`` beside it, what is not None."""
+        """What to tell a person of the image, as far as the nuclei say."""
         tiles = len(segmented.tiles) + len(segmented.failed_tiles)
         of_nuclei = note(entry, segmented.image, segmented.count, tiles > 0, self.config)
-        known |= {"positivity": result.positivity, "summaries": result.summaries or None}
         return ImageOutcome(
             id=entry.id,
             image=entry.name,
@@ -665,8 +484,14 @@ class Run:
             results=str(self.project.layout.results(entry.id)),
             preview=str(self.project.layout.preview(entry.id)),
             network_px=segmented.network_px,
-            **{name: value for name, value in known.items() if value is not None},
+            positivity=_or_unset(result.positivity),
+            summaries=_or_unset(result.summaries or None),
         )
+
+
+def _or_unset(value: Known | None) -> Known | msgspec.UnsetType:
+    """A value of a record that leaves out what is not known."""
+    return msgspec.UNSET if value is None else value
 
 
 def _write(

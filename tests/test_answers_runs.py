@@ -22,6 +22,7 @@ from patchcl_qupath.datatypes import Tile, centroids_of
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project import open_project
 from patchcl_qupath.report.found import find_image
+from patchcl_qupath.segmentation import image_tiles
 from patchcl_qupath.segmentation.segment_tile import TileContext, segment_tile
 from patchcl_qupath.storage.geojson import read_objects
 from patchcl_qupath.storage.parquet import read_nuclei
@@ -177,7 +178,7 @@ def test_what_lies_in_failed_tiles_counts_nowhere(
     _, whole = run(folder, model, client, config=config, summarise=("Tumor",))
     damaged = copy_sample(tmp_path / "damaged")
     export(damaged, *features)
-    monkeypatch.setattr(pipeline, "segment_tile", segment_but)
+    monkeypatch.setattr(image_tiles, "segment_tile", segment_but)
     outcome, result = run(damaged, model, client, config=config, summarise=("Tumor",))
     assert whole is not None
     assert result is not None

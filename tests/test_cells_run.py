@@ -23,6 +23,7 @@ from patchcl_qupath.errors import ImageError
 from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.progress import Progress, Stage
 from patchcl_qupath.project import open_project
+from patchcl_qupath.segmentation import image_tiles
 from patchcl_qupath.segmentation.segment_tile import segment_tile
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import ImageOutcome
@@ -290,7 +291,7 @@ def test_cells_beside_a_tile_that_failed_grow_again_once_it_is_there(
 ) -> None:
     """Also where the run that left it out was stopped when most cells had grown."""
     folder = copy_sample(tmp_path / "project")
-    monkeypatch.setattr(pipeline, "segment_tile", segment_some)
+    monkeypatch.setattr(image_tiles, "segment_tile", segment_some)
     FAILING.update({"00004-00003"})
 
     def stop(progress: Progress) -> None:
@@ -316,7 +317,7 @@ def test_a_tile_that_failed_costs_the_cells_beside_it_alone(
 ) -> None:
     """Also where it fails again, and where a run without cells finds its nuclei."""
     folder = copy_sample(tmp_path / "project")
-    monkeypatch.setattr(pipeline, "segment_tile", segment_some)
+    monkeypatch.setattr(image_tiles, "segment_tile", segment_some)
     FAILING.update({"00004-00003"})
     beside = {f"{row:05}-{col:05}" for row in (3, 4, 5) for col in (2, 3, 4)}
 

@@ -26,6 +26,7 @@ from patchcl_qupath.execution import outcome as outcome_module
 from patchcl_qupath.finished import _fits, _is_same_in_qupath, all_finished, is_reported
 from patchcl_qupath.project import open_project
 from patchcl_qupath.report.found import find_image, find_runs
+from patchcl_qupath.segmentation import image_tiles
 from patchcl_qupath.segmentation.typical_nuclei import TypicalNuclei
 from patchcl_qupath.status import image_status
 from patchcl_qupath.storage.records import ImageOutcome, ResultRecord, RunRecord, read_record
@@ -348,14 +349,14 @@ def test_a_run_goes_on_by_the_typical_nuclei_of_its_finished_tiles(
     """On another machine, with a pixel that differs, there may be ten nuclei and not nine of them:
     the diameter is measured, and not 7 µm."""
     project, expected = open_project(folder, "files"), left_by_run(folder / "patchcl")
-    measured = pipeline.typical_nuclei
+    measured = image_tiles.typical_nuclei
     (store,) = project.layout.tiles_of_runs("1")
 
     def otherwise(*arguments: Any) -> Any:
         config, surest = measured(*arguments)
         return TypicalNuclei(replace(config, nucleus_diameter_um=12.0), surest)
 
-    monkeypatch.setattr(pipeline, "typical_nuclei", otherwise)
+    monkeypatch.setattr(image_tiles, "typical_nuclei", otherwise)
     _, *others = sorted((store / "tiles").iterdir())
     for tile in others:
         tile.unlink()

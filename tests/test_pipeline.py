@@ -32,6 +32,7 @@ from patchcl_qupath.models.model import confidence
 from patchcl_qupath.models.network import NucleusNetwork
 from patchcl_qupath.progress import Stage
 from patchcl_qupath.project import NewImage, init_project, open_project
+from patchcl_qupath.segmentation import image_tiles
 from patchcl_qupath.segmentation.measurements import PROBABILITY
 from patchcl_qupath.segmentation.uncertainty import fields_of_view, predictive_entropy, step_px
 from patchcl_qupath.slides.prepare import prepare
@@ -280,7 +281,7 @@ def test_a_slide_that_changes_after_it_was_prepared_fails_in_one_line(
             os.utime(slide, ns=(1, 1))
 
     if when == "meanwhile":
-        monkeypatch.setattr(pipeline, "map_tiles", lambda *_, **__: change() or {})
+        monkeypatch.setattr(image_tiles, "map_tiles", lambda *_, **__: change() or {})
     else:
         monkeypatch.setattr(pipeline.Turn, "wait", change)
     project = open_project(project_folder, backend="files")

@@ -13,6 +13,7 @@ import pytest
 from patchcl_qupath import pipeline
 from patchcl_qupath.config import SegmentConfig
 from patchcl_qupath.project import open_project
+from patchcl_qupath.segmentation import image_tiles
 from patchcl_qupath.segmentation.measurements import PROBABILITY, NuclearStain
 from patchcl_qupath.segmentation.typical_nuclei import TypicalNuclei
 from patchcl_qupath.segmentation.unlikely import SurestNuclei, are_unlikely
@@ -74,7 +75,7 @@ def test_a_run_leaves_out_what_is_unlikely(
     found = {}
     for surest in (None, SurestNuclei(density=9.0, share=9.0)):
         typical = TypicalNuclei(model.config.segment, surest)
-        monkeypatch.setattr(pipeline, "typical_nuclei", lambda *_, typical=typical: typical)
+        monkeypatch.setattr(image_tiles, "typical_nuclei", lambda *_, typical=typical: typical)
         shutil.rmtree(folder / "patchcl", ignore_errors=True)
         project = open_project(folder / "project.qpproj", backend="files")
         run = pipeline.Run(

@@ -51,7 +51,7 @@ class Answer:
         return map(self.positivity.apply_to_table, tables)
 
 
-def check(image: PreparedImage, entry: ImageEntry, config: Config) -> None:
+def check_answerable(image: PreparedImage, entry: ImageEntry, config: Config) -> None:
     """Raise ImageError, before it is segmented, for an image that cannot be answered."""
     if positive := config.result.positive:
         names, with_cells = measurement_names(image.stains), config.cells.are_grown
