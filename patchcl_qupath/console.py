@@ -35,6 +35,7 @@ _BARS = 8  # progress bars on the screen at once
 _STAGE_S = 2.0  # after a line, before one of another stage
 _LINE_S = 30.0  # before one of the same
 _ROWS = 40  # of a table of images, before most are only counted
+_NAMED = 10  # images that a note is of
 _NARROWEST = 8  # characters of a text in a table
 _ROWS_OF_MANY = 15  # of those with nuclei then: all is on one screen
 
@@ -149,9 +150,12 @@ def report_run(
 
 
 def _print_done(outcomes: Sequence[ImageOutcome], names: Mapping[str, str]) -> None:
-    """A row for each image that was segmented, and notes on them."""
+    """A row for each image that was segmented, of many for some, and notes on them."""
     if not outcomes:
         return
+    from patchcl_qupath.datatypes import names_text  # with it NumPy
+
+    is_many = len(outcomes) > _ROWS
     rows = [
         [
             names[outcome.id],
@@ -161,19 +165,26 @@ def _print_done(outcomes: Sequence[ImageOutcome], names: Mapping[str, str]) -> N
             outcome.tiles,
             outcome.tiles_resumed,
         ]
-        for outcome in outcomes
+        for outcome in outcomes[: _ROWS_OF_MANY if is_many else None]
     ]
     print_table(["image", "tissue mm²", "nuclei", "seconds", "tiles", "resumed"], rows)
+    if is_many:
+        others = outcomes[_ROWS_OF_MANY:]
+        nuclei = count_of(sum(outcome.nuclei for outcome in others), "nucleus", "nuclei")
+        click.echo(f"and {len(others):,} other images with {nuclei}: the report lists all")
     for outcome in outcomes:
-        if outcome.imported:
+        if outcome.imported and not is_many:
             click.echo(f"In QuPath: {names[outcome.id]}: {outcome.imported.in_words}")
     _print_answers(outcomes, names)
     corrections = [outcome.corrections for outcome in outcomes if outcome.corrections]
     if corrections:
         click.echo(f"Corrections: {corrections[0].total(corrections).in_words}")
+    noted: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.note:
-            click.echo(f"Note: {names[outcome.id]}: {outcome.note}")
+            noted.setdefault(outcome.note, []).append(names[outcome.id])
+    for note, of_images in noted.items():
+        click.echo(f"Note: {names_text(of_images, _NAMED)}: {note}")
 
 
 def _print_answers(outcomes: Sequence[ImageOutcome], names: Mapping[str, str]) -> None:

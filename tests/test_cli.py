@@ -29,6 +29,7 @@ from patchcl_qupath.progress import Progress, Stage
 from patchcl_qupath.project import open_project
 from patchcl_qupath.project.protocol import Backend
 from patchcl_qupath.status import ImageStatus
+from patchcl_qupath.storage.records import ImageOutcome
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample_project"
@@ -259,6 +260,26 @@ def test_tables_in_a_narrow_place_cut_no_name_and_no_figure(columns, monkeypatch
 def test_json_on_a_closed_standard_output_is_no_error(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # as Python has it there, and pythonw on Windows
     console.print_json({"image": "Größe.svs"})
+
+
+def test_the_outcome_of_hundreds_of_images_is_on_one_screen(tmp_path, capsys):
+    project = open_project(write_project(tmp_path / "project", [tmp_path / "a.png"]), "files")
+    few, many = (
+        [
+            ImageOutcome(id=str(k), image=f"{k}.svs", nuclei=10, note="large" if k % 2 else "small")
+            for k in range(count)
+        ]
+        for count in (5, 300)
+    )
+    console.report_run(project, few, None, as_json=False)
+    text = capsys.readouterr().out
+    assert all(f"{k}.svs" in text for k in range(5))
+    assert "Note: 1.svs, 3.svs: large" in text
+    console.report_run(project, many, None, as_json=False)
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 40
+    assert "and 285 other images with 2,850 nuclei: the report lists all" in text
+    assert "17.svs, 19.svs and 140 more: large" in text
 
 
 def test_the_status_of_hundreds_of_images_is_on_one_screen(tmp_path):
