@@ -18,7 +18,7 @@ from patchcl_qupath.errors import ConfigError, ImageError
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.names import is_compartment_first
 from patchcl_qupath.slides.pixel_size import PixelSizeSource
-from patchcl_qupath.slides.signature import slide_signature
+from patchcl_qupath.slides.signature import signature_without_download
 from patchcl_qupath.slides.stain_vectors import stains_to_measure
 from patchcl_qupath.storage.files import digest, is_whole_parquet, read_json
 from patchcl_qupath.storage.geojson import to_object
@@ -187,7 +187,7 @@ def _is_same_slide(plan: dict[str, Any], slide: SlideProvenance, entry: ImageEnt
     What the project does not say of image and pixel size is as it was. Raises OSError for a missing
     slide.
     """
-    signature = to_plain(slide_signature(entry.path))
+    signature = to_plain(signature_without_download(entry.path))
     if "sample" not in plan:  # of an earlier version
         signature.pop("sample", None)
     image = {"image": entry.series, "size": entry.size and [*entry.size]}

@@ -14,6 +14,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import imagecodecs
 import numpy as np
@@ -28,9 +29,13 @@ from tiffslide import TiffSlide
 
 from patchcl_qupath.datatypes import Box, ImageEntry
 from patchcl_qupath.errors import DamagedError, ImageError, SlideError
-from patchcl_qupath.slides import pyramid
+from patchcl_qupath.slides import pyramid, signature
 from patchcl_qupath.slides.pyramid import open_pyramid
-from patchcl_qupath.slides.signature import slide_files, slide_signature
+from patchcl_qupath.slides.signature import (
+    signature_without_download,
+    slide_files,
+    slide_signature,
+)
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.tiled_page import TiledPage
 from patchcl_qupath.storage.records import FileSignature
@@ -575,3 +580,20 @@ def test_a_damaged_tiff_names_no_other_file(tmp_path: Path, content: bytes) -> N
     path = tmp_path / "a.ome.tif"
     path.write_bytes(content)
     assert [*slide_files(path)] == [path]
+
+
+@pytest.mark.parametrize("mark", [{"st_file_attributes": 0x400020}, {"st_flags": 0x40000000}])
+def test_a_slide_in_a_cloud_is_not_downloaded_to_see_whether_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: dict[str, int]
+) -> None:
+    path = tmp_path / "a.svs"
+    path.write_bytes(b"pixels")
+    whole = slide_signature(path)
+    assert signature_without_download(path) == whole
+    stat = path.stat()
+    of_cloud = SimpleNamespace(st_size=stat.st_size, st_mtime_ns=stat.st_mtime_ns, **mark)
+    monkeypatch.setattr(signature, "slide_files", lambda _: {path: of_cloud})
+    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("it is downloaded"))
+    found = signature_without_download(path)
+    assert found.sample is None
+    assert found.is_of(whole)

@@ -14,7 +14,7 @@ from patchcl_qupath.datatypes import ImageEntry, StainVectors
 from patchcl_qupath.errors import ConfigError, ImageError
 from patchcl_qupath.project.drawn import SELECTED, of_classes, read_drawn
 from patchcl_qupath.project.protocol import Project
-from patchcl_qupath.slides.signature import slide_signature
+from patchcl_qupath.slides.signature import signature_without_download
 from patchcl_qupath.slides.stain_vectors import H_DAB, H_E, stains_to_measure
 from patchcl_qupath.storage.geojson import from_object
 from patchcl_qupath.storage.records import ResultRecord
@@ -80,7 +80,7 @@ def _changes(project: Project, entry: ImageEntry, result: ResultRecord) -> Itera
 def _has_its_file(entry: ImageEntry, result: ResultRecord) -> bool:
     """Whether the slide is that of the nuclei, or cannot be read."""
     try:
-        return slide_signature(entry.path).has_content_of(result.slide.file)
+        return signature_without_download(entry.path).has_content_of(result.slide.file)
     except OSError:
         return True
 

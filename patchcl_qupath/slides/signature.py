@@ -25,6 +25,8 @@ from patchcl_qupath.storage.files import content_file, read_json
 from patchcl_qupath.storage.records import FileSignature
 
 _BLOCK_BYTES = 4096
+_RECALL_ON_DATA_ACCESS = 0x400000  # FILE_ATTRIBUTE_ of Windows
+_DATALESS = 0x40000000  # SF_ of macOS
 _BLOCKS = 16  # of a file: to read them takes 0.3 ms, or as long as a disk seeks them
 _CHUNKS = 64  # of an OME-Zarr, or files of another slide: 3 ms
 _BLOCKS_OF_CHUNK = 4
@@ -42,7 +44,27 @@ def slide_signature(path: Path) -> FileSignature:
     Of an OME-Zarr, these are size and time of its metadata, and a sample of some of its chunks:
     who changes pixels need not write the metadata anew. Raises OSError.
     """
+    return _with_sample(path, slide_files(path))
+
+
+def signature_without_download(path: Path) -> FileSignature:
+    """The same, but without a sample where files are in a cloud alone (OneDrive, iCloud): to read a
+    block of one downloads all of it, gigabytes, for a look at what changed. Raises OSError."""
     files = slide_files(path)
+    if any(map(_is_in_cloud_alone, files.values())):
+        return _size_and_time(files)
+    return _with_sample(path, files)
+
+
+def _is_in_cloud_alone(found: os.stat_result) -> bool:
+    """What Windows and macOS say of a file of which they have the name, size and time."""
+    return bool(
+        getattr(found, "st_file_attributes", 0) & _RECALL_ON_DATA_ACCESS
+        or getattr(found, "st_flags", 0) & _DATALESS
+    )
+
+
+def _with_sample(path: Path, files: dict[Path, os.stat_result]) -> FileSignature:
     sample = sample_of_chunks(path) if path.is_dir() else _checksum_of_files([*files])
     return msgspec.structs.replace(_size_and_time(files), sample=sample)
 
