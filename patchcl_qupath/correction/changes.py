@@ -39,7 +39,7 @@ from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import atomic_write, to_jpeg
 from patchcl_qupath.storage.geojson import class_name, from_object, made_valid, to_object
 from patchcl_qupath.storage.layout import CHANGES, Layout
-from patchcl_qupath.storage.parquet import read_nuclei
+from patchcl_qupath.storage.parquet import read_near
 from patchcl_qupath.storage.records import (
     ChangeCounts,
     ChangesRecord,
@@ -72,14 +72,14 @@ def give(layout: Layout, image: str) -> None:
     suggested = read_record(layout.rois(image), RoisRecord)
     if suggested is None or not suggested.rois:
         return
+    boxes = [shapely.box(r.x, r.y, r.x + r.width, r.y + r.height) for r in suggested.rois]
     path = layout.nuclei(image)
     try:
-        nuclei = read_nuclei(path).polygons
+        nuclei = read_near(path, np.array(boxes, dtype=object))
     except Exception as error:  # readers of damaged files raise anything
         raise StorageError(f"{path} cannot be read: run again, then suggest again") from error
     tree = shapely.STRtree(nuclei)
     result = read_result(layout.result(image))
-    boxes = [shapely.box(r.x, r.y, r.x + r.width, r.y + r.height) for r in suggested.rois]
     # Where the last run did not look, QuPath has nuclei of an earlier one, or none.
     known = [False] * len(boxes)
     if isinstance(result, ResultRecord):
@@ -329,7 +329,7 @@ def _rois(
         if result.slide.size is not None:
             whole = shapely.box(0, 0, *result.slide.size)
         if _are_first(layout, image, result):
-            on_disk = _on_disk(layout.nuclei(image))
+            on_disk = _on_disk(layout.nuclei(image), labels.rois)
     drawn, ignored = np.array(labels.nuclei, dtype=object), shapely.union_all(labels.ignored)
     records, notes = [], []
     counted = shapely.Polygon()
@@ -358,11 +358,11 @@ def _rois(
     return records, tuple(notes)
 
 
-def _on_disk(path: Path) -> Polygons | None:
-    """The nuclei of the last run of an image; None where their file is damaged."""
+def _on_disk(path: Path, rois: Sequence[shapely.Geometry]) -> Polygons | None:
+    """The nuclei of the last run near ROIs of an image; None where their file is damaged."""
     try:
         # Contours are rounded to 0.01 px, which may have folded one.
-        return made_valid(read_nuclei(path).polygons)
+        return made_valid(read_near(path, np.array(rois, dtype=object)))
     except Exception:  # readers of damaged files raise anything; the refined model is saved by now
         logger.warning("%s is damaged: corrections are not counted there", path)
         return None
