@@ -18,13 +18,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 
 Polygons = NDArray[np.object_]  # (N,) of shapely.Polygon; of what a person drew, MultiPolygon, too
+AnyGeometry = TypeVar("AnyGeometry", shapely.Geometry, Polygons)
 Labels = NDArray[np.integer[Any]]  # (H, W): 0 is background, each other value is one nucleus
 
 
@@ -370,7 +371,9 @@ def grid_to_level0(polygons: Polygons, downsample: tuple[float, float]) -> Polyg
     return np.asarray(shapely.transform(polygons, lambda xy: xy * factor))
 
 
-def level0_to_grid(geometry: shapely.Geometry, downsample: tuple[float, float]) -> shapely.Geometry:
-    """One geometry from level 0 to the working grid: the inverse of ``grid_to_level0``."""
+def level0_to_grid(geometry: AnyGeometry, downsample: tuple[float, float]) -> AnyGeometry:
+    """One geometry, or polygons, from level 0 to the working grid: the inverse of
+    ``grid_to_level0``."""
     factor = np.asarray(downsample, dtype=np.float64)
-    return shapely.transform(geometry, lambda xy: xy / factor)
+    found: AnyGeometry = shapely.transform(geometry, lambda xy: xy / factor)
+    return found

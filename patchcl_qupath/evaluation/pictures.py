@@ -16,7 +16,7 @@ import shapely
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from patchcl_qupath.datatypes import Box, ImageEntry, Polygons, centroids_of, grid_to_level0
+from patchcl_qupath.datatypes import Box, ImageEntry, Polygons, centroids_of, level0_to_grid
 from patchcl_qupath.evaluation.metrics import MIN_IOU, Kind, Overlaps
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.files import atomic_write
@@ -56,9 +56,8 @@ def draw_errors(
     ``nuclei`` (P,) and ``true`` (T,) are polygons at level 0, ``overlaps`` theirs. Raises
     SlideError for pixels that cannot be read, StorageError.
     """
-    x, y = slide.downsample
-    nuclei = grid_to_level0(nuclei, (1 / x, 1 / y))
-    true = grid_to_level0(true, (1 / x, 1 / y))
+    nuclei = level0_to_grid(nuclei, slide.downsample)
+    true = level0_to_grid(true, slide.downsample)
     outlines = [*_outlines(nuclei, true, overlaps)]
     boxes = _shown(slide, nuclei, true)
     sheet = _side_by_side([_panel(slide, box, outlines) for box in boxes])

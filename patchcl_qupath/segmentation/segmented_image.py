@@ -20,7 +20,7 @@ from patchcl_qupath.datatypes import (
     Tile,
     UncertaintyGrid,
     area_of_tiles,
-    grid_to_level0,
+    level0_to_grid,
 )
 from patchcl_qupath.errors import SlideError
 from patchcl_qupath.execution.tile_store import Measurements, TileStore
@@ -117,21 +117,21 @@ class SegmentedImage:
         The origin is the box's top left corner; contours are not clipped to the box. With
         ``of_cells``, those of cells; there are none where none were grown.
         """
-        x, y = self.image.slide.downsample
+        downsample = self.image.slide.downsample
         frame = shapely.box(box.col0, box.row0, box.col1, box.row1)
         found = [np.empty(0, dtype=object)]
         for contours in self.store.contours(self._tiles_near(box), of_cells):
-            on_grid = grid_to_level0(contours, (1 / x, 1 / y))
+            on_grid = level0_to_grid(contours, downsample)
             found.append(on_grid[shapely.intersects(on_grid, frame)])
         moved = shapely.transform(np.concatenate(found), lambda xy: xy - (box.col0, box.row0))
         return np.asarray(moved)
 
     def nuclei_in(self, box: Box) -> Iterator[Nuclei]:
         """The nuclei, at level 0, whose contours ``contours_in`` has of a box, in their order."""
-        x, y = self.image.slide.downsample
+        downsample = self.image.slide.downsample
         frame = shapely.box(box.col0, box.row0, box.col1, box.row1)
         for nuclei in self.store.nuclei(self._tiles_near(box)):
-            on_grid = grid_to_level0(nuclei.polygons, (1 / x, 1 / y))
+            on_grid = level0_to_grid(nuclei.polygons, downsample)
             yield nuclei[shapely.intersects(on_grid, frame)]
 
     def _tiles_near(self, box: Box) -> list[Tile]:
