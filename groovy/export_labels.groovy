@@ -227,7 +227,7 @@ static Map<String, Integer> exportLabels(PathObjectHierarchy hierarchy, Imported
 static void moveOver(Path temporary, Path file) {
     for (int attempt = 0; ; attempt++) {
         try {
-            Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+            Files.move(temporary, file, StandardCopyOption.ATOMIC_MOVE)   // else Windows deletes the file first
             return
         } catch (AccessDeniedException e) {
             if (attempt == 20 || !System.getProperty('os.name').startsWith('Windows'))

@@ -1485,18 +1485,22 @@ static List<PathObject> suggestedRois(ImageData<?> imageData, JsonObject suggest
     }
 }
 
-/** Asks what to do with nuclei that carry work of a person: 'keep', 'remove', or null, to change nothing. */
-static String askToKeep(String warning) {
-    Class<?> dialogs = ['qupath.fx.dialogs.Dialogs', 'qupath.lib.gui.dialogs.Dialogs'].findResult { name ->
+/** QuPath's dialogs: of 0.5 and later, or of 0.4. */
+static Class<?> dialogs() {
+    return ['qupath.fx.dialogs.Dialogs', 'qupath.lib.gui.dialogs.Dialogs'].findResult { name ->
         try {
-            QuPathGUI.class.getClassLoader().loadClass(name)   // of QuPath 0.5 and later, and of 0.4
+            QuPathGUI.class.getClassLoader().loadClass(name)
         } catch (ClassNotFoundException ignored) {
             null
         }
     }
+}
+
+/** Asks what to do with nuclei that carry work of a person: 'keep', 'remove', or null, to change nothing. */
+static String askToKeep(String warning) {
     Map<String, String> choices = ['Keep them': 'keep', 'Remove them; a copy is kept in a file': 'remove']
     List<String> names = choices.keySet() as List
-    return choices[dialogs.showChoiceDialog('PatchCL', warning, names, names.first())]
+    return choices[dialogs().showChoiceDialog('PatchCL', warning, names, names.first())]
 }
 
 /** Adds classes to the list from which a person chooses in QuPath. */
@@ -2182,7 +2186,7 @@ static void writeGiven(ImageData<?> imageData, Given given) {
 static void moveOver(Path temporary, Path file) {
     for (int attempt = 0; ; attempt++) {
         try {
-            Files.move(temporary, file, StandardCopyOption.REPLACE_EXISTING)
+            Files.move(temporary, file, StandardCopyOption.ATOMIC_MOVE)   // else Windows deletes the file first
             return
         } catch (AccessDeniedException e) {
             if (attempt == 20 || !System.getProperty('os.name').startsWith('Windows'))

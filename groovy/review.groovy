@@ -22,6 +22,7 @@ import java.awt.Shape
 import java.awt.geom.Path2D
 import java.awt.image.BufferedImage
 import java.lang.reflect.Method
+import java.nio.file.AccessDeniedException
 import java.nio.file.Files
 import java.nio.file.Path
 import java.nio.file.Paths
@@ -913,7 +914,22 @@ class Review {
             accepted: accepted.findAll { key, nuclei -> nuclei },
             locked  : locked,
         ]))
-        Files.move(temporary, stateFile, StandardCopyOption.ATOMIC_MOVE)   // else it is deleted first
+        moveOver(temporary, stateFile)
+    }
+
+    /** Renames a file in place of another: again, for two seconds, where Windows says that a program has one of them
+     * open, as a virus scanner that looks at each new file. */
+    static void moveOver(Path temporary, Path file) {
+        for (int attempt = 0; ; attempt++) {
+            try {
+                Files.move(temporary, file, StandardCopyOption.ATOMIC_MOVE)   // else Windows deletes the file first
+                return
+            } catch (AccessDeniedException e) {
+                if (attempt == 20 || !System.getProperty('os.name').startsWith('Windows'))
+                    throw e
+                Thread.sleep(100)
+            }
+        }
     }
 
     /** The id of the nucleus that was selected when the review was closed; null if there was none. */

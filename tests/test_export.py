@@ -616,7 +616,7 @@ def test_excel_shows_so_many_rows(project: Project, monkeypatch: pytest.MonkeyPa
 
 def test_nuclei_are_read_some_at_a_time(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = exported(project, "--to", "csv")[0].read_bytes()
-    monkeypatch.setattr(nuclei_module, "_BATCH", 2)
+    monkeypatch.setattr("patchcl_qupath.storage.parquet._BATCH", 2)
     seen: list[int] = []
     rows = nuclei_module._rows
     monkeypatch.setattr(

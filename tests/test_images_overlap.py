@@ -21,6 +21,7 @@ from patchcl_qupath.execution.workers import open_workers
 from patchcl_qupath.progress import Progress, Stage
 from patchcl_qupath.project import NewImage, init_project, open_project
 from patchcl_qupath.slides.slide import Slide
+from patchcl_qupath.storage.records import ImageOutcome, RunRecord, read_record
 
 NAMES = ["a.png", "b.png", "c.png", "d.png"]
 SETTINGS = replace(QUICK, slide=replace(QUICK.slide, tile_px=100))
@@ -81,6 +82,34 @@ def test_images_at_once_are_those_of_one_after_the_other(
     for name, content in expected.items():
         if not name.endswith((".json",)):  # which have times and paths
             assert found[name] == content, name
+
+
+def test_the_record_of_a_run_is_not_written_anew_for_each_image(
+    tmp_path: Path,
+    sample_project: Path,
+    model: Any,
+    client: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    project = write_images(tmp_path / "project", sample_project)
+    recorded: list[int] = []
+    write_run = pipeline.write_run
+
+    def count(*given: Any) -> None:
+        recorded.append(len(given[-1]))
+        write_run(*given)
+
+    monkeypatch.setattr(pipeline, "write_run", count)
+    monkeypatch.setattr(pipeline, "_RECORD_S", 3600.0)
+    outcomes = run(project, model, client)
+    assert recorded == [1, 4]
+    (path,) = (project / "patchcl").glob("runs/*/run.json")
+    record = read_record(path, RunRecord)
+    assert record is not None
+    assert [image.image for image in record.images] == NAMES
+    for outcome in outcomes:
+        layout = open_project(project, "files").layout
+        assert read_record(layout.outcome(outcome.id), ImageOutcome) is not None
 
 
 def test_stages_overlap_and_tiles_keep_their_order(

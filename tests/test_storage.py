@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import shapely
 
-from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid
+from patchcl_qupath.datatypes import Box, Nuclei, Tile, UncertaintyGrid, centroids_of
 from patchcl_qupath.errors import ConfigError, ImageError, StorageError
 from patchcl_qupath.execution.tile_store import TileStore
 from patchcl_qupath.exports.nuclei import read_batches
@@ -37,6 +37,8 @@ from patchcl_qupath.storage.parquet import (
     encoding,
     from_table,
     read_geoarrow,
+    read_measured,
+    read_near,
     read_nuclei,
     read_uncertainty_grid,
     to_table,
@@ -172,16 +174,40 @@ def damaged_files(path):
         yield place
 
 
+def measured_table(path):
+    centroids, measured = read_measured(path, ["Area µm^2"])
+    return pa.table({"x": centroids[:, 0], "y": centroids[:, 1], **measured})
+
+
+def test_nuclei_are_read_in_part(tmp_path, monkeypatch):
+    """As many at a time as are asked for, and in whatever row groups they are."""
+    path, nuclei = tmp_path / "nuclei.parquet", some_nuclei(50)
+    table = to_table(nuclei)
+    pq.write_table(table, path, row_group_size=9, **encoding(table.column_names))
+    monkeypatch.setattr("patchcl_qupath.storage.parquet._BATCH", 4)
+    centroids, measured = read_measured(path, ["Area µm^2", "Solidity"])
+    np.testing.assert_array_equal(centroids, centroids_of(nuclei.polygons))
+    assert list(measured) == ["Area µm^2"]
+    np.testing.assert_array_equal(measured["Area µm^2"], np.arange(50))
+    areas = shapely.box(*np.transpose(shapely.bounds(nuclei.polygons[[30, 7]])))
+    meets = shapely.intersects(shapely.envelope(nuclei.polygons)[:, None], areas).any(axis=1)
+    assert 2 <= meets.sum() < 50
+    assert shapely.equals_exact(read_near(path, areas), nuclei.polygons[meets]).all()
+
+
 def test_damaged_nuclei_are_never_read(tmp_path):
     """By any reader: all at once, for GeoArrow, and a batch at a time for exports."""
     path, nuclei = tmp_path / "nuclei.parquet", some_nuclei(700)
     table = to_table(nuclei)
     pq.write_table(table, path, **encoding(table.column_names))
     image = SimpleNamespace(id="1", name="a.svs", nuclei=path)
+    some_areas = shapely.box(*np.transpose(shapely.bounds(nuclei.polygons[200:210])))
     readers = {
         "nuclei": lambda: to_table(read_nuclei(path)),
         "GeoArrow": lambda: read_geoarrow(path),
         "batches": lambda: pa.concat_tables(read_batches(image)),
+        "measured": lambda: measured_table(path),
+        "near": lambda: pa.table({"near": shapely.to_wkb(read_near(path, some_areas)).tolist()}),
     }
     expected = {name: read().to_pydict() for name, read in readers.items()}
     damaged = 0

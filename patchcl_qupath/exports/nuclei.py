@@ -13,25 +13,23 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from patchcl_qupath.datatypes import centroids_of
 from patchcl_qupath.exports.images import ExportedImage, damaged
+from patchcl_qupath.storage import parquet
 from patchcl_qupath.storage.parquet import (
     CELL,
     CLASSIFICATION,
     NOT_MEASURED,
     NUCLEUS,
     geo_metadata,
-    parquet_source,
     polygons_of,
 )
 
 TEXTS = ("Image", "Object ID", "Object type", "Name", "Classification", "Parent", "ROI")
 CORE = "TMA core"  # beside Parent, where an image has a TMA grid
 CENTROIDS = ("Centroid X µm", "Centroid Y µm", "Centroid X px", "Centroid Y px")
-_BATCH = 32_768  # nuclei that are in memory at once
 _DECIMALS = 3  # of centroids
 
 
@@ -94,29 +92,8 @@ def read_batches(image: ExportedImage, columns: Sequence[str] | None = None) -> 
 
     Raises ImageError.
     """
-    with (
-        _reading(image),
-        pq.ParquetFile(parquet_source(image.nuclei), page_checksum_verification=True) as file,
-    ):
-        # Not by iter_batches, which keeps what it read until its end.
-        for groups in _row_groups(file.metadata):
-            rows = file.read_row_groups(groups, columns=columns and list(columns))
-            for first in range(0, len(rows), _BATCH):
-                yield rows.slice(first, _BATCH)
-
-
-def _row_groups(metadata: pq.FileMetaData) -> Iterator[list[int]]:
-    """The row groups of a file, of which a tile makes one each, together as large as a batch."""
-    groups: list[int] = []
-    rows = 0
-    for number in range(metadata.num_row_groups):
-        groups.append(number)
-        rows += metadata.row_group(number).num_rows
-        if rows >= _BATCH:
-            yield groups
-            groups, rows = [], 0
-    if rows:
-        yield groups
+    with _reading(image):
+        yield from parquet.read_batches(image.nuclei, columns)
 
 
 @contextmanager

@@ -349,7 +349,7 @@ class PaquoProject:
                 replace_file(before, data)
             else:
                 remove_file(data)
-            _last_version(data).unlink(missing_ok=True)
+            remove_file(_last_version(data))
             raise
         finally:
             discard(before)  # it remains if both are names of one file
@@ -381,7 +381,7 @@ def _last_version(data: Path) -> Path:
 
 def _link(path: Path, other: Path) -> None:
     """A hard link to a file, which QuPath replaces and does not overwrite; else a copy."""
-    other.unlink(missing_ok=True)
+    remove_file(other)
     try:
         os.link(path, other)
     except OSError:  # not on every file system

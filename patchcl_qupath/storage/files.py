@@ -234,7 +234,7 @@ def replace_file(path: Path, other: Path) -> None:
     Windows refuses that while another program has one of them open, or a file in them: then it is
     tried for some time.
     """
-    _patiently(lambda: path.replace(other), _BUSY_FOLDER_S if path.is_dir() else _BUSY_S)
+    _patiently(partial(path.replace, other), _BUSY_FOLDER_S if path.is_dir() else _BUSY_S)
 
 
 def _patiently(change: Callable[[], object], seconds: float) -> None:

@@ -30,6 +30,7 @@ _POLYGONS = {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None}
 # WKB of a polygon with one ring: little endian, its type, the number of rings, that of points.
 _HEADER = np.frombuffer(bytes([1, 3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]), np.uint8)
 _POINT_BYTES = 16
+_BATCH = 32_768  # nuclei that are in memory at once
 NUCLEUS, CELL = "geometry", "cell"  # columns of contours
 CLASSIFICATION = "Classification"  # the column of classes, as QuPath's tables call it
 NOT_MEASURED = ("id", NUCLEUS, CELL, CLASSIFICATION)  # all other columns are measurements
@@ -200,41 +201,55 @@ def read_nuclei(path: Path) -> Nuclei:
     return from_table(read_table(parquet_source(path)))
 
 
+def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[Table]:
+    """The nuclei of a parquet file, some at a time, as all of a slide may take gigabytes: all
+    columns, or some. Any error may come of a file that is damaged."""
+    with pq.ParquetFile(parquet_source(path), page_checksum_verification=True) as file:
+        # Not by iter_batches, which keeps what it read until its end.
+        for groups in _row_groups(file.metadata):
+            rows = file.read_row_groups(groups, columns=columns and list(columns))
+            for first in range(0, len(rows), _BATCH):
+                yield rows.slice(first, _BATCH)
+
+
+def _row_groups(metadata: pq.FileMetaData) -> Iterator[list[int]]:
+    """The row groups of a file, of which a tile makes one each, together as large as a batch."""
+    groups: list[int] = []
+    rows = 0
+    for number in range(metadata.num_row_groups):
+        groups.append(number)
+        rows += metadata.row_group(number).num_rows
+        if rows >= _BATCH:
+            yield groups
+            groups, rows = [], 0
+    if rows:
+        yield groups
+
+
 def read_measured(
     path: Path, names: Sequence[str]
 ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float32]]]:
     """The centroids (N, 2) of nuclei, px at level 0, and those of some measurements (N,) that there
-    are: a row group at a time, as all polygons of a slide take gigabytes.
-
-    Any error may come of a file that is damaged.
-    """
+    are. Any error may come of a file that is damaged."""
     centroids, found = [np.empty((0, 2))], dict[str, list[NDArray[np.float32]]]()
-    with pq.ParquetFile(parquet_source(path), page_checksum_verification=True) as file:
-        known = file.schema_arrow.names
-        columns = {name: name_of_nucleus(name, known) for name in names}
-        columns = {name: column for name, column in columns.items() if column in known}
-        for table in _row_groups(file, [NUCLEUS, *columns.values()]):
-            centroids.append(centroids_of(polygons_of(table)))
-            for name, column in columns.items():
-                found.setdefault(name, []).append(table[column].to_numpy())
+    known = pq.read_schema(parquet_source(path)).names
+    columns = {name: name_of_nucleus(name, known) for name in names}
+    columns = {name: column for name, column in columns.items() if column in known}
+    for table in read_batches(path, [NUCLEUS, *columns.values()]):
+        centroids.append(centroids_of(polygons_of(table)))
+        for name, column in columns.items():
+            found.setdefault(name, []).append(table[column].to_numpy())
     return np.concatenate(centroids), {name: np.concatenate(each) for name, each in found.items()}
 
 
 def read_near(path: Path, areas: Polygons) -> Polygons:
     """The contours (N,) of nuclei whose bounding box meets that of one of ``areas``, in their order
-    in the file; a row group at a time. Any error may come of a file that is damaged."""
+    in the file. Any error may come of a file that is damaged."""
     near = [np.empty(0, dtype=object)]
-    with pq.ParquetFile(parquet_source(path), page_checksum_verification=True) as file:
-        for table in _row_groups(file, [NUCLEUS]):
-            polygons = polygons_of(table)
-            near.append(polygons[np.unique(shapely.STRtree(polygons).query(areas)[1])])
+    for table in read_batches(path, [NUCLEUS]):
+        polygons = polygons_of(table)
+        near.append(polygons[np.unique(shapely.STRtree(polygons).query(areas)[1])])
     return np.concatenate(near)
-
-
-def _row_groups(file: pq.ParquetFile, columns: list[str]) -> Iterator[Table]:
-    """Some columns of each row group of a file."""
-    for number in range(file.num_row_groups):
-        yield file.read_row_group(number, columns, use_threads=False)
 
 
 def read_geoarrow(path: Path) -> Table:
