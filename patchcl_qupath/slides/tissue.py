@@ -83,10 +83,12 @@ def _white(brightest: NDArray[np.float64], *, may_be_tissue: bool) -> NDArray[np
 
     Each channel is as bright as that of glass at least, where the brightest pixels are no tissue
     then. Where they would be, and cannot be that of pale tissue, it is glass with a tint, of the
-    lamp or the mounting medium, which is no stain.
+    lamp or the mounting medium, which is no stain; or that of a lamp that was turned down.
     """
     white = np.maximum(brightest, MIN_WHITE)
     density = np.log10(white / np.maximum(brightest, 1))
+    if not may_be_tissue and density.mean() > MIN_DENSITY:
+        return brightest
     if may_be_tissue or density.max() - density.min() <= MIN_COLOUR:
         return np.asarray(white)
     return np.asarray(brightest * max(1.0, MIN_WHITE / brightest.max()))
