@@ -272,6 +272,34 @@ def test_uncertainty_grids_of_another_run_are_refused(path: Path) -> None:
     assert f"cannot be read: remove {results} and do `patchcl-qp run` again" in damaged
 
 
+def test_rois_that_were_corrected_in_a_duplicate_are_avoided(path: Path) -> None:
+    """QuPath duplicated the image for another person, who has corrected a ROI there already."""
+
+    def suggested() -> list[dict[str, Any]]:
+        called = call("suggest", path, "--rois", 1, "--image", "a.svs", "--json")
+        return [one["field"] for one in json.loads(called.stdout)["fields"]]
+
+    (before,) = suggested()
+    content = json.loads(path.read_text("utf-8"))
+    (image,) = content["images"]
+    duplicate = {**image, "entryID": 2, "imageName": "a.svs - duplicate"}
+    path.write_text(json.dumps({**content, "images": [image, duplicate]}), encoding="utf-8")
+    assert {**suggested()[0], "id": ""} == {**before, "id": ""}
+    x, y, width, height = (before[key] for key in ("x", "y", "width", "height"))
+    roi = shapely.box(x, y, x + width, y + height)
+    feature = {
+        "type": "Feature",
+        "geometry": shapely.geometry.mapping(roi),
+        "properties": {"objectType": "annotation", "classification": {"name": CORRECTED}},
+    }
+    file = path.parent / "patchcl" / "labels" / "2.geojson"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    (after,) = suggested()
+    x, y, width, height = (after[key] for key in ("x", "y", "width", "height"))
+    assert shapely.distance(roi, shapely.box(x, y, x + width, y + height)) >= 1
+
+
 def test_a_slide_of_glass_has_no_roi(path: Path) -> None:
     uncertainty = path.parent / "patchcl" / "surveys" / "1.parquet"
     found = read_uncertainty_grid(uncertainty)

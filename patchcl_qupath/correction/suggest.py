@@ -12,8 +12,9 @@ Neural Networks: A Core-Set Approach*, ICLR 2018).
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import shapely
@@ -43,6 +44,7 @@ _MEASURED = (PROBABILITY, "Hematoxylin: Mean", "Area µm^2")  # of nuclei
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Source = tuple[Path, int | None, str | None]  # of an image: see ImageEntry.source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +247,10 @@ class _Found:
         found = cls(entries=[], candidates=[], corrected=[], problems=[], without=[])
         sources = dict.fromkeys(entry.source for entry in entries)
         slides = {source: k for k, source in enumerate(sources)}
+        unread = found._read_corrected(project, slides)
         for entry in entries:
+            if entry.source in unread:
+                continue
             result = read_result(project.layout.result(entry.id))
             if not isinstance(result, ResultRecord):
                 found.without.append(entry.name)
@@ -253,18 +258,31 @@ class _Found:
             slide = slides[entry.source]
             try:
                 candidates = _candidates(project, entry, slide, result)
-                corrected = project.corrected_rois(entry)
             except PatchCLError as error:
                 found.problems.append(str(error))
                 continue
             found.entries.append(entry)
             found.candidates.append(candidates)
-            found.corrected.extend((slide, roi) for roi in corrected)
         if not found.entries:
             raise ProjectError(
                 "; ".join(found.problems) or "no nuclei yet: do `patchcl-qp run` first"
             )
         return found
+
+    def _read_corrected(self, project: Project, slides: Mapping[Source, int]) -> set[Source]:
+        """Add what was corrected on these slides, in duplicates of the images, too; the slides of
+        which it cannot be read."""
+        unread: set[Source] = set()
+        for entry in project.images():
+            if entry.source in slides:
+                try:
+                    rois = project.corrected_rois(entry)
+                except PatchCLError as error:
+                    self.problems.append(str(error))
+                    unread.add(entry.source)
+                else:
+                    self.corrected.extend((slides[entry.source], roi) for roi in rois)
+        return unread
 
     def too_small(self, project: Project) -> bool:
         """Whether no image has room for enough tissue: then it is not tissue that is missing."""
