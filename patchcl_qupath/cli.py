@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import errno
 import gc
 import logging
 import os
@@ -74,7 +75,13 @@ class _Commands(click.Group):
     ``*`` or a bracket for files, also names of classes, and in quotes."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
-        return super().main(*arguments, **{"windows_expand_args": False, **options})
+        try:
+            return super().main(*arguments, **{"windows_expand_args": False, **options})
+        except OSError as error:  # of project files, it is one of those that are foreseen
+            if error.errno != errno.ENOSPC:
+                raise
+            click.echo(f"Error: what is printed cannot be written: {error.strerror}", err=True)
+            sys.exit(1)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

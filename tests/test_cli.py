@@ -463,6 +463,16 @@ def test_a_read_only_project_is_refused_before_any_work(tmp_path, crop, disk):
     assert "training PatchCL" not in result.output
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_cannot_be_written_is_one_line():
+    command = [sys.executable, "-m", "patchcl_qupath.cli", "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: what is printed cannot be written: No space left on device")
+
+
 def test_a_full_disk_leaves_nothing_half_and_the_run_goes_on(tmp_path, crop, quick, disk):
     folder = disk("size=5m")
     quick.write_text(quick.read_text() + "[slide]\ntile_px = 150\n")

@@ -116,7 +116,7 @@ class Workers:
         While the tiles of one image are worked on, the next is prepared, and the last one written.
         With many workers that takes longer than the tiles do.
         """
-        threads = sum(self.client.nthreads().values())
+        threads = sum(self._asked_for().values())
         return 1 if threads == 1 else min(_MAX_IMAGES, 2 + threads // 8)
 
     def next_turn(self) -> int:
