@@ -427,7 +427,7 @@ def left_to_save(project: Project, *, rois: int, data_s: int, shown: int = 0) ->
         rois=rois, rois_kept=1 - rois,
     )  # fmt: skip
     write_record(receipt, record)
-    data = project.data(project.images()[0])
+    data = project.saved.data(project.images()[0])
     data.parent.mkdir(parents=True, exist_ok=True)
     data.write_bytes(b"old")
     counts = {"annotationClassificationCounts": {TO_CORRECT: shown}}

@@ -466,7 +466,7 @@ def test_a_read_only_project_is_refused_before_any_work(tmp_path, crop, disk):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_that_cannot_be_written_is_one_line():
     command = [sys.executable, "-m", "patchcl_qupath.cli", "--help"]
-    with open("/dev/full", "w") as full:
+    with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

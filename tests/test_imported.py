@@ -325,8 +325,8 @@ def test_an_import_that_nobody_saved_is_none(tmp_path: Path, saved: bool) -> Non
     )
     write_record(project.layout.receipt(entry.id), receipt)
     if saved:
-        project.data(entry).parent.mkdir(parents=True)
-        project.data(entry).touch()
+        project.saved.data(entry).parent.mkdir(parents=True)
+        project.saved.data(entry).touch()
     status = image_status(project, entry)
     expected = Imported(found=210, added=209, left_out=1, deleted=1)
     assert status.imported == (expected if saved else None)
@@ -342,7 +342,7 @@ def imported(folder: Path, **more: Any) -> tuple[Any, Any, ReceiptRecord]:
     project = open_project(qupath.make_project(folder / "project", SLIDE, ["a.svs"]), "files")
     (entry,) = project.images()
     write(project, entry, 1, "both")
-    data = project.data(entry)
+    data = project.saved.data(entry)
     data.parent.mkdir(parents=True)
     data.write_bytes(b"with nuclei")
     none = {"left_out": 0, "removed": 0, "kept": 0, "rois": 0, "rois_kept": 0}
@@ -354,7 +354,7 @@ def imported(folder: Path, **more: Any) -> tuple[Any, Any, ReceiptRecord]:
 
 def test_nuclei_are_in_the_image_that_was_saved_with_them_or_a_later_one(tmp_path: Path) -> None:
     project, entry, receipt = imported(tmp_path)
-    data, file = project.data(entry), project.layout.receipt(entry.id)
+    data, file = project.saved.data(entry), project.layout.receipt(entry.id)
     assert imported_nuclei(project, entry) == receipt.nuclei
     at = file.stat().st_mtime
     earlier = tmp_path / "earlier"
@@ -374,7 +374,7 @@ def test_an_import_is_not_in_an_image_that_was_saved_without_it(
 ) -> None:
     """Imported in the window and closed; the next day a person draws something, and saves."""
     project, entry, receipt = imported(tmp_path, saved=False, data=None)
-    data = project.data(entry)
+    data = project.saved.data(entry)
     later = project.layout.receipt(entry.id).stat().st_mtime + 86400
     os.utime(data, (later, later))
     summary = {"hierarchy": {"nObjects": objects}}

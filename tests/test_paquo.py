@@ -469,7 +469,7 @@ def test_a_save_right_after_ours_is_told(path: Path) -> None:
     project = open_project(path, "files")
     (entry,) = project.images()
     project.write(entry, [FEW], ResultConfig(), result_of(len(FEW)))
-    data = project.data(entry)
+    data = project.saved.data(entry)
     data.parent.mkdir(parents=True)
     data.touch()
     receipt = {"image": "a.svs", "run": "r", "imported": "now", "added": 20, "left_out": 0}
@@ -839,10 +839,10 @@ def test_nuclei_of_another_image_of_the_file_are_refused(tmp_path: Path, process
     result = result_of(4, slide=of_slide)
     with pytest.raises(ImageError, match=r"of 192 x 192 px, but .* 400 x 400 px: re"):
         project.write(entry, [FEW[:4]], ResultConfig(), result)
-    assert not project.files.data(entry).exists()
+    assert not project.files.saved.data(entry).exists()
     of_slide = msgspec.structs.replace(of_slide, size=(192, 192))
     project.write(entry, [FEW[:4]], ResultConfig(), result_of(4, slide=of_slide))
-    assert project.files.data(entry).exists()
+    assert project.files.saved.data(entry).exists()
 
 
 def read_by(process: Any, path: Path) -> tuple[PaquoProject, ImageEntry]:

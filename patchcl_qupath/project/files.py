@@ -11,13 +11,12 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import shapely
 
-from patchcl_qupath.config import CORRECTED, TO_CORRECT, BackendKind, ResultConfig
+from patchcl_qupath.config import BackendKind, ResultConfig
 from patchcl_qupath.datatypes import (
     CorrectionRoi,
     Corrections,
@@ -42,44 +41,32 @@ from patchcl_qupath.project.protocol import Backend
 from patchcl_qupath.project.qpproj import (
     StoredImage,
     StoredProject,
-    as_count,
-    as_object,
     not_brightfield,
     project_file,
     read_project,
 )
+from patchcl_qupath.project.saved import SavedImages
 from patchcl_qupath.slides.pixel_size import PixelSize, PixelSizeSource
 from patchcl_qupath.slides.stain_vectors import H_DAB
 from patchcl_qupath.storage.files import (
     WINDOWS,
     absolute,
-    read_json,
     readable,
     remove_file,
     too_long,
 )
-from patchcl_qupath.storage.geojson import class_name
 from patchcl_qupath.storage.layout import Layout
 from patchcl_qupath.storage.records import (
-    FileSignature,
-    ReceiptRecord,
     RegionSummary,
     ResultRecord,
     RoisRecord,
     are_one_size,
-    data_signature,
-    read_record,
     write_record,
 )
 from patchcl_qupath.timing import utc_now
 
 if TYPE_CHECKING:  # it loads pyarrow
     from patchcl_qupath.storage.parquet import Table
-
-JAVA_OBJECTS = b"\xac\xed\x00\x05"  # the beginning of a file of Java's serialization
-_IMPORTED_PROPERTY = b"patchcl.imported"  # of groovy/import_nuclei.groovy
-_RUN_PROPERTY = b"patchcl.run"
-SAVING_S = 10.0  # QuPath may save an import so long after the script that made it but did not save
 
 
 @dataclass(frozen=True)
@@ -107,6 +94,11 @@ class FilesProject:
     def layout(self) -> Layout:
         """The paths of our own files, beside QuPath's."""
         return Layout(self.path.parent / "patchcl")
+
+    @property
+    def saved(self) -> SavedImages:
+        """The images as QuPath saved them."""
+        return SavedImages(self.layout)
 
     @property
     def qupath_version(self) -> str | None:
@@ -151,14 +143,14 @@ class FilesProject:
             names = " or ".join(classes)
             notes = [f"no annotation of class {names} (it has {classes_text(others)})"]
         again = "run groovy/export_regions.groovy and then this again"
-        if not self.is_current(self.layout.regions(entry.id), entry):
+        if not self.saved.is_current(self.layout.regions(entry.id), entry):
             notes.append(
                 "its annotations were exported before it was last saved in QuPath: if they changed "
                 f"since, {again}"
             )
             return "; ".join(notes)
         for name, exported in found.items():  # times do not tell in a copy of the project
-            if (saved := self.counted(entry, name) or 0) > len(exported):
+            if (saved := self.saved.counted(entry, name) or 0) > len(exported):
                 notes.append(
                     f"{saved:,} annotations of class {name} are saved in QuPath, "
                     f"{len(exported):,} were exported: if that is not meant, {again}"
@@ -172,39 +164,24 @@ class FilesProject:
         """
         file = self.layout.stains(entry.id)
         own, note = read_stains(file, entry.name), None
-        is_current = self.is_current(file, entry)
+        is_current = self.saved.is_current(file, entry)
         if own is not None and not is_current:
             note = (
                 "its stains were exported before it was last saved in QuPath: if they changed "
                 "since, run groovy/export_regions.groovy and then this again"
             )
-        elif not is_current and has_own_stains(self.data(entry)):
+        elif not is_current and has_own_stains(self.saved.data(entry)):
             note = (
                 "its own stain vectors in QuPath were not exported, and QuPath's default ones are "
                 "measured: for its own, run groovy/export_regions.groovy and then this again"
             )
-        stains = own or _stains_of_type(self._image_type(entry.id))
+        stains = own or _stains_of_type(self.saved.image_type(entry.id))
         return replace(entry, stains=stains, note=_all_notes(entry.note, note))
 
     def exported_stains(self, entry: ImageEntry) -> StainVectors | None:
         """The stains that were exported; else QuPath's default ones of an image of type H-DAB."""
         own = read_stains(self.layout.stains(entry.id), entry.name)
-        return own or _stains_of_type(self._image_type(entry.id))
-
-    def is_current(self, file: Path, entry: ImageEntry) -> bool:
-        """Whether an exported file exists, and is newer than the last save of its image.
-
-        Where it is known of which data it was exported, these must be there: an older copy has its
-        own time.
-        """
-        data, source = self.data(entry), self.layout.source(file)
-        if _modified(source) >= _modified(file) > 0:  # no script exported it since
-            known = read_record(source, FileSignature)
-            if known is not None and known != data_signature(data):
-                return False
-        return file.exists() and (
-            not data.exists() or file.stat().st_mtime_ns > data.stat().st_mtime_ns
-        )
+        return own or _stains_of_type(self.saved.image_type(entry.id))
 
     def corrections(self, entry: ImageEntry, roi_class: str) -> Corrections:
         """The ROIs and nuclei that groovy/export_labels.groovy exported.
@@ -226,8 +203,8 @@ class FilesProject:
                 f"roiClass to that in the script, {again}"
             )
         found = labels.corrections(roi_class, entry.mpp, entry.fallback_mpp)
-        is_current = self.is_current(file, entry)
-        saved = self.counted(entry, roi_class) or 0
+        is_current = self.saved.is_current(file, entry)
+        saved = self.saved.counted(entry, roi_class) or 0
         if saved and not found.rois:
             raise ImageError(
                 f"{entry.name}: {saved:,} ROIs of class {roi_class} were not exported: {again}; or "
@@ -255,10 +232,6 @@ class FilesProject:
     def corrected_rois(self, entry: ImageEntry) -> tuple[shapely.Geometry, ...]:
         """The ROIs marked as corrected that groovy/export_labels.groovy exported."""
         return self.labels(entry).corrected_rois
-
-    def data(self, entry: ImageEntry) -> Path:
-        """QuPath's file of an image's objects; there is none for an image that was never saved."""
-        return self.path.parent / "data" / entry.id / "data.qpdata"
 
     def write(
         self,
@@ -290,43 +263,7 @@ class FilesProject:
 
     def qupath_summary(self, entry: ImageEntry) -> QuPathSummary:
         """The state of an image in QuPath: from QuPath's summary, and from the times of files."""
-        objects = as_object(self._summary(entry.id).get("hierarchy"))
-        counts = as_object(objects.get("annotationClassificationCounts"))
-        written = [self.layout.result(entry.id), self.layout.rois(entry.id)]
-        made, imported = max(map(_modified, written)), _modified(self.layout.receipt(entry.id))
-        receipt = read_record(self.layout.receipt(entry.id), ReceiptRecord)
-        saved = _modified(self.data(entry))
-        saving = 0.0 if receipt is None or receipt.saved else SAVING_S
-        return QuPathSummary(
-            to_correct=as_count(counts.get(TO_CORRECT)),
-            corrected=as_count(counts.get(CORRECTED)),
-            is_current=imported >= made > 0,
-            is_saved=receipt is None or self._has_import(entry, receipt, objects.get("nObjects")),
-            saved_later=saved > imported + saving,
-        )
-
-    def counted(self, entry: ImageEntry, name: str) -> int | None:
-        """How many annotations of a class QuPath counted in a saved image; None if unknown."""
-        objects = as_object(self._summary(entry.id).get("hierarchy"))
-        counts = objects.get("annotationClassificationCounts")
-        if not isinstance(counts, dict):
-            return None
-        wanted = class_name(name)
-        return sum(as_count(counts[each]) for each in counts if class_name(each) == wanted)
-
-    def _has_import(self, entry: ImageEntry, receipt: ReceiptRecord, objects: object) -> bool:
-        """Whether what an import did is saved in the image, of which QuPath counted ``objects``.
-
-        An image that is older than its import is another one: a copy of earlier, say. One that was
-        saved later may have been saved without it: by a QuPath in which it was open meanwhile, or
-        after an import that nobody saved.
-        """
-        data = self.data(entry)
-        saved, imported = _modified(data), _modified(self.layout.receipt(entry.id))
-        if receipt.saved and saved <= imported:
-            return saved > 0 and receipt.data in (None, data_signature(data))
-        has_room = receipt.saved or not isinstance(objects, int) or 2 * objects >= receipt.added
-        return saved >= imported and has_room and _may_show(data, receipt.run)
+        return self.saved.summary(entry)
 
     def summarise(self, entry: ImageEntry) -> tuple[RegionSummary, ...]:
         """Only QuPath can read an image's objects. Raises ImageError."""
@@ -356,7 +293,7 @@ class FilesProject:
 
     def _entry(self, image: StoredImage) -> ImageEntry:
         found = self._locator.locate(image.path) if image.path else Location()
-        problem, image_type = image.problem, self._image_type(image.id)
+        problem, image_type = image.problem, self.saved.image_type(image.id)
         if problem is None and image_type == "FLUORESCENCE":
             problem = not_brightfield(image.name)
         if problem is None and found.path is None:
@@ -385,7 +322,7 @@ class FilesProject:
         shown = read_pixel_size(file)
         if shown is None or are_one_size(shown, entry.mpp or (0.0, 0.0)):
             return entry
-        if not self.is_current(file, entry):
+        if not self.saved.is_current(file, entry):
             return entry
         note = None
         if entry.mpp is not None:
@@ -395,15 +332,6 @@ class FilesProject:
                 "save the image there, or export it again"
             )
         return replace(entry, mpp=shown, note=_all_notes(entry.note, note))
-
-    def _image_type(self, id_: str) -> str | None:
-        """The image type that a person set in QuPath, from its summary."""
-        found = self._summary(id_).get("imageType")
-        return None if found is None else str(found)
-
-    def _summary(self, id_: str) -> dict[str, Any]:
-        """The summary that QuPath writes beside an image's objects; empty if never saved."""
-        return read_json(self.path.parent / "data" / id_ / "summary.json") or {}
 
 
 def _stains_of_type(image_type: str | None) -> StainVectors | None:
@@ -420,37 +348,10 @@ def _found(path: Path) -> Path:
     return absolute(path) if WINDOWS and not path.is_symlink() else path.resolve()
 
 
-def _modified(path: Path) -> float:
-    """When a file was written, in s; 0 if there is none, or if its folder may not be read."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
 def _all_notes(*notes: str | None) -> str | None:
     """Remarks as one, each of them once: regions of a run and those to count in may share some."""
     each = "; ".join(filter(None, notes)).split("; ")
     return "; ".join(dict.fromkeys(each)) or None
-
-
-def _may_show(data: Path, run: str) -> bool:
-    """Whether QuPath's file of an image may have the nuclei of a run: unless it says otherwise.
-
-    Imports leave the run in a property of the image, near the end of the file; those of earlier
-    versions did not.
-    """
-    try:
-        with data.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-            if content[: len(JAVA_OBJECTS)] != JAVA_OBJECTS:
-                return True
-            at = content.rfind(_RUN_PROPERTY)
-            if at < 0:
-                return content.rfind(_IMPORTED_PROPERTY) >= 0
-            found = content[at + len(_RUN_PROPERTY) :][: 3 + len(run)]
-    except (OSError, ValueError):  # of an empty file
-        return True
-    return found == b"t" + len(run).to_bytes(2) + run.encode()  # a string, as Java writes it
 
 
 def _lost(image: StoredImage, found: Location, folder: Path) -> str:

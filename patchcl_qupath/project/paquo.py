@@ -31,7 +31,7 @@ from patchcl_qupath.datatypes import (
 )
 from patchcl_qupath.errors import ImageError
 from patchcl_qupath.project.drawn import SELECTED, read_drawn
-from patchcl_qupath.project.files import JAVA_OBJECTS, FilesProject
+from patchcl_qupath.project.files import FilesProject
 from patchcl_qupath.project.installed import find_qupath
 from patchcl_qupath.project.jvm import (
     Done,
@@ -46,6 +46,7 @@ from patchcl_qupath.project.jvm import (
     damaged,
 )
 from patchcl_qupath.project.protocol import Backend
+from patchcl_qupath.project.saved import JAVA_OBJECTS
 from patchcl_qupath.storage.files import (
     copy_once,
     discard,
@@ -139,7 +140,7 @@ class PaquoProject:
     def _export(self, entry: ImageEntry, classes: Sequence[str]) -> None:
         """Have the annotations exported that are saved, unless they were since then."""
         file = self.layout.regions(entry.id)
-        is_current = self.files.is_current(file, entry)
+        is_current = self.files.saved.is_current(file, entry)
         if TMA_CORES in classes and is_current:  # earlier versions exported none
             is_current = any(region.is_core for region in read_drawn(file, entry.name))
         if not is_current and SELECTED not in classes:  # a selection is not saved
@@ -148,7 +149,7 @@ class PaquoProject:
     def with_stains(self, entry: ImageEntry) -> ImageEntry:
         """The image with the stains that are saved, or were exported since then."""
         file = self.layout.stains(entry.id)
-        if self.files.data(entry).exists() and not self.files.is_current(file, entry):
+        if self.files.saved.data(entry).exists() and not self.files.saved.is_current(file, entry):
             self._read(entry, partial(ExportStains, file=file))
         return self.files.with_stains(entry)
 
@@ -159,15 +160,15 @@ class PaquoProject:
     def corrections(self, entry: ImageEntry, roi_class: str) -> Corrections:
         """The ROIs that are saved, and the nuclei in them; or those exported since then."""
         file = self.layout.labels(entry.id)
-        if self.files.is_current(file, entry):
+        if self.files.saved.is_current(file, entry):
             labels = self.files.labels(entry)
             if labels.may_be_of(roi_class):
                 found = self.files.corrections_in(labels, entry, roi_class)
                 if found.rois:  # else an earlier version may have exported another class
                     return found
-        if entry.problem and self.files.counted(entry, roi_class) == 0:
+        if entry.problem and self.files.saved.counted(entry, roi_class) == 0:
             return Corrections()  # it must not keep the others from being trained on
-        if self.files.data(entry).exists():
+        if self.files.saved.data(entry).exists():
             self._read(entry, partial(Export, file=file, roi_class=roi_class))
         return self.files.corrections(entry, roi_class)
 
@@ -191,7 +192,7 @@ class PaquoProject:
         """The ROIs marked as corrected that are saved, or were exported since then."""
         file = self.layout.labels(entry.id)
         is_marked = self.files.qupath_summary(entry).corrected > 0
-        if not is_marked or self.files.is_current(file, entry):
+        if not is_marked or self.files.saved.is_current(file, entry):
             labels = self.files.labels(entry)
             if not is_marked or labels.may_be_of(CORRECTED):
                 return labels.corrected_rois
@@ -228,7 +229,7 @@ class PaquoProject:
         counts = self._change(entry, question).counts
         now = utc_now()
         about = {"image": entry.name, "run": run, "imported": now}
-        saved = data_signature(self.files.data(entry))
+        saved = data_signature(self.files.saved.data(entry))
         receipt = msgspec.convert(about | counts | {"data": saved}, ReceiptRecord)
         write_record(self.layout.receipt(entry.id), receipt)
         return receipt
@@ -247,7 +248,7 @@ class PaquoProject:
             raise ImageError(f"{entry.name} has no PatchCL annotation: do `patchcl-qp run` first")
         if record is not None and not before.saved_later:  # nor is it now, by a person
             if before.is_saved:
-                saved = data_signature(self.files.data(entry))
+                saved = data_signature(self.files.saved.data(entry))
                 record = msgspec.structs.replace(record, saved=True, data=saved)
             write_record(receipt, record)
         return regions
@@ -255,7 +256,7 @@ class PaquoProject:
     def remove(self, entry: ImageEntry) -> str:
         """Remove our nuclei from the image, except those that a person changed."""
         ours = (self.layout.results(entry.id), self.layout.receipt(entry.id))
-        if not any(path.exists() for path in (self.files.data(entry), *ours)):
+        if not any(path.exists() for path in (self.files.saved.data(entry), *ours)):
             remove_file(self.layout.rois(entry.id))
             return "no nuclei"
         counts = self._change(entry, Remove(self._image(entry))).counts
@@ -275,11 +276,11 @@ class PaquoProject:
             name=entry.name,
             slide=entry.path.absolute(),  # a link has the suffix that QuPath goes by
             backups=self.layout.backups(entry.id),
-            data=data_signature(self.files.data(entry)),
+            data=data_signature(self.files.saved.data(entry)),
         )
 
     def _stamps(self, entry: ImageEntry) -> FileStamps:
-        data = self.files.data(entry)
+        data = self.files.saved.data(entry)
         return FileStamps(
             project=data_signature(self.path),
             data=data_signature(data),
@@ -294,7 +295,7 @@ class PaquoProject:
                 f"{entry.name}: QuPath changed the image or its project since this run began, and "
                 "nothing was written into it: close it in QuPath and run again"
             )
-        data = self.files.data(entry)
+        data = self.files.saved.data(entry)
         with self._restored_on_error(entry, data):
             done = self.process.ask(question, partial(logger.warning, "%s: %s", entry.name))
         self.stamps[entry.id] = self._stamps(entry)
@@ -316,7 +317,7 @@ class PaquoProject:
 
     def _check(self, entry: ImageEntry) -> None:
         """Raise ImageError for an image that QuPath cannot open, or should not."""
-        data = self.files.data(entry)
+        data = self.files.saved.data(entry)
         if entry.problem:
             raise ImageError(entry.problem)
         if _last_version(data).exists():
