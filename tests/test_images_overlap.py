@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -49,12 +49,18 @@ def at_once(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[None]:
         yield
 
 
-def run(project: Path, model: Any, workers: Any, progress: Any = lambda _: None) -> list[Any]:
+def run(
+    project: Path,
+    model: Any,
+    workers: Any,
+    progress: Any = lambda _: None,
+    images: Collection[str] = NAMES,
+) -> list[Any]:
     opened = open_project(project, "files")
     this_run = pipeline.Run(
         project=opened, model=model, config=SETTINGS, workers=workers, progress=progress
     )
-    return list(this_run.images(opened.images()))
+    return list(this_run.images([entry for entry in opened.images() if entry.name in images]))
 
 
 @pytest.mark.parametrize("workers", [2, 6])
@@ -110,6 +116,11 @@ def test_the_record_of_a_run_is_not_written_anew_for_each_image(
     for outcome in outcomes:
         layout = open_project(project, "files").layout
         assert read_record(layout.outcome(outcome.id), ImageOutcome) is not None
+    (again,) = run(project, model, client, images=NAMES[1:2])
+    record = read_record(path, RunRecord)
+    assert record is not None
+    assert [image.image for image in record.images] == NAMES, "the others were done before"
+    assert record.images[1] == again
 
 
 def test_stages_overlap_and_tiles_keep_their_order(

@@ -20,7 +20,13 @@ from patchcl_qupath.slides.pixel_size import PixelSize
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.storage.layout import Layout
-from patchcl_qupath.storage.records import ImageOutcome, Provenance, RunRecord, write_record
+from patchcl_qupath.storage.records import (
+    ImageOutcome,
+    Provenance,
+    RunRecord,
+    read_record,
+    write_record,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -165,15 +171,19 @@ def write_run(
     training: dict[str, Any],
     outcomes: Sequence[ImageOutcome],
 ) -> None:
-    """Record a run, with what became of its images so far."""
+    """Record a run, with what became of its images so far: also before it was last continued."""
+    path = layout.run_record(run)
+    before = read_record(path, RunRecord)
+    images = {outcome.id: outcome for outcome in before.images} if before else {}
+    images |= {outcome.id: outcome for outcome in outcomes}
     record = RunRecord(
         **asdict(provenance),
         versions=package_versions(),
         training=training,
-        images=list(outcomes),
+        images=list(images.values()),
     )
     with suppress(StorageError):  # an image on a full disk has said so already
-        write_record(layout.run_record(run), record)
+        write_record(path, record)
 
 
 @cache
