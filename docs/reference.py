@@ -26,7 +26,7 @@ COMMANDS = """\
 # Commands
 
 The output of `patchcl-qp COMMAND --help`. Each command takes the path of a `.qpproj` file or of its
-folder. The exit status is 0 for success, 1 if something failed (everything else is finished), 2
+folder. The exit status is 0 for success, 1 if something failed (the other images are finished), 2
 for wrong usage, and 130 after Ctrl-C.
 """
 
@@ -72,7 +72,7 @@ To use a model on another project, copy its two files, `NAME.pt` and `NAME.json`
 LIBRARY = """\
 # Library
 
-The commands of `patchcl-qp` as functions, for notebooks and scripts:
+Most commands of `patchcl-qp` as functions, for notebooks and scripts:
 
 ```python
 import patchcl_qupath as pq
@@ -86,7 +86,9 @@ nuclei = pq.read_nuclei(project, "slide.svs")
 
 In a script, put the calls below `if __name__ == "__main__":`, because five or more workers are
 divided among processes, which import the script. All errors are subclasses of
-`patchcl_qupath.errors.PatchCLError`. What a command prints as a note is a `UserWarning`.
+`patchcl_qupath.errors.PatchCLError`. What `export`, `score` and `refine`
+print as a note is a `UserWarning`; `segment` has the notes of an image in `note` of its outcome,
+and writes no report: `write_report` does.
 
 Where other programs use the cores, too, start Python on Linux with `OMP_WAIT_POLICY=PASSIVE` in the
 environment, as the command does for itself. Otherwise torch's threads wait by spinning, and

@@ -198,7 +198,13 @@ def run(
 @options.common
 @options.reading
 @options.device
-@click.option("--model", "name", default=DEFAULT_MODEL, help="Name to give the model.")
+@click.option(
+    "--model",
+    "name",
+    default=DEFAULT_MODEL,
+    help="Name to give the model; a label-free one of that name is replaced.",
+    show_default=True,
+)
 @options.seed
 def train(*, common: Common, reading: Reading, name: str, seed: int | None) -> None:
     """Train a model on the slides of PROJECT, without labels."""

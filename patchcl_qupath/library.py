@@ -269,8 +269,9 @@ def refine(
 ) -> Model:
     """Refine a model by CDCL with the ROIs of a class that a person corrected; save it as ``name``.
 
-    Raises TrainingError where there is no such ROI, ImageError for labels that cannot be trained
-    on, ConfigError for a name that no file can have, and for that of the model it begins with.
+    The command's notes on what was drawn are warnings. Raises TrainingError where there is no such
+    ROI, ImageError for labels that cannot be trained on, ConfigError for a name that no file can
+    have, and for that of the model it begins with.
 
     >>> pq.refine(project, model)
     Traceback (most recent call last):
@@ -280,9 +281,12 @@ def refine(
     if _is_saved_as(project.layout.model(name), model):
         raise ConfigError(f"give the refined model another name than {name}")
     with _at_work(project) as project:
-        refined, _ = pipeline.refine_as(
-            name, project, project.images(), model, labels_from, show or hide_progress
+        entries = project.images()
+        refined, corrections = pipeline.refine_as(
+            name, project, entries, model, labels_from, show or hide_progress
         )
+    names = {entry.id: entry.name for entry in entries}
+    _warn(f"{names[id_]}: {note}" for id_, found in corrections.items() for note in found.notes)
     return refined
 
 

@@ -319,7 +319,7 @@ overrides = _bundle(
             "--stain",
             type=click.Choice([*map(str, StainChoice)]),
             help="The stains that are measured. auto, the default: those of the image in QuPath, "
-            "else h-e. Nuclei are found in any.",
+            "else h-e. Nuclei are found in any; with h-dab, brown ones need no hematoxylin.",
         ),
         click.option("--class-name", help="Class of the nuclei in QuPath; default: Nucleus."),
         click.option(
