@@ -16,9 +16,10 @@ from exported import AREAS, make_project, nuclei, rows_of, write
 from slides import write_tiff
 
 import patchcl_qupath
-from patchcl_qupath import library
+from patchcl_qupath import library, pipeline
 from patchcl_qupath.cli import main
 from patchcl_qupath.config import Config, from_dict
+from patchcl_qupath.datatypes import Corrections
 from patchcl_qupath.errors import ConfigError, ImageError, ModelError, ProjectError
 from patchcl_qupath.models.model import Model
 from patchcl_qupath.models.network import NucleusNetwork
@@ -72,6 +73,18 @@ def test_the_name_of_a_refined_model_is_checked_before_it_is_trained(folder, fin
             library.refine(project, fine_model, "fine")
         assert path.read_bytes() == before
         path.with_suffix(".json").unlink(missing_ok=True)  # as of a model that was copied here
+
+
+def test_notes_on_corrections_are_warnings(folder, fine_model, monkeypatch) -> None:
+    project = library.open_project(folder)
+    (entry,) = project.images()
+    found = {entry.id: Corrections(notes=("its ROIs are old", "and few"))}
+    monkeypatch.setattr(pipeline, "refine_as", lambda *_: (fine_model, found))
+    with pytest.warns(UserWarning, match="its ROIs are old|and few") as warned:
+        assert library.refine(project, fine_model) is fine_model
+    expected = [f"{entry.name}: its ROIs are old", f"{entry.name}: and few"]
+    assert [str(each.message) for each in warned] == expected
+    assert {each.filename for each in warned} == {__file__}
 
 
 def test_a_text_is_one_class_and_one_image(folder, fine_model, monkeypatch) -> None:
