@@ -6,7 +6,7 @@ runs/<run>/<image>/                 finished tiles of an image (``execution.tile
 results/<image>/                    nuclei of an image (``project.results``)
 surveys/<image>.parquet             uncertainty grid of an image
 previews/<image>.png                a picture of an image's nuclei
-errors/<image>.png                  a picture of an image's errors, beside ground truth
+errors/<name>-<image>.png           a picture of an image's errors, beside ground truth
 report/index.html                   the report
 report/outcomes/<image>.json        outcome of an image in its last run
 report/tables/                      tables, for the report to link to
