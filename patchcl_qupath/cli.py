@@ -78,7 +78,7 @@ class _Commands(click.Group):
         try:
             return super().main(*arguments, **{"windows_expand_args": False, **options})
         except OSError as error:  # of project files, it is one of those that are foreseen
-            if error.errno != errno.ENOSPC:
+            if error.errno != errno.ENOSPC or error.filename:
                 raise
             click.echo(f"Error: what is printed cannot be written: {error.strerror}", err=True)
             sys.exit(1)

@@ -91,7 +91,7 @@ def train(
 
     ``images`` are names or ids; all where there are none. ``settings`` are those of the guide, as a
     ``Config`` or as nested dictionaries. ``show`` is called with each
-    ``Progress``. Takes two to nine minutes on two cores with the default settings. Raises
+    ``Progress``. Takes two to eleven minutes on two cores with the default settings. Raises
     TrainingError; ConfigError for the name of a refined model.
 
     >>> steps = {"first_steps": 20, "steps": 80, "cdcl_steps": 5, "crop_px": 64}

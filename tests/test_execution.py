@@ -543,6 +543,17 @@ def test_workers_of_this_machine_that_ended_are_not_waited_for_for_good(
                 workers.call(len, "abc")
 
 
+def test_a_run_does_not_begin_with_a_scheduler_that_is_suspended() -> None:
+    """Its connection is there, but nobody answers."""
+
+    def nthreads(**_: Any) -> Any:
+        raise TimeoutError
+
+    workers = execution_workers.Workers(client=SimpleNamespace(nthreads=nthreads))
+    with pytest.raises(ImageError, match="the Dask scheduler went away"):
+        workers.images_at_once()
+
+
 def test_a_large_crowd_that_leaves_at_once_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the network of all workers fails for a moment."""
     workers: Any = SimpleNamespace(are_elsewhere=True, present=dict)

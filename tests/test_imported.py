@@ -383,6 +383,26 @@ def test_an_import_is_not_in_an_image_that_was_saved_without_it(
     assert imported_nuclei(again, entry) == (receipt.nuclei if there else None)
 
 
+@pytest.mark.parametrize(
+    ("properties", "there"),
+    [
+        (b"patchcl.imported", True),  # of an earlier version, which did not leave its run
+        (b"", False),
+        (b"patchcl.imported patchcl.runt\x00\x05run 1", True),
+        (b"patchcl.imported patchcl.runt\x00\x05run 2", False),
+    ],
+)
+def test_the_run_that_an_image_names_is_the_one_whose_nuclei_it_has(
+    tmp_path: Path, properties: bytes, there: bool
+) -> None:
+    project, entry, receipt = imported(tmp_path, saved=False, data=None)
+    data = project.saved.data(entry)
+    later = project.layout.receipt(entry.id).stat().st_mtime + 86400
+    data.write_bytes(b"\xac\xed\x00\x05" + properties)
+    os.utime(data, (later, later))
+    assert imported_nuclei(project, entry) == (receipt.nuclei if there else None)
+
+
 def test_numbers_in_words() -> None:
     assert FIRST.in_words == (
         "210 nuclei found, 209 added, 1 left out: 1 in place of objects of yours"

@@ -12,9 +12,8 @@ Neural Networks: A Core-Set Approach*, ICLR 2018).
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import numpy as np
 import shapely
@@ -44,7 +43,6 @@ _MEASURED = (PROBABILITY, "Hematoxylin: Mean", "Area µm^2")  # of nuclei
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Source = tuple[Path, int | None, str | None]  # of an image: see ImageEntry.source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,15 +245,19 @@ class _Found:
         found = cls(entries=[], candidates=[], corrected=[], problems=[], without=[])
         sources = dict.fromkeys(entry.source for entry in entries)
         slides = {source: k for k, source in enumerate(sources)}
-        unread = found._read_corrected(project, slides)
+        unread = set[int]()
+        for entry in project.images():  # a duplicate of an image may have been corrected
+            copied = slides.get(entry.source)
+            if copied is not None and not found._add_corrected(project, entry, copied):
+                unread.add(copied)
         for entry in entries:
-            if entry.source in unread:
+            slide = slides[entry.source]
+            if slide in unread:
                 continue
             result = read_result(project.layout.result(entry.id))
             if not isinstance(result, ResultRecord):
                 found.without.append(entry.name)
                 continue
-            slide = slides[entry.source]
             try:
                 candidates = _candidates(project, entry, slide, result)
             except PatchCLError as error:
@@ -269,20 +271,14 @@ class _Found:
             )
         return found
 
-    def _read_corrected(self, project: Project, slides: Mapping[Source, int]) -> set[Source]:
-        """Add what was corrected on these slides, in duplicates of the images, too; the slides of
-        which it cannot be read."""
-        unread: set[Source] = set()
-        for entry in project.images():
-            if entry.source in slides:
-                try:
-                    rois = project.corrected_rois(entry)
-                except PatchCLError as error:
-                    self.problems.append(str(error))
-                    unread.add(entry.source)
-                else:
-                    self.corrected.extend((slides[entry.source], roi) for roi in rois)
-        return unread
+    def _add_corrected(self, project: Project, entry: ImageEntry, slide: int) -> bool:
+        """Add the ROIs that were corrected in an image; whether they can be read."""
+        try:
+            self.corrected.extend((slide, roi) for roi in project.corrected_rois(entry))
+        except PatchCLError as error:
+            self.problems.append(str(error))
+            return False
+        return True
 
     def too_small(self, project: Project) -> bool:
         """Whether no image has room for enough tissue: then it is not tissue that is missing."""

@@ -114,7 +114,8 @@ class Workers:
         """How many images should be under way, so that no worker is without a tile.
 
         While the tiles of one image are worked on, the next is prepared, and the last one written.
-        With many workers that takes longer than the tiles do.
+        With many workers that takes longer than the tiles do. Raises ImageError where the scheduler
+        does not answer.
         """
         threads = sum(self._asked_for().values())
         return 1 if threads == 1 else min(_MAX_IMAGES, 2 + threads // 8)

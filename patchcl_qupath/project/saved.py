@@ -35,7 +35,7 @@ class SavedImages:
 
     def data(self, entry: ImageEntry) -> Path:
         """QuPath's file of an image's objects; there is none for an image that was never saved."""
-        return self.layout.root.parent / "data" / entry.id / "data.qpdata"
+        return self._folder(entry.id) / "data.qpdata"
 
     def image_type(self, id_: str) -> str | None:
         """The image type that a person set in QuPath, from its summary."""
@@ -99,7 +99,10 @@ class SavedImages:
 
     def _written_summary(self, id_: str) -> dict[str, Any]:
         """The summary that QuPath writes beside an image's objects; empty if never saved."""
-        return read_json(self.layout.root.parent / "data" / id_ / "summary.json") or {}
+        return read_json(self._folder(id_) / "summary.json") or {}
+
+    def _folder(self, id_: str) -> Path:
+        return self.layout.root.parent / "data" / id_
 
 
 def _modified(path: Path) -> float:

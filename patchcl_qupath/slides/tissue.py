@@ -87,9 +87,11 @@ def _white(brightest: NDArray[np.float64], *, may_be_tissue: bool) -> NDArray[np
     """
     white = np.maximum(brightest, MIN_WHITE)
     density = np.log10(white / np.maximum(brightest, 1))
-    if not may_be_tissue and density.mean() > MIN_DENSITY:
+    if may_be_tissue:
+        return np.asarray(white)
+    if density.mean() > MIN_DENSITY:
         return brightest
-    if may_be_tissue or density.max() - density.min() <= MIN_COLOUR:
+    if density.max() - density.min() <= MIN_COLOUR:
         return np.asarray(white)
     return np.asarray(brightest * max(1.0, MIN_WHITE / brightest.max()))
 
