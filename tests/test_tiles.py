@@ -195,7 +195,9 @@ def test_sample_boxes_of_a_small_image_and_of_glass() -> None:
     assert sample_boxes(np.zeros((2, 3), bool), 16, (30, 45), 256, 5, rng) == []
 
 
-def test_usable_images_yield_the_crops_of_the_others(tmp_path: Path) -> None:
+def test_usable_images_yield_the_crops_of_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     Image.fromarray(tissue_scene(200, 300)).save(tmp_path / "tissue.png")
     Image.fromarray(glass()).save(tmp_path / "glass.png")
     files = ["tissue.png", "glass.png", "missing.png", *["dark.png"] * 3]
@@ -209,6 +211,10 @@ def test_usable_images_yield_the_crops_of_the_others(tmp_path: Path) -> None:
     assert crops.slides == ("0",) * 12
     assert len({(box.row0, box.col0) for box in crops.boxes}) > 6
     assert shown[-1] == (1, 1)
+    (warning,) = caplog.messages
+    assert warning.startswith("not trained on 3 images that cannot be used: ")
+    assert "glass.png shows no tissue" in warning
+    assert "missing.png" in warning
 
 
 @pytest.mark.parametrize("seed", range(4))  # of the order

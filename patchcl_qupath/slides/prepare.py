@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import shapely
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from patchcl_qupath.config import Config
 from patchcl_qupath.datatypes import Box, ImageEntry, StainVectors, level0_to_grid
-from patchcl_qupath.errors import DamagedError, ImageError, SlideError, TrainingError
+from patchcl_qupath.errors import DamagedError, ImageError, SlideError, TrainingError, count_of
 from patchcl_qupath.overlap import Stop, overlapped, usable_cores
 from patchcl_qupath.progress import ShowCount
 from patchcl_qupath.slides.signature import quick_signature, slide_signature
@@ -31,6 +32,8 @@ from patchcl_qupath.slides.tissue import (
 from patchcl_qupath.storage.files import digest, readable
 from patchcl_qupath.storage.records import TILE_FORMAT, FileSignature, to_plain
 
+logger = logging.getLogger(__name__)
+
 _NORMALISER_CROPS = 24  # crops that the normaliser is fitted to
 _NORMALISER_CROP_PX = 256
 _STAINED = 0.15  # mean optical density of the colours
@@ -38,6 +41,7 @@ _STAINED = 0.15  # mean optical density of the colours
 # it is 0.33 at least.
 _GREY = 0.1
 _READ_AT_ONCE = 4  # slides, for training crops
+_REASONS = 5  # that are told of images that cannot be used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,15 +263,21 @@ class TrainingCrops:
         )
 
 
-def _crops_of(
-    entry: ImageEntry, config: Config, count: int
-) -> tuple[str, StainNormaliser, list[tuple[Box, NDArray[np.uint8]]]]:
-    """The id of an image, its normaliser, and tissue crops with their boxes. Raises ImageError."""
+class _ImageCrops(NamedTuple):
+    """Tissue crops of an image, with their boxes; its id in the project, and its normaliser."""
+
+    id: str
+    normaliser: StainNormaliser
+    crops: list[tuple[Box, NDArray[np.uint8]]]
+
+
+def _crops_of(entry: ImageEntry, config: Config, count: int) -> _ImageCrops:
+    """So many crops of an image. Raises ImageError."""
     image, settings = prepare(entry, config), config.patchcl
     if image.normaliser is None:
         raise ImageError(f"{entry.name} shows no tissue")
     crops = image.crops(count, settings.source_px, settings.seed + 1)
-    return image.id, image.normaliser, list(crops)
+    return _ImageCrops(image.id, image.normaliser, [*crops])
 
 
 def training_crops(
@@ -278,7 +288,8 @@ def training_crops(
     """Random tissue crops of up to ``config.patchcl.slides`` images, some read at once.
 
     Of an image and its duplicates in QuPath one is read. Images that cannot be used are left out,
-    and more crops of the others are read. Raises TrainingError, with the reasons, if none is left.
+    with a warning, and more crops of the others are read. Raises TrainingError, with the reasons,
+    if none is left.
     """
     settings = config.patchcl
     order = np.random.default_rng(settings.seed).permutation(len(entries))
@@ -289,34 +300,36 @@ def training_crops(
     shuffled = [*different.values()]
     wanted = min(len(shuffled), settings.slides)
     crops_each = math.ceil(settings.crops / max(1, wanted))
-    images: list[NDArray[np.uint8]] = []
-    normalisers: list[StainNormaliser] = []
-    slides: list[str] = []
-    boxes: list[Box] = []
-    problems: list[str] = []
     usable: list[ImageEntry] = []
+    found: list[_ImageCrops] = []
+    problems: list[str] = []
     at_once = max(1, min(wanted, usable_cores(), _READ_AT_ONCE))
     read = partial(_crops_of, config=config, count=crops_each)
     show_count(0, wanted)
     results = overlapped(read, shuffled, at_once, Stop())
     for entry, result in zip(shuffled, results, strict=True):
         try:
-            image, normaliser, new = result.result()
+            found.append(result.result())
         except ImageError as error:
             problems.append(str(error))
             continue
         usable.append(entry)
-        boxes += [box for box, _ in new]
-        images += [crop for _, crop in new]
-        normalisers += [normaliser] * len(new)
-        slides += [image] * len(new)
         show_count(len(usable), wanted)
         if len(usable) == wanted:
             break
-    if 0 < len(usable) < wanted:  # which must yield the crops of all
-        return training_crops(usable, config, show_count)
-    show_count(len(usable), len(usable))
+    reasons = "; ".join([*problems[:_REASONS], *["and others"][: len(problems) > _REASONS]])
     if not usable:
-        reasons = "; ".join(problems[:5]) or "add some to the project in QuPath"
-        raise TrainingError(f"no image to train on: {reasons}")
-    return TrainingCrops(tuple(images), tuple(normalisers), tuple(slides), tuple(boxes))
+        advice = "add some to the project in QuPath"
+        raise TrainingError(f"no image to train on: {reasons or advice}")
+    if problems:
+        left_out = count_of(len(problems), "image")
+        logger.warning("not trained on %s that cannot be used: %s", left_out, reasons)
+    if len(usable) < wanted:  # which must yield the crops of all
+        return training_crops(usable, config, show_count)
+    show_count(wanted, wanted)
+    return TrainingCrops(
+        images=tuple(crop for image in found for _, crop in image.crops),
+        normalisers=tuple(image.normaliser for image in found for _ in image.crops),
+        slides=tuple(image.id for image in found for _ in image.crops),
+        boxes=tuple(box for image in found for box, _ in image.crops),
+    )
