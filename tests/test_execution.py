@@ -618,6 +618,23 @@ def test_scheduler_whose_first_answer_has_news_of_a_worker_is_asked_again(
     assert len(failed) == 1
 
 
+@pytest.mark.parametrize("address", ["nonsense://x", "tcp://host:port"])
+def test_client_that_cannot_connect_is_closed(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As garbage it would be closed within whatever comes next: for good, in a lock of Dask's."""
+    start, made = distributed.Client.start, []
+
+    def noted(client: distributed.Client, **options: Any) -> None:
+        made.append(client)
+        start(client, **options)
+
+    monkeypatch.setattr(distributed.Client, "start", noted)
+    with pytest.raises(ConfigError, match=f"no Dask scheduler answers at {address}"):
+        check_workers(address)
+    assert [client.status for client in made] == ["closed"]
+
+
 def test_workers_and_failed_tiles_are_logged(
     client: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

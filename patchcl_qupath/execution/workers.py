@@ -368,12 +368,26 @@ def _client_of(address: str) -> Any:
 
 def _connected(scheduler: Any, **options: Any) -> Any:
     """A client of a cluster, or of a scheduler's address; it raises what Dask's own does."""
-    from distributed import Client
+    import distributed
+
+    kind: Any = distributed.Client
+
+    class ClosedOnFailure(kind):  # type: ignore[misc]
+        """Dask closes one that cannot connect for some errors alone. Others would be closed as
+        garbage, by whatever thread is at work: for good, where that begins the loop of another.
+        """
+
+        def start(self, **options: Any) -> None:
+            try:
+                super().start(**options)
+            except BaseException:
+                self.close()
+                raise
 
     try:
-        return Client(scheduler, **options)
+        return ClosedOnFailure(scheduler, **options)
     except AssertionError:  # Dask does not expect news of a worker with the first answer
-        return Client(scheduler, **options)
+        return ClosedOnFailure(scheduler, **options)
 
 
 @contextmanager
