@@ -91,8 +91,9 @@ def train(
 
     ``images`` are names or ids; all where there are none. ``settings`` are those of the guide, as a
     ``Config`` or as nested dictionaries. ``show`` is called with each
-    ``Progress``. Takes two to eleven minutes on two cores with the default settings. Raises
-    TrainingError; ConfigError for the name of a refined model.
+    ``Progress``. Takes two to eleven minutes on two cores with the default settings. Images that
+    cannot be used are left out, with a warning in Python's log. Raises TrainingError; ConfigError
+    for the name of a refined model.
 
     >>> steps = {"first_steps": 20, "steps": 80, "cdcl_steps": 5, "crop_px": 64}
     >>> quick = {"patchcl": {"max_steps": 60, "batch": 2, "crops": 16}, "selftrain": steps}
