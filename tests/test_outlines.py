@@ -137,12 +137,13 @@ def test_nuclei_are_read_whatever_they_are(tmp_path: Path) -> None:
         feature(disc(220, 60), "Tumor: 陽性", "detection"),
         feature(disc(300, 60), "a: b: c"),
         feature(disc(380, 160, 25), None),  # a giant among the others
+        feature(disc(408, 160, 4)),  # small beside it, and laps over its border a little
         feature(disc(500, 300), "Ignore"),  # QuPath ignores it only with an asterisk
         feature(disc(700, 300)),  # outside
     ]
     found = read(tmp_path, *objects)
     assert places(found.nuclei) == {
-        *((60, 60), (140, 60), (220, 60), (300, 60), (380, 160), (500, 300))
+        *((60, 60), (140, 60), (220, 60), (300, 60), (380, 160), (408, 160), (500, 300))
     }
     assert found.left_out == NONE
     assert max(n.area for n in found.nuclei) == pytest.approx(disc(0, 0, 25).area)
@@ -176,7 +177,7 @@ def test_whatever_has_an_ignored_class_is_ignored(tmp_path: Path, kind: str) -> 
 
 def test_an_outline_of_several_pieces_is_a_nucleus_each(tmp_path: Path) -> None:
     """Crumbs beside a large piece are none; holes are filled."""
-    two = disc(60, 60) | disc(140, 60) | disc(240, 60, 1.0)
+    two = disc(60, 60) | disc(140, 60) | disc(240, 60, 2.0)
     holed = disc(60, 200) - disc(60, 200, 3)
     found = read(tmp_path, feature(two), feature(holed))
     assert places(found.nuclei) == {(60, 60), (140, 60), (60, 200)}
@@ -272,6 +273,13 @@ def test_a_small_piece_of_a_roi_is_one_if_it_holds_a_nucleus(tmp_path: Path) -> 
     for rois in (found.rois, labels.corrected_rois):
         assert {roi.bounds for roi in rois} == {(0, 0, 500, 500), small.bounds}
     assert places(found.nuclei) == {(60, 60), (960, 60)}
+
+
+def test_a_duplicate_without_a_class_is_no_region(tmp_path: Path) -> None:
+    """It holds a smaller outline, but one of nearly its size."""
+    twice = [feature(disc(60, 60, 9), None), feature(disc(60, 60, 8))]
+    with pytest.raises(ImageError, match="nuclei overlap in 1 places"):
+        read(tmp_path, *twice)
 
 
 def test_all_overlapping_pairs_of_all_rois_are_listed(tmp_path: Path) -> None:
