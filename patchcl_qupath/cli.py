@@ -114,7 +114,7 @@ def main() -> None:
     multiple=True,
     metavar="CLASS",
     help="Only inside annotations of this class, read from QuPath, or from what "
-    "groovy/export_regions.groovy exported of it; repeat for more.",
+    "export_regions.groovy exported of it; repeat for more.",
 )
 @click.option(
     "--tma",

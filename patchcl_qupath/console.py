@@ -394,8 +394,9 @@ def _print_steps(project: Project) -> None:
         f"patchcl-qp refine {quoted(project.path)}",
     ]
     if not project.backend.writes_into_qupath:
-        steps.insert(0, "in QuPath, run groovy/import_nuclei.groovy for the project")
-        steps.insert(-1, "run groovy/export_labels.groovy, too")
+        scripts = f"patchcl-qp scripts {quoted(project.path)} adds it to its menu"
+        steps.insert(0, f"in QuPath, run import_nuclei.groovy for the project ({scripts})")
+        steps.insert(-1, "run export_labels.groovy, too")
     click.echo("Next:")
     for number, step in enumerate(steps, start=1):
         click.echo(f"  {number}. {step}")

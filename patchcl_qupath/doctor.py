@@ -72,7 +72,7 @@ def _qupath(folder: Path | None) -> Finding:
     try:
         return Finding("QuPath", find_qupath(folder), "it writes nuclei into projects by itself")
     except ProjectError as error:
-        note = f"{error}. Without it, nuclei are left as files: groovy/import_nuclei imports them"
+        note = f"{error}. Without it, nuclei are left as files: import_nuclei.groovy imports them"
         return Finding("QuPath", None, note)
 
 

@@ -602,7 +602,7 @@ def test_rois_that_were_corrected_after_the_export_are_missed(folder, roi_class)
             ],
             r"nuclei overlap in 1 places of the ROI .*: delete one of each.*: at x 60\d, y 700 px",
         ),
-        ([{"geometry": 1}], "is damaged: run groovy/export_labels.groovy"),
+        ([{"geometry": 1}], "is damaged: run export_labels.groovy"),
     ],
 )
 def test_labels_that_cannot_be_trained_on_are_refused(folder, features, message):

@@ -160,7 +160,7 @@ def test_own_stains_that_were_not_exported_are_a_note(folder: Path) -> None:
         save(folder, "H&E modified", *changed)
         entry = with_stains(folder)
         assert entry.stains is None
-        assert re.fullmatch(r"its own stain vectors .* run groovy/export_regions.*", entry.note)
+        assert re.fullmatch(r"its own stain vectors .* run export_regions.*", entry.note)
     file = export(folder, OWN)
     assert (with_stains(folder).stains, with_stains(folder).note) == (OWN, None)
     export(folder, None)  # and then a person set them
@@ -196,7 +196,7 @@ def test_stains_that_cannot_be_separated_are_refused(
 @pytest.mark.parametrize("content", ["{", "[]", '{"stains": []}', '{"type": "", "stains": [1]}'])
 def test_a_damaged_export_is_an_error(folder: Path, content: str) -> None:
     export(folder, OWN).write_text(content)
-    with pytest.raises(ImageError, match=r"1\.json is damaged: run groovy/export_regions"):
+    with pytest.raises(ImageError, match=r"1\.json is damaged: run export_regions"):
         with_stains(folder)
 
 

@@ -253,7 +253,7 @@ def test_suggest_from_the_command_line(path: Path, ran: tuple[Path, Nuclei]) -> 
 
     shown = call("suggest", path, "--rois", 90).stdout
     assert "there are no more ROIs" in shown
-    assert "run groovy/import_nuclei.groovy" in shown
+    assert "run import_nuclei.groovy" in shown
     (row,) = json.loads(call("status", path, "--json").stdout)["images"]
     assert row["changed"] == ["not in QuPath yet"]
     assert call("remove", path).exit_code == 0

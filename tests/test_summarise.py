@@ -135,4 +135,4 @@ def test_without_qupath_a_script_counts(tmp_path: Path) -> None:
     path = qupath.make_project(tmp_path / "project", SLIDE, ["a.svs"])
     done = CliRunner().invoke(main, ["summarise", str(path), "--backend", "files"])
     assert done.exit_code == 1
-    assert "run groovy/summarise.groovy there, or pass --qupath DIR" in done.stderr
+    assert "run summarise.groovy there, or pass --qupath DIR" in done.stderr

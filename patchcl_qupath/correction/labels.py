@@ -117,7 +117,7 @@ def read_corrected(
         raise TrainingError(
             f"no image has an annotation of class {labels_from}: have some suggested by "
             "`patchcl-qp suggest`, or draw some in QuPath, correct every nucleus in them, set "
-            "that class, and save (without a QuPath here, run groovy/export_labels.groovy there)"
+            "that class, and save (without a QuPath here, run export_labels.groovy there)"
         )
     if not any(labels.nuclei for _, labels in labelled):
         raise TrainingError(

@@ -38,7 +38,7 @@ from patchcl_qupath.slides.stain_vectors import H_DAB, H_E, flaw, without_roundi
 from patchcl_qupath.storage.files import read_json
 from patchcl_qupath.storage.geojson import Objects, class_name, read_objects
 
-_EXPORT = "run groovy/export_regions.groovy on it in QuPath, then run again"
+_EXPORT = "run export_regions.groovy on it in QuPath, then run again"
 _PIXEL_SIZE = "pixel_size_um"
 _CORE = "tmaCore"  # QuPath's name of the type
 _KINDS = {  # by QuPath's image type
@@ -156,14 +156,14 @@ def read_stains(path: Path, image: str) -> StainVectors | None:
         return None
     except Exception as error:  # not JSON, of any other form
         raise ImageError(
-            f"{image}: {path} {_flaw(error)}: run groovy/export_regions.groovy on it in QuPath, or "
+            f"{image}: {path} {_flaw(error)}: run export_regions.groovy on it in QuPath, or "
             "delete the file, then run again"
         ) from error
     if problem:
         raise ImageError(
             f"{image}: {problem}: double-click a stain in QuPath's Image tab and set it anew, or "
             "set the image type again for the default stains; save (without a QuPath here, run "
-            "groovy/export_regions.groovy there), and run again"
+            "export_regions.groovy there), and run again"
         )
     return without_rounding(stains)
 
@@ -217,8 +217,7 @@ class ExportedLabels:
             objects = read_objects(path) if path.exists() else None
         except Exception as error:  # not JSON, of any other form
             raise ImageError(
-                f"{image}: {path} {_flaw(error)}: run groovy/export_labels.groovy on it in QuPath "
-                "again"
+                f"{image}: {path} {_flaw(error)}: run export_labels.groovy on it in QuPath again"
             ) from error
         return cls(image=image, objects=objects)
 

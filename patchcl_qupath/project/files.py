@@ -142,7 +142,7 @@ class FilesProject:
         else:
             names = " or ".join(classes)
             notes = [f"no annotation of class {names} (it has {classes_text(others)})"]
-        again = "run groovy/export_regions.groovy and then this again"
+        again = "run export_regions.groovy and then this again"
         if not self.saved.is_current(self.layout.regions(entry.id), entry):
             notes.append(
                 "its annotations were exported before it was last saved in QuPath: if they changed "
@@ -168,12 +168,12 @@ class FilesProject:
         if own is not None and not is_current:
             note = (
                 "its stains were exported before it was last saved in QuPath: if they changed "
-                "since, run groovy/export_regions.groovy and then this again"
+                "since, run export_regions.groovy and then this again"
             )
         elif not is_current and has_own_stains(self.saved.data(entry)):
             note = (
                 "its own stain vectors in QuPath were not exported, and QuPath's default ones are "
-                "measured: for its own, run groovy/export_regions.groovy and then this again"
+                "measured: for its own, run export_regions.groovy and then this again"
             )
         stains = own or _stains_of_type(self.saved.image_type(entry.id))
         return replace(entry, stains=stains, note=_all_notes(entry.note, note))
@@ -196,7 +196,7 @@ class FilesProject:
     ) -> Corrections:
         """The same, of a file that was read. Raises ImageError as ``corrections`` does."""
         file = self.layout.labels(entry.id)
-        again = "run groovy/export_labels.groovy in QuPath, and refine again"
+        again = "run export_labels.groovy in QuPath, and refine again"
         if not labels.may_be_of(roi_class):
             raise ImageError(
                 f"{entry.name}: {file} was not exported for ROIs of class {roi_class}: set "
@@ -268,7 +268,7 @@ class FilesProject:
     def summarise(self, entry: ImageEntry) -> tuple[RegionSummary, ...]:
         """Only QuPath can read an image's objects. Raises ImageError."""
         raise ImageError(
-            f"{entry.name}: nuclei in QuPath are counted by QuPath: run groovy/summarise.groovy "
+            f"{entry.name}: nuclei in QuPath are counted by QuPath: run summarise.groovy "
             "there, or pass --qupath DIR"
         )
 
