@@ -890,6 +890,20 @@ def test_an_export_that_fails_leaves_the_old_file(
     assert [file.name for file in path.parent.iterdir()] == ["nuclei.csv"]
 
 
+@pytest.mark.parametrize("to", ["csv", "geojson"])
+def test_where_the_project_cannot_be_written_to_another_place_is_named(
+    project: Project, tmp_path: Path, to: str
+) -> None:
+    project.layout.exports.write_text("a file in the way of the folder")
+    done = call(project.path, "--to", to)
+    assert done.exit_code == 1
+    assert "cannot write" in done.stderr
+    assert done.stderr.strip().endswith(
+        "move that file away; or export elsewhere, by --output FOLDER"
+    )
+    assert call(project.path, "--to", to, "--output", tmp_path / "here").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from patchcl_qupath.config import ExportFormat, ExportRows
 from patchcl_qupath.datatypes import ImageEntry, names_text
-from patchcl_qupath.errors import ConfigError, ImageError, ProjectError, quoted
+from patchcl_qupath.errors import ConfigError, ImageError, ProjectError, StorageError, quoted
 from patchcl_qupath.exports.geojson import (
     cells_file,
     is_export,
@@ -186,8 +186,13 @@ def export(project: Project, entries: Sequence[ImageEntry], request: Request) ->
     if request.per in (ExportRows.REGION, ExportRows.CORE):
         notes += _not_counted(images, request.per)
     written: list[tuple[Path, int]] = []
-    for file in _FILES[request.to](project, images, request):
-        written += _written(file, problems)
+    try:
+        for file in _FILES[request.to](project, images, request):
+            written += _written(file, problems)
+    except StorageError as error:
+        if request.output is not None:
+            raise
+        raise StorageError(f"{error}; or export elsewhere, by --output FOLDER") from error
     if request.excel:
         notes += [
             f"{path} has {rows:,} rows, and Excel shows {_EXCEL_ROWS:,}: export fewer images, or "
