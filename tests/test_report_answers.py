@@ -17,6 +17,7 @@ from PIL import Image
 from patchcl_qupath.answers.positivity import Positivity
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import Box, DrawnRegion, centroids_of
+from patchcl_qupath.errors import StorageError
 from patchcl_qupath.pipeline import Model
 from patchcl_qupath.project import NewImage, Project, init_project, open_project
 from patchcl_qupath.report import downloads
@@ -238,6 +239,30 @@ def test_a_table_that_cannot_be_written_costs_no_page(tmp_path: Path) -> None:
     write(project, 0, nuclei("a"))
     (project.layout.report / "tables" / "images.csv").mkdir(parents=True)  # as if it were open
     (project.layout.report / "tables" / "images.csv" / "x").touch()
-    assert call("report", project.path).exit_code == 0
+    done = call("report", project.path)
+    assert done.exit_code == 0
+    assert "WARNING: the report has no link to images.csv: cannot write" in done.stderr
     assert "tables/images.csv" not in page_of(project)
     assert "tables/nuclei.csv" in page_of(project)
+
+
+def test_a_table_for_which_there_is_no_room_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it there would be room for the page, and nobody would see that it is gone."""
+    project = make_project(tmp_path / "made", ["a.svs"])
+    write(project, 0, nuclei("a"))
+    assert call("report", project.path).exit_code == 0
+    table = project.layout.report / "tables" / "nuclei.csv"
+    before = table.read_bytes()
+    write_csv = downloads.write_csv
+
+    def full(path: Path, *more: Any, **options: Any) -> int:
+        if path == table:
+            raise StorageError(f"cannot write {path}: the disk is full")
+        return write_csv(path, *more, **options)
+
+    monkeypatch.setattr(downloads, "write_csv", full)
+    assert "no link to nuclei.csv: cannot write" in call("report", project.path).stderr
+    assert "tables/nuclei.csv" not in page_of(project)
+    assert table.read_bytes() == before

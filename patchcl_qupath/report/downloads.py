@@ -45,7 +45,8 @@ class Download(NamedTuple):
 def write_downloads(project: Project) -> list[Download]:
     """Write the tables beside the report, as Excel opens them; those that are empty are removed.
 
-    One that cannot be written, as Excel has it open say, is left out: it costs no report.
+    One that cannot be written, as Excel has it open say, stays as it was, and the report does not
+    link to it, with a warning: it costs no report.
     """
     entries = project.images()
     images = told_apart(_images(project, entries), entries)
@@ -55,9 +56,9 @@ def write_downloads(project: Project) -> list[Download]:
         name = f"{TABLE_NAMES[per]}.csv"
         try:
             rows = _write(folder / name, images, per)
-        except StorageError:
-            logger.info("no table beside the report", exc_info=True)
-            rows = 0
+        except StorageError as error:
+            logger.warning("the report has no link to %s: %s", name, error)
+            continue
         if rows:
             written.append(Download(f"{_FOLDER}/{name}", name, words))
         else:
