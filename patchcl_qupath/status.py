@@ -11,13 +11,13 @@ from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.changed import changed_since
 from patchcl_qupath.project.imported import imported_nuclei
+from patchcl_qupath.project.models import model_record
 from patchcl_qupath.storage.records import (
     ImageOutcome,
     Imported,
     Record,
     RemovedRecord,
     ResultRecord,
-    read_model_record,
     read_record,
     read_result,
 )
@@ -114,7 +114,7 @@ def _changed(
 def _models(project: Project) -> dict[str, str]:
     """The project's present models: name -> digest, "" where it is not known."""
     weights = [path.with_suffix(".pt") for path in project.layout.model_records()]
-    records = {path.stem: read_model_record(path) for path in weights if path.exists()}
+    records = {path.stem: model_record(path) for path in weights if path.exists()}
     return {name: record.digest if record else "" for name, record in records.items()}
 
 

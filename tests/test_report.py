@@ -33,6 +33,7 @@ from patchcl_qupath.segmentation.uncertainty import merge_grids, sampling_points
 from patchcl_qupath.slides.prepare import PreparedImage
 from patchcl_qupath.slides.slide import Slide
 from patchcl_qupath.slides.stain_vectors import H_E
+from patchcl_qupath.status import image_status
 from patchcl_qupath.storage.parquet import read_nuclei
 from patchcl_qupath.storage.records import file_signature
 
@@ -320,20 +321,34 @@ def test_an_image_without_nuclei_has_no_notes_on_them(copy):
     assert find_image(project, second).warnings == ("its nuclei were removed",)
 
 
-def test_training_is_not_shown_of_weights_that_were_copied_alone(copy, model):
-    """The record beside them is of the model that had their name."""
+def test_training_that_is_shown_is_that_of_the_weights(copy, model):
+    """Of weights that were copied alone, the record beside them is of another model; so it is where
+    a training was killed as it saved one."""
     project, models = open_project(copy), copy / "patchcl" / "models"
+    entry = project.images()[0]
     images = [find_image(project, entry) for entry in project.images()]
-    (found,) = find_models(project, images)
-    assert (found.name, found.images) == ("patchcl", [images[0].name, HOSTILE])
-    weights = (models / "patchcl.pt").read_bytes()
+    users = [images[0].name, HOSTILE]
+
+    def shown():
+        is_retrained = "model retrained" in image_status(project, entry).changed
+        found = find_models(project, images)
+        return [(each.record.digest, each.images) for each in found], is_retrained
+
+    assert shown() == ([(model.digest, users)], False)
+    weights, record = models / "patchcl.pt", models / "patchcl.json"
     other = replace(model, threshold=0.25)  # with a digest of its own
-    (models / "patchcl.pt").write_bytes(other.save(copy / "elsewhere", "patchcl").read_bytes())
-    assert find_models(project, images) == []
-    (models / "patchcl.pt").unlink()
-    assert [found.name for found in find_models(project, images)] == ["patchcl"]
-    (models / "patchcl.pt").write_bytes(weights)
-    assert [found.name for found in find_models(project, images)] == ["patchcl"]
+    written = other.save(copy / "elsewhere", "patchcl")
+    shutil.copy(written, weights)
+    assert shown() == ([(other.digest, [])], True)
+    model.save(models, "patchcl")
+    shutil.copy(written.with_suffix(".json"), record)
+    assert shown() == ([(model.digest, users)], False)
+    weights.write_bytes(b"damaged")
+    assert shown() == ([], True)
+    weights.unlink()
+    model.save(models, "patchcl")
+    weights.unlink()
+    assert shown()[0] == [(model.digest, users)]
 
 
 def test_damaged_files_leave_a_page(copy):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 
 from patchcl_qupath.config import DEFAULT_MODEL, REFINED_MODEL
-from patchcl_qupath.errors import ConfigError, quoted
+from patchcl_qupath.errors import ConfigError, ModelError, quoted
 from patchcl_qupath.project.protocol import Project
+from patchcl_qupath.storage.records import ModelRecord, read_model_record
 
 
 def existing_model(project: Project, name: str) -> Path:
@@ -29,3 +31,18 @@ def existing_model(project: Project, name: str) -> Path:
         f"no model {name} in {project.path}: {hint} Only the model {DEFAULT_MODEL} is trained by "
         f"itself: {advice}"
     )
+
+
+def model_record(weights: Path) -> ModelRecord | None:
+    """The record of a model: the one beside its weights or, where that is of others, that in them.
+
+    So a training leaves them that is killed as it saves a model, and a person who copies weights
+    alone. None for weights that cannot be used.
+    """
+    if (record := read_model_record(weights)) is not None:
+        return record
+    from patchcl_qupath.models.model import Model  # which is slow to import
+
+    with suppress(ModelError):
+        return Model.load(weights).record
+    return None

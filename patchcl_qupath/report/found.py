@@ -9,6 +9,7 @@ from patchcl_qupath.datatypes import ImageEntry
 from patchcl_qupath.project import Project
 from patchcl_qupath.project.changed import changed_since
 from patchcl_qupath.project.imported import imported_nuclei
+from patchcl_qupath.project.models import model_record
 from patchcl_qupath.storage.files import digest
 from patchcl_qupath.storage.layout import CHANGES, FIGURES
 from patchcl_qupath.storage.records import (
@@ -21,7 +22,6 @@ from patchcl_qupath.storage.records import (
     ResultRecord,
     RunRecord,
     Summary,
-    read_model_record,
     read_record,
     read_result,
 )
@@ -203,8 +203,7 @@ def find_models(project: Project, images: list[FoundImage]) -> list[FoundModel]:
     models = []
     for path in project.layout.model_records():
         weights = path.with_suffix(".pt")
-        # Of weights that were copied here alone, it is the record of others.
-        record = read_model_record(weights) if weights.exists() else read_record(path, ModelRecord)
+        record = model_record(weights) if weights.exists() else read_record(path, ModelRecord)
         if record is not None:
             used = [i.name for i in images if i.result and i.result.model == record.digest]
             models.append(FoundModel(path.stem, record, used))
