@@ -35,6 +35,7 @@ from patchcl_qupath import library
 from patchcl_qupath.cli import main
 from patchcl_qupath.datatypes import FailedTile, Nuclei
 from patchcl_qupath.errors import ImageError, ProjectError
+from patchcl_qupath.exports import command
 from patchcl_qupath.exports.images import ExportedImage, exported_image, told_apart
 from patchcl_qupath.project import Project, open_project
 from patchcl_qupath.project.drawn import SELECTED
@@ -42,6 +43,7 @@ from patchcl_qupath.report.found import find_image
 from patchcl_qupath.report.page import write_report
 from patchcl_qupath.slides.stain_vectors import H_DAB, H_E
 from patchcl_qupath.status import image_status, image_statuses
+from patchcl_qupath.storage.files import exclusive_lock
 from patchcl_qupath.storage.geojson import read_objects, to_object
 from patchcl_qupath.storage.records import (
     ImageOutcome,
@@ -863,6 +865,48 @@ def test_damage_within_a_table_costs_one_image(
     assert Path(file["path"]).exists()
     if to == "csv":
         assert {row["Image"] for row in rows_of(Path(file["path"]))} == {whole.name}
+
+
+@pytest.mark.parametrize("to", ["csv", "parquet", "geojson", "visium-hd"])
+def test_nuclei_that_a_run_replaces_meanwhile_cost_one_image(
+    project: Project, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    """They are not those of the record that was read, which has their class and columns."""
+    replaced, whole = project.images()
+    written = command._written
+    runs = [nuclei("a", 3)]
+
+    def late(*arguments: Any) -> Any:
+        while runs:
+            write(project, 0, runs.pop())
+        return written(*arguments)
+
+    monkeypatch.setattr(command, "_written", late)
+    done = call(project.path, "--to", to, "--json")
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    assert found["problems"] == [
+        f"{replaced.name}: its nuclei were replaced while they were exported: export again"
+    ]
+    (file,) = found["files"]
+    assert file["rows"] == 2
+    if to == "csv":
+        assert {row["Image"] for row in rows_of(Path(file["path"]))} == {whole.name}
+    assert call(project.path, "--to", to).exit_code == 0
+
+
+def test_nuclei_that_a_killed_run_was_replacing_are_exported(project: Project) -> None:
+    """Unless a process is at work, which is about to replace them itself."""
+    results = project.layout.results(project.images()[0].id)
+    before = results.with_name(f".{results.name}.0a1b2c3d.partial.old")
+    with exclusive_lock(project.layout.root):
+        results.rename(before)
+        assert "has no nuclei: segment it first" in call(project.path).stderr
+        assert before.exists()
+    done = call(project.path)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert results.exists()
+    assert not before.exists()
 
 
 def test_where_all_nuclei_are_damaged_there_is_no_file(project: Project) -> None:

@@ -200,7 +200,7 @@ def test_damaged_nuclei_are_never_read(tmp_path):
     path, nuclei = tmp_path / "nuclei.parquet", some_nuclei(700)
     table = to_table(nuclei)
     pq.write_table(table, path, **encoding(table.column_names))
-    image = SimpleNamespace(id="1", name="a.svs", nuclei=path)
+    image = SimpleNamespace(id="1", name="a.svs", nuclei=path, check_current=lambda: None)
     some_areas = shapely.box(*np.transpose(shapely.bounds(nuclei.polygons[200:210])))
     readers = {
         "nuclei": lambda: to_table(read_nuclei(path)),

@@ -45,6 +45,7 @@ def write_qupath(path: Path, image: ExportedImage) -> int:
                 file.write((b",\n" if count else b"") + feature)
                 count += 1
         file.write(_END)
+        image.check_current()
     return count
 
 

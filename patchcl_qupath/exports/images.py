@@ -22,7 +22,7 @@ from patchcl_qupath.project.drawn import OUR_REGION, counted_class, read_drawn
 from patchcl_qupath.project.names import in_qupath
 from patchcl_qupath.slides.pyramid import IMAGE_SUFFIXES
 from patchcl_qupath.storage.files import readable
-from patchcl_qupath.storage.layout import file_name
+from patchcl_qupath.storage.layout import RESULT, file_name
 from patchcl_qupath.storage.parquet import CELL, parquet_source
 from patchcl_qupath.storage.records import RemovedRecord, ResultRecord, Summary, read_result
 
@@ -46,9 +46,9 @@ class ExportedImage:
 
     ``name_in_tables`` ends with the id where another image has the same name, and so does
     ``file_name``, which has no suffix, and ``element_name``, in SpatialData (``told_apart``).
-    ``nuclei`` is their file, ``columns`` the names in it, ``folder`` the folder of that file;
-    ``regions`` are those that the run counted nuclei in. ``notes`` are for people. Tables have the
-    names of ``qupath_version``, that of the project.
+    ``result`` is the record of its nuclei, ``nuclei`` their file, ``columns`` the names in it,
+    ``folder`` the folder of both; ``regions`` are those that the run counted nuclei in. ``notes``
+    are for people. Tables have the names of ``qupath_version``, that of the project.
     """
 
     id: str
@@ -67,6 +67,19 @@ class ExportedImage:
     def shown(self, measurement: str) -> str:
         """The name of a measurement in tables."""
         return in_qupath(measurement, self.qupath_version)
+
+    def check_current(self) -> None:
+        """Raise ImageError where a run has replaced the nuclei since ``result`` was read: what is
+        read of them is of that one then."""
+        try:
+            is_current = read_result(self.folder / RESULT) == self.result
+        except StorageError:
+            is_current = False
+        if not is_current:
+            raise DamagedNucleiError(
+                f"{self.name}: its nuclei were replaced while they were exported: export again",
+                self.id,
+            )
 
     @property
     def has_cells(self) -> bool:
@@ -234,7 +247,7 @@ def _element_names(names: Sequence[str], endings: Sequence[str]) -> list[str]:
 
 
 class DamagedNucleiError(ImageError):
-    """A file of nuclei cannot be read; ``image`` is the id of their image."""
+    """A file of nuclei cannot be read, or is not that of before; ``image`` is the id of theirs."""
 
     def __init__(self, message: str, image: str) -> None:
         super().__init__(message, image)

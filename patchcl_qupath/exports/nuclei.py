@@ -90,10 +90,11 @@ def measurement_names(image: ExportedImage) -> list[str]:
 def read_batches(image: ExportedImage, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The nuclei of an image as they are on disk, some at a time: all columns, or some.
 
-    Raises ImageError.
+    Raises ImageError, too, where they were replaced meanwhile.
     """
     with _reading(image):
         yield from parquet.read_batches(image.nuclei, columns)
+    image.check_current()
 
 
 @contextmanager

@@ -53,6 +53,7 @@ from patchcl_qupath.storage.files import (
     absolute,
     readable,
     remove_file,
+    restore_replaced,
     too_long,
 )
 from patchcl_qupath.storage.layout import Layout
@@ -84,11 +85,16 @@ class FilesProject:
     def open(cls, path: Path) -> FilesProject:
         """The project of a .qpproj file, or of a folder that holds one. Raises ProjectError."""
         path = _found(project_file(path))
-        return cls(path, read_project(path))
+        return cls(path, read_project(path))._restored()
 
     def reread(self) -> FilesProject:
         """The project as it is on disk now. Raises ProjectError."""
-        return replace(self, stored=read_project(self.path))
+        return replace(self, stored=read_project(self.path))._restored()
+
+    def _restored(self) -> FilesProject:
+        """The project, with the results that a run was replacing as it was killed."""
+        restore_replaced(self.layout.root, self.layout.replaced())
+        return self
 
     @property
     def layout(self) -> Layout:

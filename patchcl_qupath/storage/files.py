@@ -174,6 +174,17 @@ def remove_partial_files(folder: Path) -> None:
                 discard(leftover)
 
 
+def restore_replaced(root: Path, folders: Sequence[Path]) -> None:
+    """Give what a killed process was replacing in some folders its name back, as one that has the
+    lock of ``root`` does; nothing where another process has it, or where it cannot be had."""
+    left = [item for folder in folders for item in folder.glob(".*.partial.old")]
+    if left:
+        with suppress(OSError), FileLock(root / ".lock", timeout=0, fallback_to_soft=False):
+            for item in left:
+                with suppress(OSError):
+                    _restore(item)
+
+
 def _restore(leftover: Path) -> None:
     """Rename a folder that was being replaced back, where the new one did not come.
 

@@ -79,6 +79,10 @@ class Layout:
         """The folder of an image's nuclei."""
         return self.root / "results" / image
 
+    def replaced(self) -> list[Path]:
+        """The folders in which folders of images are replaced that nothing else makes again."""
+        return [self.root / "results", self.root / "changes"]
+
     def result(self, image: str) -> Path:
         """The provenance of an image's nuclei."""
         return self.results(image) / RESULT
