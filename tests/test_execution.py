@@ -744,7 +744,7 @@ def test_job_that_is_not_described_is_asked_for(queue: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"cores": 0}, "integer division or modulo by zero"),
+        ({"cores": 0}, "(integer )?division (or modulo )?by zero"),  # by version of Python
         ({"processes": 0}, "division by zero"),
         ({"log-directory": os.devnull + "/logs"}, r"\[Errno \d+\] .*logs"),
         ({"job-script-prologue": 5}, "'int' object is not iterable"),
