@@ -6,10 +6,12 @@ examples run on a copy of the sample project.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,14 +71,16 @@ def create_project(
 
     ``mpp`` is the pixel size, in µm, of images whose file has no usable one; of several images in a
     file, the one is taken that QuPath's Bio-Formats shows. Raises ProjectError where there is a
-    project already, SlideError for an image that cannot be read.
+    project already, SlideError for an image that cannot be read, ConfigError for an ``mpp`` that is
+    no length.
 
     >>> project = pq.create_project("new_project", ["sample_project/CMU-1-Small-Region.svs"])
     >>> project.path.name
     'project.qpproj'
     """
     paths = [Path(images)] if isinstance(images, str | Path) else [*map(Path, images)]
-    new = [NewImage.of_file(image, mpp) for image in one_of_each_slide(paths)]
+    size = None if mpp is None else _length(mpp)
+    new = [NewImage.of_file(image, size) for image in one_of_each_slide(paths)]
     return open_project(init_project(Path(folder), new))
 
 
@@ -333,9 +337,21 @@ def _warn(notes: Iterable[str]) -> None:
         warnings.warn(note, stacklevel=3)
 
 
-def _several(names: Sequence[str]) -> tuple[str, ...]:
-    """Some names; a text is one name, not that of each of its letters."""
-    return (names,) if isinstance(names, str) else tuple(names)
+def _length(um: object) -> float:
+    """A length in µm, of numpy, too. Raises ConfigError."""
+    length = float(um) if not isinstance(um, bool) and isinstance(um, Real) else math.nan
+    if not 0 < length < math.inf:
+        raise ConfigError(f"mpp is a number of µm above 0, not {um!r}")
+    return length
+
+
+def _several(names: object) -> tuple[str, ...]:
+    """Some names; a text is one name, not that of each of its letters. Raises ConfigError."""
+    if isinstance(names, str):
+        return (names,)
+    if not isinstance(names, Iterable):
+        raise ConfigError(f"{names!r} is no name, nor several: pass text, or a list of it")
+    return tuple(names)
 
 
 def _one_of(kind: type[Choice], name: str) -> Choice:
@@ -348,7 +364,17 @@ def _one_of(kind: type[Choice], name: str) -> Choice:
 def _config(settings: Settings) -> Config:
     if settings is None or isinstance(settings, Config):
         return settings or Config()
-    return from_dict(settings)
+    return from_dict(_tables(settings))
+
+
+def _tables(settings: object) -> Mapping[str, Any]:
+    """Settings as nested dictionaries. Raises ConfigError for anything else."""
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"settings are a Config, or nested dictionaries, not {settings!r}: read those of a "
+            "file by Python's tomllib"
+        )
+    return settings
 
 
 def _config_of_run(settings: Settings, model: Model) -> Config:
@@ -357,7 +383,7 @@ def _config_of_run(settings: Settings, model: Model) -> Config:
         return model.config
     if isinstance(settings, Config):
         return settings
-    if unlike := unlike_training(settings, to_dict(model.config)):
+    if unlike := unlike_training(_tables(settings), to_dict(model.config)):
         raise ConfigError(f"the model was trained with {unlike}: leave that out, or train another")
     config = from_dict(settings)
     if "mpp" in settings.get("slide", {}):

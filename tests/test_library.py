@@ -4,6 +4,7 @@ import doctest
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 import shapely
 import torch
 from click.testing import CliRunner
-from conftest import copy_sample
+from conftest import ROOT, copy_sample
 from exported import AREAS, make_project, nuclei, rows_of, write
+from PIL import Image
 from slides import write_tiff
 
 import patchcl_qupath
@@ -163,6 +165,30 @@ def test_what_a_command_notes_is_a_warning_of_the_caller(tmp_path) -> None:
         (scored,) = library.score(project, truth)
     assert scored.image == "b.svs"
     assert {warning.filename for warning in [*caught, *of]} == {__file__}
+
+
+@pytest.mark.parametrize("mpp", [0, -0.5, float("nan"), float("inf"), "0.5", True, (0.5, 0.5)])
+def test_a_pixel_size_is_a_length(tmp_path, mpp) -> None:
+    slide = ROOT / "sample_project" / "CMU-1-Small-Region.svs"  # which has one itself
+    message = f"mpp is a number of µm above 0, not {re.escape(repr(mpp))}"
+    with pytest.raises(ConfigError, match=message):
+        library.create_project(tmp_path / "project", slide, mpp=mpp)
+    assert not (tmp_path / "project").exists()
+
+
+def test_a_pixel_size_may_be_of_numpy(tmp_path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    project = library.create_project(tmp_path / "project", tmp_path / "a.png", np.float32(0.25))
+    assert [image.mpp for image in project.images()] == [(0.25, 0.25)]
+
+
+def test_settings_and_names_of_another_type_are_an_error_of_one_line(folder, fine_model) -> None:
+    project = library.open_project(folder)
+    for call in (library.train, partial(library.segment, model=fine_model)):
+        with pytest.raises(ConfigError, match=r"not 'settings.toml': read those of a file"):
+            call(project, settings="settings.toml")
+        with pytest.raises(ConfigError, match="5 is no name, nor several: pass text"):
+            call(project, images=5)
 
 
 def test_threads_that_begin_after_a_run_have_all_cores(tmp_path) -> None:
