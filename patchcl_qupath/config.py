@@ -981,8 +981,8 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """The inverse of ``to_dict``; what is left out keeps its default.
+def from_dict(values: Mapping[str, Any], start: Config | None = None) -> Config:
+    """The inverse of ``to_dict``; what is left out is as in ``start``, by default the defaults.
 
     Names of version 0.1 are understood. Raises ConfigError for an unknown table or setting, and
     for a value of the wrong type or out of its range.
@@ -991,7 +991,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     for name in general:
         if name not in ("recipe", "engine"):
             raise ConfigError(_unknown(name, values[name]))
-    start = Config(**general)
+    start = dataclasses.replace(start or Config(), **general)
     tables: dict[str, Any] = {
         name: _with_values(getattr(start, name), values[name]) for name in TABLES if name in values
     }

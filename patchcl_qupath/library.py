@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,8 +135,8 @@ def segment(
     """Segment the nuclei of a project's images, and write them into the project.
 
     ``regions`` are classes of annotations to keep to; ``settings`` those of the model where there
-    are none, and dictionaries without ``slide.mpp`` take that of the model; ``workers`` the number
-    of threads, all usable cores where it is None. One image that fails does not stop the others:
+    are none, and dictionaries change some of these; ``workers`` the number of threads, all usable
+    cores where it is None. One image that fails does not stop the others:
     its outcome has a ``problem``. Resumes what was stopped. Raises ConfigError for settings of
     another ``slide.mpp`` than the model's, and for dictionaries of another training.
 
@@ -378,14 +377,11 @@ def _tables(settings: object) -> Mapping[str, Any]:
 
 
 def _config_of_run(settings: Settings, model: Model) -> Config:
-    """The settings of a run: those of the model where there are none."""
+    """The settings of a run: those of the model, with what dictionaries change of them."""
     if settings is None:
         return model.config
     if isinstance(settings, Config):
         return settings
     if unlike := unlike_training(_tables(settings), to_dict(model.config)):
         raise ConfigError(f"the model was trained with {unlike}: leave that out, or train another")
-    config = from_dict(settings)
-    if "mpp" in settings.get("slide", {}):
-        return config
-    return replace(config, slide=replace(config.slide, mpp=model.mpp))
+    return from_dict(settings, model.config)

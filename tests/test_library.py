@@ -43,8 +43,8 @@ def test_all_functions_are_offered_and_documented() -> None:
 
 @pytest.fixture
 def fine_model() -> Model:
-    """A model of 0.25 µm/px that learnt nothing."""
-    config = from_dict({"slide": {"mpp": 0.25}})
+    """A model of 0.25 µm/px that learnt nothing, with settings of its own for runs."""
+    config = from_dict({"slide": {"mpp": 0.25, "stain": "h-dab"}, "segment": {"min_area_um2": 4}})
     return Model(network=NucleusNetwork((16, 24, 40)).eval(), config=config)
 
 
@@ -58,6 +58,8 @@ def test_a_model_runs_at_its_own_resolution(folder, fine_model, monkeypatch) -> 
     assert [config.slide.mpp for config in configs] == [0.25] * 3
     assert [config.cells.expand_um for config in configs] == [0, 5, 5]
     assert configs[2].slide.tile_px == 512
+    for config in configs:  # dictionaries change no other settings of the model
+        assert (config.slide.stain, config.segment.min_area_um2) == ("h-dab", 4)
     for other in (Config(), {"slide": {"mpp": 0.5}}):
         with pytest.raises(ConfigError, match=r"trained at 0.25 µm/px, .* 0.5: leave slide.mpp"):
             library.segment(project, fine_model, settings=other, workers=1)
