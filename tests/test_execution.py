@@ -618,6 +618,16 @@ def test_scheduler_whose_first_answer_has_news_of_a_worker_is_asked_again(
     assert len(failed) == 1
 
 
+@pytest.mark.parametrize("count", [2, 6])  # threads of this process, and processes
+def test_workers_leave_a_process_as_it_was(count: int) -> None:
+    """A notebook: its variables, and what it computes with Dask meanwhile and later."""
+    before = dict(os.environ), dask.config.get("scheduler", None)
+    with open_workers(count) as workers:
+        assert workers.call(abs, -3) == 3
+        assert dask.config.get("scheduler", None) == before[1]
+    assert (dict(os.environ), dask.config.get("scheduler", None)) == before
+
+
 @pytest.mark.parametrize("address", ["nonsense://x", "tcp://host:port"])
 def test_client_that_cannot_connect_is_closed(
     address: str, monkeypatch: pytest.MonkeyPatch

@@ -64,6 +64,10 @@ _DASK_LOGS = ("distributed", "distributed.client", "tornado.application")
 # minutes: all, and for good, where the computer slept for so long, or a person stopped the command.
 _ON_THIS_MACHINE = {"distributed.scheduler.worker-ttl": None}
 
+_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# Variables that are set in this process for those of workers: by Dask, by its settings, by us.
+_FOR_PROCESSES = (*_ONE_THREAD, "PYTHONHASHSEED", "__DASK_PARENT_PID", "PYTHONWARNINGS")
+
 _SETTINGS = {
     "distributed.worker.memory.spill": False,
     "distributed.admin.low-level-log-length": 0,
@@ -74,9 +78,7 @@ _SETTINGS = {
     "distributed.admin.tick.interval": "500ms",
     # Dask's own, without MALLOC_TRIM_THRESHOLD_: with it, glibc gives each large array back, and
     # separation and measurements take 1.6 times as long.
-    "distributed.nanny.pre-spawn-environ": dict.fromkeys(
-        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), 1
-    ),
+    "distributed.nanny.pre-spawn-environ": dict.fromkeys(_ONE_THREAD, 1),
 }
 
 
@@ -384,6 +386,7 @@ def _connected(scheduler: Any, **options: Any) -> Any:
                 self.close()
                 raise
 
+    options["set_as_default"] = False  # what a notebook computes with Dask is not for our workers
     try:
         return ClosedOnFailure(scheduler, **options)
     except AssertionError:  # Dask does not expect news of a worker with the first answer
@@ -403,10 +406,25 @@ def _in_queue(kind: str, count: int, notify: Callable[[str], None]) -> Iterator[
 
 
 @contextmanager
+def _environment_restored() -> Iterator[None]:
+    """Afterwards, variables that are set for processes of workers are as they were before: what a
+    notebook starts later would have one thread, too."""
+    before = {name: os.environ.get(name) for name in _FOR_PROCESSES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
 def _on_this_machine(count: int) -> Iterator[Workers]:
     import dask
 
-    with dask.config.set(_ON_THIS_MACHINE), ExitStack() as stack:
+    with dask.config.set(_ON_THIS_MACHINE), _environment_restored(), ExitStack() as stack:
         try:
             cluster = stack.enter_context(_local_cluster(count))
             client = stack.enter_context(_connected(cluster))
